@@ -1,0 +1,273 @@
+"""What a Nemotron model is: every size, validated once, with the presets the course uses.
+
+A model is a string of layers. Each character of `pattern` is one residual layer with one mixer:
+
+    M  Mamba-2        E  mixture of experts (LatentMoE when `moe_latent_size` is set)
+    *  attention      -  dense MLP
+
+Sizes keep the names of the published `config.json`, so a reader can move between the two, and the
+letters of the course in the comments below: d, h, p, n, g, k, e, f, l, v.
+
+Sources: Nemotron 3 Super technical report (arXiv 2604.12374) Table 1 and section 2; the Nano report
+(arXiv 2512.20848) Table 1; NVIDIA's own miniature for `tiny-super`. Left out: biases on the linear
+layers, tied embeddings and rotary positions, which no Nemotron 3 model has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+
+SUPER_PATTERN = (
+    "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+)
+NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+ULTRA_PATTERN = (
+    "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*"
+    "EMEMEM*EMEMEMEM*EMEMEMEME"
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built. The message names the field and what would fit."""
+
+
+@dataclass(frozen=True)
+class NemotronConfig:
+    """Sizes of one model. Immutable; `replace(field=value)` gives a changed, re-validated copy.
+
+    Raises:
+        ConfigError: a field has a value that no model can be built from.
+    """
+
+    pattern: str
+    vocab_size: int  # v
+    hidden_size: int  # d
+
+    # attention layers
+    num_attention_heads: int = 4  # h
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+
+    # Mamba-2 layers
+    mamba_num_heads: int = 8  # h
+    mamba_head_dim: int = 32  # p
+    ssm_state_size: int = 128  # n
+    n_groups: int = 1  # g
+    conv_kernel: int = 4  # k
+    chunk_size: int = 128  # q
+    use_conv_bias: bool = True
+    time_step_min: float = 0.001  # seconds of the continuous system; used by the initialisation only
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, float] = (0.0, math.inf)  # clamp of dt; Nemotron 3 has none
+
+    # mixture-of-experts layers
+    n_routed_experts: int = 16  # e
+    num_experts_per_tok: int = 2  # k
+    moe_intermediate_size: int = 384  # f
+    moe_latent_size: int | None = None  # l; None is a plain mixture at width d
+    n_shared_experts: int = 1
+    moe_shared_expert_intermediate_size: int = 768
+    n_group: int = 1  # expert groups of group-limited routing
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    # dense MLP layers
+    intermediate_size: int = 768  # f
+
+    # multi-token prediction: one module of this pattern, applied once per depth with shared weights
+    mtp_pattern: str = ""
+    mtp_depths: int = 0  # depths trained; 2 for Super
+
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    max_position_embeddings: int = 262_144
+    bos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_pattern("pattern", self.pattern, set(LAYER_KINDS))
+        if self.mtp_pattern:
+            self._check_pattern("mtp_pattern", self.mtp_pattern, {"*", "E"})
+        self._check_positive(
+            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel",
+            "chunk_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "moe_shared_expert_intermediate_size", "intermediate_size", "n_group", "topk_group",
+            "max_position_embeddings",
+        )  # fmt: skip
+        if self.moe_latent_size is not None:
+            self._check_positive("moe_latent_size")
+        self._check_divides("num_key_value_heads", "num_attention_heads")
+        self._check_divides("n_groups", "mamba_num_heads")
+        self._check_divides("n_group", "n_routed_experts")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            self._fail("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
+        self._check_expert_groups()
+        if self.n_shared_experts not in (0, 1):
+            self._fail("n_shared_experts", "0 or 1 (widen moe_shared_expert_intermediate_size)")
+        for name in ("time_step_min", "time_step_max", "time_step_floor", "norm_eps"):
+            if not getattr(self, name) > 0:
+                self._fail(name, "a number above 0")
+        if self.time_step_min > self.time_step_max:
+            self._fail("time_step_min", f"at most time_step_max={self.time_step_max}")
+        low, high = self.time_step_limit
+        if not 0 <= low < high:
+            self._fail("time_step_limit", "(low, high) with 0 <= low < high; (0, inf) is no clamp")
+        if bool(self.mtp_pattern) != bool(self.mtp_depths):
+            self._fail("mtp_depths", "above 0 with an mtp_pattern, and 0 without one")
+
+    def _fail(self, name: str, expected: str) -> None:
+        raise ConfigError(f"{name}={getattr(self, name)!r} does not work: expected {expected}.")
+
+    def _check_pattern(self, name: str, pattern: str, allowed: set[str]) -> None:
+        wrong = sorted(set(pattern) - allowed)
+        if not pattern or wrong:
+            kinds = ", ".join(f"{c!r} ({LAYER_KINDS[c]})" for c in sorted(allowed))
+            self._fail(name, f"a string of {kinds}" + (f", without {wrong}" if wrong else ""))
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                self._fail(name, "a whole number of at least 1")
+
+    def _check_divides(self, divisor: str, number: str) -> None:
+        if getattr(self, number) % getattr(self, divisor):
+            self._fail(divisor, f"a divisor of {number}={getattr(self, number)}")
+
+    def _check_expert_groups(self) -> None:
+        if self.topk_group > self.n_group:
+            self._fail("topk_group", f"at most n_group={self.n_group}")
+        if self.n_group == 1:
+            return
+        per_group = self.n_routed_experts // self.n_group
+        if per_group < 2:
+            self._fail("n_group", "groups of 2 experts or more: a group is scored by its best two")
+        if self.num_experts_per_tok > per_group * self.topk_group:
+            self._fail(
+                "num_experts_per_tok",
+                f"at most {per_group * self.topk_group}, the experts in topk_group="
+                f"{self.topk_group} groups of {per_group}",
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Channels of the Mamba mixer, h * p."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x, B and C side by side, h*p + 2*g*n."""
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def mamba_in_proj_size(self) -> int:
+        """Output width of the Mamba input projection: z, xBC and dt."""
+        return self.mamba_inner_size + self.conv_dim + self.mamba_num_heads
+
+    @property
+    def expert_size(self) -> int:
+        """Width at which routed experts read and write: l with a latent, d without."""
+        return self.moe_latent_size or self.hidden_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def replace(self, **changes: Any) -> NemotronConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: an unknown field, or a value that does not fit the others.
+        """
+        known = {f.name for f in fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0]!r}; the fields are {sorted(known)}.")
+        return replace(self, **changes)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> NemotronConfig:
+        """One of the named models, with optional changes.
+
+        Raises:
+            ConfigError: an unknown name or an impossible change.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
+        return PRESETS[name].replace(**changes)
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> NemotronConfig:
+        """Read a Hugging Face `config.json`, given as a dict. See `hf_config`."""
+        from nemotron_lite.hf_config import from_hf
+
+        return from_hf(config)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of this model, as a dict. See `hf_config`."""
+        from nemotron_lite.hf_config import to_hf
+
+        return to_hf(self)
+
+
+_FULL_SIZE = dict(
+    vocab_size=131_072, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
+    mamba_head_dim=64, ssm_state_size=128, n_groups=8,
+)  # fmt: skip
+_SUPER_MTP = dict(mtp_pattern="*E", mtp_depths=2)
+
+PRESETS: dict[str, NemotronConfig] = {
+    # Super's proportions at a width that two CPU cores train in minutes: d_inner = 2d, latent d/4,
+    # expert width 0.656d, shared expert 1.3125d, sixteen query heads to one at the same ratio of
+    # anchors, MTP *E used twice. Fewer experts and a smaller state than Super: those set the time.
+    "lite": NemotronConfig(
+        pattern="MEMEM*EMEMEM*E", vocab_size=4096, hidden_size=256,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+        mamba_num_heads=16, mamba_head_dim=32, ssm_state_size=64, n_groups=2,
+        n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=168, moe_latent_size=64,
+        moe_shared_expert_intermediate_size=336, intermediate_size=336,
+        routed_scaling_factor=2.5, bos_token_id=0, eos_token_id=0, pad_token_id=0, **_SUPER_MTP,
+    ),
+    # NVIDIA's own miniature, used to test the plumbing of the official recipe.
+    "tiny-super": NemotronConfig(
+        pattern="MEM*EME", vocab_size=131_072, hidden_size=256,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=128, n_groups=8,
+        n_routed_experts=16, num_experts_per_tok=2, moe_intermediate_size=384, moe_latent_size=128,
+        moe_shared_expert_intermediate_size=768, routed_scaling_factor=2.5, **_SUPER_MTP,
+    ),
+    "nano": NemotronConfig(
+        pattern=NANO_PATTERN, hidden_size=2688, mamba_num_heads=64,
+        n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712, intermediate_size=1856,
+        routed_scaling_factor=2.5, **_FULL_SIZE,
+    ),
+    "super": NemotronConfig(
+        pattern=SUPER_PATTERN, hidden_size=4096, mamba_num_heads=128,
+        n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=2688,
+        moe_latent_size=1024, moe_shared_expert_intermediate_size=5376, intermediate_size=2688,
+        routed_scaling_factor=5.0, initializer_range=0.014, **_FULL_SIZE, **_SUPER_MTP,
+    ),
+    # routed_scaling_factor, expert groups and the conv are unconfirmed for Ultra: Super's are used.
+    "ultra": NemotronConfig(
+        pattern=ULTRA_PATTERN, **{**_FULL_SIZE, "num_attention_heads": 64}, hidden_size=8192,
+        mamba_num_heads=256, n_routed_experts=512, num_experts_per_tok=22,
+        moe_intermediate_size=5120, moe_latent_size=2048,
+        moe_shared_expert_intermediate_size=10_240, intermediate_size=5120,
+        routed_scaling_factor=5.0, initializer_range=0.0099, **_SUPER_MTP,
+    ),
+}  # fmt: skip

@@ -1,0 +1,25 @@
+"""The one door of an operation: an explicit choice between its implementations.
+
+Each public function of `ops` takes `impl`. `"auto"` picks the fast one; a test, a chapter or a
+debugging session can force any other. A choice that does not exist is an error, never a silent
+fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def choose(op: str, impl: str, **implementations: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation called `impl`; `"auto"` is the last one given.
+
+    Raises:
+        ValueError: `impl` names none of them.
+    """
+    if impl == "auto":
+        return list(implementations.values())[-1]
+    if impl not in implementations:
+        names = ", ".join(repr(name) for name in ("auto", *implementations))
+        raise ValueError(f"{op} has no implementation {impl!r}; choose one of {names}.")
+    return implementations[impl]

@@ -1,0 +1,104 @@
+"""Causal attention with grouped queries, over a cache that may already hold tokens.
+
+    o_i = sum_{j <= i} softmax_j( q_i . k_j / sqrt(p) ) v_j
+
+Each of the few key/value heads serves several query heads (Super: 2 for 32). There is no positional
+encoding: the order of tokens is known to attention only through the causal mask, and through the
+Mamba layers before it. The softmax is taken in float32.
+
+`starts` says how many tokens were cached before this call: query i of row r stands at position
+`starts[r] + i` and sees keys up to there. Keys beyond (left over from a rolled-back draft, or
+padding of a shorter row) are never read, so a cache is rolled back by forgetting its length.
+
+Source: reference sheet section 3. Left out: windows, sinks, position biases; Nemotron 3 has none.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron_lite.ops._door import choose
+
+
+def causal_attention(
+    q: Float[Tensor, "b h t p"],
+    k: Float[Tensor, "b kv s p"],
+    v: Float[Tensor, "b kv s p"],
+    *,
+    starts: int | Int[Tensor, "b"] = 0,
+    seq_idx: Int[Tensor, "b t"] | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "b h t p"]:
+    """Attend from the t newest positions to everything before them.
+
+    Args:
+        q: queries of the new tokens.
+        k, v: keys and values of cached and new tokens; s >= starts + t. Query head i reads
+            key/value head i // (h / kv).
+        starts: tokens cached before this call, for all rows or row by row.
+        seq_idx: documents of a packed row (needs starts=0): attention stays inside a document.
+        impl: "naive" (scores written out) or "torch".
+
+    Raises:
+        ValueError: unknown `impl`, too few keys, or `seq_idx` together with cached tokens.
+    """
+    if seq_idx is not None and not (isinstance(starts, int) and starts == 0):
+        raise ValueError("packed documents (seq_idx) cannot continue a cache: starts must be 0.")
+    if isinstance(starts, int) and k.shape[2] < starts + q.shape[2]:
+        raise ValueError(
+            f"{k.shape[2]} keys do not cover starts={starts} cached and {q.shape[2]} new tokens."
+        )
+    run = choose("causal_attention", impl, naive=_naive, torch=_fast)
+    return run(q, k, v, starts, seq_idx)
+
+
+def _visible(
+    q: Tensor, k: Tensor, starts: int | Tensor, seq_idx: Tensor | None
+) -> Tensor:
+    """True where a query sees a key, `b 1 t s` or `t s`."""
+    keys = torch.arange(k.shape[2], device=q.device)
+    queries = torch.arange(q.shape[2], device=q.device)
+    if isinstance(starts, int):
+        seen = keys <= (queries + starts)[:, None]
+    else:
+        queries = queries + starts.to(q.device)[:, None]
+        seen = (keys <= queries[:, :, None]).unsqueeze(1)
+    if seq_idx is not None:
+        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :]).unsqueeze(1)
+    return seen
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor | None) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shared = q.shape[1] // k.shape[1]
+    keys = k.to(wide).repeat_interleave(shared, dim=1)
+    values = v.to(wide).repeat_interleave(shared, dim=1)
+    scores = q.to(wide) @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~_visible(q, k, starts, seq_idx), -math.inf)
+    return (scores.softmax(-1) @ values).to(q.dtype)
+
+
+def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor | None) -> Tensor:
+    tokens = q.shape[2]
+    if isinstance(starts, int):
+        k, v = k[:, :, : starts + tokens], v[:, :, : starts + tokens]
+        if tokens == 1:
+            return _one_token(q, k, v)
+        if starts == 0 and seq_idx is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    mask = _visible(q, k, starts, seq_idx)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Decoding: nothing to mask, and the queries that share a key head are one small matrix."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+    weights = torch.softmax(grouped @ k.transpose(-1, -2), dim=-1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).view(q.shape)

@@ -1,0 +1,152 @@
+"""Causal depthwise convolution: each channel looks at its own last k inputs.
+
+    y_t = silu( bias + sum_j w_j * x_{t-k+1+j} ),   j = 0 .. k-1
+
+The last tap, w_{k-1}, multiplies the present token; w_0 the oldest. With k = 4 the state that
+decoding has to remember is the last three *inputs*, before convolution and SiLU.
+
+Three forms, equal up to rounding: a loop over the taps (the definition), one oneDNN depthwise
+convolution with the channels innermost, so that nothing is transposed (the fast form), and a
+one-token step. Training keeps only the input: the backward pass computes the pre-activation anew,
+which costs less than the memory traffic of storing it.
+
+Source: Nemotron 3 Super report section 2.1; tap order and state as in the reference sheet 2.2, 2.5.
+Left out: dilation and stride, which no Mamba layer uses.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.ops._door import choose
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b t c"],
+    weight: Float[Tensor, "c k"],
+    bias: Float[Tensor, "c"] | None = None,
+    *,
+    initial_state: Float[Tensor, "b km1 c"] | None = None,
+    seq_idx: Int[Tensor, "b t"] | None = None,
+    lengths: Int[Tensor, "b"] | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "b t c"], Float[Tensor, "b km1 c"]]:
+    """Convolve along time, then SiLU, carrying the last k-1 inputs in and out.
+
+    Args:
+        x: inputs, any float dtype.
+        weight: taps, oldest first.
+        bias: added before the SiLU.
+        initial_state: the k-1 inputs before x; zeros when None.
+        seq_idx: which document of a packed row each token belongs to; taps never cross from one
+            document into the next. The first document of a row continues `initial_state`.
+        lengths: tokens of each row that are real (right-padded rows); the state that comes back
+            is that of the last real token. All of them when None.
+        impl: "naive" (loop over taps) or "torch".
+
+    Returns:
+        (y, state): the outputs and the last k-1 real inputs of each row.
+
+    Raises:
+        ValueError: unknown `impl`.
+    """
+    taps = weight.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+    window = torch.cat([initial_state, x], dim=1)
+    state = _last_inputs(window, taps - 1, lengths)
+    if seq_idx is not None and impl == "auto":
+        impl = "naive"  # taps that stop at document boundaries are not one convolution
+    run = choose("causal_conv1d", impl, naive=_loop_over_taps, torch=_ConvSilu.apply)
+    if seq_idx is None:
+        return run(window, weight, bias), state
+    if impl != "naive":
+        raise ValueError("causal_conv1d packs documents only with impl='naive' or 'auto'.")
+    return _loop_over_taps(window, weight, bias, seq_idx), state
+
+
+def causal_conv1d_step(
+    state: Float[Tensor, "b km1 c"],
+    x: Float[Tensor, "b c"],
+    weight: Float[Tensor, "c k"],
+    bias: Float[Tensor, "c"] | None = None,
+) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b km1 c"]]:
+    """One token of `causal_conv1d`: the output, and the state with `x` appended."""
+    window = torch.cat([state, x.unsqueeze(1)], dim=1)
+    y = (window * weight.t()).sum(1)
+    if bias is not None:
+        y = y + bias
+    return F.silu(y), window[:, 1:]
+
+
+def _last_inputs(
+    window: Float[Tensor, "b s c"], count: int, lengths: Int[Tensor, "b"] | None
+) -> Float[Tensor, "b km1 c"]:
+    """The `count` inputs before each row's end; `window` starts `count` inputs before the row."""
+    if lengths is None:
+        return window[:, window.shape[1] - count :].clone()
+    index = lengths.to(window.device)[:, None] + torch.arange(count, device=window.device)
+    return window.gather(1, index.unsqueeze(-1).expand(-1, -1, window.shape[2]))
+
+
+def _loop_over_taps(
+    window: Float[Tensor, "b s c"],
+    weight: Float[Tensor, "c k"],
+    bias: Float[Tensor, "c"] | None,
+    seq_idx: Int[Tensor, "b t"] | None = None,
+) -> Float[Tensor, "b t c"]:
+    taps = weight.shape[1]
+    length = window.shape[1] - taps + 1
+    y = torch.zeros_like(window[:, :length]) if bias is None else bias.expand(
+        window.shape[0], length, -1
+    )  # fmt: skip
+    for j in range(taps):
+        shifted = window[:, j : j + length]
+        if seq_idx is not None:
+            back = taps - 1 - j
+            # Tokens before the row belong to its first document.
+            padded = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx], dim=1)
+            same = padded[:, :length] == seq_idx
+            shifted = shifted * same.unsqueeze(-1)
+        y = y + weight[:, j] * shifted
+    return F.silu(y)
+
+
+def _depthwise(
+    window: Float[Tensor, "b s c"], weight: Float[Tensor, "c k"], bias: Float[Tensor, "c"] | None
+) -> Float[Tensor, "b t c"]:
+    """oneDNN's 2-D depthwise convolution on an image one pixel high, channels innermost."""
+    image = window.transpose(1, 2).unsqueeze(2)
+    kernel = weight[:, None, None, :].contiguous(memory_format=torch.channels_last)
+    return F.conv2d(image, kernel, bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+
+
+class _ConvSilu(torch.autograd.Function):
+    """The convolution and its SiLU as one node that stores nothing but its input."""
+
+    @staticmethod
+    def forward(ctx, window, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(window, weight, bias)
+        return F.silu(_depthwise(window, weight, bias), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        window, weight, bias = ctx.saved_tensors
+        taps = weight.shape[1]
+        pre = _depthwise(window, weight, bias)
+        gate = torch.sigmoid(pre)
+        # d silu(u)/du = s + u s (1 - s), with s = sigmoid(u)
+        grad_pre = pre.mul_(1 - gate).add_(1).mul_(gate).mul_(grad)
+        grad_bias = grad_pre.sum((0, 1)) if bias is not None else None
+        padded = F.pad(grad_pre, (0, 0, taps - 1, taps - 1))
+        grad_window = _depthwise(padded, weight.flip(1), None)
+        length = grad.shape[1]
+        grad_weight = torch.stack(
+            [(window[:, j : j + length] * grad_pre).sum((0, 1)) for j in range(taps)], dim=1
+        )
+        return grad_window, grad_weight, grad_bias

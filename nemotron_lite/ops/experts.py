@@ -1,0 +1,160 @@
+"""Routed experts: each token is read by its k experts and their answers are added, weighted.
+
+    o = sum_{i in I} p_i * W2_i relu(W1_i z)^2
+
+`relu(x)^2` (squared ReLU) needs two matrices per expert, not the three of a gated MLP. z is the
+latent of width l in a LatentMoE, or the token itself in a plain mixture.
+
+The definition visits tokens one by one. The fast form sorts the (token, slot) pairs by expert, so
+that each expert multiplies one contiguous block of rows, and puts the answers back in token order.
+For a handful of tokens (decoding) sorting is the larger cost: then each pair is two matrix-vector
+products straight from the expert's weights, with no copy of them.
+
+Training stores the sorted inputs' positions and the hidden rows before the activation; inputs are
+gathered again in the backward pass.
+
+Source: reference sheet 4.1. Left out: capacity limits and expert parallelism (a later chapter).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.ops._door import choose
+
+FEW_PAIRS = 16  # (token, slot) pairs up to which products with single rows beat sorting
+
+
+def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """relu(x)^2, the activation of every feed-forward layer in the family."""
+    return torch.relu(x).square()
+
+
+def expert_mlp(
+    z: Float[Tensor, "t l"],
+    up: Float[Tensor, "e f l"],
+    down: Float[Tensor, "e l f"],
+    weights: Float[Tensor, "t k"],
+    indices: Int[Tensor, "t k"],
+    *,
+    impl: str = "auto",
+) -> Float[Tensor, "t l"]:
+    """The weighted sum of each token's chosen experts.
+
+    Args:
+        z: what the experts read.
+        up, down: the experts' matrices W1 and W2.
+        weights, indices: from `route`.
+        impl: "naive" (token by token), "torch" (sorted by expert).
+
+    Raises:
+        ValueError: unknown `impl`.
+    """
+    run = choose("expert_mlp", impl, naive=_naive, torch=_fast)
+    return run(z, up, down, weights, indices)
+
+
+def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    rows = []
+    for token, token_weights, chosen in zip(z, weights, indices, strict=True):
+        answers = [
+            weight.to(z.dtype) * (down[e] @ squared_relu(up[e] @ token))
+            for weight, e in zip(token_weights, chosen.tolist(), strict=True)
+        ]
+        rows.append(torch.stack(answers).sum(0))
+    return torch.stack(rows)
+
+
+def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _SortedExperts.apply(z, up, down, weights.to(z.dtype), indices)
+    if indices.numel() <= FEW_PAIRS:
+        return _row_by_row(z, up, down, weights, indices)
+    return _sorted_forward(z, up, down, weights.to(z.dtype), indices)[0]
+
+
+def _row_by_row(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    out = torch.zeros_like(z)
+    pairs = zip(weights.tolist(), indices.tolist(), strict=True)
+    for token, total, (token_weights, chosen) in zip(z, out, pairs, strict=True):
+        for weight, e in zip(token_weights, chosen, strict=True):
+            hidden = torch.mv(up[e], token).relu_().square_()
+            total.addmv_(down[e], hidden, alpha=weight)
+    return out
+
+
+class _Order:
+    """(token, slot) pairs sorted by expert: who is where, and which rows belong to whom."""
+
+    def __init__(self, indices: Int[Tensor, "t k"], experts: int) -> None:
+        flat = indices.flatten()
+        self.pairs = flat.argsort(stable=True)  # sorted position -> pair
+        self.tokens = self.pairs // indices.shape[1]
+        self.places = torch.empty_like(self.pairs)  # pair -> sorted position
+        self.places[self.pairs] = torch.arange(flat.numel(), device=flat.device)
+        counts = torch.bincount(flat, minlength=experts).tolist()
+        self.blocks = []
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                self.blocks.append((expert, start, start + count))
+                start += count
+
+
+def _combine(answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Sum each token's k answers, read from their sorted places, with the router's weights."""
+    return torch.nn.functional.embedding_bag(
+        places.view_as(weights), answers, mode="sum", per_sample_weights=weights
+    )
+
+
+def _sorted_forward(
+    z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor, keep: bool = False
+) -> tuple[Tensor, _Order, Tensor | None]:
+    order = _Order(indices, up.shape[0])
+    rows = z[order.tokens]
+    answers = torch.empty_like(rows)
+    hidden = rows.new_empty(rows.shape[0], up.shape[1]) if keep else None
+    for e, start, stop in order.blocks:
+        block = torch.mm(
+            rows[start:stop], up[e].t(), out=None if hidden is None else hidden[start:stop]
+        )
+        active = block.clamp(min=0) if keep else block.relu_()
+        torch.mm(active.square_(), down[e].t(), out=answers[start:stop])
+    return _combine(answers, order.places, weights), order, hidden
+
+
+class _SortedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, up, down, weights, indices):  # type: ignore[no-untyped-def]
+        out, ctx.order, hidden = _sorted_forward(z, up, down, weights, indices, keep=True)
+        ctx.save_for_backward(z, up, down, weights, hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        z, up, down, weights, hidden = ctx.saved_tensors
+        order: _Order = ctx.order
+        pair_weights = weights.flatten()[order.pairs].unsqueeze(-1)
+        rows, grad_rows = z[order.tokens], grad[order.tokens]
+        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
+        grad_inputs = torch.empty_like(rows)
+        grad_pairs = rows.new_empty(rows.shape[0])
+        for e, start, stop in order.blocks:
+            positive = hidden[start:stop].clamp(min=0)
+            active = positive.square()
+            grad_answer = grad_rows[start:stop]
+            # <grad, W2 a> = <W2^T grad, a>: one product serves the weights' and the rows' gradient
+            grad_active = torch.mm(grad_answer, down[e])
+            torch.linalg.vecdot(grad_active, active, out=grad_pairs[start:stop])
+            scale = pair_weights[start:stop]
+            torch.mm(grad_answer.t(), active.mul_(scale), out=grad_down[e])
+            grad_hidden = grad_active.mul_(positive).mul_(scale * 2)
+            torch.mm(grad_hidden.t(), rows[start:stop], out=grad_up[e])
+            torch.mm(grad_hidden, up[e], out=grad_inputs[start:stop])
+        grad_z = _combine(grad_inputs, order.places, torch.ones_like(weights))
+        return grad_z, grad_up, grad_down, grad_pairs[order.places].view_as(weights), None
