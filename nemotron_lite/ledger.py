@@ -1,0 +1,400 @@
+"""The arithmetic of a model: what it stores, what a token costs, what a conversation remembers.
+
+Nothing here builds a tensor. Each number is a row with the formula that gives it, in the letters of
+the course, and the formula shown is the one evaluated:
+
+    in_proj    d * (2*h*p + 2*g*n + h)    4096 * (2*128*64 + 2*8*128 + 128)    76,021,760
+
+Three questions:
+
+- `parameters`: how many numbers the model stores, and how many of them one token reads. A mixture
+  of experts stores e experts and reads k, which is why 120.7 billion parameters cost 12.8.
+- `flops`: how much arithmetic one token takes. A multiply-add is two. Counted: matrix products, the
+  convolution, attention's two products, the scan. Left out: norms, activations, softmax, decays,
+  top-k, which are a few operations per element beside thousands.
+- `cache`: how many bytes a sequence of t tokens keeps. Attention's keys and values grow with t;
+  the convolution's last k-1 inputs and the scan's state do not.
+
+Causal work is counted once: attention token t reads t keys, and inside a chunk of the scan position
+l reads l. Programs that multiply whole squares and mask one half do about twice that part.
+
+Source: Nemotron 3 Super report (arXiv 2604.12374) Table 1. Letters beside those of the course:
+j key-value heads, s width of the shared expert, a keys that a token reads, w positions of its chunk
+that a token reads, c chunks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from nemotron_lite.config import LAYER_KINDS, NemotronConfig
+
+Mode = Literal["prefill", "decode", "train"]
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+BYTES |= {"float8_e4m3fn": 1, "float8_e5m2": 1}
+
+# Which field of the config each letter stands for, in the formulas of one part.
+_LETTERS = {
+    "mamba": dict(
+        h="mamba_num_heads", p="mamba_head_dim", n="ssm_state_size", g="n_groups", k="conv_kernel"
+    ),
+    "attention": dict(h="num_attention_heads", p="head_dim", j="num_key_value_heads"),
+    "moe": dict(
+        e="n_routed_experts", k="num_experts_per_tok", f="moe_intermediate_size",
+        l="expert_size", s="moe_shared_expert_intermediate_size",
+    ),
+    "mlp": dict(f="intermediate_size"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the ledger: a tensor or an operation of one kind of layer."""
+
+    part: str  # mamba, attention, moe, mlp, mtp, embedding, norm, head
+    name: str
+    formula: str
+    letters: Mapping[str, float]
+    each: float  # one layer
+    count: int  # layers that have it (times the depths, in FLOPs of MTP)
+    active_each: float  # what one token uses of it; differs from `each` for experts only
+    mtp: bool = False
+
+    @property
+    def total(self) -> float:
+        """In all layers."""
+        return self.each * self.count
+
+    @property
+    def active(self) -> float:
+        """What one token uses, in all layers."""
+        return self.active_each * self.count
+
+    @property
+    def worked(self) -> str:
+        """The formula with numbers in place of the letters."""
+        return re.sub(r"[a-z]", lambda m: f"{self.letters[m[0]]:.12g}", self.formula)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the pattern, in order."""
+
+    index: int
+    kind: str
+    total: float
+    active: float
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers stored. The router's selection bias is counted: it is learnt, without a gradient."""
+
+    rows: tuple[Row, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def backbone(self) -> int:
+        """Everything but the MTP module."""
+        return int(sum(row.total for row in self.rows if not row.mtp))
+
+    @property
+    def mtp(self) -> int:
+        """The MTP module; it shares the embedding and the head, which are not counted again."""
+        return int(sum(row.total for row in self.rows if row.mtp))
+
+    @property
+    def total(self) -> int:
+        """Backbone and MTP module."""
+        return self.backbone + self.mtp
+
+    @property
+    def active(self) -> int:
+        """Backbone parameters one token reads, embedding and head in full as reports count them."""
+        return int(sum(row.active for row in self.rows if not row.mtp))
+
+    @property
+    def active_without_embedding(self) -> int:
+        """`active` less the embedding table, of which a token reads one row."""
+        return self.active - self.by_part["embedding"]
+
+    @property
+    def active_body(self) -> int:
+        """`active` less embedding and head: the layers and the last norm."""
+        return self.active_without_embedding - self.by_part["head"]
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """Stored parameters by part; "mtp" holds that module's own layers."""
+        return {part: int(n) for part, n in _by_part(self.rows, "total").items()}
+
+    @property
+    def active_by_part(self) -> dict[str, int]:
+        """Parameters one token reads, by part."""
+        return {part: int(n) for part, n in _by_part(self.rows, "active").items()}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token: the average over the prompt, or the next one after a context."""
+
+    rows: tuple[Row, ...]
+    mode: Mode
+    context: int
+
+    @property
+    def per_token(self) -> float:
+        """FLOPs of one token."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        """FLOPs of one token by part."""
+        return _by_part(self.rows, "total")
+
+    @property
+    def total(self) -> float:
+        """FLOPs of the whole prompt (prefill, train) or of the one token (decode)."""
+        return self.per_token * (1 if self.mode == "decode" else self.context)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Bytes that `batch` sequences keep after `context` tokens each."""
+
+    kv_per_token: int  # one sequence, all attention layers
+    kv: int
+    conv: int
+    ssm: int
+
+    @property
+    def total(self) -> int:
+        """Keys and values, convolution inputs and states."""
+        return self.kv + self.conv + self.ssm
+
+
+def parameters(config: NemotronConfig) -> Parameters:
+    """Every stored parameter of the model, by tensor and by layer.
+
+    >>> parameters(NemotronConfig.from_preset("super")).backbone
+    120668707840
+    """
+    rows = [_row(config, "embedding", "weight", "v * d")]
+    for kind, count in _counts(config.pattern).items():
+        rows += [_row(config, kind, *line, count=count) for line in _tensors(config, kind)]
+    rows += [_row(config, "norm", "norm_f", "d"), _row(config, "head", "weight", "v * d")]
+    if config.mtp_pattern:
+        for line in (("enorm, hnorm", "2 * d"), ("eh_proj", "2 * d * d"), ("final_layernorm", "d")):
+            rows.append(_row(config, "mtp", *line, mtp=True))
+        for kind, count in _counts(config.mtp_pattern).items():
+            for line in _tensors(config, kind):
+                rows.append(_row(config, kind, *line, count=count, mtp=True))
+    layers = []
+    for index, letter in enumerate(config.pattern):
+        kind = LAYER_KINDS[letter]
+        mine = [row for row in rows if row.part == kind and not row.mtp]
+        active = sum(row.active_each for row in mine)
+        layers.append(Layer(index, kind, sum(row.each for row in mine), active))
+    return Parameters(tuple(rows), tuple(layers))
+
+
+def flops(
+    config: NemotronConfig,
+    context: int,
+    mode: Mode = "prefill",
+    *,
+    chunk: int | None = None,
+    mtp_depths: int | None = None,
+    last_only: bool = False,
+) -> Flops:
+    """FLOPs per token.
+
+    Args:
+        context: tokens t. "prefill" and "train": the length of the prompt, over which the cost is
+            averaged. "decode": the tokens already read before the one counted.
+        mode: "prefill" (chunked scan), "decode" (one step of the recurrence), "train" (three times
+            prefill: the backward pass makes two products for each one of the forward pass).
+        chunk: chunk length of the scan; the config's by default.
+        mtp_depths: how often the MTP module runs; 0 by default, the config's depths in "train".
+        last_only: count the head for the last token of the prompt only.
+
+    Raises:
+        ValueError: context or chunk below 1, an unknown mode, MTP depths without a module.
+    """
+    if mode not in ("prefill", "decode", "train"):
+        raise ValueError(f"mode={mode!r}: expected 'prefill', 'decode' or 'train'.")
+    if context < (0 if mode == "decode" else 1):
+        raise ValueError(f"context={context}: expected a number of tokens of at least 1.")
+    chunk = config.chunk_size if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1.")
+    if mtp_depths is None:
+        mtp_depths = config.mtp_depths if mode == "train" else 0
+    if mtp_depths and not config.mtp_pattern:
+        raise ValueError(f"mtp_depths={mtp_depths}: this model has no MTP module; use 0.")
+
+    extra: dict[str, float] = {"a": context + 1, "t": context}
+    if mode != "decode":
+        full, rest = divmod(context, chunk)
+        inside = full * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+        chunks = full + (rest > 0)
+        extra = {"a": (context + 1) / 2, "t": context, "w": inside / context, "c": chunks}
+    head = "2*d*v / t" if last_only and mode != "decode" else "2*d*v"
+    times = "3 * ({})" if mode == "train" else "{}"
+
+    def row(part: str, name: str, formula: str, count: int = 1, mtp: bool = False) -> Row:
+        formula = times.format(formula)
+        return _row(config, part, name, formula, extra=extra, count=count, mtp=mtp)
+
+    rows = []
+    for kind, count in _counts(config.pattern).items():
+        rows += [row(kind, *line, count) for line in _operations(config, kind, mode)]
+    rows.append(row("head", "logits", head))
+    if mtp_depths:
+        rows.append(row("mtp", "eh_proj", "4*d*d", mtp_depths, True))
+        for kind, count in _counts(config.mtp_pattern).items():
+            for line in _operations(config, kind, mode):
+                rows.append(row(kind, *line, count * mtp_depths, True))
+        rows.append(row("head", "logits", head, mtp_depths, True))
+    return Flops(tuple(rows), mode, context)
+
+
+def cache(
+    config: NemotronConfig,
+    context: int,
+    *,
+    batch: int = 1,
+    kv_dtype: object = "bfloat16",
+    conv_dtype: object = "bfloat16",
+    ssm_dtype: object = "float32",
+    mtp: bool = False,
+) -> Cache:
+    """Bytes remembered after `context` tokens.
+
+        KV    attention layers * 2 (K and V) * j * p * t
+        conv  Mamba layers * (k-1) * (h*p + 2*g*n)
+        SSM   Mamba layers * h * p * n
+
+    Args:
+        context, batch: tokens t of each sequence, and how many sequences.
+        kv_dtype, conv_dtype, ssm_dtype: names of dtypes, or torch dtypes. The defaults are those of
+            the published model; a running state in float32 keeps rounding from piling up.
+        mtp: count the MTP module's own attention layers too (speculative decoding).
+
+    Raises:
+        ValueError: a negative context, a batch below 1, an unknown dtype.
+    """
+    if context < 0:
+        raise ValueError(f"context={context}: expected a number of tokens of at least 0.")
+    if batch < 1:
+        raise ValueError(f"batch={batch}: expected at least 1 sequence.")
+    pattern = config.pattern + (config.mtp_pattern if mtp else "")
+    kv_values = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim
+    mambas = pattern.count("M")
+    per_token = kv_values * bytes_of(kv_dtype)
+    conv = mambas * (config.conv_kernel - 1) * config.conv_dim * bytes_of(conv_dtype)
+    ssm = mambas * config.mamba_inner_size * config.ssm_state_size * bytes_of(ssm_dtype)
+    return Cache(per_token, batch * context * per_token, batch * conv, batch * ssm)
+
+
+def bytes_of(dtype: object) -> int:
+    """Bytes of one value of a dtype ("bfloat16" or torch.bfloat16); ValueError when unknown."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES:
+        raise ValueError(f"dtype={name!r}: expected one of {', '.join(BYTES)}.")
+    return BYTES[name]
+
+
+def _tensors(config: NemotronConfig, kind: str) -> list[tuple[str, ...]]:
+    """(tensor, formula, and formula of the active share where it differs) of one layer."""
+    if kind == "mamba":
+        conv = "(k + 1) * (h*p + 2*g*n)" if config.use_conv_bias else "k * (h*p + 2*g*n)"
+        return [
+            ("prenorm", "d"), ("in_proj", "d * (2*h*p + 2*g*n + h)"), ("conv1d", conv),
+            ("A_log, D, dt_bias", "3 * h"), ("norm", "h*p"), ("out_proj", "h*p * d"),
+        ]  # fmt: skip
+    if kind == "attention":
+        return [
+            ("prenorm", "d"), ("q_proj, o_proj", "2 * d * h*p"), ("k_proj, v_proj", "2 * d * j*p"),
+        ]  # fmt: skip
+    if kind == "mlp":
+        return [("prenorm", "d"), ("up_proj, down_proj", "2 * d * f")]
+    rows = [
+        ("prenorm", "d"), ("router", "e * d"), ("router selection bias", "e"),
+        ("experts", "2 * e * f * l", "2 * k * f * l"),
+    ]  # fmt: skip
+    if config.moe_latent_size is not None:
+        rows.append(("latent projections", "2 * d * l"))
+    if config.n_shared_experts:
+        rows.append(("shared expert", "2 * d * s"))
+    return rows
+
+
+def _operations(config: NemotronConfig, kind: str, mode: Mode) -> list[tuple[str, str]]:
+    """(operation, FLOPs per token) of one layer."""
+    if kind == "mamba":
+        scan = [
+            ("scan: within chunks", "2*(g*n + h*p) * w"),
+            ("scan: write and read states", "2*h*p*n + 2*h*p*n"),
+            ("scan: carry states", "2*h*p*n * c/t"),
+        ]
+        if mode == "decode":
+            # Decay, outer product and sum are three; the product with C is a multiply-add.
+            scan = [("scan: one step", "3*h*p*n + 2*h*p*n")]
+        return [
+            ("in_proj", "2*d * (2*h*p + 2*g*n + h)"), ("conv1d", "2*k * (h*p + 2*g*n)"),
+            *scan, ("out_proj", "2*h*p * d"),
+        ]  # fmt: skip
+    if kind == "attention":
+        return [
+            ("q_proj, o_proj", "2 * 2*d * h*p"), ("k_proj, v_proj", "2 * 2*d * j*p"),
+            ("scores and values", "2 * 2*h*p * a"),
+        ]  # fmt: skip
+    if kind == "mlp":
+        return [("up_proj, down_proj", "2 * 2*d * f")]
+    rows = [("router", "2*d * e"), ("experts", "k * 2 * 2*f*l")]
+    if config.moe_latent_size is not None:
+        rows.append(("latent projections", "2 * 2*d * l"))
+    if config.n_shared_experts:
+        rows.append(("shared expert", "2 * 2*d * s"))
+    return rows
+
+
+def _row(
+    config: NemotronConfig,
+    part: str,
+    name: str,
+    formula: str,
+    active: str | None = None,
+    *,
+    extra: Mapping[str, float] | None = None,
+    count: int = 1,
+    mtp: bool = False,
+) -> Row:
+    names = {"d": "hidden_size", "v": "vocab_size", **_LETTERS.get(part, {})}
+    letters = {letter: getattr(config, name) for letter, name in names.items()} | dict(extra or {})
+    each = _value(formula, letters)
+    active_each = each if active is None else _value(active, letters)
+    return Row(part, name, formula, letters, each, count, active_each, mtp)
+
+
+def _value(formula: str, letters: Mapping[str, float]) -> float:
+    # Only constants of this file are evaluated: the formula shown and its number are one thing.
+    return eval(formula, {"__builtins__": {}}, dict(letters))
+
+
+def _counts(pattern: str) -> dict[str, int]:
+    """Layers of each kind present, in the order of `LAYER_KINDS`."""
+    return {kind: pattern.count(c) for c, kind in LAYER_KINDS.items() if c in pattern}
+
+
+def _by_part(rows: Iterable[Row], field: str) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for row in rows:
+        part = "mtp" if row.mtp else row.part
+        totals[part] = totals.get(part, 0) + getattr(row, field)
+    return totals

@@ -1,0 +1,220 @@
+"""The ledger against published totals, against hand counts and against the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemotron_lite import ledger
+from nemotron_lite.config import PRESETS, NemotronConfig
+
+SUPER = PRESETS["super"]
+NANO = PRESETS["nano"]
+
+# Every option that adds or removes a tensor, beside the presets.
+VARIANTS = {
+    **PRESETS,
+    "dense": NemotronConfig(pattern="M-*-", vocab_size=96, hidden_size=48, n_groups=2),
+    "plain mixture": NemotronConfig(
+        pattern="ME*E", vocab_size=96, hidden_size=48, n_shared_experts=0, use_conv_bias=False
+    ),
+    "mixture in MTP only": NemotronConfig(
+        pattern="M", vocab_size=96, hidden_size=48, moe_latent_size=24, mtp_pattern="E*E",
+        mtp_depths=1,
+    ),
+}  # fmt: skip
+
+
+def test_super_has_the_published_number_of_parameters():
+    count = ledger.parameters(SUPER)
+    assert count.backbone == 120_668_707_840
+    assert count.mtp == 2_942_325_248
+    assert count.total == 123_611_033_088
+    assert [layer.total for layer in count.layers[6:9]] == [109_640_064, 35_655_680, 2_873_102_848]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(SUPER, "12.770 12.233 11.696"), (NANO, "3.580 3.228 2.875")],
+    ids=["super", "nano"],
+)
+def test_active_parameters_match_the_reports(config, expected):
+    count = ledger.parameters(config)
+    active = (count.active, count.active_without_embedding, count.active_body)
+    assert " ".join(f"{n / 1e9:.3f}" for n in active) == expected
+
+
+def test_nano_has_the_published_number_of_parameters():
+    count = ledger.parameters(NANO)
+    assert f"{count.total / 1e9:.3f}" == "31.578"
+    assert count.mtp == 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parts_and_layers_add_up(name):
+    config = VARIANTS[name]
+    count = ledger.parameters(config)
+    parts = count.by_part
+    assert sum(parts.values()) == count.total
+    assert parts.get("mtp", 0) == count.mtp
+    in_layers = sum(layer.total for layer in count.layers)
+    assert in_layers + parts["embedding"] + parts["head"] + parts["norm"] == count.backbone
+    active = sum(layer.active for layer in count.layers)
+    assert active + parts["norm"] == count.active_body
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_built_without_memory_has_as_many_parameters(name):
+    from nemotron_lite.model import Nemotron
+
+    config = VARIANTS[name]
+    with torch.device("meta"):
+        model = Nemotron(config)
+    stored = {n: p.numel() for n, p in model.named_parameters()}
+    stored |= {
+        n: b.numel() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")
+    }
+    count = ledger.parameters(config)
+    assert sum(stored.values()) == count.total
+    assert sum(n for name, n in stored.items() if name.startswith("mtp.")) == count.mtp
+    for layer in count.layers:
+        prefix = f"backbone.layers.{layer.index}."
+        mine = sum(n for name, n in stored.items() if name.startswith(prefix))
+        assert mine == layer.total, f"layer {layer.index}, {layer.kind}"
+
+
+def test_worked_formula_shows_the_numbers_it_was_computed_from():
+    row = next(r for r in ledger.parameters(SUPER).rows if r.name == "in_proj")
+    assert row.worked == "4096 * (2*128*64 + 2*8*128 + 128)"
+    assert row.each == 4096 * 18_560 == eval(row.worked)
+
+
+def test_cache_of_super():
+    at_one_million = ledger.cache(SUPER, 1_048_576)
+    assert at_one_million.kv_per_token == 8192
+    assert at_one_million.kv == 8 * 2**30
+    assert at_one_million.ssm == 167_772_160
+    assert at_one_million.conv == 2_457_600
+    assert at_one_million.total == 8 * 2**30 + 167_772_160 + 2_457_600
+
+
+def test_cache_dtypes_batch_and_mtp():
+    assert ledger.cache(SUPER, 0).total == 167_772_160 + 2_457_600
+    assert ledger.cache(SUPER, 1, kv_dtype="float8_e4m3fn").kv_per_token == 4096
+    assert ledger.cache(SUPER, 1, ssm_dtype=torch.float16).ssm == 80 * 2**20
+    assert ledger.cache(SUPER, 1, mtp=True).kv_per_token == 8192 + 1024
+    assert ledger.cache(SUPER, 100, batch=3).total == 3 * ledger.cache(SUPER, 100).total
+    nano = ledger.cache(NANO, 1_048_576)
+    assert (nano.kv_per_token, nano.kv, nano.ssm) == (6144, 6 * 2**30, 46 * 2**20)
+
+
+@pytest.mark.parametrize("name", ["lite", "tiny-super"])
+def test_cache_is_what_a_state_holds(name):
+    from nemotron_lite.state import State
+
+    config = PRESETS[name]
+    # Tensors of a state: the ledger must find the same bytes, whatever the state calls them.
+    held = _bytes_in(State.empty(config, 3, capacity=64)) - 3 * 8  # int64 lengths
+    for mtp in (False, True):
+        count = ledger.cache(
+            config, 64, batch=3, kv_dtype=torch.float32, conv_dtype=torch.float32, mtp=mtp
+        )
+        if held == count.total:
+            return
+    pytest.fail(f"a state holds {held} bytes, the ledger says {count.total}")
+
+
+def _bytes_in(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_bytes_in(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_bytes_in(v) for v in value)
+    return _bytes_in(vars(value)) if hasattr(value, "__dict__") else 0
+
+
+def _brute_force(config: NemotronConfig, t: int, chunk: int) -> int:
+    """FLOPs of a prompt by counting multiply-adds position by position."""
+    d, inner = config.hidden_size, config.mamba_inner_size
+    h, p, n, g = (
+        config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, config.n_groups
+    )  # fmt: skip
+    total = 0
+    for kind in config.pattern:
+        if kind == "M":
+            for i in range(t):
+                total += (
+                    2 * d * config.mamba_in_proj_size + 2 * config.conv_kernel * config.conv_dim
+                )
+                total += 2 * inner * d
+                total += (i % chunk + 1) * (2 * g * n + 2 * h * p)  # C·B, then its sum over x
+                total += 2 * h * p * n + 2 * h * p * n  # into the chunk's state, out of the last
+                total += 2 * h * p * n if i % chunk == 0 else 0  # carry one state per chunk
+        elif kind == "*":
+            width = config.num_attention_heads * config.head_dim
+            kv_width = config.num_key_value_heads * config.head_dim
+            for i in range(t):
+                total += 2 * d * (2 * width + 2 * kv_width) + (i + 1) * (2 * width + 2 * width)
+        elif kind == "E":
+            latent = config.moe_latent_size
+            routed = config.num_experts_per_tok * 4 * config.moe_intermediate_size
+            per_token = 2 * d * config.n_routed_experts + routed * config.expert_size
+            per_token += 4 * d * latent if latent else 0
+            if config.n_shared_experts:
+                per_token += 4 * d * config.moe_shared_expert_intermediate_size
+            total += t * per_token
+        else:
+            total += t * 4 * d * config.intermediate_size
+    return total + t * 2 * d * config.vocab_size
+
+
+@pytest.mark.parametrize("name", ["lite", "tiny-super", "super", "dense", "plain mixture"])
+@pytest.mark.parametrize(("t", "chunk"), [(1, 64), (100, 32), (128, 128), (257, 64)])
+def test_prefill_counts_every_multiply_add(name, t, chunk):
+    count = ledger.flops(VARIANTS[name], t, "prefill", chunk=chunk)
+    assert count.total == pytest.approx(_brute_force(VARIANTS[name], t, chunk), rel=1e-12)
+    assert sum(count.by_part.values()) == pytest.approx(count.per_token)
+
+
+def test_the_head_of_a_prompt_can_be_counted_once():
+    every = ledger.flops(SUPER, 1000)
+    last = ledger.flops(SUPER, 1000, last_only=True)
+    assert every.total - last.total == pytest.approx(999 * 2 * 4096 * 131_072)
+
+
+def test_decode_grows_with_the_context_in_attention_only():
+    short, long = (ledger.flops(SUPER, t, "decode").by_part for t in (0, 100_000))
+    assert long["attention"] - short["attention"] == 8 * 4 * 4096 * 100_000
+    assert {k: v for k, v in short.items() if k != "attention"} == {
+        k: v for k, v in long.items() if k != "attention"
+    }
+    # Two FLOPs for every weight a token reads, near enough, once there is little context.
+    body = ledger.parameters(SUPER).active_without_embedding
+    assert sum(short.values()) == pytest.approx(2 * body, rel=0.02)
+
+
+def test_training_costs_three_forward_passes_with_mtp():
+    forward = ledger.flops(SUPER, 4096, mtp_depths=2)
+    train = ledger.flops(SUPER, 4096, "train")
+    assert train.per_token == pytest.approx(3 * forward.per_token)
+    assert ledger.flops(SUPER, 4096, "train", mtp_depths=0).by_part.keys() == {
+        "mamba", "attention", "moe", "head",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ledger.flops(NANO, 0), "context=0"),
+        (lambda: ledger.flops(NANO, 8, "prefil"), "mode='prefil'"),
+        (lambda: ledger.flops(NANO, 8, mtp_depths=1), "no MTP module"),
+        (lambda: ledger.flops(NANO, 8, chunk=0), "chunk=0"),
+        (lambda: ledger.cache(NANO, -1), "context=-1"),
+        (lambda: ledger.cache(NANO, 1, batch=0), "batch=0"),
+        (lambda: ledger.cache(NANO, 1, kv_dtype="int7"), "dtype='int7'.*bfloat16"),
+    ],
+)
+def test_wrong_questions_get_an_answer_that_helps(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
