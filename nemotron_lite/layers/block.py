@@ -1,0 +1,47 @@
+"""One residual layer: a norm, one mixer, and the sum.
+
+    x <- x + Mixer(RMSNorm(x))
+
+The hybrid has one mixer per layer, not a mixer and a feed-forward pair: what a Transformer calls a
+block is here two layers, and the pattern string decides which kinds stand where.
+
+Source: reference sheet 1.4.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.attention import Attention, KVCache
+from nemotron_lite.layers.mamba import Mamba2, MambaMemory
+from nemotron_lite.layers.mlp import MLP
+from nemotron_lite.layers.moe import MoE
+from nemotron_lite.layers.norm import RMSNorm
+from nemotron_lite.layers.span import Span
+
+Memory = KVCache | MambaMemory | None
+
+
+class Block(nn.Module):
+    """The layer of one pattern character: `M`, `*`, `E` or `-`."""
+
+    def __init__(self, config: NemotronConfig, kind: str, name: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer: nn.Module
+        if kind == "M":
+            self.mixer = Mamba2(config)
+        elif kind == "*":
+            self.mixer = Attention(config)
+        elif kind == "E":
+            self.mixer = MoE(config, name=f"{name}.mixer")
+        else:
+            self.mixer = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], past: Memory = None, span: Span = Span()
+    ) -> Float[Tensor, "b t d"]:
+        return x + self.mixer(self.norm(x), past, span)

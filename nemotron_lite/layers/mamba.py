@@ -1,0 +1,137 @@
+"""The Mamba-2 mixer: a token mixer whose memory does not grow.
+
+    z | xBC | dt  =  W_in u                    one matrix, three readings
+    xBC           =  silu(causal_conv(xBC))    each channel sees its last k inputs
+    x | B | C     =  xBC
+    dt            =  softplus(dt + dt_bias)    one step size per head
+    S_t           =  exp(dt_t A) S_{t-1} + dt_t x_t (x) B_t,     A = -exp(A_log) < 0
+    y_t           =  S_t C_t + D x_t
+    out           =  W_out  norm(y * silu(z))  gate first, one norm per group
+
+dt is not clamped (`time_step_limit` is (0, inf) in every Nemotron 3 model); transformers clamps it
+in prefill and not in decode, so that its two paths disagree for small steps.
+
+What a sequence leaves behind is the last k-1 inputs of the convolution and one matrix S of p x n
+per head, however long it was. Padding to the right of a row must touch neither: dt = 0 there leaves
+S as it is, and the convolution's state is read off at the row's last real token.
+
+Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases on the projections.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron_lite import ops
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.span import Span
+
+
+class MambaMemory:
+    """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n."""
+
+    def __init__(self, conv: Float[Tensor, "b km1 c"], ssm: Float[Tensor, "b h p n"]) -> None:
+        self.conv, self.ssm = conv, ssm
+
+
+class GatedRMSNorm(nn.Module):
+    """`ops.gated_rms_norm` with a learned scale per channel."""
+
+    def __init__(self, size: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(
+        self, y: Float[Tensor, "*rows c"], z: Float[Tensor, "*rows c"]
+    ) -> Float[Tensor, "*rows c"]:
+        return ops.gated_rms_norm(y, z, self.weight, self.groups, self.eps)
+
+
+class Mamba2(nn.Module):
+    """Projections, convolution, scan and gated norm of one Mamba-2 layer."""
+
+    def __init__(self, config: NemotronConfig) -> None:
+        super().__init__()
+        heads, inner = config.mamba_num_heads, config.mamba_inner_size
+        self.head_dim = config.mamba_head_dim
+        self.groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.dt_limit = config.time_step_limit
+        self.clamps_dt = config.time_step_limit != (0.0, math.inf)
+        self.splits = (inner, config.conv_dim, heads)
+        self.in_proj = nn.Linear(config.hidden_size, config.mamba_in_proj_size, bias=False)
+        # Holds the taps under their published name and shape; `ops.causal_conv1d` does the work.
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, config.conv_kernel,
+            groups=config.conv_dim, bias=config.use_conv_bias,
+        )  # fmt: skip
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(
+        self, u: Float[Tensor, "b t d"], past: MambaMemory | None = None, span: Span = Span()
+    ) -> Float[Tensor, "b t d"]:
+        """Mix along time; with `past`, continue from it and leave the new memory there."""
+        if past is not None and u.shape[1] == 1 and span.lengths is None:
+            return self._step(u, past)
+        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        xBC, conv = ops.causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=None if past is None else past.conv,
+            seq_idx=span.seq_idx,
+            lengths=span.lengths,
+        )
+        x, B, C = self._split_heads(xBC)
+        dt = self._step_sizes(dt)
+        real = span.real(u)
+        if real is not None:
+            dt = dt * real.unsqueeze(-1)
+        y, ssm = ops.ssd(
+            x, dt, self._A(), B, C,
+            D=self.D,
+            initial_state=None if past is None else past.ssm,
+            seq_idx=span.seq_idx,
+        )  # fmt: skip
+        if past is not None:
+            past.conv, past.ssm = conv, ssm.to(past.ssm.dtype)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _step(self, u: Float[Tensor, "b 1 d"], past: MambaMemory) -> Float[Tensor, "b 1 d"]:
+        """One token: no scan, and no time axis until the end."""
+        z, xBC, dt = self.in_proj(u[:, 0]).split(self.splits, dim=-1)
+        xBC, past.conv = ops.causal_conv1d_step(
+            past.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
+        )
+        x, B, C = self._split_heads(xBC)
+        y, past.ssm = ops.ssd_step(past.ssm, x, self._step_sizes(dt), self._A(), B, C, D=self.D)
+        return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
+
+    def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:
+        """x `*bt h p`, B and C `*bt g n`."""
+        shared = self.groups * self.state_size
+        x, B, C = xBC.split([self.splits[0], shared, shared], dim=-1)
+        return (
+            x.unflatten(-1, (-1, self.head_dim)),
+            B.unflatten(-1, (self.groups, -1)),
+            C.unflatten(-1, (self.groups, -1)),
+        )
+
+    def _step_sizes(self, dt: Float[Tensor, "*bt h"]) -> Float[Tensor, "*bt h"]:
+        """softplus(dt + bias) in float32 or better."""
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        return dt.clamp(*self.dt_limit) if self.clamps_dt else dt
+
+    def _A(self) -> Float[Tensor, "h"]:
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        return -torch.exp(self.A_log.to(wide))

@@ -1,0 +1,32 @@
+"""The feed-forward layer of the family: two matrices and a squared ReLU between them.
+
+    y = W2 relu(W1 x)^2
+
+No gate and no bias. It stands alone as the `-` layer, and inside every mixture layer as the shared
+expert that all tokens pass through.
+
+Source: reference sheet 1.1 (`mlp_hidden_act = relu2`).
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron_lite import ops
+from nemotron_lite.layers.span import Span
+
+
+class MLP(nn.Module):
+    """d -> f -> d with a squared ReLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "*rows d"], past: None = None, span: Span | None = None
+    ) -> Float[Tensor, "*rows d"]:
+        """Each token by itself: `past` and `span` are what other mixers need."""
+        return self.down_proj(ops.squared_relu(self.up_proj(x)))

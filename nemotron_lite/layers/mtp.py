@@ -1,0 +1,67 @@
+"""Multi-token prediction: one small module that looks one token further each time it is applied.
+
+At depth k it joins what the model knew at position i with the token that actually came k later,
+
+    x     = W [ norm_e(Emb(t_{i+k})) ; norm_h(h^{k-1}_i) ]      embedding first, hidden second
+    x     = x + Attn(norm(x));   x = x + LatentMoE(norm(x))
+    h^k_i = norm_final(x)        ->  the shared head predicts t_{i+k+1}
+
+with h^0 the backbone's output after its final norm. The weights are the same at every depth: Super
+trains two depths, and drafting may go on beyond them. Embedding and head belong to the backbone.
+
+Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1. Drafting with it is a later chapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.block import Block, Memory
+from nemotron_lite.layers.norm import RMSNorm
+from nemotron_lite.layers.span import Span
+
+
+class _Entry(Block):
+    """The module's first layer, which also holds what joins embedding and hidden state."""
+
+    def __init__(self, config: NemotronConfig, kind: str, name: str) -> None:
+        super().__init__(config, kind, name)
+        d = config.hidden_size
+        self.enorm = RMSNorm(d, config.norm_eps)
+        self.hnorm = RMSNorm(d, config.norm_eps)
+        self.eh_proj = nn.Linear(2 * d, d, bias=False)
+
+    def join(
+        self, embedded: Float[Tensor, "b t d"], hidden: Float[Tensor, "b t d"]
+    ) -> Float[Tensor, "b t d"]:
+        return self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+
+
+class MTP(nn.Module):
+    """The module of `config.mtp_pattern`, with parameters named as in published checkpoints."""
+
+    def __init__(self, config: NemotronConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            (Block if j else _Entry)(config, kind, f"mtp.layers.{j}")
+            for j, kind in enumerate(config.mtp_pattern)
+        )
+        self.layers[-1].final_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b t d"],
+        embedded: Float[Tensor, "b t d"],
+        past: Sequence[Memory] | None = None,
+        span: Span = Span(),
+    ) -> Float[Tensor, "b t d"]:
+        """h^k from h^{k-1} and the embeddings of the tokens k later."""
+        x = self.layers[0].join(embedded, hidden)
+        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
+            x = layer(x, memory, span)
+        return self.layers[-1].final_layernorm(x)

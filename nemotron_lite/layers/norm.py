@@ -1,0 +1,21 @@
+"""RMSNorm as a module: the weight, and the operator that uses it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nemotron_lite import ops
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with a learned scale per channel, ones at the start."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,29 @@
+"""Pure functions over tensors: the mathematics of the model, one idea a file.
+
+Each operation has one door that takes `impl`: `"naive"` is the definition, written to be read;
+`"torch"` is fast PyTorch; `"auto"` (the default) takes the fastest that can answer. All of them
+give the same numbers up to rounding, and the tests hold them to it.
+"""
+
+from nemotron_lite.ops.attention import causal_attention
+from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step
+from nemotron_lite.ops.experts import expert_mlp, squared_relu
+from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
+from nemotron_lite.ops.routing import Routing, route
+from nemotron_lite.ops.scan import selective_scan, ssd_step
+from nemotron_lite.ops.ssd import ssd
+
+__all__ = [
+    "Routing",
+    "causal_attention",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "expert_mlp",
+    "gated_rms_norm",
+    "rms_norm",
+    "route",
+    "selective_scan",
+    "squared_relu",
+    "ssd",
+    "ssd_step",
+]
