@@ -1,0 +1,62 @@
+# Every target sets up .venv first. The stamp is named by what is to be installed, so a second call
+# starts at once and a changed dependency installs itself.
+#
+#   PYTHON       the interpreter to build .venv with, 3.11 or newer (default: python3)
+#   TORCH_INDEX  another package index for the torch step alone, for example PyTorch's CPU wheels
+#   ARGS         passed on:  make run ARGS="--max-seconds 60"   make test ARGS="-k ssd -x"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+WORKERS ?= 2
+
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Idle OpenMP threads give their core back sooner: spinning starves the worker on a shared machine.
+export GOMP_SPINCOUNT ?= 2000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lab bench lint clean
+
+help:  ## list the targets
+	@echo "make TARGET [ARGS=\"...\"]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP)  ## install everything into .venv; the other targets do it on their own
+
+run: $(STAMP)  ## assemble a small Nemotron 3 Super, train it on text of this machine, let it write
+	$(BIN)/nemotron-lite run $(ARGS)
+
+test: $(STAMP)  ## run every test, on WORKERS processes (2)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lab: $(STAMP)  ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab notebooks $(ARGS)
+
+bench: $(STAMP)  ## measure, and write records under benchmarks/records
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(STAMP)  ## style of code and notebooks, and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or say" \
+	       "make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "'$(PYTHON)' is $$($(PYTHON) --version 2>&1); nemotron_lite needs Python 3.11 or newer." \
+	       "Say make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV), once. torch is the large part."
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -e '.[lab,dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
