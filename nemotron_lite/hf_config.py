@@ -1,0 +1,302 @@
+"""config.json: reading and writing the sizes of a model as Hugging Face keeps them.
+
+The same model has been spelled several ways since its first release, and readers disagree about
+which keys count. This room knows the spellings, so that `NemotronConfig` has one:
+
+    layers      "MEM*E" (`hybrid_override_pattern`, the hub) or a list of names
+                (`layers_block_type`, transformers 5), old names (mamba, attention) or new ones
+                (linear_attention, full_attention)
+    norm eps    `layer_norm_epsilon`, `norm_eps` or `rms_norm_eps`
+    infinity    bare `Infinity` (the hub) or `{"__float__": "Infinity"}` (transformers 5)
+    mamba_*     the names of Mamba-2 before Nemotron (`mamba_d_conv`, `mamba_n_groups`, ...)
+
+What decides:
+
+* A key that is absent has the value transformers gives it, because that is what the writer of the
+  file relied on. Pattern, vocabulary and width have no such value and must be there.
+* A key that asks for something no Nemotron 3 has (biases, tied embeddings, a sliding window,
+  another activation) is refused. All such keys are named in one error.
+* Two spellings of one thing must agree.
+* A key that changes nothing (`rope_theta`, `expand`, `use_cache`, ...) is skipped.
+
+Two traps. `time_step_min` belongs to the initialisation: it never limits dt here, while
+transformers (5.23) clamps dt with it in prefill and not in decode; see `without_dt_clamp`. And
+`num_nextn_predict_layers` counts the MTP modules in the file, which is 1 for Super, while Super was
+trained to look two tokens ahead through that one module. The second number has no key of its own on
+the hub: we write `mtp_depths` and assume 2 where it is missing.
+
+Sources: reference sheet 1.2, 1.3, 2.4, 10.2; transformers 5.23 `NemotronHConfig`. Left out: the
+weights' number format (`dtype`, `quantization_config`), which is the business of `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nemotron_lite.config import ConfigError, NemotronConfig
+
+LAYER_LETTERS = {
+    "linear_attention": "M", "mamba": "M",
+    "full_attention": "*", "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}  # fmt: skip
+
+# Trained depths of a file that holds an MTP module and does not say: Super's (report 2.1.2).
+DEFAULT_MTP_DEPTHS = 2
+
+# What transformers must be told so that its prefill does not clamp. Not 0: it takes the logarithm.
+NO_CLAMP = 1e-30
+
+# Our field: its spellings, the one we write first, and the value of a file that has none of them.
+_FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "num_attention_heads": (("num_attention_heads",), 32),
+    "num_key_value_heads": (("num_key_value_heads",), 8),
+    "head_dim": (("head_dim", "attention_head_dim"), 128),
+    "mamba_num_heads": (("mamba_num_heads",), 128),
+    "mamba_head_dim": (("mamba_head_dim",), 64),
+    "ssm_state_size": (("ssm_state_size",), 128),
+    "n_groups": (("n_groups", "mamba_n_groups"), 8),
+    "conv_kernel": (("conv_kernel", "mamba_d_conv"), 4),
+    "chunk_size": (("chunk_size", "mamba_chunk_size"), 128),
+    "use_conv_bias": (("use_conv_bias", "mamba_conv_bias"), True),
+    "time_step_min": (("time_step_min", "mamba_dt_min"), 0.001),
+    "time_step_max": (("time_step_max", "mamba_dt_max"), 0.1),
+    "time_step_floor": (("time_step_floor", "mamba_dt_init_floor"), 1e-4),
+    "n_routed_experts": (("n_routed_experts", "num_local_experts"), 8),
+    "num_experts_per_tok": (("num_experts_per_tok",), 2),
+    "moe_intermediate_size": (("moe_intermediate_size",), 7688),
+    "n_shared_experts": (("n_shared_experts",), 1),
+    "moe_shared_expert_intermediate_size": (("moe_shared_expert_intermediate_size",), 7688),
+    "n_group": (("n_group",), 1),
+    "topk_group": (("topk_group",), 1),
+    "norm_topk_prob": (("norm_topk_prob",), True),
+    "routed_scaling_factor": (("routed_scaling_factor",), 1.0),
+    "intermediate_size": (("intermediate_size",), 21_504),
+    "norm_eps": (("layer_norm_epsilon", "norm_eps", "rms_norm_eps"), 1e-5),
+    "initializer_range": (("initializer_range",), 0.02),
+    "rescale_prenorm_residual": (("rescale_prenorm_residual",), True),
+    "max_position_embeddings": (("max_position_embeddings",), 4096),
+    "bos_token_id": (("bos_token_id",), 1),
+    "pad_token_id": (("pad_token_id",), 0),
+}
+
+# What every Nemotron 3 has in common and this package builds; the first value is what we write.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bias": (False,),
+    "mamba_proj_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "residual_in_fp32": (False,),
+    "sliding_window": (None,),
+    "attention_dropout": (0.0,),
+    "hidden_dropout": (0.0,),
+    "mamba_hidden_act": ("silu", "swish"),
+    "mlp_hidden_act": ("relu2",),
+}
+
+
+def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
+    """Read the contents of a `config.json`.
+
+    Args:
+        config: the parsed file, or `NemotronHConfig.to_dict()`.
+
+    Raises:
+        ConfigError: keys that are missing, contradict each other or ask for something this package
+            does not build (every one is listed), or sizes that fit no model.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"expected the dict of a config.json, not {type(config).__name__}.")
+    config = {key: _plain_floats(value) for key, value in config.items()}
+    problems: list[str] = []
+    kind = config.get("model_type", "nemotron_h")
+    if kind != "nemotron_h":
+        problems.append(f"model_type is {kind!r}; this package reads 'nemotron_h'")
+    values = {"pattern": _layers(config, problems)}
+    for name in ("vocab_size", "hidden_size"):
+        values[name] = config.get(name)
+        if not _is_a(values[name], int):
+            problems.append(f"{name} is {values[name]!r}; it must be a whole number")
+    for field, (keys, default) in _FIELDS.items():
+        values[field] = _read(config, keys, default, problems)
+    if config.get("num_key_value_heads", 0) is None:  # one key head per query head
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    values["moe_latent_size"] = config.get("moe_latent_size")
+    values["eos_token_id"] = _eos(config, problems)
+    values["time_step_limit"] = _limit(config, problems)
+    # Written by `without_dt_clamp`: the real value, where time_step_min had to say "no clamp".
+    values["time_step_min"] = config.get("time_step_init_min", values["time_step_min"])
+    values["mtp_pattern"], values["mtp_depths"] = _mtp(config, problems)
+    for key, supported in _FIXED.items():
+        if key in config and config[key] not in supported:
+            wanted = " or ".join(repr(value) for value in supported)
+            problems.append(f"{key} is {config[key]!r}; only {wanted} is built here")
+    if problems:
+        raise ConfigError(
+            "this config.json describes no model that nemotron_lite builds:\n  - "
+            + "\n  - ".join(problems)
+            + "\nBuilt are nemotron_h models without biases (but the convolution's), with untied"
+            " embeddings, squared-ReLU experts and full attention without positions. If the file"
+            " is wrong about its weights, correct these keys in it."
+        )
+    return NemotronConfig(**values)
+
+
+def to_hf(config: NemotronConfig) -> dict[str, Any]:
+    """The contents of a `config.json`, spelled as on the hub.
+
+    The hub's spelling is the one that every reader takes: transformers 5 converts the pattern
+    itself, while vLLM and NVIDIA's remote code compute `layers_block_type` and fail on a file that
+    sets it. An infinite upper limit of dt is left out with the lower limit of 0, as in the release.
+    A finite pair is written and may hold `inf`; `json.dumps` makes that `Infinity`.
+    """
+    hf: dict[str, Any] = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": config.pattern,
+        "num_hidden_layers": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+    }
+    for field, (keys, _) in _FIELDS.items():
+        hf[keys[0]] = getattr(config, field)
+    hf["norm_eps"] = config.norm_eps  # readers use either of the two names
+    hf["moe_latent_size"] = config.moe_latent_size
+    eos = config.eos_token_id
+    hf["eos_token_id"] = eos if isinstance(eos, int) else list(eos)
+    if config.time_step_limit != (0.0, math.inf):
+        hf["time_step_limit"] = list(config.time_step_limit)
+    hf["num_nextn_predict_layers"] = 1 if config.mtp_pattern else 0
+    if config.mtp_pattern:
+        hf["mtp_hybrid_override_pattern"] = config.mtp_pattern
+        hf["mtp_depths"] = config.mtp_depths
+    for key, supported in _FIXED.items():
+        hf[key] = supported[0]
+    # dtype of the SSM state in other programs' caches; ours follows it.
+    hf["mamba_ssm_cache_dtype"] = "float32"
+    return hf
+
+
+def without_dt_clamp(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a `config.json` with which transformers computes the same logits as we do.
+
+    transformers 5.23 reads `time_step_min` as a lower limit of dt, in prefill only (reference sheet
+    2.4). With the published 0.001 a trained model gives other logits there, and prefill disagrees
+    with decode. So the file says the limit that we really apply, none by default, and keeps the
+    published number under `time_step_init_min`, where `from_hf` finds it.
+    """
+    low = hf.get("time_step_limit", (0.0,))[0]
+    start = hf.get("time_step_init_min", hf["time_step_min"])
+    return {**hf, "time_step_min": max(low, NO_CLAMP), "time_step_init_min": start}
+
+
+def _plain_floats(value: Any) -> Any:
+    """Undo transformers' spelling of numbers that JSON does not know."""
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, (list, tuple)):
+        return [_plain_floats(item) for item in value]
+    return value
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of `kind`: true is not 1, but 1 will do for 1.0."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _read(config: dict[str, Any], keys: tuple[str, ...], default: Any, problems: list[str]) -> Any:
+    """The value of one field from whichever of its spellings are there; null counts as absent."""
+    found = {key: config[key] for key in keys if config.get(key) is not None}
+    for key, value in found.items():
+        if not _is_a(value, type(default)):
+            problems.append(f"{key} is {value!r}; it must be like {default!r}")
+            return default
+    if len(set(found.values())) > 1:
+        both = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        problems.append(f"{both} are spellings of one thing and must agree")
+    value = next(iter(found.values()), default)
+    return float(value) if isinstance(default, float) else value
+
+
+def _letters(key: str, names: Any, problems: list[str]) -> str:
+    """A list of layer names as a pattern."""
+    if not isinstance(names, list) or any(name not in LAYER_LETTERS for name in names):
+        problems.append(f"{key} is {names!r}; it must be a list of {', '.join(LAYER_LETTERS)}")
+        return ""
+    return "".join(LAYER_LETTERS[name] for name in names)
+
+
+def _layers(config: dict[str, Any], problems: list[str]) -> str:
+    """The layer pattern, from either spelling."""
+    found: dict[str, str] = {}
+    if config.get("hybrid_override_pattern"):
+        found["hybrid_override_pattern"] = config["hybrid_override_pattern"]
+    for key in ("layers_block_type", "layer_types"):
+        if config.get(key) is not None:
+            found[key] = _letters(key, config[key], problems)
+    if not found:
+        problems.append("neither hybrid_override_pattern nor layers_block_type says which layers")
+        return ""
+    pattern = next(iter(found.values()))
+    if len(set(found.values())) > 1:
+        spelled = ", ".join(f"{key} ({value!r})" for key, value in found.items())
+        problems.append(f"the layers contradict each other: {spelled}")
+    layers = config.get("num_hidden_layers")
+    if layers is not None and layers != len(pattern):
+        problems.append(f"num_hidden_layers is {layers}, but the pattern has {len(pattern)} layers")
+    return pattern
+
+
+def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
+    """Pattern and trained depths of the MTP module; ("", 0) without one."""
+    modules = config.get("num_nextn_predict_layers") or 0
+    if modules not in (0, 1):
+        problems.append(
+            f"num_nextn_predict_layers is {modules!r}; one MTP module shared by all depths is built"
+        )
+    if not modules:
+        return "", 0
+    pattern = config.get("mtp_hybrid_override_pattern")
+    names = config.get("mtp_layers_block_type")
+    listed = _letters("mtp_layers_block_type", names, problems) if names is not None else None
+    if pattern and listed and pattern != listed:
+        problems.append(
+            f"the MTP layers contradict each other: mtp_hybrid_override_pattern ({pattern!r}), "
+            f"mtp_layers_block_type ({listed!r})"
+        )
+    depths = config.get("mtp_depths", DEFAULT_MTP_DEPTHS)
+    if not _is_a(depths, int) or depths < 1:
+        problems.append(f"mtp_depths is {depths!r}; it must be a whole number of at least 1")
+        depths = DEFAULT_MTP_DEPTHS
+    return pattern or listed or "*E", depths
+
+
+def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
+    """One end-of-sequence id, or several."""
+    eos = config.get("eos_token_id")
+    if eos is None:
+        return 2
+    if isinstance(eos, list) and eos and all(_is_a(item, int) for item in eos):
+        return tuple(eos)
+    if not _is_a(eos, int):
+        problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+        return 2
+    return int(eos)
+
+
+def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
+    """The clamp of dt: none, unless the file says `time_step_limit`."""
+    found = [config[k] for k in ("time_step_limit", "mamba_dt_limit") if config.get(k) is not None]
+    limit = found[0] if found else (0.0, math.inf)
+    try:
+        low, high = (float(value) for value in limit)
+    except (TypeError, ValueError):
+        problems.append(f"time_step_limit is {limit!r}; it must be two numbers, such as [0.0, Infinity]")
+        return 0.0, math.inf
+    return low, high
