@@ -1,0 +1,39 @@
+"""What every test stands on: shapes checked on each call, few threads, fixed seeds, no network.
+
+The import hook rewrites `nemotron_lite` as it is imported, so that jaxtyping and beartype compare
+each argument and result with its annotation. Users never pay for it. It has to be in place before
+anything imports the package, which is why it stands at the top of this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: it reads these once. Two workers on two cores get one thread each.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
+
+from jaxtyping import install_import_hook
+
+install_import_hook("nemotron_lite", "beartype.beartype")
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A shared two-core machine is too uneven for deadlines. In CI the examples are the same each time.
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize="CI" in os.environ, print_blob=True
+)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random numbers, alone or among others."""
+    torch.manual_seed(0)
