@@ -57,9 +57,7 @@ def causal_attention(
     return run(q, k, v, starts, seq_idx)
 
 
-def _visible(
-    q: Tensor, k: Tensor, starts: int | Tensor, seq_idx: Tensor | None
-) -> Tensor:
+def _visible(q: Tensor, k: Tensor, starts: int | Tensor, seq_idx: Tensor | None) -> Tensor:
     """True where a query sees a key, `b 1 t s` or `t s`."""
     keys = torch.arange(k.shape[2], device=q.device)
     queries = torch.arange(q.shape[2], device=q.device)

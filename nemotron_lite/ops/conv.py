@@ -101,9 +101,9 @@ def _loop_over_taps(
 ) -> Float[Tensor, "b t c"]:
     taps = weight.shape[1]
     length = window.shape[1] - taps + 1
-    y = torch.zeros_like(window[:, :length]) if bias is None else bias.expand(
-        window.shape[0], length, -1
-    )  # fmt: skip
+    y = torch.zeros_like(window[:, :length])
+    if bias is not None:
+        y = y + bias
     for j in range(taps):
         shifted = window[:, j : j + length]
         if seq_idx is not None:

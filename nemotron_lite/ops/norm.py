@@ -77,7 +77,9 @@ def _naive_gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) 
 
 
 def _fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_norm(x, weight, eps)[0]
+    if torch.is_grad_enabled():
+        return _RmsNorm.apply(x, weight, eps)
+    return _rms_norm(x, weight, eps)[0]
 
 
 def _fast_gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -104,9 +106,7 @@ def _gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tup
     return wide.mul_(scale).flatten(-2).mul_(weight).to(y.dtype), scale
 
 
-def _norm_backward(
-    grad_normed: Tensor, x: Tensor, scale: Tensor
-) -> Tensor:
+def _norm_backward(grad_normed: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     """Gradient of x * scale(x) given that of the result: s (g - x s^2 mean(g x))."""
     inner = torch.linalg.vecdot(grad_normed, x).unsqueeze(-1).mul_(scale.square()).div_(x.shape[-1])
     return grad_normed.sub_(x * inner).mul_(scale)

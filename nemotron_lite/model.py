@@ -1,0 +1,342 @@
+"""The model: embeddings, a string of residual layers, a final norm, and a head.
+
+    x = Emb(tokens);   x = x + Mixer_l(RMSNorm_l(x))  for each layer l;   logits = W RMSNorm_f(x)
+
+Which mixer stands where is the pattern string of the config. There are no positions anywhere: order
+is known through the Mamba layers and the causal mask. Embedding and head are separate matrices.
+Parameters carry the names of published checkpoints (`backbone.layers.0.mixer.in_proj.weight`).
+
+Without gradients a long input is taken in segments, each continuing the memory of the one before.
+The result is the same, and the working memory no longer grows with the length.
+
+Source: Nemotron 3 Super report section 2; reference sheet 1.4 and 1.6. Left out: dropout, tied
+embeddings and logit caps, which the family does not use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers import MTP, Attention, Block, MambaMemory, Memory, RMSNorm, Span
+from nemotron_lite.layers.mamba import Mamba2
+from nemotron_lite.layers.mlp import MLP
+from nemotron_lite.layers.moe import Experts, MoE, Router
+from nemotron_lite.layers.span import RouterStats
+from nemotron_lite.state import State
+
+SEGMENT = 1024  # tokens per row and pass of a long prefill
+
+
+@dataclass
+class Hidden:
+    """What the model knows before the head.
+
+    Attributes:
+        hidden: after the final norm, `b t d`.
+        mtp_hidden: entry k-1 is depth k, `b t-k d`; its row i predicts token i+k+1.
+        router: statistics of every mixture layer, backbone first; empty unless asked for.
+    """
+
+    hidden: Float[Tensor, "b t d"]
+    mtp_hidden: list[Tensor] = field(default_factory=list)
+    router: list[RouterStats] = field(default_factory=list)
+
+
+@dataclass
+class Output(Hidden):
+    """`Hidden` with the head applied.
+
+    Attributes:
+        logits: float32 (float64 for a float64 model), `b t v`, or `b 1 v` with `last_only`.
+        mtp_logits: entry k-1 is depth k, `b t-k v`; its row i predicts token i+k+1.
+    """
+
+    logits: Tensor = field(kw_only=True)
+    mtp_logits: list[Tensor] = field(default_factory=list)
+
+
+class Backbone(nn.Module):
+    """Everything between token ids and the head."""
+
+    def __init__(self, config: NemotronConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, kind, f"backbone.layers.{i}") for i, kind in enumerate(config.pattern)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Look tokens up.
+
+        Raises:
+            ValueError: a token outside the vocabulary.
+        """
+        try:
+            return self.embeddings(tokens)
+        except IndexError as error:
+            raise ValueError(
+                f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary "
+                f"has {self.embeddings.num_embeddings} entries. Is this the model's tokenizer?"
+            ) from error
+
+    def forward(
+        self, tokens: Int[Tensor, "b t"], past: Sequence[Memory] | None, span: Span
+    ) -> Float[Tensor, "b t d"]:
+        x = self.embed(tokens)
+        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
+            x = layer(x, memory, span)
+        return self.norm_f(x)
+
+
+class Nemotron(nn.Module):
+    """A hybrid Mamba-2, attention and LatentMoE language model.
+
+    Args:
+        config: its sizes.
+        device, dtype: where and in what precision the weights are made.
+        seed: makes the initial weights repeatable without touching the global random state.
+    """
+
+    def __init__(
+        self,
+        config: NemotronConfig,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device(device or torch.get_default_device()):
+            self.backbone = Backbone(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.mtp = MTP(config) if config.mtp_pattern else None
+        if self.device.type != "meta":
+            with torch.random.fork_rng(enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                initialise(self)
+        if dtype is not None:
+            self.to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Weights and selection biases, MTP included."""
+        biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
+        return sum(p.numel() for p in self.parameters()) + sum(b.numel() for b in biases)
+
+    def empty_state(self, batch: int, capacity: int = 256) -> State:
+        """A `State` for this model's sizes, device and dtype."""
+        return State.empty(
+            self.config, batch, device=self.device, dtype=self.dtype, capacity=capacity
+        )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: State | None = None,
+        *,
+        lengths: Int[Tensor, "b"] | None = None,
+        seq_idx: Int[Tensor, "b t"] | None = None,
+        mtp_depths: int = 0,
+        router_stats: bool = False,
+        last_only: bool = False,
+    ) -> Output:
+        """Logits for every token, or for the last one of each row.
+
+        Args:
+            tokens: ids; rows that are shorter than t are padded on the right with anything.
+            state: what came before; advanced in place. With a state no gradients are recorded.
+            lengths: real tokens in each row; all t when None.
+            seq_idx: documents of packed rows: nothing is carried from one to the next.
+            mtp_depths: how often to apply the MTP module (Super trains 2).
+            router_stats: return each router's scores and choices.
+            last_only: logits of the last real token only; what prefill needs.
+
+        Raises:
+            ValueError: arguments that do not fit together; the message says which.
+        """
+        found = self.forward_hidden(
+            tokens,
+            state,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            mtp_depths=mtp_depths,
+            router_stats=router_stats,
+        )
+        hidden = found.hidden
+        if last_only and lengths is not None:
+            last = (lengths.to(hidden.device) - 1).clamp(min=0)
+            hidden = hidden[torch.arange(len(last), device=hidden.device), last].unsqueeze(1)
+        elif last_only:
+            hidden = hidden[:, -1:]
+        return Output(
+            found.hidden,
+            found.mtp_hidden,
+            found.router,
+            logits=self._head(hidden),
+            mtp_logits=[self._head(h) for h in found.mtp_hidden],
+        )
+
+    def forward_hidden(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: State | None = None,
+        *,
+        lengths: Int[Tensor, "b"] | None = None,
+        seq_idx: Int[Tensor, "b t"] | None = None,
+        mtp_depths: int = 0,
+        router_stats: bool = False,
+    ) -> Hidden:
+        """`forward` without the head, for a loss that applies it piece by piece."""
+        self._check(tokens, state, lengths, seq_idx, mtp_depths)
+        router: list[RouterStats] | None = [] if router_stats else None
+        if state is not None:
+            with torch.no_grad():
+                hidden = self._continue(tokens, state, lengths, router)
+        elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= SEGMENT:
+            span = Span(lengths=lengths, seq_idx=seq_idx, router=router)
+            hidden = self.backbone(tokens, None, span)
+        else:
+            state = self.empty_state(*tokens.shape)
+            hidden = self._continue(tokens, state, lengths, router)
+        depths: list[Tensor] = []
+        if mtp_depths:
+            depths = self._look_ahead(hidden, tokens, seq_idx, mtp_depths, router)
+        return Hidden(hidden, depths, router or [])
+
+    def _continue(
+        self,
+        tokens: Int[Tensor, "b t"],
+        state: State,
+        lengths: Int[Tensor, "b"] | None,
+        router: list[RouterStats] | None,
+    ) -> Float[Tensor, "b t d"]:
+        """Take tokens in behind a state, segment by segment."""
+        total = tokens.shape[1]
+        if total > SEGMENT and router is None:
+            parts = []
+            for start in range(0, total, SEGMENT):
+                part = tokens[:, start : start + SEGMENT]
+                real = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
+                parts.append(self._continue(part, state, real, None))
+            return torch.cat(parts, dim=1)
+        hidden = self.backbone(tokens, state.layers, Span(state.starts, lengths, None, router))
+        state.advance(total if lengths is None else lengths)
+        return hidden
+
+    def _look_ahead(
+        self,
+        hidden: Float[Tensor, "b t d"],
+        tokens: Int[Tensor, "b t"],
+        seq_idx: Int[Tensor, "b t"] | None,
+        depths: int,
+        router: list[RouterStats] | None,
+    ) -> list[Tensor]:
+        """Apply the MTP module `depths` times; each depth has one position fewer."""
+        assert self.mtp is not None
+        embedded, found = self.backbone.embed(tokens), []
+        for depth in range(1, depths + 1):
+            where = None if seq_idx is None else seq_idx[:, : tokens.shape[1] - depth]
+            hidden = self.mtp(
+                hidden[:, : tokens.shape[1] - depth],
+                embedded[:, depth:],
+                span=Span(seq_idx=where, router=router),
+            )
+            found.append(hidden)
+        return found
+
+    def _head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
+        logits = self.lm_head(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _check(
+        self,
+        tokens: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+        mtp_depths: int,
+    ) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be rows x time, not empty; got {list(tokens.shape)}.")
+        if lengths is not None and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
+            raise ValueError(f"lengths {lengths.tolist()} must be 0 to {tokens.shape[1]}.")
+        if mtp_depths and self.mtp is None:
+            raise ValueError(f"mtp_depths={mtp_depths}, but this model has no MTP module.")
+        if mtp_depths >= tokens.shape[1] and mtp_depths:
+            raise ValueError(f"mtp_depths={mtp_depths} needs more than {tokens.shape[1]} tokens.")
+        if state is None:
+            return
+        if state.batch != tokens.shape[0]:
+            raise ValueError(f"{tokens.shape[0]} rows of tokens, but a state of {state.batch}.")
+        if len(state.layers) != self.config.num_layers:
+            raise ValueError(
+                f"a state of {len(state.layers)} layers, but a model of {self.config.num_layers}."
+            )
+        if seq_idx is not None:
+            raise ValueError("packed rows (seq_idx) cannot continue a state; drop one of the two.")
+        if mtp_depths:
+            raise ValueError("mtp_depths needs the whole text at once; call without a state.")
+
+
+@torch.no_grad()
+def initialise(model: Nemotron) -> None:
+    """Fresh weights from torch's global generator.
+
+    Matrices are normal with `initializer_range`; those that write into the residual stream are
+    divided by sqrt(layers), so that the sum of all layers starts at the scale of one. A is uniform
+    in [1, 16]; dt_bias puts the first step sizes log-uniformly in [time_step_min, time_step_max].
+
+    Source: reference sheet 1.6.
+    """
+    config = model.config
+    std = config.initializer_range
+    depth = math.sqrt(config.num_layers) if config.rescale_prenorm_residual else 1.0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=std)
+            module.e_score_correction_bias.zero_()
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std / (1.0 if config.moe_latent_size else depth))
+        elif isinstance(module, Mamba2):
+            module.A_log.uniform_(1, 16).log_()
+            module.D.fill_(1)
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            dt = module.dt_bias.uniform_(low, high).exp_().clamp_(min=config.time_step_floor)
+            dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            module.conv1d.reset_parameters()
+    for module in model.modules():
+        for writer in _residual_writers(module):
+            writer.weight.div_(depth)
+
+
+def _residual_writers(module: nn.Module) -> list[nn.Linear]:
+    """The matrices of a mixer whose output is added to the residual stream."""
+    if isinstance(module, Mamba2):
+        return [module.out_proj]
+    if isinstance(module, Attention):
+        return [module.o_proj]
+    if isinstance(module, MLP):
+        return [module.down_proj]
+    if isinstance(module, MoE) and module.latent:
+        return [module.fc2_latent_proj]
+    return []
