@@ -28,11 +28,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 
-Mode = Literal["prefill", "decode", "train"]
+Number = int | float
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BYTES |= {"float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -58,19 +57,19 @@ class Row:
     part: str  # mamba, attention, moe, mlp, mtp, embedding, norm, head
     name: str
     formula: str
-    letters: Mapping[str, float]
-    each: float  # one layer
+    letters: Mapping[str, Number]
+    each: Number  # one layer
     count: int  # layers that have it (times the depths, in FLOPs of MTP)
-    active_each: float  # what one token uses of it; differs from `each` for experts only
+    active_each: Number  # what one token uses of it; differs from `each` for experts only
     mtp: bool = False
 
     @property
-    def total(self) -> float:
+    def total(self) -> Number:
         """In all layers."""
         return self.each * self.count
 
     @property
-    def active(self) -> float:
+    def active(self) -> Number:
         """What one token uses, in all layers."""
         return self.active_each * self.count
 
@@ -86,8 +85,8 @@ class Layer:
 
     index: int
     kind: str
-    total: float
-    active: float
+    total: Number
+    active: Number
 
 
 @dataclass(frozen=True)
@@ -143,21 +142,21 @@ class Flops:
     """FLOPs of one token: the average over the prompt, or the next one after a context."""
 
     rows: tuple[Row, ...]
-    mode: Mode
+    mode: str
     context: int
 
     @property
-    def per_token(self) -> float:
+    def per_token(self) -> Number:
         """FLOPs of one token."""
         return sum(row.total for row in self.rows)
 
     @property
-    def by_part(self) -> dict[str, float]:
+    def by_part(self) -> dict[str, Number]:
         """FLOPs of one token by part."""
         return _by_part(self.rows, "total")
 
     @property
-    def total(self) -> float:
+    def total(self) -> Number:
         """FLOPs of the whole prompt (prefill, train) or of the one token (decode)."""
         return self.per_token * (1 if self.mode == "decode" else self.context)
 
@@ -188,8 +187,8 @@ def parameters(config: NemotronConfig) -> Parameters:
         rows += [_row(config, kind, *line, count=count) for line in _tensors(config, kind)]
     rows += [_row(config, "norm", "norm_f", "d"), _row(config, "head", "weight", "v * d")]
     if config.mtp_pattern:
-        for line in (("enorm, hnorm", "2 * d"), ("eh_proj", "2 * d * d"), ("final_layernorm", "d")):
-            rows.append(_row(config, "mtp", *line, mtp=True))
+        own = (("enorm, hnorm", "2 * d"), ("eh_proj", "2 * d * d"), ("final_layernorm", "d"))
+        rows += [_row(config, "mtp", *line, mtp=True) for line in own]
         for kind, count in _counts(config.mtp_pattern).items():
             for line in _tensors(config, kind):
                 rows.append(_row(config, kind, *line, count=count, mtp=True))
@@ -205,7 +204,7 @@ def parameters(config: NemotronConfig) -> Parameters:
 def flops(
     config: NemotronConfig,
     context: int,
-    mode: Mode = "prefill",
+    mode: str = "prefill",
     *,
     chunk: int | None = None,
     mtp_depths: int | None = None,
@@ -237,7 +236,7 @@ def flops(
     if mtp_depths and not config.mtp_pattern:
         raise ValueError(f"mtp_depths={mtp_depths}: this model has no MTP module; use 0.")
 
-    extra: dict[str, float] = {"a": context + 1, "t": context}
+    extra: dict[str, Number] = {"a": context + 1, "t": context}
     if mode != "decode":
         full, rest = divmod(context, chunk)
         inside = full * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
@@ -334,7 +333,7 @@ def _tensors(config: NemotronConfig, kind: str) -> list[tuple[str, ...]]:
     return rows
 
 
-def _operations(config: NemotronConfig, kind: str, mode: Mode) -> list[tuple[str, str]]:
+def _operations(config: NemotronConfig, kind: str, mode: str) -> list[tuple[str, str]]:
     """(operation, FLOPs per token) of one layer."""
     if kind == "mamba":
         scan = [
@@ -371,7 +370,7 @@ def _row(
     formula: str,
     active: str | None = None,
     *,
-    extra: Mapping[str, float] | None = None,
+    extra: Mapping[str, Number] | None = None,
     count: int = 1,
     mtp: bool = False,
 ) -> Row:
@@ -382,7 +381,7 @@ def _row(
     return Row(part, name, formula, letters, each, count, active_each, mtp)
 
 
-def _value(formula: str, letters: Mapping[str, float]) -> float:
+def _value(formula: str, letters: Mapping[str, Number]) -> Number:
     # Only constants of this file are evaluated: the formula shown and its number are one thing.
     return eval(formula, {"__builtins__": {}}, dict(letters))
 
@@ -392,8 +391,8 @@ def _counts(pattern: str) -> dict[str, int]:
     return {kind: pattern.count(c) for c, kind in LAYER_KINDS.items() if c in pattern}
 
 
-def _by_part(rows: Iterable[Row], field: str) -> dict[str, float]:
-    totals: dict[str, float] = {}
+def _by_part(rows: Iterable[Row], field: str) -> dict[str, Number]:
+    totals: dict[str, Number] = {}
     for row in rows:
         part = "mtp" if row.mtp else row.part
         totals[part] = totals.get(part, 0) + getattr(row, field)
