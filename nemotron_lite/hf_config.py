@@ -116,7 +116,7 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     kind = config.get("model_type", "nemotron_h")
     if kind != "nemotron_h":
         problems.append(f"model_type is {kind!r}; this package reads 'nemotron_h'")
-    values = {"pattern": _layers(config, problems)}
+    values: dict[str, Any] = {"pattern": _layers(config, problems)}
     for name in ("vocab_size", "hidden_size"):
         values[name] = config.get(name)
         if not _is_a(values[name], int):
@@ -297,6 +297,6 @@ def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
     try:
         low, high = (float(value) for value in limit)
     except (TypeError, ValueError):
-        problems.append(f"time_step_limit is {limit!r}; it must be two numbers, such as [0.0, Infinity]")
+        problems.append(f"time_step_limit is {limit!r}; it must be two numbers, as [0.0, Infinity]")
         return 0.0, math.inf
     return low, high

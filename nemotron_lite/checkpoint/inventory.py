@@ -1,0 +1,282 @@
+"""What a checkpoint folder holds, and everything that is wrong with it.
+
+A file in the safetensors format begins with eight bytes that give the length of a JSON header; the
+header names each tensor with dtype, shape and byte range; the bytes follow. So a folder of hundreds
+of gigabytes can be compared with what its config promises by reading a few kilobytes per file. All
+of it is compared before a single weight is read, and one `CheckpointError` reports all that is
+wrong: whoever downloads for an hour should not learn of the faults one at a time.
+
+What counts as wrong: files that are missing, cut short or no safetensors; an index that names what
+is not there; tensors that are missing, that the config has no place for, that have another shape or
+that come twice; weights in packed or 8-bit formats, which this package does not read yet. Nothing
+is skipped quietly, not even tensors that look harmless, with one exception the caller can ask for:
+the MTP module.
+
+Source: reference sheet section 10; the safetensors format. Left out: pickle files, which can run
+code when they are opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from nemotron_lite.checkpoint.names import Place, is_stack_of_experts, place_of
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Number formats that are read, by the format's own codes. The rest is quantised or not a weight.
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be loaded, or a model that cannot be saved.
+
+    Attributes:
+        problems: everything that is wrong, one sentence each.
+    """
+
+    def __init__(self, where: Path, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        header = f"{where}: {count} problem{'s' if count > 1 else ''}"
+        super().__init__("\n  - ".join([header, *self.problems]))
+
+
+class Stored(NamedTuple):
+    """One tensor in a file."""
+
+    file: Path
+    name: str  # as the file spells it
+    shape: tuple[int, ...]
+    dtype: str  # code of the format, such as BF16
+
+
+def find_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder, and the index's tensor-to-file map (empty for a single file).
+
+    `model.safetensors` is preferred to an index, as by transformers.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS], {}
+    if not (folder / INDEX).is_file():
+        problems.append(f"there is neither {WEIGHTS} nor {INDEX}" + _what_else(folder))
+        return [], {}
+    index = read_json(folder / INDEX, problems)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(f"{INDEX} has no weight_map; download or copy it again")
+        return [], {}
+    names = sorted(set(weight_map.values()))
+    # A name with a path in it would reach outside the checkpoint's folder.
+    odd = [name for name in names if Path(name).name != name]
+    absent = [name for name in names if name not in odd and not (folder / name).is_file()]
+    if odd:
+        problems.append(f"{INDEX} names files outside the folder: {some(odd)}")
+    if absent:
+        problems.append(
+            f"{INDEX} names {len(absent)} of {len(names)} files that are not in the folder: "
+            f"{some(absent)}; download or copy them"
+        )
+    usable = [folder / name for name in names if name not in odd and name not in absent]
+    return usable, weight_map
+
+
+def _what_else(folder: Path) -> str:
+    shards = sorted(folder.glob("*.safetensors"))
+    if shards:
+        return f", but {some(s.name for s in shards)}: the index is missing, download or copy it"
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickles:
+        return (
+            f", but {some(p.name for p in pickles)}: pickle files are not read. Open the model with"
+            " the program that wrote it and save it with safe_serialization=True"
+        )
+    return ""
+
+
+def read_headers(
+    files: Iterable[Path], weight_map: Mapping[str, str], problems: list[str]
+) -> list[Stored]:
+    """Name, shape and dtype of every tensor in `files`."""
+    stored: list[Stored] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118, a handle is no mapping
+                    part = handle.get_slice(name)
+                    stored.append(Stored(file, name, tuple(part.get_shape()), part.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} {_why_unreadable(file, error)}")
+    if weight_map and not problems:
+        there = {(item.name, item.file.name) for item in stored}
+        absent = [n for n, file in weight_map.items() if (n, file) not in there]
+        if absent:
+            problems.append(
+                f"{INDEX} promises {len(absent)} tensors that are not in the files it names: "
+                f"{some(absent)}; index and files are not of one checkpoint"
+            )
+    return stored
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        start = handle.read(8)
+        if start == b"version ":
+            return "is a Git LFS pointer and not the file itself; run `git lfs pull` in the folder"
+        length = int.from_bytes(start, "little")
+        if len(start) == 8 and length < size:
+            try:
+                header = json.loads(handle.read(length))
+                needed = 8 + length + max(
+                    entry["data_offsets"][1]
+                    for name, entry in header.items() if name != "__metadata__"
+                )  # fmt: skip
+            except (ValueError, KeyError, TypeError, AttributeError):
+                needed = 0
+            if needed > size:
+                return f"is cut short: {size:,} of {needed:,} bytes; download or copy it again"
+    return f"is no readable safetensors file ({size:,} bytes; {error}); download or copy it again"
+
+
+def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object; an empty one, and a problem, where the file holds none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{file.name} is missing")
+        return {}
+    except (ValueError, OSError) as error:
+        problems.append(f"{file.name} is no readable JSON ({error})")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{file.name} holds {type(value).__name__}, not an object")
+        return {}
+    return value
+
+
+def quantised(folder: Path, config: Mapping[str, Any], stored: Iterable[Stored]) -> str | None:
+    """What says that the weights are quantised, as a problem; None where nothing does."""
+    signs: list[str] = []
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        kind = dict(quantisation) if isinstance(quantisation, Mapping) else {}
+        names = [str(kind[k]) for k in ("quant_method", "quant_algo") if kind.get(k)]
+        signs.append(f"quantization_config in config.json ({', '.join(names) or 'unnamed'})")
+    if (folder / "hf_quant_config.json").exists():
+        signs.append("hf_quant_config.json")
+    packed = [i for i in stored if i.dtype in ("U8", "I8") or i.dtype.startswith(("F8", "F4"))]
+    scales = [i for i in stored if i.name.endswith(("_scale", "_scale_2", "_scale_inv"))]
+    if packed or scales:
+        codes = ", ".join(sorted({item.dtype for item in packed})) or "scaled"
+        count = len({*packed, *scales})
+        signs.append(f"{count} tensors ({codes}), such as {[*packed, *scales][0].name}")
+    if not signs:
+        return None
+    return (
+        f"the weights are quantised: {'; '.join(signs)}. Read are {', '.join(FLOATS)}. Take the "
+        "BF16 release of the same model, or dequantise this one first"
+    )
+
+
+def match(
+    expected: Mapping[str, tuple[int, ...]], stored: Iterable[Stored], problems: list[str]
+) -> dict[Place, Stored]:
+    """Which stored tensor fills which place of the model.
+
+    Args:
+        expected: the model's tensors and their shapes.
+        stored: what the files hold.
+        problems: receives all that does not fit.
+    """
+    filled: dict[Place, Stored] = {}
+    unexpected, shapes, twice, formats = [], [], [], []
+    for item in stored:
+        place = place_of(item.name)
+        shape = expected.get(place.name)
+        if shape is not None and place.expert is not None:
+            # An index beyond the last expert has no place either.
+            shape = shape[1:] if place.expert < shape[0] else None
+        if shape is None:
+            unexpected.append(item.name)
+        elif item.shape != shape:
+            shapes.append(f"{item.name} {list(item.shape)} for {list(shape)}")
+        elif item.dtype not in FLOATS:
+            formats.append(f"{item.name} ({item.dtype})")
+        elif place in filled or (place.expert is not None and Place(place.name) in filled):
+            twice.append(_twice(item, filled.get(place) or filled[Place(place.name)]))
+        else:
+            filled[place] = item
+    missing = _unfilled(expected, filled)
+    if missing:
+        way_out = _about(missing, True)
+        problems.append(f"{len(missing)} tensors are missing: {some(missing)}{way_out}")
+    if unexpected:
+        problems.append(
+            f"{len(unexpected)} tensors have no place in the model that config.json describes: "
+            f"{some(unexpected)}" + _about(unexpected, False)
+        )
+    for label, found in (
+        ("have another shape than config.json says (stored, expected)", shapes),
+        ("are there twice", twice),
+        (f"are of a type that is not read ({', '.join(FLOATS)} are)", formats),
+    ):
+        if found:
+            problems.append(f"{len(found)} tensors {label}: {some(found)}")
+    return filled
+
+
+def _twice(one: Stored, other: Stored) -> str:
+    if one.name == other.name:
+        return f"{one.name} (in {other.file.name} and {one.file.name})"
+    return f"{one.name} (also as {other.name})"
+
+
+def _unfilled(expected: Mapping[str, tuple[int, ...]], filled: Mapping[Place, Stored]) -> list[str]:
+    """Names of the places that nothing fills, experts one by one where some are there."""
+    missing = []
+    for name, shape in expected.items():
+        if Place(name) in filled:
+            continue
+        experts = range(shape[0]) if is_stack_of_experts(name) else ()
+        absent = [e for e in experts if Place(name, e) not in filled]
+        if not experts or len(absent) == shape[0]:
+            missing.append(name)
+        else:
+            stem, _, matrix = name.rpartition(".")
+            missing.extend(f"{stem}.{e}.{matrix}.weight" for e in absent)
+    return missing
+
+
+def _about(names: list[str], missing: bool) -> str:
+    """A way out, where the names tell which accident this is."""
+    if all(name.startswith("mtp.") for name in names):
+        if missing:
+            return (
+                ". config.json says there is an MTP module (num_nextn_predict_layers) and the files"
+                " hold none: transformers drops it when it saves. Load the original files, or go on"
+                ' without it: load(path, mtp="drop")'
+            )
+        return (
+            ". The files hold an MTP module that config.json does not mention: set"
+            ' num_nextn_predict_layers to 1 in it, or leave the module out: load(path, mtp="drop")'
+        )
+    if all(".shared_experts." in name for name in names) and not missing:
+        return (
+            ". config.json says n_shared_experts is 0, which transformers ignores: set it to 1 if"
+            " the weights were trained with a shared expert"
+        )
+    return ""
+
+
+def some(names: Iterable[str], limit: int = 8) -> str:
+    """The first few of a list that may have thousands of entries."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
