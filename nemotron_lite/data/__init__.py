@@ -74,7 +74,7 @@ class TextData:
 
 
 def cache_folder() -> Path:
-    """Where prepared texts are kept: `$XDG_CACHE_HOME/nemotron_lite` or `~/.cache/nemotron_lite`."""
+    """Where prepared texts are kept: `nemotron_lite` in `$XDG_CACHE_HOME` or `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "nemotron_lite"
 

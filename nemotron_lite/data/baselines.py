@@ -2,9 +2,9 @@
 
 A loss of 3.1 says little. Bits per byte can be compared with anything that compresses, because a
 model that gives the next symbol probability p can code it in -log2 p bits (Shannon 1948). Every
-function here scores the same held-out files as `train.evaluate.bits_per_byte`, every byte of them.
+function here scores the held-out files that `train.evaluate` scores, every byte of them.
 
-    gzip    DEFLATE level 9 over the held-out files joined into one stream. It has seen nothing else.
+    gzip    DEFLATE level 9 over the held-out files joined into one stream, and nothing before it.
     lzma    what the held-out files add to an archive of the training text that ends before them:
             |C(train + held out)| - |C(train)|. It may copy any phrase of the training text.
     n-gram  a byte model of order n trained on the training text, interpolated as Witten and Bell

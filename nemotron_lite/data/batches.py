@@ -35,6 +35,12 @@ class Batch(NamedTuple):
     seq_idx: Int[Tensor, "b t"] | None = None
     mask: Bool[Tensor, "b t"] | None = None
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        seq_idx = None if self.seq_idx is None else self.seq_idx.to(device)
+        mask = None if self.mask is None else self.mask.to(device)
+        return Batch(self.tokens.to(device), seq_idx, mask)
+
 
 class BatchSource(Protocol):
     """Anything the training loop can read from."""

@@ -14,7 +14,7 @@ its path. What is left out, and why:
 
 The held-out split is by file: files are ranked by a hash of their name, and the first of them whose
 sizes add up to `held_out_bytes` are never trained on. A file above 32 KiB is not eligible, so that
-no single file decides the score. The split depends on names and sizes only, never on a random state.
+no single file decides the score. The split depends on names and sizes, not on a random state.
 
 Left out: licences and provenance checks, near-duplicate removal, quality filters; a real
 pre-training corpus needs all three.
@@ -58,10 +58,12 @@ class Corpus:
 
     @property
     def train_bytes(self) -> int:
+        """Size of all training files."""
         return sum(len(document.content) for document in self.train)
 
     @property
     def held_out_bytes(self) -> int:
+        """Size of all held-out files."""
         return sum(len(document.content) for document in self.held_out)
 
     def fingerprint(self) -> str:

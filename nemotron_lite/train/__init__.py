@@ -1,0 +1,26 @@
+"""Training: `train(model, data, TrainConfig(...))`, and the held-out score afterwards.
+
+loop.py           the loop itself: updates, log, Ctrl-C, resume
+config.py         every knob
+loss.py           cross-entropy over several depths without keeping logits
+balance.py        what keeps the experts busy
+optimizer.py      AdamW and clipping;  schedule.py  warm up, stay, decay
+checkpointing.py  files to resume from
+evaluate.py       bits per byte of text that was not trained on
+"""
+
+from nemotron_lite.train.checkpointing import ResumeError
+from nemotron_lite.train.config import TrainConfig
+from nemotron_lite.train.evaluate import Evaluation, evaluate
+from nemotron_lite.train.loop import TrainResult, train
+from nemotron_lite.train.schedule import learning_rate
+
+__all__ = [
+    "Evaluation",
+    "ResumeError",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "learning_rate",
+    "train",
+]

@@ -1,0 +1,95 @@
+"""Keeping the experts busy: a small loss per sequence, and a bias moved by hand.
+
+A router left alone sends everything to the few experts that were good first. Two forces act
+against it (reference sheet 4.3, `route.py` for the router itself):
+
+1. The bias b of each expert, which counts in the choice and not in the weights, is moved after
+   every optimiser step by a fixed amount towards the mean load:
+
+       b_i <- b_i + u sign(mean load - load_i)                                      u = 1e-3
+
+   No gradient flows through it and none is needed (Wang et al. 2024, arXiv 2408.15664).
+
+2. A balance loss with a tiny coefficient (1e-4), per sequence and router:
+
+       e * sum_i f_i P_i     f_i = count_i / (k t)      P_i = mean over t of s_i / sum_j s_j
+
+   Here count_i comes from the top k of the *unbiased* scores: the loss tells the router what it
+   prefers by itself, not what the bias has already repaired. Perfect balance gives 1.
+
+The bias balances the whole batch, the loss each sequence. Scores lie in (0, 1), so at 1e-3 a step
+it takes a hundred steps to shift an expert by 0.1: a short run sees only the beginning.
+
+Left out: adding up loads over devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nemotron_lite.layers import RouterStats
+
+
+def sequence_balance_loss(
+    scores: Float[Tensor, "b t e"], top_k: int, mask: Bool[Tensor, "b t"] | None = None
+) -> Float[Tensor, ""]:
+    """e * sum_i f_i P_i for every sequence, averaged over the batch; 1 is perfect balance.
+
+    Args:
+        scores: the router's sigmoid scores, with their gradient.
+        top_k: experts chosen per token.
+        mask: tokens that count; all of them by default. A row without one adds nothing.
+    """
+    experts = scores.shape[-1]
+    keep = scores.new_ones(scores.shape[:2]) if mask is None else mask.to(scores.dtype)
+    tokens = keep.sum(1).clamp_min(1)
+    chosen = scores.detach().topk(top_k, dim=-1, sorted=False).indices
+    votes = keep.unsqueeze(-1).expand(chosen.shape).flatten(1)
+    counts = scores.new_zeros(scores.shape[0], experts).scatter_add_(1, chosen.flatten(1), votes)
+    share = counts / (top_k * tokens).unsqueeze(-1)
+    normalised = scores / scores.sum(-1, keepdim=True)
+    preference = (normalised * keep.unsqueeze(-1)).sum(1) / tokens.unsqueeze(-1)
+    return experts * (share * preference).sum(-1).mean()
+
+
+def expert_loads(
+    routed: Iterable[RouterStats], mask: Bool[Tensor, "b t"] | None = None
+) -> dict[str, Int[Tensor, "e"]]:
+    """Tokens sent to each expert, by router name.
+
+    A router that is used several times in a pass (MTP, once per depth) has its loads added up. The
+    pass at depth d sees t - d positions: `mask` is shortened to match.
+    """
+    loads: dict[str, Tensor] = {}
+    for stats in routed:
+        indices = stats.indices
+        if mask is not None:
+            indices = indices[mask[:, : indices.shape[1]]]
+        load = torch.bincount(indices.flatten(), minlength=stats.scores.shape[-1])
+        loads[stats.name] = loads[stats.name] + load if stats.name in loads else load
+    return loads
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module, loads: Mapping[str, Int[Tensor, "e"]], rate: float) -> None:
+    """Move every router's selection bias by `rate` towards the mean load, in place.
+
+    Raises:
+        AttributeError: a name that is no router of the model.
+    """
+    for name, load in loads.items():
+        bias = model.get_submodule(f"{name}.gate").get_buffer("e_score_correction_bias")
+        load = load.to(bias.dtype)
+        bias += rate * torch.sign(load.mean() - load)
+
+
+def max_violation(loads: Mapping[str, Int[Tensor, "e"]]) -> float:
+    """MaxVio = max load / mean load - 1 of the worst router; 0 is perfect balance.
+
+    Its bound is e / k - 1, where every token chooses the same experts.
+    """
+    return max((float(x.max() / x.double().mean()) - 1 for x in loads.values()), default=0.0)

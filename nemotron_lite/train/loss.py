@@ -1,0 +1,182 @@
+"""The training loss: next token, the token after it, and the one after that.
+
+    loss = CE_0 + (w / D) sum_{k=1..D} CE_k + balance                       w = 0.3, D = 2
+
+CE_0 is the ordinary next-token cross-entropy. CE_k is that of MTP depth k, whose position i has
+read token i+k and predicts token i+k+1. Each is a mean over its own valid targets: a target must
+lie in the same document as position i (packed rows) and must not be masked (padding, prompts).
+
+Memory is the point of this file. With a vocabulary of 4,096 and three losses, the logits of a batch
+of 2,048 tokens take 100 MB in float32, their softmax as much again, and autograd keeps them for
+the backward pass; at 131,072 entries it is gigabytes. But the gradient of a cross-entropy is known
+as soon as the logits are,
+
+    d nll_i / d logits_i = softmax(logits_i) - onehot(label_i)
+
+so `weighted_cross_entropy` computes both for a slice of rows, reduces them at once to gradients of
+the hidden states and of the head, and forgets the logits. Backward only multiplies by a number.
+(The idea is Liger Kernel's and cut-cross-entropy's; Wijmans et al. 2024, arXiv 2411.09009.)
+
+Source of the recipe: Nemotron 3 Super report 2.4; reference sheet 5.2. Left out: logit soft-capping
+and label smoothing, which the family does not use; second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.data.batches import Batch
+
+SLICE_ROWS = 1024  # rows of logits that exist at one time
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor, slice_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            work = torch.get_autocast_dtype(device)
+        else:
+            work = hidden.dtype
+        exact = torch.promote_types(work, torch.float32)
+        with torch.autocast(device, enabled=False):
+            return _slices(ctx, hidden, head, labels, weights.to(exact), slice_rows, work, exact)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.grads)
+        ctx.grads = None
+        return (*grads, None, None, None)
+
+
+def _slices(
+    ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor,
+    slice_rows: int, work: torch.dtype, exact: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_head = torch.zeros_like(head, dtype=exact) if need_head else None
+    nll = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+    table = head.to(work)
+    for start in range(0, hidden.shape[0], slice_rows):
+        rows = slice(start, start + slice_rows)
+        x, y, w = hidden[rows].to(work), labels[rows, None], weights[rows, None]
+        log_p = (x @ table.T).to(exact).log_softmax(1)
+        nll[rows] = -log_p.gather(1, y).squeeze(1)
+        if grad_hidden is None and grad_head is None:
+            continue
+        slope = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w)
+        slope = slope.to(work)
+        if grad_hidden is not None:
+            grad_hidden[rows] = slope @ table
+        if grad_head is not None:
+            grad_head += slope.T @ x
+    ctx.grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+    ctx.mark_non_differentiable(nll)
+    return (nll * weights).sum(), nll
+
+
+def weighted_cross_entropy(
+    hidden: Float[Tensor, "n d"],
+    head: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    weights: Float[Tensor, "n"],
+    *,
+    slice_rows: int = SLICE_ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+    """sum_i weights_i * -log softmax(head @ hidden_i)[labels_i], without keeping any logits.
+
+    Matrix products run in the dtype of `hidden`, or in that of an enclosing autocast; the softmax
+    and the sums in float32 (float64 for float64 inputs). Gradients reach `hidden` and `head`.
+
+    Args:
+        hidden: what the head reads.
+        head: the output embedding.
+        labels: one of v tokens per row; a row of weight 0 still needs a valid one.
+        weights: share of each row in the sum; no gradient.
+        slice_rows: rows of logits alive at one time.
+
+    Returns:
+        The weighted sum, and every row's negative log-likelihood in nats, unweighted and detached.
+    """
+    return _WeightedCrossEntropy.apply(hidden, head, labels, weights, slice_rows)
+
+
+def targets(batch: Batch, depth: int) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b s"]]:
+    """What each position is to predict at a depth, and which of these targets count.
+
+    Position i of depth k predicts token i+k+1 (depth 0 is the backbone), for s = t-k-1 positions.
+    A target counts if it is not masked and lies in the document of position i.
+
+    Raises:
+        ValueError: rows too short for this depth.
+    """
+    ahead = depth + 1
+    tokens, seq_idx, mask = batch
+    if tokens.shape[1] <= ahead:
+        raise ValueError(
+            f"rows of {tokens.shape[1]} tokens have no target at depth {depth}: expected at least "
+            f"{ahead + 1} tokens."
+        )
+    labels = tokens[:, ahead:]
+    valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, ahead:]
+    if seq_idx is not None:
+        valid = valid & (seq_idx[:, ahead:] == seq_idx[:, :-ahead])
+    return labels, valid
+
+
+def count_targets(batches: Sequence[Batch], depths: int) -> list[int]:
+    """Valid targets of depths 0 to `depths`, over all micro-batches of one update."""
+    return [sum(int(targets(b, k)[1].sum()) for b in batches) for k in range(depths + 1)]
+
+
+class TokenLoss(NamedTuple):
+    """The part of the loss that comes from predicting tokens."""
+
+    total: Float[Tensor, ""]  # differentiable
+    by_depth: list[float]  # mean nats per target: CE_0, CE_1, ...; this batch's share of the mean
+
+
+def token_loss(
+    hidden: Float[Tensor, "b t d"],
+    mtp_hidden: Sequence[Float[Tensor, "b s d"]],
+    head: Float[Tensor, "v d"],
+    batch: Batch,
+    *,
+    mtp_weight: float,
+    counts: Sequence[int] | None = None,
+) -> TokenLoss:
+    """CE_0 + mtp_weight / D * sum_k CE_k of one batch, all depths in one pass over the head.
+
+    Args:
+        hidden: the backbone's output; entry k-1 of `mtp_hidden` (`b t-k d`) is that of depth k.
+        counts: targets by depth that the means are taken over; those of this batch by default. With
+            gradient accumulation give those of all micro-batches: the shares then add up to the
+            mean over the whole update, however unevenly the targets are spread.
+    """
+    depths = len(mtp_hidden)
+    if counts is None:
+        counts = count_targets([batch], depths)
+    rows, labels, weights = [], [], []
+    for depth, states in enumerate((hidden, *mtp_hidden)):
+        label, valid = targets(batch, depth)
+        factor = mtp_weight / depths if depth else 1.0
+        rows.append(states[:, : label.shape[1]].flatten(0, 1))
+        labels.append(label.flatten())
+        weights.append(valid.flatten() * (factor / max(1, counts[depth])))
+    sizes = [len(label) for label in labels]
+    total, nll = weighted_cross_entropy(
+        torch.cat(rows), head, torch.cat(labels), torch.cat(weights)
+    )
+    parts = (nll * torch.cat([w != 0 for w in weights])).split(sizes)
+    means = [float(part.sum()) / max(1, n) for part, n in zip(parts, counts, strict=True)]
+    return TokenLoss(total, means)
