@@ -1,0 +1,129 @@
+"""State-space duality: the selective scan of a whole sequence as matrix products.
+
+Written out, the recurrence of scan.py is one large lower-triangular matrix applied to x:
+
+    y_l = sum_{r <= l} (C_l . B_r) exp(a_{r+1} + ... + a_l) dt_r x_r + D x_l,     a_t = dt_t A
+
+This matrix is never built. Cut into chunks of q tokens, its blocks on the diagonal are small
+products of the kind attention uses, and everything below them goes through the state:
+
+    1. inside a chunk    y  = ((C B^T) * L) x           L_lr = exp(s_l - s_r) dt_r for r <= l
+    2. chunk -> state    U  = sum_r exp(s_q - s_r) dt_r x_r (outer) B_r
+    3. state -> state    S' = exp(s_q) S + U            one step per chunk instead of one per token
+    4. state -> output   y += exp(s_l) S C_l
+
+with s the running sum of a inside the chunk. Work and memory grow linearly with the sequence; the
+same products read a prompt, train, and continue from a state that decoding left behind.
+
+`_ssd_chunks.py` holds the forward arithmetic, `_ssd_backward.py` the hand-written gradient. What is
+kept for the backward pass is one state per few chunks. There is no half-precision path through the
+products: inputs of any float dtype are computed in float32 (float64 stays float64), which on CPUs
+without matrix units for bf16 is the faster way as well as the more exact one.
+
+Source: Dao and Gu 2024 (arXiv 2405.21060) section 6; reference sheet 2.3. Left out: second
+derivatives, variable A within a head, and dt clamping (see scan.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.ops import _ssd_chunks
+from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._ssd_backward import backward
+from nemotron_lite.ops._ssd_chunks import Inputs
+from nemotron_lite.ops.scan import check_shapes, document_starts, selective_scan, state_dtype
+
+CHUNK = 64  # tokens; on CPUs 64 beats 32, 128 and 256 (see the record of benchmarks/ssd_operator)
+
+
+def ssd(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, "h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    *,
+    D: Float[Tensor, "h"] | None = None,
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    seq_idx: Int[Tensor, "b t"] | None = None,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """`selective_scan` over t tokens, by chunks.
+
+    Args:
+        x: what is written to the state; any strides, any t (a ragged end is one shorter chunk).
+        dt: step size per token and head, after softplus (>= 0). dt = 0 leaves the state alone.
+        A: decay rate per head, negative.
+        B, C: write and read directions, one per group; g divides h.
+        D: weight of the path around the state; none when None.
+        initial_state: state before the first token; zeros when None.
+        seq_idx: which document of a packed row each token belongs to. Where it changes, the state
+            is reset to zero; `initial_state` belongs to the first document of the row.
+        chunk_size: q; the result depends on it only by rounding. 64 when None.
+        impl: "naive" (`selective_scan`) or "torch" (chunked).
+
+    Returns:
+        (y, state): y in the dtype of x, contiguous, and the state after the last token in float32
+        (float64 when x is float64).
+
+    Raises:
+        ValueError: unknown `impl`, a chunk size below 1, or shapes that do not fit each other.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
+    run = choose("ssd", impl, naive=_naive, torch=_chunked)
+    return run(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size or CHUNK)
+
+
+def _naive(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return selective_scan(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx)
+
+
+def _chunked(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
+    if initial_state is None:
+        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=state_dtype(x))
+    else:
+        state = initial_state.to(state_dtype(x))
+    starts = None if seq_idx is None else document_starts(seq_idx)
+    arguments = (x, dt, A, B, C, D, starts, state)
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments):
+        return _Ssd.apply(*arguments, chunk)
+    y, last, _ = _ssd_chunks.forward(Inputs(*arguments[:-1]), state, chunk, keep_states=False)
+    return y, last
+
+
+class _Ssd(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x, dt, A, B, C, D, starts, state, chunk
+    ) -> tuple[Tensor, Tensor]:
+        inputs = Inputs(x, dt, A, B, C, D, starts)
+        y, last, before = _ssd_chunks.forward(inputs, state, chunk, keep_states=True)
+        ctx.save_for_backward(*inputs, *before)
+        ctx.chunk = chunk
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        count = len(Inputs._fields)
+        inputs = Inputs(*saved[:count])
+        grads = backward(inputs, list(saved[count:]), ctx.chunk, grad_y, grad_last)
+        A = grads.A.to(inputs.A.dtype)
+        D = None if grads.D is None else grads.D.to(inputs.D.dtype)
+        return grads.x, grads.dt, A, grads.B, grads.C, D, None, grads.state, None
