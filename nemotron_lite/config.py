@@ -60,7 +60,7 @@ class NemotronConfig:
     conv_kernel: int = 4  # k
     chunk_size: int = 128  # q
     use_conv_bias: bool = True
-    time_step_min: float = 0.001  # seconds of the continuous system; used by the initialisation only
+    time_step_min: float = 0.001  # range of the first step sizes; initialisation only
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: tuple[float, float] = (0.0, math.inf)  # clamp of dt; Nemotron 3 has none
@@ -160,6 +160,7 @@ class NemotronConfig:
 
     @property
     def num_layers(self) -> int:
+        """Residual layers, MTP not counted."""
         return len(self.pattern)
 
     @property
@@ -184,6 +185,7 @@ class NemotronConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, always as a tuple."""
         eos = self.eos_token_id
         return (eos,) if isinstance(eos, int) else tuple(eos)
 

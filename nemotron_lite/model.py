@@ -24,11 +24,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers import MTP, Attention, Block, MambaMemory, Memory, RMSNorm, Span
-from nemotron_lite.layers.mamba import Mamba2
-from nemotron_lite.layers.mlp import MLP
-from nemotron_lite.layers.moe import Experts, MoE, Router
-from nemotron_lite.layers.span import RouterStats
+from nemotron_lite.layers import (
+    MLP,
+    MTP,
+    Attention,
+    Block,
+    Experts,
+    GatedRMSNorm,
+    Mamba2,
+    Memory,
+    MoE,
+    RMSNorm,
+    Router,
+    RouterStats,
+    Span,
+)
 from nemotron_lite.state import State
 
 SEGMENT = 1024  # tokens per row and pass of a long prefill
@@ -90,6 +100,7 @@ class Backbone(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "b t"], past: Sequence[Memory] | None, span: Span
     ) -> Float[Tensor, "b t d"]:
+        """The residual stream after the final norm."""
         x = self.embed(tokens)
         for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
             x = layer(x, memory, span)
@@ -115,11 +126,13 @@ class Nemotron(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        with torch.device(device or torch.get_default_device()):
+        with torch.device("meta"):  # no memory and no random numbers until `initialise`
             self.backbone = Backbone(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.mtp = MTP(config) if config.mtp_pattern else None
-        if self.device.type != "meta":
+        device = torch.device(device or torch.get_default_device())
+        if device.type != "meta":
+            self.to_empty(device=device)
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
@@ -129,10 +142,12 @@ class Nemotron(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.lm_head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.lm_head.weight.dtype
 
     def num_parameters(self) -> int:
@@ -309,7 +324,9 @@ def initialise(model: Nemotron) -> None:
     std = config.initializer_range
     depth = math.sqrt(config.num_layers) if config.rescale_prenorm_residual else 1.0
     for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (RMSNorm, GatedRMSNorm)):
+            module.weight.fill_(1)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=std)

@@ -102,6 +102,7 @@ class State:
 
     @property
     def batch(self) -> int:
+        """Rows."""
         return len(self._lengths)
 
     @property

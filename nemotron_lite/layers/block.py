@@ -44,4 +44,5 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], past: Memory = None, span: Span = Span()
     ) -> Float[Tensor, "b t d"]:
+        """Add the mixer's answer to the residual stream."""
         return x + self.mixer(self.norm(x), past, span)

@@ -45,11 +45,12 @@ class GatedRMSNorm(nn.Module):
     def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
 
     def forward(
         self, y: Float[Tensor, "*rows c"], z: Float[Tensor, "*rows c"]
     ) -> Float[Tensor, "*rows c"]:
+        """Gate y with silu(z), then normalise."""
         return ops.gated_rms_norm(y, z, self.weight, self.groups, self.eps)
 
 
@@ -97,7 +98,7 @@ class Mamba2(nn.Module):
         if real is not None:
             dt = dt * real.unsqueeze(-1)
         y, ssm = ops.ssd(
-            x, dt, self._A(), B, C,
+            x, dt, self._rates(), B, C,
             D=self.D,
             initial_state=None if past is None else past.ssm,
             seq_idx=span.seq_idx,
@@ -113,7 +114,7 @@ class Mamba2(nn.Module):
             past.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
         )
         x, B, C = self._split_heads(xBC)
-        y, past.ssm = ops.ssd_step(past.ssm, x, self._step_sizes(dt), self._A(), B, C, D=self.D)
+        y, past.ssm = ops.ssd_step(past.ssm, x, self._step_sizes(dt), self._rates(), B, C, D=self.D)
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
     def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +133,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         return dt.clamp(*self.dt_limit) if self.clamps_dt else dt
 
-    def _A(self) -> Float[Tensor, "h"]:
+    def _rates(self) -> Float[Tensor, "h"]:
+        """A: how fast each head forgets, negative."""
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         return -torch.exp(self.A_log.to(wide))

@@ -59,6 +59,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "t d"]) -> ops.Routing:
+        """Choose experts and their weights."""
         return ops.route(x, self.weight, self.e_score_correction_bias, **self.choice)
 
 
@@ -74,6 +75,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
+        """The weighted sum of each token's chosen experts."""
         return ops.expert_mlp(z, self.up_proj, self.down_proj, routing.weights, routing.indices)
 
 

@@ -10,12 +10,13 @@ from nemotron_lite import ops
 
 
 class RMSNorm(nn.Module):
-    """`ops.rms_norm` with a learned scale per channel, ones at the start."""
+    """`ops.rms_norm` with a learned scale per channel."""
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """Normalise each row."""
         return ops.rms_norm(x, self.weight, self.eps)

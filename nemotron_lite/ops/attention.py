@@ -89,6 +89,9 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor
             return _one_token(q, k, v)
         if starts == 0 and seq_idx is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        seen = int(starts.max()) + tokens
+        k, v = k[:, :, :seen], v[:, :, :seen]
     mask = _visible(q, k, starts, seq_idx)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
@@ -98,5 +101,6 @@ def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
-    weights = torch.softmax(grouped @ k.transpose(-1, -2), dim=-1, dtype=torch.float32)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.softmax(grouped @ k.transpose(-1, -2), dim=-1, dtype=wide)
     return (weights.to(v.dtype) @ v).view(q.shape)

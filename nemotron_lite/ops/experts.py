@@ -69,6 +69,7 @@ def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
 
 
 def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    up, down = up.to(z.dtype), down.to(z.dtype)
     if torch.is_grad_enabled():
         return _SortedExperts.apply(z, up, down, weights.to(z.dtype), indices)
     if indices.numel() <= FEW_PAIRS:

@@ -124,8 +124,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
-        rows = grad.flatten(0, -2)
-        grad_weight = (rows * (wide * scale).flatten(0, -2)).sum(0).to(weight.dtype)
+        normed = wide * scale
+        grad_weight = normed.mul_(grad).view(-1, x.shape[-1]).sum(0).to(weight.dtype)
         return _norm_backward(grad * weight, wide, scale).to(x.dtype), grad_weight, None
 
 
@@ -147,7 +147,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         gated = (wide_y * gate).unflatten(-1, (groups, -1))
         grad = grad.to(scale.dtype)
         normed = (gated * scale).flatten(-2)
-        grad_weight = normed.mul_(grad).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = normed.mul_(grad).view(-1, y.shape[-1]).sum(0).to(weight.dtype)
         grad_gated = _norm_backward((grad * weight).unflatten(-1, (groups, -1)), gated, scale)
         grad_gated = grad_gated.flatten(-2)
         # d silu(z)/dz = s + z s (1 - s) = s + gate (1 - s)

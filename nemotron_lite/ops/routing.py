@@ -67,7 +67,8 @@ def route(
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.sigmoid(F.linear(x.to(wide), weight.to(wide)))
+    with torch.autocast(x.device.type, enabled=False):  # mixed precision must not reach the router
+        return torch.sigmoid(F.linear(x.to(wide), weight.to(wide)))
 
 
 def _naive(

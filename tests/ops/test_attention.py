@@ -1,0 +1,89 @@
+"""Causal grouped-query attention: fast against scores written out, caches, ragged rows, packing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemotron_lite.ops import causal_attention
+from tests.compare import errors
+
+
+def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = None):
+    torch.manual_seed(b * 10 + t)
+    s = s or t
+    return (
+        torch.randn(b, h, t, p).double(),
+        torch.randn(b, kv, s, p).double(),
+        torch.randn(b, kv, s, p).double(),
+    )
+
+
+@pytest.mark.parametrize(("h", "kv"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("t", [1, 2, 33])
+def test_fast_equals_naive(h: int, kv: int, t: int) -> None:
+    found = errors(
+        lambda q, k, v: causal_attention(q, k, v, impl="torch"),
+        lambda q, k, v: causal_attention(q, k, v, impl="naive"),
+        _qkv(2, t, h, kv),
+    )
+    assert max(found) < 2e-6, found
+
+
+def test_naive_equals_the_formula() -> None:
+    q, k, v = _qkv(1, 5)
+    y = causal_attention(q, k, v, impl="naive")
+    for head in range(4):
+        for i in range(5):
+            scores = torch.stack([q[0, head, i] @ k[0, head // 2, j] for j in range(i + 1)])
+            weights = torch.softmax(scores / 8**0.5, 0)
+            torch.testing.assert_close(y[0, head, i], weights @ v[0, head // 2, : i + 1])
+
+
+@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("new", [1, 3, 8])
+def test_a_cache_continues(impl: str, new: int) -> None:
+    q, k, v = _qkv(2, 11, s=20)  # nine keys too many: what a longer buffer holds
+    whole = causal_attention(q, k, v, impl="naive")
+    part = causal_attention(q[:, :, 11 - new :], k, v, starts=11 - new, impl=impl)
+    torch.testing.assert_close(part, whole[:, :, 11 - new :])
+
+
+@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("new", [1, 4])
+def test_rows_with_starts_of_their_own(impl: str, new: int) -> None:
+    q, k, v = _qkv(3, new, s=16)
+    starts = torch.tensor([0, 5, 12])
+    found = causal_attention(q, k, v, starts=starts, impl=impl)
+    for row, start in enumerate(starts.tolist()):
+        one = [x[row : row + 1] for x in (q, k, v)]
+        torch.testing.assert_close(
+            found[row : row + 1], causal_attention(*one, starts=start, impl="naive")
+        )
+
+
+@pytest.mark.parametrize("impl", ["naive", "torch"])
+def test_packed_documents_do_not_see_each_other(impl: str) -> None:
+    q, k, v = _qkv(1, 9)
+    packed = causal_attention(
+        q, k, v, seq_idx=torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 3]]), impl=impl
+    )
+    for a, b in [(0, 3), (3, 4), (4, 8), (8, 9)]:
+        alone = causal_attention(*(x[:, :, a:b] for x in (q, k, v)), impl="naive")
+        torch.testing.assert_close(packed[:, :, a:b], alone)
+
+
+def test_keys_beyond_the_cache_are_never_read() -> None:
+    q, k, v = _qkv(1, 2, s=10)
+    k[:, :, 7:] = float("nan")
+    v[:, :, 7:] = float("nan")
+    assert causal_attention(q, k, v, starts=5).isfinite().all()
+    assert causal_attention(q[:, :, :1], k, v, starts=6).isfinite().all()
+
+
+def test_too_few_keys_and_packed_caches_are_refused() -> None:
+    q, k, v = _qkv(1, 4)
+    with pytest.raises(ValueError, match="4 keys do not cover starts=2"):
+        causal_attention(q, k, v, starts=2)
+    with pytest.raises(ValueError, match="starts must be 0"):
+        causal_attention(q[:, :, :1], k, v, starts=2, seq_idx=torch.zeros(1, 1, dtype=torch.int64))

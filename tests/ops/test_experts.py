@@ -1,0 +1,79 @@
+"""Expert MLPs: sorted and row by row against token by token, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemotron_lite.ops import expert_mlp, squared_relu
+from tests.compare import errors
+
+
+def _inputs(t: int, e: int = 6, k: int = 3, f: int = 10, latent: int = 8, busy: int | None = None):
+    torch.manual_seed(t)
+    indices = torch.stack([torch.randperm(busy or e)[:k] for _ in range(t)])
+    return [
+        torch.randn(t, latent).double(),
+        torch.randn(e, f, latent).double(),
+        torch.randn(e, latent, f).double(),
+        torch.rand(t, k).double(),
+    ], indices
+
+
+@pytest.mark.parametrize("busy", [None, 3])  # 3: half of the experts get no token
+@pytest.mark.parametrize("t", [1, 2, 5, 6, 40])
+def test_fast_equals_naive(t: int, busy: int | None) -> None:
+    inputs, indices = _inputs(t, busy=busy)
+    found = errors(
+        lambda *v: expert_mlp(*v, indices, impl="torch"),
+        lambda *v: expert_mlp(*v, indices, impl="naive"),
+        inputs,
+    )
+    assert max(found) < 1e-6, found
+
+
+@pytest.mark.parametrize("t", [1, 5, 6, 40])  # 15 pairs go row by row, 18 are sorted
+def test_without_gradients(t: int) -> None:
+    (z, up, down, weights), indices = _inputs(t)
+    exact = expert_mlp(z, up, down, weights, indices, impl="naive")
+    before = z.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(expert_mlp(z, up, down, weights, indices), exact)
+    assert torch.equal(z, before)
+
+
+def test_naive_equals_the_formula() -> None:
+    (z, up, down, weights), indices = _inputs(2)
+    found = expert_mlp(z, up, down, weights, indices, impl="naive")
+    for token in range(2):
+        total = torch.zeros(8, dtype=torch.float64)
+        for weight, e in zip(weights[token], indices[token].tolist(), strict=True):
+            hidden = (up[e] * z[token]).sum(1)
+            total += weight * (down[e] * hidden.clamp(min=0) ** 2).sum(1)
+        torch.testing.assert_close(found[token], total)
+
+
+def test_gradients_against_numbers() -> None:
+    inputs, indices = _inputs(4, f=3, latent=2)
+    leaves = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *v: expert_mlp(*v, indices, impl="torch"), leaves)
+
+
+def test_squared_relu() -> None:
+    x = torch.tensor([-2.0, 0.0, 3.0])
+    assert torch.equal(squared_relu(x), torch.tensor([0.0, 0.0, 9.0]))
+
+
+def test_bfloat16_tokens_with_float32_masters() -> None:
+    """Mixed precision: activations in bfloat16, weights kept in float32."""
+    (z, up, down, weights), indices = _inputs(12)
+    low = [
+        z.bfloat16().requires_grad_(),
+        up.float().requires_grad_(),
+        down.float().requires_grad_(),
+    ]
+    y = expert_mlp(*low, weights.float(), indices)
+    y.sum().backward()
+    exact = expert_mlp(z, up, down, weights, indices, impl="naive")
+    assert y.dtype == torch.bfloat16 and low[1].grad.dtype == torch.float32
+    assert (y.double() - exact).norm() / exact.norm() < 0.02
