@@ -2,8 +2,8 @@
 
 The defaults are Super's recipe (reference sheet 7) where it carries over to a run of minutes: the
 AdamW constants, the loss weights, the clip, minus-sqrt decay to 1 % of the peak. What does not
-carry over was chosen by measuring on the `lite` preset: a much larger learning rate, a longer warm-up and
-a longer decay share, because a few hundred updates have to do what a million do there.
+carry over was chosen by measuring on the `lite` preset: a larger learning rate, a longer warm-up
+and a longer decay share, because a few hundred updates have to do what a million do there.
 """
 
 from __future__ import annotations

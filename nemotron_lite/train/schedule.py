@@ -2,7 +2,7 @@
 
     progress in [0, w)        peak * progress / w                    warm-up, linear
     progress in [w, 1 - c]    peak                                   stable
-    progress in (1 - c, 1]    floor + (peak - floor) (1 - sqrt x)    decay, x = (progress - 1 + c) / c
+    progress in (1 - c, 1]    floor + (peak - floor) (1 - sqrt x)    decay; x = share of it done
 
 WSD keeps the rate at its peak for most of the run and pays the decay only at the end, so the stable
 part can be lengthened, or branched from, without deciding on the length in advance (Hu et al. 2024,
