@@ -1,0 +1,46 @@
+"""Checkpoints small enough to write hundreds of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron_lite import Nemotron, NemotronConfig, save
+from tests.checkpoint.tiny import TINY, randomise
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are so small that sharing their work between threads only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> NemotronConfig:
+    """One layer of each kind, a second mixture, and MTP."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Nemotron]:
+    """A model with no parameter at its initial value: `make(config, seed=0, dtype=None)`."""
+
+    def build(config: NemotronConfig, seed: int = 0, dtype: torch.dtype | None = None) -> Nemotron:
+        model = Nemotron(config)
+        randomise(model.state_dict().items(), seed)
+        return model.to(dtype) if dtype else model
+
+    return build
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron]) -> Path:
+    """A folder with a whole checkpoint of `tiny`, for tests that break it."""
+    save(make(tiny), tmp_path / "model")
+    return tmp_path / "model"
