@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_lite.ops._door import choose
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def causal_conv1d(
     x: Float[Tensor, "b t c"],
@@ -119,10 +121,20 @@ def _loop_over_taps(
 def _depthwise(
     window: Float[Tensor, "b s c"], weight: Float[Tensor, "c k"], bias: Float[Tensor, "c"] | None
 ) -> Float[Tensor, "b t c"]:
-    """oneDNN's 2-D depthwise convolution on an image one pixel high, channels innermost."""
-    image = window.transpose(1, 2).unsqueeze(2)
-    kernel = weight[:, None, None, :].contiguous(memory_format=torch.channels_last)
-    return F.conv2d(image, kernel, bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+    """oneDNN's 2-D depthwise convolution on an image one pixel high, channels innermost.
+
+    Where oneDNN does not answer (float64, other devices), one multiply-add per tap.
+    """
+    if window.is_cpu and window.dtype in (torch.float32, torch.bfloat16) and _ONEDNN:
+        image = window.transpose(1, 2).unsqueeze(2)
+        kernel = weight[:, None, None, :].contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(image, kernel, bias, groups=weight.shape[0])
+        return y.squeeze(2).transpose(1, 2)
+    length = window.shape[1] - weight.shape[1] + 1
+    y = window[:, :length] * weight[:, 0]
+    for j in range(1, weight.shape[1]):
+        y.addcmul_(window[:, j : j + length], weight[:, j])
+    return y if bias is None else y.add_(bias)
 
 
 class _ConvSilu(torch.autograd.Function):
