@@ -16,14 +16,14 @@ S' the state after it, and gradients written g:
 
 The gradient of s needs care. Let P = gM * L * (C B^T), the gradient of the exponents. Entry (l, r)
 depends on exactly the steps a_t = dt_t A with r < t <= l. On the diagonal there is none, yet it is
-by far the largest entry under strong decay: it is taken out before rows and columns are summed,
-because row sum minus column sum would otherwise cancel to noise. In the same way the write of token
-r, w_r, depends on the steps after r, and what token l reads on the steps up to l:
+by far the largest entry under strong decay. The textbook form, a running sum of (row sum minus
+column sum), adds it and takes it away again, and what is left of dA is noise (1e-5 was measured).
+Here the entries that span a step are added up and nothing is subtracted: a product with a triangle
+of ones sums over l >= t, a masked row sum over r < t. In the same way the write of token r depends
+on the steps after r, and what token l reads from the state on the steps up to l:
 
-    ga_t = sum_{l >= t} (rows_l(P) - columns_l(P) + read_l) + sum_{r < t} write_r + whole
-    gdt_t = A ga_t + (column_t(P) + P_tt) / dt_t + e^(s_q - s_t) (x_t . B_t gS'^T)
-
-These sums over tokens are taken in float64; they are small.
+    ga_t = sum_{l >= t > r} P_lr + sum_{l >= t} read_l + sum_{r < t} write_r + e^(s_q) (S . gS')
+    gdt_t = A ga_t + (sum_l P_lt) / dt_t + e^(s_q - s_t) (x_t . gS' B_t)
 
 Source: differentiated here from the forward equations. Left out: second derivatives.
 """
@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_lite.ops import _ssd_chunks as chunks_of
-from nemotron_lite.ops._ssd_chunks import LIMITS, Inputs, Segment
+from nemotron_lite.ops import _ssd_chunks as fwd
+from nemotron_lite.ops._ssd_chunks import LIMITS, Inputs, Scratch, Segment
 
 
 class Gradients(NamedTuple):
@@ -47,7 +47,7 @@ class Gradients(NamedTuple):
     A: Tensor  # float64
     B: Tensor
     C: Tensor
-    D: Tensor | None  # float64
+    D: Tensor  # float64
     state: Tensor  # of the initial state
 
 
@@ -58,118 +58,105 @@ def backward(
 
     Args:
         inputs: as the forward pass saw them.
-        before: the state before each segment.
+        before: the state before each segment, from the forward pass.
         chunk: the forward pass's chunk length.
         grad_y: `b t h p`.
         grad_state: `b h p n`, of the last state; in the state's dtype.
     """
     batch, tokens, heads, _ = inputs.x.shape
-
-    def empty(v: Tensor) -> Tensor:
-        return torch.empty_like(v, memory_format=torch.contiguous_format)
-
-    grad_A = inputs.A.new_zeros(heads, dtype=torch.float64)
-    grads = Gradients(
-        x=empty(inputs.x),
-        dt=empty(inputs.dt),
-        A=grad_A,
-        B=empty(inputs.B),
-        C=empty(inputs.C),
-        D=None if inputs.D is None else torch.zeros_like(grad_A),
-        state=grad_state,
+    groups = inputs.B.shape[2]
+    scratch = Scratch(grad_state.dtype, inputs.x.device)
+    x, dt, B, C = (
+        torch.empty_like(v, memory_format=torch.contiguous_format)
+        for v in (inputs.x, inputs.dt, inputs.B, inputs.C)
     )
-    segments = chunks_of.cut(tokens, batch * heads, chunk)
-    for (first, chunks, length), state in zip(reversed(segments), reversed(before), strict=True):
-        part = chunks_of.segment(inputs, first, chunks, length, state.dtype)
-        span = chunks * length
-        local = Gradients(
-            *(v.narrow(1, first, span) for v in grads[:2]),
-            grads.A,
-            *(v.narrow(1, first, span) for v in grads[3:5]),
-            grads.D,
-            grad_state,
-        )
-        grad_state = _segment_backward(
-            inputs, part, state, grad_y.narrow(1, first, span), local
-        )
-    return grads._replace(state=grad_state)
+    A, D = (inputs.A.new_zeros(heads, dtype=torch.float64) for _ in range(2))
+    state = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
+    remaining = list(before)
+    for row, rows, segments in reversed(fwd.cut(batch, tokens, heads, chunk)):
+        local, now = inputs.rows(row, rows), grad_state.narrow(0, row, rows)
+        for span in reversed(segments):
+            part = fwd.segment(local, *span, scratch)
+            views = (fwd.chunked(v.narrow(0, row, rows), *span) for v in (x, dt, B, C))
+            gx, gdt, gB, gC = (v.transpose(2, 3) for v in views)
+            gx = gx.transpose(2, 3).unflatten(3, (groups, -1)).transpose(2, 3)
+            grads = Gradients(gx, gdt, A, gB, gC, D, now)
+            gy = fwd.chunked(grad_y.narrow(0, row, rows), *span)
+            gy = fwd.side_by_side(gy, groups)
+            now = _segment(inputs, part, remaining.pop(), gy, grads)
+        state.narrow(0, row, rows).copy_(now)
+    return Gradients(x, dt, A, B, C, D, state)
 
 
-def _segment_backward(
-    inputs: Inputs, part: Segment, state: Tensor, grad_y: Tensor, grads: Gradients
+def _segment(
+    inputs: Inputs, part: Segment, state: Tensor, gy: Tensor, grads: Gradients
 ) -> Tensor:
     """Fill `grads` for one segment; the gradient of the state before it comes back."""
-    chunks, batch, groups, chunk, _, width = part.x.shape
-    wide = state.dtype
-    gy = grad_y.unflatten(1, (chunks, chunk)).transpose(0, 1)
-    gy = gy.unflatten(3, (groups, -1)).transpose(2, 3)  # c b g q r p, a view
-    gy_heads = part.by_head(gy)
-    gy_into = (gy * part.grouped(part.into)).flatten(4).flatten(0, 2)
-    x_heads = part.heads
+    take, wide = part.scratch.take, state.dtype
     B, C = part.B.flatten(0, 2), part.C.flatten(0, 2)
+    gy_heads = part.by_head(gy, "gy_heads")
+    gy_into = part.by_group(gy, part.into, "gy_into")
 
     # Inside the chunks
-    gx_heads = torch.bmm(chunks_of.mix(part, inputs.D).mT, gy_heads)
-    g_mix = torch.bmm(gy_heads, x_heads.mT).view(part.decay.shape)
-    if grads.D is not None:
-        grads.D.add_(g_mix.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3), dtype=torch.float64))
-    exponents = g_mix.mul_(part.decay).unflatten(2, (groups, -1))
-    g_scores = exponents.sum(3).tril_()
+    mix = fwd.mix(part, inputs.D, take("mix", *part.decay.shape))
+    gx_heads = torch.bmm(mix.mT, gy_heads, out=take("inside", *gy_heads.shape))
+    exponents = take("g_mix", *mix.shape)
+    torch.bmm(gy_heads, part.by_head(part.x, "heads").mT, out=exponents)
+    exponents = exponents.view(part.decay.shape)
+    grads.D.add_(_diagonal(exponents).sum((0, 1, 3), dtype=torch.float64))
+    exponents.mul_(part.decay)
+    g_scores = torch.sum(exponents, 3, out=take("g_scores", *part.scores.shape)).tril_()
     if part.same is not None:
         g_scores.mul_(part.same)
-    g_scores = g_scores.flatten(0, 2)
-    exponents = exponents.mul_(part.scores.unsqueeze(3)).flatten(2, 3)
-    diagonal = exponents.diagonal(dim1=-2, dim2=-1)
+    exponents.mul_(part.scores.unsqueeze(3))
+    diagonal = _diagonal(exponents)
     own = diagonal.clone()
     diagonal.zero_()
-    # from_here[t, r] = sum_{l >= t} P_lr; its first row sums whole columns
-    from_here = torch.matmul(torch.ones_like(exponents[0, 0, 0]).triu_(), exponents)
-    columns = from_here[..., 0, :].clone()
-    across = from_here.tril_(-1).sum(-1)
+    ones = torch.ones_like(mix[0]).triu_().expand(mix.shape)
+    from_here = torch.bmm(ones, exponents.view(mix.shape), out=mix).view(part.decay.shape)
+    columns = from_here[..., 0, :].flatten(2, 3) + own
+    spanning = from_here.tril_(-1).sum(-1).flatten(2, 3)
 
     # Through the states
-    scaled = chunks_of.written(part)
-    states = chunks_of.walk(part, scaled, state)
-    answers = chunks_of.read(part, states)
-    g_states = state.new_empty(chunks + 1, *state.shape)
+    scaled = fwd.written(part)
+    states = fwd.walk(part, scaled, state)
+    answers = fwd.read(part, states)
+    g_states = part.new_states("g_states")
     g_states[-1].copy_(grads.state)
-    after = g_states[1:].view(*_matrices(part))
-    torch.bmm(gy_into.mT, C, out=g_states[:-1].view(*_matrices(part)))
-    keep = part.across[..., None, None].unbind(0)
+    torch.bmm(gy_into.mT, C, out=part.matrices(g_states[:-1]))
     each = g_states.unbind(0)
-    for c in reversed(range(chunks)):
-        each[c].addcmul_(each[c + 1], keep[c])
-    g_written = torch.bmm(B, after.mT)
+    for c, keep in reversed(list(enumerate(part.across[..., None, None].unbind(0)))):
+        each[c].addcmul_(each[c + 1], keep)
+    after = part.matrices(g_states[1:])
+    g_written = torch.bmm(B, after.mT, out=take("g_written", *scaled.shape))
 
-    g_C = torch.baddbmm(torch.bmm(g_scores, B), gy_into, states[:-1].view(*_matrices(part)))
-    g_B = torch.baddbmm(torch.bmm(g_scores.mT, C), scaled, after)
-    chunks_of.spread(part, g_B, grads.B)
-    chunks_of.spread(part, g_C, grads.C)
-    scale = part.out_of * part.dt.to(wide)
-    chunks_of.combine(part, gx_heads, g_written, scale, grads.x)
+    g_scores = g_scores.view(-1, *g_scores.shape[-2:])
+    g_map = take("g_map", *B.shape)
+    torch.bmm(g_scores, B, out=g_map).baddbmm_(gy_into, part.matrices(states[:-1]))
+    grads.C.copy_(g_map.view(part.C.shape))
+    torch.bmm(g_scores.mT, C, out=g_map).baddbmm_(scaled, after)
+    grads.B.copy_(g_map.view(part.B.shape))
+    fwd.combine(part, gx_heads, g_written, part.out_of * part.dt.to(wide), grads.x)
 
     # What is left is one number per token and head
-    reads = _inner(part, gy_into, answers)
-    direct = _inner(part, part.x.flatten(4).flatten(0, 2), g_written) * part.out_of
+    reads = _per_token(answers.mul_(gy_into).view(gy.shape))
+    direct = _per_token(g_written.view(gy.shape).mul_(part.x)) * part.out_of
     writes = direct * part.dt
-    whole = (states[:-1] * g_states[1:]).sum((3, 4)).to(torch.float64) * part.across
-    g_steps = reads.flip(-1).cumsum_(-1).flip(-1).add_(across)
+    whole = states[:-1].mul_(g_states[1:]).sum((3, 4), dtype=wide) * part.across
+    g_steps = reads.flip(-1).cumsum_(-1).flip(-1).add_(spanning)
     g_steps.add_(writes.cumsum(-1).sub_(writes)).add_(whole.unsqueeze(-1))
-    g_dt = g_steps * inputs.A.to(torch.float64).unsqueeze(-1)
-    g_dt.add_((columns + own).div_(part.dt.clamp(min=LIMITS[wide].least_dt))).add_(direct)
     grads.A.add_((g_steps * part.dt).sum((0, 1, 3)))
-    grads.dt.unflatten(1, (chunks, chunk)).transpose(0, 1).transpose(2, 3).copy_(g_dt)
-    return each[0]
+    g_dt = g_steps * inputs.A.to(torch.float64).unsqueeze(-1)
+    g_dt.add_(columns / part.dt.clamp(min=LIMITS[wide].least_dt)).add_(direct)
+    grads.dt.copy_(g_dt)
+    return each[0].clone()
 
 
-def _matrices(part: Segment) -> tuple[int, int, int]:
-    """The shape of one state per chunk, seen as one matrix per group: `c*b*g r*p n`."""
-    chunks, batch, groups, _, shared, width = part.x.shape
-    return chunks * batch * groups, shared * width, part.B.shape[-1]
+def _diagonal(squares: Tensor) -> Tensor:
+    """`c b g r q q` -> `c b h q`, a view of the diagonals."""
+    return squares.flatten(2, 3).diagonal(dim1=-2, dim2=-1)
 
 
-def _inner(part: Segment, left: Tensor, right: Tensor) -> Tensor:
-    """Inner products over p of two `c*b*g q r*p`, as `c b h q` in float64."""
-    chunks, batch, groups, chunk, shared, width = part.x.shape
-    product = (left * right).view(chunks, batch, groups, chunk, shared, width).sum(-1)
-    return product.transpose(3, 4).flatten(2, 3).to(torch.float64)
+def _per_token(products: Tensor) -> Tensor:
+    """`c b g q r p` summed over p, as `c b h q` in float64."""
+    return products.sum(-1).transpose(3, 4).flatten(2, 3).to(torch.float64)

@@ -2,10 +2,10 @@
 
 Shapes inside a segment of c chunks of q tokens, with r = h / g heads per group:
 
-    x, y, the scaled x      c b h q p  (head by head)    or  c b g q r p  (a group side by side)
+    x, y                    c b g r q p  (head by head)  or  c b g q r p  (a group side by side)
     B, C                    c b g q n
-    decay, mix              c b h q q
-    states                  c+1 b h p n, the state before each chunk and after the last
+    decay, mix              c b g r q q
+    states                  c+1 b h p n: the state before each chunk, and after the last
 
 A group's B and C are shared by its r heads, so products with them take the heads side by side as
 one matrix of r*p columns. A state is laid out as the model stores it, head by head, p x n.
@@ -16,17 +16,23 @@ under strong decay). dt_r is folded into the exponent as log dt_r, and D is adde
 `mix`: neither costs a pass over memory. The exponent is clamped from below to keep subnormal
 numbers out of the products, which would run 40 to 170 times slower; what that adds is a factor of
 e^-60 of a token's contribution. Nothing above the diagonal is read: C B^T is zeroed there.
+
+Speed. A segment is as many chunks as keep its temporaries in the cache, and temporaries are written
+to the same memory segment after segment (`Scratch`): the first touch of a fresh page costs more
+than the arithmetic done on it.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-RESET = -1e3  # added to the exponent at a document start; e^-1000 is 0 even in float64
-SEGMENT_HEADS = 64  # chunks x rows x heads worked on at once, so that temporaries stay in cache
+RESET = -1e3  # the exponent at a document start; e^-1000 is 0 even in float64
+SEGMENT_HEADS = 64  # chunks x rows x heads of 64 x 64 entries that are worked on at once
 
 
 class Limits(NamedTuple):
@@ -55,6 +61,40 @@ class Inputs(NamedTuple):
     D: Tensor | None  # h
     starts: Tensor | None  # b t, True at the first token of a document
 
+    def rows(self, first: int, count: int) -> Inputs:
+        """The same for `count` rows of the batch."""
+        x, dt, B, C = (v.narrow(0, first, count) for v in (self.x, self.dt, self.B, self.C))
+        starts = None if self.starts is None else self.starts.narrow(0, first, count)
+        return Inputs(x, dt, self.A, B, C, self.D, starts)
+
+
+class Scratch:
+    """Memory for temporaries, one buffer per name, kept from segment to segment and call to call.
+
+    Buffers belong to a thread, a dtype and a device. They hold a few megabytes, whatever t is.
+    Elsewhere than on a CPU they last for one call: those allocators cache memory themselves, and
+    know about streams.
+    """
+
+    _kept = threading.local()
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        if device.type == "cpu":
+            self.buffers = self._kept.__dict__.setdefault("buffers", self.buffers)
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory; what was taken under the same name before is overwritten."""
+        key = (name, dtype or self.dtype)
+        count = math.prod(shape)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < count:
+            with torch.inference_mode(False):  # a buffer made inside would be barred outside
+                buffer = torch.empty(count, dtype=key[1], device=self.device)
+            self.buffers[key] = buffer
+        return buffer[:count].view(shape)
+
 
 class Segment(NamedTuple):
     """What the forward and the backward pass both need to know about one run of chunks."""
@@ -65,89 +105,113 @@ class Segment(NamedTuple):
     C: Tensor  # c b g q n
     scores: Tensor  # c b g q q: C B^T where token l sees token r, zero elsewhere
     same: Tensor | None  # c b 1 q q: l and r in one document; None when there is only one
-    decay: Tensor  # c b h q q: exp(s_l - s_r) dt_r; above the diagonal meaningless, but finite
+    decay: Tensor  # c b g r q q: exp(s_l - s_r) dt_r; above the diagonal meaningless, but finite
     into: Tensor  # c b h q: exp(s_l), how much of the state before the chunk reaches token l
     out_of: Tensor  # c b h q: exp(s_q - s_r), how much of token r's write outlives the chunk
     across: Tensor  # c b h: exp(s_q), how much of the state outlives the chunk
-
-    @property
-    def heads(self) -> Tensor:
-        """x head by head, `c*b*h q p`, copied."""
-        return self.by_head(self.x)
-
-    def by_head(self, v: Tensor) -> Tensor:
-        """`c b g q r p`, any strides and dtype -> `c*b*h q p`, copied."""
-        chunks, batch, groups, chunk, shared, width = v.shape
-        copy = self.B.new_empty(chunks, batch, groups, shared, chunk, width)
-        return copy.copy_(v.transpose(3, 4)).view(-1, chunk, width)
+    scratch: Scratch
 
     def grouped(self, per_token: Tensor) -> Tensor:
         """`c b h q` -> `c b g q r 1`, to scale what lies group by group."""
         return per_token.unflatten(2, (self.B.shape[2], -1)).transpose(3, 4).unsqueeze(-1)
 
+    def by_head(self, v: Tensor, name: str) -> Tensor:
+        """`c b g q r p`, any strides and dtype -> `c*b*h q p`, copied."""
+        chunks, batch, groups, chunk, shared, width = v.shape
+        copy = self.scratch.take(name, chunks, batch, groups, shared, chunk, width)
+        return copy.copy_(v.transpose(3, 4)).view(-1, chunk, width)
 
-def cut(tokens: int, size: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(first token, chunks, chunk length) of each segment; a ragged end is one short chunk.
+    def by_group(self, v: Tensor, per_token: Tensor, name: str) -> Tensor:
+        """`c b g q r p` times `c b h q`, as `c*b*g q r*p`."""
+        chunks, batch, groups, chunk, shared, width = v.shape
+        result = self.scratch.take(name, *v.shape)
+        torch.mul(v, self.grouped(per_token), out=result)
+        return result.view(-1, chunk, shared * width)
 
-    Args:
-        tokens: t.
-        size: rows x heads, which decides how many chunks fit into one segment.
-        chunk: the chunk length q.
+    def new_states(self, name: str) -> Tensor:
+        """Room for `c+1 b h p n`."""
+        chunks, batch, groups, _, shared, width = self.x.shape
+        n = self.B.shape[-1]
+        return self.scratch.take(name, chunks + 1, batch, groups * shared, width, n)
+
+    def matrices(self, states: Tensor) -> Tensor:
+        """`c b h p n` -> `c*b*g r*p n`: the states of a group's heads as one matrix."""
+        return states.view(-1, self.x.shape[4] * self.x.shape[5], states.shape[-1])
+
+
+def cut(batch: int, tokens: int, heads: int, chunk: int) -> list[tuple[int, int, list]]:
+    """Split the work: (first row, rows, [(first token, chunks, chunk length), ...]) in order.
+
+    A ragged end is one short chunk.
     """
-    per_segment = max(1, SEGMENT_HEADS * 64 * 64 // (size * chunk * chunk))
-    whole = tokens // chunk
+    room = max(1, SEGMENT_HEADS * 64 * 64 // (heads * chunk * chunk))
+    rows = min(batch, room)
+    chunks, whole = room // max(1, rows), tokens // chunk
     segments = [
-        (first * chunk, min(per_segment, whole - first), chunk)
-        for first in range(0, whole, per_segment)
+        (first * chunk, min(chunks, whole - first), chunk) for first in range(0, whole, chunks)
     ]
     if tokens % chunk:
         segments.append((whole * chunk, 1, tokens % chunk))
-    return segments
+    return [(row, min(rows, batch - row), segments) for row in range(0, batch, rows or 1)]
 
 
-def segment(inputs: Inputs, first: int, chunks: int, chunk: int, wide: torch.dtype) -> Segment:
+def chunked(v: Tensor, first: int, chunks: int, chunk: int) -> Tensor:
+    """`b t ...` -> `c b q ...`, a view of the tokens from `first` on."""
+    return v.narrow(1, first, chunks * chunk).unflatten(1, (chunks, chunk)).transpose(0, 1)
+
+
+def side_by_side(v: Tensor, groups: int) -> Tensor:
+    """`c b q h p` -> `c b g q r p`, a view."""
+    return v.unflatten(3, (groups, -1)).transpose(2, 3)
+
+
+def segment(inputs: Inputs, first: int, chunks: int, chunk: int, scratch: Scratch) -> Segment:
     """Everything about tokens [first, first + chunks * chunk) that does not depend on the state."""
-    groups = inputs.B.shape[2]
-
-    def part(v: Tensor) -> Tensor:
-        """`b t ...` -> `c b q ...`, a view."""
-        v = v.narrow(1, first, chunks * chunk)
-        return v.unflatten(1, (chunks, chunk)).transpose(0, 1)
-
+    span, wide = (first, chunks, chunk), scratch.dtype
+    batch, _, heads, _ = inputs.x.shape
+    groups, n = inputs.B.shape[2:]
     limits = LIMITS[wide]
-    dt = part(inputs.dt).transpose(2, 3).to(torch.float64)
-    exponent = dt * inputs.A.to(torch.float64).unsqueeze(-1)
-    documents = None
+
+    dt = chunked(inputs.dt, *span).transpose(2, 3).to(torch.float64)
+    total = dt * inputs.A.to(torch.float64).unsqueeze(-1)
+    same = None
     if inputs.starts is not None:
-        starts = part(inputs.starts)
-        exponent = exponent.masked_fill(starts.unsqueeze(2), RESET)
-        documents = starts.cumsum(-1)
-    total = exponent.cumsum_(-1)
+        starts = chunked(inputs.starts, *span)
+        total.masked_fill_(starts.unsqueeze(2), RESET)
+        document = starts.cumsum(-1)
+        same = (document.unsqueeze(-1) == document.unsqueeze(-2)).unsqueeze(2)
+    total.cumsum_(-1)
     # s_l - (s_r - log dt_r)
     columns = total - dt.clamp(min=limits.least_dt).log_()
-    decay = (total.unsqueeze(-1) - columns.unsqueeze(-2)).to(wide)
-    decay.clamp_(limits.low, limits.high).exp_()
+    square = (chunks, batch, heads, chunk, chunk)
+    exponents = scratch.take("exponents", *square, dtype=torch.float64)
+    torch.sub(total.unsqueeze(-1), columns.unsqueeze(-2), out=exponents)
+    decay = scratch.take("decay", *square)
+    decay.copy_(exponents).clamp_(limits.low, limits.high).exp_()
 
-    B = part(inputs.B).transpose(2, 3).to(wide).contiguous()
-    C = part(inputs.C).transpose(2, 3).to(wide).contiguous()
-    scores = torch.matmul(C, B.mT).tril_()
-    same = None
-    if documents is not None:
-        same = (documents.unsqueeze(-1) == documents.unsqueeze(-2)).unsqueeze(2)
+    B = scratch.take("B", chunks, batch, groups, chunk, n)
+    C = scratch.take("C", chunks, batch, groups, chunk, n)
+    B.copy_(chunked(inputs.B, *span).transpose(2, 3))
+    C.copy_(chunked(inputs.C, *span).transpose(2, 3))
+    scores = scratch.take("scores", chunks, batch, groups, chunk, chunk)
+    flat = scores.view(-1, chunk, chunk)
+    torch.bmm(C.view(-1, chunk, n), B.view(-1, chunk, n).mT, out=flat).tril_()
+    if same is not None:
         scores.mul_(same)
 
     last = total[..., -1:]
     return Segment(
-        x=part(inputs.x).unflatten(3, (groups, -1)).permute(0, 1, 3, 2, 4, 5),
+        x=side_by_side(chunked(inputs.x, *span), groups),
         dt=dt,
         B=B,
         C=C,
         scores=scores,
         same=same,
-        decay=decay,
+        decay=decay.unflatten(2, (groups, -1)),
         into=_fade(total, limits, wide),
         out_of=_fade(last - total, limits, wide),
         across=_fade(last.squeeze(-1), limits, wide),
+        scratch=scratch,
     )
 
 
@@ -156,29 +220,22 @@ def _fade(exponent: Tensor, limits: Limits, wide: torch.dtype) -> Tensor:
     return torch.threshold(exponent, limits.vanish, -torch.inf).exp_().to(wide)
 
 
-def mix(part: Segment, D: Tensor | None, out: Tensor | None = None) -> Tensor:
+def mix(part: Segment, D: Tensor | None, out: Tensor) -> Tensor:
     """`c*b*h q q`: how much of each token's x reaches each token's y without leaving the chunk.
 
     Args:
-        out: where to write it; `part.decay` itself when it is not needed any more.
+        out: where to write it; `part.decay` itself when that is not needed any more.
     """
-    groups = part.scores.shape[2]
-    decay = part.decay.unflatten(2, (groups, -1))
-    result = torch.mul(decay, part.scores.unsqueeze(3), out=_like(out, decay))
-    result = result.flatten(2, 3)
+    torch.mul(part.decay, part.scores.unsqueeze(3), out=out)
     if D is not None:
-        result.diagonal(dim1=-2, dim2=-1).add_(D.to(result.dtype).unsqueeze(-1))
-    return result.flatten(0, 2)
-
-
-def _like(out: Tensor | None, other: Tensor) -> Tensor | None:
-    return None if out is None else out.view(other.shape)
+        diagonal = out.flatten(2, 3).diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(D.to(out.dtype).unsqueeze(-1))
+    return out.view(-1, *out.shape[-2:])
 
 
 def written(part: Segment) -> Tensor:
     """`c*b*g q r*p`: x scaled to what it adds to the state at the end of its chunk."""
-    scale = part.out_of * part.dt.to(part.out_of.dtype)
-    return (part.x * part.grouped(scale)).flatten(4).flatten(0, 2)
+    return part.by_group(part.x, part.out_of * part.dt.to(part.out_of.dtype), "written")
 
 
 def walk(part: Segment, scaled: Tensor, state: Tensor) -> Tensor:
@@ -188,43 +245,34 @@ def walk(part: Segment, scaled: Tensor, state: Tensor) -> Tensor:
         scaled: from `written`.
         state: `b h p n`, before the segment.
     """
-    chunks = part.B.shape[0]
-    states = state.new_empty(chunks + 1, *state.shape)
+    states = part.new_states("states")
     states[0].copy_(state)
-    width, n = scaled.shape[-1], part.B.shape[-1]
-    torch.bmm(scaled.mT, part.B.flatten(0, 2), out=states[1:].view(-1, width, n))
-    keep = part.across[..., None, None].unbind(0)
+    torch.bmm(scaled.mT, part.B.flatten(0, 2), out=part.matrices(states[1:]))
     each = states.unbind(0)
-    for c in range(chunks):
-        each[c + 1].addcmul_(each[c], keep[c])
+    for c, keep in enumerate(part.across[..., None, None].unbind(0)):
+        each[c + 1].addcmul_(each[c], keep)
     return states
 
 
 def read(part: Segment, states: Tensor) -> Tensor:
     """`c*b*g q r*p`: what the state before each chunk answers to each of its C."""
-    width = states.shape[2] * states.shape[3] // part.C.shape[2]
-    rows = states[:-1].reshape(-1, width, states.shape[-1])
-    return torch.bmm(part.C.flatten(0, 2), rows.mT)
-
-
-def spread(part: Segment, grouped: Tensor, out: Tensor) -> None:
-    """Write `c*b*g q n` into `b t g n`."""
-    chunks, _, _, chunk, _ = part.B.shape
-    target = out.unflatten(1, (chunks, chunk)).transpose(0, 1).transpose(2, 3)
-    target.copy_(grouped.view(part.B.shape))
+    C, rows = part.C.flatten(0, 2), part.matrices(states[:-1])
+    out = part.scratch.take("read", C.shape[0], C.shape[1], rows.shape[1])
+    return torch.bmm(C, rows.mT, out=out)
 
 
 def combine(part: Segment, heads: Tensor, groups: Tensor, scale: Tensor, out: Tensor) -> None:
-    """Add `heads` (head by head) and `scale * groups` (group by group) into `out`, `b t h p`."""
-    chunks, batch, g, chunk, r, p = part.x.shape
-    target = out.unflatten(1, (chunks, chunk)).transpose(0, 1).unflatten(3, (g, r))
-    side_by_side = groups.view(chunks, batch, g, chunk, r, p)
-    by_head = heads.view(chunks, batch, g, r, chunk, p).transpose(3, 4)
-    target = target.transpose(2, 3)
-    if out.dtype == heads.dtype:
-        torch.addcmul(by_head, side_by_side, part.grouped(scale), out=target)
-    else:
-        target.copy_(torch.addcmul(by_head, side_by_side, part.grouped(scale)))
+    """Write `heads` (head by head) plus `scale * groups` (group by group).
+
+    Args:
+        heads: `c*b*h q p`.
+        groups: `c*b*g q r*p`.
+        scale: `c b h q`.
+        out: `c b g q r p`, a view of the result.
+    """
+    chunks, batch, g, chunk, shared, width = out.shape
+    by_head = heads.view(chunks, batch, g, shared, chunk, width).transpose(3, 4)
+    torch.addcmul(by_head, groups.view(out.shape), part.grouped(scale), out=out)
 
 
 def forward(
@@ -232,15 +280,22 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """y, the last state and, where asked, the state before each segment."""
     batch, tokens, heads, _ = inputs.x.shape
+    scratch = Scratch(state.dtype, inputs.x.device)
     y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+    last = torch.empty_like(state, memory_format=torch.contiguous_format)
     before: list[Tensor] = []
-    for first, chunks, length in cut(tokens, batch * heads, chunk):
-        if keep_states:
-            before.append(state)
-        part = segment(inputs, first, chunks, length, state.dtype)
-        states = walk(part, written(part), state)
-        local = torch.bmm(mix(part, inputs.D, out=part.decay), part.heads)
-        target = y.narrow(1, first, chunks * length)
-        combine(part, local, read(part, states), part.into, target)
-        state = states[-1].clone()
-    return y, state, before
+    for row, rows, segments in cut(batch, tokens, heads, chunk):
+        local, now = inputs.rows(row, rows), state.narrow(0, row, rows)
+        answer = y.narrow(0, row, rows)
+        for span in segments:
+            if keep_states:
+                before.append(now)
+            part = segment(local, *span, scratch)
+            states = walk(part, written(part), now)
+            now = states[-1].clone()
+            inside = scratch.take("inside", *part.x.shape).view(-1, *part.x.shape[3::2])
+            torch.bmm(mix(part, inputs.D, part.decay), part.by_head(part.x, "heads"), out=inside)
+            target = side_by_side(chunked(answer, *span), inputs.B.shape[2])
+            combine(part, inside, read(part, states), part.into, target)
+        last.narrow(0, row, rows).copy_(now)
+    return y, last, before

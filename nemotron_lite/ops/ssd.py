@@ -125,5 +125,5 @@ class _Ssd(torch.autograd.Function):
         inputs = Inputs(*saved[:count])
         grads = backward(inputs, list(saved[count:]), ctx.chunk, grad_y, grad_last)
         A = grads.A.to(inputs.A.dtype)
-        D = None if grads.D is None else grads.D.to(inputs.D.dtype)
+        D = None if inputs.D is None else grads.D.to(inputs.D.dtype)
         return grads.x, grads.dt, A, grads.B, grads.C, D, None, grads.state, None
