@@ -129,7 +129,9 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     values["eos_token_id"] = _eos(config, problems)
     values["time_step_limit"] = _limit(config, problems)
     # Written by `without_dt_clamp`: the real value, where time_step_min had to say "no clamp".
-    values["time_step_min"] = config.get("time_step_init_min", values["time_step_min"])
+    values["time_step_min"] = _read(
+        config, ("time_step_init_min",), values["time_step_min"], problems
+    )
     values["mtp_pattern"], values["mtp_depths"] = _mtp(config, problems)
     for key, supported in _FIXED.items():
         if key in config and config[key] not in supported:
@@ -224,6 +226,16 @@ def _read(config: dict[str, Any], keys: tuple[str, ...], default: Any, problems:
     return float(value) if isinstance(default, float) else value
 
 
+def _string(config: dict[str, Any], key: str, problems: list[str]) -> str:
+    """A pattern; which letters it may have is for the config to say."""
+    value = config[key]
+    if not isinstance(value, str):
+        like = "'*E'" if key.startswith("mtp") else "'MEM*E'"
+        problems.append(f"{key} is {value!r}; it must be a string like {like}")
+        return ""
+    return value
+
+
 def _letters(key: str, names: Any, problems: list[str]) -> str:
     """A list of layer names as a pattern."""
     if not isinstance(names, list) or any(name not in LAYER_LETTERS for name in names):
@@ -236,7 +248,7 @@ def _layers(config: dict[str, Any], problems: list[str]) -> str:
     """The layer pattern, from either spelling."""
     found: dict[str, str] = {}
     if config.get("hybrid_override_pattern"):
-        found["hybrid_override_pattern"] = config["hybrid_override_pattern"]
+        found["hybrid_override_pattern"] = _string(config, "hybrid_override_pattern", problems)
     for key in ("layers_block_type", "layer_types"):
         if config.get(key) is not None:
             found[key] = _letters(key, config[key], problems)
@@ -262,7 +274,9 @@ def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
         )
     if not modules:
         return "", 0
-    pattern = config.get("mtp_hybrid_override_pattern")
+    pattern = None
+    if config.get("mtp_hybrid_override_pattern"):
+        pattern = _string(config, "mtp_hybrid_override_pattern", problems)
     names = config.get("mtp_layers_block_type")
     listed = _letters("mtp_layers_block_type", names, problems) if names is not None else None
     if pattern and listed and pattern != listed:

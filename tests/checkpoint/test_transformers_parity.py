@@ -13,7 +13,7 @@ Attention is eager and experts run one by one, which are transformers' definitio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.config import PRESETS
-
 from tests.checkpoint.tiny import randomise
 
 TOLERANCE = 2e-4
@@ -100,9 +99,7 @@ def write_reference(folder: Path, seed: int, **config: object) -> NemotronHForCa
 
 
 @pytest.fixture(scope="module", params=CASES)
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     name: str = request.param
     folder = tmp_path_factory.mktemp("case")
     theirs = write_reference(folder, seed=list(CASES).index(name), **CASES[name])
@@ -111,7 +108,7 @@ def pair(
             if key.endswith("e_score_correction_bias"):
                 tensor.mul_(0.3).add_(64)
         theirs.save_pretrained(folder)
-    yield Pair(theirs, load(folder), folder)
+    return Pair(theirs, load(folder), folder)
 
 
 def prompt(length: int, rows: int = 2, vocab: int = 128) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sizes and values of the checkpoints that these tests write: small, and with nothing left at rest."""
+"""Sizes and values of the checkpoints that these tests write: small, and no value left at rest."""
 
 from __future__ import annotations
 

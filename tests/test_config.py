@@ -1,0 +1,156 @@
+"""NemotronConfig: a wrong value is refused by name, with what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from nemotron_lite import ConfigError, NemotronConfig
+from nemotron_lite.config import PRESETS
+
+
+def config(**changes: Any) -> NemotronConfig:
+    return NemotronConfig(**{"pattern": "ME*-", "vocab_size": 64, "hidden_size": 32, **changes})
+
+
+# What is wrong, and two things the message must say: the field with its value, and the way out.
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    (dict(pattern="MXE"), "pattern='MXE'", "'*' (attention)"),
+    (dict(pattern=""), "pattern=''", "'M' (mamba)"),
+    (dict(mtp_pattern="M", mtp_depths=1), "mtp_pattern='M'", "'E' (moe)"),
+    (dict(vocab_size=0), "vocab_size=0", "at least 1"),
+    (dict(hidden_size=-1), "hidden_size=-1", "at least 1"),
+    (dict(chunk_size=True), "chunk_size=True", "whole number"),
+    (dict(moe_latent_size=0), "moe_latent_size=0", "at least 1"),
+    (dict(num_attention_heads=4, num_key_value_heads=3), "num_key_value_heads=3", "divisor of"),
+    (dict(mamba_num_heads=6, n_groups=4), "n_groups=4", "mamba_num_heads=6"),
+    (dict(n_routed_experts=9, n_group=2), "n_group=2", "n_routed_experts=9"),
+    (dict(n_routed_experts=4, num_experts_per_tok=5), "num_experts_per_tok=5", "at most"),
+    (dict(n_group=2, topk_group=3), "topk_group=3", "n_group=2"),
+    (dict(n_routed_experts=4, n_group=4, topk_group=2), "n_group=4", "2 experts or more"),
+    (
+        dict(n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=5),
+        "num_experts_per_tok=5",
+        "at most 4",
+    ),
+    (dict(n_shared_experts=2), "n_shared_experts=2", "moe_shared_expert_intermediate_size"),
+    (dict(time_step_min=0.0), "time_step_min=0.0", "above 0"),
+    (dict(time_step_floor=-1e-4), "time_step_floor=-0.0001", "above 0"),
+    (dict(norm_eps=0.0), "norm_eps=0.0", "above 0"),
+    (dict(norm_eps=math.nan), "norm_eps=nan", "above 0"),
+    (dict(time_step_min=0.2, time_step_max=0.1), "time_step_min=0.2", "time_step_max=0.1"),
+    (dict(time_step_limit=(1.0, 0.5)), "time_step_limit=(1.0, 0.5)", "(0, inf) is no clamp"),
+    (dict(time_step_limit=(-1.0, 1.0)), "time_step_limit=(-1.0, 1.0)", "0 <= low < high"),
+    (dict(mtp_pattern="*E"), "mtp_depths=0", "above 0 with an mtp_pattern"),
+    (dict(mtp_depths=2), "mtp_depths=2", "0 without one"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "way_out"), WRONG, ids=[str(w[0]) for w in WRONG])
+def test_wrong_value_is_named_with_a_way_out(
+    changes: dict[str, Any], field: str, way_out: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(**changes)
+    assert field in str(error.value)
+    assert way_out in str(error.value)
+
+
+def test_config_error_is_a_value_error() -> None:
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_every_whole_number_field_is_checked() -> None:
+    """A new size must not slip past the validation: zero works for none of them."""
+    allowed_zero = {"n_shared_experts", "mtp_depths", "bos_token_id", "eos_token_id"}
+    allowed_zero |= {"pad_token_id"}
+    for field in dataclasses.fields(NemotronConfig):
+        value = getattr(config(), field.name)
+        if type(value) is int and field.name not in allowed_zero:
+            with pytest.raises(ConfigError, match=field.name):
+                config(**{field.name: 0})
+
+
+def test_config_is_frozen_and_hashable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().vocab_size = 1  # type: ignore[misc]
+    assert len({config(), config(), config(vocab_size=65)}) == 2
+
+
+def test_replace_validates_and_leaves_the_original() -> None:
+    first = config()
+    assert first.replace(vocab_size=128).vocab_size == 128
+    assert first.vocab_size == 64
+    with pytest.raises(ConfigError, match="num_experts_per_tok=99"):
+        first.replace(num_experts_per_tok=99)
+    with pytest.raises(ConfigError, match=r"unknown field 'vocab'.*vocab_size"):
+        first.replace(vocab=1)
+
+
+def test_preset_takes_changes_and_names_the_others() -> None:
+    assert NemotronConfig.from_preset("lite", vocab_size=99).vocab_size == 99
+    with pytest.raises(ConfigError, match=r"no preset 'huge'.*lite, tiny-super, nano, super"):
+        NemotronConfig.from_preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "mamba", "moe", "anchors"),
+    [
+        ("tiny-super", 7, 3, 3, 1),
+        ("nano", 52, 23, 23, 6),
+        ("super", 88, 40, 40, 8),
+        ("ultra", 108, 48, 48, 12),
+    ],
+)
+def test_published_layer_counts(name: str, layers: int, mamba: int, moe: int, anchors: int) -> None:
+    pattern = PRESETS[name].pattern
+    assert len(pattern) == layers
+    assert [pattern.count(kind) for kind in "ME*-"] == [mamba, moe, anchors, 0]
+
+
+@pytest.mark.parametrize("name", ["nano", "super", "ultra", "lite"])
+def test_anchors_stand_between_mamba_and_moe(name: str) -> None:
+    """Without the anchors every published pattern is a strict alternation of M and E."""
+    pattern = PRESETS[name].pattern
+    assert set(pattern.replace("*", "")[0::2]) == {"M"}
+    assert set(pattern.replace("*", "")[1::2]) == {"E"}
+    for i, kind in enumerate(pattern):
+        if kind == "*":
+            assert pattern[i - 1] + pattern[i + 1] == "ME"
+
+
+def test_super_has_the_published_sizes() -> None:
+    """Table 1 of the report, and shapes of its checkpoint."""
+    c = PRESETS["super"]
+    assert (c.hidden_size, c.vocab_size, c.num_layers) == (4096, 131_072, 88)
+    assert (c.mamba_inner_size, c.conv_dim, c.mamba_in_proj_size) == (8192, 10_240, 18_560)
+    assert (c.n_routed_experts, c.num_experts_per_tok, c.expert_size) == (512, 22, 1024)
+    assert [i for i, kind in enumerate(c.pattern) if kind == "*"] == [7, 16, 25, 36, 47, 58, 69, 78]
+    assert (c.mtp_pattern, c.mtp_depths) == ("*E", 2)
+    assert c.time_step_limit == (0.0, math.inf)
+
+
+def test_lite_keeps_the_proportions_of_super() -> None:
+    lite, big = PRESETS["lite"], PRESETS["super"]
+    for ratio in (
+        lambda c: c.mamba_inner_size / c.hidden_size,
+        lambda c: c.expert_size / c.hidden_size,
+        lambda c: c.moe_intermediate_size / c.hidden_size,
+        lambda c: c.moe_shared_expert_intermediate_size / c.hidden_size,
+        lambda c: c.num_attention_heads * c.head_dim / c.hidden_size,
+    ):
+        assert ratio(lite) == pytest.approx(ratio(big), rel=0.01)
+    assert (lite.mtp_pattern, lite.mtp_depths) == (big.mtp_pattern, big.mtp_depths)
+
+
+def test_expert_width_without_a_latent_is_the_models() -> None:
+    assert config(moe_latent_size=None).expert_size == 32
+    assert config(moe_latent_size=8).expert_size == 8
+
+
+def test_end_of_sequence_ids_are_always_a_tuple() -> None:
+    assert config(eos_token_id=2).eos_token_ids == (2,)
+    assert config(eos_token_id=(2, 11)).eos_token_ids == (2, 11)

@@ -1,0 +1,267 @@
+"""config.json: every spelling in, the hub's spelling out, and all refusals in one error."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from nemotron_lite import ConfigError, NemotronConfig
+from nemotron_lite.config import PRESETS
+from nemotron_lite.hf_config import NO_CLAMP, from_hf, to_hf, without_dt_clamp
+
+# Super's config.json, as far as its keys and values are known (reference sheet 1.3 and 10.2),
+# inert keys included.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"},
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": PRESETS["super"].pattern,
+    "num_hidden_layers": 88,
+    "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 2688,
+    "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+    "attention_bias": False, "attention_dropout": 0.0, "sliding_window": None,
+    "rope_theta": 10000, "partial_rotary_factor": 1.0,
+    "mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8,
+    "conv_kernel": 4, "use_conv_bias": True, "chunk_size": 128, "expand": 2,
+    "mamba_hidden_act": "silu", "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32",
+    "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 0.0001,
+    "n_routed_experts": 512, "num_experts_per_tok": 22, "moe_intermediate_size": 2688,
+    "moe_latent_size": 1024, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 5376,
+    "moe_shared_expert_overlap": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 5.0, "mlp_hidden_act": "relu2", "mlp_bias": False,
+    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+    "layer_norm_epsilon": 1e-5, "norm_eps": 1e-5, "initializer_range": 0.014,
+    "residual_in_fp32": False, "rescale_prenorm_residual": True, "tie_word_embeddings": False,
+    "use_bias": False, "use_cache": True, "num_logits_to_keep": 1, "hidden_dropout": 0.0,
+    "max_position_embeddings": 262144, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "torch_dtype": "bfloat16", "transformers_version": "4.57.0",
+}  # fmt: skip
+
+
+def published(**changes: Any) -> dict[str, Any]:
+    """PUBLISHED with changes; a value of ... removes the key."""
+    return {k: v for k, v in {**PUBLISHED, **changes}.items() if v is not ...}
+
+
+NEW = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+OLD = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+
+
+def test_published_super_is_the_preset() -> None:
+    assert from_hf(PUBLISHED) == PRESETS["super"]
+
+
+def test_published_keys_are_written_back_unchanged() -> None:
+    written = to_hf(from_hf(PUBLISHED))
+    unread = {
+        "auto_map", "rope_theta", "partial_rotary_factor", "expand", "moe_shared_expert_overlap",
+        "use_cache", "num_logits_to_keep", "torch_dtype", "transformers_version",
+    }  # fmt: skip
+    assert {k: v for k, v in PUBLISHED.items() if k not in unread} == {
+        k: v for k, v in written.items() if k in PUBLISHED
+    }
+    assert set(written) - set(PUBLISHED) == {"mtp_depths"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_of_every_preset(name: str) -> None:
+    config = PRESETS[name]
+    assert NemotronConfig.from_hf(config.to_hf()) == config
+    assert from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(time_step_limit=(0.01, math.inf)),
+        dict(time_step_limit=(0.0, 0.5)),
+        dict(eos_token_id=(2, 11)),
+        dict(eos_token_id=(2,)),
+        dict(mtp_depths=3),
+        dict(mtp_pattern="", mtp_depths=0),
+        dict(mtp_pattern="E*E", mtp_depths=1),
+        dict(n_group=4, topk_group=2),
+        dict(n_shared_experts=0, norm_topk_prob=False, use_conv_bias=False),
+        dict(moe_latent_size=None, norm_eps=1e-6, num_key_value_heads=4),
+        dict(pattern="-*-M", conv_kernel=3, rescale_prenorm_residual=False),
+    ],
+    ids=str,
+)
+def test_round_trip_of_changed_configs(changes: dict[str, Any]) -> None:
+    config = PRESETS["lite"].replace(**changes)
+    assert from_hf(to_hf(config)) == config
+    assert from_hf(json.loads(json.dumps(to_hf(config)))) == config
+    assert from_hf(without_dt_clamp(to_hf(config))) == config
+
+
+@pytest.mark.parametrize("names", [NEW, OLD], ids=["new names", "old names"])
+@pytest.mark.parametrize("key", ["layers_block_type", "layer_types"])
+def test_layers_as_a_list(names: dict[str, str], key: str) -> None:
+    layers = [names[kind] for kind in PRESETS["super"].pattern]
+    hf = published(
+        hybrid_override_pattern=...,
+        mtp_hybrid_override_pattern=...,
+        mtp_layers_block_type=[names["*"], names["E"]],
+        **{key: layers},
+    )
+    assert from_hf(hf) == PRESETS["super"]
+
+
+def test_both_spellings_of_the_layers_may_be_there_if_they_agree() -> None:
+    hf = published(layers_block_type=[NEW[kind] for kind in PRESETS["super"].pattern])
+    assert from_hf(hf) == PRESETS["super"]
+    hf["layers_block_type"] = ["moe"] * 88
+    with pytest.raises(ConfigError, match=r"contradict.*override_pattern.*layers_block_type"):
+        from_hf(hf)
+    with pytest.raises(ConfigError, match=r"MTP layers contradict.*'\*E'.*'\*'"):
+        from_hf(published(mtp_layers_block_type=["full_attention"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "value"),
+    [
+        ("layer_norm_epsilon", "norm_eps", 1e-6),
+        ("layer_norm_epsilon", "rms_norm_eps", 1e-6),
+        ("head_dim", "attention_head_dim", 64),
+        ("n_groups", "mamba_n_groups", 4),
+        ("conv_kernel", "mamba_d_conv", 3),
+        ("chunk_size", "mamba_chunk_size", 256),
+        ("use_conv_bias", "mamba_conv_bias", False),
+        ("time_step_min", "mamba_dt_min", 0.002),
+        ("time_step_max", "mamba_dt_max", 0.2),
+        ("time_step_floor", "mamba_dt_init_floor", 1e-5),
+        ("n_routed_experts", "num_local_experts", 64),
+    ],
+)
+def test_other_names_of_one_thing(key: str, other: str, value: Any) -> None:
+    hf = published(**{"norm_eps": ..., key: ..., other: value})
+    assert to_hf(from_hf(hf))[key] == value
+    with pytest.raises(ConfigError) as error:
+        from_hf(published(**{other: value}))
+    assert f"{key}={PUBLISHED[key]!r}" in str(error.value)
+    assert f"{other}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[0.0, Infinity]", '[0.0, {"__float__": "Infinity"}]', '[0, "Infinity"]'],
+    ids=["hub", "transformers", "text"],
+)
+def test_every_spelling_of_infinity(text: str) -> None:
+    hf = published(time_step_limit=json.loads(text))
+    assert from_hf(hf).time_step_limit == (0.0, math.inf)
+    hf["time_step_limit"][0] = 0.01
+    assert from_hf(hf).time_step_limit == (0.01, math.inf)
+
+
+def test_no_limit_means_no_clamp_whatever_time_step_min_says() -> None:
+    config = from_hf(published(time_step_min=0.05))
+    assert config.time_step_limit == (0.0, math.inf)
+    assert config.time_step_min == 0.05  # of the initialisation
+
+
+def test_without_clamp_tells_transformers_and_remembers_the_start() -> None:
+    hf = to_hf(PRESETS["super"])
+    assert hf["time_step_min"] == 0.001
+    quiet = without_dt_clamp(hf)
+    assert quiet["time_step_min"] == NO_CLAMP
+    assert from_hf(quiet) == PRESETS["super"]
+    assert without_dt_clamp(quiet) == quiet
+    assert hf["time_step_min"] == 0.001, "the argument stays as it is"
+    limited = to_hf(PRESETS["super"].replace(time_step_limit=(0.01, 1.0)))
+    assert without_dt_clamp(limited)["time_step_min"] == 0.01
+
+
+def test_mtp_depths_are_super_s_where_the_file_does_not_say() -> None:
+    assert from_hf(published()).mtp_depths == 2
+    assert from_hf(published(mtp_depths=5)).mtp_depths == 5
+    # transformers writes the default list of MTP layers for every model.
+    without = published(num_nextn_predict_layers=0, mtp_layers_block_type=["full_attention", "moe"])
+    assert (from_hf(without).mtp_pattern, from_hf(without).mtp_depths) == ("", 0)
+
+
+def test_mtp_layers_default_to_transformers() -> None:
+    assert from_hf(published(mtp_hybrid_override_pattern=...)).mtp_pattern == "*E"
+
+
+def test_absent_keys_have_the_values_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    bare = {"hybrid_override_pattern": "ME*-", "vocab_size": 64, "hidden_size": 32}
+    theirs = transformers.NemotronHConfig(**bare).to_dict()
+    assert from_hf(bare) == from_hf(theirs)
+
+
+def test_null_counts_as_absent() -> None:
+    assert from_hf(published(n_group=None, bos_token_id=None)) == PRESETS["super"]
+    assert from_hf(published(num_key_value_heads=None)).num_key_value_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("attention_bias", True, "False"),
+        ("mlp_bias", True, "False"),
+        ("use_bias", True, "False"),
+        ("mamba_proj_bias", True, "False"),
+        ("tie_word_embeddings", True, "False"),
+        ("residual_in_fp32", True, "False"),
+        ("sliding_window", 4096, "None"),
+        ("attention_dropout", 0.1, "0.0"),
+        ("hidden_dropout", 0.1, "0.0"),
+        ("mamba_hidden_act", "gelu", "'silu' or 'swish'"),
+        ("mlp_hidden_act", "silu", "'relu2'"),
+        ("model_type", "llama", "'nemotron_h'"),
+        ("num_nextn_predict_layers", 2, "one MTP module"),
+        ("num_hidden_layers", 87, "88 layers"),
+        ("layers_block_type", ["mamba", "conv"], "linear_attention"),
+        ("hybrid_override_pattern", ["M", "E"], "'MEM*E'"),
+        ("mtp_hybrid_override_pattern", 5, "'*E'"),
+        ("time_step_init_min", "0.001", "0.001"),
+        ("mtp_depths", 0, "at least 1"),
+        ("vocab_size", "131072", "whole number"),
+        ("hidden_size", None, "whole number"),
+        ("norm_topk_prob", 1, "True"),
+        ("chunk_size", 128.0, "128"),
+        ("routed_scaling_factor", "5", "1.0"),
+        ("eos_token_id", "</s>", "token id"),
+        ("eos_token_id", [], "token id"),
+        ("time_step_limit", 3, "two numbers"),
+        ("time_step_limit", [0.0, 1.0, 2.0], "two numbers"),
+    ],
+)
+def test_what_is_not_built_is_refused(key: str, value: Any, supported: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_hf(published(**{key: value}))
+    message = str(error.value)
+    assert key in message
+    assert repr(value) in message
+    assert supported in message
+
+
+def test_all_refusals_come_in_one_error() -> None:
+    wrong = dict(mlp_bias=True, sliding_window=128, mlp_hidden_act="gelu", vocab_size=...)
+    with pytest.raises(ConfigError) as error:
+        from_hf(published(**wrong))
+    for key in wrong:
+        assert key in str(error.value)
+    assert "without biases" in str(error.value), "says what is built"
+
+
+def test_sizes_that_fit_no_model_are_the_config_s_own_error() -> None:
+    with pytest.raises(ConfigError, match="num_experts_per_tok=600"):
+        from_hf(published(num_experts_per_tok=600))
+
+
+def test_a_file_without_layers_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"neither hybrid_override_pattern nor layers_block_type"):
+        from_hf(published(hybrid_override_pattern=..., num_hidden_layers=...))
+
+
+def test_readers_that_compute_the_layer_list_get_no_layer_list() -> None:
+    """vLLM's and NVIDIA's config classes have `layers_block_type` as a property without setter."""
+    written = to_hf(PRESETS["super"])
+    assert "layers_block_type" not in written
+    assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"]
