@@ -1,0 +1,143 @@
+"""A figure is worth something when one knows where it came from: the record of a measurement.
+
+`write_record` puts a benchmark's results into `benchmarks/records/<name>.json`, together with the
+machine, the versions, the command and the date. No text of this project quotes a speed or a memory
+figure that does not stand in such a file, so each measurement has to bring its own context: how
+many times it was taken (n), the median, and the spread.
+
+The file is written beside its final place and then renamed, so that a run cut short leaves the old
+record whole.
+
+Left out: the load that neighbours put on a shared machine, except for the load average before the
+record is written. Compare programs inside one record, not across records.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECORDS = Path(__file__).parent / "records"
+PACKAGES = ("torch", "transformers", "triton", "numpy", "einops")
+SPREADS = ({"min", "max"}, {"q1", "q3"})  # either pair tells how far the measurements scatter
+
+
+def write_record(name: str, payload: dict[str, Any]) -> Path:
+    """Write `benchmarks/records/<name>.json`.
+
+    Args:
+        name: the record's file name without ".json".
+        payload: results, as JSON allows them. Wherever a dictionary has a "median" it must have
+            "n" and a spread ("min" and "max", or "q1" and "q3") beside it.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: a name that is no plain file name, a median without its n or spread, or a
+            number that is not finite; says where in the payload.
+    """
+    if not name or Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a record: expected a plain file name.")
+    faults = list(_faults(payload, name))
+    if faults:
+        raise ValueError("\n".join(faults))
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "machine": machine(),
+        "versions": versions(),
+        **payload,
+    }
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / f"{name}.json"
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, threads, memory, operating system, load; and the GPU where there is one."""
+    found: dict[str, Any] = {
+        "cpu": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gib": _ram_gib(),
+        "os": f"{platform.system()} {platform.release()}",
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that figures depend on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command() -> str:
+    """The command line, with the module's name in the place of its path on this machine."""
+    # Inside `python -m package` (a __main__) and `python -m module` alike, argv[0] is a path.
+    script = Path(sys.argv[0])
+    root = RECORDS.parents[1]
+    if script.is_relative_to(root):
+        parts = script.relative_to(root).with_suffix("").parts
+        module = ".".join(part for part in parts if part != "__main__")
+        return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return shlex.join([script.name, *sys.argv[1:]])
+
+
+def _faults(value: Any, place: str) -> Iterator[str]:
+    """What makes a payload unfit for a record, and where it stands."""
+    if isinstance(value, Mapping):
+        keys = set(value)
+        if "median" in keys and not ("n" in keys and any(pair <= keys for pair in SPREADS)):
+            yield (
+                f"{place} has a median but not both of n and a spread "
+                f"(min and max, or q1 and q3); it has {', '.join(sorted(keys))}."
+            )
+        for key, item in value.items():
+            yield from _faults(item, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _faults(item, f"{place}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}: a record holds finite numbers; write None for what failed."
+
+
+def _first(file: str, field: str) -> str | None:
+    """The value of the first line `field : value` of a file of /proc."""
+    path = Path(file)
+    if not path.exists():
+        return None
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return None
+
+
+def _ram_gib() -> float | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
