@@ -16,7 +16,7 @@ text, so a window rarely comes twice.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class Batch(NamedTuple):
         return Batch(self.tokens.to(device), seq_idx, mask)
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """Anything the training loop can read from."""
 

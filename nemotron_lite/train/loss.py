@@ -54,7 +54,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.grads)
-        ctx.grads = None
         return (*grads, None, None, None)
 
 
@@ -148,7 +147,7 @@ class TokenLoss(NamedTuple):
 
 def token_loss(
     hidden: Float[Tensor, "b t d"],
-    mtp_hidden: Sequence[Float[Tensor, "b s d"]],
+    mtp_hidden: Sequence[Float[Tensor, "b _ d"]],
     head: Float[Tensor, "v d"],
     batch: Batch,
     *,

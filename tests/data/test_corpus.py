@@ -69,7 +69,7 @@ def test_large_files_are_never_held_out(folder: Path) -> None:
 def test_too_little_text_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="too little to hold out 20,000 bytes"):
         load_corpus(folder, held_out_bytes=20_000)
-    with pytest.raises(CorpusError, match="no folder .*nowhere"):
+    with pytest.raises(CorpusError, match=r"no folder .*nowhere"):
         load_corpus(tmp_path / "nowhere")
 
 

@@ -1,0 +1,202 @@
+"""Stopping and going on: killed, interrupted or finished early, the losses are the same bits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_lite.data import PackedTokens
+from nemotron_lite.model import Nemotron
+from nemotron_lite.train import ResumeError, TrainConfig, loop, train
+
+RECIPE = dict(steps=12, batch_size=2, length=24, accumulation=2, lr=1e-2, min_lr=1e-4, save_every=4)
+TIMES = ("seconds", "tokens_per_second")  # the only fields of a record that may differ
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def whole(model: Nemotron, text: PackedTokens) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Records and weights of the run that nothing happened to."""
+    fresh = Nemotron(model.config, seed=0)
+    history = train(fresh, text, TrainConfig(**RECIPE), progress=False).history
+    return without_times(history), fresh.state_dict()
+
+
+class PulledPlugError(Exception):
+    """Stands for a process that dies between two updates."""
+
+
+@pytest.mark.parametrize("at", [2, 4, 6, 11])
+def test_a_killed_run_goes_on_bit_for_bit(
+    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path, at: int
+) -> None:
+    def pull_the_plug(record: dict[str, Any]) -> None:
+        if record["step"] == at:
+            raise PulledPlugError
+
+    config = TrainConfig(**RECIPE)
+    with pytest.raises(PulledPlugError):
+        train(model, text, config, out_dir=tmp_path, progress=False, on_step=pull_the_plug)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 99, "lo')  # the line that was being written
+    # another process: other weights in memory, another random state
+    other = Nemotron(model.config, seed=5)
+    torch.manual_seed(99)
+    saved = (at - 1) // 4 * 4  # the plug is pulled before the save of that update
+    if not saved:
+        with pytest.raises(ResumeError, match="no checkpoint"):
+            train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
+        return
+    result = train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
+    records, weights = whole
+    assert without_times(result.history) == records[saved:]
+    assert without_times(log_of(tmp_path)) == records
+    assert result.tokens == records[-1]["tokens"]
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_resume_restores_the_random_state(
+    model: Nemotron, text: PackedTokens, tmp_path: Path
+) -> None:
+    """What draws random numbers during training (dropout, one day) draws the same ones."""
+    config = TrainConfig(**{**RECIPE, "steps": 4})
+    torch.manual_seed(7)
+    train(model, text, config, out_dir=tmp_path, progress=False)
+    expected = torch.rand(3)
+    torch.manual_seed(8)
+    train(model, text, config, out_dir=tmp_path, resume=True, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path
+) -> None:
+    train(model, text, TrainConfig(**RECIPE), out_dir=tmp_path, progress=False)
+    result = train(
+        model, text, TrainConfig(**RECIPE), out_dir=tmp_path, resume=True, progress=False
+    )
+    assert result.history == []
+    assert result.step == 12
+    assert without_times(log_of(tmp_path)) == whole[0]
+
+
+def test_runs_are_not_overwritten_or_mixed(
+    model: Nemotron, text: PackedTokens, tmp_path: Path
+) -> None:
+    config = TrainConfig(**RECIPE)
+    train(model, text, config, out_dir=tmp_path, progress=False)
+    with pytest.raises(ResumeError, match="already holds a run: pass resume=True"):
+        train(model, text, config, out_dir=tmp_path, progress=False)
+    changed = TrainConfig(**{**RECIPE, "lr": 0.02})
+    with pytest.raises(ResumeError, match=r"lr was 0.01 .* is 0.02 now"):
+        train(model, text, changed, out_dir=tmp_path, resume=True, progress=False)
+    wider = Nemotron(model.config.replace(moe_intermediate_size=16))
+    with pytest.raises(ResumeError, match="moe_intermediate_size was 24"):
+        train(wider, text, config, out_dir=tmp_path, resume=True, progress=False)
+    with pytest.raises(ResumeError, match="needs the out_dir"):
+        train(model, text, config, resume=True, progress=False)
+
+
+def test_a_stop_request_ends_after_the_update_and_saves(
+    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path
+) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    config = TrainConfig(**RECIPE)
+    result = train(model, text, config, out_dir=tmp_path, progress=False, on_step=stop)
+    assert result.interrupted
+    assert result.step == 5
+    assert signal.getsignal(signal.SIGINT) is before
+    rest = train(model, text, config, out_dir=tmp_path, resume=True, progress=False)
+    assert not rest.interrupted
+    assert without_times([*result.history, *rest.history]) == whole[0]
+
+
+def test_a_second_request_stops_at_once(model: Nemotron, text: PackedTokens) -> None:
+    def stop_twice(record: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, text, TrainConfig(**RECIPE), progress=False, on_step=stop_twice)
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(
+    model: Nemotron, text: PackedTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.clip_gradients, []
+
+    def diverge(parameters: Any, max_norm: float) -> float:
+        calls.append(1)
+        if len(calls) == 6:
+            raise FloatingPointError("the gradient norm is nan")
+        return real(parameters, max_norm)
+
+    monkeypatch.setattr(loop, "clip_gradients", diverge)
+    with pytest.raises(FloatingPointError):
+        train(model, text, TrainConfig(**RECIPE), out_dir=tmp_path, progress=False)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004.pt"]
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.data import PackedTokens
+from nemotron_lite.model import Nemotron
+from nemotron_lite.train import TrainConfig, train
+
+config = NemotronConfig(
+    pattern="ME", vocab_size=64, hidden_size=16, mamba_num_heads=2, mamba_head_dim=8,
+    ssm_state_size=8, n_routed_experts=4, moe_intermediate_size=8,
+    moe_shared_expert_intermediate_size=16,
+)
+text = PackedTokens(np.random.default_rng(0).integers(0, 64, 5000), np.array([0]))
+result = train(
+    Nemotron(config, seed=0), text, TrainConfig(steps=100_000, batch_size=2, length=16),
+    out_dir=sys.argv[1], progress=False,
+)
+print("stopped at", result.step, result.interrupted, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_from_outside_saves_and_exits_cleanly(tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    last = log_of(tmp_path)[-1]["step"]
+    assert out == f"stopped at {last} True\n"
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{last:08d}.pt"
+    assert torch.load(checkpoint, weights_only=True)["step"] == last
