@@ -5,8 +5,8 @@ chunk. Kept here is one state per segment; walking the segments backwards, each 
 differentiated at once. For one head and chunk, with M the q x q mix, S the state before the chunk,
 S' the state after it, and gradients written g:
 
-    y  = M x + e^s (C S^T)           M_lr = (C_l . B_r) L_lr + D [l = r],   L_lr = e^(s_l - s_r) dt_r
-    S' = e^(s_q) S + sum_r w_r x_r (outer) B_r,                             w_r = e^(s_q - s_r) dt_r
+    y  = M x + e^s (C S^T)         M_lr = (C_l . B_r) L_lr + D [l = r],   L_lr = e^(s_l - s_r) dt_r
+    S' = e^(s_q) S + sum_r w_r x_r (outer) B_r,                            w_r = e^(s_q - s_r) dt_r
 
     gM  = gy x^T                              gD = trace(gM)
     gx  = M^T gy + w (B gS'^T)
@@ -73,24 +73,19 @@ def backward(
     A, D = (inputs.A.new_zeros(heads, dtype=torch.float64) for _ in range(2))
     state = torch.empty_like(grad_state, memory_format=torch.contiguous_format)
     remaining = list(before)
-    for row, rows, segments in reversed(fwd.cut(batch, tokens, heads, chunk)):
+    for row, rows, runs in reversed(fwd.cut(batch, tokens, heads, chunk)):
         local, now = inputs.rows(row, rows), grad_state.narrow(0, row, rows)
-        for span in reversed(segments):
-            part = fwd.segment(local, *span, scratch)
-            views = (fwd.chunked(v.narrow(0, row, rows), *span) for v in (x, dt, B, C))
-            gx, gdt, gB, gC = (v.transpose(2, 3) for v in views)
-            gx = gx.transpose(2, 3).unflatten(3, (groups, -1)).transpose(2, 3)
+        for run in reversed(runs):
+            part = fwd.segment(local, run, scratch)
+            gx, gy = (run.grouped(v.narrow(0, row, rows), groups) for v in (x, grad_y))
+            gdt, gB, gC = (run.of(v.narrow(0, row, rows)).transpose(2, 3) for v in (dt, B, C))
             grads = Gradients(gx, gdt, A, gB, gC, D, now)
-            gy = fwd.chunked(grad_y.narrow(0, row, rows), *span)
-            gy = fwd.side_by_side(gy, groups)
             now = _segment(inputs, part, remaining.pop(), gy, grads)
         state.narrow(0, row, rows).copy_(now)
     return Gradients(x, dt, A, B, C, D, state)
 
 
-def _segment(
-    inputs: Inputs, part: Segment, state: Tensor, gy: Tensor, grads: Gradients
-) -> Tensor:
+def _segment(inputs: Inputs, part: Segment, state: Tensor, gy: Tensor, grads: Gradients) -> Tensor:
     """Fill `grads` for one segment; the gradient of the state before it comes back."""
     take, wide = part.scratch.take, state.dtype
     B, C = part.B.flatten(0, 2), part.C.flatten(0, 2)

@@ -68,6 +68,23 @@ class Inputs(NamedTuple):
         return Inputs(x, dt, self.A, B, C, self.D, starts)
 
 
+class Run(NamedTuple):
+    """A run of chunks of equal length."""
+
+    first: int  # token
+    chunks: int
+    chunk: int  # tokens of each
+
+    def of(self, v: Tensor) -> Tensor:
+        """`b t ...` -> `c b q ...`, a view."""
+        v = v.narrow(1, self.first, self.chunks * self.chunk)
+        return v.unflatten(1, (self.chunks, self.chunk)).transpose(0, 1)
+
+    def grouped(self, v: Tensor, groups: int) -> Tensor:
+        """`b t h p` -> `c b g q r p`, a view."""
+        return self.of(v).unflatten(3, (groups, -1)).transpose(2, 3)
+
+
 class Scratch:
     """Memory for temporaries, one buffer per name, kept from segment to segment and call to call.
 
@@ -123,10 +140,9 @@ class Segment(NamedTuple):
 
     def by_group(self, v: Tensor, per_token: Tensor, name: str) -> Tensor:
         """`c b g q r p` times `c b h q`, as `c*b*g q r*p`."""
-        chunks, batch, groups, chunk, shared, width = v.shape
         result = self.scratch.take(name, *v.shape)
         torch.mul(v, self.grouped(per_token), out=result)
-        return result.view(-1, chunk, shared * width)
+        return result.view(-1, v.shape[3], v.shape[4] * v.shape[5])
 
     def new_states(self, name: str) -> Tensor:
         """Room for `c+1 b h p n`."""
@@ -139,44 +155,32 @@ class Segment(NamedTuple):
         return states.view(-1, self.x.shape[4] * self.x.shape[5], states.shape[-1])
 
 
-def cut(batch: int, tokens: int, heads: int, chunk: int) -> list[tuple[int, int, list]]:
-    """Split the work: (first row, rows, [(first token, chunks, chunk length), ...]) in order.
-
-    A ragged end is one short chunk.
-    """
+def cut(batch: int, tokens: int, heads: int, chunk: int) -> list[tuple[int, int, list[Run]]]:
+    """Split the work into (first row, rows, runs in order); a ragged end is one short chunk."""
     room = max(1, SEGMENT_HEADS * 64 * 64 // (heads * chunk * chunk))
-    rows = min(batch, room)
-    chunks, whole = room // max(1, rows), tokens // chunk
-    segments = [
-        (first * chunk, min(chunks, whole - first), chunk) for first in range(0, whole, chunks)
+    rows = max(1, min(batch, room))
+    chunks, whole = room // rows, tokens // chunk
+    runs = [
+        Run(first * chunk, min(chunks, whole - first), chunk) for first in range(0, whole, chunks)
     ]
     if tokens % chunk:
-        segments.append((whole * chunk, 1, tokens % chunk))
-    return [(row, min(rows, batch - row), segments) for row in range(0, batch, rows or 1)]
+        runs.append(Run(whole * chunk, 1, tokens % chunk))
+    return [(row, min(rows, batch - row), runs) for row in range(0, batch, rows)]
 
 
-def chunked(v: Tensor, first: int, chunks: int, chunk: int) -> Tensor:
-    """`b t ...` -> `c b q ...`, a view of the tokens from `first` on."""
-    return v.narrow(1, first, chunks * chunk).unflatten(1, (chunks, chunk)).transpose(0, 1)
-
-
-def side_by_side(v: Tensor, groups: int) -> Tensor:
-    """`c b q h p` -> `c b g q r p`, a view."""
-    return v.unflatten(3, (groups, -1)).transpose(2, 3)
-
-
-def segment(inputs: Inputs, first: int, chunks: int, chunk: int, scratch: Scratch) -> Segment:
-    """Everything about tokens [first, first + chunks * chunk) that does not depend on the state."""
-    span, wide = (first, chunks, chunk), scratch.dtype
+def segment(inputs: Inputs, run: Run, scratch: Scratch) -> Segment:
+    """Everything about a run of chunks that does not depend on the state."""
+    _, chunks, chunk = run
+    wide = scratch.dtype
     batch, _, heads, _ = inputs.x.shape
     groups, n = inputs.B.shape[2:]
     limits = LIMITS[wide]
 
-    dt = chunked(inputs.dt, *span).transpose(2, 3).to(torch.float64)
+    dt = run.of(inputs.dt).transpose(2, 3).to(torch.float64)
     total = dt * inputs.A.to(torch.float64).unsqueeze(-1)
     same = None
     if inputs.starts is not None:
-        starts = chunked(inputs.starts, *span)
+        starts = run.of(inputs.starts)
         total.masked_fill_(starts.unsqueeze(2), RESET)
         document = starts.cumsum(-1)
         same = (document.unsqueeze(-1) == document.unsqueeze(-2)).unsqueeze(2)
@@ -191,8 +195,8 @@ def segment(inputs: Inputs, first: int, chunks: int, chunk: int, scratch: Scratc
 
     B = scratch.take("B", chunks, batch, groups, chunk, n)
     C = scratch.take("C", chunks, batch, groups, chunk, n)
-    B.copy_(chunked(inputs.B, *span).transpose(2, 3))
-    C.copy_(chunked(inputs.C, *span).transpose(2, 3))
+    B.copy_(run.of(inputs.B).transpose(2, 3))
+    C.copy_(run.of(inputs.C).transpose(2, 3))
     scores = scratch.take("scores", chunks, batch, groups, chunk, chunk)
     flat = scores.view(-1, chunk, chunk)
     torch.bmm(C.view(-1, chunk, n), B.view(-1, chunk, n).mT, out=flat).tril_()
@@ -201,7 +205,7 @@ def segment(inputs: Inputs, first: int, chunks: int, chunk: int, scratch: Scratc
 
     last = total[..., -1:]
     return Segment(
-        x=side_by_side(chunked(inputs.x, *span), groups),
+        x=run.grouped(inputs.x, groups),
         dt=dt,
         B=B,
         C=C,
@@ -284,18 +288,18 @@ def forward(
     y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
     before: list[Tensor] = []
-    for row, rows, segments in cut(batch, tokens, heads, chunk):
+    for row, rows, runs in cut(batch, tokens, heads, chunk):
         local, now = inputs.rows(row, rows), state.narrow(0, row, rows)
         answer = y.narrow(0, row, rows)
-        for span in segments:
+        for run in runs:
             if keep_states:
                 before.append(now)
-            part = segment(local, *span, scratch)
+            part = segment(local, run, scratch)
             states = walk(part, written(part), now)
             now = states[-1].clone()
             inside = scratch.take("inside", *part.x.shape).view(-1, *part.x.shape[3::2])
             torch.bmm(mix(part, inputs.D, part.decay), part.by_head(part.x, "heads"), out=inside)
-            target = side_by_side(chunked(answer, *span), inputs.B.shape[2])
+            target = run.grouped(answer, inputs.B.shape[2])
             combine(part, inside, read(part, states), part.into, target)
         last.narrow(0, row, rows).copy_(now)
     return y, last, before

@@ -119,9 +119,8 @@ def ssd_step(
 def _naive_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    token = (part.unsqueeze(1) for part in (x, dt))
-    maps = (part.unsqueeze(1) for part in (B, C))
-    y, state = selective_scan(*token, A, *maps, D=D, initial_state=state)
+    x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
+    y, state = selective_scan(x, dt, A, B, C, D=D, initial_state=state)
     return y.squeeze(1), state
 
 
@@ -131,24 +130,20 @@ def _fast_step(
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
     if state.shape != (batch, heads, width, n) or C.shape != B.shape or heads % groups:
-        check_shapes(*(v.unsqueeze(1) for v in (x, dt)), A, B[:, None], C[:, None], D, state, None)
-    wide = state.dtype
-    if x.dtype != wide:
-        x_, B, C = x.to(wide), B.to(wide), C.to(wide)
-    else:
-        x_ = x
-    dt = dt.to(wide)
+        check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
+    narrow, wide = x.dtype, state.dtype
+    x, dt, B, C = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
     # Splitting an axis is always a view, so this writes through to the caller's state.
     grouped = state.unflatten(1, (groups, -1))
     fade = torch.exp(dt * A).view(batch, groups, -1, 1, 1)
-    write = (x_ * dt.unsqueeze(-1)).view(batch, groups, -1, width, 1)
-    grouped.mul_(fade).addcmul_(write, B.view(batch, groups, 1, 1, n))
+    write = (x * dt.unsqueeze(-1)).reshape(batch, groups, -1, width, 1)
+    grouped.mul_(fade).addcmul_(write, B.reshape(batch, groups, 1, 1, n))
     # The heads of a group share C: one row times one matrix, with the state as the columns.
     rows = state.reshape(batch * groups, -1, n)
     y = torch.bmm(C.reshape(-1, 1, n), rows.mT).view(batch, heads, width)
     if D is not None:
-        y = torch.addcmul(y, x_, D.to(wide).unsqueeze(-1))
-    return y.to(x.dtype), state
+        y.addcmul_(x, D.to(wide).unsqueeze(-1))
+    return y.to(narrow), state
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
