@@ -1,4 +1,4 @@
-"""The schedule against its closed form."""
+"""The schedule against its closed form, at Super's milestones and at every update of a run."""
 
 from __future__ import annotations
 
