@@ -128,8 +128,8 @@ def test_a_clock_ends_the_run_with_the_decay_done(
     model: Nemotron, text: PackedTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock of our own: gradients take a second, and so does each update after them."""
-    clock = SimpleNamespace(perf_counter=lambda ticks=count(): float(next(ticks)))
-    monkeypatch.setattr(loop, "time", clock)
+    ticks = count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     shape = dict(warmup=0.1, decay=0.5)
     config = TrainConfig(max_seconds=41.0, **shape, **SMALL)
     result = train(model, text, config, progress=False)
