@@ -13,6 +13,9 @@ one step (renameat2 with RENAME_EXCHANGE), macOS too (renamex_np with RENAME_SWA
 disk that can do neither, the old folder is moved aside, and back again if the second move fails;
 being killed exactly between those two moves leaves it whole under the name `.NAME.old-...` beside.
 
+What a killed process leaves beside the folder, `.NAME.saving-...`, is removed by the next save; a
+lock, which ends with its process, tells it from the folder of a save that is still going on.
+
 The price is room for both folders at once. Files in the old folder that the new one does not write
 (a README, an optimiser's state) are carried over, as hard links where the disk has them.
 """
@@ -20,6 +23,8 @@ The price is room for both folders at once. Files in the old folder that the new
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -57,9 +62,12 @@ def new_folder(path: Path, replaces: Callable[[str], bool] = lambda name: True) 
             f"save into a folder inside it, such as {path / 'checkpoint'}."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.parent / f".{path.name}.saving-{secrets.token_hex(4)}"
     temporary.mkdir()
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        _try_lock(lock)
         yield temporary
         if path.is_dir():
             _carry_over(path, temporary, replaces)
@@ -68,7 +76,28 @@ def new_folder(path: Path, replaces: Callable[[str], bool] = lambda name: True) 
     finally:
         # What is left here is a half-written new folder, or the old one after the exchange.
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
     _sync_folder(path.parent)
+
+
+def _try_lock(handle: int) -> bool:
+    """Lock an open folder for this process; False if another has it or the disk knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what earlier saves of `path` left when they were killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
+        handle = os.open(left, os.O_RDONLY)
+        try:
+            if _try_lock(handle):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def _carry_over(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:

@@ -196,9 +196,11 @@ def match(
         problems: receives all that does not fit.
     """
     filled: dict[Place, Stored] = {}
+    first: dict[str, Stored] = {}  # of each name: tells a stack from experts one by one
     unexpected, shapes, twice, formats = [], [], [], []
     for item in stored:
         place = place_of(item.name)
+        stacked = place.expert is None
         shape = expected.get(place.name)
         if shape is not None and place.expert is not None:
             # An index beyond the last expert has no place either.
@@ -209,8 +211,10 @@ def match(
             shapes.append(f"{item.name} {list(item.shape)} for {list(shape)}")
         elif item.dtype not in FLOATS:
             formats.append(f"{item.name} ({item.dtype})")
-        elif place in filled or (place.expert is not None and Place(place.name) in filled):
-            twice.append(_twice(item, filled.get(place) or filled[Place(place.name)]))
+        elif place in filled:
+            twice.append(_twice(item, filled[place]))
+        elif stacked != (place_of(first.setdefault(place.name, item).name).expert is None):
+            twice.append(_twice(item, first[place.name]))
         else:
             filled[place] = item
     missing = _unfilled(expected, filled)

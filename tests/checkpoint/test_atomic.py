@@ -1,0 +1,221 @@
+"""Whatever happens while saving, the folder holds one whole checkpoint: the old or the new."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_lite import Nemotron, NemotronConfig, load, save
+from nemotron_lite.checkpoint import atomic, writer
+from nemotron_lite.checkpoint.atomic import new_folder
+
+Make = Callable[..., Nemotron]
+
+
+class Stop(BaseException):
+    """Like KeyboardInterrupt: no `except Exception` catches it."""
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: int) -> None:
+    """Make the given call of a function fail after it has done its work."""
+    real, calls = getattr(room, name), iter(range(1, 1000))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if next(calls) == call:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(room, name, run)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the one-step exchange of folders, and on a system that has none."""
+    if not request.param:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "call"),
+    [
+        (writer, "_write_shard", 1),
+        (writer, "_write_shard", 2),
+        (writer, "_write_json", 1),
+        (writer, "_write_json", 3),
+        (atomic, "_carry_over", 1),
+        (atomic, "_sync", 1),
+    ],
+)
+def test_interruption_leaves_the_old_checkpoint(
+    tmp_path: Path,
+    tiny: NemotronConfig,
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    room: Any,
+    name: str,
+    call: int,
+) -> None:
+    save(make(tiny, seed=1), tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    before = contents(tmp_path / "m")
+    fail_at(monkeypatch, room, name, call)
+    other = make(tiny.replace(vocab_size=90), seed=2)
+    with pytest.raises(Stop):
+        save(other, tmp_path / "m", max_shard_bytes=40_000)
+    assert contents(tmp_path / "m") == before
+    assert os.listdir(tmp_path) == ["m"], "nothing half-written is left beside it"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_failing_renames_put_the_old_checkpoint_back(
+    tmp_path: Path, tiny: NemotronConfig, make: Make, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    save(make(tiny, seed=1), tmp_path / "m")
+    before = contents(tmp_path / "m")
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    real, calls = os.rename, iter(range(1, 100))
+
+    def rename(source: Any, target: Any) -> None:
+        if next(calls) == call:
+            raise OSError("the disk is gone")
+        real(source, target)
+
+    monkeypatch.setattr(atomic.os, "rename", rename)
+    with pytest.raises(OSError, match="the disk is gone"):
+        save(make(tiny, seed=2), tmp_path / "m")
+    assert contents(tmp_path / "m") == before
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(
+    tmp_path: Path, tiny: NemotronConfig, make: Make, exchange: bool
+) -> None:
+    save(make(tiny, seed=1), tmp_path / "m", max_shard_bytes=40_000)
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "m" / "optimizer").mkdir()
+    (tmp_path / "m" / "optimizer" / "state.pt").write_bytes(b"moments")
+    other = make(tiny.replace(vocab_size=90), seed=2)
+    save(other, tmp_path / "m")
+    assert sorted(contents(tmp_path / "m")) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "optimizer/state.pt",
+    ], "the shards and the index of the old checkpoint are gone, what is not ours is there"
+    loaded = load(tmp_path / "m")
+    assert loaded.config.vocab_size == 90
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_the_exchange_is_one_step_here(tmp_path: Path) -> None:
+    """Linux and macOS can; if a test machine's disk cannot, the kill test below tests less."""
+    if sys.platform not in ("linux", "darwin"):
+        pytest.skip("no system call for it")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "from-a").touch()
+    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this disk cannot exchange folders")
+    assert os.listdir(tmp_path / "b") == ["from-a"]
+
+
+SAVE_FOR_EVER = """
+import sys
+import torch
+from nemotron_lite import Nemotron, NemotronConfig, save
+
+model = Nemotron(NemotronConfig(pattern="M*E", vocab_size=64, hidden_size=256))
+for step in range(1_000_000):
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(step)
+    save(model, sys.argv[1], max_shard_bytes=1_000_000)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal nobody can catch")
+def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Killed at moments that nobody chose, with no chance to clean up."""
+    target = tmp_path / "m"
+    for pause in (0.0, 0.04, 0.09):
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOR_EVER, str(target)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        ) as process:
+            assert process.stdout is not None
+            done = [process.stdout.readline() for _ in range(2)]
+            time.sleep(pause)
+            process.kill()
+            done += process.stdout.readlines()
+        last = int(done[-1])
+        values = {float(v) for t in load(target).state_dict().values() for v in t.unique()}
+        assert len(values) == 1, "parts of two checkpoints"
+        assert values <= {float(last), float(last + 1)}
+    save(load(target), target)
+    assert os.listdir(tmp_path) == ["m"], "the next save clears away what the killed ones left"
+
+
+def test_a_save_that_is_going_on_is_not_cleared_away(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "m") as first:
+        (first / "one").touch()
+        with new_folder(tmp_path / "m") as second:
+            (second / "two").touch()
+        assert os.listdir(tmp_path / "m") == ["two"]
+    assert sorted(os.listdir(tmp_path / "m")) == ["one"]
+
+
+def test_saving_into_the_current_folder_is_refused(
+    tmp_path: Path, tiny: NemotronConfig, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "..", tmp_path):
+        with pytest.raises(ValueError, match="save into a folder inside it"):
+            save(make(tiny), path)
+    save(make(tiny), "inside")
+    assert load("inside").config == tiny
+
+
+def test_saving_over_a_file_is_refused(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+    (tmp_path / "m").write_text("a file")
+    with pytest.raises(NotADirectoryError, match="name a folder to save into"):
+        save(make(tiny), tmp_path / "m")
+    assert (tmp_path / "m").read_text() == "a file"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save(make(tiny), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load(tmp_path / "real").config == tiny
+
+
+def test_parents_are_made_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").touch()
+    assert os.listdir(tmp_path / "a" / "b") == ["file"]
+    with pytest.raises(IsADirectoryError), new_folder(tmp_path / "a" / "c") as folder:
+        folder.write_text("this cannot work")
+    assert os.listdir(tmp_path / "a") == ["b"]

@@ -1,0 +1,289 @@
+"""A broken folder: one error that lists all that is wrong, and the way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemotron_lite import CheckpointError, Nemotron, NemotronConfig, load, save
+from tests.checkpoint.test_round_trip import tokenizer
+
+Make = Callable[..., Nemotron]
+GATE = "backbone.layers.1.mixer.gate.weight"
+EXPERT = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+
+
+def message(folder: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load(folder, **options)
+    assert str(folder) in str(error.value)
+    assert all(problem in str(error.value) for problem in error.value.problems)
+    return str(error.value)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, tiny: NemotronConfig, make: Make) -> Path:
+    save(make(tiny), tmp_path / "shards", max_shard_bytes=40_000)
+    return tmp_path / "shards"
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "hf download" in message(tmp_path / "nothing")
+
+
+def test_a_file_instead_of_the_folder(saved: Path) -> None:
+    assert f"give the folder that holds it, {saved}" in message(saved / "model.safetensors")
+
+
+def test_folder_left_aside_by_an_interrupted_save(saved: Path) -> None:
+    aside = saved.parent / f".{saved.name}.old-1234"
+    saved.rename(aside)
+    assert str(aside) in message(saved)
+
+
+def test_empty_folder_lists_both_files(tmp_path: Path) -> None:
+    text = message(tmp_path)
+    assert "2 problems" in text
+    assert "config.json is missing" in text
+    assert "neither model.safetensors nor model.safetensors.index.json" in text
+
+
+def test_config_that_is_no_json(saved: Path) -> None:
+    (saved / "config.json").write_text('{"model_type": ')
+    assert "config.json is no readable JSON" in message(saved)
+    (saved / "config.json").write_text("[]")
+    assert "config.json holds list, not an object" in message(saved)
+
+
+def test_config_that_is_not_built_and_weights_that_are_short_in_one_error(saved: Path) -> None:
+    edit_config(saved, mlp_bias=True, tie_word_embeddings=True)
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[:-100])
+    text = message(saved)
+    assert "mlp_bias" in text
+    assert "tie_word_embeddings" in text
+    assert f"cut short: {len(data) - 100:,} of {len(data):,} bytes" in text
+
+
+def test_pickles_only(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    assert "safe_serialization=True" in message(saved)
+
+
+def test_shards_without_their_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    text = message(sharded)
+    assert "model-00001-of-" in text
+    assert "the index is missing" in text
+
+
+def test_missing_shards_are_all_named(sharded: Path) -> None:
+    shards = sorted(sharded.glob("model-*"))
+    shards[0].unlink()
+    shards[2].unlink()
+    text = message(sharded)
+    assert f"2 of {len(shards)} files" in text
+    assert shards[0].name in text
+    assert shards[2].name in text
+
+
+def test_index_without_a_map(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in message(sharded)
+
+
+def test_index_may_not_lead_out_of_the_folder(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside the folder: ../secret.safetensors" in message(sharded)
+
+
+def test_index_of_another_checkpoint(sharded: Path) -> None:
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["backbone.layers.9.norm.weight"] = index["weight_map"]["lm_head.weight"]
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    text = message(sharded)
+    assert "promises 1 tensors" in text
+    assert "backbone.layers.9.norm.weight" in text
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 200])
+def test_truncated_header(saved: Path, keep: int) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(data[:keep])
+    text = message(saved)
+    assert "no readable safetensors file" in text
+    assert "download or copy it again" in text
+
+
+def test_every_truncated_shard_is_named(sharded: Path) -> None:
+    shards = sorted(sharded.glob("model-*"))
+    for shard in shards[:2]:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    text = message(sharded)
+    assert all(f"{shard.name} is cut short" in text for shard in shards[:2])
+
+
+def test_lfs_pointer(saved: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n"
+    (saved / "model.safetensors").write_text(pointer)
+    assert "git lfs pull" in message(saved)
+
+
+def test_missing_unexpected_and_misshapen_in_one_error(saved: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"], tensors[EXPERT]
+        tensors["backbone.layers.0.mixer.rotary.inv_freq"] = torch.ones(3)
+        tensors[EXPERT.replace(".3.", ".6.")] = torch.ones(24, 16)
+        tensors[GATE] = torch.ones(5, 32)
+
+    edit_weights(saved, change)
+    text = message(saved)
+    assert "3 problems" in text
+    assert "lm_head.weight" in text
+    assert EXPERT in text, "a single expert is named"
+    assert "inv_freq" in text
+    assert "experts.6.up_proj" in text, "an expert too many"
+    assert f"{GATE} [5, 32] for [6, 32]" in text
+
+
+def test_a_wrong_name_is_both_missing_and_unexpected(saved: Path) -> None:
+    edit_weights(saved, lambda t: t.update({"head.weight": t.pop("lm_head.weight")}))
+    text = message(saved)
+    assert "1 tensors are missing: lm_head.weight" in text
+    assert "no place in the model that config.json describes: head.weight" in text
+
+
+def test_long_lists_are_cut_and_counted(saved: Path) -> None:
+    edit_config(saved, n_routed_experts=60)
+    with pytest.raises(CheckpointError, match=r"and \d+ more"):
+        load(saved)
+
+
+def test_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("model-*"))[:2]
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file(load_file(second) | {name: tensors[name]}, second)
+    text = message(sharded)
+    assert f"{name} (in {first.name} and {second.name})" in text
+
+
+def test_tensor_under_two_prefixes(saved: Path) -> None:
+    other = "model.norm_f.weight"
+    edit_weights(saved, lambda t: t.update({other: t["backbone.norm_f.weight"].clone()}))
+    text = message(saved)
+    assert "are there twice" in text
+    assert other in text
+
+
+@pytest.mark.parametrize("first", ["stack", "expert"])
+def test_experts_stacked_and_one_by_one(sharded: Path, first: str) -> None:
+    stem = "backbone.layers.1.mixer.experts"
+    stack = {f"{stem}.up_proj": torch.ones(6, 24, 16)}
+    shards = sorted(sharded.glob("model-*"))
+    target = shards[0] if first == "stack" else shards[-1]
+    save_file(load_file(target) | stack, target)
+    text = message(sharded)
+    assert "are there twice" in text
+    assert f"{stem}.up_proj" in text
+
+
+def test_mtp_lost_by_transformers(saved: Path) -> None:
+    edit_weights(saved, lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")])
+    text = message(saved)
+    assert 'load(path, mtp="drop")' in text
+    assert "transformers drops it" in text
+    assert load(saved, mtp="drop").mtp is None
+
+
+def test_mtp_that_the_config_does_not_mention(saved: Path) -> None:
+    edit_config(saved, num_nextn_predict_layers=0)
+    text = message(saved)
+    assert "set num_nextn_predict_layers to 1" in text
+    assert 'mtp="drop"' in text
+    assert load(saved, mtp="drop").mtp is None
+
+
+def test_shared_expert_that_the_config_denies(saved: Path) -> None:
+    edit_config(saved, n_shared_experts=0)
+    assert "n_shared_experts is 0, which transformers ignores" in message(saved)
+
+
+@pytest.mark.parametrize("sign", ["config", "file", "packed", "scale"])
+def test_quantised_weights(saved: Path, sign: str) -> None:
+    if sign == "config":
+        algorithm = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        edit_config(saved, quantization_config=algorithm)
+    elif sign == "file":
+        (saved / "hf_quant_config.json").write_text("{}")
+    elif sign == "packed":
+        edit_weights(saved, lambda t: t.update({EXPERT: torch.ones(24, 8, dtype=torch.uint8)}))
+    else:
+        scale = torch.ones(24, 1).to(torch.float8_e4m3fn)
+        edit_weights(saved, lambda t: t.update({f"{EXPERT}_scale": scale}))
+    text = message(saved)
+    assert "quantised" in text
+    assert "BF16 release" in text
+    expected = dict(config="modelopt, NVFP4", file="hf_quant_config.json", packed="U8", scale="F8")
+    assert expected[sign] in text
+    assert "1 problem:" in text or "1 problem\n" in text, "shapes that follow from it are no news"
+
+
+def test_whole_numbers_are_no_weights(saved: Path) -> None:
+    edit_weights(saved, lambda t: t.update({GATE: torch.ones(6, 32, dtype=torch.int64)}))
+    text = message(saved)
+    assert "of a type that is not read" in text
+    assert f"{GATE} (I64)" in text
+
+
+def test_unknown_dtype_in_the_config(saved: Path) -> None:
+    edit_config(saved, torch_dtype="float8_e4m3fn")
+    assert "expected one of float64, float32, float16, bfloat16" in message(saved)
+
+
+def test_wrong_arguments(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8.*torch\.bfloat16"):
+        load(saved, dtype=torch.int8)
+
+
+def test_broken_tokenizer(saved: Path) -> None:
+    (saved / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json is unreadable" in message(saved)
+
+
+def test_saving_a_model_without_weights(tmp_path: Path, tiny: NemotronConfig) -> None:
+    with torch.device("meta"):
+        model = Nemotron(tiny)
+    with pytest.raises(CheckpointError, match="the model has no weights"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_saving_another_model_s_tokenizer(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+    with pytest.raises(CheckpointError, match="ids up to 128, the model's vocabulary only 128"):
+        save(make(tiny), tmp_path / "m", tokenizer(129))
+
+
+def test_shards_without_room(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+    with pytest.raises(ValueError, match="max_shard_bytes=0"):
+        save(make(tiny), tmp_path / "m", max_shard_bytes=0)

@@ -1,0 +1,100 @@
+"""Loading and saving never hold the weights twice.
+
+Each case runs in a process of its own, because a process never gives all memory back. Its own peak
+(VmHWM) is read from Linux before and after: anonymous memory and pages of mapped files together,
+which is what counts against a container's limit.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemotron_lite.checkpoint.reader import REOPEN
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+MIB = 2**20
+# Allocator and headers: saving grew by 0.4 MiB, loading stayed within what REOPEN allows.
+SLACK = 16 * MIB
+
+SETUP = """
+import json, sys, torch
+from nemotron_lite import Nemotron, NemotronConfig, load, save
+
+torch.set_num_threads(1)
+config = NemotronConfig(
+    pattern="M*EE", vocab_size=4096, hidden_size=512, n_routed_experts=64,
+    moe_intermediate_size=384, num_experts_per_tok=4,
+)
+
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+
+def size(model):
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+def warm_up(path):
+    # One small model through the same code, so that what torch sets up once is not counted.
+    small = NemotronConfig(pattern="M*E", vocab_size=8, hidden_size=8)
+    save(Nemotron(small), path + "-small")
+    load(path + "-small")
+"""
+
+LOAD = """
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+warm_up(path)
+before = peak()
+model = load(path, dtype=dtype)
+print(json.dumps(dict(grown=peak() - before, model=size(model))))
+"""
+
+SAVE = """
+path, limit = sys.argv[1], int(sys.argv[2])
+warm_up(path)
+model = Nemotron(config)
+before = peak()
+save(model, path, max_shard_bytes=limit)
+print(json.dumps(dict(grown=peak() - before, model=size(model))))
+"""
+
+
+def run(code: str, *arguments: object) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    return dict(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 240 MB in one file: several times what loading may hold beside the model."""
+    path = tmp_path_factory.mktemp("memory") / "m"
+    saved = run(SAVE, path, 10**10)
+    assert saved["model"] > 3 * REOPEN
+    assert len(list(path.glob("*.safetensors"))) == 1
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_the_model_and_little_else(folder: Path, dtype: str) -> None:
+    used = run(LOAD, folder, dtype)
+    assert used["grown"] >= 0.9 * used["model"], "the measurement sees the model"
+    assert used["grown"] <= used["model"] + REOPEN + SLACK
+
+
+@pytest.mark.parametrize("limit", [10**10, 50_000_000], ids=["one file", "shards"])
+def test_saving_needs_next_to_nothing(tmp_path: Path, limit: int) -> None:
+    used = run(SAVE, tmp_path / "m", limit)
+    assert used["model"] > 4 * SLACK, "a second copy would be seen"
+    assert used["grown"] <= SLACK
