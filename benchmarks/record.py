@@ -96,15 +96,10 @@ def versions() -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command line, with the module's name in the place of its path on this machine."""
-    # Inside `python -m package` (a __main__) and `python -m module` alike, argv[0] is a path.
-    script = Path(sys.argv[0])
-    root = RECORDS.parents[1]
-    if script.is_relative_to(root):
-        parts = script.relative_to(root).with_suffix("").parts
-        module = ".".join(part for part in parts if part != "__main__")
-        return shlex.join(["python", "-m", module, *sys.argv[1:]])
-    return shlex.join([script.name, *sys.argv[1:]])
+    """The command line as it was typed, without the folders of this machine."""
+    words = [Path(sys.executable).name.rstrip("0123456789."), *sys.orig_argv[1:]]
+    home = str(RECORDS.parents[1]) + os.sep
+    return shlex.join(word.replace(home, "") for word in words)
 
 
 def _faults(value: Any, place: str) -> Iterator[str]:

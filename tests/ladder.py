@@ -102,4 +102,5 @@ def write() -> Path:
         for (operation, rung, below, dtype, quantity), errors in sorted(_errors.items())
     ]  # fmt: skip
     what = "relative rms error of each form of an operation against the one below it"
-    return write_record("equivalence_ladder", {"what": what, "pairs": pairs})
+    payload = {"what": what, "environment": "NEMOTRON_LADDER=write", "pairs": pairs}
+    return write_record("equivalence_ladder", payload)

@@ -46,7 +46,7 @@ CASES = [
     Case(tokens, sizes, decay, packed)
     for tokens in LENGTHS
     for decay in ("weak", "mixed", "strong")
-    for sizes, packed in (((4, 8, 16, 2), False), ((4, 16, 8, 1), True), ((3, 4, 5, 3), True))
+    for sizes, packed in (((4, 8, 16, 2), False), ((4, 16, 8, 1), True), ((6, 4, 5, 3), True))
 ]
 
 Rung = Callable[..., tuple[Tensor, Tensor]]
@@ -109,6 +109,25 @@ def exact(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return run(bind(selective_scan, case), list(inputs.values()), torch.float64)
 
 
+@functools.cache
+def cancellation(case: Case, dtype: torch.dtype) -> float:
+    """By how much dA is smaller than the terms it sums over rows and tokens, at least 1.
+
+    In float32 a sum is known to within the rounding of its terms, not of itself. The terms are
+    found by letting dt act on the decay alone: what it would add to the write is divided out of x.
+    """
+    inputs = inputs_of(case, dtype) | {"D": torch.zeros(case.sizes[0])}
+    amounts = (inputs["x"].double() * inputs["dt"].double().unsqueeze(-1)).detach()
+
+    def decay_only(x, dt, A, *others):  # type: ignore[no-untyped-def]
+        return bind(selective_scan, case)(amounts / dt.unsqueeze(-1) + 0 * x, dt, A, *others)
+
+    _, grads = run(decay_only, list(inputs.values()), torch.float64)
+    terms = grads[1] * inputs["dt"] / inputs["A"]  # a = dt A: da/ddt = A and da/dA = dt
+    size = terms.square().sum((0, 1)).mean().sqrt() / grads[2].square().mean().sqrt()
+    return max(1.0, float(size))
+
+
 def strided(x, dt, A, B, C, **others):  # type: ignore[no-untyped-def]
     """`ssd` as the Mamba layer calls it: x, B and C are slices of one tensor."""
     parts = [v.flatten(2) for v in (x, B, C)]
@@ -161,9 +180,10 @@ RUNGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def holds(found: dict[str, float], dtype: torch.dtype, factor: float = 1.0) -> None:
+def holds(found: dict[str, float], case: Case, dtype: torch.dtype, factor: float = 1.0) -> None:
     """Fail with every quantity that is further off than promised."""
-    off = {name: error for name, error in found.items() if error > TOLERANCE[dtype] * factor}
+    factors = dict.fromkeys(found, factor) | {"dA": factor * cancellation(case, dtype)}
+    off = {name: e for name, e in found.items() if e > TOLERANCE[dtype] * factors[name]}
     assert not off, off
 
 
@@ -177,20 +197,25 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
         "ssd", rung, bind(RUNGS[rung], case), inputs_of(case, dtype), OUTPUTS,
         exact(case, dtype), "recurrence in float64", dtype,
     )  # fmt: skip
-    holds(found, dtype)
+    holds(found, case, dtype)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (2, 65, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype: torch.dtype, case: Case) -> None:
-    """Half precision is a way to store inputs and outputs: what lies between is float32."""
+    """Half precision is a way to store inputs and outputs: what lies between is float32.
+
+    So y is off by its own rounding and the state hardly at all. The gradients start from a gradient
+    of y that was rounded too, and where they are sums that cancel, that weighs more.
+    """
     found = ladder.climb(
         "ssd", "chunked", bind(ssd, case), inputs_of(case, dtype), OUTPUTS,
         exact(case, dtype), "recurrence in float64", dtype,
     )  # fmt: skip
     if dtype == torch.bfloat16:
         assert found.pop("state") < TOLERANCE[torch.float32]
-    holds(found, dtype)
+        assert found.pop("y") < TOLERANCE[dtype]
+    holds(found, case, dtype, factor=5.0 if dtype == torch.bfloat16 else 1.0)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (1, 65)], ids=str)
@@ -203,7 +228,7 @@ def test_the_definition_in_float32(rung: str, case: Case) -> None:
         "ssd", rung, bind(form, case), inputs_of(case, dtype), OUTPUTS,
         exact(case, dtype), "recurrence in float64", dtype,
     )  # fmt: skip
-    holds(found, dtype, factor=3.0)
+    holds(found, case, dtype, factor=3.0)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (1, 65)], ids=str)
