@@ -155,6 +155,9 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
     itself, while vLLM and NVIDIA's remote code compute `layers_block_type` and fail on a file that
     sets it. An infinite upper limit of dt is left out with the lower limit of 0, as in the release.
     A finite pair is written and may hold `inf`; `json.dumps` makes that `Infinity`.
+
+    One thing has no spelling that transformers understands: `n_shared_experts=0`, which it ignores
+    and makes up a random shared expert for.
     """
     hf: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],

@@ -278,7 +278,7 @@ class Nemotron(nn.Module):
 
     def _head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         logits = self.lm_head(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
     def _check(
         self,

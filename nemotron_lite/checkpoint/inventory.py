@@ -45,7 +45,8 @@ class CheckpointError(ValueError):
         self.problems = list(problems)
         count = len(self.problems)
         header = f"{where}: {count} problem{'s' if count > 1 else ''}"
-        super().__init__("\n  - ".join([header, *self.problems]))
+        indented = (problem.replace("\n", "\n    ") for problem in self.problems)
+        super().__init__("\n  - ".join([header, *indented]))
 
 
 class Stored(NamedTuple):
@@ -118,8 +119,8 @@ def read_headers(
         absent = [n for n, file in weight_map.items() if (n, file) not in there]
         if absent:
             problems.append(
-                f"{INDEX} promises {len(absent)} tensors that are not in the files it names: "
-                f"{some(absent)}; index and files are not of one checkpoint"
+                f"{INDEX} promises what is not in the files it names: {_listed(absent)}; index and"
+                " files are not of one checkpoint"
             )
     return stored
 
@@ -197,6 +198,7 @@ def match(
     """
     filled: dict[Place, Stored] = {}
     first: dict[str, Stored] = {}  # of each name: tells a stack from experts one by one
+    useless: set[Place] = set()  # stored but wrong: not to be reported as missing as well
     unexpected, shapes, twice, formats = [], [], [], []
     for item in stored:
         place = place_of(item.name)
@@ -209,30 +211,31 @@ def match(
             unexpected.append(item.name)
         elif item.shape != shape:
             shapes.append(f"{item.name} {list(item.shape)} for {list(shape)}")
+            useless.add(place)
         elif item.dtype not in FLOATS:
             formats.append(f"{item.name} ({item.dtype})")
+            useless.add(place)
         elif place in filled:
             twice.append(_twice(item, filled[place]))
         elif stacked != (place_of(first.setdefault(place.name, item).name).expert is None):
             twice.append(_twice(item, first[place.name]))
         else:
             filled[place] = item
-    missing = _unfilled(expected, filled)
-    if missing:
-        way_out = _about(missing, True)
-        problems.append(f"{len(missing)} tensors are missing: {some(missing)}{way_out}")
-    if unexpected:
-        problems.append(
-            f"{len(unexpected)} tensors have no place in the model that config.json describes: "
-            f"{some(unexpected)}" + _about(unexpected, False)
-        )
+    for missing in _by_module(_unfilled(expected, {*filled, *useless})):
+        problems.append(f"missing: {_listed(missing)}{_about_missing(missing)}")
+    for extra in _by_module(unexpected):
+        way_out = _about_unexpected(extra)
+        problems.append(f"without a place in the model of config.json: {_listed(extra)}{way_out}")
     for label, found in (
-        ("have another shape than config.json says (stored, expected)", shapes),
-        ("are there twice", twice),
-        (f"are of a type that is not read ({', '.join(FLOATS)} are)", formats),
+        (
+            "of another shape than config.json says, so one is not the other's (stored for expected)",
+            shapes,
+        ),
+        ("there twice", twice),
+        (f"of a type that is not read ({', '.join(FLOATS)} are)", formats),
     ):
         if found:
-            problems.append(f"{len(found)} tensors {label}: {some(found)}")
+            problems.append(f"{label}: {_listed(found)}")
     return filled
 
 
@@ -242,14 +245,14 @@ def _twice(one: Stored, other: Stored) -> str:
     return f"{one.name} (also as {other.name})"
 
 
-def _unfilled(expected: Mapping[str, tuple[int, ...]], filled: Mapping[Place, Stored]) -> list[str]:
-    """Names of the places that nothing fills, experts one by one where some are there."""
+def _unfilled(expected: Mapping[str, tuple[int, ...]], seen: set[Place]) -> list[str]:
+    """Names of the places that nothing was stored for, experts one by one where some are there."""
     missing = []
     for name, shape in expected.items():
-        if Place(name) in filled:
+        if Place(name) in seen:
             continue
         experts = range(shape[0]) if is_stack_of_experts(name) else ()
-        absent = [e for e in experts if Place(name, e) not in filled]
+        absent = [e for e in experts if Place(name, e) not in seen]
         if not experts or len(absent) == shape[0]:
             missing.append(name)
         else:
@@ -258,25 +261,44 @@ def _unfilled(expected: Mapping[str, tuple[int, ...]], filled: Mapping[Place, St
     return missing
 
 
-def _about(names: list[str], missing: bool) -> str:
+def _by_module(names: list[str]) -> list[list[str]]:
+    """Names of the backbone and names of MTP, which go missing for different reasons."""
+    mtp = [name for name in names if name.startswith("mtp.")]
+    rest = [name for name in names if not name.startswith("mtp.")]
+    return [group for group in (rest, mtp) if group]
+
+
+def _about_missing(names: list[str]) -> str:
     """A way out, where the names tell which accident this is."""
-    if all(name.startswith("mtp.") for name in names):
-        if missing:
-            return (
-                ". config.json says there is an MTP module (num_nextn_predict_layers) and the files"
-                " hold none: transformers drops it when it saves. Load the original files, or go on"
-                ' without it: load(path, mtp="drop")'
-            )
+    if not names[0].startswith("mtp."):
+        return ". Copy the files again, or take the config.json that belongs to them"
+    return (
+        ". config.json says that there is an MTP module (num_nextn_predict_layers); transformers"
+        " drops it when it saves. Load the original files, or go on without it:"
+        ' load(path, mtp="drop")'
+    )
+
+
+def _about_unexpected(names: list[str]) -> str:
+    """A way out, where the names tell which accident this is."""
+    if names[0].startswith("mtp."):
         return (
-            ". The files hold an MTP module that config.json does not mention: set"
-            ' num_nextn_predict_layers to 1 in it, or leave the module out: load(path, mtp="drop")'
+            ". If they are an MTP module that config.json does not mention, set"
+            " num_nextn_predict_layers to 1 in it, or leave the module out:"
+            ' load(path, mtp="drop")'
         )
-    if all(".shared_experts." in name for name in names) and not missing:
+    if all(".shared_experts." in name for name in names):
         return (
             ". config.json says n_shared_experts is 0, which transformers ignores: set it to 1 if"
             " the weights were trained with a shared expert"
         )
-    return ""
+    return (
+        ". Take the config.json that belongs to the weights; if it does, remove them from the file"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {some(names)}"
 
 
 def some(names: Iterable[str], limit: int = 8) -> str:

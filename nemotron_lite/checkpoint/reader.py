@@ -138,7 +138,7 @@ def _config(
     try:
         return from_hf(hf)
     except ConfigError as error:
-        problems.append(f"config.json: {error}")
+        problems.append(str(error))
         return None
 
 

@@ -129,11 +129,14 @@ class Mamba2(nn.Module):
 
     def _step_sizes(self, dt: Float[Tensor, "*bt h"]) -> Float[Tensor, "*bt h"]:
         """softplus(dt + bias) in float32 or better."""
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        dt = F.softplus(_wide(dt) + _wide(self.dt_bias))
         return dt.clamp(*self.dt_limit) if self.clamps_dt else dt
 
     def _rates(self) -> Float[Tensor, "h"]:
         """A: how fast each head forgets, negative."""
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        return -torch.exp(self.A_log.to(wide))
+        return -torch.exp(_wide(self.A_log))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32, or float64 where x already is."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -81,7 +81,7 @@ def causal_conv1d_step(
     window = torch.cat([state, x.unsqueeze(1)], dim=1)
     y = (window * weight.t()).sum(1)
     if bias is not None:
-        y = y + bias
+        y = y.add_(bias) if not y.requires_grad else y + bias
     return F.silu(y), window[:, 1:]
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._door import cast, choose
 
 FEW_PAIRS = 16  # (token, slot) pairs up to which products with single rows beat sorting
 
@@ -69,21 +69,25 @@ def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
 
 
 def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    up, down = up.to(z.dtype), down.to(z.dtype)
+    up, down, weights = (cast(part, z.dtype) for part in (up, down, weights))
     if torch.is_grad_enabled():
-        return _SortedExperts.apply(z, up, down, weights.to(z.dtype), indices)
+        return _SortedExperts.apply(z, up, down, weights, indices)
     if indices.numel() <= FEW_PAIRS:
         return _row_by_row(z, up, down, weights, indices)
-    return _sorted_forward(z, up, down, weights.to(z.dtype), indices)[0]
+    return _sorted_forward(z, up, down, weights, indices)[0]
 
 
 def _row_by_row(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     out = torch.zeros_like(z)
-    pairs = zip(weights.tolist(), indices.tolist(), strict=True)
-    for token, total, (token_weights, chosen) in zip(z, out, pairs, strict=True):
-        for weight, e in zip(token_weights, chosen, strict=True):
-            hidden = torch.mv(up[e], token).relu_().square_()
-            total.addmv_(down[e], hidden, alpha=weight)
+    hidden = z.new_empty(*indices.shape, up.shape[1])
+    for token, total, rows, weight, chosen in zip(
+        z, out, hidden, weights, indices.tolist(), strict=True
+    ):
+        for row, e in zip(rows.unbind(), chosen, strict=True):
+            torch.mv(up[e], token, out=row)
+        rows.relu_().mul_(rows).mul_(weight.unsqueeze(1))
+        for row, e in zip(rows.unbind(), chosen, strict=True):
+            total.addmv_(down[e], row)
     return out
 
 

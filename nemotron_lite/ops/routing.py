@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._door import cast, choose
 
 
 class Routing(NamedTuple):
@@ -67,8 +67,10 @@ def route(
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):  # mixed precision must not reach the router
-        return torch.sigmoid(F.linear(x.to(wide), weight.to(wide)))
+    if torch.is_autocast_enabled(x.device.type):  # mixed precision must not reach the router
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sigmoid(F.linear(cast(x, wide), cast(weight, wide)))
+    return torch.sigmoid(F.linear(cast(x, wide), cast(weight, wide)))
 
 
 def _naive(
@@ -97,13 +99,13 @@ def _fast(
     top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
 ) -> Routing:  # fmt: skip
     scores = _scores(x, weight)
-    biased = scores.detach() + bias
+    biased = (scores.detach() if scores.requires_grad else scores) + bias
     if n_group > 1:
         biased = _keep_best_groups(biased, n_group, topk_group)
     indices = torch.topk(biased, top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, indices)
     if normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * (scale / (weights.sum(-1, keepdim=True) + 1e-20)), indices, scores)
     return Routing(weights * scale, indices, scores)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints small enough to write hundreds of."""
+"""What the checkpoint tests share: a model of each kind of layer, and a folder to break."""
 
 from __future__ import annotations
 
