@@ -152,8 +152,8 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
     """The contents of a `config.json`, spelled as on the hub.
 
     The hub's spelling is the one that every reader takes: transformers 5 converts the pattern
-    itself, while vLLM and NVIDIA's remote code compute `layers_block_type` and fail on a file that
-    sets it. An infinite upper limit of dt is left out with the lower limit of 0, as in the release.
+    itself, while readers older than the list of names (remote code, serving engines) know only the
+    pattern and compute the list from it. An infinite upper limit of dt is left out with the lower limit of 0, as in the release.
     A finite pair is written and may hold `inf`; `json.dumps` makes that `Infinity`.
 
     One thing has no spelling that transformers understands: `n_shared_experts=0`, which it ignores

@@ -260,8 +260,8 @@ def test_a_file_without_layers_says_so() -> None:
         from_hf(published(hybrid_override_pattern=..., num_hidden_layers=...))
 
 
-def test_readers_that_compute_the_layer_list_get_no_layer_list() -> None:
-    """vLLM's and NVIDIA's config classes have `layers_block_type` as a property without setter."""
+def test_layers_are_written_once_in_the_spelling_every_reader_knows() -> None:
+    """Readers older than `layers_block_type` compute it, and cannot take it from the file."""
     written = to_hf(PRESETS["super"])
     assert "layers_block_type" not in written
     assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"]

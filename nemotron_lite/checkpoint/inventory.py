@@ -227,15 +227,12 @@ def match(
         way_out = _about_unexpected(extra)
         problems.append(f"without a place in the model of config.json: {_listed(extra)}{way_out}")
     for label, found in (
-        (
-            "of another shape than config.json says, so one is not the other's (stored for expected)",
-            shapes,
-        ),
+        ("of another shape than config.json says (stored for expected)", shapes),
         ("there twice", twice),
         (f"of a type that is not read ({', '.join(FLOATS)} are)", formats),
     ):
         if found:
-            problems.append(f"{label}: {_listed(found)}")
+            problems.append(f"{label}: {_listed(found)}. Take files that were saved together")
     return filled
 
 
