@@ -153,8 +153,9 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
 
     The hub's spelling is the one that every reader takes: transformers 5 converts the pattern
     itself, while readers older than the list of names (remote code, serving engines) know only the
-    pattern and compute the list from it. An infinite upper limit of dt is left out with the lower limit of 0, as in the release.
-    A finite pair is written and may hold `inf`; `json.dumps` makes that `Infinity`.
+    pattern and compute the list from it. `time_step_limit` is left out when it limits nothing, as
+    in the release; otherwise it is written and may hold `inf`, for which `json.dumps` writes
+    `Infinity`.
 
     One thing has no spelling that transformers understands: `n_shared_experts=0`, which it ignores
     and makes up a random shared expert for.

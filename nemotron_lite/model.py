@@ -41,7 +41,7 @@ from nemotron_lite.layers import (
 )
 from nemotron_lite.state import State
 
-SEGMENT = 1024  # tokens per row and pass of a long prefill
+SEGMENT = 2048  # tokens per row and pass of a long prefill
 
 
 @dataclass

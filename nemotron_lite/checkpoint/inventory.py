@@ -289,9 +289,7 @@ def _about_unexpected(names: list[str]) -> str:
             ". config.json says n_shared_experts is 0, which transformers ignores: set it to 1 if"
             " the weights were trained with a shared expert"
         )
-    return (
-        ". Take the config.json that belongs to the weights; if it does, remove them from the file"
-    )
+    return ". Take the config.json that belongs to the weights, or write them again without these"
 
 
 def _listed(names: list[str]) -> str:

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from nemotron_lite.ops._door import choose
 
+# PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 
 def causal_attention(
     q: Float[Tensor, "b h t p"],
@@ -89,11 +92,31 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor
             return _one_token(q, k, v)
         if starts == 0 and seq_idx is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if seq_idx is None and q.is_cpu and not torch.is_grad_enabled():
+            return _cached_then_new(q, k, v, starts)
     else:
         seen = int(starts.max()) + tokens
         k, v = k[:, :, :seen], v[:, :, :seen]
     mask = _visible(q, k, starts, seq_idx)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _cached_then_new(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """A piece of a prompt behind `start` cached tokens, without a mask.
+
+    All queries see all cached keys, and among the new tokens the mask is the usual triangle. Two
+    calls that need no mask are faster than one that does; with z the log of each softmax's
+    denominator, the parts join as o = o_old + (o_new - o_old) sigmoid(z_new - z_old).
+    """
+    b, h, t, p = q.shape
+    shared = h // k.shape[1]
+    # Queries that share a key head stand below each other, so that no key is copied.
+    stacked = q.reshape(b, k.shape[1], shared * t, p)
+    old, old_log = _FLASH(stacked, k[:, :, :start], v[:, :, :start])
+    k, v = (x[:, :, start:].repeat_interleave(shared, dim=1) for x in (k, v))
+    new, new_log = _FLASH(q, k, v, is_causal=True)
+    share = torch.sigmoid(new_log - old_log.reshape(b, h, t)).unsqueeze(-1)
+    return torch.lerp(old.reshape(q.shape), new, share.to(q.dtype))
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
