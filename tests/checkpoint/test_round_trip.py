@@ -89,6 +89,21 @@ def test_the_hub_layout_is_written(saved: Path, tiny: NemotronConfig) -> None:
         assert handle.metadata() == {"format": "pt"}  # transformers refuses a file without
 
 
+def test_every_tensor_starts_at_a_multiple_of_its_width(
+    tmp_path: Path, tiny: NemotronConfig, make: Make
+) -> None:
+    """Three heads in bfloat16 are 6 bytes, after which a float32 bias would start between two."""
+    model = make(tiny.replace(mamba_num_heads=3, n_groups=1), dtype=torch.bfloat16)
+    save(model, tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start % 8 == 0
+    width = {"F32": 4, "BF16": 2}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % width[entry["dtype"]] == 0, name
+
+
 def test_index_is_complete(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
     save(make(tiny), tmp_path / "m", max_shard_bytes=40_000)
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
