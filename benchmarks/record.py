@@ -97,9 +97,9 @@ def versions() -> dict[str, str]:
 
 def _command() -> str:
     """The command line as it was typed, without the folders of this machine."""
-    words = [Path(sys.executable).name.rstrip("0123456789."), *sys.orig_argv[1:]]
     home = str(RECORDS.parents[1]) + os.sep
-    return shlex.join(word.replace(home, "") for word in words)
+    words = ["python", *(word.replace(home, "") for word in sys.orig_argv[1:])]
+    return shlex.join(f".../{Path(w).name}" if Path(w).is_absolute() else w for w in words)
 
 
 def _faults(value: Any, place: str) -> Iterator[str]:
