@@ -114,8 +114,11 @@ class NemotronConfig:
         if self.n_shared_experts not in (0, 1):
             self._fail("n_shared_experts", "0 or 1 (widen moe_shared_expert_intermediate_size)")
         for name in ("time_step_min", "time_step_max", "time_step_floor", "norm_eps"):
-            if not getattr(self, name) > 0:
+            if not self._is_number(name) or not getattr(self, name) > 0:
                 self._fail(name, "a number above 0")
+        for name in ("routed_scaling_factor", "initializer_range"):
+            if not self._is_number(name) or not 0 < getattr(self, name) < math.inf:
+                self._fail(name, "a finite number above 0")
         if self.time_step_min > self.time_step_max:
             self._fail("time_step_min", f"at most time_step_max={self.time_step_max}")
         low, high = self.time_step_limit
@@ -138,6 +141,10 @@ class NemotronConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 self._fail(name, "a whole number of at least 1")
+
+    def _is_number(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
 
     def _check_divides(self, divisor: str, number: str) -> None:
         if getattr(self, number) % getattr(self, divisor):
@@ -226,11 +233,11 @@ class NemotronConfig:
         return to_hf(self)
 
 
-_FULL_SIZE = dict(
+_FULL_SIZE: dict[str, Any] = dict(
     vocab_size=131_072, num_attention_heads=32, num_key_value_heads=2, head_dim=128,
     mamba_head_dim=64, ssm_state_size=128, n_groups=8,
 )  # fmt: skip
-_SUPER_MTP = dict(mtp_pattern="*E", mtp_depths=2)
+_SUPER_MTP: dict[str, Any] = dict(mtp_pattern="*E", mtp_depths=2)
 
 PRESETS: dict[str, NemotronConfig] = {
     # Super's proportions at a width that two CPU cores train in minutes: d_inner = 2d, latent d/4,

@@ -104,12 +104,13 @@ def _steps(
     with torch.inference_mode():
         state = model.empty_state(len(prompt), capacity=prompt.shape[1] + max_new_tokens)
         logits = prefill(model, prompt, lengths, state, prefill_chunk)
+        chosen = chooser(logits)
     ended = [False] * len(prompt)
     for step in range(max_new_tokens):
-        with torch.inference_mode():
-            if step:
+        if step:
+            with torch.inference_mode():
                 logits = model(chosen.unsqueeze(1), state, last_only=True).logits[:, 0]
-            chosen = chooser(logits)
+                chosen = chooser(logits)
         found = chosen.tolist()
         yield [None if over else token for token, over in zip(found, ended, strict=True)]
         ended = [over or token in stop for token, over in zip(found, ended, strict=True)]

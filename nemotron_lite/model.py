@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -126,6 +127,7 @@ class Nemotron(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
         with torch.device("meta"):  # no memory and no random numbers until `initialise`
             self.backbone = Backbone(config)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

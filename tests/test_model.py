@@ -214,7 +214,7 @@ def test_initialisation_follows_the_sheet() -> None:
     model = Nemotron(config, seed=0)
     model.requires_grad_(False)
     mixer = model.backbone.layers[0].mixer
-    assert 1 <= mixer.A_log.exp().min() and mixer.A_log.exp().max() <= 16
+    assert mixer.A_log.exp().min() >= 1 and mixer.A_log.exp().max() <= 16
     step = torch.nn.functional.softplus(mixer.dt_bias)
     assert step.min() >= config.time_step_floor and step.max() <= config.time_step_max * 1.0001
     assert torch.equal(mixer.D, torch.ones_like(mixer.D))

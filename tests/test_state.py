@@ -1,4 +1,4 @@
-"""State: snapshots, rollback, files, growth."""
+"""State: snapshots and rollback give back the same future; files are whole or absent; sizes."""
 
 from __future__ import annotations
 

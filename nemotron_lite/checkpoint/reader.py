@@ -105,7 +105,7 @@ def load(
         raise CheckpointError(folder, problems)
     tensors = _fill(folder, shapes, places, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
-    model.tokenizer = tokenizer  # type: ignore[assignment]  # no parameter, no module
+    model.tokenizer = tokenizer
     return model.eval()
 
 

@@ -47,11 +47,12 @@ class MTP(nn.Module):
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
+        layers = [
             (Block if j else _Entry)(config, kind, f"mtp.layers.{j}")
             for j, kind in enumerate(config.mtp_pattern)
-        )
-        self.layers[-1].final_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        ]
+        layers[-1].add_module("final_layernorm", RMSNorm(config.hidden_size, config.norm_eps))
+        self.layers = nn.ModuleList(layers)
 
     def forward(
         self,
@@ -61,7 +62,10 @@ class MTP(nn.Module):
         span: Span = Span(),
     ) -> Float[Tensor, "b t d"]:
         """h^k from h^{k-1} and the embeddings of the tokens k later."""
-        x = self.layers[0].join(embedded, hidden)
+        entry, last = self.layers[0], self.layers[-1]
+        assert isinstance(entry, _Entry)
+        assert isinstance(last.final_layernorm, RMSNorm)
+        x = entry.join(embedded, hidden)
         for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
             x = layer(x, memory, span)
-        return self.layers[-1].final_layernorm(x)
+        return last.final_layernorm(x)
