@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_lite import ledger
 from nemotron_lite.config import PRESETS, NemotronConfig
@@ -159,6 +160,29 @@ def test_prefill_counts_every_multiply_add(name, t, chunk):
     count = ledger.flops(VARIANTS[name], t, "prefill", chunk=chunk)
     assert count.total == pytest.approx(_brute_force(VARIANTS[name], t, chunk), rel=1e-12)
     assert sum(count.by_part.values()) == pytest.approx(count.per_token)
+
+
+@pytest.mark.parametrize("name", ["lite", "tiny-super", "dense", "plain mixture"])
+def test_prefill_is_what_a_running_model_multiplies(name):
+    """torch counts products of matrices with weights exactly as the ledger does.
+
+    Two stated differences: the scan multiplies whole q x q squares where the ledger counts the
+    causal triangle, and torch has no entry for the CPU's attention kernel.
+    """
+    from nemotron_lite.model import Nemotron
+
+    config, t = VARIANTS[name].replace(mtp_pattern="", mtp_depths=0, vocab_size=300), 384
+    tokens = torch.randint(300, (1, t))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Nemotron(config)(tokens)
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    rows = ledger.flops(config, t).rows
+    weights = [
+        row for row in rows if not row.name.startswith(("scan", "conv1d", "scores and values"))
+    ]
+    assert counted["aten.mm"] + counted.get("aten.addmm", 0) == sum(r.total for r in weights) * t
+    scan = sum(row.total for row in rows if row.name.startswith("scan")) * t
+    assert 0.9 * scan < counted["aten.bmm"] < 2 * scan
 
 
 def test_the_head_of_a_prompt_can_be_counted_once():

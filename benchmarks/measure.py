@@ -1,0 +1,142 @@
+"""Time and memory, measured so that two programs can be compared on a machine that others use too.
+
+Times. The programs take turns, in an order that flips each round (A B, B A, ...), so that a slow
+minute of the machine falls on both. What is reported is the median and the spread; the ratio is
+taken round by round, between neighbours in time, and has a median and a spread of its own.
+
+Memory. A process remembers how much it ever held, so each measurement has a process to itself: it
+builds the model, resets the high-water mark (`/proc/self/clear_refs`), does the work and reports
+how far above the model the mark has risen. Linux only; elsewhere `peak_memory` returns None.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """n, median, min and max of some measurements.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    if not values:
+        raise ValueError("no measurements to summarise: run at least one round.")
+    return {
+        "n": len(values),
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every call, `rounds` of each, taking turns in an order that flips each round."""
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: expected at least 1.")
+    names = list(calls)
+    for _ in range(warmup):
+        for name in names:
+            calls[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            gc.collect()
+            start = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    what: str,
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    tokens: int,
+    aim: float | None = None,
+    over: str = "peer",
+    **labels: object,
+) -> dict[str, Any]:
+    """One entry of a record: "ours" against `over`, in seconds, tokens per second and as a ratio.
+
+    Args:
+        what: what was done, e.g. "prefill".
+        seconds: lists of the same length, from `alternate`.
+        tokens: tokens that one call took in or wrote, all rows together.
+        aim: the ratio asked for.
+        labels: sizes that tell this entry from others.
+    """
+    ratios = [b / a for a, b in zip(seconds["ours"], seconds[over], strict=True)]
+    entry: dict[str, Any] = {"what": what, **labels, "seconds": {}, "tokens_per_second": {}}
+    for name, values in seconds.items():
+        entry["seconds"][name] = summary(values)
+        entry["tokens_per_second"][name] = tokens / statistics.median(values)
+    entry["times_faster"] = summary(ratios)
+    if aim is not None:
+        entry["aim"] = aim
+        entry["reached"] = entry["times_faster"]["median"] >= aim
+    return entry
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """One line of progress for an entry of `compare`."""
+    skip = {"what", "seconds", "tokens_per_second", "times_faster", "aim", "reached"}
+    labels = " ".join(f"{k} {v}" for k, v in entry.items() if k not in skip)
+    speeds = ", ".join(f"{n} {v:,.0f} tok/s" for n, v in entry["tokens_per_second"].items())
+    ratio = entry["times_faster"]
+    aim = f", aim {entry['aim']}" if "aim" in entry else ""
+    return (
+        f"{entry['what']:<8} {labels}: {speeds}; {ratio['median']:.2f} times faster "
+        f"({ratio['min']:.2f} to {ratio['max']:.2f}{aim})"
+    )
+
+
+def peak_above(prepare: Callable[[], Callable[[], object]]) -> int | None:
+    """Bytes by which resident memory rises above what `prepare` leaves, while its result runs.
+
+    Call this in a process of its own. None where the system has no resettable high-water mark.
+    """
+    work = prepare()
+    gc.collect()
+    mark = Path("/proc/self/clear_refs")
+    if not mark.exists():
+        return None
+    mark.write_text("5")
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory cannot be measured here.")
+
+
+def in_own_process(module: str, *arguments: str) -> Any:
+    """What `python -m module arguments` prints as JSON on its last line.
+
+    Raises:
+        RuntimeError: the process failed; the message holds what it said.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
