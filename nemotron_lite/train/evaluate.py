@@ -8,13 +8,13 @@ is counted: a file is `<|endoftext|> tokens <|endoftext|>`, its first token is p
 opening mark, and the closing mark is scored as well, since a file that does not say where it ends
 is not coded.
 
-How a file is read: it is cut into windows of `window` tokens that overlap by half. The first window
-scores all its tokens, each later one only its second half, so a token always has at least
-`window / 2` tokens of its file before it, or the file's beginning. Nothing is carried from one
-window or file to the next.
+How a file is read: it is cut into windows of `window` tokens that overlap by a quarter. The first
+window scores all its tokens, each later one those that the window before it has not, so a token has
+at least `window / 4` tokens of its file before it, or the file's beginning. Nothing is carried from
+one window or file to the next.
 
-A window of twice the training length keeps the model near the lengths it has seen. What is measured
-is the backbone; the MTP module takes no part.
+The default window is twice the length of the default training rows, near the lengths the model has
+seen. What is measured is the backbone; the MTP module takes no part.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def cut(document: Int[np.ndarray, "n"], window: int) -> Iterator[Window]:
         piece = document[start : start + window]
         yield Window(piece, scored - start)
         scored = start + len(piece)
-        start += max(1, window // 2)
+        start += window - max(1, window // 4)
 
 
 def _groups(windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
