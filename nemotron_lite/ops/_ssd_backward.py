@@ -17,7 +17,7 @@ S' the state after it, and gradients written g:
 The gradient of s needs care. Let P = gM * L * (C B^T), the gradient of the exponents. Entry (l, r)
 depends on exactly the steps a_t = dt_t A with r < t <= l. On the diagonal there is none, yet it is
 by far the largest entry under strong decay. The textbook form, a running sum of (row sum minus
-column sum), adds it and takes it away again, and what is left of dA is noise (1e-5 was measured).
+column sum), adds it and takes it away again, and leaves rounding noise in dA.
 Here the entries that span a step are added up and nothing is subtracted: a product with a triangle
 of ones sums over l >= t, a masked row sum over r < t. In the same way the write of token r depends
 on the steps after r, and what token l reads from the state on the steps up to l:

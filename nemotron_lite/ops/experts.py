@@ -18,6 +18,8 @@ Source: reference sheet 4.1. Left out: capacity limits and expert parallelism (a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,11 +28,13 @@ from torch.autograd.function import once_differentiable
 from nemotron_lite.ops._door import cast, choose
 
 FEW_PAIRS = 16  # (token, slot) pairs up to which products with single rows beat sorting
+RUN_ROWS = 128  # rows of hidden units to activate in one call
 
 
 def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """relu(x)^2, the activation of every feed-forward layer in the family."""
-    return torch.relu(x).square()
+    positive = torch.relu(x)
+    return positive.square() if positive.requires_grad else positive.mul_(positive)
 
 
 def expert_mlp(
@@ -108,6 +112,17 @@ class _Order:
                 self.blocks.append((expert, start, start + count))
                 start += count
 
+    def runs(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Neighbouring blocks that are activated together: few calls, and rows still in cache."""
+        run: list[tuple[int, int, int]] = []
+        for block in self.blocks:
+            run.append(block)
+            if block[2] - run[0][1] >= RUN_ROWS:
+                yield run
+                run = []
+        if run:
+            yield run
+
 
 def _combine(answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """Sum each token's k answers, read from their sorted places, with the router's weights."""
@@ -122,14 +137,18 @@ def _sorted_forward(
     order = _Order(indices, up.shape[0])
     rows = z[order.tokens]
     answers = torch.empty_like(rows)
-    hidden = rows.new_empty(rows.shape[0], up.shape[1]) if keep else None
-    for e, start, stop in order.blocks:
-        block = torch.mm(
-            rows[start:stop], up[e].t(), out=None if hidden is None else hidden[start:stop]
-        )
-        active = block.clamp(min=0) if keep else block.relu_()
-        torch.mm(active.square_(), down[e].t(), out=answers[start:stop])
-    return _combine(answers, order.places, weights), order, hidden
+    hidden = rows.new_empty(rows.shape[0], up.shape[1])
+    up, down = up.mT, down.mT
+    for run in order.runs():
+        first, last = run[0][1], run[-1][2]
+        for e, start, stop in run:
+            torch.mm(rows[start:stop], up[e], out=hidden[start:stop])
+        positive = hidden[first:last]
+        positive = torch.relu(positive) if keep else positive.relu_()
+        positive.mul_(positive)
+        for e, start, stop in run:
+            torch.mm(positive[start - first : stop - first], down[e], out=answers[start:stop])
+    return _combine(answers, order.places, weights), order, hidden if keep else None
 
 
 class _SortedExperts(torch.autograd.Function):

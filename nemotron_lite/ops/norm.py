@@ -15,6 +15,8 @@ Source: reference sheet 1.4 and 2.2 step 8. Left out: norm before gate, which Ne
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -80,11 +82,11 @@ def _fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)
     if x.is_cpu and x.numel() == x.shape[-1]:
-        # One decoded token: the scale as a Python number takes one call where a tensor takes five.
+        # One decoded token: with the scale as a Python number two calls are enough.
         wide = cast(x, _wide(x))
         norm = torch.linalg.vector_norm(wide).item()
-        scaled = torch.mul(wide, (norm * norm / x.shape[-1] + eps) ** -0.5)
-        return cast(scaled.mul_(weight), x.dtype)
+        scale = (norm * norm / x.shape[-1] + eps) ** -0.5
+        return cast(torch.addcmul(_constant(0.0), wide, weight, value=scale), x.dtype)
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -97,7 +99,16 @@ def _fast_gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept; one pass over x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if x.is_cpu:
+        return torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
+@lru_cache
+def _constant(value: float) -> Tensor:
+    """A number as a tensor made once: small calls spend their time on making it anew."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float64)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ same products read a prompt, train, and continue from a state that decoding left
 
 `_ssd_chunks.py` holds the forward arithmetic, `_ssd_backward.py` the hand-written gradient. What is
 kept for the backward pass is one state per few chunks. There is no half-precision path through the
-products: inputs of any float dtype are computed in float32 (float64 stays float64), which on CPUs
-without matrix units for bf16 is the faster way as well as the more exact one.
+products: inputs of any float dtype are computed in float32 (float64 stays float64). The products of
+a chunk are too small to win back on a CPU what rounding their operands would cost.
 
 Source: Dao and Gu 2024 (arXiv 2405.21060) section 6; reference sheet 2.3. Left out: second
 derivatives, variable A within a head, and dt clamping (see scan.py).
@@ -39,7 +39,7 @@ from nemotron_lite.ops._ssd_backward import backward
 from nemotron_lite.ops._ssd_chunks import Inputs
 from nemotron_lite.ops.scan import check_shapes, document_starts, selective_scan, state_dtype
 
-CHUNK = 64  # tokens; on CPUs 64 beats 32, 128 and 256 (see the record of benchmarks/ssd_operator)
+CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
 
 
 def ssd(

@@ -21,7 +21,7 @@ def _inputs(t: int, e: int = 6, k: int = 3, f: int = 10, latent: int = 8, busy: 
 
 
 @pytest.mark.parametrize("busy", [None, 3])  # 3: half of the experts get no token
-@pytest.mark.parametrize("t", [1, 2, 5, 6, 40])
+@pytest.mark.parametrize("t", [1, 2, 5, 6, 40, 150])
 def test_fast_equals_naive(t: int, busy: int | None) -> None:
     inputs, indices = _inputs(t, busy=busy)
     found = errors(
