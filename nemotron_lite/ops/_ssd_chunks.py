@@ -11,10 +11,11 @@ A group's B and C are shared by its r heads, so products with them take the head
 one matrix of r*p columns. A state is laid out as the model stores it, head by head, p x n.
 
 Exactness. The exponents s_l - s_r are formed in float64 and only then rounded, since in float32
-the running sum s loses digits that the exponential brings back under strong decay. dt_r is folded into the exponent as log dt_r, and D is added to the diagonal of
-`mix`: neither costs a pass over memory. The exponent is clamped from below to keep subnormal
-numbers out of the products, which processors handle many times slower; what that adds is a factor
-of e^-60 of a token's contribution. Nothing above the diagonal is read: C B^T is zeroed there.
+the running sum s loses digits that the exponential brings back under strong decay. dt_r is folded
+into the exponent as log dt_r, and D is added to the diagonal of `mix`: neither costs a pass over
+memory. The exponent is clamped from below to keep subnormal numbers out of the products, which
+processors handle many times slower; what that adds is a factor of e^-60 of a token's contribution.
+Nothing above the diagonal is read: C B^T is zeroed there.
 
 Speed. A segment is as many chunks as keep its temporaries in the cache, and temporaries are written
 to the same memory segment after segment (`Scratch`), since the first touch of a fresh page can cost
