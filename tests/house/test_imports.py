@@ -41,12 +41,14 @@ def imports_of(tree: ast.AST, module: str, at_top: bool = False) -> Iterator[str
             parents = module.split(".")[: -node.level] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        elif at_top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        else:
+        elif not _left_out(node, at_top):
             yield from imports_of(node, module, at_top)
+
+
+def _left_out(node: ast.AST, at_top: bool) -> bool:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return True
+    return at_top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def climbing_imports(source: str, module: str) -> list[str]:
