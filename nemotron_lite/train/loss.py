@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_lite.data.batches import Batch
 
-SLICE_ROWS = 1024  # rows of logits that exist at one time
+SLICE_ROWS = 512  # rows of logits that exist at one time
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -62,26 +62,40 @@ def _slices(
     slice_rows: int, work: torch.dtype, exact: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     need_hidden, need_head = ctx.needs_input_grad[:2]
+    n, v = hidden.shape[0], head.shape[0]
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
     grad_head = torch.zeros_like(head, dtype=exact) if need_head else None
-    nll = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+    nll = torch.empty(n, dtype=exact, device=hidden.device)
     table = head.to(work)
-    for start in range(0, hidden.shape[0], slice_rows):
+    # Two buffers for all slices: fresh memory for each would be paged in each time.
+    buffers = [hidden.new_empty(min(n, slice_rows), v, dtype=exact) for _ in range(2)]
+    for start in range(0, n, slice_rows):
         rows = slice(start, start + slice_rows)
         x, y, w = hidden[rows].to(work), labels[rows, None], weights[rows, None]
-        log_p = (x @ table.T).to(exact).log_softmax(1)
+        logits, log_p = (buffer[: len(x)] for buffer in buffers)
+        _product(x, table.T, logits)
+        torch.log_softmax(logits, 1, out=log_p)
         nll[rows] = -log_p.gather(1, y).squeeze(1)
         if grad_hidden is None and grad_head is None:
             continue
-        slope = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w)
-        slope = slope.to(work)
+        slope = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w).to(work)
         if grad_hidden is not None:
-            grad_hidden[rows] = slope @ table
-        if grad_head is not None:
+            _product(slope, table, grad_hidden[rows])
+        if grad_head is not None and work == exact:
+            grad_head.addmm_(slope.T, x)
+        elif grad_head is not None:
             grad_head += slope.T @ x
     ctx.grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
     ctx.mark_non_differentiable(nll)
     return (nll * weights).sum(), nll
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, whatever the dtype of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def weighted_cross_entropy(
