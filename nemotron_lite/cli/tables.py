@@ -1,0 +1,162 @@
+"""What the commands print: the ledger and the score as tables of rich.
+
+Each table is made from the ledger's rows as they are: the formula in the course's letters, the same
+formula with numbers, and what it comes to. Numbers keep three or four digits, because people
+compare them; exact ones are a call of `ledger` away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nemotron_lite import ledger
+from nemotron_lite.config import LAYER_KINDS, NemotronConfig
+
+if TYPE_CHECKING:
+    from nemotron_lite.data.baselines import Baselines
+
+WIDE = 130  # characters that a table with every column takes
+CONTEXTS = (1024, 8192, 65_536, 1_048_576)
+
+
+def brief_table(config: NemotronConfig, context: int) -> Table:
+    """One line per part: what is stored, what a token uses, what it costs."""
+    stored = ledger.parameters(config)
+    cost = ledger.flops(config, context, mtp_depths=config.mtp_depths).by_part
+    table = _table("part", "layers", "parameters", "a token uses", "FLOPs per token")
+    for part, count in stored.by_part.items():
+        table.add_row(
+            part, _layers(config, part), number(count), number(stored.active_by_part[part]),
+            number(cost[part]) if part in cost else "-",
+        )  # fmt: skip
+    active = sum(stored.active_by_part.values())
+    table.add_section()
+    table.add_row("all", str(len(config.pattern)), number(stored.total), number(active),
+                  number(sum(cost.values())))  # fmt: skip
+    return table
+
+
+def parameter_table(config: NemotronConfig, width: int = WIDE) -> Table:
+    """Every tensor with its formula; totals as the reports count them."""
+    count = ledger.parameters(config)
+    table = _ledger_table("Parameters", "tensor", width)
+    table.caption = (
+        "d width, v vocabulary; h heads, p head width, n state, g groups, k taps; j key-value "
+        "heads; e experts, k chosen, f their width, l latent, s shared expert's width"
+    )
+    _rows(table, count.rows, width)
+    totals = {"backbone": count.backbone, "MTP module": count.mtp, "in all": count.total}
+    totals |= {
+        "a token uses": count.active,
+        "without the embedding": count.active_without_embedding,
+        "without embedding and head": count.active_body,
+    }
+    for name, value in totals.items():
+        _total(table, name, f"{value:,}", value, width)
+    return table
+
+
+def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Table:
+    """FLOPs per token: reading a prompt, and writing behind it."""
+    prefill = ledger.flops(config, context)
+    decode = ledger.flops(config, context, "decode")
+    title = f"FLOPs per token, prefill of {context:,} tokens"
+    table = _ledger_table(title, "operation", width)
+    table.caption = "a keys a token reads on average, w positions of its chunk; c chunks, t tokens"
+    _rows(table, prefill.rows, width)
+    train = ledger.flops(config, context, "train")
+    for name, cost in (
+        (f"reading {context:,} tokens", prefill), (f"writing behind {context:,}", decode),
+        ("training (MTP included)", train),
+    ):  # fmt: skip
+        _total(table, name, "", cost.per_token, width)
+    return table
+
+
+def cache_table(config: NemotronConfig, context: int) -> Table:
+    """Bytes a sequence remembers, for growing contexts: only keys and values grow."""
+    table = _table("tokens", "keys and values", "convolution", "SSM states", "all")
+    table.title = "Memory of one sequence (bfloat16, SSM states in float32)"
+    for tokens in sorted({*CONTEXTS, context}):
+        held = ledger.cache(config, tokens)
+        table.add_row(f"{tokens:,}", *(size(n) for n in (held.kv, held.conv, held.ssm, held.total)))
+    return table
+
+
+def layer_table(config: NemotronConfig) -> Table:
+    """Every layer of the pattern in order."""
+    table = _table("layer", "kind", "parameters", "a token uses", left=2)
+    table.title = "Layers"
+    for layer in ledger.parameters(config).layers:
+        table.add_row(str(layer.index), layer.kind, f"{layer.total:,}", f"{layer.active:,}")
+    return table
+
+
+def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
+    """Ours among what it has to beat, best first."""
+    table = _table("model", "bits per byte", "what it has seen", left=1)
+    lines = [
+        (bits_per_byte, "[bold]this Nemotron", "the training text"),
+        (baselines.gzip, "gzip -9", "the held-out text only"),
+        (baselines.lzma, "LZMA", "the training text"),
+        (baselines.ngram, f"{baselines.ngram_order}-gram of bytes", "the training text"),
+    ]
+    for bits, name, seen in sorted(lines):
+        table.add_row(name, f"{bits:.3f}", seen)
+    return table
+
+
+def number(value: float) -> str:
+    """Four digits and a unit: 120.7 B, 23.04 M."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.4g}"
+
+
+def size(value: int) -> str:
+    """Bytes in binary units: 160 MiB."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 1 << power:
+            return f"{value / (1 << power):.4g} {unit}"
+    return f"{value} B"
+
+
+def _ledger_table(title: str, what: str, width: int) -> Table:
+    """A terminal narrower than `WIDE` gets no column of worked numbers."""
+    numbers = ["in numbers"] if width >= WIDE else []
+    table = _table("part", what, "formula", *numbers, "layers", "all", left=3 + len(numbers))
+    table.title = title
+    return table
+
+
+def _rows(table: Table, rows: Iterable[ledger.Row], width: int) -> None:
+    for row in rows:
+        part = "mtp" if row.part == "mtp" else f"mtp: {row.part}" if row.mtp else row.part
+        numbers = [f"{row.worked} = {number(row.each)}"] if width >= WIDE else []
+        table.add_row(part, row.name, row.formula, *numbers, str(row.count), number(row.total))
+    table.add_section()
+
+
+def _total(table: Table, name: str, exact: str, value: float, width: int) -> None:
+    gap = [""] if width >= WIDE else []
+    table.add_row("", f"[bold]{name}", exact, *gap, "", f"[bold]{number(value)}")
+
+
+def _layers(config: NemotronConfig, part: str) -> str:
+    letter = next((c for c, kind in LAYER_KINDS.items() if kind == part), None)
+    return str(config.pattern.count(letter)) if letter else ""
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    """Columns of text to the left, numbers to the right."""
+    table = Table(
+        header_style="bold", title_justify="left", title_style="bold", caption_justify="left"
+    )
+    for i, column in enumerate(columns):
+        words = i < left
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words)
+    return table
