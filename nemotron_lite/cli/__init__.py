@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,7 @@ app = typer.Typer(
     help="A small Nemotron 3 Super: build it, train it, load it, write with it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+settings = SimpleNamespace(traceback=False)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -67,21 +69,20 @@ TopK = Annotated[int | None, typer.Option(help="the likeliest tokens only")]
 
 @app.callback()
 def _options(
-    context: typer.Context,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="show where an error came from")
     ] = False,
 ) -> None:
-    context.obj = traceback
+    settings.traceback = traceback
 
 
 @contextmanager
-def _plain_errors(context: typer.Context) -> Iterator[None]:
+def _plain_errors() -> Iterator[None]:
     """Mistakes become one message and exit code 1."""
     try:
         yield
     except Exception as error:
-        if context.obj or not _is_mistake(error):
+        if settings.traceback or not _is_mistake(error):
             raise
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -89,13 +90,12 @@ def _plain_errors(context: typer.Context) -> Iterator[None]:
 
 @app.command()
 def info(
-    context: typer.Context,
     model: Which = "lite",
     at: Annotated[int, typer.Option("--context", help="tokens of context")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
 ) -> None:
     """Show the arithmetic of a model: parameters, FLOPs per token, bytes remembered."""
-    with _plain_errors(context):
+    with _plain_errors():
         from nemotron_lite.cli import tables
 
         config = read_config(model)
@@ -109,7 +109,6 @@ def info(
 
 @app.command()
 def run(
-    context: typer.Context,
     max_seconds: Annotated[float, typer.Option(help="of training")] = 90.0,
     seed: Seed = 0,
     save_to: Annotated[Path, typer.Option("--out", help="where the model goes")] = Path(
@@ -122,7 +121,7 @@ def run(
 
     Takes under three minutes on two cores.
     """
-    with _plain_errors(context):
+    with _plain_errors():
         from nemotron_lite.checkpoint import save
         from nemotron_lite.cli import tables
         from nemotron_lite.data import END_OF_TEXT_ID
@@ -167,7 +166,6 @@ def run(
 
 @app.command()
 def train(
-    context: typer.Context,
     save_to: Annotated[Path, typer.Option("--out", help="folder of the run")],
     model: ModelSizes = "lite",
     steps: Annotated[int | None, typer.Option(help="optimiser updates")] = None,
@@ -184,7 +182,7 @@ def train(
     text: Text = None,
 ) -> None:
     """Train a model on Python source; leaves it in OUT/model in Hugging Face's layout."""
-    with _plain_errors(context):
+    with _plain_errors():
         from nemotron_lite.checkpoint import save
         from nemotron_lite.cli import tables
         from nemotron_lite.model import Nemotron
@@ -212,7 +210,6 @@ def train(
 
 @app.command()
 def generate(
-    context: typer.Context,
     model: Annotated[Path, typer.Option(help="checkpoint folder")],
     prompt: Annotated[str, typer.Option(help="what to continue")],
     max_new_tokens: Annotated[int, typer.Option(help="most tokens to write")] = 200,
@@ -223,7 +220,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help=f"of the weights: {', '.join(DTYPES)}")] = None,
 ) -> None:
     """Continue a prompt with a checkpoint, token by token."""
-    with _plain_errors(context):
+    with _plain_errors():
         import torch
 
         from nemotron_lite.checkpoint import load

@@ -109,7 +109,7 @@ def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
     return table
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """Four digits and a unit: 120.7 B, 23.04 M."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= scale:
@@ -141,7 +141,7 @@ def _rows(table: Table, rows: Iterable[ledger.Row], width: int) -> None:
     table.add_section()
 
 
-def _total(table: Table, name: str, exact: str, value: float, width: int) -> None:
+def _total(table: Table, name: str, exact: str, value: int | float, width: int) -> None:
     gap = [""] if width >= WIDE else []
     table.add_row("", f"[bold]{name}", exact, *gap, "", f"[bold]{number(value)}")
 

@@ -1,0 +1,220 @@
+"""The commands, on models of a few thousand parameters and a text of some hundred kilobytes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import nemotron_lite
+from nemotron_lite import data
+from nemotron_lite.cli import app, tables
+from nemotron_lite.config import NemotronConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = NemotronConfig(
+    pattern="ME*E", vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, chunk_size=32,
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, moe_latent_size=16,
+    moe_shared_expert_intermediate_size=32, mtp_pattern="*E", mtp_depths=1,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+def call(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "150"})
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+@pytest.fixture
+def sizes(tmp_path: Path) -> Path:
+    """A config.json of a tiny model."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY.to_hf()))
+    return file
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of Python files, a cache of its own, and few held-out bytes."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
+        (folder / source.name).write_bytes(source.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare = data.prepare
+    monkeypatch.setattr(data, "prepare", lambda **kw: prepare(held_out_bytes=2_000, **kw))
+    return folder
+
+
+def test_info_shows_the_published_totals():
+    shown = call("info", "super", "--context", 1_048_576).stdout
+    for figure in ("120,668,707,840", "2,942,325,248", "123,611,033,088", "12.77 B", "12.23 B"):
+        assert figure in shown
+    assert "4096 * (2*128*64 + 2*8*128 + 128) = 76.02 M" in shown
+    assert re.search(r"1,048,576\W+8 GiB\W+2.344 MiB\W+160 MiB\W+8.159 GiB", shown)
+
+
+def test_info_reads_a_folder_and_lists_layers(sizes):
+    shown = call("info", sizes.parent, "--layers").stdout
+    kinds = re.findall(r"│ (\d) +│ (mamba|moe|attention) ", shown)
+    assert kinds == [("0", "mamba"), ("1", "moe"), ("2", "attention"), ("3", "moe")]
+    with torch.device("meta"):
+        stored = nemotron_lite.Nemotron(TINY).num_parameters()
+    assert f"{stored:,}" in shown
+
+
+def test_info_fits_a_narrow_terminal():
+    result = CliRunner().invoke(app, ["info", "super"], env={"COLUMNS": "80"})
+    assert "in numbers" not in result.stdout
+    assert "120,668,707,840" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 88  # the pattern string is not cut
+
+
+def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tmp_path):
+    run = tmp_path / "run"
+    shown = call(
+        "train", "--model", sizes, "--text", text, "--out", run, "--steps", 3,
+        "--batch-size", 2, "--length", 32, "--seed", 1,
+    ).stdout  # fmt: skip
+    assert re.search(r"this Nemotron\W+\d\.\d{3}", shown)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    loaded = nemotron_lite.load(run / "model")
+    assert loaded.config.pattern == TINY.pattern
+    assert loaded.config.mtp_pattern == "*E"
+
+    options = ("--model", run / "model", "--prompt", "def f", "--max-new-tokens", 12)
+    first = call("generate", *options, "--temperature", 1.0, "--seed", 7)
+    assert call("generate", *options, "--temperature", 1.0, "--seed", 7).stdout == first.stdout
+    assert call("generate", *options, "--temperature", 1.0, "--seed", 8).stdout != first.stdout
+    assert "tokens/s" in first.stderr
+    greedy = call("generate", *options, "--temperature", 0).stdout
+    ids = loaded.tokenizer.encode("def f").ids
+    [new] = nemotron_lite.generate(loaded, [ids], 12, stop=[0])
+    assert greedy == loaded.tokenizer.decode(ids + new) + "\n"
+
+
+def test_train_goes_on_where_it_stopped(sizes, text, tmp_path):
+    options = (
+        "--model", sizes, "--text", text, "--batch-size", 2, "--length", 32, "--save-every", 2,
+        "--steps", 4,
+    )  # fmt: skip
+    call("train", *options, "--out", tmp_path / "whole")
+    call("train", *options, "--out", tmp_path / "parts")
+    for newest in (tmp_path / "parts" / "checkpoints").glob("*4*"):
+        newest.unlink()
+    refused = call("train", *options, "--out", tmp_path / "parts", code=1).stderr
+    assert "already holds a run" in refused
+    call("train", *options, "--out", tmp_path / "parts", "--resume")
+    losses = [
+        [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+        for file in (tmp_path / name / "log.jsonl" for name in ("whole", "parts"))
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_run_tells_the_whole_story(sizes, text, tmp_path):
+    shown = call(
+        "run", "--model", sizes, "--text", text, "--max-seconds", 2, "--out", tmp_path / "model"
+    ).stdout
+    titles = re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE)
+    assert titles == [
+        ("1", "Assemble"), ("2", "Read"), ("3", "Train"), ("4", "Score"), ("5", "Write"),
+    ]  # fmt: skip
+    assert tables.number(TINY_PARAMETERS) in shown
+    scores = dict(
+        re.findall(r"│ (this Nemotron|gzip -9|LZMA|6-gram of bytes) +│ +(\d\.\d+)", shown)
+    )
+    assert set(scores) == {"this Nemotron", "gzip -9", "LZMA", "6-gram of bytes"}
+    assert 0 < float(scores["this Nemotron"]) < 8
+    assert shown.index("5. Write") < shown.index("import os\nimport sys\n\n\ndef ")
+    speeds = re.search(r"read ([\d,]+) tokens/s, scoring ([\d,]+); writing took ([\d,]+)", shown)
+    assert all(int(n.replace(",", "")) > 0 for n in speeds.groups())
+    assert nemotron_lite.load(tmp_path / "model").tokenizer.get_vocab_size() == 300
+
+
+TINY_PARAMETERS = nemotron_lite.ledger.parameters(TINY).total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "supper"), "no preset 'supper'; there are lite, tiny-super, nano, super, ultra"),
+        (("info", "lite", "--context", "0"), "context=0"),
+        (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere"),
+        (("train", "--out", "x"), "steps and max_seconds are both None"),
+        (("train", "--out", "x", "--model", "ultra", "--steps", "1"), "8,352 GiB.*such as lite"),
+        (("train", "--out", "x", "--steps", "0"), "steps=0"),
+        (("train", "--out", "x", "--steps", "1", "--text", "nowhere"), "nowhere"),
+        (("run", "--max-seconds", "0"), "max_seconds=0"),
+    ],
+)
+def test_mistakes_get_one_message(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments, code=1)
+    assert result.stderr.startswith("Error: ")
+    assert re.search(message, result.stderr)
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_not_what_they_should_be(tmp_path):
+    assert "no config.json in" in call("info", tmp_path, code=1).stderr
+    (tmp_path / "config.json").write_text("{")
+    assert "is not JSON" in call("info", tmp_path, code=1).stderr
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf() | {"num_experts_per_tok": 9}))
+    assert "num_experts_per_tok=9" in call("info", tmp_path, code=1).stderr
+
+
+def test_a_checkpoint_without_a_tokenizer_cannot_read_a_prompt(tmp_path):
+    nemotron_lite.save(nemotron_lite.Nemotron(TINY), tmp_path / "model")
+    options = ("generate", "--model", tmp_path / "model", "--prompt", "x")
+    assert "has no tokenizer.json" in call(*options, code=1).stderr
+    assert "--dtype int3" in call(*options, "--dtype", "int3", code=1).stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("nemotron_lite.cli.read_config", broken)
+    result = CliRunner().invoke(app, ["info", "lite"])
+    assert isinstance(result.exception, KeyError)
+    shown = CliRunner().invoke(app, ["--traceback", "generate", "--model", "no", "--prompt", "x"])
+    assert isinstance(shown.exception, nemotron_lite.CheckpointError)
+
+
+def test_the_installed_command_starts_without_torch():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, name = scripts["nemotron-lite"].split(":")
+    program = (
+        f"import sys; from {module} import {name}\n"
+        f"try: {name}(['info', 'nano'], prog_name='nemotron-lite')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "31,577,940,288" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_numbers_and_sizes_are_readable():
+    assert tables.number(120_668_707_840) == "120.7 B"
+    assert tables.number(999) == "999"
+    assert tables.number(0.5) == "0.5"
+    assert tables.size(167_772_160) == "160 MiB"
+    assert tables.size(1023) == "1023 B"
+    assert tables.size(2_457_600) == "2.344 MiB"
