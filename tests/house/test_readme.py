@@ -103,8 +103,8 @@ def checkpoint(tmp_path: Path) -> Path:
     config = NemotronConfig.from_preset(
         "lite", pattern="ME*E", vocab_size=tokenizer.get_vocab_size(), n_routed_experts=8
     )
-    folder = tmp_path / "path" / "to" / "checkpoint"
-    folder.parent.mkdir(parents=True)
+    folder = tmp_path / "runs" / "lite"
+    folder.parent.mkdir()
     nemotron_lite.save(nemotron_lite.Nemotron(config), folder, tokenizer=tokenizer)
     return folder
 
@@ -112,7 +112,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_python_blocks_run_as_they_stand(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(checkpoint.parents[2])
+    monkeypatch.chdir(checkpoint.parents[1])
     blocks = fenced(README, "python")
     assert len(blocks) == 3
     printed = []
