@@ -22,6 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Read by OpenMP when torch is imported, so this module comes first: idle threads give their core
+# back at once. Spinning ones stall the other thread wherever somebody else uses the machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -92,16 +96,25 @@ def compare(
 
 
 def describe(entry: Mapping[str, Any]) -> str:
-    """One line of progress for an entry of `compare`."""
-    skip = {"what", "seconds", "tokens_per_second", "times_faster", "aim", "reached"}
-    labels = " ".join(f"{k} {v}" for k, v in entry.items() if k not in skip)
-    speeds = ", ".join(f"{n} {v:,.0f} tok/s" for n, v in entry["tokens_per_second"].items())
-    ratio = entry["times_faster"]
-    aim = f", aim {entry['aim']}" if "aim" in entry else ""
-    return (
-        f"{entry['what']:<8} {labels}: {speeds}; {ratio['median']:.2f} times faster "
-        f"({ratio['min']:.2f} to {ratio['max']:.2f}{aim})"
-    )
+    """One line of progress: what was done, and what came out."""
+    speeds = entry.get("tokens_per_second", {})
+    told = [f"{name} {speed:,.0f} tokens/s" for name, speed in speeds.items()]
+    if "times_faster" in entry:
+        ratio = entry["times_faster"]
+        told.append(f"{ratio['median']:.2f} times faster ({ratio['min']:.2f}-{ratio['max']:.2f})")
+    told += [f"{k} {_plain(v)}" for k, v in entry.items() if k not in _TOLD_APART]
+    return f"{entry['what']}: " + ", ".join(told)
+
+
+_TOLD_APART = {"what", "seconds", "tokens_per_second", "times_faster"}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " / ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def peak_above(prepare: Callable[[], Callable[[], object]]) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -46,17 +47,15 @@ def peak(who: str, work: str, size: str, length: int) -> int | None:
 
 
 def main() -> None:
+    """Measure one thing and print the bytes as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("who", choices=["ours", "peer"])
     parser.add_argument("work", choices=["train", "prefill"])
     parser.add_argument("size", choices=list(peers.SIZES))
     parser.add_argument("--length", type=int, default=TRAIN_LENGTH)
     asked = parser.parse_args()
-    print(
-        json.dumps(
-            measure.peak_above(lambda: prepare(asked.who, asked.work, asked.size, asked.length))
-        )
-    )
+    build = partial(prepare, asked.who, asked.work, asked.size, asked.length)
+    print(json.dumps(measure.peak_above(build)))
 
 
 if __name__ == "__main__":

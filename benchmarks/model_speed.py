@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from torch import Tensor, nn
 
 from benchmarks import measure, memory, peers
 from benchmarks.record import write_record
+from nemotron_lite import Nemotron, NemotronConfig
+from nemotron_lite.data import prepare
+from nemotron_lite.train import TrainConfig, evaluate, train
 
 PREFILL_AIMS = {512: 1.3, 2048: 1.4, 8192: 1.6, 32768: 2.5}
 DECODE_AIMS = {1: 2.0, 8: 1.5}
@@ -49,7 +53,12 @@ class Plan:
     train_rounds: int
     memory_length: int
     bf16: dict[int, int]  # length: rounds
-    quality_seconds: float  # of training the small model; 0 leaves it out
+    quality_seconds: float  # of training the small model
+    aims: bool = True  # what is asked for holds at sizes S and M
+
+    def aim(self, ratio: float | None) -> float | None:
+        """The ratio asked for, where one is."""
+        return ratio if self.aims else None
 
 
 FULL = Plan(
@@ -59,52 +68,50 @@ FULL = Plan(
     quality_seconds=60.0,
 )  # fmt: skip
 QUICK = Plan(
-    prefill={64: 2, 160: 2}, decode=((1, 64), (2, 64)), decode_rounds=2, decode_steps=2,
-    train=(2, 64), train_rounds=2, memory_length=256, bf16={64: 2}, quality_seconds=0.0,
+    prefill={64: 2, 160: 2}, decode=((1, 64), (8, 64)), decode_rounds=2, decode_steps=2,
+    train=(2, 64), train_rounds=2, memory_length=256, bf16={64: 2}, quality_seconds=1.0,
+    aims=False,
 )  # fmt: skip
 
 
-def measure_prefill(ours: nn.Module, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure_prefill(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """Read prompts of growing length; logits of the last token, and a memory to go on from."""
     for length, rounds in plan.prefill.items():
         tokens = peers.random_tokens(ours.config, 1, length)
         seconds = measure.alternate(
             {
-                "ours": lambda tokens=tokens: peers.prefill("ours", ours, tokens),
-                "peer": lambda tokens=tokens: peers.prefill("peer", peer, tokens),
+                "ours": partial(peers.prefill, "ours", ours, tokens),
+                "peer": partial(peers.prefill, "peer", peer, tokens),
             },
             rounds,
             warmup=1 if length <= 8192 else 0,  # the lengths before have warmed everything up
         )
-        aim = PREFILL_AIMS.get(length)
+        aim = plan.aim(PREFILL_AIMS.get(length))
         yield measure.compare("prefill", seconds, tokens=length, aim=aim, length=length)
 
 
-def measure_decode(ours: nn.Module, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """One token after another behind a context. Rows share the context and differ after it."""
     for batch, context in plan.decode:
         prompt = peers.random_tokens(ours.config, 1, context)
         inputs = peers.random_tokens(ours.config, batch, plan.decode_steps, seed=2)
-        models = {"ours": ours, "peer": peer}
         calls = {}
-        for who, model in models.items():
+        for who, model in (("ours", ours), ("peer", peer)):
             kept = peers.widen(who, peers.prefill(who, model, prompt)[1], batch)
-            calls[who] = lambda who=who, model=model, kept=kept: peers.decode(
-                who, model, kept, inputs
-            )
+            calls[who] = partial(peers.decode, who, model, kept, inputs)
         seconds = measure.alternate(calls, plan.decode_rounds)
         yield measure.compare(
-            "decode", seconds, tokens=batch * plan.decode_steps, aim=DECODE_AIMS.get(batch),
+            "decode", seconds, tokens=batch * plan.decode_steps, aim=plan.aim(DECODE_AIMS[batch]),
             batch=batch, context=context,
         )  # fmt: skip
 
 
-def measure_train(ours: nn.Module, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure_train(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """Forward, backward and AdamW, on copies: the models of the other measurements stay as is."""
     batch, length = plan.train
     tokens = peers.random_tokens(ours.config, batch, length)
     mine, theirs = copy.deepcopy(ours).train(), copy.deepcopy(peer).train()
-    steps = {
+    steps: dict[str, tuple[Callable[..., float], nn.Module, torch.optim.Optimizer]] = {
         "ours": (peers.train_step_ours, mine, peers.new_optimizer(mine)),
         "peer": (peers.train_step_peer, theirs, peers.new_optimizer(theirs)),
     }
@@ -114,16 +121,14 @@ def measure_train(ours: nn.Module, peer: nn.Module, plan: Plan) -> Iterator[dict
         run, model, optimizer = steps[who]
         losses[who].append(run(model, optimizer, tokens))
 
-    seconds = measure.alternate(
-        {who: lambda who=who: step(who) for who in steps}, plan.train_rounds
-    )
+    seconds = measure.alternate({who: partial(step, who) for who in steps}, plan.train_rounds)
     if abs(losses["ours"][0] - losses["peer"][0]) > 1e-3:
         raise RuntimeError(
             f"the first losses are {losses['ours'][0]:.4f} and {losses['peer'][0]:.4f}: the two "
             "programs do not train on the same thing."
         )
     entry = measure.compare(
-        "train", seconds, tokens=batch * length, aim=TRAIN_AIM, batch=batch, length=length
+        "train", seconds, tokens=batch * length, aim=plan.aim(TRAIN_AIM), batch=batch, length=length
     )
     yield entry | {"first_loss": {who: values[0] for who, values in losses.items()}}
 
@@ -135,28 +140,30 @@ def measure_memory(size: str, plan: Plan) -> Iterator[dict[str, Any]]:
         entry: dict[str, Any] = {"what": f"{work} memory", "length": length, "bytes": peaks}
         if peaks["ours"] is not None and peaks["peer"]:
             entry["share_of_peer"] = peaks["ours"] / peaks["peer"]
-            if work == "train":
+            if work == "train" and plan.aims:
                 entry["aim"] = TRAIN_MEMORY_AIM
                 entry["reached"] = entry["share_of_peer"] <= TRAIN_MEMORY_AIM
         yield entry
 
 
-def measure_bf16(ours: nn.Module, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure_bf16(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """Prefill in bfloat16 against our float32, and against transformers in bfloat16."""
     narrow, peer_narrow = peers.in_bfloat16(ours), peers.in_bfloat16(peer)
     for length, rounds in plan.bf16.items():
         tokens = peers.random_tokens(ours.config, 1, length)
         seconds = measure.alternate(
             {
-                "ours": lambda tokens=tokens: peers.prefill("ours", narrow, tokens),
-                "ours in float32": lambda tokens=tokens: peers.prefill("ours", ours, tokens),
-                "peer": lambda tokens=tokens: peers.prefill("peer", peer_narrow, tokens),
+                "ours": partial(peers.prefill, "ours", narrow, tokens),
+                "ours in float32": partial(peers.prefill, "ours", ours, tokens),
+                "peer": partial(peers.prefill, "peer", peer_narrow, tokens),
             },
             rounds,
         )
-        labels: dict[str, Any] = {"tokens": length, "length": length}
-        yield measure.compare("bf16", seconds, over="ours in float32", aim=BF16_AIM, **labels)
-        yield measure.compare("bf16 against the peer's", seconds, over="peer", **labels)
+        yield measure.compare(
+            "bf16", seconds, over="ours in float32", tokens=length, aim=plan.aim(BF16_AIM),
+            length=length,
+        )  # fmt: skip
+        yield measure.compare("bf16 against the peer's", seconds, tokens=length, length=length)
     tokens = peers.random_tokens(ours.config, 1, 512)
     with torch.inference_mode():
         exact = ours(tokens).logits
@@ -178,67 +185,75 @@ def agreement(exact: Tensor, other: Tensor) -> dict[str, float]:
 
 def measure_quality(seconds: float) -> dict[str, Any]:
     """Bits per byte of held-out text, of the lite model trained briefly, in both precisions."""
-    from nemotron_lite.data import prepare
-    from nemotron_lite.train.evaluate import bits_per_byte
-
     data = prepare()
-    model = train_briefly(data, seconds).eval()
-    exact = bits_per_byte(model, data.held_out)
-    rounded = bits_per_byte(model.to(torch.bfloat16), data.held_out)
+    model = Nemotron(NemotronConfig.from_preset("lite"), seed=0)
+    train(model, data, TrainConfig(max_seconds=seconds, batch_size=8), progress=False)
+    exact = evaluate(model.eval(), data.held_out)
+    rounded = evaluate(model.to(torch.bfloat16), data.held_out)
     return {
         "what": "bf16 quality",
         "model": f"lite, trained for {seconds:.0f} seconds",
-        "bits_per_byte": {"float32": exact, "bfloat16": rounded},
-        "relative_loss": rounded / exact - 1,
+        "bits_per_byte": {"float32": exact.bits_per_byte, "bfloat16": rounded.bits_per_byte},
+        "held_out_bytes": exact.num_bytes,
+        "relative_loss": rounded.bits_per_byte / exact.bits_per_byte - 1,
     }
 
 
-def run(sizes: list[str], works: list[str], plan: Plan) -> dict[str, Any]:
-    """Measure, saying each result as it comes; the payload of the record."""
-    payload: dict[str, Any] = {"threads": torch.get_num_threads(), "sizes": {}}
-    for size in sizes:
-        ours, peer = peers.build_pair(size)
-        found: dict[str, Any] = {
-            "parameters": ours.num_parameters(),
-            "largest_logit_difference": peers.check_same_model(ours, peer),
-            "router": peers.router_spread(ours),
-            "measurements": [],
-        }
-        print(f"{size}: {found['parameters']:,} parameters, logits agree to "
-              f"{found['largest_logit_difference']:.1e}", flush=True)  # fmt: skip
-        parts = {
-            "prefill": lambda: measure_prefill(ours, peer, plan),
-            "decode": lambda: measure_decode(ours, peer, plan),
-            "train": lambda: measure_train(ours, peer, plan),
-            "memory": lambda: measure_memory(size, plan),
-            "bf16": lambda: measure_bf16(ours, peer, plan),
-        }
-        for work in works:
-            for entry in parts[work]() if work in parts else ():
-                found["measurements"].append(entry)
-                text = measure.describe(entry) if "times_faster" in entry else str(entry)
-                print(f"  {text}", flush=True)
-        payload["sizes"][size] = found
-    if "quality" in works and plan.quality_seconds:
-        payload["quality"] = measure_quality(plan.quality_seconds)
-        print(f"  {payload['quality']}", flush=True)
-    return payload
+def measure_size(size: str, works: Collection[str], plan: Plan) -> dict[str, Any]:
+    """Everything asked for at one size, each result told as it comes; the payload of a record."""
+    ours, peer = peers.build_pair(size)
+    found: dict[str, Any] = {
+        "size": size,
+        "parameters": ours.num_parameters(),
+        "largest_logit_difference": peers.check_same_model(ours, peer),
+        "router": peers.router_spread(ours),
+        "measurements": [],
+    }
+    print(
+        f"{size}: {found['parameters']:,} parameters, logits agree to "
+        f"{found['largest_logit_difference']:.1e}",
+        flush=True,
+    )
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "prefill": partial(measure_prefill, ours, peer, plan),
+        "decode": partial(measure_decode, ours, peer, plan),
+        "train": partial(measure_train, ours, peer, plan),
+        "memory": partial(measure_memory, size, plan),
+        "bf16": partial(measure_bf16, ours, peer, plan),
+    }
+    for work in (w for w in parts if w in works):
+        for entry in parts[work]():
+            found["measurements"].append(entry)
+            print(f"  {measure.describe(entry)}", flush=True)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what is asked for and write `benchmarks/records/model_speed.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks model_speed")
+    """Measure what is asked for. Writes `model_speed_S.json` and so on, and `bf16_quality.json`.
+
+    A run of some parts only writes records whose names end in these parts.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks model_speed", allow_abbrev=False)
     parser.add_argument("--size", default="S,M", help="S, M or both")
     parser.add_argument("--only", default=",".join(WORKS), help="parts, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work at all?")
+    parser.add_argument("--quick", action="store_true", help="a trial: a tiny size, no record")
     asked = parser.parse_args(arguments)
     sizes = ["tiny"] if asked.quick else asked.size.split(",")
     works = asked.only.split(",")
-    for value, known in [(s, peers.SIZES) for s in sizes] + [(w, WORKS) for w in works]:
+    for value, known in [(s, list(peers.SIZES)) for s in sizes] + [(w, WORKS) for w in works]:
         if value not in known:
             parser.error(f"{value!r} is not one of {', '.join(known)}")
-    payload = run(sizes, works, QUICK if asked.quick else FULL)
-    print(write_record("model_speed-quick" if asked.quick else "model_speed", payload))
+    plan = QUICK if asked.quick else FULL
+    partly = "" if set(works) >= set(WORKS) - {"quality"} else "-" + "-".join(sorted(works))
+    for size in sizes if set(works) - {"quality"} else ():
+        found = measure_size(size, works, plan)
+        if not asked.quick:
+            print(write_record(f"model_speed_{size}{partly}", found))
+    if "quality" in works:
+        quality = measure_quality(plan.quality_seconds)
+        print(f"  {measure.describe(quality)}", flush=True)
+        if not asked.quick:
+            print(write_record("bf16_quality", quality))
 
 
 if __name__ == "__main__":

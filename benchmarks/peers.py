@@ -63,8 +63,9 @@ SIZES: dict[str, NemotronConfig] = {
 
 def build_peer(config: NemotronConfig, seed: int = 0) -> nn.Module:
     """transformers' NemotronHForCausalLM in float32, every parameter random, router spread out."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
+    from transformers import NemotronHConfig, NemotronHForCausalLM, logging
 
+    logging.set_verbosity_error()  # it says at length that its CUDA kernels are not for CPUs
     fields = dict(config.to_hf()) | {"time_step_min": 1e-12}
     torch.manual_seed(seed)
     peer = NemotronHForCausalLM._from_config(

@@ -1,0 +1,46 @@
+"""Run the benchmarks: `python -m benchmarks`, or one of them with its options.
+
+    python -m benchmarks                              all of them, about twenty minutes on two cores
+    python -m benchmarks --quick                      all of them on tiny sizes, without records
+    python -m benchmarks model_speed --size S --only decode
+    python -m benchmarks growth --peer-limit 8192
+
+Each writes records under benchmarks/records (machine, versions, command, n, median, spread). On a
+machine that others use, the ratios between programs that took turns can be trusted further than the
+seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import import_module
+
+from benchmarks import measure  # noqa: F401  before torch: it sets how OpenMP waits
+
+BENCHMARKS = ("ssd_operator", "model_speed", "growth")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the named benchmark, or all of them with the same options."""
+    if arguments and not arguments[0].startswith("-"):
+        name, *options = arguments
+        if name not in BENCHMARKS:
+            sys.exit(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+        names: tuple[str, ...] = (name,)
+    elif set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return
+    else:
+        names, options = BENCHMARKS, arguments
+        if set(options) - {"--quick"}:
+            sys.exit(f"{' '.join(options)}: name the benchmark first; all of them take --quick.")
+    for name in names:
+        started = time.perf_counter()
+        print(f"== {name}", flush=True)
+        import_module(f"benchmarks.{name}").main(options)
+        print(f"== {name} took {time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
