@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "growth.json"
 DRAWING = ROOT / "docs" / "growth.svg"
 
-WIDTH, HEIGHT = 920, 380
+WIDTH, HEIGHT = 936, 394
 TOP, BOTTOM, PANEL = 62, 318, 296  # y of the axes' ends, width of a panel
-LEFTS = (62, 470)
+LEFTS = (62, 486)
 TEXT, GRID = "#6e7781", "#8b949e"
 COLOURS = {"ours": "#bf5b04", "peer": "#2f81f7", "part": "#2f8f46"}
 DASHES = {"ours": "", "peer": "7 4", "part": "2 4"}
