@@ -89,7 +89,7 @@ def undeclared_imports(source: str, allowed: set[str]) -> list[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
-    own = {"nemotron_lite", "benchmarks", "tests"}
+    own = {"nemotron_lite", "nemotron_kernels", "benchmarks", "tests"}
     outside = names - set(sys.stdlib_module_names) - own
     return sorted(n for n in outside if PACKAGE_OF.get(n, n) not in allowed)
 
