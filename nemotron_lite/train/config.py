@@ -3,7 +3,8 @@
 The defaults are Super's recipe (reference sheet 7) where it carries over to a run of minutes: the
 AdamW constants, the loss weights, the clip, minus-sqrt decay to 1 % of the peak. What does not
 carry over was chosen by measuring on the `lite` preset: a larger learning rate, a longer warm-up
-and a longer decay share, because a few hundred updates have to do what a million do there.
+and decay, and updates of only 512 tokens, because a few hundred of them have to do what a million
+do there. A run of thousands of updates will want larger batches and a shorter warm-up share.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class TrainConfig:
 
     steps: int | None = None  # optimiser updates
     max_seconds: float | None = None  # of training, earlier parts of a resumed run included
-    batch_size: int = 4  # b, rows per micro-batch
+    batch_size: int = 2  # b, rows per micro-batch
     length: int = 256  # t, tokens per row
     accumulation: int = 1  # micro-batches per update
 
-    lr: float = 3e-3  # peak
-    min_lr: float = 3e-5  # at the end of the decay
+    lr: float = 2.5e-3  # peak
+    min_lr: float = 2.5e-5  # at the end of the decay
     warmup: float = 0.05  # share of the run
     decay: float = 0.4  # share of the run
     betas: tuple[float, float] = (0.9, 0.95)
