@@ -1,0 +1,207 @@
+"""Sort (token, slot) pairs by expert, and cut the result into tiles of one expert each.
+
+    counts[e] = number of pairs of expert e
+    starts[e] = counts[0] + ... + counts[e-1]
+    places[i] = starts[e_i] + number of pairs j < i with e_j = e_i
+
+A counting sort: stable, so the order of rows and hence every sum over them is the same in each run,
+with no atomics. And it stays on the device: the host never learns a count, so nothing waits and the
+launches can be captured in a CUDA graph. In four kernels:
+
+1. each program counts its block of pairs per expert;
+2. along the blocks of each expert, counts become offsets (and their total is `counts`);
+3. `starts`, and the tile map: which expert a tile of rows belongs to, and where it begins;
+4. each program gives its pairs their places; within the block the rank of a pair is the number of
+   earlier equal ones.
+
+A matrix product per expert then runs one program per tile. How many tiles there are depends on the
+counts, so as many programs are started as there could be (`tile_bound`), and the spare ones find
+expert -1 and stop.
+
+Source: counting sort; the tile map is the usual one of grouped matrix products. Left out: dropping
+tokens over a capacity. Pairs are numbered in 32 bits: at most 2^31 - 1 of them (97 million tokens
+of Super).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from nemotron_kernels._compat import (
+    Config, by_arch, cdiv, check_inputs, next_power_of_2, on_device,
+)  # fmt: skip
+
+MAX_PAIRS = 2**31 - 1
+
+
+class Order(NamedTuple):
+    """Pairs sorted by expert, and tiles of at most `tile_rows` rows of one expert."""
+
+    pairs: Int[Tensor, "n"]  # place -> pair; the pair of token t and slot j is t * k + j
+    places: Int[Tensor, "n"]  # pair -> place
+    counts: Int[Tensor, "e"]  # pairs per expert
+    starts: Int[Tensor, "e+1"]  # first place of each expert, and the number of pairs
+    tile_experts: Int[Tensor, "tiles"]  # -1: no tile
+    tile_starts: Int[Tensor, "tiles"]  # first place of the tile
+    tile_rows: int
+
+
+@triton.jit
+def _count_kernel(
+    indices_ptr, table_ptr, pairs,
+    E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.load(indices_ptr + i, mask=i < pairs, other=0).to(tl.int32)
+    tl.device_assert((e >= 0) & (e < E), "expert index out of range")
+    counts = tl.histogram(e, EXPERTS, mask=i < pairs)
+    experts = tl.arange(0, EXPERTS)
+    tl.store(table_ptr + block.to(tl.int64) * E + experts, counts, mask=experts < E)
+
+
+@triton.jit
+def _offsets_kernel(
+    table_ptr, counts_ptr, blocks,
+    E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Counts per block become the number of pairs in earlier blocks, in place."""
+    experts = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], dtype=tl.int32)
+    for first in range(0, blocks, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < blocks)[:, None] & (experts < E)[None, :]
+        at = table_ptr + rows.to(tl.int64)[:, None] * E + experts[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        before = tl.cumsum(counts, axis=0) - counts
+        tl.store(at, before + total[None, :], mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(counts_ptr + experts, total, mask=experts < E)
+
+
+@triton.jit
+def _tiles_kernel(
+    counts_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr, tiles,
+    E: tl.constexpr, EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
+    starts = tl.cumsum(counts, axis=0) - counts
+    per_expert = (counts + TILE_ROWS - 1) // TILE_ROWS
+    last = tl.cumsum(per_expert, axis=0)
+    if tl.program_id(0) == 0:
+        tl.store(starts_ptr + experts, starts, mask=experts < E)
+        tl.store(starts_ptr + E, tl.sum(counts, axis=0))
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # A tile's expert is the number of experts whose tiles all lie before it; experts without
+    # tokens have no tile and are skipped by the same count.
+    expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+    mine = experts[None, :] == expert[:, None]
+    start = tl.sum(tl.where(mine, (starts - (last - per_expert) * TILE_ROWS)[None, :], 0), axis=1)
+    tl.store(tile_experts_ptr + tile, tl.where(expert < E, expert, -1), mask=tile < tiles)
+    tl.store(tile_starts_ptr + tile, start + tile * TILE_ROWS, mask=tile < tiles)
+
+
+@triton.jit
+def _place_kernel(
+    indices_ptr, table_ptr, starts_ptr, pairs_ptr, places_ptr, pairs,
+    E: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    first = block.to(tl.int64) * BLOCK
+    i = first + tl.arange(0, BLOCK)
+    valid = i < pairs
+    e = tl.load(indices_ptr + i, mask=valid, other=0).to(tl.int32)
+    rank = tl.zeros([BLOCK], dtype=tl.int32)
+    for offset in range(0, BLOCK, CHUNK):
+        j = first + offset + tl.arange(0, CHUNK)
+        other = tl.load(indices_ptr + j, mask=j < pairs, other=-1).to(tl.int32)
+        earlier = (other[None, :] == e[:, None]) & (j[None, :] < i[:, None])
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
+    place = tl.load(starts_ptr + e, mask=valid, other=0) + rank
+    place += tl.load(table_ptr + block.to(tl.int64) * E + e, mask=valid, other=0)
+    tl.store(places_ptr + i, place, mask=valid)
+    tl.store(pairs_ptr + place, i.to(tl.int32), mask=valid)
+
+
+PLACE = {
+    0: Config({"BLOCK": 512, "CHUNK": 512}),
+    80: Config({"BLOCK": 256, "CHUNK": 32}, num_warps=4, num_stages=1),
+}
+OFFSETS = {
+    0: Config({"ROWS": 64, "COLUMNS": 64}),
+    80: Config({"ROWS": 64, "COLUMNS": 16}, num_warps=4, num_stages=1),
+}
+TILES = {
+    0: Config({"BLOCK": 256}),
+    80: Config({"BLOCK": 16}, num_warps=4, num_stages=1),
+}
+
+
+def tile_bound(pairs: int, experts: int, tile_rows: int) -> int:
+    """Most tiles that `pairs` rows can be cut into: each expert may end in one that is not full."""
+    return pairs // tile_rows + min(experts, pairs)
+
+
+def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 64) -> Order:
+    """Sort the (token, slot) pairs of `indices` by expert, stably, without a word to the host.
+
+    Args:
+        indices: int32 or int64, each from 0 to `experts` - 1. Looking at the values would make the
+            host wait, so they are checked on the device, and there only under TRITON_DEBUG=1.
+        experts: number of experts, e.
+        tile_rows: rows of a tile, a power of two.
+
+    Returns:
+        Order, with int32 tensors.
+
+    Raises:
+        ValueError: indices that are no integers, or too many of them.
+        RuntimeError: tensors on the CPU outside the interpreter.
+    """
+    check_inputs("sort_by_expert", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"sort_by_expert: indices are {indices.dtype}, expected int32 or int64.")
+    pairs = indices.numel()
+    if pairs > MAX_PAIRS:
+        raise ValueError(
+            f"sort_by_expert: {pairs} pairs, at most {MAX_PAIRS}; pass fewer tokens at a time."
+        )
+    indices = indices.contiguous()
+
+    def ints(n: int) -> Tensor:
+        return torch.empty(n, device=indices.device, dtype=torch.int32)
+
+    tiles = tile_bound(pairs, experts, tile_rows)
+    order = Order(
+        ints(pairs), ints(pairs), ints(experts), ints(experts + 1), ints(tiles), ints(tiles),
+        tile_rows,
+    )  # fmt: skip
+    place, offsets, cut = by_arch(PLACE), by_arch(OFFSETS), by_arch(TILES)
+    width = next_power_of_2(experts)
+    blocks = cdiv(pairs, place["BLOCK"])
+    table = ints(max(blocks, 1) * experts)
+    with on_device(indices):
+        if blocks:
+            _count_kernel[(blocks,)](
+                indices, table, pairs, E=experts, EXPERTS=width, BLOCK=place["BLOCK"], num_warps=4
+            )
+        _offsets_kernel[(cdiv(experts, offsets["COLUMNS"]),)](
+            table, order.counts, blocks, E=experts, **offsets.kwargs
+        )
+        _tiles_kernel[(max(cdiv(tiles, cut["BLOCK"]), 1),)](
+            order.counts, order.starts, order.tile_experts, order.tile_starts, tiles,
+            E=experts, EXPERTS=width, TILE_ROWS=tile_rows, **cut.kwargs,
+        )  # fmt: skip
+        if blocks:
+            _place_kernel[(blocks,)](
+                indices, table, order.starts, order.pairs, order.places, pairs,
+                E=experts, **place.kwargs,
+            )  # fmt: skip
+    return order
