@@ -14,6 +14,8 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
 os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton decides at its import whether kernels are interpreted, and transformers imports it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 
 from jaxtyping import install_import_hook

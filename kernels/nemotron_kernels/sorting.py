@@ -115,14 +115,15 @@ def _place_kernel(
 ):  # fmt: skip
     block = tl.program_id(0)
     first = block.to(tl.int64) * BLOCK
-    i = first + tl.arange(0, BLOCK)
+    mine = tl.arange(0, BLOCK)
+    i = first + mine
     valid = i < pairs
     e = tl.load(indices_ptr + i, mask=valid, other=0).to(tl.int32)
     rank = tl.zeros([BLOCK], dtype=tl.int32)
     for offset in range(0, BLOCK, CHUNK):
-        j = first + offset + tl.arange(0, CHUNK)
-        other = tl.load(indices_ptr + j, mask=j < pairs, other=-1).to(tl.int32)
-        earlier = (other[None, :] == e[:, None]) & (j[None, :] < i[:, None])
+        near = offset + tl.arange(0, CHUNK)
+        other = tl.load(indices_ptr + first + near, mask=first + near < pairs, other=-1)
+        earlier = (other.to(tl.int32)[None, :] == e[:, None]) & (near[None, :] < mine[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
     place = tl.load(starts_ptr + e, mask=valid, other=0) + rank
     place += tl.load(table_ptr + block.to(tl.int64) * E + e, mask=valid, other=0)
@@ -132,7 +133,7 @@ def _place_kernel(
 
 PLACE = {
     0: Config({"BLOCK": 512, "CHUNK": 512}),
-    80: Config({"BLOCK": 256, "CHUNK": 32}, num_warps=4, num_stages=1),
+    80: Config({"BLOCK": 256, "CHUNK": 16}, num_warps=4, num_stages=1),
 }
 OFFSETS = {
     0: Config({"ROWS": 64, "COLUMNS": 64}),

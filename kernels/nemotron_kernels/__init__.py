@@ -1,0 +1,38 @@
+"""Triton kernels for the Nemotron 3 backbone: the last rung of the ladder.
+
+Every kernel here computes what a function of `nemotron_lite.ops` defines, and is tested against
+that definition in float64. The catalogue with floors, registers and measured times is
+kernels/README.md.
+
+Names are looked up when they are first used, so importing this package costs nothing and needs no
+triton; using a kernel without triton is an error that says how to get it.
+
+This package does not import nemotron_lite: the import runs the other way, through the one door of
+each operation.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "causal_conv1d": "conv",
+    "causal_conv1d_step": "conv",
+    "gated_rms_norm": "norm",
+    "rms_norm": "norm",
+    "selective_state_update": "state_update",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        names = ", ".join(repr(known) for known in __all__)
+        raise AttributeError(f"nemotron_kernels has no {name!r}; it has {names}.")
+    return getattr(import_module(f"nemotron_kernels.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

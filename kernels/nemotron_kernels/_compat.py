@@ -1,0 +1,171 @@
+"""What every kernel of this package shares: where it runs, with which blocks, on which inputs.
+
+Three ways to run the same launcher:
+
+- on a GPU: the usual one;
+- in Triton's interpreter (`TRITON_INTERPRET=1` before Python starts): numpy runs each program, one
+  after another, on CPU tensors. Slow, exact, and what the tests do;
+- as a dry run: every kernel is compiled for a chosen GPU and none is launched, on a machine with
+  no GPU at all (kernels/benchmarks/dry_run.py).
+
+Rules that the kernels follow, each of which has broken somebody's kernel before:
+
+- Offsets into tensors are 64-bit: an index is widened *before* it is multiplied by a stride.
+  A million tokens times Ultra's 18,432 convolution channels is more than 2^31 elements.
+- Arithmetic is in float32. 16-bit values are only loaded and stored; the interpreter gets bfloat16
+  sums wrong, and `tl.dot` on it too. Where a dot takes 16-bit operands it reads `DOT_F32` and
+  widens them first when interpreting.
+- Block sizes come from a table per architecture, not from autotuning: what is tested is what runs.
+- No block pointers (gone in Triton 3.9), and no mask that joins a block with a scalar (refused by
+  3.9's interpreter); scalars go into the bound instead.
+
+Source: Triton 3.6 to 3.9. Left out: AMD and Intel GPUs, on which nothing here was tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "nemotron_kernels needs triton, which is not installed. On Linux: pip install 'triton>=3.6'"
+        " (or a CUDA build of torch, which brings it). Elsewhere use nemotron_lite.ops with"
+        " impl='torch', which needs neither."
+    ) from error
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+"""True when TRITON_INTERPRET was set as triton was imported; fixed from then on."""
+
+DOT_F32 = tl.constexpr(INTERPRET)
+"""For kernels: widen the operands of `tl.dot` to float32 (the interpreter's bfloat16 is wrong)."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_dry_run = False
+
+
+def set_dry_run(on: bool) -> None:
+    """Let launchers take CPU tensors although nothing will be launched (dry_run.py only)."""
+    global _dry_run
+    _dry_run = on
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes and launch options of one kernel on one architecture.
+
+    `blocks` are constexpr arguments of the kernel; `kwargs` is what the launch takes. Fused
+    multiply-add is asked for by name: Triton is about to change its default.
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+    fp_fusion: bool = True
+    kwargs: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
+        object.__setattr__(self, "kwargs", {**self.blocks, **options})
+
+    def __getitem__(self, block: str) -> int:
+        return self.blocks[block]
+
+
+def arch() -> int:
+    """Compute capability of the current device as 80, 90, 100, ...; 0 in the interpreter.
+
+    Raises:
+        RuntimeError: the current device is no NVIDIA GPU.
+    """
+    if INTERPRET:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        raise RuntimeError(
+            f"nemotron_kernels is written for NVIDIA GPUs, and the current device is a "
+            f"{target.backend} {target.arch}. Use nemotron_lite.ops with impl='torch'."
+        )
+    return int(target.arch)
+
+
+def by_arch(table: Mapping[int, Config]) -> Config:
+    """The entry for the current device: its own, or else that of the newest one older than it.
+
+    The key 0 is the interpreter's entry (few programs, big blocks: a program costs more than the
+    elements in it). Without one the interpreter uses the oldest GPU's.
+
+    Raises:
+        RuntimeError: the device is older than every entry.
+    """
+    here = arch()
+    if here == 0:
+        return table[min(table)]
+    older = [key for key in table if 0 < key <= here]
+    if not older:
+        oldest = min(key for key in table if key > 0)
+        raise RuntimeError(
+            f"This GPU is sm_{here}; the kernels need sm_{oldest} or newer. "
+            "Use nemotron_lite.ops with impl='torch'."
+        )
+    return table[max(older)]
+
+
+def check_inputs(op: str, *tensors: Tensor | None) -> None:
+    """Refuse inputs that the kernel `op` cannot take. The first tensor's device is the norm.
+
+    Raises:
+        RuntimeError: tensors on the CPU outside the interpreter.
+        ValueError: tensors on several devices, or an element type the kernels have no code for.
+    """
+    given = [x for x in tensors if x is not None]
+    device = given[0].device
+    for x in given:
+        if x.device != device:
+            raise ValueError(
+                f"{op}: one input is on {device}, another on {x.device}; move them to one."
+            )
+        if x.is_floating_point() and x.dtype not in FLOATS:
+            raise ValueError(
+                f"{op}: the kernel takes float32, bfloat16 and float16, not {x.dtype}. "
+                "Use nemotron_lite.ops with impl='torch' or 'naive'."
+            )
+    if device.type != "cuda" and not INTERPRET and not _dry_run:
+        raise RuntimeError(
+            f"{op}: the tensors are on {device}, and the Triton kernel runs on an NVIDIA GPU. "
+            "Move them with .to('cuda'), or use nemotron_lite.ops with impl='torch', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernel in Triton's interpreter."
+        )
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x` with neighbours along its last axis: a copy only if they are apart."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n <= 1)."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,87 @@
+"""Test-only patches of Triton's interpreter: faster, right with new numpy, and wary of overflow.
+
+All three reach into private parts of Triton, so each is optional, and test_interpreter.py proves
+that results are the same with and without it.
+
+- `patch_once_per_launch`: the interpreter swaps the functions of `triton.language` for its own
+  again at every nested `@triton.jit` call (`tl.sum` and `tl.sigmoid` are such calls), which takes
+  longer than the call. Once per launch and module is enough.
+- `indices_from_arrays`: Triton 3.6 turns a runtime loop bound into an int with `int(array)`, which
+  numpy 2.4 refuses for arrays of one element.
+- `overflow_is_an_error`: 32-bit integer arithmetic that leaves 32 bits raises. On a GPU it wraps,
+  and a kernel that multiplies an index by a stride in 32 bits reads and writes the wrong memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from triton.runtime import interpreter
+
+_patched: set[int] | None = None
+
+
+def patch_once_per_launch() -> None:
+    """Patch the language modules at a launch and not again before it ends."""
+    if getattr(interpreter.GridExecutor.__call__, "once", False):
+        return
+    whole_launch = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        global _patched
+        _patched = set()
+        try:
+            whole_launch(self, *args, **kwargs)
+        finally:
+            _patched = None
+
+    def nested(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if _patched is None or module not in _patched:
+            interpreter._patch_lang(self.fn)
+            if _patched is not None:
+                _patched.add(module)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    launch.once = True  # type: ignore[attr-defined]
+    interpreter.GridExecutor.__call__ = launch
+    interpreter.InterpretedFunction.__call__ = nested
+
+
+def indices_from_arrays() -> None:
+    """Let a tensor of one element be a loop bound, whatever numpy says about `int(array)`."""
+    patch = interpreter._patch_lang_tensor
+    if getattr(patch, "from_arrays", False):
+        return
+
+    def index(self: Any) -> int:
+        return int(np.asarray(self.handle.data).reshape(-1)[0])
+
+    def patched(tensor: Any, *scope: Any) -> Any:
+        result = patch(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+        return result
+
+    patched.from_arrays = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patched
+
+
+@contextlib.contextmanager
+def overflow_is_an_error() -> Iterator[None]:
+    """Inside, 32-bit integers that overflow in a kernel raise instead of wrapping."""
+    builder = interpreter.interpreter_builder
+    before = builder.options
+    builder.options = interpreter.InterpreterOptions(debug=True)
+    try:
+        yield
+    finally:
+        builder.options = before
