@@ -210,7 +210,7 @@ def measure_quality(seconds: float) -> dict[str, Any]:
     """Bits per byte of held-out text, of the lite model trained briefly, in both precisions."""
     data = prepare()
     model = Nemotron(NemotronConfig.from_preset("lite"), seed=0)
-    train(model, data, TrainConfig(max_seconds=seconds, batch_size=8), progress=False)
+    train(model, data, TrainConfig(max_seconds=seconds), progress=False)
     exact = evaluate(model.eval(), data.held_out)
     rounded = evaluate(model.to(torch.bfloat16), data.held_out)
     return {

@@ -249,7 +249,8 @@ PRESETS: dict[str, NemotronConfig] = {
         mamba_num_heads=16, mamba_head_dim=32, ssm_state_size=64, n_groups=2,
         n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=168, moe_latent_size=64,
         moe_shared_expert_intermediate_size=336, intermediate_size=336,
-        routed_scaling_factor=2.5, bos_token_id=0, eos_token_id=0, pad_token_id=0, **_SUPER_MTP,
+        routed_scaling_factor=2.5, initializer_range=0.056,  # Super's 0.014 grown by 1/sqrt(d)
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, **_SUPER_MTP,
     ),
     # NVIDIA's own miniature, used to test the plumbing of the official recipe.
     "tiny-super": NemotronConfig(
