@@ -18,7 +18,7 @@ from typing import Any
 
 _HOME = {
     "causal_conv1d": "conv",
-    "causal_conv1d_step": "conv",
+    "causal_conv1d_step": "conv_step",
     "gated_rms_norm": "norm",
     "rms_norm": "norm",
     "selective_state_update": "state_update",

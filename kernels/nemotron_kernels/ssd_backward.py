@@ -102,9 +102,9 @@ def grad_bc_kernel(
         weight = fade(end - total, doc == final) * step
         sum_b += weight[:, None] * mm(xt, gstate, PRECISION)
         whole = tl.sum(tl.sum(state.to(tl.float32) * gstate.to(tl.float32), 1), 0)
-        read = tl.cumsum(tl.sum(read * Ct.to(tl.float32), 1), 0, reverse=True)
+        from_here = tl.cumsum(tl.sum(read * Ct.to(tl.float32), 1), 0, reverse=True)
         to = reads + ((block * tl.num_programs(1) + b) * H + h) * T + t0 + q
-        tl.store(to, read + whole * fade(end, final == 0), mask=q < left)
+        tl.store(to, from_here + whole * fade(end, final == 0), mask=q < left)
     scores = scores.to(KIND)
     sum_c += mm(scores, Bt, PRECISION)
     sum_b += mm(tl.trans(scores), Ct, PRECISION)
@@ -160,8 +160,8 @@ def grad_x_kernel(
         writes = direct * step
         steps += tl.cumsum(writes, 0) - writes
         for block in range(0, BLOCKS_N):
-            at = ((block * tl.num_programs(1) + b) * H + h) * T + t0 + q
-            steps += tl.load(reads + at, mask=q < left, other=0.0)
+            row = ((block * tl.num_programs(1) + b) * H + h) * T + t0
+            steps += tl.load(reads + row + q, mask=q < left, other=0.0)
 
         gy32 = gyt.to(tl.float32)
         if D is not None:

@@ -84,13 +84,14 @@ def clock(dt, ds, dt_bias, A, b, t0, h, left, Q: tl.constexpr, SOFTPLUS: tl.cons
 def documents(seq, ss, b, t0, left, Q: tl.constexpr):
     """How many documents have begun in this chunk up to each token; one's own start counts."""
     q = tl.arange(0, Q)
-    if seq is None:
-        return tl.zeros([Q], tl.int32)
-    at = seq + b * ss[0] + t0 * ss[1] + q * ss[1]
-    known = (q < left) & (q + t0 > 0)
-    now = tl.load(at, mask=known, other=0)
-    before = tl.load(at - ss[1], mask=known, other=0)
-    return tl.cumsum((now != before).to(tl.int32), 0)
+    begun = tl.zeros([Q], tl.int32)
+    if seq is not None:
+        at = seq + b * ss[0] + t0 * ss[1] + q * ss[1]
+        known = (q < left) & (q + t0 > 0)
+        now = tl.load(at, mask=known, other=0)
+        before = tl.load(at - ss[1], mask=known, other=0)
+        begun = tl.cumsum((now != before).to(tl.int32), 0)
+    return begun
 
 
 @triton.jit

@@ -73,13 +73,13 @@ def states_kernel(
         vt = tile(v, vs, b, t0, g, left, Q, N, PAD_N, 0, KIND)
         added = mm(tl.trans((ut * weight[:, None]).to(KIND)), vt, PRECISION)
         kept = fade(end, final == 0)
-        at, inside = state_tile(out + ((b * chunks + c) * H + h) * P * N,
+        to, inside = state_tile(out + ((b * chunks + c) * H + h) * P * N,
                                 first, P, N, BLOCK_P, 0, PAD_N)  # fmt: skip
         if WALK:
-            tl.store(at, state, mask=inside)
+            tl.store(to, state, mask=inside)
             state = state * kept + added
         else:
-            tl.store(at, added, mask=inside)
+            tl.store(to, added, mask=inside)
             tl.store(keep + (b * chunks + c) * H + h, kept)
     if WALK:
         at, inside = state_tile(last + corner, first, P, N, BLOCK_P, 0, PAD_N)

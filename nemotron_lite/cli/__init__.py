@@ -171,18 +171,23 @@ def train(
     model: ModelSizes = "lite",
     steps: Annotated[int | None, typer.Option(help="optimiser updates")] = None,
     max_seconds: Seconds = None,
-    batch_size: Annotated[int, typer.Option(help="rows per micro-batch")] = 8,
-    length: Annotated[int, typer.Option(help="tokens per row")] = 256,
+    batch_size: Annotated[int | None, typer.Option(help="rows per micro-batch")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens per row")] = None,
     accumulation: Annotated[int, typer.Option(help="micro-batches per update")] = 1,
     vocab_size: Annotated[int | None, typer.Option(help="tokens; the model's own if none")] = None,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="peak learning rate; ends at a hundredth")
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 matrix products")] = "fp32",
     save_every: Annotated[int | None, typer.Option(help="updates between checkpoints")] = None,
     resume: Annotated[bool, typer.Option(help="go on where the run in --out stopped")] = False,
     seed: Seed = 0,
     text: Text = None,
 ) -> None:
-    """Train a model on Python source; leaves it in OUT/model in Hugging Face's layout."""
+    """Train a model on Python source; leaves it in OUT/model in Hugging Face's layout.
+
+    What is not given has the recipe's own default (`nemotron_lite.train.TrainConfig`).
+    """
     with _plain_errors():
         from nemotron_lite.checkpoint import save
         from nemotron_lite.cli import tables
@@ -191,10 +196,11 @@ def train(
         from nemotron_lite.train import train as train_model
 
         config = for_our_tokenizer(read_config(model), vocab_size)
+        given = {"batch_size": batch_size, "length": length, "lr": lr, "min_lr": lr and lr / 100}
         recipe = TrainConfig(
-            steps=steps, max_seconds=max_seconds, batch_size=batch_size, length=length,
-            accumulation=accumulation, lr=lr, min_lr=lr / 100, precision=precision,
+            steps=steps, max_seconds=max_seconds, accumulation=accumulation, precision=precision,
             save_every=save_every, seed=seed,
+            **{name: value for name, value in given.items() if value is not None},
         )  # fmt: skip
         check_memory(config)
         data = _prepare(config, text)

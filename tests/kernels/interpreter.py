@@ -34,7 +34,9 @@ def patch_once_per_launch() -> None:
         global _patched
         _patched = set()
         try:
-            whole_launch(self, *args, **kwargs)
+            # exp(100) is inf on a GPU too, and nobody warns there.
+            with np.errstate(over="ignore"):
+                whole_launch(self, *args, **kwargs)
         finally:
             _patched = None
 
