@@ -1,0 +1,97 @@
+"""One token of the causal convolution, for decoding.
+
+    u = bias + sum_{j<3} w_j * state_j + w_3 * x        y = u * sigmoid(u)
+    state <- state_1, state_2, x
+
+A program takes the channels of one sequence. The floor is memory again: per channel it reads the
+three remembered inputs and x, and writes three inputs and y, 16 bytes in 16 bit. Next to the state
+of the scan (p * n numbers for each p channels) that is little, and what counts is one launch.
+
+The state may be its own output: every remembered input is read before its place is overwritten.
+
+Source: the definition in nemotron_lite/ops/conv.py. Left out: gradients (a decoding step has none),
+a circular buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron_kernels._compat import Config, by_arch, cdiv, check_inputs, on_device, unit_stride
+from nemotron_kernels.conv import check_shapes, tap
+
+STEP = {0: Config({"BLOCK_C": 1024}), 80: Config({"BLOCK_C": 256}, num_warps=4)}
+
+
+@triton.jit
+def _step(
+    state_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, out_ptr,
+    channels, state_stride_b, state_stride_k, out_stride_b, out_stride_k, x_stride_b, w_stride,
+    TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.program_id(1).to(tl.int64)
+    inside = channel < channels
+    x = tl.load(x_ptr + row * x_stride_b + channel, mask=inside, other=0.0).to(tl.float32)
+    u = tap(w_ptr, channel, inside, w_stride, 3, TAPS) * x
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    # In this order each input is read before its place is written: state and output may be one.
+    for i in tl.static_range(TAPS - 1):
+        past = tl.load(
+            state_ptr + row * state_stride_b + i * state_stride_k + channel, mask=inside, other=0.0
+        )
+        u += tap(w_ptr, channel, inside, w_stride, 4 - TAPS + i, TAPS) * past.to(tl.float32)
+        if i > 0:
+            place = out_ptr + row * out_stride_b + (i - 1) * out_stride_k + channel
+            tl.store(place, past.to(out_ptr.dtype.element_ty), mask=inside)
+    place = out_ptr + row * out_stride_b + (TAPS - 2) * out_stride_k + channel
+    tl.store(place, x.to(out_ptr.dtype.element_ty), mask=inside)
+    y = u / (1.0 + tl.exp(-u))
+    tl.store(y_ptr + row * channels + channel, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def causal_conv1d_step(
+    state: Float[Tensor, "b km1 c"],
+    x: Float[Tensor, "b c"],
+    weight: Float[Tensor, "c k"],
+    bias: Float[Tensor, "c"] | None = None,
+    *,
+    out_state: Float[Tensor, "b km1 c"] | None = None,
+) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b km1 c"]]:
+    """One token of `causal_conv1d`, for decoding: the output, and the state with `x` appended.
+
+    Args:
+        state, x, weight, bias: as in `causal_conv1d`, without the time axis.
+        out_state: where the new state goes. `state` itself updates it in place, which is what a
+            captured CUDA graph needs; a new tensor when None.
+
+    Raises:
+        RuntimeError: CPU tensors outside the interpreter.
+        ValueError: as `causal_conv1d`.
+    """
+    check_inputs("causal_conv1d_step", x, state, weight, bias, out_state)
+    (b, c), kept = x.shape, (x.shape[0], weight.shape[1] - 1, x.shape[1])
+    check_shapes(
+        "causal_conv1d_step", c, weight, bias=(bias, (c,)), state=(state, kept),
+        out_state=(out_state, kept),
+    )  # fmt: skip
+    if out_state is None:
+        out_state = torch.empty(kept, dtype=state.dtype, device=x.device)
+    if out_state.stride(-1) != 1 and c > 1:
+        raise ValueError(f"out_state has strides {out_state.stride()}; its last axis must have 1.")
+    x, state, weight = unit_stride(x), unit_stride(state), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((b, c), dtype=x.dtype, device=x.device)
+    config = by_arch(STEP)
+    with on_device(x):
+        _step[cdiv(c, config["BLOCK_C"]), b](
+            state, x, weight, bias, y, out_state,
+            c, *state.stride()[:2], *out_state.stride()[:2], x.stride(0), weight.stride(0),
+            TAPS=weight.shape[1], **config.kwargs,
+        )  # fmt: skip
+    return y, out_state
