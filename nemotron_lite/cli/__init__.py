@@ -196,7 +196,12 @@ def train(
         from nemotron_lite.train import train as train_model
 
         config = for_our_tokenizer(read_config(model), vocab_size)
-        given = {"batch_size": batch_size, "length": length, "lr": lr, "min_lr": lr and lr / 100}
+        given: dict[str, Any] = {
+            "batch_size": batch_size,
+            "length": length,
+            "lr": lr,
+            "min_lr": lr and lr / 100,
+        }
         recipe = TrainConfig(
             steps=steps, max_seconds=max_seconds, accumulation=accumulation, precision=precision,
             save_every=save_every, seed=seed,
