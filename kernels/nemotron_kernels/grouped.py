@@ -157,7 +157,7 @@ ROWS = {
 }
 OUTER = {
     2: {80: Config({"ROWS": 128, "COLUMNS": 128, "DEPTH": 64}, num_warps=8, num_stages=2)},
-    4: {80: Config({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}, num_warps=4, num_stages=2)},
+    4: {80: Config({"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}, num_warps=8, num_stages=2)},
 }
 
 

@@ -68,7 +68,7 @@ def _sigmoid(x):
     series = series * r + 0.5
     series = series * r + 1.0
     series = series * r + 1.0
-    whole = n.to(tl.int32)
+    whole = tl.where(n == n, n, 0.0).to(tl.int32)  # a NaN stays in `series`
     half = whole // 2  # 2^-n in two factors: one alone leaves the normal range
     first = ((127 - half) << 23).to(tl.float32, bitcast=True)
     second = ((127 - (whole - half)) << 23).to(tl.float32, bitcast=True)

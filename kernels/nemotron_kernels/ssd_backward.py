@@ -173,10 +173,13 @@ def grad_x_kernel(
             raw = raw_steps(dt, ds, dt_bias, b, t0, h, left, Q)
             grad /= 1.0 + tl.exp2(-raw * LOG2E)
         tl.store(gdt + b * gds[0] + t0 * gds[1] + h * gds[2] + q * gds[1], grad, mask=q < left)
-        to = sums + ((b * chunks + c) * H + h) * 3
-        tl.store(to, tl.sum(steps * step, 0))
-        tl.store(to + 1, tl.sum(tl.sum(gy32 * x32, 1), 0))
-        tl.store(to + 2, tl.sum(tl.where(q < left, grad, 0.0), 0))
+        # The last running sum, and not tl.sum: Triton 3.7.1 does not compile, for sm_100, the sum of
+        # a vector that is itself the sum of a matrix product's rows.
+        to = sums + ((b * chunks + c) * H + h) * 3 + 0 * q
+        grad = tl.where(q < left, grad, 0.0)
+        tl.store(to, tl.cumsum(steps * step, 0), mask=q == Q - 1)
+        tl.store(to + 1, tl.cumsum(tl.sum(gy32 * x32, 1), 0), mask=q == Q - 1)
+        tl.store(to + 2, tl.cumsum(grad, 0), mask=q == Q - 1)
 
 
 class Gradients(NamedTuple):

@@ -83,7 +83,7 @@ class Mamba2(nn.Module):
         """Mix along time; with `past`, continue from it and leave the new memory there."""
         if past is not None and u.shape[1] == 1 and span.lengths is None:
             return self._step(u, past)
-        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         xBC, conv = ops.causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -109,7 +109,7 @@ class Mamba2(nn.Module):
 
     def _step(self, u: Float[Tensor, "b 1 d"], past: MambaMemory) -> Float[Tensor, "b 1 d"]:
         """One token: no scan, and no time axis until the end."""
-        z, xBC, dt = self.in_proj(u[:, 0]).split(self.splits, dim=-1)
+        z, xBC, dt = self.in_proj(u[:, 0]).split_with_sizes(self.splits, dim=-1)
         xBC, past.conv = ops.causal_conv1d_step(
             past.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
         )
@@ -120,7 +120,7 @@ class Mamba2(nn.Module):
     def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:
         """x `*bt h p`, B and C `*bt g n`."""
         shared = self.groups * self.state_size
-        x, B, C = xBC.split([self.splits[0], shared, shared], dim=-1)
+        x, B, C = xBC.split_with_sizes((self.splits[0], shared, shared), dim=-1)
         return (
             x.unflatten(-1, (-1, self.head_dim)),
             B.unflatten(-1, (self.groups, -1)),

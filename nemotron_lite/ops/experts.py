@@ -84,13 +84,15 @@ def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor)
 def _row_by_row(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     out = torch.zeros_like(z)
     hidden = z.new_empty(*indices.shape, up.shape[1])
-    for token, total, rows, weight, chosen in zip(
-        z, out, hidden, weights, indices.tolist(), strict=True
-    ):
-        for row, e in zip(rows.unbind(), chosen, strict=True):
+    tokens = zip(
+        z.unbind(), out.unbind(), hidden.unbind(), weights.unsqueeze(-1).unbind(), strict=True
+    )
+    for (token, total, rows, weight), chosen in zip(tokens, indices.tolist(), strict=True):
+        each = rows.unbind()
+        for row, e in zip(each, chosen, strict=True):
             torch.mv(up[e], token, out=row)
-        rows.relu_().mul_(rows).mul_(weight.unsqueeze(1))
-        for row, e in zip(rows.unbind(), chosen, strict=True):
+        rows.relu_().mul_(rows).mul_(weight)
+        for row, e in zip(each, chosen, strict=True):
             total.addmv_(down[e], row)
     return out
 
