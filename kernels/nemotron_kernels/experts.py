@@ -37,11 +37,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_kernels._compat import (
-    Config, by_arch, cdiv, check_inputs, next_power_of_2, on_device, unit_stride,
-)  # fmt: skip
+    Config,
+    by_arch,
+    cdiv,
+    check_inputs,
+    on_device,
+    unit_stride,
+)
 from nemotron_kernels.grouped import (
-    PRECISIONS, grouped_outer, grouped_rows, grouped_rows_backward, tile_rows,
-)  # fmt: skip
+    PRECISIONS,
+    grouped_outer,
+    grouped_rows,
+    grouped_rows_backward,
+    tile_rows,
+)
 from nemotron_kernels.sorting import Order, sort_by_expert
 
 
@@ -187,9 +196,7 @@ class _Experts(torch.autograd.Function):
             if need_weights:
                 grad_weights = grad_pairs.view_as(weights).to(weights.dtype)
         if need_z:
-            rows = grouped_rows(
-                grad_hidden, up, *shared, precision, transposed=False, gather=False
-            )
+            rows = grouped_rows(grad_hidden, up, *shared, precision, transposed=False, gather=False)
             grad_z = _combine(rows, top_k, order.places, None)
         if need_up:
             grad_up = grouped_outer(grad_hidden, z, *shared, precision, experts=experts)
@@ -230,11 +237,10 @@ def expert_mlp(
     _check_shapes(z, up, down, weights, indices)
     if input_precision not in PRECISIONS:
         known = ", ".join(repr(name) for name in PRECISIONS)
-        raise ValueError(
-            f"expert_mlp: input_precision={input_precision!r} is none of {known}."
-        )
+        raise ValueError(f"expert_mlp: input_precision={input_precision!r} is none of {known}.")
     if indices.numel() == 0:
-        return torch.zeros_like(z) + 0.0 * (up.sum() + down.sum() + weights.sum()).to(z.dtype)
+        nothing = sum(x[:0].sum().to(z.dtype) for x in (z, up, down, weights))
+        return torch.zeros_like(z) + nothing  # zero, with gradients that are zero
     z, weights, indices = unit_stride(z), weights.contiguous(), indices.contiguous()
     up, down = up.to(z.dtype), down.to(z.dtype)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (z, up, down, weights)):

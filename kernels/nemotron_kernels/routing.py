@@ -37,8 +37,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_kernels._compat import (
-    Config, by_arch, cdiv, check_inputs, next_power_of_2, on_device, unit_stride,
-)  # fmt: skip
+    Config,
+    by_arch,
+    cdiv,
+    check_inputs,
+    next_power_of_2,
+    on_device,
+    unit_stride,
+)
 
 EPSILON = tl.constexpr(1e-20)
 LOWEST = tl.constexpr(-(2**63))
@@ -306,13 +312,14 @@ def route_logits(
         )
     if n_group > 1 and experts == n_group:
         raise ValueError(
-            f"route: n_group={n_group} leaves one expert a group; a group is scored by its best two."
+            f"route: n_group={n_group} leaves one expert a group, and a group is "
+            "scored by its best two."
         )
     available = experts // n_group * topk_group
     if not 1 <= top_k <= available:
         raise ValueError(
-            f"route: top_k={top_k}, expected 1 to {available}: as many as {topk_group} of {n_group} "
-            f"groups of {experts // n_group} experts hold."
+            f"route: top_k={top_k}, expected 1 to {available}: as many as {topk_group} of "
+            f"{n_group} groups of {experts // n_group} experts hold."
         )
     bias = bias.float().contiguous()
     return Routed(

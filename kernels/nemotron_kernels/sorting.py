@@ -34,8 +34,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nemotron_kernels._compat import (
-    Config, by_arch, cdiv, check_inputs, next_power_of_2, on_device,
-)  # fmt: skip
+    Config,
+    by_arch,
+    cdiv,
+    check_inputs,
+    next_power_of_2,
+    on_device,
+)
 
 MAX_PAIRS = 2**31 - 1
 
