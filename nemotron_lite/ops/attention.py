@@ -56,7 +56,7 @@ def causal_attention(
         raise ValueError(
             f"{k.shape[2]} keys do not cover starts={starts} cached and {q.shape[2]} new tokens."
         )
-    run = choose("causal_attention", impl, naive=_naive, torch=_fast)
+    run = choose("causal_attention", impl, q, naive=_naive, torch=_fast)
     return run(q, k, v, starts, seq_idx)
 
 

@@ -22,9 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._door import choose, kernel
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+_KERNEL = kernel("conv", "causal_conv1d")
+_STEP_KERNEL = kernel("conv_step", "causal_conv1d_step")
 
 
 def causal_conv1d(
@@ -48,7 +50,7 @@ def causal_conv1d(
             document into the next. The first document of a row continues `initial_state`.
         lengths: tokens of each row that are real (right-padded rows); the state that comes back
             is that of the last real token. All of them when None.
-        impl: "naive" (loop over taps) or "torch".
+        impl: "naive" (loop over taps), "torch" or "triton".
 
     Returns:
         (y, state): the outputs and the last k-1 real inputs of each row.
@@ -56,19 +58,8 @@ def causal_conv1d(
     Raises:
         ValueError: unknown `impl`.
     """
-    taps = weight.shape[1]
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-    window = torch.cat([initial_state, x], dim=1)
-    state = _last_inputs(window, taps - 1, lengths)
-    if seq_idx is not None and impl == "auto":
-        impl = "naive"  # taps that stop at document boundaries are not one convolution
-    run = choose("causal_conv1d", impl, naive=_loop_over_taps, torch=_ConvSilu.apply)
-    if seq_idx is None:
-        return run(window, weight, bias), state
-    if impl != "naive":
-        raise ValueError("causal_conv1d packs documents only with impl='naive' or 'auto'.")
-    return _loop_over_taps(window, weight, bias, seq_idx), state
+    run = choose("causal_conv1d", impl, x, naive=_naive, torch=_fast, triton=_KERNEL)
+    return run(x, weight, bias, initial_state=initial_state, seq_idx=seq_idx, lengths=lengths)
 
 
 def causal_conv1d_step(
@@ -76,8 +67,70 @@ def causal_conv1d_step(
     x: Float[Tensor, "b c"],
     weight: Float[Tensor, "c k"],
     bias: Float[Tensor, "c"] | None = None,
+    *,
+    impl: str = "auto",
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b km1 c"]]:
-    """One token of `causal_conv1d`: the output, and the state with `x` appended."""
+    """One token of `causal_conv1d`: the output, and the state with `x` appended.
+
+    Raises:
+        ValueError: unknown `impl` ("torch" is the definition too: one token has one form).
+    """
+    run = choose("causal_conv1d_step", impl, x, torch=_step, triton=_STEP_KERNEL)
+    return run(state, x, weight, bias)
+
+
+def _naive(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    window = _window(x, weight, initial_state)
+    y = _loop_over_taps(window, weight, bias, seq_idx)
+    return y, _last_inputs(window, weight.shape[1] - 1, lengths)
+
+
+def _fast(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    window = _window(x, weight, initial_state)
+    state = _last_inputs(window, weight.shape[1] - 1, lengths)
+    if seq_idx is not None:
+        return _packed(window, weight, bias, seq_idx), state
+    return _ConvSilu.apply(window, weight, bias), state
+
+
+def _window(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Float[Tensor, "b s c"]:
+    """The inputs with the k-1 before them in front."""
+    if initial_state is None:
+        return F.pad(x, (0, 0, weight.shape[1] - 1, 0))
+    return torch.cat([initial_state, x], dim=1)
+
+
+def _packed(
+    window: Float[Tensor, "b s c"],
+    weight: Float[Tensor, "c k"],
+    bias: Float[Tensor, "c"] | None,
+    seq_idx: Int[Tensor, "b t"],
+) -> Float[Tensor, "b t c"]:
+    """All documents of all rows in one long row, with k-1 zeros between them.
+
+    The first document of a row has the inputs before the row there instead.
+    """
+    before, (b, t) = weight.shape[1] - 1, seq_idx.shape
+    first = torch.ones_like(seq_idx, dtype=torch.bool)
+    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    document = first.flatten().cumsum(0)
+    places = torch.arange(b * t, device=window.device) + before * document
+    row_starts = places.view(b, t)[:, :1] + torch.arange(-before, 0, device=window.device)
+    size = b * t + before * int(document[-1])
+    long = window.new_zeros(size, window.shape[2])
+    long = long.index_copy(0, places, window[:, before:].flatten(0, 1))
+    long = long.index_copy(0, row_starts.flatten(), window[:, :before].flatten(0, 1))
+    y = _ConvSilu.apply(long.unsqueeze(0), weight, bias)[0]
+    return y.index_select(0, places - before).view(b, t, -1)
+
+
+def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     window = torch.cat([state, x.unsqueeze(1)], dim=1)
     y = (window * weight.t()).sum(1)
     if bias is not None:

@@ -25,8 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import cast, choose
+from nemotron_lite.ops._door import cast, choose, kernel
 
+_KERNEL = kernel("experts", "expert_mlp")
 FEW_PAIRS = 16  # (token, slot) pairs up to which products with single rows beat sorting
 RUN_ROWS = 128  # rows of hidden units to activate in one call
 
@@ -52,12 +53,12 @@ def expert_mlp(
         z: what the experts read.
         up, down: the experts' matrices W1 and W2.
         weights, indices: from `route`.
-        impl: "naive" (token by token), "torch" (sorted by expert).
+        impl: "naive" (token by token), "torch" (sorted by expert) or "triton".
 
     Raises:
         ValueError: unknown `impl`.
     """
-    run = choose("expert_mlp", impl, naive=_naive, torch=_fast)
+    run = choose("expert_mlp", impl, z, naive=_naive, torch=_fast, triton=_KERNEL)
     return run(z, up, down, weights, indices)
 
 

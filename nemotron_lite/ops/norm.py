@@ -23,7 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import cast, choose
+from nemotron_lite.ops._door import cast, choose, kernel
+
+_KERNEL = kernel("norm", "rms_norm")
+_GATED_KERNEL = kernel("norm", "gated_rms_norm")
 
 
 def rms_norm(
@@ -36,9 +39,9 @@ def rms_norm(
     """Divide each row by its root mean square and scale; statistics in float32 or better.
 
     Raises:
-        ValueError: unknown `impl` ("naive", "torch").
+        ValueError: unknown `impl` ("naive", "torch", "triton").
     """
-    return choose("rms_norm", impl, naive=_naive, torch=_fast)(x, weight, eps)
+    return choose("rms_norm", impl, x, naive=_naive, torch=_fast, triton=_KERNEL)(x, weight, eps)
 
 
 def gated_rms_norm(
@@ -57,7 +60,9 @@ def gated_rms_norm(
     """
     if y.shape[-1] % groups:
         raise ValueError(f"{y.shape[-1]} channels do not split into {groups} groups.")
-    run = choose("gated_rms_norm", impl, naive=_naive_gated, torch=_fast_gated)
+    run = choose(
+        "gated_rms_norm", impl, y, naive=_naive_gated, torch=_fast_gated, triton=_GATED_KERNEL
+    )
     return run(y, z, weight, groups, eps)
 
 

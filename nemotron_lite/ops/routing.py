@@ -17,14 +17,16 @@ capacity limits, which the family does not use.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import cast, choose
+from nemotron_lite.ops._door import cast, choose, kernel
+
+_KERNEL = kernel("routing", "route")
 
 
 class Routing(NamedTuple):
@@ -56,12 +58,12 @@ def route(
         n_group, topk_group: group-limited routing.
         normalise: divide the chosen scores by their sum.
         scale: factor on the weights (5.0 for Super).
-        impl: "naive" (token by token) or "torch".
+        impl: "naive" (token by token), "torch" or "triton".
 
     Raises:
         ValueError: unknown `impl`.
     """
-    run = choose("route", impl, naive=_naive, torch=_fast)
+    run = choose("route", impl, x, naive=_naive, torch=_fast, triton=_triton)
     return run(x, weight, bias, top_k, n_group, topk_group, normalise, scale)
 
 
@@ -107,6 +109,10 @@ def _fast(
     if normalise:
         return Routing(weights * (scale / (weights.sum(-1, keepdim=True) + 1e-20)), indices, scores)
     return Routing(weights * scale, indices, scores)
+
+
+def _triton(*arguments: Any) -> Routing:
+    return Routing(*_KERNEL(*arguments)[:3])
 
 
 def _keep_best_groups(

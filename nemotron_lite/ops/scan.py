@@ -112,7 +112,7 @@ def ssd_step(
     Raises:
         ValueError: unknown `impl`, or shapes that do not fit each other.
     """
-    run = choose("ssd_step", impl, naive=_naive_step, torch=_fast_step)
+    run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step)
     return run(state, x, dt, A, B, C, D)
 
 

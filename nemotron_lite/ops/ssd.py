@@ -34,11 +34,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.ops import _ssd_chunks
-from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._door import choose, kernel
 from nemotron_lite.ops._ssd_backward import backward
 from nemotron_lite.ops._ssd_chunks import Inputs
 from nemotron_lite.ops.scan import check_shapes, document_starts, selective_scan, state_dtype
 
+_KERNEL = kernel("ssd", "ssd")
 CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
 
 
@@ -66,8 +67,9 @@ def ssd(
         initial_state: state before the first token; zeros when None.
         seq_idx: which document of a packed row each token belongs to. Where it changes, the state
             is reset to zero; `initial_state` belongs to the first document of the row.
-        chunk_size: q; the result depends on it only by rounding. 64 when None.
-        impl: "naive" (`selective_scan`) or "torch" (chunked).
+        chunk_size: q; the result depends on it only by rounding. When None, 64 ("triton": what its
+            tables say).
+        impl: "naive" (`selective_scan`), "torch" (chunked) or "triton" (chunked, one kernel).
 
     Returns:
         (y, state): y in the dtype of x, contiguous, and the state after the last token in float32
@@ -78,20 +80,20 @@ def ssd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
-    run = choose("ssd", impl, naive=_naive, torch=_chunked)
-    return run(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size or CHUNK)
+    run = choose("ssd", impl, x, naive=_naive, torch=_chunked, triton=_KERNEL)
+    return run(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size)
 
 
 def _naive(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return selective_scan(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx)
 
 
 def _chunked(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
     if initial_state is None:
@@ -99,6 +101,7 @@ def _chunked(
     else:
         state = initial_state.to(state_dtype(x))
     starts = None if seq_idx is None else document_starts(seq_idx)
+    chunk = chunk or CHUNK
     arguments = (x, dt, A, B, C, D, starts, state)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments):
         return _Ssd.apply(*arguments, chunk)
