@@ -5,7 +5,7 @@ Each public function of `ops` takes `impl`:
     "naive"   the definition, written to be read
     "torch"   fast PyTorch, on every device
     "triton"  a kernel of `nemotron_kernels`, on NVIDIA GPUs (and in Triton's interpreter)
-    "auto"    the kernel for tensors on a GPU, where there is one and triton is installed; else torch
+    "auto"    the kernel for tensors on a GPU, if there is one and triton is installed; else torch
 
 A choice that cannot be met is an error that says why, never a silent fallback. Triton is imported
 when a kernel is first used, and not before.

@@ -104,6 +104,19 @@ def test_packed_documents_do_not_see_each_other() -> None:
         torch.testing.assert_close(packed[:, start:stop], alone)
 
 
+def test_packed_rows_fast_equals_naive() -> None:
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5, 5, 2]])
+
+    def packed(impl: str):
+        def conv(x, weight, bias, state):
+            return causal_conv1d(x, weight, bias, initial_state=state, seq_idx=seq_idx, impl=impl)
+
+        return conv
+
+    found = errors(packed("torch"), packed("naive"), _inputs(2, 10, 6, 4))
+    assert max(found) < 1e-6, found
+
+
 def test_packed_gradients_against_numbers() -> None:
     x, weight, bias, _ = _inputs(1, 6, 2, 3)
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2]])
