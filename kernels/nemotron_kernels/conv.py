@@ -63,7 +63,7 @@ def tap(w_ptr, channel, inside, w_stride, J: tl.constexpr, TAPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length"])
-def _forward(
+def _conv_forward(
     x_ptr, w_ptr, bias_ptr, initial_ptr, seq_ptr, lengths_ptr, y_ptr, final_ptr,
     length, channels,
     x_stride_b, x_stride_t, w_stride, initial_stride_b, initial_stride_k, seq_stride_b,
@@ -124,16 +124,16 @@ def _forward(
         if lengths_ptr is not None:
             end = tl.load(lengths_ptr + row).to(tl.int64)
         for i in tl.static_range(TAPS - 1):
-            source = end - (TAPS - 1) + i
+            at = end - (TAPS - 1) + i
             last = tl.load(
-                x_ptr + source * x_stride_t + channel,
-                mask=channel < tl.where(source >= 0, channels, 0),
+                x_ptr + at * x_stride_t + channel,
+                mask=channel < tl.where(at >= 0, channels, 0),
                 other=0.0,
             ).to(tl.float32)
             if initial_ptr is not None:
                 last += tl.load(
-                    initial_ptr + (source + TAPS - 1) * initial_stride_k + channel,
-                    mask=channel < tl.where(source < 0, channels, 0),
+                    initial_ptr + (at + TAPS - 1) * initial_stride_k + channel,
+                    mask=channel < tl.where(at < 0, channels, 0),
                     other=0.0,
                 ).to(tl.float32)
             tl.store(
@@ -171,7 +171,7 @@ def _same_document(seq_ptr, t, document, latest):
 
 
 @triton.jit(do_not_specialize=["length"])
-def _backward(
+def _conv_backward(
     x_ptr, w_ptr, bias_ptr, initial_ptr, seq_ptr, lengths_ptr, dy_ptr, dfinal_ptr,
     dx_ptr, dinitial_ptr, partial_ptr,
     length, channels, stretches,
@@ -287,7 +287,7 @@ class _CausalConv1d(torch.autograd.Function):
         config = by_arch(FORWARD)
         grid = (max(1, cdiv(t, config["BLOCK_T"])), cdiv(c, config["BLOCK_C"]), b)
         with on_device(x):
-            _forward[grid](
+            _conv_forward[grid](
                 x, weight, bias, initial_state, seq_idx, lengths, y, state,
                 t, c, *x.stride()[:2], *_strides(weight, initial_state, seq_idx),
                 TAPS=taps, **config.kwargs,
@@ -311,7 +311,7 @@ class _CausalConv1d(torch.autograd.Function):
         stretches = max(1, cdiv(t, config["STRETCH"]))
         partial = torch.empty(b, stretches, 5, c, dtype=torch.float32, device=x.device)
         with on_device(x):
-            _backward[stretches, cdiv(c, config["BLOCK_C"]), b](
+            _conv_backward[stretches, cdiv(c, config["BLOCK_C"]), b](
                 x, weight, bias, initial_state, seq_idx, lengths, dy, dfinal, dx, dinitial, partial,
                 t, c, stretches, *x.stride()[:2], *_strides(weight, initial_state, seq_idx),
                 *dy.stride()[:2], *((0, 0) if dfinal is None else dfinal.stride()[:2]),

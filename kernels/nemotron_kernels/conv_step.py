@@ -28,7 +28,7 @@ STEP = {0: Config({"BLOCK_C": 1024}), 80: Config({"BLOCK_C": 256}, num_warps=4)}
 
 
 @triton.jit
-def _step(
+def _conv_step(
     state_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, out_ptr,
     channels, state_stride_b, state_stride_k, out_stride_b, out_stride_k, x_stride_b, w_stride,
     TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -89,7 +89,7 @@ def causal_conv1d_step(
     y = torch.empty((b, c), dtype=x.dtype, device=x.device)
     config = by_arch(STEP)
     with on_device(x):
-        _step[cdiv(c, config["BLOCK_C"]), b](
+        _conv_step[cdiv(c, config["BLOCK_C"]), b](
             state, x, weight, bias, y, out_state,
             c, *state.stride()[:2], *out_state.stride()[:2], x.stride(0), weight.stride(0),
             TAPS=weight.shape[1], **config.kwargs,

@@ -61,7 +61,7 @@ def _inverse_rms(a, inside, size, eps):
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     y_ptr, z_ptr, w_ptr, out_ptr, rows, channels, size, eps, y_stride, z_stride,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     y_ptr, z_ptr, w_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
     rows, channels, size, eps, y_stride, z_stride, dout_stride,
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -137,7 +137,7 @@ class _RmsNorm(torch.autograd.Function):
         out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         options = _options(by_arch(FORWARD), size)
         with on_device(y):
-            _forward[cdiv(rows, options["BLOCK_R"]), groups](
+            _norm_forward[cdiv(rows, options["BLOCK_R"]), groups](
                 y, z, weight, out, rows, channels, size, eps, y.stride(0), _row_stride(z), **options
             )
         ctx.save_for_backward(y, z, weight)
@@ -158,7 +158,7 @@ class _RmsNorm(torch.autograd.Function):
         stretches = cdiv(rows, config["ROWS"])
         partial = torch.empty(stretches, channels, dtype=torch.float32, device=y.device)
         with on_device(y):
-            _backward[stretches, ctx.groups](
+            _norm_backward[stretches, ctx.groups](
                 y, z, weight, dout, dy, dz, partial, rows, channels, size, ctx.eps,
                 y.stride(0), _row_stride(z), dout.stride(0), ROWS=config["ROWS"], **options,
             )  # fmt: skip

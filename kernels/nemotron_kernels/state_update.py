@@ -78,7 +78,7 @@ def round_to_half(value, random):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _update(
+def _state_update(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, index_ptr, seed, out_ptr,
     heads, heads_per_group,
     state_b, state_h, state_p, x_b, x_h, dt_b, dt_h, dt_p, A_h, A_p,
@@ -187,7 +187,7 @@ def selective_state_update(
     block_n = max(8, next_power_of_2(n))
     block_p = min(max(1, config["TILE"] // block_n), next_power_of_2(width))
     with on_device(x):
-        _update[cdiv(width, block_p), heads, batch](
+        _state_update[cdiv(width, block_p), heads, batch](
             state, x, dt, A, B, C, D, z, dt_bias, indices, seed, out,
             heads, heads // groups,
             *state.stride()[:3], *x.stride()[:2], *dt.stride(), *A.stride()[:2],
