@@ -141,7 +141,7 @@ PLACE = {
     80: Config({"BLOCK": 256, "CHUNK": 16}, num_warps=4, num_stages=1),
 }
 OFFSETS = {
-    0: Config({"ROWS": 64, "COLUMNS": 64}),
+    0: Config({"ROWS": 4, "COLUMNS": 64}),
     80: Config({"ROWS": 64, "COLUMNS": 16}, num_warps=4, num_stages=1),
 }
 TILES = {

@@ -79,7 +79,7 @@ def test_close_calls_of_many_tokens_are_few(centre: float, most: int) -> None:
     assert _close_calls(found.indices, exact, biased) <= most
 
 
-@pytest.mark.parametrize("centre", [0.0, 64.0])
+@pytest.mark.parametrize("centre", [0.0, -2.0, 64.0])
 def test_choice_is_exact_given_the_scores(centre: float) -> None:
     """Published biases lie near 64, where a float32 has steps of 2^-17: many ties, lower first."""
     logits, bias = _inputs(200, 512)
@@ -87,7 +87,7 @@ def test_choice_is_exact_given_the_scores(centre: float) -> None:
     found = route_logits(logits, bias, 22)
     biased = found.scores + bias
     expected = biased.sort(dim=1, descending=True, stable=True).indices[:, :22]
-    if centre:
+    if centre == 64:
         ties = biased.sort(dim=1).values.diff(dim=1) == 0
         assert ties.any(1).float().mean() > 0.3
     assert torch.equal(found.indices, expected)
@@ -122,6 +122,13 @@ def test_gradient_through_one_output_alone(part: int) -> None:
         [logits],
     )
     assert max(found) < 1e-6, found
+
+
+def test_scores_to_two_units_in_the_last_place() -> None:
+    logits = torch.linspace(-87, 87, 2**16).view(-1, 64)
+    found = route_logits(logits, torch.zeros(64), 1).scores.double()
+    exact = logits.double().sigmoid()
+    assert ((found - exact) / exact).abs().max() < 2**-22
 
 
 def test_saturated_scores_keep_their_gradient() -> None:
