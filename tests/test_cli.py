@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import nemotron_lite
-from nemotron_lite import data
+from nemotron_lite import cli, data
 from nemotron_lite.cli import app, tables
 from nemotron_lite.config import NemotronConfig
 
@@ -30,9 +30,15 @@ TINY = NemotronConfig(
 
 
 def call(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "150"})
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output + result.stderr
     return result
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "_width", 150)
 
 
 @pytest.fixture

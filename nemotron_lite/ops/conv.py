@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import choose, kernel
+from nemotron_lite.ops._door import cast, choose, kernel
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _KERNEL = kernel("conv", "causal_conv1d")
@@ -92,6 +92,7 @@ def _fast(
     x: Tensor, weight: Tensor, bias: Tensor | None,
     initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
     window = _window(x, weight, initial_state)
     state = _last_inputs(window, weight.shape[1] - 1, lengths)
     if seq_idx is not None:
