@@ -87,7 +87,10 @@ def ssd(
     _check_shapes(x, dt, A, B, C, D, initial_state, seq_idx, dt_bias)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token.")
-    for name, value, known in (("variant", variant, VARIANTS), ("precision", precision, PRECISIONS)):
+    for name, value, known in (
+        ("variant", variant, VARIANTS),
+        ("precision", precision, PRECISIONS),
+    ):
         if value not in known:
             raise ValueError(f"ssd has no {name} {value!r}; choose one of {', '.join(known)}.")
     state = None if initial_state is None else initial_state.to(torch.float32).contiguous()
@@ -182,6 +185,11 @@ def _chunk(kernel: str, x: Tensor, wanted: int | None) -> int:
 
 
 def _variant(x: Tensor) -> str:
+    """The rule of `walks`; float32 takes three passes, since without tensor cores the fused kernel
+    spills most of its registers.
+    """
+    if x.dtype == torch.float32:
+        return "three"
     how = config("fused", x)
     chunks = cdiv(x.shape[1], how["Q"])
     return "fused" if walks(x, chunks, min(how["BLOCK_P"], padded(x.shape[3]))) else "three"

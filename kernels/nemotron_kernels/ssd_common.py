@@ -145,39 +145,102 @@ class Inputs(NamedTuple):
 
 
 # Kernel -> bytes of an element of x -> architecture -> configuration. Q is the chunk where the
-# caller names none; HEADS is at most so many. 0 is the interpreter: few programs, big blocks.
+# caller names none; HEADS and blocks are upper bounds. 0 is the interpreter: few programs, big
+# blocks. Chosen by what the compiler says (no or few spills, room in shared memory, wgmma on sm_90);
+# the device script times the alternatives.
 _Table = dict[int, dict[int, Config]]
 CONFIGS: dict[str, _Table] = {
     "fused": {
-        2: {0: Config({"Q": 64, "BLOCK_P": 256}), 80: Config({"Q": 64, "BLOCK_P": 64})},
-        4: {0: Config({"Q": 64, "BLOCK_P": 256}), 80: Config({"Q": 32, "BLOCK_P": 32})},
+        2: {
+            0: Config({"Q": 64, "BLOCK_P": 256}),
+            80: Config({"Q": 64, "BLOCK_P": 32}, num_warps=8),
+            90: Config({"Q": 64, "BLOCK_P": 64}, num_warps=8),
+            120: Config({"Q": 64, "BLOCK_P": 32}, num_warps=8),
+        },
+        4: {
+            0: Config({"Q": 64, "BLOCK_P": 256}),
+            80: Config({"Q": 32, "BLOCK_P": 16}, num_warps=8),
+        },
     },
     "states": {
-        2: {0: Config({"BLOCK_P": 256}), 80: Config({"BLOCK_P": 64})},
-        4: {0: Config({"BLOCK_P": 256}), 80: Config({"BLOCK_P": 32})},
+        2: {
+            0: Config({"BLOCK_P": 256}),
+            80: Config({"BLOCK_P": 64}, num_warps=8),
+        },
+        4: {
+            0: Config({"BLOCK_P": 256}),
+            80: Config({"BLOCK_P": 32}, num_warps=8),
+        },
     },
     "pass": {
         2: {0: Config({"BLOCK": 1 << 16}), 80: Config({"BLOCK": 1024})},
         4: {0: Config({"BLOCK": 1 << 16}), 80: Config({"BLOCK": 1024})},
     },
     "scan": {
-        2: {0: Config({"Q": 64, "HEADS": 256}), 80: Config({"Q": 64, "HEADS": 4})},
-        4: {0: Config({"Q": 64, "HEADS": 256}), 80: Config({"Q": 32, "HEADS": 4})},
+        2: {
+            0: Config({"Q": 64, "HEADS": 256}),
+            80: Config({"Q": 64, "HEADS": 4}, num_warps=8),
+            90: Config({"Q": 64, "HEADS": 4}, num_warps=4),
+            100: Config({"Q": 64, "HEADS": 4}, num_warps=8),
+        },
+        4: {
+            0: Config({"Q": 64, "HEADS": 256}),
+            80: Config({"Q": 32, "HEADS": 4}, num_warps=8),
+        },
     },
     "grad_bc": {
         2: {
             0: Config({"HEADS": 256, "BLOCK_N": 256}),
-            80: Config({"HEADS": 16, "BLOCK_N": 64}),
+            80: Config({"HEADS": 16, "BLOCK_N": 32}, num_warps=8),
+            90: Config({"HEADS": 16, "BLOCK_N": 128}, num_warps=8),
+            100: Config({"HEADS": 16, "BLOCK_N": 64}, num_warps=8),
+            120: Config({"HEADS": 16, "BLOCK_N": 32}, num_warps=8),
         },
         4: {
             0: Config({"HEADS": 256, "BLOCK_N": 256}),
-            80: Config({"HEADS": 16, "BLOCK_N": 64}),
+            80: Config({"HEADS": 16, "BLOCK_N": 32}, num_warps=8),
         },
     },
     "grad_x": {
-        2: {0: Config({"Q": 64, "HEADS": 256}), 80: Config({"Q": 64, "HEADS": 4})},
-        4: {0: Config({"Q": 64, "HEADS": 256}), 80: Config({"Q": 32, "HEADS": 4})},
+        2: {
+            0: Config({"Q": 64, "HEADS": 256}),
+            80: Config({"Q": 64, "HEADS": 4}, num_warps=8),
+        },
+        4: {
+            0: Config({"Q": 64, "HEADS": 256}),
+            80: Config({"Q": 32, "HEADS": 4}, num_warps=8),
+        },
     },
+}
+
+# What else the device script should try. Triton 3.4 to 3.7.0 is known to compile some kernels of
+# this kind wrongly for sm_90; other numbers of warps were the remedy there.
+ALTERNATIVES: dict[str, tuple[Config, ...]] = {
+    "fused": (
+        Config({"Q": 64, "BLOCK_P": 32}, num_warps=4),
+        Config({"Q": 64, "BLOCK_P": 64}, num_warps=8, num_stages=1),
+        Config({"Q": 128, "BLOCK_P": 64}, num_warps=8),
+    ),
+    "states": (
+        Config({"BLOCK_P": 64}, num_warps=4),
+        Config({"BLOCK_P": 64}, num_warps=8, num_stages=3),
+        Config({"BLOCK_P": 32}, num_warps=4),
+    ),
+    "scan": (
+        Config({"Q": 64, "HEADS": 4}, num_warps=8),
+        Config({"Q": 64, "HEADS": 16}, num_warps=4),
+        Config({"Q": 128, "HEADS": 4}, num_warps=8),
+    ),
+    "grad_bc": (
+        Config({"HEADS": 16, "BLOCK_N": 64}, num_warps=8),
+        Config({"HEADS": 16, "BLOCK_N": 32}, num_warps=4),
+        Config({"HEADS": 8, "BLOCK_N": 128}, num_warps=8, num_stages=1),
+    ),
+    "grad_x": (
+        Config({"Q": 64, "HEADS": 4}, num_warps=4),
+        Config({"Q": 64, "HEADS": 8}, num_warps=8, num_stages=1),
+        Config({"Q": 32, "HEADS": 4}, num_warps=4),
+    ),
 }
 
 INTERPRETED_PROCESSORS = 2  # stands in for the GPU's multiprocessors where there is no GPU

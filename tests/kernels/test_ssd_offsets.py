@@ -1,0 +1,134 @@
+"""Offsets of the SSD kernels at a million tokens of Ultra.
+
+mamba_ssm's kernels multiply indices by strides in 32 bits, and from about 61 thousand tokens of
+Ultra on they read and write somewhere else in silence (its issue 1015). Here every kernel runs its
+last program with its true sizes and strides, and 32-bit arithmetic that overflows raises. There is
+no memory behind these offsets: loads give zeros and stores do nothing.
+
+The kernels that loop over chunks would need minutes to get to the last one, so theirs is the last
+row of a large batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
+from triton.runtime.errors import InterpreterError
+
+from nemotron_kernels import ssd_backward, ssd_forward, ssd_states
+from tests.kernels.interpreter import overflow_is_an_error
+
+T, H, G, P, N, Q = 1_000_000, 256, 8, 64, 128, 64
+CHUNKS, ROWS = T // Q, 60_000
+SIZES: dict[str, Any] = dict(R=H // G, P=P, N=N, PAD_N=N, Q=Q, SOFTPLUS=True, PRECISION="ieee")
+
+
+@contextlib.contextmanager
+def _program(*index: int) -> Iterator[None]:
+    """Run one program under these three numbers, on memory that is not there."""
+    builder: Any = triton_interpreter.interpreter_builder
+
+    def load(pointers: Any, *_: Any) -> Any:
+        kind = pointers.get_element_ty()
+        dtype = np.int32 if kind.is_int() else np.float16 if kind == tl.float16 else np.float32
+        return triton_interpreter.TensorHandle(np.zeros(pointers.data.shape, dtype), kind)
+
+    builder.create_masked_load = load
+    builder.create_masked_store = lambda *_: None
+    builder.set_grid_idx = lambda *_: setattr(builder, "grid_idx", index)
+    try:
+        with overflow_is_an_error():
+            yield
+    finally:
+        for name in ("create_masked_load", "create_masked_store", "set_grid_idx"):
+            delattr(builder, name)
+
+
+def _arguments(tokens: int) -> dict[str, Any]:
+    """Pointers and strides of a contiguous batch of rows, under the kernels' names."""
+    half, number = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    heads = (tokens * H * P, H * P, P, 1)
+    groups = (tokens * G * N, G * N, N, 1)
+    times = (tokens * H, H, 1)
+    return {
+        "x": (half, heads), "dt": (half, times), "A": number, "B": (half, groups),
+        "C": (half, groups), "row": (torch.zeros(1, dtype=torch.int32), (tokens, 1)),
+    }  # fmt: skip
+
+
+@triton.jit
+def _narrow(x_ptr, stride):
+    tl.store(x_ptr + tl.program_id(0) * stride, 0.0, mask=tl.program_id(0) >= 0)
+
+
+def test_32_bits_would_be_noticed() -> None:
+    with _program(T - 1, 0, 0), pytest.raises(InterpreterError, match="overflow"):
+        _narrow[(1,)](torch.zeros(1), H * P)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_of_every_chunk(reverse: bool) -> None:
+    v = _arguments(T)
+    for b, index in ((0, CHUNKS - 1), (ROWS, 0)):
+        with _program(index, H - 1, b):
+            ssd_states.states_kernel[(1,)](
+                *v["x"], *v["dt"], v["A"], *v["B"], v["A"], None, *v["row"], v["A"], v["A"], v["A"],
+                T, CHUNKS, H, REVERSE=reverse, WALK=False, BLOCK_P=P, **SIZES,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_walks_over_the_states_of_many_rows(reverse: bool) -> None:
+    v = _arguments(2 * Q)
+    with _program(0, H - 1, ROWS):
+        ssd_states.states_kernel[(1,)](
+            *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None, v["A"],
+            2 * Q, 2, H, REVERSE=reverse, WALK=True, BLOCK_P=P, **SIZES,
+        )  # fmt: skip
+    with _program(0, H - 1, ROWS):
+        ssd_states.pass_kernel[(1,)](
+            v["A"], v["A"], v["A"], v["x"][0], v["A"], 2, H, P * N, REVERSE=reverse, BLOCK=P * N
+        )
+
+
+def test_fused_rows() -> None:
+    v = _arguments(2 * Q)
+    with _program(0, H - 1, ROWS):
+        ssd_forward.fused_kernel[(1,)](
+            *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], v["A"], *v["row"],
+            *v["x"], v["A"], 2 * Q, 2, H, BLOCK_P=P, **SIZES,
+        )  # fmt: skip
+
+
+def test_scan_of_the_last_chunk() -> None:
+    v = _arguments(T)
+    with _program(CHUNKS - 1, 0, H - 1):
+        ssd_forward.scan_kernel[(1,)](
+            *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], *v["row"], v["x"][0],
+            *v["x"], T, CHUNKS, H, PAD_P=P, HEADS=1, **SIZES,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [0, 30])
+def test_gradients_of_the_last_chunk(row: int) -> None:
+    v = _arguments(T)
+    number, half = v["A"], v["x"][0]
+    given = (*v["x"], *v["dt"], number, *v["B"], *v["C"])
+    with _program(CHUNKS - 1, row, 2 * H - 1):  # the second block of n, a program for every head
+        ssd_backward.grad_bc_kernel[(1,)](
+            *given, number, *v["row"], *v["x"], half, half, half, half, number,
+            T, CHUNKS, H, G, H // G, PAD_P=P, HEADS=1, BLOCK_N=64, **SIZES,
+        )  # fmt: skip
+    with _program(CHUNKS - 1, row, H - 1):
+        ssd_backward.grad_x_kernel[(1,)](
+            *given, number, number, *v["row"], *v["x"], half, number, *v["x"], *v["dt"], number,
+            T, CHUNKS, H, PAD_P=P, HEADS=1, BLOCKS_N=2, **SIZES,
+        )  # fmt: skip
