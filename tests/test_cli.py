@@ -79,8 +79,9 @@ def test_info_reads_a_folder_and_lists_layers(sizes):
     assert f"{stored:,}" in shown
 
 
-def test_info_fits_a_narrow_terminal():
-    result = CliRunner().invoke(app, ["info", "super"], env={"COLUMNS": "80"})
+def test_info_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli.out, "_width", 80)
+    result = CliRunner().invoke(app, ["info", "super"])
     assert "in numbers" not in result.stdout
     assert "120,668,707,840" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 88  # the pattern string is not cut
