@@ -188,10 +188,11 @@ def _update_cases(model: str) -> list[Case]:
                 Case(
                     op="selective_state_update", name=kind, shape=f"{model}, batch {batch}",
                     inputs=_state_inputs(model, batch, dtype), run=run, exact=_update_exact,
-                    tolerance=(4e-3, 2e-6 if seed is None else 1e-3), bytes=2 * word * batch * heads * p * n + small,
+                    tolerance=(4e-3, 2e-6 if seed is None else 1e-3),
+                    bytes=2 * word * batch * heads * p * n + small,
                     in_place=("state",),
                     peers={"mamba_ssm": _update_mamba} if seed is None else {},
-                    key=f"selective_state_update {kind}, Super",
+                    key=f"selective_state_update {kind}",
                 )
             )  # fmt: skip
     return cases
@@ -214,6 +215,7 @@ def _cases(model: str) -> list[Case]:
                     peers={} if packed else {
                         "fla": _conv_fla, "torch": _conv_torch, "compiled": _compile(_conv_torch),
                     },
+                    key=f"causal_conv1d {name}" + (", packed" if packed else ""),
                 )
             )  # fmt: skip
         cases.append(
@@ -223,6 +225,7 @@ def _cases(model: str) -> list[Case]:
                 tolerance=4e-3, bytes=element * inner * (5 if backward else 3),
                 leaves=("y", "z", "weight") if backward else (), backward=backward,
                 peers={"mamba_ssm": _gated_mamba, "compiled": _compile(_gated_exact)},
+                key=f"gated_rms_norm {name}, {model}",
             )
         )  # fmt: skip
         cases.append(
@@ -232,13 +235,14 @@ def _cases(model: str) -> list[Case]:
                 tolerance=4e-3, bytes=element * width * (3 if backward else 2),
                 leaves=("x", "weight") if backward else (), backward=backward,
                 peers={"torch": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-5)},
+                key=f"rms_norm {name}, {model}",
             )
         )  # fmt: skip
     cases.append(
         Case(
             op="causal_conv1d_step", name="forward", shape=f"{model}, batch {BATCH}",
             inputs=_step_inputs(model), run=causal_conv1d_step, exact=ops.causal_conv1d_step,
-            tolerance=4e-3, bytes=2 * 8 * BATCH * conv,
+            tolerance=4e-3, bytes=2 * 8 * BATCH * conv, key="causal_conv1d_step",
         )
     )  # fmt: skip
     return cases + _update_cases(model)

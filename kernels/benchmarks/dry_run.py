@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import registry  # noqa: F401  finds nemotron_kernels in a checkout
 import torch
 import triton
 from triton.backends.compiler import GPUTarget

@@ -1,4 +1,4 @@
-"""The list of cases: what is compiled for every GPU, checked and timed on one, and in the catalogue.
+"""The list of cases: what is compiled for every GPU, and on one checked and timed.
 
 A case is one public function at one shape of a real model. `cases_*.py` beside this file each hold
 a list `CASES`; three programs read them:

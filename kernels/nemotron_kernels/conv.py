@@ -219,7 +219,8 @@ def _conv_backward(
     dw0, dw1, dw2, dw3, dbias = dx3, dx3, dx3, dx3, dx3
     reach1, reach2, reach3 = 1.0, 1.0, 1.0
 
-    for t in range(start, stop + 3):
+    for step in range(0, stop - start + 3):
+        t = start + step  # 64 bits
         readable = tl.where(t < length, channels, 0)
         dy = tl.load(dy_ptr + t * dy_stride_t + channel, mask=channel < readable, other=0.0)
         x0 = tl.load(x_ptr + t * x_stride_t + channel, mask=channel < readable, other=0.0)

@@ -48,7 +48,7 @@ FORWARD = {
 }
 BACKWARD = {
     0: Config({"TILE": 2**14, "PER_WARP": 2**16, "ROWS": 2**7}),
-    80: Config({"TILE": 2048, "PER_WARP": 512, "ROWS": 32}),
+    80: Config({"TILE": 1024, "PER_WARP": 512, "ROWS": 32}),
 }
 WIDEST = 2**15
 

@@ -1,0 +1,126 @@
+"""Offsets beyond 2^31: a million tokens of Ultra's shape, with 32-bit arithmetic that may not wrap.
+
+Ultra has 18,432 convolution channels and 16,384 gated ones in a projection of 35,072 rows: at 2^20
+tokens that is 3.7e10 elements, and a 32-bit product of an index and a stride points somewhere else.
+Each kernel here runs the program with the largest indices, with its true sizes and strides. There
+is no memory behind them: loads give zeros and stores do nothing, so only addresses are computed,
+and one that overflows raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as triton_interpreter
+from triton.runtime.errors import InterpreterError
+
+from nemotron_kernels import conv, conv_step, norm, state_update
+from tests.kernels.interpreter import overflow_is_an_error
+
+TOKENS, INNER, CHANNELS, PROJECTION = 2**20, 16_384, 18_432, 35_072
+HEADS, P, N = 256, 64, 128
+ROW = TOKENS * PROJECTION  # elements from one sequence of a batch to the next
+
+
+@contextlib.contextmanager
+def _program(*index: int) -> Iterator[None]:
+    """Every launch inside runs this one program, without memory."""
+    builder: Any = triton_interpreter.interpreter_builder
+
+    def load(pointers: Any, *_: Any) -> Any:
+        kind = pointers.get_element_ty()
+        zeros = np.zeros(pointers.data.shape, triton_interpreter._get_np_dtype(kind))
+        return triton_interpreter.TensorHandle(zeros, kind)
+
+    builder.create_load = builder.create_masked_load = load
+    builder.create_store = builder.create_masked_store = lambda *_: None
+    builder.set_grid_idx = lambda *_: setattr(builder, "grid_idx", (*index, 0, 0)[:3])
+    try:
+        with overflow_is_an_error():
+            yield
+    finally:
+        for name in ("load", "masked_load", "store", "masked_store"):
+            delattr(builder, f"create_{name}")
+        del builder.set_grid_idx
+
+
+@triton.jit
+def _narrow(x_ptr, stride, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + token * stride, 0.0)
+
+
+def test_32_bits_would_be_noticed() -> None:
+    with _program(TOKENS // 16 - 1), pytest.raises(InterpreterError, match="overflow"):
+        _narrow[(1,)](torch.zeros(1), PROJECTION, BLOCK=16)
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_convolution_forward(options: bool) -> None:
+    x, i = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    given = (x, i, i) if options else (None, None, None)
+    # The last tokens, and the first ones, which write the final state; of the last sequence.
+    for block in (TOKENS // 16 - 1, 0):
+        with _program(block, CHANNELS // 256 - 1, 3):
+            conv._conv_forward[(1,)](
+                x, x, x, *given, x, x, TOKENS, CHANNELS, ROW, PROJECTION, 4,
+                3 * CHANNELS, CHANNELS, TOKENS, TAPS=4, BLOCK_T=16, BLOCK_C=256,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_convolution_backward(options: bool) -> None:
+    x, i = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    given = (x, i, i, x, x, x, x) if options else (None, None, None, x, None, x, None)
+    stretches = TOKENS // 4
+    with _program(stretches - 1, CHANNELS // 256 - 1, 3):
+        conv._conv_backward[(1,)](
+            x, x, x, *given, x, TOKENS, CHANNELS, stretches, ROW, PROJECTION, 4,
+            3 * CHANNELS, CHANNELS, TOKENS, TOKENS * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
+            TAPS=4, STRETCH=4, BLOCK_C=256,
+        )  # fmt: skip
+
+
+def test_convolution_step_of_a_hundred_thousand_sequences() -> None:
+    x, batch = torch.zeros(1), 100_000
+    with _program(CHANNELS // 256 - 1, batch - 1):
+        conv_step._conv_step[(1,)](
+            x, x, x, x, x, x, CHANNELS, 3 * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
+            PROJECTION, 4, TAPS=4, BLOCK_C=256,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_norms(gated: bool) -> None:
+    x = torch.zeros(1)
+    z, groups = (x, 8) if gated else (None, 1)
+    size = INNER // groups
+    with _program(TOKENS - 1, groups - 1):
+        norm._norm_forward[(1,)](
+            x, z, x, x, TOKENS, INNER, size, 1e-5, INNER, PROJECTION, BLOCK_R=1, BLOCK_N=size
+        )
+    with _program(TOKENS // 4 - 1, groups - 1):
+        norm._norm_backward[(1,)](
+            x, z, x, x, x, z, x, TOKENS, INNER, size, 1e-5, INNER, PROJECTION, INNER,
+            ROWS=4, BLOCK_R=1, BLOCK_N=size,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_state_update_of_four_thousand_sequences(half: bool) -> None:
+    x, batch = torch.zeros(1), 4096
+    state = x.half() if half else x
+    with _program(P // 16 - 1, HEADS - 1, batch - 1):
+        state_update._state_update[(1,)](
+            state, x, x, x, x, x, x, x, x, None, 2**40, x, HEADS, HEADS // 8,
+            HEADS * P * N, P * N, N, PROJECTION, P, PROJECTION, 1, 0, 1, 0,
+            PROJECTION, N, PROJECTION, N, 1, 0, PROJECTION, P, 1, 0, HEADS * P, P,
+            P=P, N=N, SOFTPLUS=True, SEEDED=half, ROUNDS=5, BLOCK_P=16, BLOCK_N=N,
+        )  # fmt: skip
