@@ -162,7 +162,7 @@ class _Ssd(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        inputs = Inputs(*ctx.saved_tensors, ctx.softplus)
+        inputs = Inputs._make((*ctx.saved_tensors, ctx.softplus))
         x = inputs.x
         if grad_y is None:
             grad_y = x.new_zeros(()).expand_as(x)

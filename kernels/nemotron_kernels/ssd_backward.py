@@ -4,8 +4,9 @@ The forward pass keeps nothing but its inputs. The states before each chunk, S, 
 and the gradients of the states after each chunk, gS', by the same walk from the other end
 (ssd_states.py). With M the q x q mix of one head and chunk and gradients written g:
 
-    y  = M x + exp(s) (C S^T)         M_lr = (C_l . B_r) L_lr dt_r + D [l = r],  L_lr = exp(s_l - s_r)
-    S' = exp(s_q) S + sum_r w_r x_r (outer) B_r,                          w_r = exp(s_q - s_r) dt_r
+    y  = M x + exp(s) (C S^T)         M_lr = (C_l . B_r) L_lr dt_r + D [l = r]
+    S' = exp(s_q) S + sum_r w_r x_r (outer) B_r
+    with L_lr = exp(s_l - s_r) for r <= l and w_r = exp(s_q - s_r) dt_r
 
     gM = gy x^T                       gscores = sum over the heads of a group of gM * L * dt
     gC = gscores B   + exp(s) gy S    gB = gscores^T C + w x gS'           (`grad_bc_kernel`)
@@ -173,7 +174,7 @@ def grad_x_kernel(
             raw = raw_steps(dt, ds, dt_bias, b, t0, h, left, Q)
             grad /= 1.0 + tl.exp2(-raw * LOG2E)
         tl.store(gdt + b * gds[0] + t0 * gds[1] + h * gds[2] + q * gds[1], grad, mask=q < left)
-        # The last running sum, and not tl.sum: Triton 3.7.1 does not compile, for sm_100, the sum of
+        # The last running sum, and not tl.sum: for sm_100 Triton 3.7.1 does not compile the sum of
         # a vector that is itself the sum of a matrix product's rows.
         to = sums + ((b * chunks + c) * H + h) * 3 + 0 * q
         grad = tl.where(q < left, grad, 0.0)

@@ -146,8 +146,8 @@ class Inputs(NamedTuple):
 
 # Kernel -> bytes of an element of x -> architecture -> configuration. Q is the chunk where the
 # caller names none; HEADS and blocks are upper bounds. 0 is the interpreter: few programs, big
-# blocks. Chosen by what the compiler says (no or few spills, room in shared memory, wgmma on sm_90);
-# the device script times the alternatives.
+# blocks. Chosen by what the compiler says: no or few spills, room in shared memory, wgmma on sm_90.
+# The device script times the alternatives.
 _Table = dict[int, dict[int, Config]]
 CONFIGS: dict[str, _Table] = {
     "fused": {
