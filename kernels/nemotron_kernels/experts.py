@@ -81,7 +81,11 @@ def _combine_kernel(
     tl.store(out, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+def _matvec_name(kernel: Any) -> str:
+    return "_matvec" + ("_activate" if kernel.constants["ACTIVATE"] else "_plain")
+
+
+@triton.jit(repr=_matvec_name)
 def _matvec_kernel(
     x_ptr, matrix_ptr, indices_ptr, y_ptr,
     stride_x, stride_e, stride_n, stride_k,

@@ -26,6 +26,8 @@ leaves the device. Left out: tensor memory accelerator, persistent programs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,16 @@ def _dot(a, b, sums, PRECISION: tl.constexpr):
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
-@triton.jit
+def _rows_name(kernel: Any) -> str:
+    stage = ("plain", "activate", "backward")[kernel.constants["STAGE"]]
+    return f"_grouped_rows_{stage}"
+
+
+def _outer_name(kernel: Any) -> str:
+    return "_grouped_outer" + ("_weighted" if kernel.constants["WEIGHTED"] else "")
+
+
+@triton.jit(repr=_rows_name)
 def _grouped_rows_kernel(
     a_ptr, b_ptr, c_ptr, active_ptr, weights_ptr, partial_ptr,
     pairs_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr,
@@ -100,7 +111,7 @@ def _grouped_rows_kernel(
     tl.store(c_ptr + out, sums.to(c_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(repr=_outer_name)
 def _grouped_outer_kernel(
     s_ptr, g_ptr, weights_ptr, c_ptr, pairs_ptr, starts_ptr,
     stride_g, stride_cm, stride_cn,
