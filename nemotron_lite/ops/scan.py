@@ -27,7 +27,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import choose
+from nemotron_lite.ops._door import choose, kernel
+
+_KERNEL = kernel("state_update", "selective_state_update")
 
 
 def selective_scan(
@@ -102,8 +104,8 @@ def ssd_step(
         state: the state before this token. impl="torch" overwrites it and returns it; impl="naive"
             leaves it alone and returns a new one.
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
-        impl: "naive" (one turn of `selective_scan`) or "torch" (in place; for inference, since
-            autograd cannot differentiate through an overwritten state).
+        impl: "naive" (one turn of `selective_scan`); "torch" or "triton" (in place; for inference,
+            since autograd cannot differentiate through an overwritten state).
 
     Returns:
         (y, state): y in the dtype of x; the arithmetic and the new state are in the state's dtype
@@ -112,7 +114,7 @@ def ssd_step(
     Raises:
         ValueError: unknown `impl`, or shapes that do not fit each other.
     """
-    run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step)
+    run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step, triton=_triton_step)
     return run(state, x, dt, A, B, C, D)
 
 
@@ -144,6 +146,12 @@ def _fast_step(
     if D is not None:
         y.addcmul_(x, D.to(wide).unsqueeze(-1))
     return y.to(narrow), state
+
+
+def _triton_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _KERNEL(state, x, dt, A, B, C, D), state
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
