@@ -188,7 +188,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         z, up, down, weights, active, *parts = ctx.saved_tensors
-        order = Order(*parts, ctx.rows)
+        order = Order._make((*parts, ctx.rows))
         (experts, top_k), shared = (up.shape[0], weights.shape[1]), (order, weights.shape[1])
         grad, precision = unit_stride(grad), ctx.precision
         need_z, need_up, need_down, need_weights = ctx.needs_input_grad[:4]

@@ -235,7 +235,9 @@ def _per_channel(
                 f"{(*shape, width)}."
             )
         widened.append(value)
-    return widened[0], A, widened[1], widened[2]
+    steps, skip, bias = widened
+    assert steps is not None
+    return steps, A, skip, bias
 
 
 def _check(

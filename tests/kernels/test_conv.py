@@ -183,9 +183,7 @@ def test_what_does_not_fit_is_refused() -> None:
     x, weight = torch.zeros(2, 3, 6), torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"weight has shape \(6, 5\).*2 to 4 taps"):
         causal_conv1d(x, torch.zeros(6, 5))
-    with pytest.raises(
-        ValueError, match=r"initial_state has shape .*; expected \(2, 3, 6"
-    ):
+    with pytest.raises(ValueError, match=r"initial_state has shape .*; expected \(2, 3, 6"):
         causal_conv1d(x, weight, initial_state=torch.zeros(2, 4, 6))
     with pytest.raises(ValueError, match=r"seq_idx has shape \(3,\)"):
         causal_conv1d(x, weight, seq_idx=torch.zeros(3, dtype=torch.int64))
