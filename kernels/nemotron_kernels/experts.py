@@ -9,9 +9,10 @@ while the values are in registers. The answers make one round trip through memor
 the tokens directly would need atomics, whose order, and so the last bits, change from run to run.
 
 Few tokens (decoding): sorting would only say that every expert has one row. One program per pair
-and tile of rows reads the expert's matrix once, straight from where it lies, at the speed of the
-memory. It stops paying when pairs share experts: the sorted form reads a matrix once for all of
-them. The switch is at a quarter as many pairs as experts, where 12 % of the pairs share.
+and tile of rows reads the expert's matrix once, straight from where it lies. It stops paying when
+pairs share experts: the sorted form reads a matrix once for all of them. The switch is at a quarter
+as many pairs as experts, where with uniform choices 12 % of the pairs repeat an expert; the place
+of the switch is reckoned, not measured.
 
 Backward, from g = dL/do, with r = relu(h) = sqrt(a) so that only `a` is kept:
 

@@ -10,7 +10,7 @@ expert. Three decisions follow.
 - The exponential is arithmetic only (argument reduction and a polynomial) and the quotient is
   rounded correctly, with no fused multiply-add. So the interpreter and every GPU compute the same
   bits, and what the tests prove about the choice on a CPU holds on the device. The hardware's
-  `ex2.approx` would be off by 2 to 5 units in the last place.
+  `ex2.approx` is an approximation that the interpreter does not share.
 - An expert's biased score and its number are packed into one 64-bit integer: the score's bits in an
   order that integers share, then the number, reversed. The k largest are then k integer maxima;
   ties go to the lower number, and a NaN or an infinity cannot make two slots pick the same expert.
