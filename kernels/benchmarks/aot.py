@@ -81,9 +81,9 @@ def worse(found: Report, kept: Report) -> list[str]:
         if case not in kept:
             faults.append(f"{case}: not in the snapshot.")
             continue
-        before = {kernel["kernel"]: kernel for kernel in kept[case]}
-        for kernel in kernels:
-            old = before.get(kernel["kernel"])
+        before = _numbered(kept[case])
+        for place, kernel in _numbered(kernels).items():
+            old = before.get(place)
             name = f"{case}: {kernel['kernel']}"
             if old is None:
                 faults.append(f"{name} is not in the snapshot.")
@@ -99,6 +99,17 @@ def worse(found: Report, kept: Report) -> list[str]:
             if old["wide"] and not kernel["wide"]:
                 faults.append(f"{name}: no 16-byte loads any more.")
     return faults + [f"{case}: gone." for case in kept if case not in found]
+
+
+def _numbered(kernels: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Kernels by name and by which of that name: one function may be compiled in several ways."""
+    seen: dict[str, int] = {}
+    numbered = {}
+    for kernel in kernels:
+        name = kernel["kernel"]
+        seen[name] = seen.get(name, -1) + 1
+        numbered[name, seen[name]] = kernel
+    return numbered
 
 
 def read_snapshot(path: Path = SNAPSHOT) -> dict[str, dict[str, Report]]:

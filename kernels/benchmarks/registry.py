@@ -86,7 +86,8 @@ class Case:
 
     Attributes:
         op: the public function, such as "causal_conv1d".
-        name: what of it, such as "forward" or "backward, packed".
+        name: what of it, such as "forward" or "backward, packed". "forward: Q 64, 8 warps" is
+            "forward" in another configuration: compiled, checked and timed, not in the catalogue.
         shape: the model and size in words, such as "Super, 8192 tokens".
         inputs: makes fresh inputs, by name.
         run: the kernel: takes the inputs by name, returns its float outputs.
@@ -138,8 +139,12 @@ def outputs_of(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def gradients(outputs: list[Tensor], leaves: list[Tensor], draw: Draw) -> list[Tensor]:
-    """Gradients of the leaves, for random gradients of the outputs."""
-    given = [draw.normal(*y.shape, dtype=torch.float32).to(y.dtype) for y in outputs]
+    """Gradients of the leaves, for random gradients of the outputs.
+
+    These have bfloat16's digits whatever the dtype of the outputs, so that a kernel and its
+    definition in float64 are given the same numbers.
+    """
+    given = [draw.normal(*y.shape).to(y.dtype) for y in outputs]
     return list(torch.autograd.grad(outputs, leaves, given, retain_graph=True))
 
 

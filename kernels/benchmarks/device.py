@@ -1,0 +1,265 @@
+"""On a GPU: check every case against float64, twice, and only then time it; write a record.
+
+    python kernels/benchmarks/device.py                  everything
+    python kernels/benchmarks/device.py --check          no timing
+    python kernels/benchmarks/device.py --only norm      cases with "norm" in their name
+    python kernels/benchmarks/device.py --rounds 30      more measurements of each
+
+1. Ceilings of this machine: copying, and a bfloat16 matrix product, on random data.
+2. Each case on fresh random inputs, uninitialised memory filled with NaN: every output, or
+   gradient, within its tolerance of the definition in float64; a second run gives the same bits.
+3. Each case that passed is timed: a CUDA graph of calls on inputs that rotate through more memory
+   than the L2 cache holds, so that nothing is found warm; its peers take turns with it.
+
+The record is benchmarks/records/kernels_<gpu>.json. A case that fails is in it with its errors and
+without a time, and the exit status is 1.
+
+Peers that are not installed are left out, by name. mamba_ssm's Triton kernels need no compiled
+extension: unpack its source distribution to `.peers/mamba_ssm`, and fla-core's wheel to `.peers`.
+Left out: clocks are not locked, as a borrowed machine does not allow it; the spread tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from registry import ROOT, Case, Draw, Inputs, all_cases, gradients, outputs_of
+from torch import Tensor
+
+Call = Callable[[], Any]
+DEVICE = "cuda"
+
+
+def use_peers() -> None:
+    """Make what lies in .peers importable; mamba_ssm behind a package that imports nothing."""
+    folder = ROOT / ".peers"
+    if folder.exists():
+        sys.path.append(str(folder))
+    if (folder / "mamba_ssm").exists():
+        shell = types.ModuleType("mamba_ssm")
+        shell.__path__ = [str(folder / "mamba_ssm")]
+        sys.modules["mamba_ssm"] = shell
+
+
+def relative_rms(found: Tensor, exact: Tensor) -> float:
+    """rms(found - exact) / rms(exact); inf where anything is not finite."""
+    if not found.isfinite().all():
+        return float("inf")
+    error = (found.double() - exact.double()).square().mean().sqrt()
+    return float(error / exact.double().square().mean().sqrt().clamp(min=1e-30))
+
+
+def evaluate(case: Case, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    """Outputs, or gradients for a fixed random gradient of the outputs; inputs stay as they are."""
+    own = {k: v.clone() if k in case.in_place else v for k, v in inputs.items()}
+    own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in own.items()}
+    with torch.set_grad_enabled(case.backward):
+        own = case.with_leaves(own)
+        found = outputs_of(function(**own))
+        if case.backward:
+            draw = Draw(DEVICE, seed=1)
+            found = gradients(found, [own[name] for name in case.leaves], draw)
+    return [x.detach() for x in found]
+
+
+def wide(inputs: Inputs) -> Inputs:
+    """The same rounded numbers in float64."""
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+def check(case: Case) -> dict[str, Any]:
+    """Errors of every output and whether two runs give the same bits."""
+    inputs = case.inputs(Draw(DEVICE))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        first = evaluate(case, case.run, inputs)
+        second = evaluate(case, case.run, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = evaluate(case, case.exact, wide(inputs))
+    errors = [relative_rms(a, b) for a, b in zip(first, exact, strict=True)]
+    allowed = case.tolerance
+    limits = [allowed] * len(errors) if isinstance(allowed, float) else list(allowed)
+    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    within = all(e <= limit for e, limit in zip(errors, limits, strict=True))
+    return {
+        # JSON has no infinity.
+        "errors": [e if e < float("inf") else None for e in errors],
+        "tolerances": limits,
+        "same_bits_twice": same,
+        "passed": within and same,
+    }
+
+
+def calls(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> list[Call]:
+    """One call for each set of inputs; for a backward case the forward pass is already done."""
+    prepared: list[Call] = []
+    for inputs in sets:
+        own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        if not case.backward:
+            prepared.append(lambda own=own: function(**own))
+            continue
+        own = case.with_leaves(own)
+        found = [y for y in outputs_of(function(**own)) if y.requires_grad]
+        leaves = [own[name] for name in case.leaves]
+        given = [torch.randn_like(y) for y in found]
+        prepared.append(
+            lambda found=found, leaves=leaves, given=given: torch.autograd.grad(
+                found, leaves, given, retain_graph=True
+            )
+        )
+    return prepared
+
+
+def graph_of(work: list[Call]) -> tuple[Call, str]:
+    """All calls as one launch, so that only the GPU's time counts; in a row where that fails."""
+    for call in work:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [call() for call in work]
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return lambda: [call() for call in work], f"launched one by one: {error}"[:120]
+    return lambda kept=kept: graph.replay(), "CUDA graph"
+
+
+def microseconds(replay: Call, count: int) -> float:
+    """Time on the GPU of one of `count` calls."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e3 / count
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """n, median and quartiles."""
+    q1, median, q3 = statistics.quantiles(values, n=4)
+    return {"n": len(values), "median": median, "q1": q1, "q3": q3}
+
+
+def rotating_inputs(case: Case) -> list[Inputs]:
+    """Sets of inputs that together are larger than twice the cache; at least three."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    count = max(3, min(64, 2 * cache // max(1, case.bytes) + 1))
+    return [case.inputs(Draw(DEVICE, seed=seed)) for seed in range(count)]
+
+
+def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Times of the kernel and of each peer, in turns; ratios between neighbours in time."""
+    sets = rotating_inputs(case)
+    replays, result, skipped = {}, {}, {}
+    for name, function in {"kernel": case.run, **case.peers}.items():
+        try:
+            with torch.set_grad_enabled(case.backward):
+                replays[name], how = graph_of(calls(case, function, sets))
+            result[name] = {"how": how}
+        except Exception as error:
+            if name == "kernel":
+                raise
+            skipped[name] = f"{type(error).__name__}: {error}"[:200]
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for turn in range(rounds + 1):
+        names = list(replays) if turn % 2 == 0 else list(reversed(replays))
+        for name in names:
+            took = microseconds(replays[name], len(sets))
+            if turn:  # the first warms up
+                times[name].append(took)
+    floor = max(case.bytes / ceilings["bytes_per_s"], case.flops / ceilings["flops_per_s"]) * 1e6
+    own = times.pop("kernel")
+    peers = {
+        name: {
+            **result[name],
+            "time_us": summary(took),
+            "ratio": summary([theirs / ours for theirs, ours in zip(took, own, strict=True)]),
+        }
+        for name, took in times.items()
+    }
+    return {
+        **result["kernel"],
+        "time_us": summary(own),
+        "floor_us": floor,
+        "share_of_floor": floor / statistics.median(own),
+        "input_sets": len(sets),
+        "peers": peers,
+        "peers_skipped": skipped,
+    }
+
+
+def measure_ceilings() -> dict[str, float]:
+    """Bytes a second of a copy of 2 GiB and FLOP/s of an 8192^3 bfloat16 product; best of ten."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        target.copy_(source)
+        a @ b
+    copy = min(microseconds(lambda: target.copy_(source), 1) for _ in range(10))
+    product = min(microseconds(lambda: a @ b, 1) for _ in range(10))
+    return {
+        "bytes_per_s": 2 * source.nbytes / copy * 1e6,
+        "flops_per_s": 2 * 8192**3 / product * 1e6,
+    }
+
+
+def main() -> None:
+    """Check, time, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="check only, write nothing")
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--rounds", type=int, default=20, help="measurements of each case")
+    options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # triton is imported with the cases
+    if options.rounds < 4:
+        sys.exit(f"--rounds {options.rounds}: expected at least 4, for a median and quartiles.")
+    if not torch.cuda.is_available():
+        sys.exit("There is no CUDA GPU here. kernels/benchmarks/aot.py needs none.")
+    use_peers()
+    from benchmarks.record import write_record
+
+    ceilings = {} if options.check else measure_ceilings()
+    results, failed = {}, []
+    for case in all_cases():
+        if options.only not in str(case):
+            continue
+        try:
+            result = check(case)
+            if result["passed"] and not options.check:
+                result |= measure(case, options.rounds, ceilings)
+        except Exception as error:
+            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
+        if not result["passed"]:
+            failed.append(str(case))
+        results[str(case)] = result
+        time = f"{result['time_us']['median']:.1f} us" if "time_us" in result else "not timed"
+        found = result.get("errors", result.get("error"))
+        print(
+            f"{'ok  ' if result['passed'] else 'FAIL'} {case}: {time}, errors {found}", flush=True
+        )
+        torch.cuda.empty_cache()
+    if not options.check:
+        name = torch.cuda.get_device_name()
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+        payload = {"gpu": {"name": name, "capability": capability}, "ceilings": ceilings}
+        slug = "".join(c if c.isalnum() else "_" for c in name.lower())
+        print(write_record(f"kernels_{slug}", {**payload, "cases": results}))
+    if failed:
+        sys.exit(f"{len(failed)} of {len(results)} cases failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

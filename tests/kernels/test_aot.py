@@ -1,0 +1,143 @@
+"""Every kernel compiles for four generations of GPUs, and takes no more than it did.
+
+Each architecture compiles in a Python of its own, because this one interprets. Growth has to be
+looked at: `python kernels/benchmarks/aot.py --write` accepts it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "kernels" / "benchmarks"
+SNAPSHOT = json.loads((ROOT / "kernels" / "aot_snapshot.json").read_text())
+ARCHS = (80, 90, 100, 120)
+
+known = pytest.mark.skipif(
+    triton.__version__ not in SNAPSHOT,
+    reason=f"no snapshot for triton {triton.__version__}, only {', '.join(SNAPSHOT)}",
+)
+
+
+def _python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=SCRIPTS, env=environment, capture_output=True, text=True, timeout=540,
+    )  # fmt: skip
+
+
+@known
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_and_nothing_has_grown(
+    arch: int, compiling_environment: dict[str, str]
+) -> None:
+    run = _python(compiling_environment, "aot.py", "--arch", str(arch))
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert f"sm_{arch} causal_conv1d" in run.stdout
+
+
+@known
+def test_the_snapshot_holds_what_the_kernels_promise() -> None:
+    """Memory-bound kernels spill nothing and read 16 bytes at a time where rows are contiguous."""
+    archs = SNAPSHOT[triton.__version__]
+    assert set(archs) == {str(arch) for arch in ARCHS}
+    for report in archs.values():
+        for case in ("gated_rms_norm forward, Super", "selective_state_update float32"):
+            assert all(kernel["wide"] for kernel in report[case]), case
+        for case, kernels in report.items():
+            if case.startswith(("causal_conv1d", "gated_rms_norm", "rms_norm", "selective_state")):
+                assert all(kernel["stack"] == 0 for kernel in kernels), case
+
+
+@known
+def test_the_catalogue_shows_the_snapshot(compiling_environment: dict[str, str]) -> None:
+    run = _python(compiling_environment, "catalogue.py", "--check")
+    assert run.returncode == 0, run.stderr
+
+
+COMPARE = """
+import json, sys
+import aot
+found, kept = json.load(sys.stdin)
+print(json.dumps([aot.worse(found, kept), aot.over_the_limit(found, 120)]))
+"""
+
+
+def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
+    kernel = {
+        "kernel": "_k", "warps": 4, "registers": 64, "stack": 0, "shared": 1024,
+        "matrix": ["wgmma bf16"], "wide": True,
+    }  # fmt: skip
+    kept = {"case": [kernel], "left": [kernel]}
+    grown = copy.deepcopy(kept)
+    grown["case"][0] |= {"registers": 65, "stack": 8, "shared": 2**17, "matrix": [], "wide": False}
+    grown["case"].append({**kernel, "kernel": "_new"})
+    grown["fresh"] = [{**kernel, "registers": 32}]
+    del grown["left"]
+    run = subprocess.run(
+        [sys.executable, "-c", COMPARE], cwd=SCRIPTS, env=compiling_environment,
+        input=json.dumps([grown, kept]), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    faults, too_large = json.loads(run.stdout)
+    assert faults == [
+        "case: _k: registers grew from 64 to 65.",
+        "case: _k: stack grew from 0 to 8.",
+        "case: _k: shared grew from 1024 to 131072.",
+        "case: _k: no wgmma bf16 any more.",
+        "case: _k: no 16-byte loads any more.",
+        "case: _k: _new is not in the snapshot.".replace(": _k:", ":"),
+        "fresh: not in the snapshot.",
+        "left: gone.",
+    ]
+    assert too_large == [
+        "case: _k takes 131072 bytes of shared memory; sm_120 has 101376."
+    ]  # fmt: skip
+
+
+CPU_TENSORS = """
+import torch, nemotron_kernels
+try:
+    nemotron_kernels.rms_norm(torch.zeros(2, 8), torch.ones(8))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_cpu_tensors_outside_the_interpreter_are_refused_with_the_way_out(
+    compiling_environment: dict[str, str],
+) -> None:
+    run = _python(compiling_environment, "-c", CPU_TENSORS)
+    assert run.stdout.startswith("rms_norm: the tensors are on cpu, and the Triton kernel runs on")
+    assert "TRITON_INTERPRET=1" in run.stdout
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import nemotron_kernels
+try:
+    nemotron_kernels.rms_norm
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton_the_error_says_how_to_get_it(compiling_environment: dict[str, str]) -> None:
+    run = _python(compiling_environment, "-c", WITHOUT_TRITON)
+    assert "nemotron_kernels needs triton" in run.stdout
+    assert "impl='torch'" in run.stdout
+
+
+def test_every_public_name_is_there() -> None:
+    import nemotron_kernels
+
+    for name in nemotron_kernels.__all__:
+        assert callable(getattr(nemotron_kernels, name)), name
