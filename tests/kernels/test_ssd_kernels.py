@@ -153,7 +153,7 @@ def test_the_chunk_changes_nothing_but_rounding(chunk: int) -> None:
 
 def test_views_of_one_projection_and_axes_apart() -> None:
     """x, B and C as slices of one tensor, dt as another; p and n that are not neighbours."""
-    b, t, h, p, g, n = 2, 70, 4, 8, 2, 16
+    b, t, h, p, g, n = 2, 66, 2, 8, 2, 16
     v = make(b, t, h=h, p=p, g=g, n=n)
     parts = [v[k].flatten(2) for k in ("x", "B", "C", "dt")]
     wide = torch.cat([torch.randn(b, t, 3), *parts], dim=-1)
@@ -220,17 +220,17 @@ def test_steps_of_zero_leave_the_state_alone() -> None:
 
 
 def test_softplus_and_its_slope_where_float32_is_thin() -> None:
-    """Steps of e^-30 to 30, one token each, so that the state is dt x B.
+    """Steps of e^-30 to 30, one document each, so that y is dt times x (C . B).
 
     2e-6 is what exp2 makes of rounding -30 log2(e).
     """
-    dt = torch.linspace(-30, 30, 61).view(-1, 1, 1).requires_grad_()
-    one = torch.ones(61, 1, 1, 1)
-    _, state = ssd(one, dt, -torch.ones(1), one, one, dt_softplus=True)
+    dt = torch.linspace(-30, 30, 61).view(1, -1, 1).requires_grad_()
+    one, seq_idx = torch.ones(1, 61, 1, 1), torch.arange(61).view(1, -1)
+    y, _ = ssd(one, dt, -torch.ones(1), one, one, seq_idx=seq_idx, dt_softplus=True)
     exact = dt.detach().double().requires_grad_()
     expected = F.softplus(exact, threshold=100)
-    torch.testing.assert_close(state.flatten(), expected.flatten().float(), rtol=2e-6, atol=0)
-    state.sum().backward()
+    torch.testing.assert_close(y.flatten(), expected.flatten().float(), rtol=2e-6, atol=0)
+    y.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(dt.grad, exact.grad.float(), rtol=2e-6, atol=0)
 
