@@ -111,9 +111,11 @@ def test_rows_without_new_tokens_stay_as_they_are(model: Nemotron) -> None:
     torch.testing.assert_close(out[1, 0], model(alone).logits[0, -1])
 
 
-def test_packed_documents_equal_each_alone(model: Nemotron) -> None:
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (4, 1, 4)], ids=["counted", "returning"])
+def test_packed_documents_equal_each_alone(model: Nemotron, numbers: tuple[int, ...]) -> None:
     tokens = _tokens(1, 14)
-    seq_idx = torch.tensor([[0] * 5 + [1] * 2 + [2] * 7])
+    one, two, three = numbers
+    seq_idx = torch.tensor([[one] * 5 + [two] * 2 + [three] * 7])
     packed = model(tokens, seq_idx=seq_idx, mtp_depths=1)
     for a, b in [(0, 5), (5, 7), (7, 14)]:
         alone = model(tokens[:, a:b], mtp_depths=1)

@@ -340,7 +340,8 @@ def causal_conv1d(
         weight: taps, oldest first, 2 to 4 of them.
         bias: added before the SiLU.
         initial_state: the k-1 inputs before x; zeros when None.
-        seq_idx: document of each token; a tap reads only inputs with the number of its token.
+        seq_idx: document of each token; where it changes, a new document begins and no tap reads
+            across, also if a number returns later in the row.
         lengths: real tokens of each row; the returned state is that of the last real one.
 
     Returns:
@@ -359,9 +360,10 @@ def causal_conv1d(
     )  # fmt: skip
     x, weight = unit_stride(x), weight.contiguous()
     bias, lengths = (None if v is None else v.contiguous() for v in (bias, lengths))
-    initial_state, seq_idx = (
-        None if v is None else unit_stride(v) for v in (initial_state, seq_idx)
-    )
+    initial_state = None if initial_state is None else unit_stride(initial_state)
+    if seq_idx is not None:  # counted, so that equal numbers within reach are one document
+        changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+        seq_idx = torch.nn.functional.pad(changes, (1, 0)).cumsum(1)
     return _CausalConv1d.apply(x, weight, bias, initial_state, seq_idx, lengths)
 
 

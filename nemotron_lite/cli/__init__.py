@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +161,8 @@ def run(
             f"\nTraining read {result.tokens / result.seconds:,.0f} tokens/s, "
             f"scoring {score.tokens_per_second:,.0f}; writing took {speed:,.0f} tokens/s.\n"
             f"The model is in {escape(str(save_to))}. Go on with it:\n"
-            f'  nemotron-lite generate --model {escape(str(save_to))} --prompt "class Tree:"',
+            f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} "
+            '--prompt "class Tree:"',
             soft_wrap=True,
         )
 

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.ops._door import choose
+from nemotron_lite.ops.scan import number_documents
 
 # PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -52,6 +53,8 @@ def causal_attention(
     """
     if seq_idx is not None and not (isinstance(starts, int) and starts == 0):
         raise ValueError("packed documents (seq_idx) cannot continue a cache: starts must be 0.")
+    if seq_idx is not None:
+        seq_idx = number_documents(seq_idx)
     if isinstance(starts, int) and k.shape[2] < starts + q.shape[2]:
         raise ValueError(
             f"{k.shape[2]} keys do not cover starts={starts} cached and {q.shape[2]} new tokens."

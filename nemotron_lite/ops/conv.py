@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.ops.scan import document_starts, number_documents
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _KERNEL = kernel("conv", "causal_conv1d")
@@ -84,7 +85,8 @@ def _naive(
     initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     window = _window(x, weight, initial_state)
-    y = _loop_over_taps(window, weight, bias, seq_idx)
+    documents = None if seq_idx is None else number_documents(seq_idx)
+    y = _loop_over_taps(window, weight, bias, documents)
     return y, _last_inputs(window, weight.shape[1] - 1, lengths)
 
 
@@ -118,8 +120,8 @@ def _packed(
     The first document of a row has the inputs before the row there instead.
     """
     before, (b, t) = weight.shape[1] - 1, seq_idx.shape
-    first = torch.ones_like(seq_idx, dtype=torch.bool)
-    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    first = document_starts(seq_idx)
+    first[:, 0] = True
     document = first.flatten().cumsum(0)
     places = torch.arange(b * t, device=window.device) + before * document
     row_starts = places.view(b, t)[:, :1] + torch.arange(-before, 0, device=window.device)

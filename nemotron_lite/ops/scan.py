@@ -159,6 +159,15 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def number_documents(seq_idx: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """The same documents counted 0, 1, 2 ... along each row, `b t`.
+
+    A number that returns later in a row (0, 1, 0) is a new document. Operations that look at more
+    than the token before compare these numbers, so that all of them part rows at the same places.
+    """
+    return document_starts(seq_idx).cumsum(1)
+
+
 def document_starts(seq_idx: Int[Tensor, "b t"]) -> Tensor:
     """True where a token belongs to another document than the token before it, `b t`."""
     starts = torch.zeros_like(seq_idx, dtype=torch.bool)

@@ -105,7 +105,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 
 def test_packed_rows_fast_equals_naive() -> None:
-    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [5, 5, 5, 5, 5, 5, 5, 5, 5, 2]])
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [5, 5, 5, 2, 5, 5, 5, 5, 5, 2]])
 
     def packed(impl: str):
         def conv(x, weight, bias, state):
