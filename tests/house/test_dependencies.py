@@ -27,6 +27,12 @@ ENVIRONMENT = (ROOT / "environment.yml").read_text()
 PIP_PART = ["-c constraints.txt", "-e .[lab,dev]"]
 # Import names that differ from the name of the package that brings them.
 PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist"}
+# What comes with a package that is declared: JupyterLab is nothing without these two.
+BROUGHT_BY = {"IPython": "jupyterlab", "traitlets": "jupyterlab"}
+# Rooms that need more than the core: what a chapter uses comes with `lab`, and the tools that
+# publish, check and grade chapters with `dev`. Nothing else in the package may import either.
+EXTRAS_OF = {"viz": {"lab"}, "course": {"lab"}}
+AUTHORS_TOOLS = ("course/publish.py", "course/hygiene.py", "course/coursework.py")
 
 
 def declared(pyproject: str) -> dict[str, Requirement]:
@@ -39,6 +45,16 @@ def declared(pyproject: str) -> dict[str, Requirement]:
 def core(pyproject: str) -> set[str]:
     """Names of what is installed without any extra."""
     return {Requirement(r).name for r in tomllib.loads(pyproject)["project"]["dependencies"]}
+
+
+def allowed_in(path: str, pyproject: str) -> set[str]:
+    """What a file of the package may import, by its path inside the package."""
+    extras = EXTRAS_OF.get(path.partition("/")[0], set())
+    if path.startswith(AUTHORS_TOOLS):
+        extras = {*extras, "dev"}
+    groups = tomllib.loads(pyproject)["project"]["optional-dependencies"]
+    listed = {Requirement(r).name for extra in extras for r in groups[extra]}
+    return core(pyproject) | listed
 
 
 def constraint_faults(constraints: str, pyproject: str) -> list[str]:
@@ -91,7 +107,8 @@ def undeclared_imports(source: str, allowed: set[str]) -> list[str]:
             names.add(node.module.split(".")[0])
     own = {"nemotron_lite", "nemotron_kernels", "benchmarks", "tests"}
     outside = names - set(sys.stdlib_module_names) - own
-    return sorted(n for n in outside if PACKAGE_OF.get(n, n) not in allowed)
+    package_of = PACKAGE_OF | BROUGHT_BY
+    return sorted(n for n in outside if package_of.get(n, n) not in allowed)
 
 
 def without_a_reason(pyproject: str) -> list[str]:
@@ -120,8 +137,9 @@ def test_every_dependency_has_a_reason() -> None:
     sorted((ROOT / "nemotron_lite").rglob("*.py")),
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_the_package_imports_only_core_dependencies(path: Path) -> None:
-    assert undeclared_imports(path.read_text(), core(PYPROJECT)) == []
+def test_each_room_imports_only_what_it_may(path: Path) -> None:
+    allowed = allowed_in(str(path.relative_to(ROOT / "nemotron_lite")), PYPROJECT)
+    assert undeclared_imports(path.read_text(), allowed) == []
 
 
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
@@ -200,3 +218,12 @@ def test_an_undeclared_import_and_a_missing_reason_are_found() -> None:
     assert undeclared_imports("import torch, scipy.linalg, os", {"torch"}) == ["scipy"]
     assert undeclared_imports("def f():\n    from yaml import load", {"pyyaml"}) == []
     assert without_a_reason(SMALL.replace("# arrays", "")) == ["numpy"]
+
+
+def test_only_the_course_may_use_the_lab_and_only_its_tools_more() -> None:
+    assert "plotly" not in allowed_in("ops/ssd.py", PYPROJECT)
+    assert "plotly" in allowed_in("viz/theme.py", PYPROJECT)
+    assert "nbclient" not in allowed_in("course/lessons.py", PYPROJECT)
+    assert {"nbclient", "plotly", "torch"} <= allowed_in("course/publish.py", PYPROJECT)
+    assert undeclared_imports("import IPython", allowed_in("course/x.py", PYPROJECT)) == []
+    assert undeclared_imports("import IPython", allowed_in("ops/x.py", PYPROJECT)) == ["IPython"]
