@@ -1,0 +1,148 @@
+"""One look for every figure, and the arithmetic that says it can be read.
+
+A figure stands on a light card with dark text, so that it reads the same in JupyterLab's light and
+dark themes. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color, 2008), which stay apart
+for colour-blind readers. Three of the eight are too pale for a thin line on a light card (WCAG 2.2
+asks 3:1 of graphics and 4.5:1 of text), so lines use a darker shade of the same hue:
+
+    contrast(a, b) = (L_a + 0.05) / (L_b + 0.05),  L the relative luminance of the lighter first
+
+Nothing is told by colour alone: each series has its dash and its marker as well, and `template`
+hands them out in order to the lines of a figure.
+
+What it leaves out: a dark variant. A figure is also a picture in a committed notebook, which cannot
+know the reader's theme.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+# Okabe and Ito's eight, by the names they gave them: for areas, and for what has a dark outline.
+PALETTE = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+}
+
+CARD = "#F6F8FA"  # the paper around a plot
+PLOT = "#FFFFFF"  # where the data stand
+INK = "#1F2328"
+MUTED = "#57606A"
+GRID = "#D8DEE4"
+
+NAME = "nemotron"
+FONT = 'system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif'
+MONO = 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace'
+SMALLEST = 12  # pixels
+
+
+class Series(NamedTuple):
+    """How one line of a plot looks: three signs, any of which is enough to tell it apart."""
+
+    name: str
+    colour: str
+    dash: str
+    marker: str
+
+
+SERIES = (
+    Series("blue", PALETTE["blue"], "solid", "circle"),
+    Series("vermillion", PALETTE["vermillion"], "dash", "square"),
+    Series("green", "#00795A", "dot", "diamond"),
+    Series("purple", "#A8487F", "dashdot", "triangle-up"),
+    Series("orange", "#A86F00", "longdash", "x"),
+    Series("ink", INK, "longdashdot", "cross"),
+)
+
+
+class Kind(NamedTuple):
+    """How a kind of layer looks in every diagram: a pale and a strong fill, and its outline."""
+
+    letter: str
+    name: str
+    pale: str
+    strong: str
+
+
+# The same four hues as docs/architecture.svg.
+KINDS = {
+    "M": Kind("M", "Mamba-2", "#CFE4F2", "#0072B2"),
+    "E": Kind("E", "experts", "#CDEBE1", "#00795A"),
+    "*": Kind("*", "attention", "#FBE3B5", "#8F5C00"),
+    "-": Kind("-", "dense MLP", "#E4E7EB", "#57606A"),
+    "MTP": Kind("P", "multi-token prediction", "#F1DCE8", "#A8487F"),
+}
+
+# Light to dark, so that print and every eye order it alike (cividis, Nuñez and others 2018).
+SEQUENTIAL = [
+    [0.0, "#FDE737"], [0.25, "#BCAF6F"], [0.5, "#7D7C78"], [0.75, "#414D6B"], [1.0, "#00224E"],
+]  # fmt: skip
+DIVERGING = [
+    [0.0, "#0072B2"], [0.25, "#7FB8D8"], [0.5, "#FFFFFF"], [0.75, "#EAAE7F"], [1.0, "#D55E00"],
+]  # fmt: skip
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour `#rrggbb`, 0 for black and 1 for white (WCAG 2.2)."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours, from 1 to 21. Text needs 4.5, lines and marks 3 (WCAG 2.2)."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def text_on(fill: str) -> str:
+    """The ink, or white, whichever reads better on `fill`."""
+    return max((INK, "#FFFFFF"), key=lambda ink: contrast(ink, fill))
+
+
+def _template() -> go.layout.Template:
+    axis = dict(
+        gridcolor=GRID, zerolinecolor=GRID, linecolor=MUTED, tickcolor=MUTED, showline=True,
+        ticks="outside", automargin=True, title_standoff=8, title_font_size=14, tickfont_size=12,
+    )  # fmt: skip
+    look = go.layout.Template()
+    look.layout = go.Layout(
+        font=dict(family=FONT, size=13, color=INK),
+        title=dict(font_size=16, x=0.02, xanchor="left"),
+        paper_bgcolor=CARD, plot_bgcolor=PLOT,
+        colorway=[s.colour for s in SERIES],
+        colorscale=dict(sequential=SEQUENTIAL, diverging=DIVERGING),
+        hoverlabel=dict(bgcolor=PLOT, bordercolor=MUTED, font=dict(color=INK, size=13)),
+        legend=dict(font_size=13, bgcolor="rgba(255,255,255,0.85)"),
+        margin=dict(l=64, r=24, t=56, b=52),
+        xaxis=axis, yaxis=axis,
+    )  # fmt: skip
+    look.data.scatter = [
+        go.Scatter(
+            line=dict(color=s.colour, dash=s.dash, width=2),
+            marker=dict(color=s.colour, symbol=s.marker, size=8),
+        )
+        for s in SERIES
+    ]
+    bar = dict(outlinewidth=0, tickfont_size=12)
+    look.data.heatmap = [go.Heatmap(colorscale=SEQUENTIAL, colorbar=bar)]
+    look.data.bar = [go.Bar(marker_line=dict(color=INK, width=1))]
+    return look
+
+
+template = _template()
+
+
+def use() -> None:
+    """Make this the look of every figure of the session, also of one that plotly makes alone."""
+    pio.templates[NAME] = template
+    pio.templates.default = NAME
