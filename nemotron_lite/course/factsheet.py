@@ -1,0 +1,230 @@
+"""Figures about NVIDIA's models: one file, each with its unit, its source and its caveat.
+
+A number typed into a chapter is a number nobody can trace. Chapters read theirs from `facts.toml`:
+
+    [super.latent_width]
+    value = 1024
+    unit = "channels"
+    source = "S, Table 1"
+    caveat = ""
+
+`facts("super.latent_width")` is the value with all that, `tell` writes a sentence around it and
+names the source below, `facts_table` puts ours beside theirs. A source is a tag of the file's
+`[sources]` and a place in it; several are separated by semicolons.
+
+The file holds what was published and what follows from it by arithmetic (tag D). Where sources
+disagree or only a secondary one exists, the caveat says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nemotron_lite.course import _output
+
+FILE = Path(__file__).with_name("facts.toml")
+FIELDS = {"value", "unit", "source", "caveat", "name"}
+_KEY = r"[a-z0-9_]+(?:\.[a-z0-9_]+)+"
+_FACT_IN_TEXT = re.compile(r"\{(" + _KEY + r")(?::([^{}]*))?\}")
+_VALUE_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]*))?\}")
+
+
+class FactError(LookupError):
+    """A fact that the file does not hold, or an entry of the file that is not complete."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One published figure. `str` gives "1,024"; `f"{fact:unit}"` gives "1,024 channels"."""
+
+    key: str
+    value: float | int | str | bool
+    unit: str
+    source: str
+    caveat: str
+    name: str
+
+    def __str__(self) -> str:
+        return _written(self.value)
+
+    def __format__(self, spec: str) -> str:
+        if spec == "unit":
+            return _output.with_unit(str(self), self.unit)
+        return format(self.value, spec) if spec else str(self)
+
+
+def facts(key: str) -> Fact:
+    """The fact under `key`, such as "super.latent_width".
+
+    Raises:
+        FactError: there is none; the message names the nearest keys.
+    """
+    known = every_fact()
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=4, cutoff=0.5)
+        hint = f"Near it: {', '.join(near)}." if near else f"Known: {_output.listed(known)}."
+        raise FactError(f"facts.toml has no {key!r}. {hint}")
+    return known[key]
+
+
+def tell(text: str, **values: Any) -> None:
+    """Show a paragraph of markdown with facts put in, and name their sources below it.
+
+        tell("Super has {super.layers} layers, {super.attention_layers} of them attention.")
+        tell("One sequence keeps {super.ssm_state_bytes:unit}; ours keeps {ours:,} bytes.", ours=n)
+
+    Args:
+        text: markdown. A name with a dot in braces is a fact (`:unit` adds its unit, `:.2f` and
+            the like format it); a name without a dot is one of `values`. Other braces, as in
+            LaTeX, stay as they are.
+        values: numbers of ours that are the same on every machine. What was measured goes through
+            `measured`, because this text is compared when the chapters are tested.
+
+    Raises:
+        FactError: an unknown fact, or a value that was not passed.
+    """
+    used: dict[str, Fact] = {}
+
+    def fact(match: re.Match[str]) -> str:
+        found = used.setdefault(match[1], facts(match[1]))
+        return format(found, match[2] or "")
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            return match[0]
+        given = values[match[1]]
+        return format(given, match[2]) if match[2] else _written(given)
+
+    told = _VALUE_IN_TEXT.sub(value, _FACT_IN_TEXT.sub(fact, text))
+    unused = [name for name in values if not re.search(r"\{" + name + r"[:}]", text)]
+    if unused:
+        raise FactError(f"tell was given {unused}, which its text does not use.")
+    notes = _notes(used.values())
+    markdown = told + "".join(f"\n\n<small>{note}</small>" for note in notes)
+    _output.emit("\n".join([told, *notes]), more={"text/markdown": markdown})
+
+
+def facts_table(
+    *keys: str,
+    ours: Mapping[str, Any] | None = None,
+    title: str = "",
+    models: tuple[str, ...] = (),
+    measured: bool = False,
+) -> None:
+    """Show facts as a table, ours beside NVIDIA's, with a source in each row.
+
+        facts_table("super.layers", "super.width", ours={"super.layers": 14, "super.width": 256})
+        facts_table("layers", "width", models=("nano", "super", "ultra"), title="The family")
+
+    Args:
+        keys: facts; or, with `models`, what follows the model's name in their keys.
+        ours: our figure for some of the keys.
+        title: stands above the table.
+        models: one column each.
+        measured: ours were measured here; keep them out of the text that is compared.
+    """
+    column = dict(ours or {})
+    unknown = [key for key in column if key not in keys]
+    if unknown:
+        raise FactError(f"ours has {unknown}, which are not rows of the table: {list(keys)}.")
+    head = ["", *(["ours"] if column else [])]
+    head += [model.capitalize() for model in models] or ["NVIDIA's"]
+    rows, used = [], []
+    for key in keys:
+        found = [_maybe(f"{model}.{key}") for model in models] if models else [facts(key)]
+        first = next((fact for fact in found if fact is not None), None)
+        if first is None:
+            raise FactError(f"no model of {models} has a fact {key!r}.")
+        used += [fact for fact in found if fact is not None]
+        mine = [_written(column[key]) if key in column else "–"] if column else []
+        theirs = ["–" if fact is None else str(fact) for fact in found]
+        name = first.name + (f" [{first.unit}]" if first.unit else "")
+        rows.append([name, *mine, *theirs])
+    notes = _notes(used)
+    rich = _output.html_table(
+        head, [[_output.inline(cell) for cell in row] for row in rows], title=title
+    )
+    rich += "".join(f"<div><small>{_output.inline(note)}</small></div>" for note in notes)
+    if measured and column:
+        head, rows = [head[0], *head[2:]], [[row[0], *row[2:]] for row in rows]
+    _output.emit("\n".join([_output.plain_table(head, rows, title=title), *notes]), rich)
+
+
+@cache
+def every_fact() -> dict[str, Fact]:
+    """Key → fact, in the order of the file."""
+    return read_facts(FILE.read_text())
+
+
+def read_facts(text: str) -> dict[str, Fact]:
+    """Facts out of the text of a file.
+
+    Raises:
+        FactError: an entry without value, unit, source or caveat, or with an unknown source.
+    """
+    tree = tomllib.loads(text)
+    sources = tree.pop("sources", {})
+    found: dict[str, Fact] = {}
+
+    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        if not isinstance(node, Mapping):
+            raise FactError(f"{'.'.join(path)} stands outside any fact; facts are tables.")
+        if "value" in node:
+            found[".".join(path)] = _read(".".join(path), node, sources)
+            return
+        for name, child in node.items():
+            visit(child, (*path, name))
+
+    visit(tree, ())
+    return found
+
+
+def _read(key: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Fact:
+    missing = sorted(FIELDS - {"name"} - set(entry))
+    extra = sorted(set(entry) - FIELDS)
+    if missing or extra:
+        raise FactError(f"{key} lacks {missing} and has unknown fields {extra}.")
+    if not re.fullmatch(_KEY, key):
+        raise FactError(f"{key!r} is not a key: small letters, digits and _, with a dot.")
+    if not entry["source"]:
+        raise FactError(f"{key} names no source.")
+    places = [_cited(key, place.strip(), sources) for place in entry["source"].split(";")]
+    name = entry.get("name") or key.partition(".")[2].replace("_", " ").replace(".", ", ")
+    return Fact(key, entry["value"], entry["unit"], "; ".join(places), entry["caveat"], name)
+
+
+def _cited(key: str, place: str, sources: Mapping[str, str]) -> str:
+    """`S, Table 1` with the tag spelled out."""
+    tag, comma, rest = place.partition(",")
+    if tag not in sources:
+        raise FactError(f"{key} cites {tag!r}; [sources] has {sorted(sources)}.")
+    return sources[tag] + comma + rest
+
+
+def _maybe(key: str) -> Fact | None:
+    return every_fact().get(key)
+
+
+def _written(value: Any) -> str:
+    """A published figure as it was published: 120.6 stays 120.6, 131072 becomes 131,072."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,}" if 1e-3 <= abs(value) < 1e15 or value == 0 else f"{value:g}"
+
+
+def _notes(used: Any) -> list[str]:
+    """One line of sources, each once, and one line for each caveat."""
+    used = list(used)
+    sources = list(dict.fromkeys(place for fact in used for place in fact.source.split("; ")))
+    caveats = list(dict.fromkeys(f"{fact.name}: {fact.caveat}" for fact in used if fact.caveat))
+    notes = [f"Sources: {'; '.join(sources)}."] if sources else []
+    return notes + [f"Note on {caveat}" for caveat in caveats]

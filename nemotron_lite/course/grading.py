@@ -1,0 +1,379 @@
+"""`check` and `hint`: an exercise that grades the function it is handed, and says what to do next.
+
+An exercise is data: a task, a stub, a reference solution, three hints that grow stronger, and
+checks. `exercises/chapter_NN.py` holds a chapter's `EXERCISES`; the notebook cell, the coursework
+and the tests of the graders are all made from it.
+
+    Exercise(
+        id="01.discretise", title="Discretise", objective="…", minutes=10, difficulty=2,
+        importance=5, points=4, task="…markdown…",
+        stub="def discretise(A, dt): …; raise NotImplementedError",
+        solution="def discretise(A, dt): return torch.exp(dt * A)",
+        hints=("…", "…", "…"),
+        checks=(Check("one step by hand", by_hand, hint=1, points=2),
+                Check("gradients", gradients_agree, hint=3, points=2)),
+    )
+
+A check is a function that takes the learner's function and raises AssertionError when the answer
+is wrong (`comparing` has the helpers: close, gradients, raises, keeps_inputs, strided). It runs
+under a seed of its own, so its inputs are the same each time and the notebook's random numbers are
+left alone. It never looks the function up by name: what is passed in is what is graded.
+
+Stub and solution see the names of `PRELUDE` and whatever their own first lines import.
+
+Left out: protection from a learner who wants to cheat. The checks stand in the open.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import linecache
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from nemotron_lite.course import _output
+from nemotron_lite.course.comparing import close, gradients, keeps_inputs, raises, strided
+
+__all__ = [
+    "PRELUDE",
+    "Check",
+    "CheckResult",
+    "Exercise",
+    "ExerciseError",
+    "check",
+    "close",
+    "exercise",
+    "exercises",
+    "grade",
+    "gradients",
+    "hint",
+    "keeps_inputs",
+    "raises",
+    "strided",
+]
+
+PRELUDE = (
+    "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
+)
+FOLDER = Path(__file__).with_name("exercises")
+_HINTS_READ: dict[str, int] = {}
+
+
+class ExerciseError(ValueError):
+    """An exercise that does not exist, or whose definition does not hold together."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is tested: `run(function)` raises AssertionError when it does not hold.
+
+    `hint` is the number of the hint that helps when this check fails.
+    """
+
+    name: str
+    run: Callable[[Callable[..., Any]], None]
+    hint: int = 1
+    points: int = 1
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A task with its stub, its reference solution, three hints and its checks."""
+
+    id: str
+    title: str
+    objective: str
+    minutes: int
+    difficulty: int
+    importance: int
+    points: int
+    task: str
+    stub: str
+    solution: str
+    hints: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def __post_init__(self) -> None:
+        for wrong, expected in (
+            (not re.fullmatch(r"\d\d\.[a-z0-9_]+", self.id), "an id such as '01.discretise'"),
+            (not 1 <= self.difficulty <= 5, "a difficulty from 1 to 5"),
+            (not 1 <= self.importance <= 5, "an importance from 1 to 5"),
+            (len(self.hints) != 3, "three hints"),
+            (not self.checks, "at least one check"),
+            (any(not 1 <= c.hint <= 3 for c in self.checks), "hint numbers from 1 to 3"),
+            (sum(c.points for c in self.checks) != self.points,
+             f"checks whose points add up to {self.points}"),
+            (len({c.name for c in self.checks}) != len(self.checks), "a name for each check"),
+        ):  # fmt: skip
+            if wrong:
+                raise ExerciseError(f"Exercise {self.id!r} needs {expected}.")
+        if _defined(self.stub) != _defined(self.solution):
+            raise ExerciseError(
+                f"Exercise {self.id!r}: the stub defines {_defined(self.stub)!r}, the solution "
+                f"{_defined(self.solution)!r}."
+            )
+
+    @property
+    def function_name(self) -> str:
+        """The last function or class that the stub defines; it is what `check` is given."""
+        return _defined(self.stub)
+
+    @property
+    def cell(self) -> str:
+        """The code cell of the notebook: the stub, and the call that grades it."""
+        return f'{self.stub.rstrip()}\n\n\ncheck("{self.id}", {self.function_name})'
+
+    def build(self, source: str | None = None) -> Any:
+        """Run a source (the solution unless another is given) and return what it defines."""
+        text = self.solution if source is None else source
+        imports = [
+            node for node in ast.parse(self.stub).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]  # fmt: skip
+        space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
+        exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
+        name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
+        # Tracebacks and inspect.getsource find the text here.
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        exec(compile(text, name, "exec"), space)
+        return space[self.function_name]
+
+    @cached_property
+    def _untouched(self) -> set[tuple[Any, ...]]:
+        return _codes(self.build(self.stub))
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How it went. `hint` is the number of the hint to read next, None when all checks pass."""
+
+    passed: bool
+    points: float
+    max_points: float
+    message: str
+    exercise_id: str = ""
+    hint: int | None = None
+    failed: tuple[str, ...] = ()
+    shown_at: int | None = field(default=None, repr=False, compare=False)
+
+    def _ipython_display_(self) -> None:
+        """`check` has spoken already, so a cell that ends in it adds nothing."""
+        if _output.moment() != self.shown_at:
+            _output.emit(self.message)
+
+
+def check(exercise_id: str, function: Callable[..., Any]) -> CheckResult:
+    """Grade the function that is passed in, and say how it went.
+
+    Args:
+        exercise_id: such as "01.discretise".
+        function: the learner's own object, not its name.
+
+    Returns:
+        The result; a wrong answer is a result, not an error.
+
+    Raises:
+        ExerciseError: there is no such exercise.
+        TypeError: `function` cannot be called.
+    """
+    result = grade(exercise(exercise_id), function)
+    edge = _output.RIGHT if result.passed else _output.ACCENT if not result.failed else None
+    head, _, rest = result.message.partition("\n")
+    body = f"<b>{_output.inline(head)}</b>"
+    if rest:
+        style = "margin: 4px 0 0 0; white-space: pre-wrap;"
+        body += f'<pre style="{style}">{_output.inline(rest)}</pre>'
+    _output.emit(result.message, _output.card(body, edge=edge or _output.WRONG))
+    return result
+
+
+def hint(exercise_id: str, n: int | None = None) -> None:
+    """Show the next hint of an exercise, or the n-th of the three.
+
+    Raises:
+        ExerciseError: there is no such exercise.
+        ValueError: n is not 1, 2 or 3.
+    """
+    found = exercise(exercise_id)
+    if n is None:
+        n = min(_HINTS_READ.get(exercise_id, 0) + 1, 3)
+    if n not in (1, 2, 3):
+        raise ValueError(f"n is {n!r}; an exercise has the hints 1, 2 and 3.")
+    _HINTS_READ[exercise_id] = n
+    text = found.hints[n - 1].strip()
+    last = " (the last one)" if n == 3 else ""
+    title = f"Hint {n} of 3{last} · {exercise_id}"
+    _output.emit(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})
+
+
+def forget() -> None:
+    """Start the ladders of hints again; `setup` does it."""
+    _HINTS_READ.clear()
+
+
+def exercises(chapter: str) -> tuple[Exercise, ...]:
+    """The exercises of a chapter, such as "01".
+
+    Raises:
+        ExerciseError: the chapter has none.
+    """
+    name = f"nemotron_lite.course.exercises.chapter_{chapter}"
+    if not re.fullmatch(r"\d\d", chapter) or find_spec(name) is None:
+        there = sorted(path.stem[-2:] for path in FOLDER.glob("chapter_*.py"))
+        raise ExerciseError(f"Chapter {chapter!r} has no exercises; there are some for {there}.")
+    found: tuple[Exercise, ...] = import_module(name).EXERCISES
+    return found
+
+
+def exercise(exercise_id: str) -> Exercise:
+    """One exercise by its id.
+
+    Raises:
+        ExerciseError: there is none; the message lists those of its chapter.
+    """
+    known = {e.id: e for e in exercises(exercise_id.partition(".")[0])}
+    if exercise_id not in known:
+        raise ExerciseError(f"There is no exercise {exercise_id!r}; there are {list(known)}.")
+    return known[exercise_id]
+
+
+def grade(found: Exercise, function: Callable[..., Any]) -> CheckResult:
+    """Run the checks of an exercise on a function, without showing anything."""
+    if not callable(function):
+        raise TypeError(
+            f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
+        )
+    codes = _codes(function)
+    if codes and (codes == found._untouched or all(_does_nothing(code) for code in codes)):
+        return _not_done(found)
+    wrong: dict[str, str] = {}
+    for test in found.checks:
+        try:
+            with _own_random_numbers(f"{found.id}/{test.name}"):
+                test.run(function)
+        except AssertionError as error:
+            wrong[test.name] = _sentence(str(error)) or "The answer is not right."
+        except NotImplementedError as error:
+            if _raised_in(function, error):
+                return _not_done(found)
+            wrong[test.name] = _broken(function, error)
+        except Exception as error:
+            wrong[test.name] = _broken(function, error)
+    return _summary(found, wrong)
+
+
+def _not_done(found: Exercise) -> CheckResult:
+    message = (
+        f"{found.id}: not done yet. Fill in {found.function_name} and run the cell again; "
+        f'hint("{found.id}") helps.'
+    )
+    return CheckResult(False, 0, found.points, message, found.id, 1, shown_at=_output.moment())
+
+
+def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
+    points = sum(test.points for test in found.checks if test.name not in wrong)
+    count = len(found.checks)
+    score = f"{points} of {found.points} point{'s' if found.points > 1 else ''}"
+    if not wrong:
+        message = f"{found.id}: right. {count} of {count} checks, {score}."
+        return CheckResult(True, points, found.points, message, found.id, shown_at=_output.moment())
+    lines = [f"{found.id}: not right yet. {count - len(wrong)} of {count} checks, {score}."]
+    lines += [f"  {'✗' if test.name in wrong else '✓'} {test.name}" for test in found.checks]
+    first = next(test for test in found.checks if test.name in wrong)
+    lines.append(f"{first.name}: {wrong[first.name]}")
+    lines.append(f'Read hint("{found.id}", {first.hint}) next.')
+    return CheckResult(
+        False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong),
+        _output.moment(),
+    )  # fmt: skip
+
+
+def _defined(source: str) -> str:
+    """The last function or class that a source defines."""
+    names = [
+        node.name for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]  # fmt: skip
+    if not names:
+        raise ExerciseError(f"No function or class in {source[:60]!r}.")
+    return names[-1]
+
+
+def _codes(thing: Any) -> set[tuple[Any, ...]]:
+    """The compiled bodies of a function, or of the methods of a class."""
+    members = vars(thing).values() if isinstance(thing, type) else [thing]
+    return {_body(m.__code__) for m in members if isinstance(m, FunctionType)}
+
+
+def _body(code: CodeType) -> tuple[Any, ...]:
+    """What a body does, without its docstring and its place in the file."""
+    steps = tuple(
+        (step.opname, _body(step.argval) if isinstance(step.argval, CodeType) else step.argrepr)
+        for step in dis.get_instructions(code)
+    )
+    return (code.co_name, steps)
+
+
+def _does_nothing(body: tuple[Any, ...]) -> bool:
+    """Whether a body only returns None: a docstring, `...`, `pass` or `return None`."""
+    idle = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "COPY_FREE_VARS"}
+    return all(
+        name in idle and (name == "RESUME" or word in ("", "None")) for name, word in body[1]
+    )
+
+
+def _raised_in(function: Any, error: BaseException) -> bool:
+    """Whether the learner's own code raised the error, rather than something it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename in _files(function)
+
+
+def _files(function: Any) -> set[str]:
+    members = vars(function).values() if isinstance(function, type) else [function]
+    return {m.__code__.co_filename for m in members if isinstance(m, FunctionType)}
+
+
+def _broken(function: Any, error: Exception) -> str:
+    """What was raised, and the learner's line that led to it."""
+    lines = str(error).strip().splitlines()
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename in _files(function):
+            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
+        trace = trace.tb_next
+    return f"it raised {_sentence(said)}" + (f" Your line: {line}" if line else "")
+
+
+def _sentence(text: str) -> str:
+    return text if not text or text.endswith((".", "?", "!")) else f"{text}."
+
+
+@contextmanager
+def _own_random_numbers(name: str) -> Iterator[None]:
+    """Seed by name inside, and give back outside what was there; gradients are on."""
+    seed = zlib.crc32(name.encode())
+    was = random.getstate()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(was)
