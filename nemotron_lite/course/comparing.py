@@ -61,7 +61,7 @@ def gradients(
     reference: Callable[..., Any],
     inputs: Sequence[Any] | Mapping[str, Any],
     *,
-    what: str = "the gradient of",
+    what: str = "",
     rtol: float = 1e-3,
     atol: float = 1e-5,
 ) -> None:
@@ -70,34 +70,34 @@ def gradients(
     Args:
         function: the learner's.
         reference: called with the same arguments.
-        inputs: passed in order; a mapping only adds the names for the messages. Floating-point
-            tensors are differentiated, the rest is passed on.
-        what: the words before an input's name.
+        inputs: arguments in order, or by name. Floating-point tensors are differentiated, the rest
+            is passed on.
+        what: the case, such as "5 tokens"; it stands before the message.
         rtol, atol: of the gradients.
 
     Raises:
         AssertionError: saying which gradient differs, or that there is none.
     """
-    named = dict(inputs) if isinstance(inputs, Mapping) else {f"input {i}": v for i, v in
-                                                              enumerate(inputs, 1)}  # fmt: skip
-    mine, mine_out = _differentiated(function, named)
-    theirs, theirs_out = _differentiated(reference, named)
-    close(mine_out, theirs_out, what="the result")
+    before = f"{what}: " if what else ""
+    mine, mine_out = _differentiated(function, inputs)
+    theirs, theirs_out = _differentiated(reference, inputs)
+    close(mine_out, theirs_out, what=f"{before}the result")
     for (name, got), expected in zip(mine.items(), theirs.values(), strict=True):
         if expected is None:
             continue
         if got is None:
             raise AssertionError(
-                f"{what} {name} does not exist: the result does not depend on {name} as far as "
-                "autograd can see. Look for .detach(), .item(), .data or torch.tensor(...)."
+                f"{before}the gradient of {name} does not exist: as far as autograd can see, the "
+                f"result does not depend on {name}. Look for .detach(), .item(), .data or "
+                "torch.tensor(...)."
             )
-        close(got, expected, what=f"{what} {name}", rtol=rtol, atol=atol)
+        close(got, expected, what=f"{before}the gradient of {name}", rtol=rtol, atol=atol)
 
 
 def raises(
-    error: type[Exception],
     function: Callable[..., Any],
     *args: Any,
+    error: type[Exception] = ValueError,
     what: str = "bad input",
     match: str = "",
     **kwargs: Any,
@@ -202,23 +202,27 @@ def _close_tensors(
 
 
 def _differentiated(
-    function: Callable[..., Any], named: Mapping[str, Any]
+    function: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]
 ) -> tuple[dict[str, Tensor | None], Any]:
     """Gradients of a fixed random weighting of the outputs, by input; and the outputs."""
+    by_name = isinstance(inputs, Mapping)
+    named = dict(inputs) if by_name else {f"argument {i}": v for i, v in enumerate(inputs, 1)}
     leaves = {}
     for name, value in named.items():
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        leaves[name] = value.detach().clone().requires_grad_() if floating else value
-    result = function(*leaves.values())
+        # detach, not clone: a clone of a strided tensor is contiguous
+        leaves[name] = value.detach().requires_grad_() if floating else value
+    result = function(**leaves) if by_name else function(*leaves.values())
     outputs = result if isinstance(result, tuple | list) else [result]
     chance = torch.Generator().manual_seed(0)
     total = None
     for output in outputs:
-        if not (isinstance(output, Tensor) and output.requires_grad):
+        if not isinstance(output, Tensor):
             continue
         weight = torch.randn(output.shape, generator=chance, dtype=torch.float64)
-        part = (output * weight.to(output)).sum()
-        total = part if total is None else total + part
+        if output.requires_grad:
+            part = (output * weight.to(output)).sum()
+            total = part if total is None else total + part
     asked = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
     if total is None:
         return dict.fromkeys(asked), result

@@ -216,9 +216,9 @@ def _written(value: Any) -> str:
     """A published figure as it was published: 120.6 stays 120.6, 131072 becomes 131,072."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if isinstance(value, int):
+    if value == 0 or 1e-3 <= abs(value) < 1e15:
         return f"{value:,}"
-    return f"{value:,}" if 1e-3 <= abs(value) < 1e15 or value == 0 else f"{value:g}"
+    return f"{value:g}".replace("e-0", "e-")
 
 
 def _notes(used: Any) -> list[str]:
