@@ -1,0 +1,216 @@
+"""The graders are graded: what passes deserves to, what is wrong is sent to the hint that helps.
+
+A check that accepts an untouched stub, or grades the package instead of the learner's function, has
+shipped in well-known courses. So every exercise of every chapter is held to four things: its stub
+earns nothing, its reference solution everything, each of its mutants (`mutants_NN.py`, wrong in a
+way that people have been wrong) fails and is sent to the hint that helps, and no statement of the
+reference solution can be deleted without a check noticing. A chapter without exercises, or an
+exercise without mutants, is a failure here and not an empty list.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+import torch
+
+from nemotron_lite.course import coursework, grading
+from nemotron_lite.course.grading import Exercise
+from tests.exercises.mutants import Mutant
+
+CHAPTERS = coursework.chapters()
+EXERCISES = {e.id: e for chapter in CHAPTERS for e in grading.exercises(chapter)}
+FEWEST_MUTANTS = 3
+PATIENCE = 20  # seconds; a deleted `i += 1` never ends
+
+# Statements that may go without any answer changing, and why.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+def mutants_of(chapter: str) -> dict[str, list[Mutant]]:
+    found: dict[str, list[Mutant]] = importlib.import_module(
+        f"tests.exercises.mutants_{chapter}"
+    ).MUTANTS
+    return found
+
+
+MUTANTS = [
+    pytest.param(exercise_id, mutant, id=f"{exercise_id}-{mutant.name.replace(' ', '-')}")
+    for chapter in CHAPTERS
+    for exercise_id, mutants in mutants_of(chapter).items()
+    for mutant in mutants
+]
+
+
+class OutOfTimeError(BaseException):
+    """Not an Exception: `grade` turns those into wrong answers."""
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Interrupt the block after so many seconds."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def deletions(source: str) -> list[tuple[str, str]]:
+    """Each statement of the functions in `source`, and the source without it."""
+    places = []
+    tree = ast.parse(source)
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            for block in ("body", "orelse", "finalbody"):
+                statements = getattr(node, block, None)
+                if isinstance(statements, list):
+                    places += [(node, block, i) for i in range(len(statements))]
+    found = {}
+    for node, block, i in places:
+        statement = getattr(node, block)[i]
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        twin = copy.deepcopy(tree)
+        for was, now in zip(ast.walk(tree), ast.walk(twin), strict=True):
+            if was is node:
+                left = getattr(now, block)
+                del left[i]
+                if not left and block == "body":
+                    left.append(ast.Pass())
+        found[ast.unparse(twin)] = ast.unparse(statement)
+    return [(statement, shorter) for shorter, statement in found.items()]
+
+
+def survivors(exercise: Exercise) -> tuple[list[str], int]:
+    """Statements of the solution that no check misses, and how many were tried."""
+    alive, tried = [], deletions(exercise.solution)
+    for statement, source in tried:
+        try:
+            with patience(PATIENCE):
+                result = grading.grade(exercise, exercise.build(source))
+        except (OutOfTimeError, SyntaxError):
+            continue
+        if result.passed:
+            alive.append(statement)
+    return alive, len(tried)
+
+
+def test_every_chapter_has_exercises() -> None:
+    assert CHAPTERS, "no exercises/chapter_NN.py was found"
+    for chapter in CHAPTERS:
+        found = grading.exercises(chapter)
+        assert 2 <= len(found) <= 4, f"chapter {chapter} has {len(found)} exercises"
+        assert {e.id.partition(".")[0] for e in found} == {chapter}
+    assert len(EXERCISES) == sum(len(grading.exercises(c)) for c in CHAPTERS), "an id stands twice"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_exercise_has_three_mutants(chapter: str) -> None:
+    mutants = mutants_of(chapter)
+    assert set(mutants) == {e.id for e in grading.exercises(chapter)}
+    for exercise_id, of in mutants.items():
+        assert len(of) >= FEWEST_MUTANTS, f"{exercise_id} has {len(of)}"
+        assert len({m.source for m in of}) == len(of), f"{exercise_id}: the same mutant twice"
+        assert all(len(m.bug) >= 20 for m in of), f"{exercise_id}: where was this bug seen?"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_the_untouched_stub_earns_nothing(exercise: Exercise) -> None:
+    result = grading.grade(exercise, exercise.build(exercise.stub))
+    assert (result.passed, result.points) == (False, 0)
+    assert result.message.startswith(f"{exercise.id}: not done yet")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_the_reference_earns_everything_and_leaves_no_trace(exercise: Exercise) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    for _ in range(2):
+        result = grading.grade(exercise, exercise.build())
+        assert result.passed, result.message
+        assert result.points == result.max_points == exercise.points
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), torch.get_num_threads()) == before[1:]
+
+
+@pytest.mark.parametrize(("exercise_id", "mutant"), MUTANTS)
+def test_a_mutant_fails_and_is_sent_to_its_hint(exercise_id: str, mutant: Mutant) -> None:
+    exercise = EXERCISES[exercise_id]
+    result = grading.grade(exercise, exercise.build(mutant.source))
+    assert not result.passed, f"accepted, though: {mutant.bug}"
+    assert result.points < exercise.points
+    assert f'Read hint("{exercise_id}", {mutant.hint}) next.' in result.message, result.message
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+@pytest.mark.parametrize(
+    "answer",
+    [lambda *a, **k: None, lambda *a, **k: 1 / 0, lambda *a, **k: a, lambda: 0, len, dict],
+    ids=["None", "raises", "its-arguments", "takes-nothing", "len", "dict"],
+)
+def test_nonsense_fails_without_an_error(exercise: Exercise, answer: Callable[..., object]) -> None:
+    result = grading.grade(exercise, answer)
+    assert not result.passed
+    assert result.points < exercise.points
+    assert exercise.id in result.message
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_what_is_graded_is_what_was_passed_in(exercise: Exercise) -> None:
+    """The reference under another name passes, a stub under the right name does not."""
+    calls = []
+    reference = exercise.build()
+
+    def another_name(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        return reference(*arguments, **named)
+
+    assert grading.grade(exercise, another_name).passed
+    assert calls, "no check called the function"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> None:
+    alive, tried = survivors(exercise)
+    known = {statement for of, statement in EQUIVALENT if of == exercise.id}
+    assert tried, "nothing was deleted"
+    assert set(alive) == known, f"{len(alive)} of {tried} deletions go unnoticed"
+
+
+def test_deletions_are_found_in_every_block() -> None:
+    source = (
+        "def f(x):\n    'doc'\n    y = 0\n    for i in x:\n        y += i\n"
+        "    if y:\n        y = 1\n    else:\n        y = 2\n    return y\n"
+    )
+    assert [statement.partition("\n")[0] for statement, _ in deletions(source)] == [
+        "y = 0", "for i in x:", "if y:", "return y", "y += i", "y = 1", "y = 2",
+    ]  # fmt: skip
+    without = dict(deletions(source))
+    assert "pass" in without["y += i"]
+    assert "else" not in without["y = 2"]
+
+
+def loop_forever() -> None:
+    with patience(1):
+        while True:
+            pass
+
+
+def test_an_endless_loop_is_interrupted() -> None:
+    with pytest.raises(OutOfTimeError):
+        loop_forever()
