@@ -5,7 +5,7 @@ Each has to fail its grader, and the failure has to name the hint given here.
 
 from __future__ import annotations
 
-from tests.exercises.mutant import Mutant
+from tests.exercises.mutants import Mutant
 
 MUTANTS: dict[str, list[Mutant]] = {
     "03.outer_memory": [
