@@ -3,6 +3,7 @@
 #
 #   PYTHON       the interpreter to build .venv with, 3.11 or newer (default: python3)
 #   TORCH_INDEX  another package index for the torch step alone, for example PyTorch's CPU wheels
+#   SUBMISSIONS  what `make grade` grades
 #   ARGS         passed on:  make run ARGS="--max-seconds 60"   make test ARGS="-k ssd -x"
 
 PYTHON ?= python3
@@ -17,11 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab bench lint clean
+.PHONY: help setup run test lab notebooks grade bench lint clean
 
 help:  ## list the targets
 	@echo "make TARGET [ARGS=\"...\"]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## install everything into .venv; the other targets do it on their own
 
@@ -32,7 +33,15 @@ test: $(STAMP)  ## run every test, on WORKERS processes (2)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lab: $(STAMP)  ## open the chapters in JupyterLab
-	$(BIN)/jupyter lab notebooks $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+notebooks: $(STAMP)  ## execute chapters and clean them to be committed: ARGS="01 03", or all
+	$(BIN)/python -m nemotron_lite.course.publish $(ARGS)
+
+grade: $(STAMP)  ## grade a folder of submitted coursework: SUBMISSIONS=folder
+	@test -n "$(SUBMISSIONS)" || { \
+	  echo "Say which: make grade SUBMISSIONS=folder (exercises/README.md shows its layout)"; exit 1; }
+	$(BIN)/python -m nemotron_lite.course.marking "$(SUBMISSIONS)" $(ARGS)
 
 bench: $(STAMP)  ## measure, and write records under benchmarks/records
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -26,13 +26,15 @@ ENVIRONMENT = (ROOT / "environment.yml").read_text()
 
 PIP_PART = ["-c constraints.txt", "-e .[lab,dev]"]
 # Import names that differ from the name of the package that brings them.
-PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist"}
+PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist", "PIL": "pillow"}
 # What comes with a package that is declared: JupyterLab is nothing without these two.
 BROUGHT_BY = {"IPython": "jupyterlab", "traitlets": "jupyterlab"}
 # Rooms that need more than the core: what a chapter uses comes with `lab`, and the tools that
 # publish, check and grade chapters with `dev`. Nothing else in the package may import either.
 EXTRAS_OF = {"viz": {"lab"}, "course": {"lab"}}
-AUTHORS_TOOLS = ("course/publish.py", "course/hygiene.py", "course/coursework.py")
+AUTHORS_TOOLS = tuple(
+    f"course/{tool}" for tool in ("publish", "hygiene", "coursework", "submissions", "marking")
+)
 
 
 def declared(pyproject: str) -> dict[str, Requirement]:

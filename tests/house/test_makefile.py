@@ -50,8 +50,24 @@ def stamp(folder: Path) -> Path:
 
 def test_make_alone_lists_every_target(clone: Path) -> None:
     listed = make(clone).stdout
-    for target in ("run", "test", "lab", "bench", "lint", "clean"):
+    for target in ("run", "test", "lab", "notebooks", "grade", "bench", "lint", "clean"):
         assert f"\n  {target} " in listed
+
+
+def test_chapters_named_reach_the_publisher(clone: Path) -> None:
+    plan = make(clone, "-n", "notebooks", "ARGS=01 03").stdout
+    assert plan.rstrip().endswith("-m nemotron_lite.course.publish 01 03")
+
+
+def test_grading_asks_for_a_folder_and_hands_it_on(clone: Path) -> None:
+    done = stamp(clone)
+    done.parent.mkdir()
+    done.touch()
+    refused = make(clone, "grade")
+    assert refused.returncode != 0
+    assert "make grade SUBMISSIONS=folder" in refused.stdout
+    plan = make(clone, "-n", "grade", "SUBMISSIONS=my class").stdout
+    assert 'nemotron_lite.course.marking "my class"' in plan
 
 
 def test_a_second_call_installs_nothing(clone: Path) -> None:

@@ -1,0 +1,287 @@
+"""Rules about what a chapter stores: executed cells, pictures with words, sections, sizes.
+
+Why each: nbval compares nothing in a cell that was never run, so an un-run chapter would pass; a
+widget's saved state weighs 5 MB and shows an error when its model is gone; a screen reader and a
+test both need a figure's words; a path of the author's machine means nothing to the reader.
+
+All functions take a notebook node and return faults, one sentence each, cells counted from 0 as
+nbformat and jq count them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+MOST_BYTES = 500_000
+MOST_CELLS = 64
+MOST_LINES = 15  # of code in one cell; a stub may be longer
+MOST_IGNORED = 2  # cells whose output is not compared
+CHAPTER_SECONDS = 75  # alone on two quiet cores; the tests run each chapter twice
+SHORTEST_ALT = 40
+
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+# The sections of a chapter, in order. Those in REPEATED may come again later; an exercise stands
+# wherever it belongs after the intuition.
+SECTIONS = (
+    "header", "setup", "objectives", "map", "demo", "predict", "intuition", "widget", "math",
+    "rung1", "rung2", "rung3", "measure", "break", "integrate", "fullscale", "recap", "quiz",
+    "trouble", "more",
+)  # fmt: skip
+REPEATED = {"predict", "widget", "measure", "exercise"}
+LEAST_EXERCISES = 2
+
+# Sections that one chapter has no use for, and why.
+EXEMPT = {
+    "00": {
+        "rung1": "the chapter builds no operation: it reads a config and counts",
+        "rung2": "as rung1",
+        "rung3": "as rung1",
+    },
+}
+
+_VOLATILE = {"execution", "ExecuteTime", "scrolled", "collapsed", "vscode", "colab"}
+_IGNORING = re.compile(r"NBVAL_(?:IGNORE_OUTPUT|SKIP|RAISES_EXCEPTION)")
+_IGNORING_TAGS = {
+    "nbval-ignore-output", "nbval-skip", "nbval-raises-exception", "raises-exception"
+}  # fmt: skip
+_PLACE = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var/folders)/[\w.-]+")
+_FETCH = re.compile(
+    r"""(?:<(?:script|img|link|iframe)\b[^>]*?(?:src|href)\s*=\s*["']?|!\[[^\]]*\]\(|@import\s+["']|"""
+    r"""url\(["']?)\s*(https?:)?//[^\s"')>]+"""
+)
+
+
+def code_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
+    """Code cells that hold something, with their place."""
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and cell.source.strip():
+            yield index, cell
+
+
+def markdown_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
+    """Markdown cells, with their place."""
+    for index, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            yield index, cell
+
+
+def outputs(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
+    """All outputs, with the place of their cell."""
+    for index, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", ()):
+            yield index, output
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """The section tags of a cell, without their `nl:`."""
+    return [t.removeprefix("nl:") for t in cell.metadata.get("tags", ()) if t.startswith("nl:")]
+
+
+def not_run(notebook: NotebookNode) -> list[str]:
+    """Cells that were not executed, once each, from the first to the last."""
+    counts = [(index, cell.execution_count) for index, cell in code_cells(notebook)]
+    for expected, (index, count) in enumerate(counts, start=1):
+        if count is None:
+            return [f"cell {index} was never run; run `make notebooks`."]
+        if count != expected:
+            return [f"cell {index} has count {count}, expected {expected}: cells were run out of "
+                    "order; run `make notebooks`."]  # fmt: skip
+    if not counts:
+        return ["there is no code cell."]
+    empty = [i for i, c in enumerate(notebook.cells) if not c.source.strip()]
+    return [f"cell {index} is empty." for index in empty]
+
+
+def errors(notebook: NotebookNode) -> list[str]:
+    """Stored tracebacks."""
+    return [
+        f"cell {index} ended in {output.ename}: {output.evalue}."
+        for index, output in outputs(notebook)
+        if output.output_type == "error"
+    ]
+
+
+def without_words(notebook: NotebookNode) -> list[str]:
+    """Figures and images that a reader who cannot see them is told nothing about."""
+    found = []
+    for index, output in outputs(notebook):
+        data = output.get("data", {})
+        plain = "".join(data.get("text/plain", ""))
+        if PLOTLY in data:
+            alt = _alt(data[PLOTLY])
+            if len(alt) < SHORTEST_ALT:
+                found.append(f"cell {index} shows a figure without alt text; end its function with "
+                             "described(fig, …) and display it with show(fig).")  # fmt: skip
+            elif alt not in " ".join(plain.split()):
+                found.append(f"cell {index} shows a figure whose text/plain is not its alt text.")
+        elif any(kind.startswith("image/") for kind in data) and (
+            len(plain) < SHORTEST_ALT or plain.startswith("<")
+        ):
+            found.append(f"cell {index} shows an image described as {plain!r}.")
+        markup = "".join(data.get("text/html", ""))
+        for tag in re.findall(r"<img\b[^>]*>", markup):
+            if not re.search(r"alt\s*=\s*([\"'])(?!\1)", tag):
+                found.append(f"cell {index} has {tag[:60]} without alt.")
+        for tag in re.findall(r"<svg\b.*?</svg>", markup, re.S):
+            if "<title" not in tag and "aria-label" not in tag:
+                found.append(f"cell {index} has an <svg> without a title.")
+    for index, cell in markdown_cells(notebook):
+        for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", cell.source):
+            if len(alt) < SHORTEST_ALT:
+                found.append(f"cell {index} has the image {target} described as {alt!r}.")
+    return found
+
+
+def _alt(figure: dict[str, Any]) -> str:
+    meta = figure.get("layout", {}).get("meta")
+    return str(meta.get("alt", "")) if isinstance(meta, dict) else ""
+
+
+def without_picture(notebook: NotebookNode) -> list[str]:
+    """Figures that a viewer without plotly cannot draw."""
+    return [
+        f"cell {index} has a figure without its PNG; run `make notebooks`."
+        for index, output in outputs(notebook)
+        if PLOTLY in output.get("data", {}) and "image/png" not in output.data
+    ]
+
+
+def sections(notebook: NotebookNode, chapter: str) -> list[str]:
+    """Sections that are missing, out of order, twice, unknown, or on the wrong kind of cell."""
+    exempt = EXEMPT.get(chapter, {})
+    places: dict[str, list[int]] = {}
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        for tag in tags(cell):
+            places.setdefault(tag, []).append(index)
+            if tag not in {*SECTIONS, "exercise"}:
+                found.append(f"cell {index} has the unknown tag nl:{tag}.")
+            elif cell.cell_type != ("code" if tag == "setup" else "markdown"):
+                found.append(f"cell {index} with nl:{tag} is a {cell.cell_type} cell.")
+    found += [f"nl:{tag} is missing." for tag in SECTIONS if tag not in {*places, *exempt}]
+    found += [
+        f"nl:{tag} is there, so its exemption ({exempt[tag]}) can go."
+        for tag in exempt
+        if tag in places
+    ]
+    for tag, at in places.items():
+        if len(at) > 1 and tag in set(SECTIONS) - REPEATED:
+            found.append(f"nl:{tag} is there {len(at)} times, in cells {at}.")
+    present = [tag for tag in SECTIONS if tag in places]
+    for before, after in pairwise(present):
+        if places[before][0] >= places[after][0]:
+            found.append(f"nl:{after} (cell {places[after][0]}) stands before nl:{before} "
+                         f"(cell {places[before][0]}).")  # fmt: skip
+    exercises = places.get("exercise", [])
+    if len(exercises) < LEAST_EXERCISES:
+        found.append(f"{len(exercises)} exercises; expected at least {LEAST_EXERCISES}.")
+    elif exercises[0] < places.get("intuition", [0])[0]:
+        found.append(f"nl:exercise (cell {exercises[0]}) stands before nl:intuition.")
+    return found + _opening(notebook, chapter, places)
+
+
+def _opening(notebook: NotebookNode, chapter: str, places: dict[str, list[int]]) -> list[str]:
+    found = []
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or "header" not in tags(first) or not first.source.startswith("# "):
+        found.append("the first cell is not an nl:header that opens with `# title`.")
+    for index in places.get("setup", ()):
+        if not re.search(rf"""\bsetup\(\s*["']{chapter}["']""", notebook.cells[index].source):
+            found.append(f'cell {index} with nl:setup does not call setup("{chapter}").')
+    return found
+
+
+def leftovers(notebook: NotebookNode) -> list[str]:
+    """State of widgets, stderr and volatile metadata."""
+    found = [] if "widgets" not in notebook.metadata else ["metadata.widgets is still there."]
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        found.append("the kernel is not named python3.")
+    for index, cell in enumerate(notebook.cells):
+        for key in sorted(_VOLATILE & set(cell.metadata)):
+            found.append(f"cell {index} has metadata.{key}.")
+    for index, output in outputs(notebook):
+        if WIDGET in output.get("data", {}):
+            found.append(f"cell {index} still links to a widget that lives no longer.")
+        if output.output_type == "stream" and output.name == "stderr":
+            found.append(f"cell {index} has stderr in its output.")
+    return [f"{fault} Run `make notebooks`." for fault in found]
+
+
+def too_long(notebook: NotebookNode) -> list[str]:
+    """Chapters of too many cells, and cells of too many lines. A stub may be longer."""
+    found = []
+    if len(notebook.cells) > MOST_CELLS:
+        found.append(f"{len(notebook.cells)} cells; at most {MOST_CELLS}.")
+    stubs = {index for index, _ in stub_cells(notebook)}
+    for index, cell in code_cells(notebook):
+        lines = sum(1 for line in cell.source.splitlines() if line.strip())
+        if lines > MOST_LINES and index not in stubs:
+            found.append(f"cell {index} has {lines} lines of code; at most {MOST_LINES}.")
+    return found
+
+
+def stub_cells(notebook: NotebookNode) -> Iterator[tuple[int, str]]:
+    """Place of each exercise's code cell, the first after its task, and the exercise's id."""
+    for index, cell in enumerate(notebook.cells):
+        if "exercise" not in tags(cell):
+            continue
+        later = range(index + 1, len(notebook.cells))
+        at = next((i for i in later if notebook.cells[i].cell_type == "code"), None)
+        yield (index if at is None else at), cell.metadata.get("nl_exercise", "")
+
+
+def too_large(notebook: NotebookNode) -> list[str]:
+    """A file that takes too long to fetch and to show."""
+    size = len(nbformat.writes(notebook).encode())
+    if size <= MOST_BYTES:
+        return []
+    weights = [
+        (len(nbformat.writes(nbformat.v4.new_notebook(cells=[cell]))), index)
+        for index, cell in enumerate(notebook.cells)
+    ]
+    heavy = ", ".join(f"cell {i}: {w // 1000} kB" for w, i in sorted(weights, reverse=True)[:3])
+    return [f"{size // 1000} kB; at most {MOST_BYTES // 1000} ({heavy})."]
+
+
+def not_compared(notebook: NotebookNode) -> list[str]:
+    """Too many cells whose output the notebook test ignores, or cells that it skips."""
+    ignored, found = [], []
+    for index, cell in code_cells(notebook):
+        marks = set(_IGNORING.findall(cell.source)) | _IGNORING_TAGS & set(
+            cell.metadata.get("tags", ())
+        )
+        ignored += [index] * bool(marks)
+        if marks - {"NBVAL_IGNORE_OUTPUT", "nbval-ignore-output"}:
+            found.append(f"cell {index} is marked {sorted(marks)}; a chapter's cells all run.")
+    if len(ignored) > MOST_IGNORED:
+        found.append(f"cells {ignored} are not compared; at most {MOST_IGNORED} may be.")
+    return found
+
+
+def foreign(notebook: NotebookNode) -> list[str]:
+    """Paths of the author's machine, and things that would be fetched from outside."""
+    found = []
+    for index, text in _texts(notebook):
+        for place in dict.fromkeys(_PLACE.findall(text)):
+            found.append(f"cell {index} names the place {place} of one machine.")
+        for match in _FETCH.finditer(text):
+            found.append(f"cell {index} fetches {match[0][-60:]!r} from outside.")
+    return found
+
+
+def _texts(notebook: NotebookNode) -> Iterator[tuple[int, str]]:
+    for index, cell in enumerate(notebook.cells):
+        yield index, cell.source
+    for index, output in outputs(notebook):
+        yield index, "".join(output.get("text", ""))
+        for kind, value in output.get("data", {}).items():
+            if kind.startswith("text/"):
+                yield index, "".join(value)

@@ -1,0 +1,49 @@
+"""How chapters are tested: every cell runs, and what it says is compared with what is stored.
+
+nbval makes a test of each code cell. Three things are settled here:
+
+- what is not compared: stderr, pictures, plotly's JSON and HTML, where measured values live. Text
+  and stdout are compared, and sanitize.cfg lets nothing but addresses pass. A figure's numbers are
+  therefore asserted in the cell that draws it.
+- a cell that was never run fails. nbval itself would compare nothing in it and pass.
+- all cells of a chapter share one kernel, so pytest-xdist keeps them on one worker
+  (`--dist loadgroup` in pyproject.toml); other tests spread as they like.
+
+`pytest notebooks` runs the chapters alone; `make test` runs them among the other tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOT_COMPARED = (
+    "stderr",
+    "application/vnd.plotly.v1+json",
+    "image/svg+xml",
+    "text/html",
+)
+
+
+def pytest_collectstart(collector: Any) -> None:
+    """Leave out of the comparison what differs between machines."""
+    if type(collector).__name__ == "IPyNbFile":
+        collector.skip_compare += NOT_COMPARED
+        collector.config.option.nbval_sanitize_with = str(Path(__file__).with_name("sanitize.cfg"))
+
+
+def pytest_itemcollected(item: Any) -> None:
+    """Keep the cells of one chapter together."""
+    if type(item).__name__ == "IPyNbCell":
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: Any) -> None:
+    """Refuse a cell that was committed without having been run."""
+    if type(item).__name__ == "IPyNbCell":
+        cell = item.cell
+        if cell.source.strip() and cell.get("execution_count") is None:
+            pytest.fail("this cell was never run; run `make notebooks`.", pytrace=False)

@@ -1,0 +1,86 @@
+"""A small chapter that keeps every rule, for the tests to break one rule at a time.
+
+It is written, not executed: the tests of the rules need the stored form only. `runnable` makes a
+notebook that can be executed, for the tests of publishing and of the notebook test itself.
+"""
+
+from __future__ import annotations
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from nemotron_lite.course.hygiene_cells import PLOTLY, SECTIONS
+
+ALT = "One line that rises from left to right, steeply at first and then ever more slowly."
+STUBS = {
+    f"01.{name}": f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n'
+    for name in ("discretise", "memorise")
+}
+FIGURE = {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {"meta": {"alt": ALT}}}
+
+
+def figure_output() -> NotebookNode:
+    """What `show` leaves of a figure, once published."""
+    data = {PLOTLY: FIGURE, "text/plain": ALT, "image/png": "iVBORw0KGgo=\n"}
+    return new_output("display_data", data=data)
+
+
+def chapter() -> NotebookNode:
+    """Every section of the template, two exercises, a prediction that is measured, a figure."""
+    cells = []
+    for section in SECTIONS:
+        tags = dict(tags=[f"nl:{section}"])
+        if section == "setup":
+            cells.append(new_code_cell('session = setup("01")', metadata=tags))
+            continue
+        title = "# 01 Sample" if section == "header" else f"## The section {section}"
+        cells.append(new_markdown_cell(f"{title}\n\nSome words.", metadata=tags))
+        if section == "predict":
+            cells.append(new_code_cell('predict("ratio", "How much faster?")'))
+        elif section == "widget":
+            cells.append(new_code_cell("show(curve())", outputs=[figure_output()]))
+        elif section == "measure":
+            cells.append(new_code_cell('measured("ratio", run(), low=1)'))
+        elif section in ("intuition", "rung2"):
+            name = "discretise" if section == "intuition" else "memorise"
+            cells += exercise(f"01.{name}")
+    numbered(cells)
+    metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    notebook = new_notebook(cells=cells, metadata=metadata)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def exercise(name: str) -> list[NotebookNode]:
+    """The two cells of an exercise: the task, and its untouched stub."""
+    function = name.partition(".")[2]
+    task = dict(tags=["nl:exercise"], nl_exercise=name)
+    return [
+        new_markdown_cell(f"### Exercise: {function}", metadata=task),
+        new_code_cell(f'{STUBS[name]}\n\ncheck("{name}", {function})'),
+    ]
+
+
+def numbered(cells: list[NotebookNode]) -> None:
+    """Execution counts 1 to n."""
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        cell.execution_count = count
+
+
+def tagged(notebook: NotebookNode, section: str) -> NotebookNode:
+    """The first cell of a section."""
+    return next(c for c in notebook.cells if f"nl:{section}" in c.metadata.get("tags", ()))
+
+
+def code(notebook: NotebookNode, part: str) -> NotebookNode:
+    """The first code cell whose source holds `part`."""
+    return next(c for c in notebook.cells if c.cell_type == "code" and part in c.source)
+
+
+def runnable(*sources: str) -> NotebookNode:
+    """Cells that have not been run."""
+    cells = [new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    return new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
