@@ -161,7 +161,7 @@ def _close_items(
         close(mine, theirs, what=f"{what}, part {position}", rtol=rtol, atol=atol, dtype=dtype)
 
 
-def _close_numbers(actual: Any, expected: float, what: str, rtol: float, atol: float) -> None:
+def _close_numbers(actual: Any, expected: float | int, what: str, rtol: float, atol: float) -> None:
     if isinstance(actual, Tensor) and actual.numel() == 1:
         actual = actual.item()
     if isinstance(actual, bool) or not isinstance(actual, int | float):
@@ -239,5 +239,5 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _digits(value: float) -> str:
+def _digits(value: float | int) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,9 +47,14 @@ class Fact:
     key: str
     value: float | int | str | bool
     unit: str
-    source: str
+    places: tuple[tuple[str, str], ...]
     caveat: str
     name: str
+
+    @property
+    def source(self) -> str:
+        """Where it is printed, spelled out."""
+        return _cited(self.places)
 
     def __str__(self) -> str:
         return _written(self.value)
@@ -173,7 +178,7 @@ def read_facts(text: str) -> dict[str, Fact]:
     sources = tree.pop("sources", {})
     found: dict[str, Fact] = {}
 
-    def visit(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    def visit(node: Any, path: tuple[str, ...]) -> None:
         if not isinstance(node, Mapping):
             raise FactError(f"{'.'.join(path)} stands outside any fact; facts are tables.")
         if "value" in node:
@@ -195,17 +200,27 @@ def _read(key: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Fac
         raise FactError(f"{key!r} is not a key: small letters, digits and _, with a dot.")
     if not entry["source"]:
         raise FactError(f"{key} names no source.")
-    places = [_cited(key, place.strip(), sources) for place in entry["source"].split(";")]
+    places = tuple(_place(key, part.strip(), sources) for part in entry["source"].split(";"))
     name = entry.get("name") or key.partition(".")[2].replace("_", " ").replace(".", ", ")
-    return Fact(key, entry["value"], entry["unit"], "; ".join(places), entry["caveat"], name)
+    return Fact(key, entry["value"], entry["unit"], places, entry["caveat"], name)
 
 
-def _cited(key: str, place: str, sources: Mapping[str, str]) -> str:
-    """`S, Table 1` with the tag spelled out."""
-    tag, comma, rest = place.partition(",")
+def _place(key: str, part: str, sources: Mapping[str, str]) -> tuple[str, str]:
+    """`S, Table 1` as the name of the source and the place in it."""
+    tag, _, place = part.partition(",")
     if tag not in sources:
         raise FactError(f"{key} cites {tag!r}; [sources] has {sorted(sources)}.")
-    return sources[tag] + comma + rest
+    return sources[tag], place.strip()
+
+
+def _cited(places: Iterable[tuple[str, str]]) -> str:
+    """Each source once, with the places in it: `Nemotron 3 Super report, Table 1, section 2`."""
+    by_source: dict[str, list[str]] = {}
+    for source, place in places:
+        known = by_source.setdefault(source, [])
+        if place and place not in known:
+            known.append(place)
+    return "; ".join(", ".join([source, *known]) for source, known in by_source.items())
 
 
 def _maybe(key: str) -> Fact | None:
@@ -221,10 +236,19 @@ def _written(value: Any) -> str:
     return f"{value:g}".replace("e-0", "e-")
 
 
-def _notes(used: Any) -> list[str]:
-    """One line of sources, each once, and one line for each caveat."""
-    used = list(used)
-    sources = list(dict.fromkeys(place for fact in used for place in fact.source.split("; ")))
-    caveats = list(dict.fromkeys(f"{fact.name}: {fact.caveat}" for fact in used if fact.caveat))
-    notes = [f"Sources: {'; '.join(sources)}."] if sources else []
-    return notes + [f"Note on {caveat}" for caveat in caveats]
+def _notes(used: Iterable[Fact]) -> list[str]:
+    """One line of sources, and one line for each caveat."""
+    seen = list({fact.key: fact for fact in used}.values())
+    if not seen:
+        return []
+    notes = [f"Sources: {_cited(place for fact in seen for place in fact.places)}."]
+    models = {fact.key.partition(".")[0] for fact in seen}
+    caveats: dict[tuple[str, str], list[str]] = {}
+    for fact in seen:
+        if fact.caveat:
+            model = fact.key.partition(".")[0].capitalize()
+            caveats.setdefault((fact.name, fact.caveat), []).append(model)
+    for (name, caveat), of in caveats.items():
+        whose = f" ({', '.join(of)})" if len(models) > 1 else ""
+        notes.append(f"{name[:1].upper()}{name[1:]}{whose}: {caveat}")
+    return notes

@@ -19,6 +19,9 @@ from typing import Any
 from nemotron_lite.course import _output
 
 
+Bound = float | int | None
+
+
 class PredictionError(LookupError):
     """A measurement that nobody was asked to predict, or a guess that cannot be one."""
 
@@ -77,12 +80,12 @@ def predict(
 
 def measured(
     key: str,
-    value: float | int | str,
+    value: Any,
     *,
     unit: str = "",
     digits: int = 3,
-    low: float | None = None,
-    high: float | None = None,
+    low: Bound = None,
+    high: Bound = None,
     exact: bool = False,
 ) -> None:
     """Show the guess beside the measurement, and hold the measurement to its bounds.
@@ -128,7 +131,7 @@ def _worded(guess: Guess) -> str:
     return _output.with_unit(_output.number(guess.value), "" if guess.options else guess.unit)
 
 
-def _hold(key: str, value: Any, low: float | None, high: float | None, unit: str) -> None:
+def _hold(key: str, value: Any, low: Bound, high: Bound, unit: str) -> None:
     if isinstance(value, str):
         return
     if not math.isfinite(value):

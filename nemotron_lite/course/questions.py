@@ -85,7 +85,10 @@ def read_quiz(text: str, name: str = "quiz") -> tuple[Question, ...]:
     Raises:
         QuizError: naming the question and what is wrong with it.
     """
-    tree = tomllib.loads(text)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise QuizError(f"{name} is not TOML: {error}") from error
     if set(tree) != {"questions"} or not tree["questions"]:
         raise QuizError(f"{name} holds {sorted(tree)}; expected [[questions]] and nothing else.")
     return tuple(_question(f"{name}, question {i}", q) for i, q in enumerate(tree["questions"], 1))
