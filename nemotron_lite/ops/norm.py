@@ -91,7 +91,7 @@ def _fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = cast(x, _wide(x))
         norm = torch.linalg.vector_norm(wide).item()
         scale = (norm * norm / x.shape[-1] + eps) ** -0.5
-        return cast(torch.addcmul(_constant(0.0), wide, weight, value=scale), x.dtype)
+        return cast(torch.addcmul(_constant(0.0, wide.dtype), wide, weight, value=scale), x.dtype)
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -105,15 +105,16 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept; one pass over x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.is_cpu:
-        return torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        start = _constant(eps, x.dtype)
+        return torch.addcmul(start, norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
 
 
 @lru_cache
-def _constant(value: float) -> Tensor:
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor made once: small calls spend their time on making it anew."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
