@@ -191,6 +191,10 @@ def _close_tensors(
     wrong = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if not wrong.any():
         return
+    if wrong.numel() == 1:
+        raise AssertionError(
+            f"{what} is {_digits(mine.item())}; expected {_digits(theirs.item())}."
+        )
     gap = torch.where(wrong, (mine - theirs).abs(), -1.0).nan_to_num(posinf=1e300)
     place = list(torch.unravel_index(gap.argmax(), gap.shape))
     at = tuple(int(i) for i in place)

@@ -18,7 +18,6 @@ from typing import Any
 
 from nemotron_lite.course import _output
 
-
 Bound = float | int | None
 
 

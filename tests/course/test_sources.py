@@ -1,0 +1,69 @@
+"""The source shown is the one that runs, whatever stands between a name and its function."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+
+from nemotron_lite import NemotronConfig, ops
+from nemotron_lite.course import show_source
+from nemotron_lite.course.sources import source_of
+from nemotron_lite.layers.mamba import Mamba2
+from tests.course.conftest import Shown
+
+
+def test_a_function_is_shown_without_its_docstring(shown: Callable[..., Shown]) -> None:
+    seen = shown(show_source, ops.selective_scan)
+    assert seen.plain.startswith("def selective_scan(")
+    assert '"""' not in seen.plain
+    assert "state = keep[..., None, None] * state" in seen.plain
+    assert "nemotron_lite/ops/scan.py, line " in seen.html
+    compile(seen.plain, "shown", "exec")
+
+
+def test_the_docstring_on_request() -> None:
+    assert '"""' in source_of(ops.selective_scan, docstring=True)[0]
+
+
+def test_methods_classes_and_properties() -> None:
+    assert source_of(Mamba2.forward)[0].startswith("def forward(")
+    assert source_of(Mamba2)[0].startswith("class Mamba2(")
+    assert "def num_layers" in source_of(NemotronConfig.num_layers)[0]
+    assert source_of(functools.partial(ops.selective_scan, D=None))[0].startswith("def selective")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_triton_kernel() -> None:
+    from triton.runtime import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from nemotron_kernels import conv
+
+    kinds = (JITFunction, InterpretedFunction)
+    kernel = next(v for v in vars(conv).values() if isinstance(v, kinds))
+    source, where = source_of(kernel)
+    assert "@triton.jit" in source
+    assert where.startswith("nemotron_kernels/conv.py, line ")
+
+
+def test_colours_come_from_the_theme(shown: Callable[..., Shown]) -> None:
+    html = shown(show_source, ops.selective_scan).html
+    assert '<span style="color: var(--jp-mirror-editor-keyword-color' in html
+    assert "&gt;" in html
+
+
+def only_a_docstring() -> None:
+    """Nothing else."""
+
+
+def test_a_body_that_is_only_a_docstring_keeps_it() -> None:
+    assert '"""Nothing else."""' in source_of(only_a_docstring)[0]
+
+
+@pytest.mark.parametrize("thing", [3, len, "ops.selective_scan"])
+def test_what_has_no_source_is_told(thing: object) -> None:
+    with pytest.raises(TypeError, match="has no Python source to show"):
+        show_source(thing)
