@@ -14,8 +14,6 @@ WORKERS ?= 2
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Idle OpenMP threads give their core back sooner: spinning starves the worker on a shared machine.
-export GOMP_SPINCOUNT ?= 2000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test lab notebooks grade bench lint clean
@@ -29,6 +27,8 @@ setup: $(STAMP)  ## install everything into .venv; the other targets do it on th
 run: $(STAMP)  ## assemble a small Nemotron 3 Super, train it on text of this machine, let it write
 	$(BIN)/nemotron-lite run $(ARGS)
 
+# Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.
+test: export GOMP_SPINCOUNT ?= 2000
 test: $(STAMP)  ## run every test, on WORKERS processes (2)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 

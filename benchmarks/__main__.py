@@ -16,8 +16,6 @@ import sys
 import time
 from importlib import import_module
 
-from benchmarks import measure  # noqa: F401  before torch: it sets how OpenMP waits
-
 BENCHMARKS = ("ssd_operator", "model_speed", "growth")
 
 

@@ -22,10 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Read by OpenMP when torch is imported, so this module comes first: idle threads give their core
-# back at once. Spinning ones stall the other thread wherever somebody else uses the machine.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -69,12 +69,17 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, memory, operating system, load; and the GPU where there is one."""
+    """Processor, cores, threads, memory, how threads wait, system, load; and the GPU, if any."""
     found: dict[str, Any] = {
         "cpu": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "openmp": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("OMP_", "GOMP_", "KMP_"))
+        },
         "ram_gib": _ram_gib(),
         "os": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
