@@ -28,8 +28,8 @@ def test_the_state_of_the_figure_is_the_packages_scan() -> None:
 
 
 def test_the_cache_of_the_figure_is_the_packages_attention() -> None:
-    keys, values = (part[:5] for part in recall._pairs(8, seed=1))
-    q = torch.tensor(keys)[None, None] * recall.SHARPNESS * keys.shape[1] ** 0.5
+    keys, values = (part[:5] for part in recall._pairs(recall.VALUE_WIDTH, seed=1))
+    q = torch.tensor(keys)[None, None] * recall.SHARPNESS * recall.VALUE_WIDTH**0.5
     k, v = (torch.tensor(part)[None, None] for part in (keys, values))
     y = ops.causal_attention(q[:, :, 4:], k, v, starts=4)
     read = y[0, 0, 0].numpy() @ values.T / recall.VALUE_WIDTH
@@ -71,7 +71,9 @@ def test_the_crowding_widget_redraws_both_maps_in_time() -> None:
     widget.controls["n"].value = 64
     assert widget.seconds < BUDGET
     assert not np.array_equal(before, widget.figure.data[0].z)
-    assert "1,024 numbers, 32 of 32 answers right" in widget.words.value
+    wrong = len(recall.mistakes(np.asarray(widget.figure.data[0].z))[0])
+    assert wrong < len(recall.mistakes(before)[0])
+    assert f"1,024 numbers, {32 - wrong} of 32 answers right" in widget.words.value
     widget.controls["pairs"].value = 64
     assert np.shape(widget.figure.data[0].z) == np.shape(widget.figure.data[2].z) == (64, 64)
     assert widget.figure.layout.xaxis2.range == (-0.5, 63.5)

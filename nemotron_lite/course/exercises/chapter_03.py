@@ -31,9 +31,6 @@ the outer product of value and key. Afterwards answer every query with state tim
 does not change the state.
 """.strip(),
     stub='''
-import torch
-
-
 def outer_memory(keys, values, queries, keep=1.0):
     """Write pairs into one matrix, then read it with each query.
 
@@ -48,10 +45,7 @@ def outer_memory(keys, values, queries, keep=1.0):
     """
     raise NotImplementedError
 '''.strip(),
-    solution="""import torch
-
-
-def outer_memory(keys, values, queries, keep=1.0):
+    solution="""def outer_memory(keys, values, queries, keep=1.0):
     state = values.new_zeros(values.shape[1], keys.shape[1])
     for key, value in zip(keys, values):
         state = keep * state + torch.outer(value, key)
@@ -88,9 +82,6 @@ positions. There are fewer key heads than query heads: query head i reads key he
 Build it from matrix products and a softmax; leave `scaled_dot_product_attention` to the package.
 """.strip(),
     stub='''
-import torch
-
-
 def grouped_attention(q, k, v):
     """Causal attention with shared key heads.
 
@@ -103,10 +94,7 @@ def grouped_attention(q, k, v):
     """
     raise NotImplementedError
 '''.strip(),
-    solution="""import torch
-
-
-def grouped_attention(q, k, v):
+    solution="""def grouped_attention(q, k, v):
     shared = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(shared, dim=1)
     v = v.repeat_interleave(shared, dim=1)
@@ -148,9 +136,6 @@ the buffers, in place, behind the used ones. Return the valid part, old and new,
 says which keys each new token may see.
 """.strip(),
     stub='''
-import torch
-
-
 def extend_cache(buffer_k, buffer_v, used, k, v):
     """Append a piece of a sequence to a KV cache.
 
@@ -165,10 +150,7 @@ def extend_cache(buffer_k, buffer_v, used, k, v):
     """
     raise NotImplementedError
 '''.strip(),
-    solution="""import torch
-
-
-def extend_cache(buffer_k, buffer_v, used, k, v):
+    solution="""def extend_cache(buffer_k, buffer_v, used, k, v):
     new = k.shape[2]
     total = used + new
     buffer_k[:, :, used:total] = k
