@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from nemotron_lite.course import _output
@@ -90,7 +90,7 @@ def progress(iterable: Iterable[T], label: str, total: int | None = None) -> Ite
         label: what is being done, such as "training".
         total: how many steps, where `len(iterable)` does not say.
     """
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     bar = _bar(label, total)
     try:

@@ -264,14 +264,13 @@ def grade(found: Exercise, function: Any) -> CheckResult:
         try:
             with _own_random_numbers(f"{found.id}/{test.name}"):
                 test.run(function)
-        except AssertionError as error:
-            wrong[test.name] = _sentence(str(error)) or "The answer is not right."
-        except NotImplementedError as error:
-            if _raised_in(function, error):
-                return _not_done(found)
-            wrong[test.name] = _broken(function, error)
         except Exception as error:
-            wrong[test.name] = _broken(function, error)
+            if isinstance(error, NotImplementedError) and _raised_in(function, error):
+                return _not_done(found)
+            if isinstance(error, AssertionError) and not _raised_in(function, error):
+                wrong[test.name] = _sentence(str(error)) or "the answer is not right."
+            else:
+                wrong[test.name] = _broken(function, error)
     return _summary(found, wrong)
 
 
@@ -358,7 +357,9 @@ def _broken(function: Any, error: Exception) -> str:
         if code.co_filename in _files(function):
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
         trace = trace.tb_next
-    return f"it raised {_sentence(said)}" + (f" Your line: {line}" if line else "")
+    if not line:
+        return f"the check could not use what came back: {_sentence(said)}"
+    return f"it raised {_sentence(said)} Your line: {line}"
 
 
 def _sentence(text: str) -> str:

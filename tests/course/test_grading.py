@@ -137,6 +137,22 @@ def test_the_learners_own_line_is_quoted() -> None:
     assert "Your line: return twice.reshape(7) * A" in message
 
 
+def test_a_result_that_a_check_cannot_take_apart_is_told() -> None:
+    def two(function: Callable[..., Any]) -> None:
+        first, second = function(torch.ones(1), torch.ones(1))
+        close(first, second)
+
+    exercise = replace(FADE, points=1, checks=(Check("two", two),))
+    words = "two: the check could not use what came back: TypeError: cannot unpack non-iterable"
+    assert words in grade(exercise, FADE.build("def fade(dt, A):\n    dt + A\n")).message
+
+
+def test_the_learners_own_assertion_is_quoted() -> None:
+    source = "def fade(dt, A):\n    assert dt < 0\n    return dt\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised AssertionError. Your line: assert dt < 0" in message
+
+
 def test_what_is_passed_in_is_what_is_graded() -> None:
     seen = []
 

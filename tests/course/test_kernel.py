@@ -1,0 +1,95 @@
+"""One real kernel: what a chapter's cells leave in the file, live widgets and bars included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from nemotron_lite.course.display import PLOTLY, WIDGET
+from tests.course.test_questions import TEXT
+
+ROOT = Path(__file__).resolve().parents[2]
+CELLS = {
+    "setup": """
+from nemotron_lite import ops
+from nemotron_lite.course import *
+from nemotron_lite.course import questions
+setup("01", threads=1)""",
+    "source": "show_source(ops.selective_scan)",
+    "predict": "predict('n', 'How many?', guess=3)\nmeasured('n', 4.5)",
+    "figure": """
+import ipywidgets, plotly.graph_objects as go
+live = go.FigureWidget(go.Scatter(y=[1, 2]))
+live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the axis."}
+show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
+    "progress": "total = sum(progress(range(300), 'training'))",
+    "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
+    "quiz": f"questions.load_quiz = lambda chapter: questions.read_quiz({TEXT!r})\nquiz('01')",
+    "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
+    "check": """
+from nemotron_lite.course import grading
+def run(f):
+    grading.close(f(2), 4, what="twice 2")
+twice = grading.Exercise(
+    id="99.twice", title="", objective="", minutes=1, difficulty=1, importance=1, points=1,
+    task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
+    solution="def twice(x):\\n    return 2 * x\\n", hints=("a", "b", "c"),
+    checks=(Check("by hand", run),))
+grading.exercises = lambda chapter: (twice,)
+def mine(x):
+    raise NotImplementedError
+
+check("99.twice", mine)""",
+    "wrong": "def mine(x):\n    return x ** 3\n\ncheck('99.twice', mine)",
+    "broken": "def mine(x):\n    return x[0]\n\nresult = check('99.twice', mine)",
+    "later": "result",
+}
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, list[dict[str, Any]]]:
+    """Cell name → bundles it left; anything but displayed data would be an error or a stream."""
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS.values()]
+    )
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    found = {}
+    for name, cell in zip(CELLS, notebook.cells, strict=True):
+        kinds = [output.output_type for output in cell.outputs]
+        assert set(kinds) == {"display_data"}, (name, cell.outputs)
+        found[name] = [dict(output.data) for output in cell.outputs]
+    return found
+
+
+def test_each_verb_leaves_one_output_and_setup_says_nothing_twice(
+    outputs: dict[str, list[dict[str, Any]]],
+) -> None:
+    twice = {"predict", "tell"}
+    assert {name: len(b) for name, b in outputs.items()} == {
+        name: 2 if name in twice else 1 for name in CELLS
+    }
+
+
+def test_the_text_at_rest(outputs: dict[str, list[dict[str, Any]]]) -> None:
+    text = {name: bundles[0]["text/plain"] for name, bundles in outputs.items()}
+    assert text["setup"] == "Chapter 01 · ready"
+    assert text["figure"].startswith("A line that rises")
+    assert text["progress"] == "training: 300 steps"
+    assert text["hook"] == "training: 2 steps"
+    assert text["check"].startswith("99.twice: not done yet. Fill in twice")
+    assert "by hand: twice 2 is 8; expected 4." in text["wrong"]
+    assert "it raised TypeError: 'int' object is not subscriptable." in text["broken"]
+    assert "Your line: return x[0]" in text["broken"]
+    assert text["later"] == text["broken"]
+    assert "a) It forgets *faster*." in text["quiz"]
+    assert [b["text/plain"] for b in outputs["predict"]][1] == "measured: n"
+
+
+def test_live_things_have_a_live_form(outputs: dict[str, list[dict[str, Any]]]) -> None:
+    for name in ("figure", "progress", "hook", "quiz"):
+        assert WIDGET in outputs[name][0], name
+    assert outputs["figure"][0][PLOTLY]["data"][0]["y"]
