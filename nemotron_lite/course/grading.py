@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import html
 import linecache
 import random
 import re
@@ -190,13 +191,7 @@ def check(exercise_id: str, function: Any) -> CheckResult:
         TypeError: `function` cannot be called.
     """
     result = grade(exercise(exercise_id), function)
-    edge = _output.RIGHT if result.passed else _output.ACCENT if not result.failed else None
-    head, _, rest = result.message.partition("\n")
-    body = f"<b>{_output.inline(head)}</b>"
-    if rest:
-        style = "margin: 4px 0 0 0; white-space: pre-wrap;"
-        body += f'<pre style="{style}">{_output.inline(rest)}</pre>'
-    _output.emit(result.message, _output.card(body, edge=edge or _output.WRONG))
+    _output.emit(result.message, _drawn(result))
     return result
 
 
@@ -285,11 +280,12 @@ def _not_done(found: Exercise) -> CheckResult:
 def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
     points = sum(test.points for test in found.checks if test.name not in wrong)
     count = len(found.checks)
-    score = f"{points} of {found.points} point{'s' if found.points > 1 else ''}"
+    passing = _count(count - len(wrong), count, "check")
+    score = f"{passing}, {_count(points, found.points, 'point')}."
     if not wrong:
-        message = f"{found.id}: right. {count} of {count} checks, {score}."
+        message = f"{found.id}: right. {score}"
         return CheckResult(True, points, found.points, message, found.id, shown_at=_output.moment())
-    lines = [f"{found.id}: not right yet. {count - len(wrong)} of {count} checks, {score}."]
+    lines = [f"{found.id}: not right yet. {score}"]
     lines += [f"  {'✗' if test.name in wrong else '✓'} {test.name}" for test in found.checks]
     first = next(test for test in found.checks if test.name in wrong)
     lines.append(f"{first.name}: {wrong[first.name]}")
@@ -298,6 +294,21 @@ def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
         False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong),
         _output.moment(),
     )  # fmt: skip
+
+
+def _drawn(result: CheckResult) -> str:
+    """The message as a card: its first line in bold, code as code."""
+    edge = _output.RIGHT if result.passed else _output.WRONG if result.failed else _output.ACCENT
+    head, *rest = html.escape(result.message, quote=False).splitlines()
+    lines = [f"<b>{head}</b>", *(line.replace("  ", "&emsp;", 1) for line in rest)]
+    text = "<br>".join(lines)
+    text = re.sub(r'hint\("[^)]*\)', r"<code>\g<0></code>", text)
+    text = re.sub(r"(?<=Your line: )(.*?)(?=<br>|$)", r"<code>\1</code>", text)
+    return _output.card(text, edge=edge)
+
+
+def _count(number: int, of: int, what: str) -> str:
+    return f"{number} of {of} {what}{'' if of == 1 else 's'}"
 
 
 def _defined(source: str) -> str:

@@ -159,7 +159,7 @@ def _side_by_side(guess: Guess, value: Any, shown: str) -> str:
         f'<span style="font-size: 125%">{text}</span></td>'
         for name, text in cells
     )
-    table = f"<table><tbody><tr>{columns}</tr></tbody></table>"
+    table = f'<table style="margin: 4px 0 0 0"><tbody><tr>{columns}</tr></tbody></table>'
     return _output.card(_output.inline(guess.question) + table, edge=_output.RIGHT)
 
 

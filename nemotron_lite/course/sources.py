@@ -1,37 +1,27 @@
 """`show_source`: the package's own code in a chapter, read from the file at that moment.
 
 A chapter that copies code grows apart from the package. This shows the live object, so the text
-beside it can only be about the code that runs. The plain form is the source itself; when the
-package changes, the stored output no longer matches and the chapter has to be published again.
+beside it can only be about the code that runs. When the package changes, the stored output no
+longer matches and the chapter has to be published again.
 
-Left out: the docstring, unless it is asked for. In a chapter the text around the cell does its
-work.
+The rich form is markdown with a block of Python in it. JupyterLab colours that as it colours a
+cell, in both themes and also in a notebook it does not trust yet, where colours of our own in HTML
+would be taken out.
+
+Left out: the docstring, unless it is asked for, because the text around the cell does its work; and
+line numbers, which change with every edit above.
 """
 
 from __future__ import annotations
 
 import ast
-import html
 import inspect
+import re
 import textwrap
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nemotron_lite.course import _output
-
-# JupyterLab's editor colours, so that the code looks like a cell in either theme.
-_COLOURS = {
-    "Keyword": "var(--jp-mirror-editor-keyword-color, #007b00)",
-    "Comment": "var(--jp-mirror-editor-comment-color, #406060)",
-    "String": "var(--jp-mirror-editor-string-color, #a31515)",
-    "Number": "var(--jp-mirror-editor-number-color, #006b3c)",
-    "Operator.Word": "var(--jp-mirror-editor-keyword-color, #007b00)",
-    "Name.Builtin": "var(--jp-mirror-editor-builtin-color, #006b6b)",
-    "Name.Decorator": "var(--jp-mirror-editor-meta-color, #7a3e9d)",
-    "Name.Function": "var(--jp-mirror-editor-def-color, #0000cc)",
-    "Name.Class": "var(--jp-mirror-editor-def-color, #0000cc)",
-}
 
 
 def show_source(obj: Any, *, docstring: bool = False) -> None:
@@ -45,15 +35,16 @@ def show_source(obj: Any, *, docstring: bool = False) -> None:
         TypeError: Python keeps no source for it; a number, or something written in C.
     """
     source, where = source_of(obj, docstring=docstring)
-    heading = f'<div style="color: {_output.FAINT}"><code>{html.escape(where)}</code></div>'
-    _output.emit(source, heading + _highlighted(source))
+    fence = max(["``", *re.findall("`{3,}", source)], key=len) + "`"
+    markdown = f"`{where}`\n\n{fence}python\n{source}\n{fence}"
+    _output.emit(source, more={"text/markdown": markdown})
 
 
 def source_of(obj: Any, *, docstring: bool = False) -> tuple[str, str]:
-    """The source of `obj`, and where it stands: `nemotron_lite/ops/scan.py, line 31`."""
+    """The source of `obj`, and the file it stands in: `nemotron_lite/ops/scan.py`."""
     target = _python_object(obj)
     try:
-        lines, first = inspect.getsourcelines(target)
+        lines, _ = inspect.getsourcelines(target)
         path = inspect.getsourcefile(target) or "?"
     except (TypeError, OSError) as error:
         raise TypeError(
@@ -63,7 +54,7 @@ def source_of(obj: Any, *, docstring: bool = False) -> tuple[str, str]:
     source = textwrap.dedent("".join(lines)).rstrip("\n")
     if not docstring:
         source = _without_docstring(source)
-    return source, f"{_short(path)}, line {first}"
+    return source, _short(path)
 
 
 def _python_object(obj: Any) -> Any:
@@ -102,28 +93,3 @@ def _short(path: str) -> str:
         if root in parts:
             return "/".join(parts[len(parts) - parts[::-1].index(root) - 1 :])
     return "this notebook" if "ipykernel" in path or path.startswith("<") else Path(path).name
-
-
-@cache
-def _colours() -> dict[Any, str]:
-    from pygments.token import string_to_tokentype
-
-    return {string_to_tokentype(f"Token.{name}"): colour for name, colour in _COLOURS.items()}
-
-
-def _highlighted(source: str) -> str:
-    from pygments.lexers import PythonLexer
-
-    colours = _colours()
-    out = []
-    for kind, text in PythonLexer(stripnl=False).get_tokens(source):
-        while kind not in colours and kind.parent is not None:
-            kind = kind.parent
-        safe = html.escape(text, quote=False)
-        colour = colours.get(kind)
-        out.append(f'<span style="color: {colour}">{safe}</span>' if colour else safe)
-    style = (
-        f"border: 1px solid {_output.BORDER}; padding: 8px 12px; overflow-x: auto; "
-        "line-height: 1.4;"
-    )
-    return f'<pre style="{style}">{"".join(out).rstrip()}</pre>'

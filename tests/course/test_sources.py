@@ -20,7 +20,7 @@ def test_a_function_is_shown_without_its_docstring(shown: Callable[..., Shown]) 
     assert seen.plain.startswith("def selective_scan(")
     assert '"""' not in seen.plain
     assert "state = keep[..., None, None] * state" in seen.plain
-    assert "nemotron_lite/ops/scan.py, line " in seen.html
+    assert seen.bundles[0]["text/markdown"].startswith("`nemotron_lite/ops/scan.py`")
     compile(seen.plain, "shown", "exec")
 
 
@@ -46,13 +46,21 @@ def test_a_triton_kernel() -> None:
     kernel = next(v for v in vars(conv).values() if isinstance(v, kinds))
     source, where = source_of(kernel)
     assert "@triton.jit" in source
-    assert where.startswith("nemotron_kernels/conv.py, line ")
+    assert where == "nemotron_kernels/conv.py"
 
 
-def test_colours_come_from_the_theme(shown: Callable[..., Shown]) -> None:
-    html = shown(show_source, ops.selective_scan).html
-    assert '<span style="color: var(--jp-mirror-editor-keyword-color' in html
-    assert "&gt;" in html
+def test_the_code_stands_in_a_block_of_python(shown: Callable[..., Shown]) -> None:
+    seen = shown(show_source, ops.selective_scan)
+    _, _, block = seen.bundles[0]["text/markdown"].partition("\n\n")
+    assert block == f"```python\n{seen.plain}\n```"
+
+
+def fenced() -> str:
+    return "```"
+
+
+def test_a_fence_in_the_code_does_not_end_the_block(shown: Callable[..., Shown]) -> None:
+    assert "\n````python\ndef fenced()" in shown(show_source, fenced).bundles[0]["text/markdown"]
 
 
 def only_a_docstring() -> None:
