@@ -1,8 +1,8 @@
 """nbgrader's settings for this coursework, read by `nbgrader` in this folder and by `make grade`.
 
-One assignment a chapter: source/chapter_NN is made from the exercises of the package (`make
-coursework`), release/chapter_NN is what nbgrader makes of it. What nbgrader writes while grading
-(submitted/, autograded/, feedback/, gradebook.db) stays out of git.
+One assignment a chapter: source/chapter_NN is made from the exercises of the package, and
+release/chapter_NN is what nbgrader makes of it (`python -m nemotron_lite.course.coursework`). What
+nbgrader writes while grading (submitted/, autograded/, feedback/, gradebook.db) stays out of git.
 """
 
 import os

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import re
 import resource
@@ -33,6 +34,8 @@ from typing import Any
 
 LEARNER = "learner"  # a name of our own: nbgrader uses it in file patterns
 GIB = 2**30
+# What a cell ends in when its time is over: the kernel's word, or nbgrader's if it did not answer.
+INTERRUPTED = ("KeyboardInterrupt", "CellTimeoutError")
 
 
 def loopback_up() -> None:
@@ -116,7 +119,7 @@ def mark(
     zero = {"points": 0.0, "max_points": most}
     broken = _error(answer)
     if (error := _error(test)) is not None:
-        status = "stopped" if error["ename"] == "CellTimeoutError" else "error"
+        status = "stopped" if error["ename"] in INTERRUPTED else "error"
         return {**zero, "status": status, "message": _line(error, broken, function)}
     values = [o for o in test["outputs"] if o["output_type"] == "execute_result"]
     points = _number("".join(values[0]["data"].get("text/plain", ""))) if len(values) == 1 else None
@@ -144,10 +147,8 @@ def _number(text: str) -> float | None:
 def _line(error: dict[str, Any], broken: dict[str, Any] | None, function: str) -> str:
     """What an error means for the learner."""
     name, text = error["ename"], error["evalue"]
-    if name == "CellTimeoutError":
+    if name in INTERRUPTED:
         return "stopped because its time was over: an endless loop?"
-    if name == "DeadKernelError":
-        return "the Python process died: out of memory, or ended by the code?"
     if name == "NameError" and f"'{function}'" in text:
         if broken is not None:
             return f"there is no function {function}: its cell ended in {_line(broken, None, '')}"
@@ -199,6 +200,12 @@ def _enter(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any]]) ->
 def main() -> int:
     """Do one of the three things; jobs come on stdin, so that no learner's name is an argument."""
     die_with_parent()
+    # nbgrader calls alembic by name; a Python that is not activated does not have it on its path.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # jsonschema builds this grammar of web addresses when it is imported, which takes longer than
+    # grading an exercise, and nothing here has an address to check. None makes the import fail.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     what = sys.argv[1]
     if what == "probe":
         json.dump(probe(), sys.stdout)

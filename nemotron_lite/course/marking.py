@@ -125,7 +125,7 @@ def _started_by(pid: int) -> list[int]:
     return found
 
 
-def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds: float) -> str:
+def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds: int) -> str:
     """Run a worker on a job; "" when it ended well, otherwise why not.
 
     When its time is over, it is killed with all that it started: a kernel in an endless loop is in
@@ -139,7 +139,7 @@ def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds
         try:
             process.communicate(json.dumps(job), timeout=seconds)
         except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s, the limit for a whole submission"
+            return f"stopped after {seconds} s, the limit for a whole submission"
         finally:
             if process.poll() is None:
                 for pid in _started_by(process.pid):
@@ -270,7 +270,9 @@ def grade_folder(
     folder, out, limits = folder.resolve(), out.resolve(), limits or Limits()
     if out == folder or folder in out.parents:
         raise SubmissionError(f"the results would go into {out}, among the submissions.")
-    before = _fingerprint(folder) if folder.is_dir() else ""
+    if not folder.is_dir():
+        raise SubmissionError(f"{folder} is no folder; SUBMISSIONS names one with notebooks in it.")
+    before = _fingerprint(folder)
     with tempfile.TemporaryDirectory(prefix="course-") as work:
         course = Path(work)
         shutil.copytree(exercises / "source", course / "source")

@@ -148,7 +148,7 @@ def assignment_of(notebook: dict[str, Any], assignments: dict[str, Assignment]) 
     """Which assignment the cells belong to; "" when none of them is known."""
     votes: Counter[str] = Counter()
     for cell in notebook["cells"]:
-        marks = {grade_id(cell), cell.get("id") if isinstance(cell, dict) else None}
+        marks = {grade_id(cell), str(cell.get("id") if isinstance(cell, dict) else "")}
         votes.update(name for name, a in assignments.items() if marks & a.by_id.keys())
     return votes.most_common(1)[0][0] if votes else ""
 
@@ -206,10 +206,8 @@ def find_submissions(folder: Path, assignments: dict[str, Assignment]) -> list[S
     """Every submission below `folder`, one a learner and assignment, sorted.
 
     Raises:
-        SubmissionError: there is no such folder, or no submission in it.
+        SubmissionError: there is no submission in it.
     """
-    if not folder.is_dir():
-        raise SubmissionError(f"{folder} is no folder; SUBMISSIONS names one with notebooks in it.")
     inner = folder / "submitted"
     found = [
         s if s.fault else _resolved(s, assignments)
