@@ -69,7 +69,7 @@ def _counted(function: Answer, config: NemotronConfig, what: str, part: int | No
     expected = (int(layer.total), int(layer.active))
     names = (f"stored in {what}", f"read by one token in {what}")
     for i in (0, 1) if part is None else (part,):
-        close(found[i], expected[i], what=names[i], rtol=0, atol=0)
+        close(found[i], expected[i], what=names[i], rtol=0.0, atol=0.0)
 
 
 def plain_stored(function: Answer) -> None:
@@ -94,7 +94,7 @@ def published_mixtures(function: Answer) -> None:
 
 
 def _kept(function: Answer, config: NemotronConfig, what: str) -> None:
-    close(function(config), ledger.cache(config, 1).kv_per_token, what=what, rtol=0, atol=0)
+    close(function(config), ledger.cache(config, 1).kv_per_token, what=what, rtol=0.0, atol=0.0)
 
 
 def keys_and_values(function: Answer) -> None:
@@ -117,13 +117,13 @@ def own_head_width(function: Answer) -> None:
 
 def other_bytes(function: Answer) -> None:
     eighth = ledger.cache(PRESETS["super"], 1, kv_dtype="float8_e4m3fn").kv_per_token
-    close(function(PRESETS["super"], 1), eighth, what="Super's bytes in FP8", rtol=0, atol=0)
+    close(function(PRESETS["super"], 1), eighth, what="Super's bytes in FP8", rtol=0.0, atol=0.0)
     _kept(function, PRESETS["super"], "Super's bytes in BF16")
 
 
 def _price(function: Answer, config: NemotronConfig, context: int, what: str) -> None:
     expected = ledger.flops(config, context, "decode").per_token
-    close(function(config, context), expected, what=what, rtol=0.02, atol=0)
+    close(function(config, context), expected, what=what, rtol=0.02, atol=0.0)
 
 
 def weights_that_are_read(function: Answer) -> None:
