@@ -173,7 +173,7 @@ def _opening(chapter: str, exercises: Sequence[Exercise]) -> str:
 
 
 def _cell(kind: str, name: str, source: str, **metadata: Any) -> dict[str, Any]:
-    code = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    code: dict[str, Any] = {"execution_count": None, "outputs": []} if kind == "code" else {}
     lines = source.splitlines(keepends=True)
     return {"cell_type": kind, "id": name, "metadata": metadata, "source": lines, **code}
 

@@ -301,8 +301,8 @@ def grade_folder(
             "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         (fresh / "scores.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        with (fresh / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        with (fresh / "scores.csv").open("w", newline="", encoding="utf-8") as table:
+            rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
             rows.writeheader()
             rows.writerows(results)
     return summary

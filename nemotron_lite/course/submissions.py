@@ -276,7 +276,7 @@ def clean_copy(
 
 
 def _plain(name: str, kind: str, source: str, **metadata: Any) -> dict[str, Any]:
-    code = {"execution_count": None, "outputs": []} if kind == "code" else {}
+    code: dict[str, Any] = {"execution_count": None, "outputs": []} if kind == "code" else {}
     return {"cell_type": kind, "id": name, "metadata": metadata, "source": source, **code}
 
 
