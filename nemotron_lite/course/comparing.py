@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Number = float | int
 RTOL = 1e-4
 ATOL = 1e-5
 
@@ -26,8 +27,8 @@ def close(
     expected: Any,
     *,
     what: str = "the result",
-    rtol: float = RTOL,
-    atol: float = ATOL,
+    rtol: Number = RTOL,
+    atol: Number = ATOL,
     dtype: bool = False,
 ) -> None:
     """Assert that two results agree: tensors, numbers, or tuples and lists of them.
@@ -62,8 +63,8 @@ def gradients(
     inputs: Sequence[Any] | Mapping[str, Any],
     *,
     what: str = "",
-    rtol: float = 1e-3,
-    atol: float = 1e-5,
+    rtol: Number = 1e-3,
+    atol: Number = 1e-5,
 ) -> None:
     """Assert that both functions give the same result and the same gradient of each input.
 
@@ -149,7 +150,7 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 def _close_items(
-    actual: Any, expected: Sequence[Any], what: str, rtol: float, atol: float, dtype: bool
+    actual: Any, expected: Sequence[Any], what: str, rtol: Number, atol: Number, dtype: bool
 ) -> None:
     if not isinstance(actual, tuple | list):
         raise AssertionError(f"{what} is {_kind(actual)}; expected {len(expected)} results.")
@@ -161,7 +162,7 @@ def _close_items(
         close(mine, theirs, what=f"{what}, part {position}", rtol=rtol, atol=atol, dtype=dtype)
 
 
-def _close_numbers(actual: Any, expected: float | int, what: str, rtol: float, atol: float) -> None:
+def _close_numbers(actual: Any, expected: Number, what: str, rtol: Number, atol: Number) -> None:
     if isinstance(actual, Tensor) and actual.numel() == 1:
         actual = actual.item()
     if isinstance(actual, bool) or not isinstance(actual, int | float):
@@ -171,7 +172,7 @@ def _close_numbers(actual: Any, expected: float | int, what: str, rtol: float, a
 
 
 def _close_tensors(
-    actual: Tensor, expected: Tensor, what: str, rtol: float, atol: float, dtype: bool
+    actual: Tensor, expected: Tensor, what: str, rtol: Number, atol: Number, dtype: bool
 ) -> None:
     if actual.shape != expected.shape:
         raise AssertionError(
@@ -243,5 +244,5 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _digits(value: float | int) -> str:
+def _digits(value: Number) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
