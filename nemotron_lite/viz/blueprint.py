@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import ipywidgets
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseFigure
 from plotly.subplots import make_subplots
 
 from nemotron_lite import ledger
@@ -35,6 +36,7 @@ from nemotron_lite.viz.blueprint_numbers import (
     QUESTIONS,
     REST,
     count,
+    growth,
     resized,
     shares,
     size,
@@ -45,7 +47,7 @@ from nemotron_lite.viz.widgets import Explorer, explore
 
 MODELS = {"Super": "super", "Nano": "nano", "Ultra": "ultra", "lite (yours)": "lite"}
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
-SMALLEST_LABEL = 0.09  # share of a bar that has room for its letter and number
+SMALLEST_LABEL = 0.09  # share of a bar that has room for a letter and a number
 LINES = {
     "attention in every place": theme.SERIES[1],
     "as set": theme.SERIES[0],
@@ -81,7 +83,7 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
             orientation="h", name="embedding and head" if letter == REST else letter,
             legendgroup=letter, showlegend=False, textposition="inside", insidetextanchor="middle",
             textangle=0, constraintext="none", textfont_size=13, hoverinfo="text",
-            marker=dict(color=_fill(letter), line=dict(color=theme.INK, width=1)),
+            marker_line=dict(color=theme.INK, width=1),
             row=1, col=2,
         )  # fmt: skip
     fig.update_xaxes(visible=False, fixedrange=True, col=1)
@@ -96,7 +98,8 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
     )
     fig.update_layout(
         title_text="Four questions, asked of the same layers", barmode="stack", bargap=0.28,
-        height=470, legend=dict(orientation="h", x=0, y=-0.12, yanchor="top"),
+        plot_bgcolor=theme.CARD, height=470,
+        legend=dict(orientation="h", x=0, y=-0.12, yanchor="top"),
     )  # fmt: skip
     fig.update_xaxes(showgrid=False)
     _draw_atlas(fig, config, context, kind)
@@ -111,19 +114,20 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
     )
 
 
-def _fill(letter: str) -> str:
-    return theme.CARD if letter == REST else theme.KINDS[letter].strong
+def _fill(letter: str, pale: bool) -> str:
+    if letter == REST:
+        return theme.PLOT
+    return theme.KINDS[letter].pale if pale else theme.KINDS[letter].strong
 
 
-def _draw_atlas(fig: go.Figure, config: NemotronConfig, context: int, kind: str) -> None:
+def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str) -> None:
     lines = stanzas(config.pattern)
     layers = ledger.parameters(config).layers
     asked = shares(config, context)
     places = [(row, column) for row, line in enumerate(lines) for column in range(len(line))]
     for trace, letter in zip(fig.data, LETTERS, strict=False):
         mine = [i for i, own in enumerate(config.pattern) if own == letter]
-        pale = kind not in ("all", letter)
-        fill = theme.KINDS[letter].pale if pale else theme.KINDS[letter].strong
+        fill = _fill(letter, pale=kind not in ("all", letter))
         trace.x, trace.y = [places[i][1] for i in mine], [places[i][0] for i in mine]
         trace.text = [letter] * len(mine)
         kept = asked["remembered"][letter] / max(1, len(mine))
@@ -138,13 +142,13 @@ def _draw_atlas(fig: go.Figure, config: NemotronConfig, context: int, kind: str)
     for trace, letter in zip(fig.data[len(LETTERS) :], (*LETTERS, REST),
                              strict=True):  # fmt: skip
         parts = [asked[q][letter] / sum(asked[q].values()) for q in QUESTIONS]
-        named = "rest" if letter == REST else letter
+        pale = kind not in ("all", letter)
+        fill, room = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
         trace.x, trace.y = [100 * part for part in parts], [0, 1, 2, 3]
-        trace.text = [f"{named} {part:.0%}" if part > SMALLEST_LABEL else "" for part in parts]
+        trace.text = [f"{letter} {part:.0%}" if part > room else "" for part in parts]
         asking = zip(QUESTIONS, parts, strict=True)
         trace.hovertext = [f"{question}: {trace.name} {part:.2%}" for question, part in asking]
-        trace.textfont.color = theme.text_on(_fill(letter))
-        trace.opacity = 0.25 if kind not in ("all", letter) else 1.0
+        trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
     starts = [sum(map(len, lines[:row])) for row in range(len(lines))]
     fig.layout.yaxis.tickvals = list(range(len(lines)))
     fig.layout.yaxis.ticktext = [f"layer {start}" for start in starts]
@@ -226,34 +230,27 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
                      range=[7.1, 11.4], row=1, col=1)  # fmt: skip
     fig.update_yaxes(type="log", tickvals=work, ticktext=[f"{count(n)} FLOPs" for n in work],
                      range=[8.9, 12.8], row=1, col=2)  # fmt: skip
-    fig.update_layout(height=430, title_text="What a longer context costs",
+    fig.update_layout(height=450, title_text="What a longer context costs", margin_t=92,
                       legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"))  # fmt: skip
     _draw_curves(fig, width, anchors, context)
     return described(
         fig,
         "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes remembered "
         "and FLOPs of the next token. Without attention both are flat. With attention in every "
-        "place both rise in proportion to the context at the end. The model as set starts on the "
-        "flat line and leaves it late, well below the all-attention line.",
+        "place both begin below that line, cross it, and rise in proportion to the context. The "
+        "model as set starts near the flat line, leaves it late and stays below the other.",
     )
 
 
-def _draw_curves(fig: go.Figure, width: int, anchors: int, context: int) -> None:
-    for offset, cost in ((0, _bytes), (4, _flops)):
-        for i, n in enumerate((MIXING_PLACES, anchors, 0)):
-            config = resized(width, n)
-            fig.data[offset + i].x = CONTEXTS
-            fig.data[offset + i].y = [cost(config, t) for t in CONTEXTS]
-        fig.data[offset + 3].x = [context]
-        fig.data[offset + 3].y = [cost(resized(width, anchors), context)]
-
-
-def _bytes(config: NemotronConfig, context: int) -> float:
-    return float(ledger.cache(config, context).total)
-
-
-def _flops(config: NemotronConfig, context: int) -> float:
-    return float(ledger.flops(config, context, "decode").per_token)
+def _draw_curves(fig: BaseFigure, width: int, anchors: int, context: int) -> None:
+    for i, n in enumerate((MIXING_PLACES, anchors, 0)):
+        memory, work = growth(width, n)
+        fig.data[i].x = fig.data[4 + i].x = CONTEXTS
+        fig.data[i].y = [memory[0] + memory[1] * t for t in CONTEXTS]
+        fig.data[4 + i].y = [work[0] + work[1] * t for t in CONTEXTS]
+    memory, work = growth(width, anchors)
+    for trace, (start, slope) in ((fig.data[3], memory), (fig.data[7], work)):
+        trace.x, trace.y = [context], [start + slope * context]
 
 
 def ledger_widget() -> Explorer:
@@ -261,13 +258,13 @@ def ledger_widget() -> Explorer:
 
     def update(fig: go.FigureWidget, context: int, width: int, anchors: int) -> str:
         _draw_curves(fig, width, anchors, context)
-        config = resized(width, anchors)
-        numbers = ledger.parameters(config)
+        numbers = ledger.parameters(resized(width, anchors))
+        memory, work = growth(width, anchors)
         return (
             f"Width {width:,}, {anchors} attention layers: {count(numbers.backbone)} numbers "
             f"stored, {count(numbers.active_without_embedding)} read by a token. After "
-            f"{tokens(context)} tokens it remembers {size(_bytes(config, context))}, and the next "
-            f"token takes {count(_flops(config, context))} FLOPs."
+            f"{tokens(context)} tokens it remembers {size(memory[0] + memory[1] * context)}, and "
+            f"the next token takes {count(work[0] + work[1] * context)} FLOPs."
         )
 
     wide = {"description_width": "90px"}

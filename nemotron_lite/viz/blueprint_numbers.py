@@ -8,9 +8,11 @@ attention layers as asked for in the places that mix tokens (`resized`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, PRESETS, SUPER_PATTERN, NemotronConfig
+from nemotron_lite.ledger import Number
 from nemotron_lite.viz import theme
 
 QUESTIONS = ("stored", "read", "arithmetic", "remembered")
@@ -50,7 +52,7 @@ def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _by_letter(parts: Mapping[str, float]) -> dict[str, float]:
+def _by_letter(parts: Mapping[str, Number]) -> dict[str, float]:
     letters = {kind: letter for letter, kind in LAYER_KINDS.items()}
     totals = dict.fromkeys((*LETTERS, REST), 0.0)
     for part, amount in parts.items():
@@ -88,7 +90,19 @@ def resized(width: int, anchors: int) -> NemotronConfig:
     )  # fmt: skip
 
 
-def count(n: float) -> str:
+@cache
+def growth(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
+    """Bytes remembered and FLOPs of the next token of `resized(width, anchors)`.
+
+    Both are straight lines over the context: (at no tokens, for each token).
+    """
+    config = resized(width, anchors)
+    kept = ledger.cache(config, 0)
+    first, second = (ledger.flops(config, t, "decode").per_token for t in (0, 1))
+    return (kept.total, kept.kv_per_token), (first, second - first)
+
+
+def count(n: Number) -> str:
     """A large count in short: 120.7 B, 12.2 B, 7.1 M."""
     for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if n >= power:
@@ -96,7 +110,7 @@ def count(n: float) -> str:
     return f"{n:.4g}"
 
 
-def size(n: float) -> str:
+def size(n: Number) -> str:
     """Bytes in binary units: 162.3 MiB, 8 GiB."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if n >= 2**power:
