@@ -3,6 +3,7 @@
     mixer_layout   widths inside a Mamba-2 layer: z | x B C | dt, convolution, groups of the norm
     crossing       time against length, with the place where two lines meet
     fingerprints   where in a text two implementations part
+    losses         training loss of several models
 
 The pictures of the scan itself are in ssd.py.
 """
@@ -18,7 +19,7 @@ from plotly.subplots import make_subplots
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.viz import theme
-from nemotron_lite.viz.base import described
+from nemotron_lite.viz.base import described, lines
 
 
 def mixer_layout(config: NemotronConfig) -> go.Figure:
@@ -120,15 +121,16 @@ def fingerprints(
     """
     if not errors:
         raise ValueError("errors is empty; expected at least one suspect.")
-    rows = -(-len(errors) // 2)
+    columns = min(2, len(errors))
+    rows = -(-len(errors) // columns)
     fig = make_subplots(
-        rows, 2, shared_xaxes=True, shared_yaxes=True, subplot_titles=list(errors),
+        rows, columns, shared_xaxes=True, shared_yaxes=True, subplot_titles=list(errors),
         horizontal_spacing=0.06, vertical_spacing=0.14,
     )  # fmt: skip
     look = theme.SERIES[1]
     for i, (name, values) in enumerate(errors.items()):
         y = np.maximum(np.asarray(values, dtype=float), floor)
-        where = dict(row=i // 2 + 1, col=i % 2 + 1)
+        where = dict(row=i // columns + 1, col=i % columns + 1)
         fig.add_scatter(
             x=np.arange(len(y)), y=y, name=name, mode="lines", showlegend=False,
             line=dict(color=look.colour, dash="solid"), **where,
@@ -151,3 +153,21 @@ def fingerprints(
         f"{', '.join(errors)}, with dotted lines at {' and '.join(marks)}. Errors are at the floor "
         "where two programs agree and jump by many powers of ten where they part.",
     )
+
+
+def losses(curves: Mapping[str, ArrayLike]) -> go.Figure:
+    """Training loss by step, the model without memory first.
+
+    Args:
+        curves: name → losses of equal length.
+
+    Raises:
+        ValueError: curves of different lengths.
+    """
+    steps = np.arange(len(np.asarray(next(iter(curves.values())))))
+    return lines(
+        steps, curves, title="Training loss, mean of ten steps", x_title="step",
+        y_title="nats per byte", markers=False,
+        alt=f"Training loss against steps for {', '.join(curves)}. All fall; the curve of "
+        f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
+    )  # fmt: skip

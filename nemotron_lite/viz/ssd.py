@@ -5,6 +5,7 @@
     chunk_map      which blocks are done how, beside the multiply-adds that this costs
     explore_chunks the same with sliders: chunk length and half-life
     states_walk    what each chunk adds to the state, and the state that is handed on
+    memory         bytes kept against tokens read;  chunk_times  time against chunk length
 
 The layer around the scan, and what it costs, is drawn in mixer.py.
 
@@ -24,10 +25,11 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy import ndarray
 from numpy.typing import ArrayLike
+from plotly.basedatatypes import BaseFigure
 from plotly.subplots import make_subplots
 
 from nemotron_lite.viz import theme
-from nemotron_lite.viz.base import described
+from nemotron_lite.viz.base import described, lines
 from nemotron_lite.viz.widgets import Explorer, explore, slider
 
 INSIDE, THROUGH = theme.INK, theme.SERIES[3].colour  # outlines of the two kinds of blocks
@@ -54,8 +56,8 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         },
         "×=",
         "Three lower triangles side by side. The decay mask is one on the diagonal and fades to "
-        "the lower left. The scores have both signs everywhere. Their product, the matrix, keeps the "
-        "scores near the diagonal and loses them far from it.",
+        "the lower left. The scores have both signs everywhere. Their product, the matrix, keeps "
+        "the scores near the diagonal and loses them far from it.",
     )
 
 
@@ -168,8 +170,8 @@ def explore_chunks(
         s = -np.log(2) / half_life * np.cumsum(steps / steps.mean())
         return np.tril(np.exp(np.minimum(s[:, None] - s[None, :], 0))) * dots
 
-    def update(fig: go.Figure, chunk: int, half_life: float) -> str:
-        fig.data[0].update(z=_blank_above(matrix(half_life)), zmin=-bound, zmax=bound)
+    def update(fig: BaseFigure, chunk: int, half_life: float) -> str:
+        fig.data[0].update(z=_cells(_blank_above(matrix(half_life))), zmin=-bound, zmax=bound)
         fig.layout.shapes = _outlines(t, chunk)
         work = multiply_adds(np.array(lengths), p, n)
         _point_at(fig, chunk, work, lengths)
@@ -237,6 +239,40 @@ def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
     )
 
 
+def memory(lengths: ArrayLike, kept: Mapping[str, ArrayLike]) -> go.Figure:
+    """Bytes that a layer keeps against the tokens it has read.
+
+    Args:
+        lengths: `k` tokens.
+        kept: name → `k` bytes.
+    """
+    return lines(
+        lengths, kept, title="What one layer remembers", x_title="tokens", y_title="bytes",
+        log_x=True, log_y=True,
+        alt="Bytes kept against tokens read, both axes logarithmic. The line of the attention "
+        "layer starts far below and rises steadily; that of the Mamba-2 layer is level; they "
+        "cross.",
+    )  # fmt: skip
+
+
+def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
+    """Milliseconds of one scan against the chunk length.
+
+    Args:
+        chunks: `k` chunk lengths, powers of two.
+        seconds: `k` times.
+    """
+    fig = lines(
+        chunks, {"time": 1e3 * np.asarray(seconds, dtype=float)}, title="The same scan in chunks",
+        x_title="chunk length q, tokens", y_title="milliseconds", log_x=True,
+        alt="Time against chunk length: a valley. The shortest chunks take longer than those in "
+        "the middle, and from there on time rises with the length.",
+    )  # fmt: skip
+    fig.update_xaxes(tickvals=np.asarray(chunks))
+    fig.update_yaxes(rangemode="tozero")
+    return fig
+
+
 def _row_of_matrices(
     panels: Mapping[str, tuple[ndarray, bool]], signs: Sequence[str], alt: str
 ) -> go.Figure:
@@ -265,7 +301,7 @@ def _heatmap(
 ) -> go.Heatmap:
     limit = bound or float(np.nanmax(np.abs(values))) or 1.0
     return go.Heatmap(
-        z=values, zmin=-limit if diverging else 0, zmax=limit if diverging else 1,
+        z=_cells(values), zmin=-limit if diverging else 0, zmax=limit if diverging else 1,
         colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL, showscale=bar,
         hovertemplate="row %{y}, column %{x}: %{z:.3f}<extra></extra>", hoverongaps=False,
     )  # fmt: skip
@@ -295,7 +331,7 @@ def _outlines(t: int, chunk: int) -> list[dict[str, object]]:
 
 
 def _point_at(
-    fig: go.Figure, chunk: int, work: Mapping[str, ndarray], lengths: Sequence[int]
+    fig: BaseFigure, chunk: int, work: Mapping[str, ndarray], lengths: Sequence[int]
 ) -> None:
     """An arrow over the bar of this chunk length; the last annotation of the figure."""
     titles = [a for a in fig.layout.annotations if a.name != "here"]
@@ -318,6 +354,11 @@ def _chunk_lengths(t: int) -> list[int]:
 
 def _blank_above(values: ndarray) -> ndarray:
     return np.where(np.tri(len(values), dtype=bool), values, np.nan)
+
+
+def _cells(values: ndarray) -> list[list[float | None]]:
+    """Rows for plotly with None for a blank: nan is not JSON, and a live figure sends JSON."""
+    return [[None if np.isnan(v) else float(v) for v in row] for row in values]
 
 
 def _square(name: str, values: ArrayLike) -> ndarray:
