@@ -94,7 +94,9 @@ def inline(text: str) -> str:
 
 def card(body: str, *, edge: str = ACCENT) -> str:
     """A block with a coloured edge; the text keeps the colour of the theme."""
-    style = f"border-left: 4px solid {edge}; padding: 4px 0 4px 12px; margin: 4px 0;"
+    style = (
+        f"border-left: 4px solid {edge}; padding: 4px 0 4px 12px; margin: 4px 0; line-height: 1.5;"
+    )
     return f'<div style="{style}">{body}</div>'
 
 

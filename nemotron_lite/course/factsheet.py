@@ -30,6 +30,7 @@ from typing import Any
 from nemotron_lite.course import _output
 
 FILE = Path(__file__).with_name("facts.toml")
+FAMILY = ("nano", "super", "ultra")
 FIELDS = {"value", "unit", "source", "caveat", "name"}
 _KEY = r"[a-z0-9_]+(?:\.[a-z0-9_]+)+"
 _FACT_IN_TEXT = re.compile(r"\{(" + _KEY + r")(?::([^{}]*))?\}")
@@ -38,6 +39,18 @@ _VALUE_IN_TEXT = re.compile(r"\{([a-z_][a-z0-9_]*)(?::([^{}]*))?\}")
 
 class FactError(LookupError):
     """A fact that the file does not hold, or an entry of the file that is not complete."""
+
+
+class Published(float):
+    """A decimal number that remembers how it was written."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Published:
+        """Read it from the file."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,12 @@ class Fact:
     def source(self) -> str:
         """Where it is printed, spelled out."""
         return _cited(self.places)
+
+    @property
+    def model(self) -> str:
+        """Super, Nano or Ultra; empty for a fact about something else."""
+        first = self.key.partition(".")[0]
+        return first.capitalize() if first in FAMILY else ""
 
     def __str__(self) -> str:
         return _written(self.value)
@@ -112,7 +131,7 @@ def tell(text: str, **values: Any) -> None:
     if unused:
         raise FactError(f"tell was given {unused}, which its text does not use.")
     notes = _notes(used.values())
-    markdown = told + "".join(f"\n\n<small>{note}</small>" for note in notes)
+    markdown = told + (f"\n\n<small>{'<br>'.join(notes)}</small>" if notes else "")
     _output.emit("\n".join([told, *notes]), more={"text/markdown": markdown})
 
 
@@ -174,7 +193,7 @@ def read_facts(text: str) -> dict[str, Fact]:
     Raises:
         FactError: an entry without value, unit, source or caveat, or with an unknown source.
     """
-    tree = tomllib.loads(text)
+    tree = tomllib.loads(text, parse_float=Published)
     sources = tree.pop("sources", {})
     found: dict[str, Fact] = {}
 
@@ -228,12 +247,12 @@ def _maybe(key: str) -> Fact | None:
 
 
 def _written(value: Any) -> str:
-    """A published figure as it was published: 120.6 stays 120.6, 131072 becomes 131,072."""
+    """A figure as it was published: 48.30 keeps its zero, 131072 becomes 131,072."""
+    if isinstance(value, Published):
+        return value.text
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e15:
-        return f"{value:,}"
-    return f"{value:g}".replace("e-0", "e-")
+    return f"{value:,}"
 
 
 def _notes(used: Iterable[Fact]) -> list[str]:
@@ -242,13 +261,13 @@ def _notes(used: Iterable[Fact]) -> list[str]:
     if not seen:
         return []
     notes = [f"Sources: {_cited(place for fact in seen for place in fact.places)}."]
-    models = {fact.key.partition(".")[0] for fact in seen}
-    caveats: dict[tuple[str, str], list[str]] = {}
+    models = {fact.model for fact in seen}
+    about: dict[str, list[str]] = {}
     for fact in seen:
         if fact.caveat:
-            model = fact.key.partition(".")[0].capitalize()
-            caveats.setdefault((fact.name, fact.caveat), []).append(model)
-    for (name, caveat), of in caveats.items():
-        whose = f" ({', '.join(of)})" if len(models) > 1 else ""
-        notes.append(f"{name[:1].upper()}{name[1:]}{whose}: {caveat}")
+            of = f" ({fact.model})" if fact.model and len(models) > 1 else ""
+            about.setdefault(fact.caveat, []).append(fact.name + of)
+    for caveat, names in about.items():
+        whose = "; ".join(names)
+        notes.append(f"{whose[:1].upper()}{whose[1:]}: {caveat}")
     return notes

@@ -117,7 +117,10 @@ def quiz_widget(questions: Sequence[Question]) -> Any:
 def _block(
     widgets: Any, position: int, asked: Question, state: dict[int, bool], score: Any, of: int
 ) -> Any:
-    title = widgets.HTML(f"<b>{position + 1}.</b> {_output.inline(asked.question)}")
+    title = widgets.HTML(
+        f'<div style="line-height: 1.5"><b>{position + 1}.</b> '
+        f"{_output.inline(asked.question)}</div>"
+    )
     buttons = widgets.RadioButtons(
         options=[(_plain(option.text), i) for i, option in enumerate(asked.options)],
         value=None,
@@ -139,8 +142,13 @@ def _block(
 
 
 def _plain(text: str) -> str:
-    """Radio buttons show no markup."""
-    return re.sub(r"[`*]", "", text)
+    """Radio buttons show no markup: `*` in code stays, *slanted* and **bold** lose their stars."""
+    pieces = text.split("`")
+    for position in range(0, len(pieces), 2):
+        pieces[position] = re.sub(
+            r"(?<![\w*])(\*{1,2})(\S(?:.*?\S)?)\1(?![\w*])", r"\2", pieces[position]
+        )
+    return "".join(pieces)
 
 
 def _question(where: str, entry: Mapping[str, Any]) -> Question:

@@ -94,6 +94,8 @@ def test_a_fact_is_written_as_published() -> None:
     assert f"{facts('super.latent_width'):unit}" == "1,024 channels"
     assert f"{facts('super.total_parameters'):.0f}" == "121"
     assert str(facts("super.final_learning_rate")) == "4.5e-6"
+    assert str(facts("latent_moe.standard_mmlu_pro")) == "48.30"
+    assert f"{facts('latent_moe.standard_mmlu_pro').value + 1:.1f}" == "49.3"
     assert facts("super.layers").source == "Nemotron 3 Super report (arXiv 2604.12374), Table 1"
 
 
@@ -115,6 +117,17 @@ def test_tell_puts_facts_in_and_names_sources_once(shown: Callable[..., Shown]) 
 
 def test_tell_shows_caveats(shown: Callable[..., Shown]) -> None:
     assert "Batch size and number of GPUs" in shown(tell, "{super.throughput_vs_gpt_oss}").plain
+
+
+def test_one_caveat_of_two_facts_is_told_once(shown: Callable[..., Shown]) -> None:
+    seen = shown(
+        tell, "{latent_moe.standard_code} {latent_moe.latent_code} {super.throughput_vs_qwen}"
+    )
+    notes = seen.plain.splitlines()[2:]
+    assert [note.partition(":")[0] for note in notes] == [
+        "Code, average, standard experts; code, average, latent experts",
+        "Throughput against Qwen3.5-122B (Super)",
+    ]
 
 
 def test_tell_refuses_what_it_cannot_fill() -> None:
