@@ -4,7 +4,9 @@ A check that accepts an untouched stub, or grades the package instead of the lea
 shipped in well-known courses. So every exercise of every chapter is held to four things: its stub
 earns nothing, its reference solution everything, each of its mutants (`mutants_NN.py`, wrong in a
 way that people have been wrong) fails and is sent to the hint that helps, and no statement of the
-reference solution can be deleted without a check noticing. A chapter without exercises, or an
+reference solution can be deleted without a check noticing. Small alterations (a sign, an operator,
+a number one higher) are sampled over the whole course; some of them change nothing, such as axis 2
+for axis -2 of four, so that score has a floor and not a list. A chapter without exercises, or an
 exercise without mutants, is a failure here and not an empty list.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import random
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +32,14 @@ CHAPTERS = coursework.chapters()
 EXERCISES = {e.id: e for chapter in CHAPTERS for e in grading.exercises(chapter)}
 FEWEST_MUTANTS = 3
 PATIENCE = 20  # seconds; a deleted `i += 1` never ends
+
+SAMPLED, FLOOR = 6, 0.9  # alterations of each exercise, and the part of them that must be noticed
+EXCHANGED: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.Pow: ast.Mult, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
 
 # Statements that may go without any answer changing, and why.
 EQUIVALENT: dict[tuple[str, str], str] = {}
@@ -95,9 +106,37 @@ def deletions(source: str) -> list[tuple[str, str]]:
     return [(statement, shorter) for shorter, statement in found.items()]
 
 
-def survivors(exercise: Exercise) -> tuple[list[str], int]:
-    """Statements of the solution that no check misses, and how many were tried."""
-    alive, tried = [], deletions(exercise.solution)
+def alterations(source: str) -> list[tuple[str, str]]:
+    """Each operator exchanged and each number moved by one: what was changed, and the source."""
+    tree = ast.parse(source)
+    found = {}
+    for place, node in enumerate(ast.walk(tree)):
+        for step in (1, -1):
+            twin = copy.deepcopy(tree)
+            altered = _altered(list(ast.walk(twin))[place], step)
+            if altered:
+                found[ast.unparse(twin)] = f"{ast.unparse(node)} -> {altered}"
+    return [(change, other) for other, change in found.items()]
+
+
+def _altered(node: ast.AST, step: int) -> str:
+    """Alter one node in place and return its new text, or "" where there is nothing to alter."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        node.value += step
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in EXCHANGED:
+        node.op = EXCHANGED[type(node.op)]()
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in EXCHANGED:
+        node.ops[0] = EXCHANGED[type(node.ops[0])]()
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node.op = ast.UAdd()
+    else:
+        return ""
+    return ast.unparse(node)
+
+
+def survivors(exercise: Exercise, tried: list[tuple[str, str]]) -> list[str]:
+    """Of changes to the solution and their sources: those that no check notices."""
+    alive = []
     for statement, source in tried:
         try:
             with patience(PATIENCE):
@@ -106,7 +145,7 @@ def survivors(exercise: Exercise) -> tuple[list[str], int]:
             continue
         if result.passed:
             alive.append(statement)
-    return alive, len(tried)
+    return alive
 
 
 def test_every_chapter_has_exercises() -> None:
@@ -185,10 +224,22 @@ def test_what_is_graded_is_what_was_passed_in(exercise: Exercise) -> None:
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> None:
-    alive, tried = survivors(exercise)
+    tried = deletions(exercise.solution)
+    alive = survivors(exercise, tried)
     known = {statement for of, statement in EQUIVALENT if of == exercise.id}
     assert tried, "nothing was deleted"
-    assert set(alive) == known, f"{len(alive)} of {tried} deletions go unnoticed"
+    assert set(alive) == known, f"{len(alive)} of {len(tried)} deletions go unnoticed"
+
+
+def test_small_alterations_are_noticed() -> None:
+    alive, tried = [], 0
+    for exercise in EXERCISES.values():
+        changes = alterations(exercise.solution)
+        some = random.Random(exercise.id).sample(changes, min(SAMPLED, len(changes)))
+        alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
+        tried += len(some)
+    assert tried >= 3 * len(EXERCISES)
+    assert len(alive) <= (1 - FLOOR) * tried, f"of {tried} unnoticed: {alive}"
 
 
 def test_deletions_are_found_in_every_block() -> None:
@@ -202,6 +253,14 @@ def test_deletions_are_found_in_every_block() -> None:
     without = dict(deletions(source))
     assert "pass" in without["y += i"]
     assert "else" not in without["y = 2"]
+
+
+def test_alterations_change_one_thing_each() -> None:
+    changes = dict(alterations("def f(x):\n    return x + 2 if x == y else -x\n"))
+    assert sorted(changes) == sorted(
+        ["x + 2 -> x - 2", "2 -> 3", "2 -> 1", "x == y -> x != y", "-x -> +x"]
+    )
+    assert "x + 3 if x == y else -x" in changes["2 -> 3"]
 
 
 def loop_forever() -> None:
