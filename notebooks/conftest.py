@@ -6,9 +6,8 @@ nbval makes a test of each code cell. Three things are settled here:
   and stdout are compared, and sanitize.cfg lets nothing but addresses pass. A figure's numbers are
   therefore asserted in the cell that draws it.
 - a cell that was never run fails. nbval itself would compare nothing in it and pass.
-- all cells of a chapter share one kernel, so pytest-xdist keeps them on one worker
-  (`--dist loadgroup` in pyproject.toml); other tests spread as they like.
 
+All cells of a chapter share one kernel; the conftest.py of the project keeps them in one process.
 `pytest notebooks` runs the chapters alone; `make test` runs them among the other tests.
 """
 
@@ -34,14 +33,8 @@ def pytest_collectstart(collector: Any) -> None:
         collector.config.option.nbval_sanitize_with = str(Path(__file__).with_name("sanitize.cfg"))
 
 
-def pytest_itemcollected(item: Any) -> None:
-    """Keep the cells of one chapter together."""
-    if type(item).__name__ == "IPyNbCell":
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: Any) -> None:
+def pytest_runtest_call(item: Any) -> None:
     """Refuse a cell that was committed without having been run."""
     if type(item).__name__ == "IPyNbCell":
         cell = item.cell

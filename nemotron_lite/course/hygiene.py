@@ -114,7 +114,7 @@ def _exported(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
     defined = (n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef))
-    return [n.name for n in defined if not n.name.startswith("_")]
+    return [n.name for n in defined if not n.name.startswith("_") and n.name != "main"]
 
 
 @cache

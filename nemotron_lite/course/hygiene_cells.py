@@ -248,7 +248,7 @@ def too_large(notebook: NotebookNode) -> list[str]:
         for index, cell in enumerate(notebook.cells)
     ]
     heavy = ", ".join(f"cell {i}: {w // 1000} kB" for w, i in sorted(weights, reverse=True)[:3])
-    return [f"{size // 1000} kB; at most {MOST_BYTES // 1000} ({heavy})."]
+    return [f"{size // 1000} kB; at most {MOST_BYTES // 1000} kB ({heavy})."]
 
 
 def not_compared(notebook: NotebookNode) -> list[str]:

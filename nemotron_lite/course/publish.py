@@ -82,7 +82,9 @@ def chapters(names: Iterable[str] = (), folder: Path = CHAPTERS) -> list[Path]:
     return chosen or every
 
 
-def execute(notebook: NotebookNode, folder: Path, *, seconds: float = CELL_SECONDS) -> NotebookNode:
+def execute(
+    notebook: NotebookNode, folder: Path, *, seconds: float | int = CELL_SECONDS
+) -> NotebookNode:
     """Run every cell in a fresh kernel; returns an executed copy.
 
     Raises:

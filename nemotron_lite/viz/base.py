@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike
+from plotly.basedatatypes import BaseFigure
 
 from nemotron_lite.viz import theme
 
 SHORTEST_ALT = 40  # characters
 
-AnyFigure = TypeVar("AnyFigure", bound=go.Figure)
+# go.Figure and go.FigureWidget are siblings; this is what they share.
+AnyFigure = TypeVar("AnyFigure", bound=BaseFigure)
 
 
 def described(fig: AnyFigure, alt: str) -> AnyFigure:
@@ -52,7 +54,7 @@ def described(fig: AnyFigure, alt: str) -> AnyFigure:
     return fig
 
 
-def alt_of(fig: go.Figure | Mapping[str, Any]) -> str | None:
+def alt_of(fig: BaseFigure | Mapping[str, Any]) -> str | None:
     """The alternative text of a figure, or of a figure's JSON; None where it has none."""
     layout = fig.get("layout", {}) if isinstance(fig, Mapping) else fig.layout
     meta = layout.get("meta") if isinstance(layout, Mapping) else layout.meta
@@ -155,7 +157,7 @@ def matrix(
     return described(fig, alt)
 
 
-def _font_sizes(fig: go.Figure) -> Iterator[tuple[str, float]]:
+def _font_sizes(fig: BaseFigure) -> Iterator[tuple[str, float]]:
     """Every font size that the figure sets itself, with the path to it."""
     content = fig.to_plotly_json()
     content["layout"] = {k: v for k, v in content["layout"].items() if k != "template"}

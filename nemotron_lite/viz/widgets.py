@@ -43,11 +43,11 @@ def live(figure: go.Figure) -> go.FigureWidget:
 
 def slider(
     label: str,
-    low: float,
-    high: float,
+    low: float | int,
+    high: float | int,
     *,
-    value: float | None = None,
-    step: float | None = None,
+    value: float | int | None = None,
+    step: float | int | None = None,
     log: bool = False,
 ) -> ipywidgets.Widget:
     """A slider that answers while it is dragged.

@@ -1,0 +1,27 @@
+"""Every chapter of the course keeps the rules. Chapters are found, so a new one is covered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemotron_lite.course import hygiene
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_the_chapter_keeps_the_rules(path: Path) -> None:
+    assert hygiene.check_file(path) == []
+
+
+def test_chapters_are_numbered_without_a_gap() -> None:
+    assert [path.name[:3] for path in CHAPTERS] == [f"{n:02}_" for n in range(len(CHAPTERS))]
+
+
+def test_each_chapter_with_exercises_has_its_notebook() -> None:
+    folder = ROOT / "nemotron_lite" / "course" / "exercises"
+    written = {path.stem.removeprefix("chapter_") for path in folder.glob("chapter_*.py")}
+    assert written <= {path.name[:2] for path in CHAPTERS}
