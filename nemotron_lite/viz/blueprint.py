@@ -29,7 +29,7 @@ from plotly.subplots import make_subplots
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, PRESETS, NemotronConfig
 from nemotron_lite.viz import theme
-from nemotron_lite.viz.base import described
+from nemotron_lite.viz.base import described, lines
 from nemotron_lite.viz.blueprint_numbers import (
     LETTERS,
     MIXING_PLACES,
@@ -69,13 +69,13 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
     """
     if kind != "all" and kind not in LAYER_KINDS:
         raise ValueError(f"kind={kind!r}: expected 'all' or one of {', '.join(LAYER_KINDS)}.")
-    fig = make_subplots(cols=2, column_widths=[0.46, 0.54], horizontal_spacing=0.17)
+    fig = make_subplots(cols=2, column_widths=[0.45, 0.55], horizontal_spacing=0.2)
     for letter in LETTERS:
         look = theme.KINDS[letter]
         fig.add_scatter(
             mode="markers+text", name=f"{letter}  {look.name}", legendgroup=letter,
-            textfont=dict(family=theme.MONO, size=14), hoverinfo="text",
-            marker=dict(symbol="square", size=25, line=dict(color=look.strong, width=1.5)),
+            textfont=dict(family=theme.MONO, size=13), hoverinfo="text",
+            marker=dict(symbol="square", size=19, line=dict(color=look.strong, width=1.5)),
             row=1, col=1,
         )  # fmt: skip
     for letter in (*LETTERS, REST):
@@ -103,10 +103,10 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
     )  # fmt: skip
     fig.update_xaxes(showgrid=False)
     _draw_atlas(fig, config, context, kind)
-    lines = ", ".join(stanzas(config.pattern))
+    verses = ", ".join(stanzas(config.pattern))
     return described(
         fig,
-        f"Left, the {config.num_layers} layers in lines that end with an attention layer: {lines}. "
+        f"Left, the {config.num_layers} layers in lines that end in an attention layer: {verses}. "
         "Right, four stacked bars with the share of each kind of layer: of the numbers stored and "
         "of those a token reads, of the arithmetic of the next token, and of the bytes remembered. "
         "Experts fill most of the first bar and nothing of the last, which Mamba-2 and attention "
@@ -121,10 +121,10 @@ def _fill(letter: str, pale: bool) -> str:
 
 
 def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str) -> None:
-    lines = stanzas(config.pattern)
+    verses = stanzas(config.pattern)
     layers = ledger.parameters(config).layers
     asked = shares(config, context)
-    places = [(row, column) for row, line in enumerate(lines) for column in range(len(line))]
+    places = [(row, column) for row, line in enumerate(verses) for column in range(len(line))]
     for trace, letter in zip(fig.data, LETTERS, strict=False):
         mine = [i for i, own in enumerate(config.pattern) if own == letter]
         fill = _fill(letter, pale=kind not in ("all", letter))
@@ -149,15 +149,15 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         asking = zip(QUESTIONS, parts, strict=True)
         trace.hovertext = [f"{question}: {trace.name} {part:.2%}" for question, part in asking]
         trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
-    starts = [sum(map(len, lines[:row])) for row in range(len(lines))]
-    fig.layout.yaxis.tickvals = list(range(len(lines)))
+    starts = [sum(map(len, verses[:row])) for row in range(len(verses))]
+    fig.layout.yaxis.tickvals = list(range(len(verses)))
     fig.layout.yaxis.ticktext = [f"layer {start}" for start in starts]
-    fig.layout.yaxis.range = [max(len(lines), 9) - 0.4, -0.6]
-    fig.layout.xaxis.range = [-0.6, max(max(map(len, lines)), 11) - 0.4]
+    fig.layout.yaxis.range = [max(len(verses), 9) - 0.4, -0.6]
+    fig.layout.xaxis.range = [-0.6, max(max(map(len, verses)), 11) - 0.4]
     totals = {q: sum(asked[q].values()) for q in QUESTIONS}
     fig.layout.yaxis2.ticktext = [
         f"<b>stored</b><br>{count(totals['stored'])}",
-        f"<b>read</b> by a token<br>{count(totals['read'])}",
+        f"<b>read</b> per token<br>{count(totals['read'])}",
         f"<b>arithmetic</b><br>{count(totals['arithmetic'])} FLOPs",
         f"<b>remembered</b><br>{size(totals['remembered'])}",
     ]
@@ -188,6 +188,7 @@ def atlas_widget() -> Explorer:
             options=["all", "M", "E", "*"],
             description="kind",
             style=wide | {"button_width": "56px"},
+            layout=ipywidgets.Layout(width="min(100%, 460px)"),
         ),
         context=context_slider(8192),
     )
@@ -210,8 +211,8 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
         anchors: attention layers among the places that mix tokens.
         context: where the mark stands.
     """
-    fig = make_subplots(cols=2, subplot_titles=("remembered", "arithmetic of the next token"),
-                        horizontal_spacing=0.12)  # fmt: skip
+    fig = make_subplots(cols=2, subplot_titles=("remembered", "FLOPs of the next token"),
+                        horizontal_spacing=0.16)  # fmt: skip
     for col in (1, 2):
         for name, look in LINES.items():
             fig.add_scatter(
@@ -228,7 +229,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     work = [1e9, 1e10, 1e11, 1e12]
     fig.update_yaxes(type="log", tickvals=memory, ticktext=[size(n) for n in memory],
                      range=[7.1, 11.4], row=1, col=1)  # fmt: skip
-    fig.update_yaxes(type="log", tickvals=work, ticktext=[f"{count(n)} FLOPs" for n in work],
+    fig.update_yaxes(type="log", tickvals=work, ticktext=[count(n) for n in work],
                      range=[8.9, 12.8], row=1, col=2)  # fmt: skip
     fig.update_layout(height=450, title_text="What a longer context costs", margin_t=92,
                       legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"))  # fmt: skip
@@ -281,6 +282,30 @@ def ledger_widget() -> Explorer:
             value=8, min=0, max=MIXING_PLACES, description="attention", style=wide, layout=room
         ),
     )  # fmt: skip
+
+
+def memory_lines(
+    contexts: Sequence[int], series: Mapping[str, Sequence[ledger.Number]], *, title: str, alt: str
+) -> go.Figure:
+    """Bytes over the context, both axes logarithmic and marked in binary units.
+
+    Args:
+        contexts: tokens.
+        series: name → bytes, one for each context.
+        title: what the bytes are.
+        alt: the alternative text.
+    """
+    fig = lines(
+        contexts, series, title=title, alt=alt, x_title="context in tokens", y_title="",
+        log_x=True, log_y=True,
+    )  # fmt: skip
+    most, least = (pick(pick(values) for values in series.values()) for pick in (max, min))
+    marks = [2**i for i in range(10, 50, 3) if least / 4 <= 2**i <= most * 4]
+    fig.update_yaxes(tickvals=marks, ticktext=[size(n) for n in marks])
+    shown = [n for n in CONTEXTS[::2] if min(contexts) <= n <= max(contexts)]
+    fig.update_xaxes(tickvals=shown, ticktext=[tokens(n) for n in shown])
+    fig.update_layout(legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"))
+    return fig
 
 
 def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.Figure:

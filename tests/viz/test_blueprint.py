@@ -162,6 +162,16 @@ def test_score_bars_put_the_best_first_and_ours_strong() -> None:
     assert "2.2" not in (alt_of(fig) or "")  # measured values stay out of what is compared
 
 
+def test_memory_lines_keep_the_bytes_and_mark_the_axes_in_binary_units() -> None:
+    contexts = [2**i for i in range(8, 21)]
+    kept = [ledger.cache(SUPER, t).total for t in contexts]
+    fig = blueprint.memory_lines(contexts, {"kept": kept}, title="Kept", alt="bytes kept " * 5)
+    assert fig.data[0].y == tuple(kept)
+    assert list(fig.layout.yaxis.ticktext) == [numbers.size(n) for n in fig.layout.yaxis.tickvals]
+    assert len(fig.layout.yaxis.tickvals) >= 3
+    assert list(fig.layout.xaxis.ticktext) == ["1K", "4K", "16K", "64K", "256K", "1M"]
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
