@@ -193,7 +193,8 @@ def _enter(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any]]) ->
                 comment = book.find_comment(exercise["answer"], *where)
             except MissingEntry:
                 continue  # the answer cell was deleted
-            comment.manual_comment = f"{exercise['id']}: {mine['message']}"
+            said = mine["message"].removeprefix(f"{exercise['id']}: ")
+            comment.manual_comment = f"{exercise['id']}: {said}"
         book.db.commit()
 
 

@@ -220,7 +220,10 @@ def page_of(result: dict[str, Any], feedback: str) -> str:
     """The feedback with a summary on top; a page of its own when the notebook did not run."""
     most = "?" if result["max_points"] is None else f"{result['max_points']:g}"
     lines = [f"{result['status']}: {result['message']}", *result["notes"]]
-    lines += [f"{e['id']}: {e['points']:g} of {e['max_points']:g}" for e in result["exercises"]]
+    lines += [
+        f"{e['id']}: {e['points']:g} of {e['max_points']:g}, {e['status']}"
+        for e in result["exercises"]
+    ]
     title = f"{result['student']} · {result['assignment'] or 'no assignment'}"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     summary = (

@@ -112,9 +112,9 @@ def alterations(source: str) -> list[tuple[str, str]]:
     found = {}
     for place, node in enumerate(ast.walk(tree)):
         for step in (1, -1):
-            twin = copy.deepcopy(tree)
-            altered = _altered(list(ast.walk(twin))[place], step)
-            if altered:
+            if altered := _altered(copy.copy(node), step):
+                twin = copy.deepcopy(tree)
+                _altered(list(ast.walk(twin))[place], step)
                 found[ast.unparse(twin)] = f"{ast.unparse(node)} -> {altered}"
     return [(change, other) for other, change in found.items()]
 
@@ -126,7 +126,7 @@ def _altered(node: ast.AST, step: int) -> str:
     elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in EXCHANGED:
         node.op = EXCHANGED[type(node.op)]()
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in EXCHANGED:
-        node.ops[0] = EXCHANGED[type(node.ops[0])]()
+        node.ops = [EXCHANGED[type(node.ops[0])](), *node.ops[1:]]
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         node.op = ast.UAdd()
     else:
