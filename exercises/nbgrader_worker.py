@@ -34,23 +34,36 @@ from typing import Any
 
 LEARNER = "learner"  # a name of our own: nbgrader uses it in file patterns
 GIB = 2**30
+UP = 0x1  # IFF_UP
 # What a cell ends in when its time is over: the kernel's word, or nbgrader's if it did not answer.
 INTERRUPTED = ("KeyboardInterrupt", "CellTimeoutError")
 
 
+def _flags(handle: socket.socket, name: str, new: int | None = None) -> int:
+    """Read the flags of a network interface, after setting them if `new` is given."""
+    get_flags, set_flags = 0x8913, 0x8914  # SIOCGIFFLAGS, SIOCSIFFLAGS of Linux
+    if new is not None:
+        fcntl.ioctl(handle, set_flags, struct.pack("16sh14x", name.encode(), new))
+    found = fcntl.ioctl(handle, get_flags, struct.pack("16sh14x", name.encode(), 0))
+    return int(struct.unpack("16sh14x", found)[1])
+
+
 def loopback_up() -> None:
     """Bring the interface lo up, as `ip link set lo up` does where iproute2 is installed."""
-    flags_of, set_flags, up_and_running = 0x8913, 0x8914, 0x1 | 0x40  # SIOCGIFFLAGS, SIOCSIFFLAGS
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
-        request = struct.pack("16sh14x", b"lo", 0)
-        _, flags = struct.unpack("16sh14x", fcntl.ioctl(handle, flags_of, request))
-        wanted = struct.pack("16sh14x", b"lo", flags | up_and_running)
-        fcntl.ioctl(handle, set_flags, wanted)
+        _flags(handle, "lo", _flags(handle, "lo") | UP)
 
 
 def cut_off() -> bool:
-    """Whether this process has no network interface but loopback."""
-    return {name for _, name in socket.if_nameindex()} <= {"lo"}
+    """Whether no network interface of this process is up, loopback aside.
+
+    Up, and not merely there: a new namespace may start with tunnels that lead nowhere.
+    """
+    if sys.platform != "linux":
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        names = {name for _, name in socket.if_nameindex()} - {"lo"}
+        return not any(_flags(handle, name) & UP for name in names)
 
 
 def probe() -> dict[str, Any]:

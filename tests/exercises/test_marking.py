@@ -28,7 +28,7 @@ from nemotron_lite.course.submissions import SubmissionError
 from tests.exercises.conftest import Fresh
 
 SECRET = "SECRET_OF_THE_INSTRUCTOR"
-PATIENCE = 15  # seconds for a cell; importing torch is the longest that is not stopped
+PATIENCE = 20  # seconds for a cell; importing torch is the longest that is not stopped
 
 SPY = """
 import os, socket
@@ -175,6 +175,14 @@ def test_the_isolation_is_what_it_says() -> None:
             [*jail.command, sys.executable, "-c", f"try:\n {probe}\nexcept OSError: exit(7)"],
         )
     assert reached == (7 if jail.network == "off" else 0)
+
+
+def test_this_process_is_not_called_cut_off() -> None:
+    """Unless the machine has no network: the same question, asked of the kernel in another way."""
+    routes = Path("/proc/net/route")
+    if not routes.is_file() or len(routes.read_text().splitlines()) < 2:
+        pytest.skip("this machine has no route to anywhere, or does not list them")
+    assert not worker().cut_off()
 
 
 def test_without_unshare_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
