@@ -40,7 +40,7 @@ from nemotron_lite.layers import (
     RouterStats,
     Span,
 )
-from nemotron_lite.state import State
+from nemotron_lite.state import HOLDS, State
 
 SEGMENT = 2048  # tokens per row and pass of a long prefill
 
@@ -157,10 +157,10 @@ class Nemotron(nn.Module):
         biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
         return sum(p.numel() for p in self.parameters()) + sum(b.numel() for b in biases)
 
-    def empty_state(self, batch: int, capacity: int = 256) -> State:
+    def empty_state(self, batch: int, capacity: int = 256, mtp: bool = False) -> State:
         """A `State` for this model's sizes, device and dtype."""
         return State.empty(
-            self.config, batch, device=self.device, dtype=self.dtype, capacity=capacity
+            self.config, batch, device=self.device, dtype=self.dtype, capacity=capacity, mtp=mtp
         )
 
     def forward(
@@ -173,6 +173,7 @@ class Nemotron(nn.Module):
         mtp_depths: int = 0,
         router_stats: bool = False,
         last_only: bool = False,
+        hold: str | None = None,
     ) -> Output:
         """Logits for every token, or for the last one of each row.
 
@@ -184,6 +185,8 @@ class Nemotron(nn.Module):
             mtp_depths: how often to apply the MTP module (Super trains 2).
             router_stats: return each router's scores and choices.
             last_only: logits of the last real token only; what prefill needs.
+            hold: read a draft without advancing the state; `state.keep(counts)` then takes in its
+                first tokens. "replay" or "snapshots": what is kept for that (see state.py).
 
         Raises:
             ValueError: arguments that do not fit together; the message says which.
@@ -195,6 +198,7 @@ class Nemotron(nn.Module):
             seq_idx=seq_idx,
             mtp_depths=mtp_depths,
             router_stats=router_stats,
+            hold=hold,
         )
         hidden = found.hidden
         if last_only and lengths is not None:
@@ -206,8 +210,8 @@ class Nemotron(nn.Module):
             found.hidden,
             found.mtp_hidden,
             found.router,
-            logits=self._head(hidden),
-            mtp_logits=[self._head(h) for h in found.mtp_hidden],
+            logits=self.head(hidden),
+            mtp_logits=[self.head(h) for h in found.mtp_hidden],
         )
 
     def forward_hidden(
@@ -219,11 +223,18 @@ class Nemotron(nn.Module):
         seq_idx: Int[Tensor, "b t"] | None = None,
         mtp_depths: int = 0,
         router_stats: bool = False,
+        hold: str | None = None,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies it piece by piece."""
         self._check(tokens, state, lengths, seq_idx, mtp_depths)
+        _check_hold(hold, state, lengths)
         router: list[RouterStats] | None = [] if router_stats else None
-        if state is not None:
+        if state is not None and hold is not None:
+            with torch.no_grad():
+                span = Span(state.starts, router=router, hold=hold)
+                hidden = self.backbone(tokens, state.layers, span)
+            state.held = tokens.shape[1]
+        elif state is not None:
             with torch.no_grad():
                 hidden = self._continue(tokens, state, lengths, router)
         elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= SEGMENT:
@@ -278,7 +289,8 @@ class Nemotron(nn.Module):
             found.append(hidden)
         return found
 
-    def _head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
+    def head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
+        """Logits in float32 (float64 for a float64 model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
@@ -310,6 +322,22 @@ class Nemotron(nn.Module):
             raise ValueError("packed rows (seq_idx) cannot continue a state; drop one of the two.")
         if mtp_depths:
             raise ValueError("mtp_depths needs the whole text at once; call without a state.")
+        if state.held:
+            raise ValueError(
+                f"the state holds a draft of {state.held} tokens: call state.keep(counts) first."
+            )
+
+
+def _check_hold(hold: str | None, state: State | None, lengths: Tensor | None) -> None:
+    if hold is None:
+        return
+    if hold not in HOLDS:
+        raise ValueError(f"hold={hold!r}: expected one of {HOLDS}, or None.")
+    if state is None or lengths is not None:
+        raise ValueError(
+            "hold reads a draft behind a state: give a state, and leave lengths away (the counts "
+            "of state.keep say how many tokens of each row are real)."
+        )
 
 
 @torch.no_grad()

@@ -6,13 +6,31 @@ A hybrid has three kinds of memory, and they behave differently:
     conv  Mamba layers          the last k-1 inputs of the convolution; overwritten all the time
     SSM   Mamba layers          one p x n matrix per head; overwritten at every token
 
-So going back in time is free for attention and impossible for Mamba, unless a copy was made before:
-`snapshot` copies conv and SSM and notes the lengths, `rollback` puts them back. Snapshots are small
-and of constant size (160 MiB in float32 for Super, at a million tokens as at ten).
+So going back in time is free for attention and impossible for Mamba, unless something was kept. Two
+ways of going back, for two purposes:
 
-Rows of a batch may have different lengths. `model(tokens, state)` advances a state in place.
+- To a point chosen beforehand. `snapshot` copies conv and SSM and notes the lengths, `rollback`
+  puts them back. A snapshot has constant size (160 MiB in float32 for Super, at a million tokens as
+  at ten).
 
-Source: reference sheet 2.5 and 9.2. Left out: reduced-precision states, and sharing of prefixes.
+- To any token of a draft. `model(draft, state, hold=...)` answers for all its tokens but leaves the
+  state where it was, and `keep(counts)` then takes in the first `counts` of them, row by row: keys
+  and values were written behind the length and are cut by it, the inputs of the convolution are a
+  window into those that were kept, and the SSM state comes from
+
+      "snapshots"   a copy of the state after every token of the draft; `keep` picks one
+      "replay"      x, dt and B of every token; `keep` adds the accepted ones to the old state
+
+  Both equal a state that never saw the rejected tokens. Replay is the default: x, dt and B of one
+  token are a hundredth of a state (37 KB against 4 MiB per layer of Super), and the draft is read
+  as one small chunk, where snapshots go step by step. benchmarks/speculation.py measures both.
+
+Rows of a batch may have different lengths. `model(tokens, state)` advances a state in place. The
+MTP module has an attention layer with keys and values of its own; they live in `mtp`, with lengths
+of their own, since the module runs ahead of the backbone while it drafts (speculative/drafting.py).
+
+Source: reference sheet 2.5, 5.5 and 9.2. Left out: reduced-precision states, and sharing of
+prefixes.
 """
 
 from __future__ import annotations
@@ -31,14 +49,20 @@ from torch import Tensor
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import KVCache, MambaMemory, Memory
 
-FORMAT = "nemotron_lite.state.v1"
+FORMAT = "nemotron_lite.state.v2"
+HOLDS = ("replay", "snapshots")
 
 
 class Snapshot:
     """A point in a state's past that `State.rollback` can return to. Made by `State.snapshot`."""
 
-    def __init__(self, lengths: list[int], mamba: list[tuple[Tensor, Tensor] | None]) -> None:
-        self.lengths = lengths
+    def __init__(
+        self,
+        lengths: list[int],
+        mtp_lengths: list[int],
+        mamba: list[tuple[Tensor, Tensor] | None],
+    ) -> None:
+        self.lengths, self.mtp_lengths = lengths, mtp_lengths
         self.mamba = mamba
 
     @property
@@ -51,12 +75,27 @@ class State:
     """The memory of `batch` sequences, layer by layer.
 
     Use `State.empty(config, batch)` for one that has seen nothing.
+
+    Attributes:
+        layers: of the backbone, one entry per layer; None for layers that remember nothing.
+        mtp: the same for the MTP module; empty where no room was made for it.
+        held: tokens per row of a draft that waits for `keep`; 0 when there is none.
     """
 
-    def __init__(self, layers: list[Memory], lengths: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[Memory],
+        lengths: list[int],
+        device: torch.device,
+        mtp: list[Memory] | None = None,
+        mtp_lengths: list[int] | None = None,
+    ) -> None:
         self.layers = layers
         self.device = device
+        self.mtp = mtp or []
+        self.held = 0
         self._lengths = lengths
+        self._mtp_lengths = mtp_lengths or [0] * len(lengths)
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
     @classmethod
@@ -68,6 +107,7 @@ class State:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         capacity: int = 256,
+        mtp: bool = False,
     ) -> State:
         """A state before the first token.
 
@@ -75,6 +115,7 @@ class State:
             batch: rows.
             dtype: of keys, values and conv inputs. SSM states are float32, or float64 with it.
             capacity: tokens per row to make room for; the KV buffers grow when it is exceeded.
+            mtp: make room for the MTP module's keys and values too.
 
         Raises:
             ValueError: batch or capacity below 1.
@@ -85,20 +126,22 @@ class State:
         wide = torch.promote_types(dtype, torch.float32)
         heads, p, n = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
         keys = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        layers: list[Memory] = []
-        for kind in config.pattern:
+
+        def memory(kind: str) -> Memory:
             if kind == "M":
                 conv = torch.zeros(
                     batch, config.conv_kernel - 1, config.conv_dim, dtype=dtype, device=device
                 )
                 ssm = torch.zeros(batch, heads, p, n, dtype=wide, device=device)
-                layers.append(MambaMemory(conv, ssm))
-            elif kind == "*":
+                return MambaMemory(conv, ssm)
+            if kind == "*":
                 k, v = (torch.zeros(keys, dtype=dtype, device=device) for _ in range(2))
-                layers.append(KVCache(k, v))
-            else:
-                layers.append(None)
-        return cls(layers, [0] * batch, device)
+                return KVCache(k, v)
+            return None
+
+        layers = [memory(kind) for kind in config.pattern]
+        ahead = [memory(kind) for kind in config.mtp_pattern] if mtp else []
+        return cls(layers, [0] * batch, device, ahead)
 
     @property
     def batch(self) -> int:
@@ -113,34 +156,99 @@ class State:
     @property
     def starts(self) -> int | Int[Tensor, "b"]:
         """Position of the next token: one number when all rows agree, else one per row."""
-        first = self._lengths[0]
-        if all(length == first for length in self._lengths):
-            return first
-        return self.lengths.to(self.device)
+        return _as_starts(self._lengths, self.device)
+
+    @property
+    def mtp_lengths(self) -> Int[Tensor, "b"]:
+        """Entries of each row in the MTP module's own memory."""
+        return torch.tensor(self._mtp_lengths, dtype=torch.int64)
+
+    @property
+    def mtp_starts(self) -> int | Int[Tensor, "b"]:
+        """Place of the next entry there: one number when all rows agree, else one per row."""
+        return _as_starts(self._mtp_lengths, self.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, KV counted at capacity."""
-        return sum(part.nbytes for memory in self.layers if memory for part in _parts(memory))
+        """Bytes of all buffers, KV counted at capacity, without what a held draft adds."""
+        memories = [*self.layers, *self.mtp]
+        return sum(part.nbytes for memory in memories if memory for part in _parts(memory))
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes kept for a held draft, beside the keys and values it wrote."""
+        mambas = [memory for memory in self.layers if isinstance(memory, MambaMemory)]
+        return sum(memory.held.nbytes for memory in mambas if memory.held is not None)
 
     def advance(self, tokens: int | Int[Tensor, "b"]) -> None:
-        """Count tokens that every layer has taken in."""
-        new = [tokens] * self.batch if isinstance(tokens, int) else tokens.tolist()
-        self._lengths = [old + n for old, n in zip(self._lengths, new, strict=True)]
+        """Count tokens that every layer of the backbone has taken in."""
+        self._lengths = [
+            n + more for n, more in zip(self._lengths, self._each(tokens), strict=True)
+        ]
+
+    def advance_mtp(self, tokens: int | Int[Tensor, "b"]) -> None:
+        """Count entries of the MTP module."""
+        self._mtp_lengths = [
+            n + more for n, more in zip(self._mtp_lengths, self._each(tokens), strict=True)
+        ]
+
+    def cut_mtp(self, lengths: Int[Tensor, "b"]) -> None:
+        """Forget the MTP module's entries beyond `lengths`; there must be as many in each row.
+
+        Raises:
+            ValueError: a row has fewer.
+        """
+        new = lengths.tolist()
+        if any(n < 0 or n > have for n, have in zip(new, self._mtp_lengths, strict=True)):
+            raise ValueError(f"MTP entries {self._mtp_lengths} cannot be cut back to {new}.")
+        self._mtp_lengths = new
+
+    def keep(self, counts: int | Int[Tensor, "b"]) -> None:
+        """Take in the first `counts` tokens of the draft that `hold` left, and forget the others.
+
+        Args:
+            counts: 0 to the draft's length, for all rows or row by row.
+
+        Raises:
+            ValueError: no draft is held, or counts out of range.
+        """
+        each = self._each(counts)
+        if not self.held:
+            raise ValueError("no draft is held: call model(tokens, state, hold='replay') first.")
+        if min(each) < 0 or max(each) > self.held:
+            raise ValueError(f"counts {each}: expected 0 to {self.held}, the tokens held.")
+        same = each[0] if len(set(each)) == 1 else torch.tensor(each)
+        for memory in self.layers:
+            if isinstance(memory, MambaMemory):
+                memory.keep(same)
+        self.advance(same)
+        self.held = 0
+
+    def _each(self, tokens: int | Tensor) -> list[int]:
+        each = [tokens] * self.batch if isinstance(tokens, int) else tokens.tolist()
+        if len(each) != self.batch:
+            raise ValueError(f"{len(each)} counts, but a state of {self.batch} rows.")
+        return each
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` per row in the KV buffers, so that they need not grow later."""
-        for memory in self.layers:
+        for memory in [*self.layers, *self.mtp]:
             if isinstance(memory, KVCache):
                 memory.reserve(tokens)
 
     def snapshot(self) -> Snapshot:
-        """Copy what would be overwritten (conv, SSM), and note the lengths."""
+        """Copy what would be overwritten (conv, SSM), and note the lengths.
+
+        Raises:
+            ValueError: a draft is held, so what the state is has not been settled.
+        """
+        if self.held:
+            raise ValueError(f"a draft of {self.held} tokens is held: call keep(counts) first.")
         copies = [
             (memory.conv.clone(), memory.ssm.clone()) if isinstance(memory, MambaMemory) else None
             for memory in self.layers
         ]
-        taken = Snapshot(list(self._lengths), copies)
+        taken = Snapshot(list(self._lengths), list(self._mtp_lengths), copies)
         self._snapshots.add(taken)
         return taken
 
@@ -160,7 +268,10 @@ class State:
             if isinstance(memory, MambaMemory):
                 assert copies is not None
                 memory.conv, memory.ssm = copies[0].clone(), copies[1].clone()
+                memory.held = None
+        self.held = 0
         self._lengths = list(snapshot.lengths)
+        self._mtp_lengths = list(snapshot.mtp_lengths)
         undone = [
             other
             for other in self._snapshots
@@ -170,21 +281,30 @@ class State:
             self._snapshots.discard(other)
 
     def save(self, path: str | Path) -> None:
-        """Write to one safetensors file, only the valid part of KV. Atomic: all or nothing."""
+        """Write to one safetensors file, only the valid part of KV. Atomic: all or nothing.
+
+        Raises:
+            ValueError: a draft is held.
+        """
+        if self.held:
+            raise ValueError(f"a draft of {self.held} tokens is held: call keep(counts) first.")
         path = Path(path)
-        longest = max(max(self._lengths), 1)
-        tensors = {}
-        for i, memory in enumerate(self.layers):
-            if isinstance(memory, MambaMemory):
-                tensors[f"{i}.conv"] = memory.conv.contiguous()
-                tensors[f"{i}.ssm"] = memory.ssm.contiguous()
-            elif isinstance(memory, KVCache):
-                tensors[f"{i}.k"] = memory.k[:, :, :longest].contiguous()
-                tensors[f"{i}.v"] = memory.v[:, :, :longest].contiguous()
+        tensors: dict[str, Tensor] = {}
+        for prefix, memories, lengths in (
+            ("", self.layers, self._lengths), ("mtp.", self.mtp, self._mtp_lengths),
+        ):  # fmt: skip
+            longest = max(max(lengths), 1)
+            for i, memory in enumerate(memories):
+                if isinstance(memory, MambaMemory):
+                    tensors[f"{prefix}{i}.conv"] = memory.conv.contiguous()
+                    tensors[f"{prefix}{i}.ssm"] = memory.ssm.contiguous()
+                elif isinstance(memory, KVCache):
+                    tensors[f"{prefix}{i}.k"] = memory.k[:, :, :longest].contiguous()
+                    tensors[f"{prefix}{i}.v"] = memory.v[:, :, :longest].contiguous()
         metadata = {
             "format": FORMAT,
-            "layers": str(len(self.layers)),
-            "lengths": json.dumps(self._lengths),
+            "layers": json.dumps([len(self.layers), len(self.mtp)]),
+            "lengths": json.dumps([self._lengths, self._mtp_lengths]),
         }
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         try:
@@ -214,15 +334,28 @@ class State:
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
             raise ValueError(f"{path} is not a saved state: format {found!r}, not {FORMAT!r}.")
-        layers: list[Memory] = []
-        for i in range(int(metadata["layers"])):
-            if f"{i}.ssm" in tensors:
-                layers.append(MambaMemory(tensors[f"{i}.conv"], tensors[f"{i}.ssm"]))
-            elif f"{i}.k" in tensors:
-                layers.append(KVCache(tensors[f"{i}.k"], tensors[f"{i}.v"]))
-            else:
-                layers.append(None)
-        return cls(layers, json.loads(metadata["lengths"]), torch.device(device))
+
+        def memory(name: str) -> Memory:
+            if f"{name}.ssm" in tensors:
+                return MambaMemory(tensors[f"{name}.conv"], tensors[f"{name}.ssm"])
+            if f"{name}.k" in tensors:
+                return KVCache(tensors[f"{name}.k"], tensors[f"{name}.v"])
+            return None
+
+        count, ahead = json.loads(metadata["layers"])
+        lengths, mtp_lengths = json.loads(metadata["lengths"])
+        layers, mtp = (
+            [memory(f"{i}") for i in range(count)],
+            [memory(f"mtp.{i}") for i in range(ahead)],
+        )
+        return cls(layers, lengths, torch.device(device), mtp, mtp_lengths)
+
+
+def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:
+    first = lengths[0]
+    if all(length == first for length in lengths):
+        return first
+    return torch.tensor(lengths, dtype=torch.int64, device=device)
 
 
 def _parts(memory: KVCache | MambaMemory) -> tuple[Tensor, Tensor]:

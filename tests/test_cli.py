@@ -109,6 +109,14 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     ids = loaded.tokenizer.encode("def f").ids
     [new] = nemotron_lite.generate(loaded, [ids], 12, stop=[0])
     assert greedy == loaded.tokenizer.decode(ids + new) + "\n"
+    drafted = call(
+        "generate", *options, "--temperature", 0, "--draft", "mtp", "--draft-length", 2, "--fixed"
+    )
+    assert drafted.stdout == greedy
+    assert "acceptance length" in drafted.stderr
+    assert "acceptance length" not in first.stderr
+    wrong = call("generate", *options, "--draft", "eagle", code=1)
+    assert "draft='eagle': expected one of" in wrong.stderr
 
 
 def test_train_goes_on_where_it_stopped(sizes, text, tmp_path):

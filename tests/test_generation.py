@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_lite.generation import distribution, generate, prefill, stream
+from nemotron_lite.generation import generate, stream
 from nemotron_lite.model import Nemotron
+from nemotron_lite.prompts import prefill
+from nemotron_lite.sampling import distribution
 from tests.test_model import TINY, _tokens
 
 

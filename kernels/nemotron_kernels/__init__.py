@@ -28,6 +28,7 @@ _HOME = {
     "route_logits": "routing",
     "selective_state_update": "state_update",
     "sort_by_expert": "sorting",
+    "verify": "verification",
 }
 
 __all__ = sorted(_HOME)

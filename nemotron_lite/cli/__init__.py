@@ -232,12 +232,21 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help=f"of the weights: {', '.join(DTYPES)}")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="mtp: the MTP module drafts, the backbone verifies")
+    ] = None,
+    draft_length: Annotated[int, typer.Option(help="most tokens of a draft")] = 4,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive/--fixed", help="draft only as far as it pays")
+    ] = True,
 ) -> None:
-    """Continue a prompt with a checkpoint, token by token."""
+    """Continue a prompt with a checkpoint, token by token or with drafts of several."""
     with _plain_errors():
         import torch
 
         from nemotron_lite.checkpoint import load
+        from nemotron_lite.generation import stream
+        from nemotron_lite.speculative import Statistics
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
@@ -248,26 +257,37 @@ def generate(
                 "tokenizer there, or call nemotron_lite.generate with token ids."
             )
         ids = loaded.tokenizer.encode(prompt).ids or [loaded.config.bos_token_id]
-        out.print(f"[dim]{escape(prompt)}[/]", end="", soft_wrap=True)
-        speed = write(
-            loaded, loaded.tokenizer, ids, max_new_tokens,
+        statistics = Statistics()
+        writing = stream(
+            loaded, [ids], max_new_tokens, stop=loaded.config.eos_token_ids,
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+            draft=draft, draft_length=draft_length, adaptive=adaptive, statistics=statistics,
         )  # fmt: skip
+        out.print(f"[dim]{escape(prompt)}[/]", end="", soft_wrap=True)
+        speed = show(writing, loaded.tokenizer, ids)
         err.print(f"[dim]{speed:,.1f} tokens/s[/]")
+        if draft is not None:
+            err.print(f"[dim]{statistics}[/]", soft_wrap=True)
 
 
 def write(
     model: Nemotron, tokenizer: Tokenizer, ids: list[int], most: int, **sampling: Any
 ) -> float:
-    """Print the continuation of `ids` as it is written; returns tokens per second."""
-    from tokenizers.decoders import DecodeStream
-
+    """Continue `ids` and print it as it is written; returns tokens per second."""
     from nemotron_lite.generation import stream
+
+    writing = stream(model, [ids], most, stop=model.config.eos_token_ids, **sampling)
+    return show(writing, tokenizer, ids)
+
+
+def show(writing: Iterator[list[int | None]], tokenizer: Tokenizer, ids: list[int]) -> float:
+    """Print one row's tokens as they come, behind `ids`; returns tokens per second."""
+    from tokenizers.decoders import DecodeStream
 
     # A token may end in the middle of a character: the decoder holds such bytes back.
     decoder = DecodeStream(ids=ids, skip_special_tokens=True)
     started, count = time.perf_counter(), 0
-    for (token,) in stream(model, [ids], most, stop=model.config.eos_token_ids, **sampling):
+    for (token,) in writing:
         assert token is not None
         count += 1
         piece = decoder.step(tokenizer, token)

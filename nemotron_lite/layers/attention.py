@@ -91,5 +91,14 @@ class Attention(nn.Module):
         y = ops.causal_attention(q, k, v, starts=span.starts, seq_idx=span.seq_idx)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def answer_last(
+        self, x: Float[Tensor, "b t d"], past: KVCache, span: Span
+    ) -> Float[Tensor, "b 1 d"]:
+        """Remember every token, answer for the last real one of each row: what drafting needs."""
+        k, v = past.append(self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), span.starts)
+        q = self._heads(self.q_proj(span.last(x)))
+        y = ops.causal_attention(q, k, v, starts=span.of_last(x).starts)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)

@@ -46,3 +46,10 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Add the mixer's answer to the residual stream."""
         return x + self.mixer(self.norm(x), past, span)
+
+    def answer_last(
+        self, x: Float[Tensor, "b t d"], past: KVCache, span: Span
+    ) -> Float[Tensor, "b 1 d"]:
+        """An attention layer's answer for the last real token of each row; all are remembered."""
+        assert isinstance(self.mixer, Attention)
+        return span.last(x) + self.mixer.answer_last(self.norm(x), past, span)

@@ -24,7 +24,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron_lite import ops
@@ -32,11 +32,58 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.span import Span
 
 
+class Held:
+    """A draft of t tokens that a Mamba layer has read and not yet taken in.
+
+    `window` holds the k-1 inputs of the convolution before the draft and the t of the draft: the
+    inputs after c tokens are a slice of it. For the state there is either what a replay needs, or
+    `slots`: the state before the draft and after each of its tokens.
+    """
+
+    def __init__(
+        self,
+        window: Float[Tensor, "b s c"],
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        slots: Float[Tensor, "t1 b h p n"] | None = None,
+    ) -> None:
+        self.window, self.inputs, self.slots = window, inputs, slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept beside the memory itself."""
+        parts = [self.window, *(self.inputs or ()), *([] if self.slots is None else [self.slots])]
+        return sum(part.nbytes for part in parts)
+
+
 class MambaMemory:
-    """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n."""
+    """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
+
+    `held` is a draft that waits for `keep`.
+    """
 
     def __init__(self, conv: Float[Tensor, "b km1 c"], ssm: Float[Tensor, "b h p n"]) -> None:
         self.conv, self.ssm = conv, ssm
+        self.held: Held | None = None
+
+    def keep(self, counts: int | Int[Tensor, "b"]) -> None:
+        """Take in the first `counts` tokens of the draft, and forget the others."""
+        held, self.held = self.held, None
+        assert held is not None
+        before = self.conv.shape[1]
+        if isinstance(counts, int):
+            self.conv = held.window[:, counts : counts + before]
+        else:
+            counts = counts.to(self.conv.device)
+            places = counts[:, None] + torch.arange(before, device=counts.device)
+            width = held.window.shape[2]
+            self.conv = held.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
+        if held.slots is None:
+            assert held.inputs is not None
+            self.ssm = ops.ssd_replay(self.ssm, *held.inputs, counts)
+        elif isinstance(counts, int):
+            self.ssm.copy_(held.slots[counts])
+        else:
+            self.ssm.copy_(held.slots[counts, torch.arange(len(counts), device=counts.device)])
 
 
 class GatedRMSNorm(nn.Module):
@@ -81,8 +128,10 @@ class Mamba2(nn.Module):
         self, u: Float[Tensor, "b t d"], past: MambaMemory | None = None, span: Span = Span()
     ) -> Float[Tensor, "b t d"]:
         """Mix along time; with `past`, continue from it and leave the new memory there."""
-        if past is not None and u.shape[1] == 1 and span.lengths is None:
+        if past is not None and span.hold is None and span.lengths is None and u.shape[1] == 1:
             return self._step(u, past)
+        if past is not None and span.hold is not None:
+            return self._hold(u, past, span.hold)
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         xBC, conv = ops.causal_conv1d(
             xBC,
@@ -116,6 +165,31 @@ class Mamba2(nn.Module):
         x, B, C = self._split_heads(xBC)
         y, past.ssm = ops.ssd_step(past.ssm, x, self._step_sizes(dt), self._rates(), B, C, D=self.D)
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
+
+    def _hold(
+        self, u: Float[Tensor, "b t d"], past: MambaMemory, how: str
+    ) -> Float[Tensor, "b t d"]:
+        """Read a draft; `past` stays as it is, with what `keep` needs beside it."""
+        z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
+        taps = self.conv1d.weight.squeeze(1)
+        xBC, _ = ops.causal_conv1d(raw, taps, self.conv1d.bias, initial_state=past.conv)
+        window = torch.cat([past.conv, raw], dim=1)
+        x, B, C = self._split_heads(xBC)
+        dt, A = self._step_sizes(dt), self._rates()
+        if how == "replay":
+            y = ops.ssd_peek(past.ssm, x, dt, A, B, C, D=self.D)
+            past.held = Held(window, (x, dt, A, B))
+        else:
+            slots = past.ssm.new_empty(u.shape[1] + 1, *past.ssm.shape)
+            slots[0] = past.ssm
+            steps = []
+            for i in range(u.shape[1]):
+                slots[i + 1].copy_(slots[i])
+                y, _ = ops.ssd_step(slots[i + 1], x[:, i], dt[:, i], A, B[:, i], C[:, i], D=self.D)
+                steps.append(y)
+            y = torch.stack(steps, dim=1)
+            past.held = Held(window, slots=slots)
+        return self.out_proj(self.norm(y.flatten(2), z))
 
     def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:
         """x `*bt h p`, B and C `*bt g n`."""

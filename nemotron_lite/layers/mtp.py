@@ -9,7 +9,10 @@ At depth k it joins what the model knew at position i with the token that actual
 with h^0 the backbone's output after its final norm. The weights are the same at every depth: Super
 trains two depths, and drafting may go on beyond them. Embedding and head belong to the backbone.
 
-Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1. Drafting with it is a later chapter.
+Drafting (speculative/) wants one answer per row, and the keys and values of every token: `answer`
+leaves everything else out. After the last attention layer only the last token of a row goes on.
+
+Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.attention import KVCache
 from nemotron_lite.layers.block import Block, Memory
 from nemotron_lite.layers.norm import RMSNorm
 from nemotron_lite.layers.span import Span
@@ -68,4 +72,28 @@ class MTP(nn.Module):
         x = entry.join(embedded, hidden)
         for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
             x = layer(x, memory, span)
+        return last.final_layernorm(x)
+
+    def answer(
+        self,
+        hidden: Float[Tensor, "b t d"],
+        embedded: Float[Tensor, "b t d"],
+        past: Sequence[Memory],
+        span: Span,
+    ) -> Float[Tensor, "b 1 d"]:
+        """Take tokens into the module's own memory; h^k of the last real one of each row."""
+        entry, last = self.layers[0], self.layers[-1]
+        assert isinstance(entry, _Entry)
+        assert isinstance(last.final_layernorm, RMSNorm)
+        anchor = max((j for j, memory in enumerate(past) if memory is not None), default=-1)
+        if anchor < 0:  # nothing to remember: the other tokens need not be looked at
+            hidden, embedded = span.last(hidden), span.last(embedded)
+        x = entry.join(embedded, hidden)
+        for j, (layer, memory) in enumerate(zip(self.layers, past, strict=True)):
+            if j == anchor:
+                assert isinstance(layer, Block)
+                assert isinstance(memory, KVCache)
+                x = layer.answer_last(x, memory, span)
+            else:
+                x = layer(x, memory, span if j < anchor else Span())
         return last.final_layernorm(x)

@@ -36,15 +36,31 @@ class Span:
             on the right.
         seq_idx: `b t`, the document of each token in a packed row; None when rows are not packed.
         router: collects `RouterStats`; None when nobody asked.
+        hold: a draft: layers answer as usual but their memories stay where they are, and remember
+            how to take in a part of it ("replay" or "snapshots", see state.py). None is no draft.
     """
 
     starts: int | Int[Tensor, "b"] = 0
     lengths: Int[Tensor, "b"] | None = None
     seq_idx: Int[Tensor, "b t"] | None = None
     router: list[RouterStats] | None = None
+    hold: str | None = None
 
     def real(self, x: Float[Tensor, "b t d"]) -> Bool[Tensor, "b t"] | None:
         """True where a token is real and not padding; None when all are."""
         if self.lengths is None:
             return None
         return torch.arange(x.shape[1], device=x.device) < self.lengths.to(x.device)[:, None]
+
+    def last(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b 1 d"]:
+        """The last real token of each row (the first one where a row has none)."""
+        if self.lengths is None:
+            return x[:, -1:]
+        place = (self.lengths.to(x.device) - 1).clamp(min=0)
+        return x[torch.arange(len(place), device=x.device), place].unsqueeze(1)
+
+    def of_last(self, x: Float[Tensor, "b t d"]) -> Span:
+        """Where the tokens of `last` stand."""
+        if self.lengths is None:
+            return Span(self.starts + x.shape[1] - 1)
+        return Span((self.starts + self.lengths - 1).clamp(min=0))

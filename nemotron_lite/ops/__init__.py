@@ -9,15 +9,19 @@ from nemotron_lite.ops.attention import causal_attention
 from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step
 from nemotron_lite.ops.experts import expert_mlp, squared_relu
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
+from nemotron_lite.ops.replay import ssd_peek, ssd_replay
 from nemotron_lite.ops.routing import Routing, route
 from nemotron_lite.ops.scan import selective_scan, ssd_step
 from nemotron_lite.ops.ssd import ssd
+from nemotron_lite.ops.verification import Verdict, draw, verify
 
 __all__ = [
     "Routing",
+    "Verdict",
     "causal_attention",
     "causal_conv1d",
     "causal_conv1d_step",
+    "draw",
     "expert_mlp",
     "gated_rms_norm",
     "rms_norm",
@@ -25,5 +29,8 @@ __all__ = [
     "selective_scan",
     "squared_relu",
     "ssd",
+    "ssd_peek",
+    "ssd_replay",
     "ssd_step",
+    "verify",
 ]

@@ -26,6 +26,7 @@ from nemotron_lite.ops._door import cast, choose, kernel
 from nemotron_lite.ops.scan import document_starts, number_documents
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+FEW_TOKENS = 16  # a draft, not a prompt
 _KERNEL = kernel("conv", "causal_conv1d")
 _STEP_KERNEL = kernel("conv_step", "causal_conv1d_step")
 
@@ -99,6 +100,8 @@ def _fast(
     state = _last_inputs(window, weight.shape[1] - 1, lengths)
     if seq_idx is not None:
         return _packed(window, weight, bias, seq_idx), state
+    if not torch.is_grad_enabled():
+        return F.silu(_depthwise(window, weight, bias), inplace=True), state
     return _ConvSilu.apply(window, weight, bias), state
 
 
@@ -179,14 +182,16 @@ def _depthwise(
 ) -> Float[Tensor, "b t c"]:
     """oneDNN's 2-D depthwise convolution on an image one pixel high, channels innermost.
 
-    Where oneDNN does not answer (float64, other devices), one multiply-add per tap.
+    Where oneDNN does not answer (float64, other devices), and for a few tokens, which end before it
+    has begun, one multiply-add per tap.
     """
-    if window.is_cpu and window.dtype in (torch.float32, torch.bfloat16) and _ONEDNN:
+    length = window.shape[1] - weight.shape[1] + 1
+    narrow = window.dtype in (torch.float32, torch.bfloat16)
+    if window.is_cpu and narrow and _ONEDNN and length > FEW_TOKENS:
         image = window.transpose(1, 2).unsqueeze(2)
         kernel = weight[:, None, None, :].contiguous(memory_format=torch.channels_last)
         y = F.conv2d(image, kernel, bias, groups=weight.shape[0])
         return y.squeeze(2).transpose(1, 2)
-    length = window.shape[1] - weight.shape[1] + 1
     y = window[:, :length] * weight[:, 0]
     for j in range(1, weight.shape[1]):
         y.addcmul_(window[:, j : j + length], weight[:, j])

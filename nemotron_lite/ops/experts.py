@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_lite.ops._door import cast, choose, kernel
 
 _KERNEL = kernel("experts", "expert_mlp")
-FEW_PAIRS = 16  # (token, slot) pairs up to which products with single rows beat sorting
+FEW_PAIRS = 40  # (token, slot) pairs up to which products with single rows beat sorting
 RUN_ROWS = 128  # rows of hidden units to activate in one call
 
 

@@ -7,20 +7,25 @@ balance.py        what keeps the experts busy
 optimizer.py      AdamW and clipping;  schedule.py  warm up, stay, decay
 checkpointing.py  files to resume from
 evaluate.py       bits per byte of text that was not trained on
+healing.py        the MTP module alone, on text that the frozen backbone wrote
 """
 
 from nemotron_lite.train.checkpointing import ResumeError
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.evaluate import Evaluation, evaluate
+from nemotron_lite.train.healing import Healing, Written, heal
 from nemotron_lite.train.loop import TrainResult, train
 from nemotron_lite.train.schedule import learning_rate
 
 __all__ = [
     "Evaluation",
+    "Healing",
     "ResumeError",
     "TrainConfig",
     "TrainResult",
+    "Written",
     "evaluate",
+    "heal",
     "learning_rate",
     "train",
 ]

@@ -59,6 +59,13 @@ def test_the_router_through_its_door() -> None:
     torch.testing.assert_close(found[2], exact[2])
 
 
+def test_the_acceptance_rule_through_its_door() -> None:
+    p, q = torch.rand(2, 6, 4, 50).softmax(-1)
+    drafts, uniforms = torch.randint(50, (6, 3)), torch.rand(6, 4, dtype=torch.float64)
+    exact, found = _both(ops.verify, p, q[:, :3].contiguous(), drafts, uniforms)
+    assert [x.tolist() for x in found] == [x.tolist() for x in exact]
+
+
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     """Outside the interpreter, CPU tensors and a forced kernel do not go together."""
     script = (

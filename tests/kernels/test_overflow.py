@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 
-from nemotron_kernels import conv, conv_step, norm, state_update
+from nemotron_kernels import conv, conv_step, norm, state_update, verification
 from tests.kernels.interpreter import overflow_is_an_error
 
 TOKENS, INNER, CHANNELS, PROJECTION = 2**20, 16_384, 18_432, 35_072
@@ -123,4 +123,14 @@ def test_state_update_of_four_thousand_sequences(half: bool) -> None:
             HEADS * P * N, P * N, N, PROJECTION, P, PROJECTION, 1, 0, 1, 0,
             PROJECTION, N, PROJECTION, N, 1, 0, PROJECTION, P, 1, 0, HEADS * P, P,
             P=P, N=N, SOFTPLUS=True, SEEDED=half, ROUNDS=5, BLOCK_P=16, BLOCK_N=N,
+        )  # fmt: skip
+
+
+def test_verification_of_four_thousand_drafts() -> None:
+    x, i, batch, k, size = torch.zeros(1), torch.zeros(1, dtype=torch.int64), 4096, 7, 131_072
+    assert batch * (k + 1) * size > 2**31
+    with _program(batch - 1):
+        verification._verify_kernel[(1,)](
+            x, x, i, x.double(), i, i, i, k, size, (k + 1) * size, size, k * size, size,
+            BLOCK=16_384,
         )  # fmt: skip

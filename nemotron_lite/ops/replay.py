@@ -1,0 +1,168 @@
+"""The scan of a draft: read on from a state without changing it, and take in a part of it later.
+
+A draft of t tokens is read before anybody knows how much of it will stay. With s the running sum of
+dt A inside the draft,
+
+    peek      y_l  = exp(s_l) S C_l + sum_{r <= l} (C_l . B_r) exp(s_l - s_r) dt_r x_r + D x_l
+    replay    S'   = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r
+
+`peek` is one chunk of the dual form (ssd.py) and writes no state. `replay` takes the first c tokens
+in, with a c of its own for each row: what it needs of them is x, dt and B, some hundred numbers per
+head instead of the p x n of a state. Together they read the state twice and write it once, as much
+as a single step of decoding does, whatever t is.
+
+The exponents are formed in float64: they are differences of sums, and there are only t x h of them.
+
+Source: the replay of TensorRT-LLM's MTP (reference sheet 5.5, solution b). Left out: gradients,
+packed rows, drafts long enough to need several chunks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron_lite.ops._door import cast, choose
+from nemotron_lite.ops.scan import check_shapes, selective_scan
+
+
+def ssd_peek(
+    state: Float[Tensor, "b h p n"],
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, "h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    *,
+    D: Float[Tensor, "h"] | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "b t h p"]:
+    """What `ssd` would answer for t tokens behind `state`; the state stays as it is.
+
+    Args:
+        state: float32, or float64 with it; the arithmetic is in its dtype.
+        x, dt, A, B, C, D: as in `ssd`. Memory and work grow with t squared: for short t.
+        impl: "naive" (`selective_scan`) or "torch".
+
+    Returns:
+        y in the dtype of x.
+
+    Raises:
+        ValueError: unknown `impl`, or shapes that do not fit each other.
+    """
+    check_shapes(x, dt, A, B, C, D, state, None)
+    return choose("ssd_peek", impl, x, naive=_naive_peek, torch=_peek)(state, x, dt, A, B, C, D)
+
+
+def ssd_replay(
+    state: Float[Tensor, "b h p n"],
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, "h"],
+    B: Float[Tensor, "b t g n"],
+    counts: int | Int[Tensor, "b"],
+    *,
+    impl: str = "auto",
+) -> Float[Tensor, "b h p n"]:
+    """The state after the first `counts` of t tokens, for all rows or row by row.
+
+    Args:
+        state: before the first token. impl="torch" overwrites it and returns it; "naive" leaves it.
+        x, dt, A, B: as given to `ssd_peek`.
+        counts: 0 to t; 0 leaves a row's state as it was.
+        impl: "naive" (`selective_scan`, row by row) or "torch".
+
+    Raises:
+        ValueError: unknown `impl`, counts outside 0 to t, or shapes that do not fit each other.
+    """
+    check_shapes(x, dt, A, B, B, None, state, None)
+    low, high = (counts, counts) if isinstance(counts, int) else _range(counts)
+    if low < 0 or high > x.shape[1]:
+        raise ValueError(f"counts from {low} to {high}: expected 0 to {x.shape[1]} tokens.")
+    return choose("ssd_replay", impl, x, naive=_naive_replay, torch=_replay)(
+        state, x, dt, A, B, counts
+    )
+
+
+def _range(counts: Tensor) -> tuple[int, int]:
+    values = counts.tolist()
+    return min(values), max(values)
+
+
+def _naive_peek(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> Tensor:
+    return selective_scan(x, dt, A, B, C, D=D, initial_state=state)[0]
+
+
+def _naive_replay(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor
+) -> Tensor:
+    each = [counts] * len(x) if isinstance(counts, int) else counts.tolist()
+    rows = []
+    for row, count in enumerate(each):
+        one = slice(row, row + 1)
+        kept = [part[one, :count] for part in (x, dt, B)]
+        if count:
+            _, new = selective_scan(kept[0], kept[1], A, kept[2], kept[2], initial_state=state[one])
+        else:
+            new = state[one].clone()
+        rows.append(new.to(state.dtype))
+    return torch.cat(rows)
+
+
+def _peek(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> Tensor:
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    wide = state.dtype
+    B, C = (cast(v, wide).transpose(1, 2).reshape(b * g, t, n) for v in (B, C))
+    heads = cast(x, wide).permute(0, 2, 3, 1)  # b h p t
+    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2).contiguous()  # b h t
+    # decay[l, r] = exp(s_l - s_r) dt_r, and 0 where r comes after l.
+    later = _later(t, x.device)
+    gaps = (sums.unsqueeze(3) - sums.unsqueeze(2)).masked_fill_(later, -math.inf)
+    mix = gaps.exp_().to(wide).mul_(cast(dt, wide).transpose(1, 2).unsqueeze(2))
+    mix.view(b * g, h // g, t, t).mul_(torch.bmm(C, B.mT).unsqueeze(1))
+    # From the state: its rows are h*p/g vectors of n, read by the group's C.
+    y = torch.bmm(state.reshape(b * g, -1, n), C.mT).view(b, h, p, t)
+    y.mul_(sums.exp().to(wide).unsqueeze(2))
+    y.view(b * h, p, t).baddbmm_(heads.reshape(b * h, p, t), mix.view(b * h, t, t).mT)
+    if D is not None:
+        y.addcmul_(heads, cast(D, wide)[:, None, None])
+    return cast(y, x.dtype).permute(0, 3, 1, 2)
+
+
+def _replay(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor
+) -> Tensor:
+    b, h, g, n = x.shape[0], x.shape[2], B.shape[2], B.shape[3]
+    wide = state.dtype
+    longest = counts if isinstance(counts, int) else int(counts.max())
+    if longest == 0:
+        return state
+    x, dt, B = x[:, :longest], dt[:, :longest], B[:, :longest]
+    sums = (dt.double() * A.double()).cumsum(1)  # b t h
+    if isinstance(counts, int):
+        total = sums[:, -1:]
+        write = (total - sums).exp_().to(wide).mul_(dt)
+    else:
+        ends = counts.to(x.device).view(b, 1, 1)
+        total = torch.where(ends > 0, sums.gather(1, (ends - 1).clamp(min=0).expand(-1, 1, h)), 0.0)
+        dropped = torch.arange(longest, device=x.device).view(1, -1, 1) >= ends
+        write = (total - sums).masked_fill_(dropped, -math.inf).exp_().to(wide).mul_(dt)
+    heads = (cast(x, wide) * write.unsqueeze(-1)).permute(0, 2, 3, 1)  # b h p t
+    state.mul_(total.exp().to(wide).view(b, h, 1, 1))
+    rows = state.view(b * g, -1, n)
+    directions = cast(B, wide).transpose(1, 2).reshape(b * g, -1, n)
+    rows.baddbmm_(heads.reshape(b * g, -1, longest), directions)
+    return state
+
+
+def _later(t: int, device: torch.device) -> Tensor:
+    """True where token r (the column) comes after token l (the row)."""
+    return torch.ones(t, t, dtype=torch.bool, device=device).triu_(1)
