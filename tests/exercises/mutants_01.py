@@ -46,7 +46,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "the gain without dt",
             altered(DISCRETISE, _GAIN, _GAIN.replace("dt * ", "")),
             hint=2,
-            bug="(e^z - 1) / z for the whole gain; state-spaces/mamba#19 and #114 ask where dt went",
+            bug="(e^z - 1) / z for the whole gain; state-spaces/mamba#114 asks where dt is",
         ),
         Mutant(
             "dt clamped from below",
