@@ -86,6 +86,12 @@ def test_what_is_not_done_is_told_kindly(name: str) -> None:
     )
 
 
+def test_something_else_that_is_not_implemented_is_a_mistake() -> None:
+    source = "import numbers\n\n\ndef fade(dt, A):\n    return numbers.Complex.real.fget(dt)\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised NotImplementedError. Your line: return numbers" in message
+
+
 def test_a_stub_that_computes_something_wrong_is_recognised() -> None:
     given = "def fade(dt, A):\n    out = dt * A  # yours\n    return out\n"
     exercise = replace(FADE, stub=given)
