@@ -1,0 +1,59 @@
+"""Each chapter in JupyterLab, as a reader meets it: at rest, run from top to bottom, and dragged.
+
+Chapters are found by their names, so a new one is covered. The two small notebooks show that the
+visit sees what it should: a slider that moves nothing, an error, a request to the outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import CHAPTERS
+
+
+@pytest.fixture(scope="module", params=[path.name for path in CHAPTERS])
+def seen(request: pytest.FixtureRequest, lab: str, browser: Any) -> Any:
+    """One visit to a chapter, which the tests below look at from several sides."""
+    from tests.browser.lab import visit
+
+    return visit(browser, lab, request.param)
+
+
+def test_at_rest_it_shows_its_figures(seen: Any) -> None:
+    assert seen.broken_at_rest == []
+    assert seen.figures_at_rest > 0
+
+
+def test_run_all_ends_without_an_error(seen: Any) -> None:
+    assert seen.errors == []
+    assert seen.not_run == []
+
+
+def test_every_slider_does_something_and_one_moves_a_figure(seen: Any) -> None:
+    assert seen.sliders > 0
+    assert seen.idle_sliders == []
+    assert seen.moved_figures > 0
+
+
+def test_nothing_is_fetched_from_outside(seen: Any) -> None:
+    assert seen.outside == []
+
+
+def test_a_visit_to_a_good_notebook(lab: str, browser: Any) -> None:
+    from tests.browser.lab import Visit, visit
+
+    assert visit(browser, lab, "good.ipynb") == Visit(sliders=1, moved_figures=1)
+
+
+def test_a_visit_to_a_bad_notebook(lab: str, browser: Any) -> None:
+    from tests.browser.lab import visit
+
+    seen = visit(browser, lab, "bad.ipynb")
+    assert seen.errors == ["cell 3: ZeroDivisionError: division by zero"]
+    assert seen.not_run == [4]
+    assert (seen.sliders, seen.moved_figures) == (1, 0)
+    assert len(seen.idle_sliders) == 1
+    assert "stands still" in seen.idle_sliders[0]
+    assert seen.outside == ["https://example.org/a.png"]
