@@ -13,8 +13,8 @@ reader needs, so each chapter passes through three steps:
              lives no longer (JupyterLab would show an error in its place), what was written to
              stderr, times of execution, and every other trace that differs from run to run.
     draw     each plotly figure also gets a PNG, for viewers that draw neither widgets nor plotly.
-             A flat drawing needs no more than 256 colours, so it is kept with a palette: about a
-             third of the bytes.
+             A flat drawing needs few colours, so it is kept with a palette of 64, shades of the
+             smoothed edges included.
 
 `clean` of a clean notebook changes nothing, and a file is replaced in one step. At the end the
 rules of `hygiene` are read over each chapter, and what they find is printed.
@@ -44,6 +44,7 @@ CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURE_WIDTH, PICTURE_HEIGHT, PICTURE_SCALE = 820, 380, 1.5
+COLOURS = 64
 
 # What may stay. Everything else (execution times, scrolling, an editor's own notes) is volatile.
 KEPT_OF_CELL = {"tags", "editable", "deletable", "jupyter", "slideshow"}
@@ -206,12 +207,12 @@ class Drawer:
 
 
 def with_palette(png: bytes) -> bytes:
-    """The same picture in at most 256 colours, without dithering."""
+    """The same picture in at most 64 colours, without dithering."""
     from PIL import Image
 
     flat = Image.open(io.BytesIO(png)).convert("RGB")
     small = io.BytesIO()
-    flat.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+    flat.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
         small, "PNG", optimize=True
     )
     return min(small.getvalue(), png, key=len)
