@@ -34,33 +34,33 @@ def mixer_layout(config: NemotronConfig) -> go.Figure:
         ("C", f"{groups} groups of {config.ssm_state_size}", shared, "purple"),
     ]
     dt = ("dt", "one step size a head", heads, "vermillion")
-    norm = [(f"g{i}", "one norm", per_group, "yellow") for i in range(groups)]
+    norm = [(f"norm {i}", "one group", per_group, "yellow") for i in range(1, groups + 1)]
+    gate = ("silu(z)", "multiplied into y before the norm", inner, "sky")
     rows: list[tuple[str, int, list[tuple[str, str, int, str]]]] = [
         ("in_proj", 0, [z, *xbc, dt]),
         (f"conv, {config.conv_kernel} taps, SiLU", inner, xbc),
         ("scan", inner, [("y", f"{heads} heads of {head_width}", inner, "orange")]),
-        ("gate, then norm", inner, norm),
+        ("gate, then norm", 0, [gate, *norm]),
         ("out_proj", inner, [("out", "back to the residual stream", d, "sky")]),
     ]
     fig = go.Figure()
     for name, start, parts in rows:
-        at = start
-        for label, meaning, width, colour in parts:
-            fill = theme.PALETTE[colour]
-            fig.add_bar(
-                y=[name], x=[width], base=[at], orientation="h", width=0.66, showlegend=False,
-                marker=dict(color=fill, line=dict(color=theme.INK, width=1)),
-                text=f"<b>{label}</b> {width}" if width > 0.05 * inner else "",
-                textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
-                insidetextfont=dict(size=13, color=theme.text_on(fill)),
-                hovertext=f"{label}: {meaning}, {width:,} channels", hoverinfo="text",
-            )  # fmt: skip
-            at += width
+        widths = [width for _, _, width, _ in parts]
+        fills = [theme.PALETTE[colour] for *_, colour in parts]
+        fig.add_bar(
+            y=[name] * len(parts), x=widths, base=(start + np.cumsum([0, *widths[:-1]])).tolist(),
+            orientation="h", width=0.66, showlegend=False, marker_color=fills,
+            text=[f"<b>{label}</b> {w:,}" if w > 0.05 * inner else "" for label, _, w, _ in parts],
+            textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
+            insidetextfont=dict(size=13, color=[theme.text_on(fill) for fill in fills]),
+            hovertext=[f"{label}: {meaning}, {w:,} channels" for label, meaning, w, _ in parts],
+            hoverinfo="text",
+        )  # fmt: skip
     fig.add_annotation(
         x=config.mamba_in_proj_size, y="in_proj", text=f"<b>dt</b> {heads}", showarrow=False,
         xanchor="left", xshift=6,
     )  # fmt: skip
-    fig.update_layout(barmode="overlay", height=330)
+    fig.update_layout(barmode="overlay", height=310, margin_t=24)
     fig.update_xaxes(title_text="channels", range=[0, 1.08 * config.mamba_in_proj_size])
     fig.update_yaxes(categoryorder="array", categoryarray=[r[0] for r in rows], showgrid=False)
     fig.update_yaxes(autorange="reversed")
@@ -68,8 +68,8 @@ def mixer_layout(config: NemotronConfig) -> go.Figure:
         fig,
         "Five bars, one for each stage of a Mamba-2 layer, cut into channels to scale. The input "
         "projection is cut into z, x, B, C and a sliver dt. The convolution passes over x, B and "
-        f"C. The scan leaves y, as wide as z. The norm cuts it into {groups} groups, and the "
-        "output projection returns to the width of the model.",
+        "C. The scan leaves y, as wide as z. The gate is multiplied in, the norm cuts the product "
+        f"into {groups} groups, and the output projection returns to the width of the model.",
     )
 
 
@@ -97,7 +97,7 @@ def crossing(
         )  # fmt: skip
     fig.update_xaxes(title_text="tokens", type="log", tickvals=np.asarray(lengths))
     fig.update_yaxes(title_text="milliseconds", type="log")
-    fig.update_layout(height=400)
+    fig.update_layout(height=330, margin_t=24)
     return described(
         fig,
         f"Time against length on logarithmic axes for {' and '.join(seconds)}. Both lines "
@@ -129,10 +129,10 @@ def fingerprints(
     )  # fmt: skip
     look = theme.SERIES[1]
     for i, (name, values) in enumerate(errors.items()):
-        y = np.maximum(np.asarray(values, dtype=float), floor)
+        y = np.maximum(np.asarray(values, dtype=np.float32), np.float32(floor))
         where = dict(row=i // columns + 1, col=i % columns + 1)
         fig.add_scatter(
-            x=np.arange(len(y)), y=y, name=name, mode="lines", showlegend=False,
+            y=y, name=name, mode="lines", showlegend=False,
             line=dict(color=look.colour, dash="solid"), **where,
         )  # fmt: skip
         for position in marks.values():
@@ -146,7 +146,7 @@ def fingerprints(
     fig.update_yaxes(type="log", range=[np.log10(floor), 1.2], exponentformat="power")
     fig.update_yaxes(title_text="largest error", col=1)
     fig.update_xaxes(title_text="position in the text", row=rows)
-    fig.update_layout(height=180 + 190 * rows)
+    fig.update_layout(height=110 + 130 * rows, margin_t=40)
     return described(
         fig,
         f"{len(errors)} small plots of error against position in the text, named "
@@ -155,19 +155,20 @@ def fingerprints(
     )
 
 
-def losses(curves: Mapping[str, ArrayLike]) -> go.Figure:
+def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
     """Training loss by step, the model without memory first.
 
     Args:
-        curves: name → losses of equal length.
+        curves: name → mean losses of `every` steps each, of equal length.
+        every: how many steps stand behind one value; it is drawn in their middle.
 
     Raises:
         ValueError: curves of different lengths.
     """
-    steps = np.arange(len(np.asarray(next(iter(curves.values())))))
+    count = len(np.asarray(next(iter(curves.values()))))
     return lines(
-        steps, curves, title="Training loss, mean of ten steps", x_title="step",
-        y_title="nats per byte", markers=False,
+        np.arange(count) * every + (every + 1) / 2, curves, height=320,
+        title=f"Training loss, mean of {every} steps", x_title="step", y_title="nats per byte",
         alt=f"Training loss against steps for {', '.join(curves)}. All fall; the curve of "
         f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
     )  # fmt: skip

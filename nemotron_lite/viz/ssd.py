@@ -50,7 +50,7 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         raise ValueError(f"decay is {mask.shape} and scores are {dots.shape}; they must agree.")
     return _row_of_matrices(
         {
-            "decay mask L": (mask, False),
+            "decay mask L (dark is 1)": (mask, False),
             "scores C·B": (dots, True),
             "matrix M": (mask * dots, True),
         },
@@ -78,12 +78,11 @@ def two_parts(matrix: ArrayLike, chunk: int) -> go.Figure:
         {
             "step 1: inside chunks": (np.where(near, whole, np.nan), True),
             "steps 2–4: through the state": (np.where(near, np.nan, whole), True),
-            "matrix M": (whole, True),
         },
-        "+=",
-        f"Three matrices side by side. The first holds only square blocks of {chunk} tokens on the "
-        "diagonal, the second only what lies below these blocks. Together they are the whole lower "
-        "triangle on the right.",
+        "+",
+        f"Two matrices with a plus between them. The first holds only square blocks of {chunk} "
+        "tokens on the diagonal, the second only what lies below these blocks. Together they are "
+        "the whole lower triangle.",
     )
 
 
@@ -115,14 +114,15 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
             x=[None], y=[None], mode="lines", name=name, line=dict(color=colour, dash=dash, width=3)
         )
     work = multiply_adds(np.array(lengths), p, n)
-    looks = zip(work.items(), ("blue", "orange", "green"), ("", "/", "x"), strict=True)
-    for (name, each), colour, pattern in looks:
+    # Dark, light and middle, in the order of the stack: no colour is needed to tell them apart.
+    for (name, each), colour in zip(work.items(), (theme.INK, "#9CCDEB", "#E69F00"), strict=True):
         fig.add_bar(
-            x=[str(q) for q in lengths], y=each, name=name, marker_color=theme.PALETTE[colour],
-            marker_pattern_shape=pattern, row=1, col=2,
+            x=[str(q) for q in lengths], y=each, name=name, marker_color=colour,
+            row=1, col=2,
         )  # fmt: skip
     fig.update_layout(
-        barmode="stack", height=470, margin_b=130, shapes=_outlines(t, _at_least_one(chunk)),
+        barmode="stack", height=430, margin=dict(t=40, b=130),
+        shapes=_outlines(t, _at_least_one(chunk)),
         legend=dict(orientation="h", y=-0.2, yanchor="top", x=0, traceorder="normal"),
     )  # fmt: skip
     _square_axes(fig, 1, "r, the token that wrote")
@@ -157,7 +157,7 @@ def explore_chunks(
         (widget, figure): both for `show`; the figure is the one at rest.
 
     Raises:
-        ValueError: scores that are not square, or a start that is no power of two up to t.
+        ValueError: scores that are not square, or a start that is neither a power of two nor t.
     """
     dots, steps = _square("scores", scores), np.asarray(dt, dtype=float)
     t = len(dots)
@@ -184,12 +184,14 @@ def explore_chunks(
         )
 
     figure = chunk_map(matrix(half_life), chunk, p=p, n=n)
+    moving = go.Figure(figure)
+    moving.data[0].z = _cells(_blank_above(matrix(half_life)))
     length = ipywidgets.SelectionSlider(
         options=lengths, value=chunk, description="chunk length q", continuous_update=True,
         style={"description_width": "initial"}, layout=ipywidgets.Layout(width="min(100%, 460px)"),
     )  # fmt: skip
     fade = slider("half-life, tokens", 0.5, 64.0, value=half_life, log=True)
-    return explore(figure, update, chunk=length, half_life=fade), figure
+    return explore(moving, update, chunk=length, half_life=fade), figure
 
 
 def multiply_adds(chunk: ArrayLike, p: int, n: int) -> dict[str, ndarray]:
@@ -212,7 +214,7 @@ def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
     Raises:
         ValueError: the two have different shapes, or are not three-dimensional.
     """
-    new, after = np.asarray(added, dtype=float), np.asarray(states, dtype=float)
+    new, after = (np.asarray(v, dtype=np.float32) for v in (added, states))
     if new.ndim != 3 or new.shape != after.shape:
         raise ValueError(f"added is {new.shape} and states {after.shape}; expected c p n twice.")
     count = len(new)
@@ -223,14 +225,17 @@ def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
     bound = float(max(np.abs(new).max(), np.abs(after).max())) or 1.0
     for row, pictures in enumerate((new, after), start=1):
         for column, picture in enumerate(pictures, start=1):
-            last = row == 1 and column == count
-            fig.add_trace(_heatmap(picture, diverging=True, bound=bound, bar=last), row, column)
+            fig.add_heatmap(
+                z=picture, coloraxis="coloraxis", row=row, col=column,
+                hovertemplate="p %{y}, n %{x}: %{z:.3f}<extra></extra>",
+            )  # fmt: skip
     fig.update_xaxes(showticklabels=False, showgrid=False, ticks="")
     fig.update_yaxes(showticklabels=False, showgrid=False, ticks="", autorange="reversed")
     fig.update_yaxes(title_text="step 2: adds U", row=1, col=1)
     fig.update_yaxes(title_text="step 3: state S", row=2, col=1)
     fig.update_xaxes(title_text="n", row=2)
-    fig.update_layout(height=360)
+    colours = dict(colorscale=theme.DIVERGING, cmin=-bound, cmax=bound, colorbar_outlinewidth=0)
+    fig.update_layout(height=340, margin_t=40, coloraxis=colours)
     return described(
         fig,
         f"Two rows of {count} small matrices, p rows by n columns. Above, what each chunk adds to "
@@ -248,7 +253,7 @@ def memory(lengths: ArrayLike, kept: Mapping[str, ArrayLike]) -> go.Figure:
     """
     return lines(
         lengths, kept, title="What one layer remembers", x_title="tokens", y_title="bytes",
-        log_x=True, log_y=True,
+        log_x=True, log_y=True, height=320,
         alt="Bytes kept against tokens read, both axes logarithmic. The line of the attention "
         "layer starts far below and rises steadily; that of the Mamba-2 layer is level; they "
         "cross.",
@@ -264,7 +269,7 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
     """
     fig = lines(
         chunks, {"time": 1e3 * np.asarray(seconds, dtype=float)}, title="The same scan in chunks",
-        x_title="chunk length q, tokens", y_title="milliseconds", log_x=True,
+        x_title="chunk length q, tokens", y_title="milliseconds", log_x=True, height=300,
         alt="Time against chunk length: a valley. The shortest chunks take longer than those in "
         "the middle, and from there on time rises with the length.",
     )  # fmt: skip
@@ -292,17 +297,16 @@ def _row_of_matrices(
             font_size=24,
         )  # fmt: skip
     fig.update_yaxes(title_text="l, reads", col=1)
-    fig.update_layout(height=330)
+    fig.update_layout(height=300, margin_t=40)
     return described(fig, alt)
 
 
-def _heatmap(
-    values: ndarray, *, diverging: bool, bound: float | None = None, bar: bool = False
-) -> go.Heatmap:
+def _heatmap(values: ndarray, *, diverging: bool, bound: float | None = None) -> go.Heatmap:
     limit = bound or float(np.nanmax(np.abs(values))) or 1.0
     return go.Heatmap(
-        z=_cells(values), zmin=-limit if diverging else 0, zmax=limit if diverging else 1,
-        colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL, showscale=bar,
+        z=np.asarray(values, dtype=np.float32),  # a third of the bytes in a committed chapter
+        zmin=-limit if diverging else 0, zmax=limit if diverging else 1,
+        colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL, showscale=False,
         hovertemplate="row %{y}, column %{x}: %{z:.3f}<extra></extra>", hoverongaps=False,
     )  # fmt: skip
 
@@ -310,10 +314,13 @@ def _heatmap(
 def _square_axes(fig: go.Figure, column: int, x_title: str) -> None:
     """First row on top, square cells, ticks few enough to read."""
     x = f"x{column if column > 1 else ''}"
-    fig.update_xaxes(title_text=x_title, showgrid=False, constrain="domain", nticks=5, col=column)
-    fig.update_yaxes(
-        autorange="reversed", showgrid=False, constrain="domain", scaleanchor=x, nticks=5,
+    fig.update_xaxes(
+        title_text=x_title, showgrid=False, zeroline=False, constrain="domain", nticks=5,
         col=column,
+    )  # fmt: skip
+    fig.update_yaxes(
+        autorange="reversed", showgrid=False, zeroline=False, constrain="domain", scaleanchor=x,
+        nticks=5, col=column,
     )  # fmt: skip
 
 
@@ -348,8 +355,8 @@ def _point_at(
 
 
 def _chunk_lengths(t: int) -> list[int]:
-    """Powers of two up to t."""
-    return [2**i for i in range(t.bit_length()) if 2**i <= t]
+    """Powers of two below t, and t itself."""
+    return [*(2**i for i in range(t.bit_length()) if 2**i < t), t]
 
 
 def _blank_above(values: ndarray) -> ndarray:
@@ -357,8 +364,8 @@ def _blank_above(values: ndarray) -> ndarray:
 
 
 def _cells(values: ndarray) -> list[list[float | None]]:
-    """Rows for plotly with None for a blank: nan is not JSON, and a live figure sends JSON."""
-    return [[None if np.isnan(v) else float(v) for v in row] for row in values]
+    """Rows with None for a blank: a live figure sends matrices as JSON, which has no nan."""
+    return [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in values]
 
 
 def _square(name: str, values: ArrayLike) -> ndarray:
