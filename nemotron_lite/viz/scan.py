@@ -92,8 +92,8 @@ def trace(x: ArrayLike, dt: ArrayLike, A: float, *, title: str, alt: str) -> go.
     fig.update_yaxes(range=[0, 1.05], row=2, col=1)
     fig.update_xaxes(title_text="token", row=3, col=1)
     fig.update_layout(
-        title_text=title, height=460, bargap=0.4,
-        legend=dict(orientation="h", x=1, xanchor="right", y=1.02, yanchor="bottom"),
+        title_text=title, height=480, bargap=0.4, margin_t=92, title_y=0.96,
+        legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom"),
     )  # fmt: skip
     return described(fig, alt)
 
@@ -158,7 +158,7 @@ def two_rules(exponents: ArrayLike) -> go.Figure:
     for column, name, values, look in (
         (1, "exact: exp(dt A)", np.exp(-z), blue),
         (1, "Euler: 1 + dt A", 1 - z, red),
-        (2, "zero-order hold", -np.expm1(-z) / z, blue),
+        (2, "exact: zero-order hold", -np.expm1(-z) / z, blue),
         (2, "Mamba: gain = dt", np.ones_like(z), green),
     ):
         line = dict(color=look.colour, dash=look.dash, width=2.5)
@@ -166,7 +166,7 @@ def two_rules(exponents: ArrayLike) -> go.Figure:
     fig.add_hrect(y0=-1.2, y1=0, fillcolor=theme.PALETTE["orange"], opacity=0.18, row=1, col=1)
     fig.update_yaxes(range=[-1.2, 1.1], row=1, col=1)
     fig.update_yaxes(range=[0, 1.1], row=1, col=2)
-    fig.update_xaxes(title_text="-dt A", type="log")
+    fig.update_xaxes(title_text="-dt A", type="log", tickvals=[0.01, 0.1, 1])
     fig.update_layout(
         title_text="One step by different rules", height=400, margin_t=96,
         legend=dict(orientation="h", y=-0.28, x=0),
@@ -264,8 +264,8 @@ def costs(lengths: Sequence[int]) -> go.Figure:
                 line=dict(color=look.colour, dash=look.dash, width=2),
                 marker=dict(color=look.colour, symbol=look.marker, size=8), row=1, col=column,
             )  # fmt: skip
-    fig.update_xaxes(title_text="tokens", type="log")
-    fig.update_yaxes(type="log")
+    fig.update_xaxes(title_text="tokens", type="log", tickvals=list(lengths)[::3])
+    fig.update_yaxes(type="log", dtick=1)
     fig.update_layout(
         title_text="What a parallel scan costs", height=400, margin_t=96,
         legend=dict(orientation="h", y=-0.25, x=0),
@@ -335,6 +335,6 @@ def half_lives(tokens: Mapping[str, ArrayLike], *, title: str, alt: str) -> go.F
         ordered = np.sort(np.asarray(values, dtype=float))[::-1]
         fig.add_scatter(y=ordered, x=np.arange(len(ordered)), name=name, mode="lines+markers")
     fig.update_xaxes(title_text="head, longest memory first")
-    fig.update_yaxes(title_text="tokens until half is forgotten", type="log")
+    fig.update_yaxes(title_text="tokens until half is forgotten", type="log", dtick=1)
     fig.update_layout(title_text=title, height=380, showlegend=len(tokens) > 1)
     return described(fig, alt)

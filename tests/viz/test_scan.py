@@ -73,7 +73,7 @@ def test_the_rules_are_those_of_the_exercise() -> None:
     drawn = {trace.name: np.asarray(trace.y) for trace in fig.data}
     np.testing.assert_allclose(drawn["exact: exp(dt A)"], np.exp([-0.1, -1.0, -2.0]))
     np.testing.assert_allclose(drawn["Euler: 1 + dt A"], [0.9, 0.0, -1.0], atol=1e-12)
-    np.testing.assert_allclose(drawn["zero-order hold"][1], 1 - np.exp(-1.0))
+    np.testing.assert_allclose(drawn["exact: zero-order hold"][1], 1 - np.exp(-1.0))
     np.testing.assert_allclose(drawn["Mamba: gain = dt"], 1.0)
 
 
