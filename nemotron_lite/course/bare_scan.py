@@ -48,11 +48,15 @@ class ScanLayer(nn.Module):
     def forward(self, u: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         """Add what the scan reads to the stream."""
         v = self.norm(u)
-        B, C, dt = self.control(v if self.selective else 0 * v).split(self.sizes, -1)
-        x, dt = self.write(v).unflatten(-1, self.heads), F.softplus(dt)
-        A, B, C = -self.A_log.exp(), B.unsqueeze(2), C.unsqueeze(2)
-        y, _ = ops.ssd(x, dt, A, B, C, chunk_size=CHUNK)
+        x = self.write(v).unflatten(-1, self.heads)
+        dt, B, C = self.controls(v)
+        y, _ = ops.ssd(x, dt, -self.A_log.exp(), B, C, chunk_size=CHUNK)
         return u + self.out(y.flatten(2))
+
+    def controls(self, v: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """dt `b t h`, B and C `b t 1 n`: from each token, or from zeros through the same map."""
+        B, C, dt = self.control(v if self.selective else 0 * v).split(self.sizes, -1)
+        return F.softplus(dt), B.unsqueeze(2), C.unsqueeze(2)
 
 
 class ScanModel(nn.Module):
@@ -86,8 +90,8 @@ class ScanModel(nn.Module):
         """dt of every layer at every token."""
         found, stream = [], self.embedding(tokens)
         for layer in self.layers:
-            dt = layer.control(layer.norm(stream) if layer.selective else 0 * stream)
-            found.append(F.softplus(dt[..., -layer.sizes[-1] :]))
+            assert isinstance(layer, ScanLayer)
+            found.append(layer.controls(layer.norm(stream))[0])
             stream = layer(stream)
         return found
 
