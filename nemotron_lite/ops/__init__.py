@@ -8,7 +8,22 @@ give the same numbers up to rounding, and the tests hold them to it.
 from nemotron_lite.ops.attention import causal_attention
 from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step
 from nemotron_lite.ops.experts import expert_mlp, squared_relu
+from nemotron_lite.ops.fp8 import (
+    FP8Tensor,
+    MXFP8Tensor,
+    fake_quantise_fp8,
+    fake_quantise_mxfp8,
+    quantise_fp8,
+    quantise_mxfp8,
+)
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
+from nemotron_lite.ops.nvfp4 import (
+    QuantisedTensor,
+    fake_quantise,
+    hadamard,
+    inverse_hadamard,
+    quantise,
+)
 from nemotron_lite.ops.replay import ssd_peek, ssd_replay
 from nemotron_lite.ops.routing import Routing, route
 from nemotron_lite.ops.scan import selective_scan, ssd_step
@@ -16,6 +31,9 @@ from nemotron_lite.ops.ssd import ssd
 from nemotron_lite.ops.verification import Verdict, draw, verify
 
 __all__ = [
+    "FP8Tensor",
+    "MXFP8Tensor",
+    "QuantisedTensor",
     "Routing",
     "Verdict",
     "causal_attention",
@@ -23,7 +41,15 @@ __all__ = [
     "causal_conv1d_step",
     "draw",
     "expert_mlp",
+    "fake_quantise",
+    "fake_quantise_fp8",
+    "fake_quantise_mxfp8",
     "gated_rms_norm",
+    "hadamard",
+    "inverse_hadamard",
+    "quantise",
+    "quantise_fp8",
+    "quantise_mxfp8",
     "rms_norm",
     "route",
     "selective_scan",

@@ -1,0 +1,144 @@
+"""NVFP4: four bits a number, an eight-bit scale for sixteen of them, a float32 for the tensor.
+
+NVIDIA trains and serves Nemotron 3 in this format. A number is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
+with a sign (E2M1), times the E4M3 scale of its block of 16, times the scale of its tensor. That is
+4.5 bits a number; Blackwell's tensor cores multiply them as they are, and any other machine can
+compute the same values, as here.
+
+    elements.py   the sixteen codes, rounding to them, packing
+    scaling.py    the two scales; Transformer Engine's order of operations, which is normative
+    rotation.py   the 16-point Hadamard transform
+    tensor.py     QuantisedTensor, and the definition of `quantise`
+    emulation.py  `fake_quantise`, the same values without the codes, in few passes over memory
+
+Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
+Left out: "four over six" and power-of-two scales, which pre-training does not use.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from nemotron_lite.ops._door import choose
+from nemotron_lite.ops.nvfp4.elements import (
+    E2M1_MAX,
+    E2M1_VALUES,
+    decode_e2m1,
+    encode_e2m1,
+    encode_e2m1_stochastic,
+    pack,
+    unpack,
+)
+from nemotron_lite.ops.nvfp4.rotation import SIGNS, hadamard, inverse_hadamard
+from nemotron_lite.ops.nvfp4.scaling import (
+    E4M3_MAX,
+    block_scales,
+    round_e4m3,
+    tensor_amax,
+    tensor_scales,
+)
+from nemotron_lite.ops.nvfp4.tensor import QuantisedTensor, check_dice, naive_quantise
+
+__all__ = [
+    "E2M1_MAX",
+    "E2M1_VALUES",
+    "E4M3_MAX",
+    "SIGNS",
+    "QuantisedTensor",
+    "block_scales",
+    "decode_e2m1",
+    "encode_e2m1",
+    "encode_e2m1_stochastic",
+    "fake_quantise",
+    "hadamard",
+    "inverse_hadamard",
+    "pack",
+    "quantise",
+    "round_e4m3",
+    "tensor_amax",
+    "tensor_scales",
+    "unpack",
+]
+
+
+def quantise(
+    x: Float[Tensor, "*rows n"],
+    *,
+    block: str = "1x16",
+    stochastic: bool = False,
+    seed: int | None = None,
+    bits: Int[Tensor, "*bits_rows m"] | None = None,
+    hadamard: bool = False,
+    batch_dims: int = 0,
+    amax: Float32[Tensor, "*batch"] | None = None,
+    name: str = "tensor",
+    impl: str = "auto",
+) -> QuantisedTensor:
+    """x in NVFP4, blocks along the last dimension (quantise `x.mT` for blocks along columns).
+
+    Args:
+        x: float32, bfloat16 or float16; no gradient flows.
+        block: "1x16", or "16x16" for a weight.
+        stochastic: round up or down by chance instead of to nearest; needs `seed` or `bits`.
+        seed: 0 to 2^63 - 1. Number (row, column) gets the bits of `philox.random_halves`, rows
+            counted over all leading dimensions, columns filled up to a multiple of 16.
+        bits: 0 .. 65535 for each number, instead of a seed; m is n, or n filled up.
+        hadamard: rotate each 16 first. The result is the rotated tensor, its last dimension filled
+            up with zeros to a multiple of 16.
+        batch_dims: this many leading dimensions count separate tensors, each with its own scale:
+            1 for a stack of expert weights.
+        amax: the largest magnitude to scale for instead of x's own: from a calibration, or from
+            other processes that hold other parts. Larger numbers saturate.
+        name: of the tensor, for errors.
+        impl: "naive" or "torch".
+
+    Raises:
+        ValueError: NaN or infinity in x or amax, another dtype, a block shape that does not fit,
+            dice without need or missing, an unknown `impl`.
+    """
+    run = choose("quantise", impl, x, naive=naive_quantise, torch=naive_quantise)
+    check_dice(stochastic, seed, bits, x, name)
+    return run(
+        x, block=block, stochastic=stochastic, seed=seed, bits=bits, hadamard=hadamard,
+        batch_dims=batch_dims, amax=amax, name=name,
+    )  # fmt: skip
+
+
+def fake_quantise(
+    x: Float[Tensor, "*rows n"],
+    *,
+    dim: int = -1,
+    block: str = "1x16",
+    stochastic: bool = False,
+    seed: int | None = None,
+    bits: Int[Tensor, "*bits_rows m"] | None = None,
+    hadamard: bool = False,
+    batch_dims: int = 0,
+    amax: Float32[Tensor, "*batch"] | None = None,
+    name: str = "tensor",
+    impl: str = "auto",
+) -> Float[Tensor, "*out_rows k"]:
+    """What the tensor cores would read: `quantise(x).dequantise(x.dtype)`, in few passes.
+
+    Args:
+        dim: -1, or -2 for blocks along the columns: `fake_quantise(x.mT, ...).mT` without turning
+            x over. Gradients of weights sum over tokens, which are rows.
+        impl: "naive", which makes the codes, or "torch", bit-equal but for the sign of zeros.
+        The rest: as for `quantise`; `bits` are laid out as x is.
+
+    Returns:
+        The shape and dtype of x; with `hadamard`, rotated, and filled up to a multiple of 16.
+
+    Raises:
+        ValueError: as `quantise`.
+    """
+    if dim not in (-1, -2):
+        raise ValueError(f"{name}: dim={dim}; expected -1 or -2.")
+    if dim == -2:
+        x, bits = x.mT, None if bits is None else bits.mT
+    values = quantise(
+        x, block=block, stochastic=stochastic, seed=seed, bits=bits, hadamard=hadamard,
+        batch_dims=batch_dims, amax=amax, name=name, impl=impl,
+    ).dequantise(x.dtype)  # fmt: skip
+    return values.mT if dim == -2 else values

@@ -1,0 +1,184 @@
+"""A tensor in NVFP4, and how one is made: the definition, step by step.
+
+`quantise` is the order of operations of scaling.py, applied to blocks of one of two shapes:
+
+    "1x16"     sixteen neighbours along the last dimension, the one a matrix product sums over
+    "16x16"    a square tile, for weights: the forward pass sums along rows and the backward pass
+               along columns, and with square tiles a weight and its transpose have the same values.
+               Stored as 1x16, each scale repeated for the sixteen rows of its tile.
+
+Rows that are no multiple of 16 are filled up with zeros, which change neither scale nor value;
+`shape` remembers where the numbers end, and a rotated tensor keeps the filled-up columns, because
+the rotation has spread the numbers over them.
+
+Layout: two codes in a byte, the even column in the low nibble; scales row-major, as in a checkpoint
+(not in the 128 x 4 order that tensor cores read). 4.5 bits a number, and 4 bytes for the tensor.
+
+**Stochastic rounding** is unbiased only where nothing is clipped. c is rounded to nearest, so in
+about half of the blocks it is too small by up to 1/16, and the largest value of such a block is
+clipped at 6 whichever way the dice fall. The mean error there is toward zero. Source and measure:
+tests/ops/test_nvfp4_stochastic.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float8e4m3fn, Float32, UInt8
+from torch import Tensor
+
+from nemotron_lite.ops.nvfp4 import elements, scaling
+from nemotron_lite.ops.nvfp4.rotation import hadamard as rotate
+from nemotron_lite.ops.nvfp4.scaling import BLOCK
+from nemotron_lite.ops.philox import random_halves
+
+BLOCKS = ("1x16", "16x16")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedTensor:
+    """Numbers in NVFP4; `dequantise` gives them back.
+
+    `cols` is the last length rounded up to a multiple of 16.
+
+    Raises:
+        ValueError: parts whose dtypes or shapes do not belong together.
+    """
+
+    codes: UInt8[Tensor, "*rows half"]  # cols / 2 bytes a row
+    scales: Float8e4m3fn[Tensor, "*rows blocks"]  # cols / 16 of them a row
+    scale: Float32[Tensor, "*batch"]  # s_dec: one number, or one for each tensor of a batch
+    shape: tuple[int, ...]  # of the numbers
+    block: str = "1x16"
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block={self.block!r}; expected one of {BLOCKS}.")
+        if not self.shape:
+            raise ValueError("an NVFP4 tensor needs at least one dimension; shape is ().")
+        *rows, last = self.shape
+        blocks = -(-last // BLOCK)
+        parts = {
+            "codes": (self.codes, (*rows, blocks * BLOCK // 2), torch.uint8),
+            "scales": (self.scales, (*rows, blocks), torch.float8_e4m3fn),
+            "scale": (self.scale, self.shape[: self.scale.ndim], torch.float32),
+        }
+        for name, (part, shape, dtype) in parts.items():
+            if tuple(part.shape) != shape or part.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {part.dtype} of shape {list(part.shape)}; numbers of shape "
+                    f"{list(self.shape)} need {dtype} of shape {list(shape)}."
+                )
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+        """The values, code * (c * s_dec), computed in float32 and rounded once to `dtype`."""
+        decode = self.scale.reshape(*self.scale.shape, *[1] * (len(self.shape) - self.scale.ndim))
+        factor = self.scales.float() * decode
+        values = elements.decode_packed(self.codes).unflatten(-1, (-1, BLOCK))
+        return (values * factor.unsqueeze(-1)).flatten(-2)[..., : self.shape[-1]].to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes + self.scale.nbytes
+
+
+def naive_quantise(
+    x: Tensor,
+    *,
+    block: str,
+    bits: Tensor | None,
+    seed: int | None,
+    stochastic: bool,
+    hadamard: bool,
+    batch_dims: int,
+    amax: Tensor | None,
+    name: str,
+) -> QuantisedTensor:
+    """The definition; `quantise` in __init__.py documents the arguments."""
+    x = prepare(x, block=block, hadamard=hadamard, batch_dims=batch_dims, name=name)
+    shape = tuple(x.shape)
+    if amax is None:
+        amax = scaling.tensor_amax(x, batch_dims=batch_dims, name=name)
+    else:
+        scaling.tensor_amax(x, name=name)
+    encode, decode = scaling.tensor_scales(amax)
+    wide = F.pad(x.float(), (0, -shape[-1] % BLOCK))
+    blocks = wide.unflatten(-1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1)
+    if block == "16x16":
+        largest = _over_sixteen_rows(largest)
+    one_each = [1] * (largest.ndim - batch_dims)
+    encode, decode = (s.reshape(*s.shape, *one_each) for s in (encode, decode))
+    scales = scaling.block_scales(largest, encode)
+    factor, _ = scaling.block_factors(scales, decode)
+    v = (blocks * factor.unsqueeze(-1)).clamp(-elements.E2M1_MAX, elements.E2M1_MAX).flatten(-2)
+    if stochastic:
+        if bits is None:
+            assert seed is not None
+            rows = v.shape[:-1].numel()
+            bits = random_halves(seed, rows, v.shape[-1], device=v.device).view(v.shape)
+        codes = elements.encode_e2m1_stochastic(v, _filled(bits, v))
+    else:
+        codes = elements.encode_e2m1(v)
+    return QuantisedTensor(elements.pack(codes), scales, decode.reshape(amax.shape), shape, block)
+
+
+def prepare(x: Tensor, *, block: str, hadamard: bool, batch_dims: int, name: str) -> Tensor:
+    """x without gradient, rotated if asked for; arguments checked.
+
+    Raises:
+        ValueError: what cannot be quantised this way.
+    """
+    if block not in BLOCKS:
+        raise ValueError(f"block={block!r}; expected one of {BLOCKS}.")
+    scaling.check_dtype(x, name)
+    if not 0 <= batch_dims < max(x.ndim, 1) or x.ndim == 0:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; at least one dimension "
+            "must be left for the numbers."
+        )
+    if block == "16x16" and x.ndim != batch_dims + 2:
+        raise ValueError(
+            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; square tiles need "
+            "matrices, two dimensions after those of the batch."
+        )
+    x = x.detach()
+    if hadamard:
+        x = rotate(F.pad(x, (0, -x.shape[-1] % BLOCK)))
+    return x
+
+
+def check_dice(
+    stochastic: bool, seed: int | None, bits: Tensor | None, x: Tensor, name: str
+) -> None:
+    """Exactly one source of randomness when it is needed, none when it is not.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    given = (seed is not None) + (bits is not None)
+    if given != int(stochastic):
+        wants = "exactly one of seed and bits" if stochastic else "neither seed nor bits"
+        raise ValueError(
+            f"{name}: stochastic={stochastic} needs {wants}; got seed={seed}, "
+            f"bits={'None' if bits is None else list(bits.shape)}."
+        )
+    if bits is not None and bits.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{name}: bits of shape {list(bits.shape)} for numbers of shape {list(x.shape)}."
+        )
+
+
+def _over_sixteen_rows(largest: Tensor) -> Tensor:
+    """The maximum over each run of 16 rows, for every one of them; dimension -2."""
+    rows = largest.shape[-2]
+    tiles = F.pad(largest, (0, 0, 0, -rows % BLOCK)).unflatten(-2, (-1, BLOCK))
+    return tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)[..., :rows, :]
+
+
+def _filled(bits: Tensor, v: Tensor) -> Tensor:
+    """Bits for the filled-up columns as well; zeros round to zero whatever these are."""
+    return F.pad(bits, (0, v.shape[-1] - bits.shape[-1]))
