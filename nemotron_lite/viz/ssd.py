@@ -78,11 +78,12 @@ def two_parts(matrix: ArrayLike, chunk: int) -> go.Figure:
         {
             "step 1: inside chunks": (np.where(near, whole, np.nan), True),
             "steps 2–4: through the state": (np.where(near, np.nan, whole), True),
+            "matrix M": (whole, True),
         },
-        "+",
-        f"Two matrices with a plus between them. The first holds only square blocks of {chunk} "
-        "tokens on the diagonal, the second only what lies below these blocks. Together they are "
-        "the whole lower triangle.",
+        "+=",
+        f"Three matrices side by side. The first holds only square blocks of {chunk} tokens on the "
+        "diagonal, the second only what lies below these blocks. Together they are the third, the "
+        "whole lower triangle.",
     )
 
 

@@ -69,8 +69,7 @@ def test_factors_multiply_and_the_future_is_blank() -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 8, 32, 100])
 def test_two_parts_are_disjoint_and_make_the_whole(chunk: int) -> None:
     fig = ssd.two_parts(DECAY * SCORES, chunk)
-    near, far = (picture(fig, i) for i in range(2))
-    whole = DECAY * SCORES
+    near, far, whole = (picture(fig, i) for i in range(3))
     lower = np.tri(T, dtype=bool)
     assert (np.isnan(near) ^ np.isnan(far))[lower].all()
     np.testing.assert_allclose(
