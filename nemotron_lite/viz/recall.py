@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
@@ -39,6 +40,9 @@ KEY_WIDTH = 32  # numbers in a key of the cache; the state's keys have n
 SHARPNESS = 24.0  # of the cache's softmax over unit keys
 MOST_PAIRS = 64
 GIB = 2**30
+
+# White is nothing, so that a mostly empty matrix stays quiet; grey is a cell that has no value.
+SHADES = [[0, "#FFFFFF"], [0.3, "#C6DDEE"], [0.65, "#3E8EC4"], [1, "#00224E"]]
 
 Matrix = NDArray[np.float64]
 
@@ -90,8 +94,8 @@ def panels(
     fig.update_yaxes(title_text=y_title, row=1, col=1)
     fig.update_annotations(font_size=14)
     fig.update_layout(
-        title_text=title, height=height, margin_t=92,
-        coloraxis=dict(colorscale=theme.SEQUENTIAL, cmin=low, cmax=high,
+        title_text=title, height=height, margin_t=92, plot_bgcolor=theme.GRID,
+        coloraxis=dict(colorscale=SHADES, cmin=low, cmax=high,
                        colorbar=dict(outlinewidth=0, tickfont_size=12)),
     )  # fmt: skip
     return described(fig, alt)
@@ -154,7 +158,7 @@ def crowding(pairs: int = 32, n: int = 8, *, seed: int = 0) -> go.Figure:
     if not 1 <= pairs <= MOST_PAIRS or n < 1:
         raise ValueError(f"pairs={pairs}, n={n}: expected 1 to {MOST_PAIRS} pairs and n above 0.")
     read = _crowded(pairs, n, seed)
-    return panels(
+    fig = panels(
         read,
         title=f"{pairs} pairs: one state of {VALUE_WIDTH} x {n}, and a cache",
         x_title="answer", y_title="question",
@@ -164,6 +168,9 @@ def crowding(pairs: int = 32, n: int = 8, *, seed: int = 0) -> go.Figure:
         "stands in a haze of other answers, more of it the fewer numbers a key has, and crosses "
         "mark the questions where another answer comes out on top.",
     )  # fmt: skip
+    # One fixed scale, so that the slider's pictures compare; what looks unlike a value is nothing.
+    fig.update_layout(coloraxis=dict(cmin=0, cmax=1.5, colorbar_title_text="likeness"))
+    return fig
 
 
 def crowding_widget(pairs: int = 32, n: int = 8, *, seed: int = 0) -> Explorer:
@@ -181,8 +188,6 @@ def crowding_widget(pairs: int = 32, n: int = 8, *, seed: int = 0) -> Explorer:
             fig.layout[axis].range = [-0.5, pairs - 0.5]
         for axis in ("yaxis", "yaxis2"):
             fig.layout[axis].range = [pairs - 0.5, -0.5]
-        fig.layout.coloraxis.cmin = min(float(z.min()) for z in read.values())
-        fig.layout.coloraxis.cmax = max(float(z.max()) for z in read.values())
         fig.layout.title.text = f"{pairs} pairs: one state of {VALUE_WIDTH} x {n}, and a cache"
         return (
             f"State: {VALUE_WIDTH * n:,} numbers, {right[0]} of {pairs} answers right. "
@@ -210,9 +215,9 @@ def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.F
     fig = lines(
         pairs, shares, log_x=True, title="Recall against the number of pairs",
         x_title="pairs to remember", y_title="right answers, %",
-        alt=f"Share of right answers over the number of pairs, for {', '.join(recall)}. All start "
-        "near the top. The lines of Mamba alone fall as the pairs grow, the smaller its state the "
-        "sooner; the line with an attention layer stays at the top.",
+        alt=f"Share of right answers over the number of pairs, for {', '.join(recall)}. The lines "
+        "of Mamba alone with a small state fall as the pairs grow, and so does that of attention "
+        "alone; with a large state, or with Mamba and attention together, the line stays high.",
     )  # fmt: skip
     fig.update_xaxes(tickvals=list(pairs), ticktext=[str(p) for p in pairs])
     fig.update_yaxes(range=[-4, 104])
@@ -242,12 +247,13 @@ def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
             for name, heads in shared.items()
         ),
     )  # fmt: skip
-    fig.update_traces(
-        selector=dict(type="heatmap"), xgap=3, ygap=3, texttemplate="%{z:d}", textfont_size=13
-    )
+    for trace, grid in zip(fig.data[::2], grids.values(), strict=True):
+        marks = np.where(grid > 0, "●", "")
+        trace.update(xgap=3, ygap=3, text=marks, texttemplate="%{text}", textfont_size=14)
     fig.update_xaxes(dtick=1)
     fig.update_yaxes(dtick=1)
-    fig.update_layout(coloraxis_showscale=False)
+    pale_to_strong = [[0, theme.KINDS["*"].pale], [1, theme.KINDS["*"].strong]]
+    fig.update_layout(coloraxis=dict(showscale=False, colorscale=pale_to_strong))
     return fig
 
 
@@ -277,7 +283,7 @@ def bars(
         )
     )  # fmt: skip
     fig.update_layout(title_text=title, height=360, showlegend=False)
-    fig.update_yaxes(title_text=y_title, type="log" if log_y else "-")
+    fig.update_yaxes(title_text=y_title, type="log" if log_y else "-", exponentformat="power")
     return described(fig, alt)
 
 
@@ -316,23 +322,23 @@ def memory(config: NemotronConfig) -> go.Figure:
     )  # fmt: skip
     ticks = _CONTEXTS[::2]
     fig.update_xaxes(tickvals=ticks, ticktext=[_tokens(int(t)) for t in ticks])
+    fig.update_yaxes(dtick=1)  # whole powers of ten
     fig.update_layout(legend=dict(orientation="h", x=0, y=-0.22, yanchor="top"))
-    return described(fig, fig.layout.meta["alt"])
+    return fig
 
 
 def memory_widget(config: NemotronConfig) -> Explorer:
     """Sliders for context, number of anchors and key heads."""
     state = ledger.cache(config, 0).total
 
-    def update(fig: go.FigureWidget, context: int, anchors: int, sharing: int) -> str:
-        changed = _with(config, anchors, 2**sharing)
+    def update(fig: go.FigureWidget, tokens: int, anchors: int, key_heads: int) -> str:
+        changed = _with(config, anchors, key_heads)
         fig.data[0].y = _kv(changed, _CONTEXTS)
         per_token = ledger.cache(changed, 0).kv_per_token
-        tokens = 2**context
         fig.data[3].update(x=[tokens], y=[tokens * per_token / GIB])
         equal = f"as much as the states after {state // per_token:,} tokens. " if anchors else ""
         return (
-            f"{anchors} anchors, {config.num_attention_heads} query heads on {2**sharing} key "
+            f"{anchors} anchors, {config.num_attention_heads} query heads on {key_heads} key "
             f"heads: {per_token:,} bytes a token, {equal}At {tokens:,} tokens "
             f"{tokens * per_token / GIB:.2f} GiB of keys and values beside {state / GIB:.2f} GiB "
             "of states."
@@ -343,12 +349,20 @@ def memory_widget(config: NemotronConfig) -> Explorer:
         x=[2**20], y=[0], mode="markers", name="the context chosen",
         marker=dict(size=13, symbol="star", color=theme.INK),
     )  # fmt: skip
-    key_heads = config.num_key_value_heads.bit_length() - 1
+    halves = [h for h in (1, 2, 4, 8, 16, 32, 64) if config.num_attention_heads % h == 0]
     return explore(
         figure, update,
-        context=slider("context, 2^ tokens", 10, 20, value=20),
+        tokens=_steps("context", {_tokens(int(t)): int(t) for t in _CONTEXTS}, 2**20),
         anchors=slider("anchors", 0, 40, value=config.pattern.count("*")),
-        sharing=slider("key heads, 2^", 0, 5, value=key_heads),
+        key_heads=_steps("key heads", {str(h): h for h in halves}, config.num_key_value_heads),
+    )  # fmt: skip
+
+
+def _steps(label: str, options: Mapping[str, int], value: int) -> ipywidgets.SelectionSlider:
+    """A slider over a few numbers that are not evenly spaced."""
+    return ipywidgets.SelectionSlider(
+        description=label, options=list(options.items()), value=value,
+        style={"description_width": "initial"}, layout=ipywidgets.Layout(width="min(100%, 460px)"),
     )  # fmt: skip
 
 

@@ -84,11 +84,11 @@ def test_the_memory_widget_says_what_the_ledger_says() -> None:
     assert "8 anchors" in widget.words.value
     assert "8,192 bytes a token" in widget.words.value
     assert "8.00 GiB" in widget.words.value
-    widget.controls["sharing"].value = 5
+    widget.controls["key_heads"].value = 32
     assert widget.seconds < BUDGET
     assert "128.00 GiB" in widget.words.value
     assert widget.figure.data[0].y[-1] == 128.0
-    widget.controls["context"].value = 15
+    widget.controls["tokens"].value = 2**15
     assert widget.figure.data[3].x == (32768,)
     assert widget.figure.data[3].y == (4.0,)
     widget.controls["anchors"].value = 0

@@ -65,7 +65,9 @@ def memory_gradients(answer: Answer) -> None:
         _random(3, 4, seed=9).mT.contiguous().mT,
         _random(2, 2, seed=1),
     )
-    gradients(lambda *x: answer(*x, 0.9), lambda *x: _outer_memory(*x, 0.9), inputs)
+    gradients(
+        lambda k, v, q: answer(k, v, q, 0.9), lambda k, v, q: _outer_memory(k, v, q, 0.9), inputs
+    )
 
 
 # -- 03.grouped_attention ----------------------------------------------------------------------
