@@ -16,7 +16,7 @@ import sys
 import time
 from importlib import import_module
 
-BENCHMARKS = ("ssd_operator", "model_speed", "growth")
+BENCHMARKS = ("ssd_operator", "model_speed", "growth", "speculation")
 
 
 def main(arguments: list[str]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from nemotron_lite.model import Nemotron
 from nemotron_lite.prompts import Prompts, pad_right, prefill
 from nemotron_lite.sampling import Chooser, Filters
-from nemotron_lite.speculative import Speculation, Statistics
+from nemotron_lite.speculative import Costs, Speculation, Statistics
 
 DRAFTS = ("mtp",)
 
@@ -42,7 +42,7 @@ def generate(
     prefill_chunk: int | None = None,
     draft: str | None = None,
     draft_length: int = 4,
-    adaptive: bool = True,
+    adaptive: bool | Costs = True,
     statistics: Statistics | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
@@ -58,7 +58,8 @@ def generate(
             same logits up to rounding.
         draft: "mtp" lets the MTP module draft and the backbone verify; None writes token by token.
         draft_length: most tokens of a draft.
-        adaptive: draft only as far as it pays; else always `draft_length` tokens.
+        adaptive: draft only as far as it pays, by the ledger's prices or by the `Costs` given
+            (`speculative.calibrate` measures them); False drafts `draft_length` tokens always.
         statistics: filled in with what drafting did.
 
     Returns:
@@ -94,7 +95,7 @@ def stream(
     prefill_chunk: int | None = None,
     draft: str | None = None,
     draft_length: int = 4,
-    adaptive: bool = True,
+    adaptive: bool | Costs = True,
     statistics: Statistics | None = None,
 ) -> Iterator[list[int | None]]:
     """`generate`, one step at a time: a token per row, None for rows that have ended.

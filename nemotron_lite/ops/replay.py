@@ -11,7 +11,9 @@ in, with a c of its own for each row: what it needs of them is x, dt and B, some
 head instead of the p x n of a state. Together they read the state twice and write it once, as much
 as a single step of decoding does, whatever t is.
 
-The exponents are formed in float64: they are differences of sums, and there are only t x h of them.
+The exponents are sums over stretches of dt A. Written as differences of running sums they would
+lose digits; here each stretch is summed by itself, all of them in one product with a table of zeros
+and ones, so the arithmetic can stay in the state's dtype.
 
 Source: the replay of TensorRT-LLM's MTP (reference sheet 5.5, solution b). Left out: gradients,
 packed rows, drafts long enough to need several chunks.
@@ -20,6 +22,7 @@ packed rows, drafts long enough to need several chunks.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -122,15 +125,12 @@ def _peek(
     wide = state.dtype
     B, C = (cast(v, wide).transpose(1, 2).reshape(b * g, t, n) for v in (B, C))
     heads = cast(x, wide).permute(0, 2, 3, 1)  # b h p t
-    sums = (dt.double() * A.double()).cumsum(1).transpose(1, 2).contiguous()  # b h t
-    # decay[l, r] = exp(s_l - s_r) dt_r, and 0 where r comes after l.
-    later = _later(t, x.device)
-    gaps = (sums.unsqueeze(3) - sums.unsqueeze(2)).masked_fill_(later, -math.inf)
-    mix = gaps.exp_().to(wide).mul_(cast(dt, wide).transpose(1, 2).unsqueeze(2))
+    dt, decay = _decays(dt, A, wide)  # b h t, b h t 1+t
+    mix = decay[..., 1:] * dt.unsqueeze(2)
     mix.view(b * g, h // g, t, t).mul_(torch.bmm(C, B.mT).unsqueeze(1))
     # From the state: its rows are h*p/g vectors of n, read by the group's C.
     y = torch.bmm(state.reshape(b * g, -1, n), C.mT).view(b, h, p, t)
-    y.mul_(sums.exp().to(wide).unsqueeze(2))
+    y.mul_(decay[..., 0].unsqueeze(2))
     y.view(b * h, p, t).baddbmm_(heads.reshape(b * h, p, t), mix.view(b * h, t, t).mT)
     if D is not None:
         y.addcmul_(heads, cast(D, wide)[:, None, None])
@@ -146,23 +146,43 @@ def _replay(
     if longest == 0:
         return state
     x, dt, B = x[:, :longest], dt[:, :longest], B[:, :longest]
-    sums = (dt.double() * A.double()).cumsum(1)  # b t h
+    dt, decay = _decays(dt, A, wide)
     if isinstance(counts, int):
-        total = sums[:, -1:]
-        write = (total - sums).exp_().to(wide).mul_(dt)
+        end = decay[:, :, -1]  # b h 1+t: the last token's view back
     else:
-        ends = counts.to(x.device).view(b, 1, 1)
-        total = torch.where(ends > 0, sums.gather(1, (ends - 1).clamp(min=0).expand(-1, 1, h)), 0.0)
-        dropped = torch.arange(longest, device=x.device).view(1, -1, 1) >= ends
-        write = (total - sums).masked_fill_(dropped, -math.inf).exp_().to(wide).mul_(dt)
-    heads = (cast(x, wide) * write.unsqueeze(-1)).permute(0, 2, 3, 1)  # b h p t
-    state.mul_(total.exp().to(wide).view(b, h, 1, 1))
+        ends = counts.to(x.device)
+        end = decay[torch.arange(b, device=x.device), :, (ends - 1).clamp(min=0)]
+        untouched = torch.zeros_like(end[0])
+        untouched[:, 0] = 1
+        end = torch.where((ends > 0)[:, None, None], end, untouched)
+    write = (end[..., 1:] * dt).unsqueeze(2)
+    heads = cast(x, wide).permute(0, 2, 3, 1) * write  # b h p t
+    state.mul_(end[..., 0].reshape(b, h, 1, 1))
     rows = state.view(b * g, -1, n)
     directions = cast(B, wide).transpose(1, 2).reshape(b * g, -1, n)
     rows.baddbmm_(heads.reshape(b * g, -1, longest), directions)
     return state
 
 
-def _later(t: int, device: torch.device) -> Tensor:
-    """True where token r (the column) comes after token l (the row)."""
-    return torch.ones(t, t, dtype=torch.bool, device=device).triu_(1)
+def _decays(dt: Tensor, A: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dt as `b h t`, and `b h t 1+t`: what is left at token l of the state before, and of token r.
+
+    Zero where r comes after l.
+    """
+    dt = cast(dt, wide).transpose(1, 2)
+    b, h, t = dt.shape
+    table, mask = _stretches(t, wide, dt.device)
+    exponents = torch.addmm(mask, (dt * cast(A, wide)[:, None]).reshape(-1, t), table)
+    return dt, exponents.exp_().view(b, h, t, t + 1)
+
+
+@lru_cache(maxsize=64)
+def _stretches(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which dt A add up to the exponent of (l, 1+r), and minus infinity where r comes after l."""
+    with torch.inference_mode(False):
+        place = torch.arange(t, device=device)
+        after = place[:, None, None] >= torch.arange(t + 1, device=device)  # i, 1, 1+r: i > r
+        table = after & (place[:, None, None] <= place[:, None])  # i, l, 1+r
+        later = torch.arange(-1, t, device=device) > place[:, None]
+        mask = torch.zeros(t, t + 1, dtype=dtype, device=device).masked_fill_(later, -math.inf)
+        return table.to(dtype).reshape(t, -1), mask.reshape(-1)

@@ -14,6 +14,7 @@ drafting.py      the MTP module as a writer, and its memory
 rounds.py        the loop above, for rows that accept differently
 adaptive.py      how far a draft is worth going; no draft where none is
 prediction.py    what a round costs by the ledger, and the gain to be expected
+calibration.py   the same prices, measured on this machine
 statistics.py    what happened, as data
 
 Source: reference sheet section 5; Leviathan et al. 2023 (arXiv 2211.17192). Left out: trees of
@@ -21,9 +22,19 @@ drafts (Nemotron's deployments draft chains), other models as drafters.
 """
 
 from nemotron_lite.speculative.adaptive import Adaptive
+from nemotron_lite.speculative.calibration import calibrate
 from nemotron_lite.speculative.drafting import Drafter
 from nemotron_lite.speculative.prediction import Costs, costs, speedup
 from nemotron_lite.speculative.rounds import Speculation
 from nemotron_lite.speculative.statistics import Statistics
 
-__all__ = ["Adaptive", "Costs", "Drafter", "Speculation", "Statistics", "costs", "speedup"]
+__all__ = [
+    "Adaptive",
+    "Costs",
+    "Drafter",
+    "Speculation",
+    "Statistics",
+    "calibrate",
+    "costs",
+    "speedup",
+]

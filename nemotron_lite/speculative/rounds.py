@@ -47,8 +47,7 @@ class Speculation:
         stop: tokens that end a row.
         chunk: tokens of prompt per pass.
         draft_length: tokens of a draft; the most, if `adaptive`.
-        adaptive: draft only as far as it pays.
-        prices: what adaptive goes by; the ledger's when None.
+        adaptive: draft only as far as it pays, by the ledger's prices or by those given.
         hold: what the state keeps of a draft, "replay" or "snapshots".
         statistics: filled in while the run goes on.
 
@@ -68,8 +67,7 @@ class Speculation:
         stop: frozenset[int] = frozenset(),
         chunk: int | None = None,
         draft_length: int = 4,
-        adaptive: bool = True,
-        prices: Costs | None = None,
+        adaptive: bool | Costs = True,
         hold: str = "replay",
         statistics: Statistics | None = None,
     ) -> None:
@@ -87,7 +85,7 @@ class Speculation:
         rows = len(lengths)
         self.streams = Streams(rows, 0 if filters.greedy else seed)
         if adaptive:
-            paid = prices or costs(model.config, draft_length)
+            paid = adaptive if isinstance(adaptive, Costs) else costs(model.config, draft_length)
             self.controllers: list[Controller] = [Adaptive(draft_length, paid) for _ in lengths]
         else:
             self.controllers = [Fixed(draft_length) for _ in lengths]

@@ -1,0 +1,211 @@
+"""What drafting with the MTP module brings: plain and speculative decoding, taking turns.
+
+    python -m benchmarks speculation                    trains for ten minutes first, then measures
+    python -m benchmarks speculation --model runs/lite  a model that is there already
+    python -m benchmarks speculation --quick            a tiny untrained model, no record
+
+The model is the `lite` preset, trained by the project's own recipe on Python's standard library and
+kept in runs/speculation; prompts are the beginnings of held-out files, one at a time (batch 1). For
+greedy and for sampled decoding:
+
+    plain       token by token: the "plain" of every ratio
+    fixed k     drafts of k tokens, always
+    adaptive    drafts as far as they pay, by prices measured on this machine (`calibrate`)
+    poor        adaptive, with an MTP module of random weights: what drafting costs where it is
+                useless
+
+Asked for: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
+texts must be those of plain decoding; prompts whose text differs (a near tie of two logits, rounded
+otherwise by the longer pass) are counted in `texts_that_differ`.
+
+Beside each measured ratio stand two predictions, acceptance length over the price of a round: with
+the ledger's prices, which count bytes, and with prices measured part by part. And for going back,
+both ways: bytes kept for a draft, and seconds of verifying and keeping it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.record import write_record
+from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
+from nemotron_lite.data import END_OF_TEXT_ID, prepare
+from nemotron_lite.speculative import Costs, Statistics, costs, speedup
+from nemotron_lite.speculative.calibration import prices_of, seconds_by_part
+from nemotron_lite.state import HOLDS
+from nemotron_lite.train import TrainConfig, train
+
+RUNS = Path(__file__).resolve().parents[1] / "runs"
+AIM, FLOOR = 1.6, 0.95
+LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
+PROMPT = 96  # tokens
+
+
+def trained_model(seconds: float, prompts: int) -> tuple[Nemotron, list[list[int]], float]:
+    """The model of the project's recipe, trained once and kept; prompts; seconds of training."""
+    data = prepare()
+    folder = RUNS / f"speculation-{seconds:.0f}"
+    if not (folder / "model").is_dir():
+        config = NemotronConfig.from_preset(
+            "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
+        )
+        model = Nemotron(config, seed=0)
+        train(model, data, TrainConfig(max_seconds=seconds, bias_rate=0.02))
+        save(model, folder / "model", data.tokenizer)
+    return load(folder / "model").eval(), _beginnings(data, prompts), seconds
+
+
+def _beginnings(data: Any, count: int) -> list[list[int]]:
+    long_enough = [d for d in data.held_out.documents if len(d) >= 2 * PROMPT]
+    return [d[:PROMPT].tolist() for d in long_enough[:count]]
+
+
+def poor(model: Nemotron) -> Nemotron:
+    """The same backbone with an MTP module that knows nothing."""
+    fresh = copy.deepcopy(model)
+    assert fresh.mtp is not None
+    other = Nemotron(model.config, seed=7)
+    assert other.mtp is not None
+    fresh.mtp.load_state_dict(other.mtp.state_dict())
+    return fresh.eval()
+
+
+def write_all(
+    model: Nemotron, prompts: list[list[int]], tokens: int, texts: list[list[int]] | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Continue the prompts one after another; the texts go into `texts`."""
+    found = [generate(model, [p], tokens, seed=i, **options)[0] for i, p in enumerate(prompts)]
+    if texts is not None:
+        texts[:] = found
+
+
+def measure_decoding(
+    model: Nemotron, prompts: list[list[int]], tokens: int, rounds: int, temperature: float,
+    prices: dict[str, Costs],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One entry per way of drafting, each against plain decoding in the same rounds."""
+    ways: dict[str, dict[str, Any]] = {
+        f"fixed {k}": dict(draft="mtp", draft_length=k, adaptive=False) for k in LENGTHS
+    }
+    ways["adaptive"] = dict(draft="mtp", draft_length=LONGEST, adaptive=prices["measured"])
+    models = dict.fromkeys(ways, model) | {"poor": poor(model)}
+    ways["poor"] = ways["adaptive"]
+    sampling: dict[str, Any] = dict(temperature=temperature, top_p=0.95 if temperature else None)
+    told = {name: Statistics() for name in ways}
+    texts: dict[str, list[list[int]]] = {name: [] for name in ("plain", *ways)}
+    calls: dict[str, Any] = {
+        "plain": partial(write_all, model, prompts, tokens, texts["plain"], **sampling)
+    }
+    for name, way in ways.items():
+        calls[name] = partial(
+            write_all, models[name], prompts, tokens, texts[name], statistics=told[name],
+            **sampling, **way,
+        )  # fmt: skip
+    seconds = measure.alternate(calls, rounds)
+    entries = []
+    for name, statistics in told.items():
+        entry = measure.compare(
+            "decode", {"ours": seconds[name], "plain": seconds["plain"]}, over="plain",
+            tokens=len(prompts) * tokens, aim=FLOOR if name == "poor" else AIM,
+            way=name, temperature=temperature,
+        )  # fmt: skip
+        # Every round of measurement wrote the same texts; the counts are those of all rounds.
+        entry |= {"statistics": statistics.to_dict(), "predicted_times_faster": {}}
+        for kind, price in prices.items():
+            entry["predicted_times_faster"][kind] = predicted(statistics, price)
+        if not temperature:
+            pairs = zip(texts["plain"], texts[name], strict=True)
+            entry["texts_that_differ"] = sum(a != b for a, b in pairs)
+        entries.append(entry)
+        print(f"  {describe(entry)}", flush=True)
+    return entries
+
+
+def predicted(statistics: Statistics, price: Costs) -> float:
+    """Tokens over plain steps paid; passes without a draft cost one."""
+    rounds, plain = statistics.verifications, statistics.plain
+    if not rounds:
+        return 1.0
+    drafted = speedup(statistics.acceptance_length, statistics.drafted / rounds, price)
+    tokens = statistics.verified_tokens
+    return (tokens + plain) / (tokens / drafted + plain)
+
+
+def measure_rollback(model: Nemotron, rounds: int) -> list[dict[str, Any]]:
+    """Bytes and seconds of both ways of going back, for a draft of four tokens."""
+    found = []
+    for hold in HOLDS:
+        parts = seconds_by_part(model, 4, rounds=rounds, hold=hold)
+        state = model.empty_state(1)
+        model(model.lm_head.weight.new_zeros(1, 5).long(), state, hold=hold)
+        entry = {
+            "what": "rollback", "hold": hold, "draft_length": 4,
+            "bytes_kept": state.held_nbytes, "state_bytes": state.nbytes,
+            "verify_and_keep_over_a_plain_step": parts["verify_all"] / parts["step"],
+        }  # fmt: skip
+        found.append(entry)
+        print(f"  {entry}", flush=True)
+    return found
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """One line of the table: predicted and measured."""
+    ratio, told = entry["times_faster"], entry["statistics"]
+    predicted = ", ".join(f"{k} {v:.2f}" for k, v in entry["predicted_times_faster"].items())
+    return (
+        f"{entry['way']:>9} at temperature {entry['temperature']}: {ratio['median']:.2f} times "
+        f"plain ({ratio['min']:.2f}-{ratio['max']:.2f}), predicted {predicted}; "
+        f"{entry['tokens_per_second']['ours']:,.0f} tokens/s, acceptance length "
+        f"{told['acceptance_length']:.2f}, mean draft {told['mean_draft']:.2f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train or load, measure, write `speculation.json`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speculation", allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of training")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=128, help="written behind each prompt")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
+    asked = parser.parse_args(arguments)
+    trained: float | None = None
+    if asked.quick:
+        config = NemotronConfig.from_preset(
+            "lite", pattern="ME*E", vocab_size=128, hidden_size=32, mtp_pattern="*E"
+        )
+        model, prompts = Nemotron(config, seed=0).eval(), [[1, 2, 3], [4, 5]]
+        asked.tokens, asked.rounds = 8, 2
+    elif asked.model:
+        model = load(asked.model).eval()
+        prompts = _beginnings(prepare(vocab_size=model.config.vocab_size), asked.prompts)
+    else:
+        model, prompts, trained = trained_model(asked.seconds, asked.prompts)
+    parts = seconds_by_part(model, LONGEST, context=PROMPT, rounds=3 if asked.quick else 40)
+    prices = {"ledger": costs(model.config, LONGEST), "measured": prices_of(parts, LONGEST)}
+    print(f"  prices in plain steps: {prices}", flush=True)
+    results = measure_rollback(model, 3 if asked.quick else 40)
+    for temperature in (0.0, 0.7):
+        results += measure_decoding(model, prompts, asked.tokens, asked.rounds, temperature, prices)
+    if not asked.quick:
+        payload = {
+            "model": "lite" if not asked.model else asked.model.name,
+            "training_seconds": trained,
+            "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": asked.tokens,
+            "step_seconds": parts,
+            "prices": {kind: vars(price) for kind, price in prices.items()},
+            "aims": {"drafting": AIM, "poor drafts": FLOOR},
+            "results": results,
+        }  # fmt: skip
+        print(write_record("speculation", payload))
+
+
+if __name__ == "__main__":
+    main()
