@@ -11,7 +11,9 @@ The public names below are the whole front door; everything else is a room behin
     ops                 pure functions, one idea a file
     layers              modules over ops
     model, state        the stack of layers, and what a sequence remembers
-    generation          sampling; checkpoint: Hugging Face files in and out
+    generation          writing text; prompts, sampling: what it starts from and how it chooses
+    speculative         drafts of several tokens, exactly accepted
+    checkpoint          Hugging Face files in and out
     train, cli          the training loop and the commands
 
 Names are imported when they are first used (PEP 562), so `import nemotron_lite` costs next to
