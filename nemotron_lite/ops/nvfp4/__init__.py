@@ -9,7 +9,7 @@ compute the same values, as here.
     scaling.py    the two scales; Transformer Engine's order of operations, which is normative
     rotation.py   the 16-point Hadamard transform
     tensor.py     QuantisedTensor, and the definition of `quantise`
-    emulation.py  `fake_quantise`, the same values without the codes, in few passes over memory
+    emulation.py  the same bits in few passes over memory, and values without codes
 
 Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
 Left out: "four over six" and power-of-two scales, which pre-training does not use.
@@ -30,6 +30,7 @@ from nemotron_lite.ops.nvfp4.elements import (
     pack,
     unpack,
 )
+from nemotron_lite.ops.nvfp4.emulation import fast_fake, fast_quantise
 from nemotron_lite.ops.nvfp4.rotation import SIGNS, hadamard, inverse_hadamard
 from nemotron_lite.ops.nvfp4.scaling import (
     E4M3_MAX,
@@ -38,7 +39,12 @@ from nemotron_lite.ops.nvfp4.scaling import (
     tensor_amax,
     tensor_scales,
 )
-from nemotron_lite.ops.nvfp4.tensor import QuantisedTensor, check_dice, naive_quantise
+from nemotron_lite.ops.nvfp4.tensor import (
+    Options,
+    QuantisedTensor,
+    naive_fake,
+    naive_quantise,
+)
 
 __all__ = [
     "E2M1_MAX",
@@ -97,12 +103,8 @@ def quantise(
         ValueError: NaN or infinity in x or amax, another dtype, a block shape that does not fit,
             dice without need or missing, an unknown `impl`.
     """
-    run = choose("quantise", impl, x, naive=naive_quantise, torch=naive_quantise)
-    check_dice(stochastic, seed, bits, x, name)
-    return run(
-        x, block=block, stochastic=stochastic, seed=seed, bits=bits, hadamard=hadamard,
-        batch_dims=batch_dims, amax=amax, name=name,
-    )  # fmt: skip
+    run = choose("quantise", impl, x, naive=naive_quantise, torch=fast_quantise)
+    return run(x, Options(block, stochastic, seed, bits, hadamard, batch_dims, amax, name))
 
 
 def fake_quantise(
@@ -135,10 +137,5 @@ def fake_quantise(
     """
     if dim not in (-1, -2):
         raise ValueError(f"{name}: dim={dim}; expected -1 or -2.")
-    if dim == -2:
-        x, bits = x.mT, None if bits is None else bits.mT
-    values = quantise(
-        x, block=block, stochastic=stochastic, seed=seed, bits=bits, hadamard=hadamard,
-        batch_dims=batch_dims, amax=amax, name=name, impl=impl,
-    ).dequantise(x.dtype)  # fmt: skip
-    return values.mT if dim == -2 else values
+    run = choose("fake_quantise", impl, x, naive=naive_fake, torch=fast_fake)
+    return run(x, dim, Options(block, stochastic, seed, bits, hadamard, batch_dims, amax, name))

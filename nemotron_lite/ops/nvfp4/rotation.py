@@ -11,10 +11,10 @@ turned back, and both may be quantised in between. This is the only place where 
 it does not lower the error of every tensor (a single outlier becomes sixteen middling values).
 
 The sixteen signs are Transformer Engine's constant. Drawing new ones did not help (reference sheet
-6.4). Numbers are added in the order of the fast transform, pairs 1, 2, 4, then 8 apart, in float32,
-and rounded once to the dtype of x: for bfloat16 that is what Transformer Engine's kernels hand to
-their quantiser. A fixed order makes the bits the same on every machine, as a matrix product's are
-not.
+6.4). Numbers are multiplied with sign / 4 first, then added in the order of the fast transform, of
+pairs 1, 2, 4, then 8 apart, in float32, and rounded once to the dtype of x: for bfloat16 that is
+what Transformer Engine's kernels hand to their quantiser. A fixed order makes the bits the same on
+every machine, as a matrix product's are not.
 
 Source: Transformer Engine, nvfp4_tensor.py; reference sheet 6.3. Left out: other sizes.
 """
@@ -43,8 +43,7 @@ def hadamard(x: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*shape
         ValueError: another length.
     """
     runs = _runs(x, dim)
-    signs = torch.tensor(SIGNS, dtype=runs.dtype, device=x.device).view(16, 1)
-    return _restore(_butterflies(runs * signs), x, dim)
+    return _restore(butterflies(runs * _signs(runs, 0.25)), x, dim)
 
 
 def inverse_hadamard(y: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor, "*shape"]:
@@ -53,9 +52,13 @@ def inverse_hadamard(y: Float[Tensor, "*shape"], dim: int = -1) -> Float[Tensor,
     Raises:
         ValueError: as `hadamard`.
     """
-    runs = _butterflies(_runs(y, dim))
-    signs = torch.tensor(SIGNS, dtype=runs.dtype, device=y.device).view(16, 1)
-    return _restore(runs * signs, y, dim)
+    runs = butterflies(_runs(y, dim) * 0.25)
+    return _restore(runs * _signs(runs, 1.0), y, dim)
+
+
+def _signs(like: Tensor, size: float) -> Tensor:
+    signs = torch.tensor(SIGNS, dtype=like.dtype, device=like.device) * size
+    return signs.view(POINTS, 1)
 
 
 def _runs(x: Tensor, dim: int) -> Tensor:
@@ -82,8 +85,8 @@ def _restore(runs: Tensor, x: Tensor, dim: int) -> Tensor:
     return runs.to(x.dtype).reshape(x.shape)
 
 
-def _butterflies(runs: Tensor) -> Tensor:
-    """H / 4 along the middle dimension of [before, 16, after]."""
+def butterflies(runs: Float[Tensor, "before 16 after"]) -> Float[Tensor, "before 16 after"]:
+    """H times each column of 16: four rounds of sums and differences."""
     before, _, after = runs.shape
     for apart in (1, 2, 4, 8):
         first, second = runs.view(before, POINTS // (2 * apart), 2, apart, after).unbind(2)
@@ -93,4 +96,4 @@ def _butterflies(runs: Tensor) -> Tensor:
             runs = runs.new_empty(before, POINTS // (2 * apart), 2, apart, after)
             torch.add(first, second, out=runs[:, :, 0])
             torch.sub(first, second, out=runs[:, :, 1])
-    return runs.view(before, POINTS, after) * 0.25
+    return runs.view(before, POINTS, after)

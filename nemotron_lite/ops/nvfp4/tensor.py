@@ -22,7 +22,7 @@ tests/ops/test_nvfp4_stochastic.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -85,57 +85,67 @@ class QuantisedTensor:
         return self.codes.nbytes + self.scales.nbytes + self.scale.nbytes
 
 
-def naive_quantise(
-    x: Tensor,
-    *,
-    block: str,
-    bits: Tensor | None,
-    seed: int | None,
-    stochastic: bool,
-    hadamard: bool,
-    batch_dims: int,
-    amax: Tensor | None,
-    name: str,
-) -> QuantisedTensor:
-    """The definition; `quantise` in __init__.py documents the arguments."""
-    x = prepare(x, block=block, hadamard=hadamard, batch_dims=batch_dims, name=name)
-    shape = tuple(x.shape)
-    if amax is None:
-        amax = scaling.tensor_amax(x, batch_dims=batch_dims, name=name)
-    else:
-        scaling.tensor_amax(x, name=name)
+@dataclass(frozen=True)
+class Options:
+    """How to quantise; `quantise` in __init__.py says what each means."""
+
+    block: str
+    stochastic: bool
+    seed: int | None
+    bits: Tensor | None
+    hadamard: bool
+    batch_dims: int
+    amax: Tensor | None
+    name: str
+
+    def turned(self) -> Options:
+        """The same for the transposed tensor."""
+        return self if self.bits is None else replace(self, bits=self.bits.mT)
+
+
+def naive_quantise(x: Tensor, options: Options) -> QuantisedTensor:
+    """The definition of `quantise`."""
+    check(x, options)
+    x, name, batch_dims = x.detach(), options.name, options.batch_dims
+    if options.hadamard:
+        x = rotate(F.pad(x, (0, -x.shape[-1] % BLOCK)))
+    amax = scaling.tensor_amax(x, batch_dims=batch_dims, name=name)
+    if options.amax is not None:
+        amax = scaling.check_finite(options.amax, f"amax of {name}")
     encode, decode = scaling.tensor_scales(amax)
-    wide = F.pad(x.float(), (0, -shape[-1] % BLOCK))
-    blocks = wide.unflatten(-1, (-1, BLOCK))
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1)
-    if block == "16x16":
+    if options.block == "16x16":
         largest = _over_sixteen_rows(largest)
     one_each = [1] * (largest.ndim - batch_dims)
-    encode, decode = (s.reshape(*s.shape, *one_each) for s in (encode, decode))
-    scales = scaling.block_scales(largest, encode)
-    factor, _ = scaling.block_factors(scales, decode)
-    v = (blocks * factor.unsqueeze(-1)).clamp(-elements.E2M1_MAX, elements.E2M1_MAX).flatten(-2)
-    if stochastic:
-        if bits is None:
-            assert seed is not None
-            rows = v.shape[:-1].numel()
-            bits = random_halves(seed, rows, v.shape[-1], device=v.device).view(v.shape)
-        codes = elements.encode_e2m1_stochastic(v, _filled(bits, v))
+    scales = scaling.block_scales(largest, encode.reshape(*encode.shape, *one_each))
+    times, _ = scaling.block_factors(scales, decode.reshape(*decode.shape, *one_each))
+    v = (blocks * times.unsqueeze(-1)).clamp(-elements.E2M1_MAX, elements.E2M1_MAX).flatten(-2)
+    if options.stochastic:
+        codes = elements.encode_e2m1_stochastic(v, _bits(v, options))
     else:
         codes = elements.encode_e2m1(v)
-    return QuantisedTensor(elements.pack(codes), scales, decode.reshape(amax.shape), shape, block)
+    return QuantisedTensor(elements.pack(codes), scales, decode, tuple(x.shape), options.block)
 
 
-def prepare(x: Tensor, *, block: str, hadamard: bool, batch_dims: int, name: str) -> Tensor:
-    """x without gradient, rotated if asked for; arguments checked.
+def naive_fake(x: Tensor, dim: int, options: Options) -> Tensor:
+    """The definition of `fake_quantise`; `dim` is -1 or -2."""
+    if dim == -2:
+        return naive_fake(x.mT, -1, options.turned()).mT
+    return naive_quantise(x, options).dequantise(x.dtype)
+
+
+def check(x: Tensor, options: Options) -> None:
+    """Refuse what cannot be quantised this way.
 
     Raises:
-        ValueError: what cannot be quantised this way.
+        ValueError: naming the tensor.
     """
+    name, block, batch_dims = options.name, options.block, options.batch_dims
     if block not in BLOCKS:
         raise ValueError(f"block={block!r}; expected one of {BLOCKS}.")
     scaling.check_dtype(x, name)
-    if not 0 <= batch_dims < max(x.ndim, 1) or x.ndim == 0:
+    if not 0 <= batch_dims < x.ndim:
         raise ValueError(
             f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; at least one dimension "
             "must be left for the numbers."
@@ -145,30 +155,17 @@ def prepare(x: Tensor, *, block: str, hadamard: bool, batch_dims: int, name: str
             f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; square tiles need "
             "matrices, two dimensions after those of the batch."
         )
-    x = x.detach()
-    if hadamard:
-        x = rotate(F.pad(x, (0, -x.shape[-1] % BLOCK)))
-    return x
-
-
-def check_dice(
-    stochastic: bool, seed: int | None, bits: Tensor | None, x: Tensor, name: str
-) -> None:
-    """Exactly one source of randomness when it is needed, none when it is not.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    given = (seed is not None) + (bits is not None)
-    if given != int(stochastic):
+    if options.amax is not None and options.amax.shape != x.shape[:batch_dims]:
+        raise ValueError(
+            f"{name}: amax of shape {list(options.amax.shape)}; expected one number for each "
+            f"tensor of the batch, {list(x.shape[:batch_dims])}."
+        )
+    seed, bits, stochastic = options.seed, options.bits, options.stochastic
+    if (seed is not None) + (bits is not None) != int(stochastic):
         wants = "exactly one of seed and bits" if stochastic else "neither seed nor bits"
         raise ValueError(
-            f"{name}: stochastic={stochastic} needs {wants}; got seed={seed}, "
+            f"{name}: stochastic={stochastic} takes {wants}; got seed={seed}, "
             f"bits={'None' if bits is None else list(bits.shape)}."
-        )
-    if bits is not None and bits.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{name}: bits of shape {list(bits.shape)} for numbers of shape {list(x.shape)}."
         )
 
 
@@ -179,6 +176,14 @@ def _over_sixteen_rows(largest: Tensor) -> Tensor:
     return tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)[..., :rows, :]
 
 
-def _filled(bits: Tensor, v: Tensor) -> Tensor:
-    """Bits for the filled-up columns as well; zeros round to zero whatever these are."""
-    return F.pad(bits, (0, v.shape[-1] - bits.shape[-1]))
+def _bits(v: Tensor, options: Options) -> Tensor:
+    """Random bits for each number, filled-up columns included; zeros stay zero whatever these are.
+
+    Raises:
+        ValueError: bits of another shape.
+    """
+    if options.bits is None:
+        assert options.seed is not None
+        rows = v.shape[:-1].numel()
+        return random_halves(options.seed, rows, v.shape[-1], device=v.device).view(v.shape)
+    return F.pad(options.bits, (0, v.shape[-1] - options.bits.shape[-1]))
