@@ -117,7 +117,7 @@ def resources(kernel: Any) -> Resources:
         stack=_field(usage, "STACK"),
         shared=kernel.metadata.shared,
         matrix=tuple(sorted({_matrix_kind(m) for m in MATRIX.finditer(ptx)})),
-        wide="ld.global.v4.b32" in ptx or bool(re.search(r"cp\.async\.\S+.*, 0x10;", ptx)),
+        wide="ld.global.v4.b32" in ptx or bool(re.search(r"cp\.async\.\S+.*, 0x10[;,]", ptx)),
     )
 
 
