@@ -180,16 +180,12 @@ def atlas_widget() -> Explorer:
         )
 
     wide = {"description_width": "90px"}
+    kinds = [("all", "all")] + [(f"{k}  {theme.KINDS[k].name}", k) for k in ("M", "E", "*")]
     return explore(
         atlas(PRESETS["super"]),
         update,
         model=ipywidgets.Dropdown(options=list(MODELS), description="model", style=wide),
-        kind=ipywidgets.ToggleButtons(
-            options=["all", "M", "E", "*"],
-            description="kind",
-            style=wide | {"button_width": "56px"},
-            layout=ipywidgets.Layout(width="min(100%, 460px)"),
-        ),
+        kind=ipywidgets.Dropdown(options=kinds, description="kind", style=wide),
         context=context_slider(8192),
     )
 
@@ -300,9 +296,12 @@ def memory_lines(
         log_x=True, log_y=True,
     )  # fmt: skip
     most, least = (pick(pick(values) for values in series.values()) for pick in (max, min))
-    marks = [2**i for i in range(10, 50, 3) if least / 4 <= 2**i <= most * 4]
+    step = 3 if most > 64 * least else 1  # a mark for each factor of eight, or of two
+    marks = [2**i for i in range(10, 50, step) if least / 4 <= 2**i <= most * 4]
     fig.update_yaxes(tickvals=marks, ticktext=[size(n) for n in marks])
-    shown = [n for n in CONTEXTS[::2] if min(contexts) <= n <= max(contexts)]
+    first, last = min(contexts), max(contexts)
+    step = 2 if last > 64 * first else 1
+    shown = [2**i for i in range(0, 40, step) if first <= 2**i <= last]
     fig.update_xaxes(tickvals=shown, ticktext=[tokens(n) for n in shown])
     fig.update_layout(legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"))
     return fig
