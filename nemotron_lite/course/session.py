@@ -26,6 +26,12 @@ from nemotron_lite.course import _output
 if TYPE_CHECKING:
     import torch
 
+# JupyterLab breaks long lines of code in mid-word; with this they scroll.
+WHOLE_LINES = (
+    "<style>.jp-RenderedMarkdown pre, .jp-RenderedMarkdown pre code "
+    "{ white-space: pre; overflow-x: auto; }</style>"
+)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -136,4 +142,4 @@ def _described(session: Session, note: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     faint = f'<br><span style="color: {_output.FAINT}">{" · ".join(versions)}</span>'
-    return _output.card(" · ".join(parts) + faint)
+    return _output.card(" · ".join(parts) + faint) + WHOLE_LINES
