@@ -33,6 +33,7 @@ from rich.markup import escape
 
 from nemotron_lite import ledger
 from nemotron_lite.config import PRESETS, NemotronConfig
+from nemotron_lite.precision import RECIPES, recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,6 +66,7 @@ Seconds = Annotated[float | None, typer.Option(help="of training")]
 Seed = Annotated[int, typer.Option(help="of weights, data order and sampling")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token")]
 TopP = Annotated[float | None, typer.Option(help="smallest set of tokens with this probability")]
+Precision = Annotated[str, typer.Option(help=f"of matrix products: {', '.join(RECIPES)}")]
 TopK = Annotated[int | None, typer.Option(help="the likeliest tokens only")]
 
 
@@ -94,18 +96,20 @@ def info(
     model: Which = "lite",
     at: Annotated[int, typer.Option("--context", help="tokens of context")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
+    precision: Precision = "nvfp4",
 ) -> None:
-    """Show the arithmetic of a model: parameters, FLOPs per token, bytes remembered."""
+    """Show a model's arithmetic: parameters, FLOPs, bytes remembered, and what runs in what."""
     with _plain_errors():
         from nemotron_lite.cli import tables
 
-        config = read_config(model)
+        config, chosen = read_config(model), recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         out.print(tables.parameter_table(config, out.width))
         if layers:
-            out.print(tables.layer_table(config))
+            out.print(tables.layer_table(config, chosen))
         out.print(tables.flops_table(config, at, out.width))
         out.print(tables.cache_table(config, at))
+        out.print(tables.precision_table(config, chosen))
 
 
 @app.command()
@@ -116,6 +120,7 @@ def run(
         "runs/lite"
     ),
     model: ModelSizes = "lite",
+    precision: Precision = "fp32",
     text: Text = None,
 ) -> None:
     """Assemble a small Nemotron 3 Super, train it on this machine's Python, score it, let it write.
@@ -132,10 +137,10 @@ def run(
 
         config = for_our_tokenizer(read_config(model))
         # A few hundred updates: the routers' biases have to move faster than in a run of a million.
-        recipe = TrainConfig(max_seconds=max_seconds, bias_rate=0.02, seed=seed)
+        how = TrainConfig(max_seconds=max_seconds, bias_rate=0.02, precision=precision, seed=seed)
         check_memory(config)
         _title(1, f"Assemble: {config.pattern}")
-        out.print(tables.brief_table(config, recipe.length))
+        out.print(tables.brief_table(config, how.length))
         built = Nemotron(config, seed=seed)
 
         _title(2, "Read: Python source on this machine")
@@ -146,7 +151,7 @@ def run(
         )
 
         _title(3, f"Train: {max_seconds:.0f} seconds")
-        result = train_model(built, data, recipe)
+        result = train_model(built, data, how)
 
         _title(4, "Score: bits per byte of files it has never seen (lower is better)")
         score = evaluate(built.eval(), data.held_out)
@@ -180,7 +185,7 @@ def train(
     lr: Annotated[
         float | None, typer.Option(help="peak learning rate; ends at a hundredth")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 matrix products")] = "fp32",
+    precision: Precision = "fp32",
     save_every: Annotated[int | None, typer.Option(help="updates between checkpoints")] = None,
     resume: Annotated[bool, typer.Option(help="go on where the run in --out stopped")] = False,
     seed: Seed = 0,
@@ -204,7 +209,7 @@ def train(
             "lr": lr,
             "min_lr": lr and lr / 100,
         }
-        recipe = TrainConfig(
+        how = TrainConfig(
             steps=steps, max_seconds=max_seconds, accumulation=accumulation, precision=precision,
             save_every=save_every, seed=seed,
             **{name: value for name, value in given.items() if value is not None},
@@ -212,7 +217,7 @@ def train(
         check_memory(config)
         data = _prepare(config, text)
         built = Nemotron(config, seed=seed)
-        result = train_model(built, data, recipe, out_dir=save_to, resume=resume)
+        result = train_model(built, data, how, out_dir=save_to, resume=resume)
         save(built, save_to / "model", data.tokenizer)
         if result.interrupted:
             out.print(f"Stopped at step {result.step}; --resume goes on from there.")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
+from nemotron_lite.precision import ROLES, Placement, Recipe, placements
 
 if TYPE_CHECKING:
     from nemotron_lite.data.baselines import Baselines
@@ -86,13 +87,60 @@ def cache_table(config: NemotronConfig, context: int) -> Table:
     return table
 
 
-def layer_table(config: NemotronConfig) -> Table:
-    """Every layer of the pattern in order."""
-    table = _table("layer", "kind", "parameters", "a token uses", left=2)
+def layer_table(config: NemotronConfig, recipe: Recipe) -> Table:
+    """Every layer of the pattern in order, and the formats that its matrices run in."""
+    table = _table(
+        "layer", "kind", f"runs in ({recipe.name})", "parameters", "a token uses", left=3
+    )
     table.title = "Layers"
+    found = placements(config, recipe)
     for layer in ledger.parameters(config).layers:
-        table.add_row(str(layer.index), layer.kind, f"{layer.total:,}", f"{layer.active:,}")
+        forms = {place.format for place in found if place.layer == layer.index}
+        names = ", ".join(form.upper() for form in sorted(forms, key=_bits))
+        counts = f"{layer.total:,}", f"{layer.active:,}"
+        table.add_row(str(layer.index), layer.kind, names, *counts)
     return table
+
+
+def precision_table(config: NemotronConfig, recipe: Recipe) -> Table:
+    """The recipe's map of this model: what runs in what, and how much of the weights that is."""
+    found = placements(config, recipe)
+    table = _table("runs in", "matrices", "layers", "parameters", "share", left=3)
+    tail = recipe.tail_layers(config.num_layers)
+    table.title = f"Precision: {recipe.name}"
+    table.caption = "norms, softmax, convolution and scan as in BF16 training; master weights FP32"
+    if tail:
+        table.caption += f"; tail of BF16 from layer {config.num_layers - tail}"
+    total = sum(place.parameters for place in found)
+    for form in dict.fromkeys(sorted((p.format for p in found), key=lambda f: -_bits(f))):
+        mine = [place for place in found if place.format == form]
+        for name, some in _by_role(mine):
+            count = sum(place.parameters for place in some)
+            table.add_row(form.upper(), name, _ranges(some), number(count), f"{count / total:.1%}")
+        count = sum(place.parameters for place in mine)
+        table.add_row("", f"[bold]{form.upper()} in all", "", number(count), f"{count / total:.1%}")
+        table.add_section()
+    return table
+
+
+def _bits(form: str) -> int:
+    return {"fp32": 32, "bf16": 16, "mxfp8": 8, "nvfp4": 4}[form]
+
+
+def _by_role(found: list[Placement]) -> list[tuple[str, list[Placement]]]:
+    """The placements of one format, by name of their role; what the tail decided stands apart."""
+    groups: dict[str, list[Placement]] = {}
+    for place in found:
+        groups.setdefault("the last layers" if place.tail else ROLES[place.role], []).append(place)
+    return list(groups.items())
+
+
+def _ranges(found: list[Placement]) -> str:
+    """Layers in few words: how many, and the first and the last of them."""
+    layers = sorted({place.layer for place in found if place.layer is not None})
+    if not layers:
+        return ""
+    return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
 
 
 def score_table(bits_per_byte: float, baselines: Baselines) -> Table:

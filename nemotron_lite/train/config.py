@@ -13,7 +13,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PRECISIONS = ("fp32", "bf16")
+from nemotron_lite.precision import Recipe
+from nemotron_lite.precision import recipe as recipe_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TrainConfig:
     balance_weight: float = 1e-4  # of the per-sequence balance loss
     bias_rate: float = 1e-3  # step of the routers' selection bias
 
-    precision: str = "fp32"  # "bf16": matrix products in bfloat16, weights stay float32
+    precision: str | Recipe = "fp32"  # of matrix products: "bf16", "nvfp4"; weights stay float32
     seed: int = 0  # of the data order
     save_every: int | None = None  # updates between checkpoints; None: only at the end
     keep: int = 2  # checkpoints kept
@@ -74,8 +75,7 @@ class TrainConfig:
             self._fail("warmup", f"a share that leaves room for decay={self.decay} within 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             self._fail("betas", "two numbers from 0 to below 1")
-        if self.precision not in PRECISIONS:
-            self._fail("precision", f"one of {PRECISIONS}")
+        recipe_of(self.precision)
         if not isinstance(self.seed, int) or self.seed < 0:
             self._fail("seed", "a whole number of at least 0")
 

@@ -54,6 +54,7 @@ from nemotron_lite.train.checkpointing import (
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.loss import count_targets, token_loss
 from nemotron_lite.train.optimizer import clip_gradients, make_optimizer
+from nemotron_lite.train.precision import Arithmetic
 from nemotron_lite.train.schedule import learning_rate
 
 # Fields that a resumed run may change without becoming another run.
@@ -131,6 +132,7 @@ class _Run:
             model, lr=config.lr, betas=config.betas, eps=config.eps,
             weight_decay=config.weight_decay,
         )  # fmt: skip
+        self.arithmetic = Arithmetic(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
         self.result = TrainResult()
 
@@ -192,7 +194,7 @@ class _Run:
         log = None if self.folder is None else (self.folder / "log.jsonl").open("a", buffering=1)
         saved_step = done.step
         try:
-            with _StopOnSignal() as stop:
+            with _StopOnSignal() as stop, self.arithmetic:
                 while self._share_done() < 1 and not stop.requested:
                     record = self._update()
                     done.history.append(record)
@@ -232,7 +234,8 @@ class _Run:
         batches = [self._batch(first + i) for i in range(config.accumulation)]
         counts = count_targets(batches, self.depths)
         ce, balance, loads = [0.0] * (self.depths + 1), 0.0, dict[str, Tensor]()
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            self.arithmetic.at(first + i)
             part_ce, part_balance, part_loads = self._forward_backward(batch, counts)
             ce = [a + b for a, b in zip(ce, part_ce, strict=True)]
             balance += part_balance
@@ -274,10 +277,7 @@ class _Run:
         self, batch: Batch, counts: list[int]
     ) -> tuple[list[float], float, dict[str, Tensor]]:
         """Add this micro-batch's gradients; return its losses by depth, balance and loads."""
-        half = torch.autocast(
-            self.model.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        )
-        with half:
+        with self.arithmetic.products():
             found = self.model.forward_hidden(
                 batch.tokens, seq_idx=batch.seq_idx, mtp_depths=self.depths, router_stats=True
             )

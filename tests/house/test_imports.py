@@ -1,6 +1,6 @@
 """Imports run one way, and nothing on the way to the PyTorch paths needs triton.
 
-    cli, train, … → generation, checkpoint, data → model, state → layers → ops → config, ledger
+    cli, train, … → generation, checkpoint, data → model, state → layers → ops → config, precision
 
 A room may import its neighbours on the same floor and everything below. The rule is read from the
 syntax tree, so imports inside functions count as well; only `if TYPE_CHECKING:` does not.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemotron_lite"
 
 FLOORS = (
-    {"config", "hf_config", "ledger"},
+    {"config", "hf_config", "ledger", "precision"},
     {"ops"},
     {"layers"},
     {"model", "state"},
