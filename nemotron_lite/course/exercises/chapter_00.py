@@ -21,7 +21,7 @@ from nemotron_lite.course.grading import Check, Exercise
 READ_PATTERN = Exercise(
     id="00.read_pattern",
     title="Read a pattern",
-    objective="O1",
+    objective="O1: read a model from its pattern string.",
     minutes=5,
     difficulty=1,
     importance=4,
@@ -78,7 +78,7 @@ nothing.""",
 MOE_PARAMETERS = Exercise(
     id="00.moe_parameters",
     title="Count a mixture",
-    objective="O2",
+    objective="O2: count what a layer stores, and what one token reads.",
     minutes=12,
     difficulty=2,
     importance=5,
@@ -143,7 +143,7 @@ def moe_parameters(config: NemotronConfig) -> tuple[int, int]:
 KV_BYTES = Exercise(
     id="00.kv_bytes",
     title="What a token leaves behind",
-    objective="O3",
+    objective="O3: say how many bytes a conversation occupies.",
     minutes=6,
     difficulty=2,
     importance=5,
@@ -190,7 +190,7 @@ def kv_bytes_per_token(config: NemotronConfig, bytes_per_value: int = 2) -> int:
 DECODE_FLOPS = Exercise(
     id="00.decode_flops",
     title="What the next token costs",
-    objective="O4",
+    objective="O4: price the arithmetic of the next token.",
     minutes=15,
     difficulty=3,
     importance=4,
