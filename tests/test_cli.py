@@ -79,6 +79,17 @@ def test_info_reads_a_folder_and_lists_layers(sizes):
     assert f"{stored:,}" in shown
 
 
+def test_info_draws_the_map_of_a_recipe(sizes):
+    shown = call("info", "super").stdout
+    assert re.search(r"NVFP4 +│ routed experts +│ 34: 1 to 74 +│ +95.83 B │ 77.5% │", shown)
+    assert re.search(r"MXFP8 +│ Mamba out_proj +│ 34: 0 to 73 ", shown)
+    assert re.search(r"BF16 +│ the last layers +│ 13: 75 to 87 ", shown)
+    assert "tail of BF16 from layer 75" in " ".join(shown.split())
+    shown = call("info", sizes.parent, "--layers", "--precision", "bf16").stdout
+    assert "NVFP4" not in shown
+    assert re.search(r"│ 1 +│ moe +│ BF16, FP32 ", shown)
+
+
 def test_info_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli.out, "_width", 80)
     result = CliRunner().invoke(app, ["info", "super"])
@@ -119,10 +130,11 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     assert "draft='eagle': expected one of" in wrong.stderr
 
 
-def test_train_goes_on_where_it_stopped(sizes, text, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
+def test_train_goes_on_where_it_stopped(sizes, text, tmp_path, precision):
     options = (
         "--model", sizes, "--text", text, "--batch-size", 2, "--length", 32, "--save-every", 2,
-        "--steps", 4,
+        "--steps", 4, "--precision", precision,
     )  # fmt: skip
     call("train", *options, "--out", tmp_path / "whole")
     call("train", *options, "--out", tmp_path / "parts")
@@ -173,6 +185,8 @@ TINY_PARAMETERS = nemotron_lite.ledger.parameters(TINY).total
         (("train", "--out", "x", "--steps", "0"), "steps=0"),
         (("train", "--out", "x", "--steps", "1", "--text", "nowhere"), "nowhere"),
         (("run", "--max-seconds", "0"), "max_seconds=0"),
+        (("run", "--precision", "fp8"), "precision='fp8': expected one of fp32, bf16, nvfp4"),
+        (("info", "--precision", "int4"), "precision='int4'"),
     ],
 )
 def test_mistakes_get_one_message(arguments, message, tmp_path, monkeypatch):
