@@ -8,9 +8,8 @@ wrong: whoever downloads for an hour should not learn of the faults one at a tim
 
 What counts as wrong: files that are missing, cut short or no safetensors; an index that names what
 is not there; tensors that are missing, that the config has no place for, that have another shape or
-that come twice; weights in packed or 8-bit formats, which this package does not read yet. Nothing
-is skipped quietly, not even tensors that look harmless, with one exception the caller can ask for:
-the MTP module.
+that come twice; number formats that are not read. Nothing is skipped quietly, not even tensors that
+look harmless, with one exception the caller can ask for: the MTP module.
 
 Source: reference sheet section 10; the safetensors format. Left out: pickle files, which can run
 code when they are opened.
@@ -30,8 +29,11 @@ from nemotron_lite.checkpoint.names import Place, is_stack_of_experts, place_of
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Number formats that are read, by the format's own codes. The rest is quantised or not a weight.
+# Number formats that are read, by the format's own codes.
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What `modelopt` made one entry of: a weight with its scales.
+QUANTISED = ("NVFP4", "FP8")
+NVFP4_ROWS = 16  # rows of NVFP4 are filled up to a multiple of this
 
 
 class CheckpointError(ValueError):
@@ -162,30 +164,6 @@ def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     return value
 
 
-def quantised(folder: Path, config: Mapping[str, Any], stored: Iterable[Stored]) -> str | None:
-    """What says that the weights are quantised, as a problem; None where nothing does."""
-    signs: list[str] = []
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        kind = dict(quantisation) if isinstance(quantisation, Mapping) else {}
-        names = [str(kind[k]) for k in ("quant_method", "quant_algo") if kind.get(k)]
-        signs.append(f"quantization_config in config.json ({', '.join(names) or 'unnamed'})")
-    if (folder / "hf_quant_config.json").exists():
-        signs.append("hf_quant_config.json")
-    packed = [i for i in stored if i.dtype in ("U8", "I8") or i.dtype.startswith(("F8", "F4"))]
-    scales = [i for i in stored if i.name.endswith(("_scale", "_scale_2", "_scale_inv"))]
-    if packed or scales:
-        codes = ", ".join(sorted({item.dtype for item in packed})) or "scaled"
-        count = len({*packed, *scales})
-        signs.append(f"{count} tensors ({codes}), such as {[*packed, *scales][0].name}")
-    if not signs:
-        return None
-    return (
-        f"the weights are quantised: {'; '.join(signs)}. Read are {', '.join(FLOATS)}. Take the "
-        "BF16 release of the same model, or dequantise this one first"
-    )
-
-
 def match(
     expected: Mapping[str, tuple[int, ...]], stored: Iterable[Stored], problems: list[str]
 ) -> dict[Place, Stored]:
@@ -209,10 +187,10 @@ def match(
             shape = shape[1:] if place.expert < shape[0] else None
         if shape is None:
             unexpected.append(item.name)
-        elif item.shape != shape:
+        elif item.shape != _in_file(shape, item.dtype):
             shapes.append(f"{item.name} {list(item.shape)} for {list(shape)}")
             useless.add(place)
-        elif item.dtype not in FLOATS:
+        elif item.dtype not in FLOATS + QUANTISED:
             formats.append(f"{item.name} ({item.dtype})")
             useless.add(place)
         elif place in filled:
@@ -234,6 +212,12 @@ def match(
         if found:
             problems.append(f"{label}: {_listed(found)}. Take files that were saved together")
     return filled
+
+
+def _in_file(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    if dtype != "NVFP4" or not shape:
+        return shape
+    return (*shape[:-1], -(-shape[-1] // NVFP4_ROWS) * NVFP4_ROWS)
 
 
 def _twice(one: Stored, other: Stored) -> str:

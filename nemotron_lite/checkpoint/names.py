@@ -13,7 +13,9 @@ every mixture layer of Super; a program that multiplies wants one stacked tensor
     model    backbone.layers.1.mixer.experts.up_proj                [e f l]
 
 transformers 5 stacks them in memory under the same name, and can be told to save them so. Both are
-read here; the hub's is written. `mtp.*` and `lm_head.weight` carry no prefix anywhere.
+read here; the hub's is written. A packed stack is a module with several tensors, each of which goes
+to disk expert by expert: `experts.up_proj.weight_scale` as `experts.{e}.up_proj.weight_scale`.
+`mtp.*` and `lm_head.weight` carry no prefix anywhere.
 
 Source: reference sheet 10.1; the conversion table of transformers 5.23. Left out: the names inside
 vLLM and Megatron, which never reach the disk in this format.
@@ -30,6 +32,9 @@ PREFIXES = ("model.backbone.", "backbone.", "model.")
 
 _ONE_EXPERT = re.compile(r"(.+\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 _ALL_EXPERTS = re.compile(r".+\.mixer\.experts\.(up_proj|down_proj)")
+_PACKED_EXPERTS = re.compile(
+    r"(.+\.mixer\.experts)\.((?:up|down)_proj\.(?:weight|weight_scale|weight_scale_2|input_scale))"
+)
 
 
 class Place(NamedTuple):
@@ -70,6 +75,10 @@ def hub_names(name: str, experts: int) -> Iterator[tuple[str, int | None]]:
     Yields:
         (disk name, expert whose slice it is, or None for the whole tensor).
     """
+    if packed := _PACKED_EXPERTS.fullmatch(name):
+        for expert in range(experts):
+            yield f"{packed[1]}.{expert}.{packed[2]}", expert
+        return
     if not is_stack_of_experts(name):
         yield name, None
         return

@@ -13,6 +13,9 @@ padded with spaces to a multiple of 8, and the bytes of the tensors. We write it
 by tensor, because the library wants all tensors of a file at once and no two that share memory,
 which slices of one stack of experts do; saving would then need a second copy of the weights.
 
+Packed layers (`layers/packed.py`) are written bit by bit as they are, in ModelOpt's layout, with
+hf_quant_config.json beside config.json.
+
 Saving is atomic (see `atomic`): at every moment `path` holds the old checkpoint or the new one.
 
 Source: the safetensors format description; reference sheet 10.1. Left out: the chat template and
@@ -31,13 +34,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.atomic import new_folder
 from nemotron_lite.checkpoint.inventory import INDEX, WEIGHTS, CheckpointError
+from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
 from nemotron_lite.checkpoint.reader import STAYS_FLOAT32
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
+from nemotron_lite.layers.moe import Experts, Router
+from nemotron_lite.layers.packed import Packed, PackedExperts, ScaledLinear
 from nemotron_lite.model import Nemotron
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's habit
@@ -48,9 +55,11 @@ _CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_PACKED_CODES = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}  # in packed layers only
+_ALGO_OF = {form: algo for algo, form in FORM_OF.items()}
 _OURS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json"
-    r"|generation_config\.json|tokenizer\.json"
+    r"|generation_config\.json|tokenizer\.json|hf_quant_config\.json"
 )
 
 
@@ -107,7 +116,11 @@ def save(
             _write_json(
                 folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
-        _write_json(folder / "config.json", _config(model))
+        config = _config(model)
+        if packed := _packed(model):
+            own, config[modelopt_config.KEY] = _quantisation(model, packed)
+            _write_json(folder / modelopt_config.FILE, own)
+        _write_json(folder / "config.json", config)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         hf = to_hf(model.config)
         _write_json(folder / "generation_config.json", {name: hf[name] for name in ids})
@@ -119,7 +132,7 @@ def save(
 
 def _parts(model: Nemotron) -> Iterator[_Part]:
     for name, tensor in model.state_dict().items():
-        for disk_name, expert in hub_names(name, tensor.shape[0]):
+        for disk_name, expert in hub_names(name, tensor.shape[0] if tensor.ndim else 1):
             yield _Part(disk_name, tensor if expert is None else tensor[expert])
 
 
@@ -131,7 +144,14 @@ def _check(model: Nemotron, parts: list[_Part], tokenizer: Tokenizer | None, pat
             f"the model has no weights: {len(empty)} tensors are on the meta device, such as "
             f"{empty[0]}. Build it on a real device, or load a checkpoint"
         )
-    odd = [part for part in parts if part.tensor.dtype not in _CODES]
+    bytes_of_packed = {
+        part.data_ptr() for module in _packed(model).values() for part in module.parts().values()
+    }
+    odd = [
+        part for part in parts
+        if part.tensor.dtype not in _CODES
+        and part.tensor.untyped_storage().data_ptr() not in bytes_of_packed
+    ]  # fmt: skip
     if odd:
         problems.append(
             f"{len(odd)} tensors are of a type that is not written, such as {odd[0].name} "
@@ -170,7 +190,7 @@ def _write_shard(file: BinaryIO, parts: list[_Part]) -> None:
     parts = sorted(parts, key=lambda part: -part.tensor.element_size())
     for part in parts:
         header[part.name] = {
-            "dtype": _CODES[part.tensor.dtype],
+            "dtype": (_CODES | _PACKED_CODES)[part.tensor.dtype],
             "shape": list(part.tensor.shape),
             "data_offsets": [offset, offset + part.size],
         }
@@ -196,11 +216,39 @@ def _config(model: Nemotron) -> dict[str, Any]:
             {"__float__": "Infinity"} if value == math.inf else value
             for value in hf["time_step_limit"]
         ]
-    tensors = model.state_dict().items()
-    dtypes = {t.dtype for name, t in tensors if not name.endswith(STAYS_FLOAT32)}
+    packed = tuple(f"{name}." for name in _packed(model))
+    dtypes = {
+        tensor.dtype for name, tensor in model.state_dict().items()
+        if not name.endswith((STAYS_FLOAT32, *CACHE_SCALES)) and not name.startswith(packed or "/")
+    }  # fmt: skip
     if len(dtypes) == 1:
         hf["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     return hf
+
+
+def _packed(model: Nemotron) -> dict[str, Packed]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def _quantisation(
+    model: Nemotron, packed: dict[str, Packed]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the two places say: `hf_quant_config.json` and `quantization_config`."""
+    formats = {}
+    for name, module in packed.items():
+        for disk_name, _ in hub_names(f"{name}.weight", module.shape[0]):
+            formats[disk_name.removesuffix(".weight")] = _ALGO_OF[module.form]
+    plain = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | Router):
+            plain.append(name)
+        elif isinstance(module, Experts | PackedExperts):
+            plain += [
+                f"{name}.{matrix}" for matrix in ("up_proj", "down_proj")
+                if isinstance(getattr(module, matrix), nn.Parameter)
+            ]  # fmt: skip
+    cache = any(isinstance(module, ScaledLinear) for module in model.modules())
+    return modelopt_config.describe(formats, plain, cache)
 
 
 def _tokenizer_config(model: Nemotron) -> dict[str, Any]:

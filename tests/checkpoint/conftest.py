@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nemotron_lite import Nemotron, NemotronConfig, save
+from tests.checkpoint.modelopt_folder import as_modelopt
 from tests.checkpoint.tiny import TINY, randomise
 
 
@@ -44,3 +45,10 @@ def saved(tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron]) -
     """A folder with a whole checkpoint of `tiny`, for tests that break it."""
     save(make(tiny), tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def quantised(saved: Path) -> Path:
+    """The same in ModelOpt's layout: experts in NVFP4, Mamba in FP8, scales of the cache."""
+    as_modelopt(saved)
+    return saved

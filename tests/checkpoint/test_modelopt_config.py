@@ -1,0 +1,82 @@
+"""What a quantised folder says about itself must be what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_lite import load
+from tests.checkpoint.modelopt_folder import (
+    EXPERT,
+    IN_PROJ,
+    STEM,
+    edit_config,
+    message,
+    say,
+)  # fmt: skip
+
+SAID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another format": (
+        lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}),
+        f"{EXPERT} is NVFP4, said is FP8",
+    ),
+    "a plain one": (
+        lambda q: q["quantized_layers"].update({"lm_head": {"quant_algo": "FP8"}}),
+        "lm_head is not quantised, said is FP8",
+    ),
+    "excluded": (
+        lambda q: (q["quantized_layers"].pop(IN_PROJ), q.update(exclude_modules=["*.in_proj"])),
+        f"{IN_PROJ} is FP8, said is not quantised",
+    ),
+    "one for all": (
+        lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4")),
+        f"{IN_PROJ} is FP8, said is NVFP4",
+    ),
+    "unknown": (lambda q: q.update(quant_algo="W4A8_AWQ"), "quant_algo is 'W4A8_AWQ'; read are"),
+    "group": (
+        lambda q: q["quantized_layers"][EXPERT].update(group_size=32), "group_size 32; NVFP4 has 16"
+    ),
+    "odd list": (lambda q: q.update(exclude_modules="lm_head"), "exclude_modules is not a list"),
+    "odd layers": (lambda q: q.update(quantized_layers=[1]), "quantized_layers is list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_what_is_said_may_not_contradict_what_is_stored(quantised: Path, fault: str) -> None:
+    change, words = SAID[fault]
+    say(quantised, change)
+    assert words in message(quantised)
+
+
+def test_a_listed_module_covers_what_is_inside_it(quantised: Path) -> None:
+    def fused(q: dict[str, Any]) -> None:
+        layers = q["quantized_layers"]
+        for name in [n for n in layers if n.startswith(STEM)]:
+            del layers[name]
+        layers[STEM] = {"quant_algo": "NVFP4"}
+
+    say(quantised, fused)
+    assert load(quantised).dtype == torch.float32
+
+
+def test_quantised_and_nothing_says_so(quantised: Path) -> None:
+    (quantised / "hf_quant_config.json").unlink()
+    edit_config(quantised, quantization_config=None)
+    assert "nor quantization_config in config.json says so" in message(quantised)
+
+
+def test_said_and_nothing_is_quantised(saved: Path) -> None:
+    said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    edit_config(saved, quantization_config=said)
+    assert "but none is" in message(saved)
+
+
+def test_other_methods_are_refused_by_name(saved: Path) -> None:
+    edit_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantised with 'gptq'" in message(saved)
+    (saved / "hf_quant_config.json").write_text("{}")
+    assert 'no object "quantization"' in message(saved)
