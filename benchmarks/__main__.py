@@ -1,6 +1,6 @@
 """Run the benchmarks: `python -m benchmarks`, or one of them with its options.
 
-    python -m benchmarks                              all of them, about twenty minutes on two cores
+    python -m benchmarks                              all of them, about an hour on two cores
     python -m benchmarks --quick                      all of them on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
     python -m benchmarks growth --peer-limit 8192
@@ -16,7 +16,7 @@ import sys
 import time
 from importlib import import_module
 
-BENCHMARKS = ("ssd_operator", "model_speed", "growth", "speculation")
+BENCHMARKS = ("ssd_operator", "model_speed", "growth", "speculation", "nvfp4_training")
 
 
 def main(arguments: list[str]) -> None:
