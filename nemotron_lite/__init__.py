@@ -13,7 +13,8 @@ The public names below are the whole front door; everything else is a room behin
     model, state        the stack of layers, and what a sequence remembers
     generation          writing text; prompts, sampling: what it starts from and how it chooses
     speculative         drafts of several tokens, exactly accepted
-    checkpoint          Hugging Face files in and out
+    checkpoint          Hugging Face files in and out, ModelOpt's quantised ones too
+    quantise            a trained model in 4 and 8 bits a weight
     train, cli          the training loop and the commands
 
 Names are imported when they are first used (PEP 562), so `import nemotron_lite` costs next to

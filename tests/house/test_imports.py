@@ -22,7 +22,7 @@ FLOORS = (
     {"ops"},
     {"layers"},
     {"model", "state"},
-    {"prompts", "sampling", "speculative", "generation", "checkpoint", "data"},
+    {"prompts", "sampling", "speculative", "generation", "checkpoint", "data", "quantise"},
     {"course", "viz", "cli", "serve", "agents", "train"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
