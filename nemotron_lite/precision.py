@@ -44,6 +44,13 @@ ROLES = {
     "mlp": "MLP",
     "mtp": "MTP module",
 }
+OPERANDS = {  # fields of GemmRecipe, and the products that read them
+    "activation": "y",
+    "weight": "y, dx",
+    "gradient": "dx",
+    "activation_along_tokens": "dW",
+    "gradient_along_tokens": "dW",
+}
 INGREDIENTS = ("stochastic", "hadamard", "square", "tail")
 
 
@@ -149,6 +156,10 @@ class Recipe:
     def of(self, role: str) -> str:
         """The format of a role outside the tail."""
         return dict(self.others).get(role, self.default)
+
+    def uses(self, form: str) -> bool:
+        """Whether any matrix runs in this format."""
+        return any(self.of(role) == form for role in ROLES)
 
     def tail_layers(self, layers: int) -> int:
         """How many of the last layers run in BF16."""

@@ -85,6 +85,8 @@ def test_info_draws_the_map_of_a_recipe(sizes):
     assert re.search(r"MXFP8 +│ Mamba out_proj +│ 34: 0 to 73 ", shown)
     assert re.search(r"BF16 +│ the last layers +│ 13: 75 to 87 ", shown)
     assert "tail of BF16 from layer 75" in " ".join(shown.split())
+    assert re.search(r"gradient along tokens +│ dW +│ 1x16 +│ yes +│ stochastic", shown)
+    assert re.search(r"│ weight +│ y, dx +│ 16x16 +│ no +│ to nearest", shown)
     shown = call("info", sizes.parent, "--layers", "--precision", "bf16").stdout
     assert "NVFP4" not in shown
     assert re.search(r"│ 1 +│ moe +│ BF16, FP32 ", shown)

@@ -110,6 +110,8 @@ def info(
         out.print(tables.flops_table(config, at, out.width))
         out.print(tables.cache_table(config, at))
         out.print(tables.precision_table(config, chosen))
+        if chosen.uses("nvfp4"):
+            out.print(tables.gemm_table(chosen))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
-from nemotron_lite.precision import ROLES, Placement, Recipe, placements
+from nemotron_lite.precision import OPERANDS, ROLES, Placement, Recipe, placements
 
 if TYPE_CHECKING:
     from nemotron_lite.data.baselines import Baselines
@@ -120,6 +120,18 @@ def precision_table(config: NemotronConfig, recipe: Recipe) -> Table:
         count = sum(place.parameters for place in mine)
         table.add_row("", f"[bold]{form.upper()} in all", "", number(count), f"{count / total:.1%}")
         table.add_section()
+    return table
+
+
+def gemm_table(recipe: Recipe) -> Table:
+    """How the operands of an NVFP4 layer's three products are quantised."""
+    table = _table("operand", "read by", "block", "Hadamard", "rounding", left=5)
+    table.title = "NVFP4 products: y = x W^T, dx = dy W, dW = dy^T x"
+    for name, used in OPERANDS.items():
+        how = getattr(recipe.gemm, name)
+        rounding = "stochastic" if how.stochastic else "to nearest"
+        words = name.replace("_", " ")
+        table.add_row(words, used, how.block, "yes" if how.hadamard else "no", rounding)
     return table
 
 

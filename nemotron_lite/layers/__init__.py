@@ -11,6 +11,7 @@ from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
 from nemotron_lite.layers.norm import RMSNorm
+from nemotron_lite.layers.quantised import MXFP8Linear, NVFP4Experts, NVFP4Linear
 from nemotron_lite.layers.span import RouterStats, Span
 
 __all__ = [
@@ -21,10 +22,13 @@ __all__ = [
     "Experts",
     "GatedRMSNorm",
     "KVCache",
+    "MXFP8Linear",
     "Mamba2",
     "MambaMemory",
     "Memory",
     "MoE",
+    "NVFP4Experts",
+    "NVFP4Linear",
     "RMSNorm",
     "Router",
     "RouterStats",
