@@ -109,7 +109,8 @@ def along_tokens(
 ) -> Float[Tensor, "s n"]:
     """x as a product that sums over its tokens reads it, in float32; s is t filled up to 16s.
 
-    The rows that are filled up are zero, turned or not, so they add nothing.
+    The rows filled up are zero before the turn, which spreads the last tokens over them. Both
+    inputs of dW are turned alike, so the sum over all s rows is the one over the tokens.
     """
     x = nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % BLOCK))
     if operand.hadamard:
