@@ -90,7 +90,7 @@ def surroundings(chapter: str) -> Surroundings:
 @cache
 def public_names() -> dict[str, str]:
     """Functions and classes that a chapter must import and not write again → their module."""
-    found = {}
+    found: dict[str, str] = {}
     for path in _public_files():
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         module = module.removesuffix(".__init__")

@@ -145,7 +145,8 @@ def _clean_output(output: NotebookNode) -> NotebookNode | None:
         return None if output.name == "stderr" else output
     if output.output_type == "error":
         return output
-    output.metadata = NotebookNode()
+    sizes = output.metadata.get("image/png") if "image/png" in output.data else None
+    output.metadata = NotebookNode({"image/png": sizes} if sizes else {})
     output.data.pop(WIDGET, None)
     figure = output.data.get(PLOTLY)
     if isinstance(figure, dict):
@@ -174,6 +175,9 @@ def illustrate(notebook: NotebookNode, draw: Draw) -> int:
             if PLOTLY in output.get("data", {}):
                 picture = draw(output.data[PLOTLY])
                 output.data["image/png"] = base64.b64encode(picture).decode() + "\n"
+                # It is drawn finer than shown; at its own size it would be cut off at the right.
+                width = output.data[PLOTLY].get("layout", {}).get("width", PICTURE_WIDTH)
+                output.metadata["image/png"] = NotebookNode(width=width)
                 drawn += 1
     return drawn
 

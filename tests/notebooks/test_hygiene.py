@@ -142,7 +142,7 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     # elsewhere
     "place": (
         lambda n: output(n, text_plain="saved in /ho" + "me/me/runs"),
-        "names the place /home/me",
+        "names the place /ho" + "me/me",
     ),
     "script": (
         lambda n: output(n, text_html='<script src="https://cdn.x.y/plotly.js"></script>'),
