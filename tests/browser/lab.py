@@ -125,7 +125,7 @@ class Visit:
     sliders: int = 0
     idle_sliders: list[str] = field(default_factory=list)  # nothing changed when they were dragged
     moved_figures: int = 0  # sliders that changed a figure's data
-    outside: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)  # each address once: pages may ask again
 
 
 def visit(browser: Browser, address: str, name: str) -> Visit:
@@ -160,7 +160,7 @@ def opened(browser: Browser, address: str, name: str, seen: Visit, **view: Any) 
         if urlsplit(url).hostname in (None, "127.0.0.1") or url.startswith(("data:", "blob:")):
             route.continue_()
         else:
-            seen.outside.append(url)
+            _note_outside(url, seen)
             route.abort()
 
     context.route("**/*", guard)
@@ -177,6 +177,11 @@ def opened(browser: Browser, address: str, name: str, seen: Visit, **view: Any) 
 
 def _note_socket(url: str, seen: Visit) -> None:
     if urlsplit(url).hostname != "127.0.0.1":
+        _note_outside(url, seen)
+
+
+def _note_outside(url: str, seen: Visit) -> None:
+    if url not in seen.outside:
         seen.outside.append(url)
 
 
