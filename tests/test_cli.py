@@ -219,7 +219,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("nemotron_lite.cli.read_config", broken)
+    monkeypatch.setattr("nemotron_lite.cli.info.read_config", broken)
     result = CliRunner().invoke(app, ["info", "lite"])
     assert isinstance(result.exception, KeyError)
     shown = CliRunner().invoke(app, ["--traceback", "generate", "--model", "no", "--prompt", "x"])

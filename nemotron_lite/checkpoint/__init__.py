@@ -1,16 +1,18 @@
-"""Weights on disk, in the layout of Hugging Face's `nemotron_h`: `load` and `save`.
+"""Weights on disk, in the layout of Hugging Face's `nemotron_h`: `load`, `save`, `contents`.
 
-The rooms behind the two:
+The rooms behind them:
 
     names       what a tensor is called on disk and in the model
     inventory   what a folder holds, and everything that is wrong with it, before anything is read
     reader      load: one tensor at a time into a model that had no memory until then
     writer      save: the hub's layout, in shards
     atomic      a folder that appears whole or not at all
+    contents    what a folder holds in which format, in how many bytes
 """
 
+from nemotron_lite.checkpoint.contents import Holding, contents, weight_bytes
 from nemotron_lite.checkpoint.inventory import CheckpointError
 from nemotron_lite.checkpoint.reader import load
 from nemotron_lite.checkpoint.writer import save
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "Holding", "contents", "load", "save", "weight_bytes"]

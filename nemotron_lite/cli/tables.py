@@ -17,7 +17,9 @@ from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.precision import OPERANDS, ROLES, Placement, Recipe, placements
 
 if TYPE_CHECKING:
+    from nemotron_lite.checkpoint import Holding
     from nemotron_lite.data.baselines import Baselines
+    from nemotron_lite.train import Evaluation
 
 WIDE = 130  # characters that a table with every column takes
 CONTEXTS = (1024, 8192, 65_536, 1_048_576)
@@ -153,6 +155,35 @@ def _ranges(found: list[Placement]) -> str:
     if not layers:
         return ""
     return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
+
+
+def stored_table(held: Iterable[Holding]) -> Table:
+    """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
+    held = list(held)
+    table = _table("stored as", "matrices", "modules", "weights", "bits a weight", "bytes", left=2)
+    table.title = "Files"
+    for one in held:
+        words = ROLES.get(one.role, "norms, convolutions, biases, A, D, scales of the cache")
+        table.add_row(one.format, words, f"{one.modules:,}", number(one.weights),
+                      f"{one.bits:.3f}", size(one.num_bytes))  # fmt: skip
+    table.add_section()
+    weights, stored = sum(one.weights for one in held), sum(one.num_bytes for one in held)
+    table.add_row("[bold]in all", "", "", number(weights), f"{8 * stored / weights:.3f}",
+                  f"[bold]{size(stored)}")  # fmt: skip
+    return table
+
+
+def loss_table(lines: Iterable[tuple[str, Evaluation, int]]) -> Table:
+    """Held-out loss and bytes on disk of several forms of one model; the first is the yardstick."""
+    lines = list(lines)
+    table = _table("model", "nats per token", "bits per byte", "change of loss", "bytes on disk")
+    (_, base, before), *_ = lines
+    for name, score, stored in lines:
+        change = f"{score.nats_per_token / base.nats_per_token - 1:+.2%}"
+        share = f"{size(stored)} ({stored / before:.0%})"
+        table.add_row(name, f"{score.nats_per_token:.4f}", f"{score.bits_per_byte:.4f}",
+                      "" if score is base else change, share)  # fmt: skip
+    return table
 
 
 def score_table(bits_per_byte: float, baselines: Baselines) -> Table:

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from nemotron_lite.data.baselines import Baselines, NGram, measure_baselines
 from nemotron_lite.data.batches import Batch, BatchSource, PackedTokens, pack
 from nemotron_lite.data.corpus import Corpus, CorpusError, Document, load_corpus
+from nemotron_lite.data.passages import passages
 from nemotron_lite.data.tokenizer import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
@@ -40,7 +41,8 @@ from nemotron_lite.data.tokenizer import (
 __all__ = [
     "END_OF_TEXT", "END_OF_TEXT_ID", "Baselines", "Batch", "BatchSource", "Corpus", "CorpusError",
     "Document", "HeldOut", "NGram", "PackedTokens", "TextData", "cache_folder", "decode",
-    "encode_documents", "load_corpus", "measure_baselines", "pack", "prepare", "train_tokenizer",
+    "encode_documents", "load_corpus", "measure_baselines", "pack", "passages", "prepare",
+    "train_tokenizer",
 ]  # fmt: skip
 
 _FORMAT = 1  # of the cached files; a change of layout or of the corpus rules raises it

@@ -53,11 +53,20 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Tokenize
     return tokenizer
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Each text as `<|endoftext|> tokens <|endoftext|>`, in parallel; int32 arrays, one a text."""
+def encode_documents(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    start: int = END_OF_TEXT_ID,
+    end: int = END_OF_TEXT_ID,
+) -> list[np.ndarray]:
+    """Each text as `<|endoftext|> tokens <|endoftext|>`, in parallel; int32 arrays, one a text.
+
+    Another model's tokenizer has other marks: give their ids as `start` and `end`.
+    """
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is just characters
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array([END_OF_TEXT_ID, *e.ids, END_OF_TEXT_ID], dtype=np.int32) for e in encoded]
+    return [np.array([start, *e.ids, end], dtype=np.int32) for e in encoded]
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:

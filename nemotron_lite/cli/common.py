@@ -1,0 +1,76 @@
+"""What the commands share: the application, the two consoles, options, and how mistakes are told.
+
+Every command does its work inside `plain_errors`: a wrong size, a missing file or a damaged
+checkpoint ends in one message and exit code 1, and a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from nemotron_lite.precision import RECIPES
+
+# Read by OpenMP when torch is imported: its idle threads give their core back at once. Where others
+# use the machine too, spinning ones make training several times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+app = typer.Typer(
+    help="A small Nemotron 3 Super: build it, train it, load it, shrink it, write with it.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+settings = SimpleNamespace(traceback=False)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+DTYPES = ("float32", "bfloat16")
+
+ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or a config.json")]
+Text = Annotated[
+    Path | None, typer.Option(help="folder of .py files; the standard library if none")
+]
+Seed = Annotated[int, typer.Option(help="of weights, data order and sampling")]
+Precision = Annotated[str, typer.Option(help=f"of matrix products: {', '.join(RECIPES)}")]
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="show where an error came from")
+    ] = False,
+) -> None:
+    settings.traceback = traceback
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Mistakes become one message and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        if settings.traceback or not _is_mistake(error):
+            raise
+        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def title(step: int, words: str) -> None:
+    """The heading of one part of a command's story."""
+    out.print(f"\n[bold]{step}. {escape(words)}[/]")
+
+
+def _is_mistake(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, ValueError | OSError | FloatingPointError)
+    from nemotron_lite.data import CorpusError
+    from nemotron_lite.train import ResumeError
+
+    return isinstance(error, CorpusError | ResumeError)

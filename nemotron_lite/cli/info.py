@@ -1,0 +1,46 @@
+"""`nemotron-lite info`: what a model stores, costs and remembers, and what runs in what.
+
+Of a preset everything follows from its sizes, and torch is not needed. Of a checkpoint's folder the
+files' headers are read as well: which matrices are stored in which format, in how many bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from nemotron_lite.cli import tables
+from nemotron_lite.cli.common import Precision, app, out, plain_errors
+from nemotron_lite.cli.inputs import read_config
+from nemotron_lite.config import PRESETS
+from nemotron_lite.precision import recipe
+
+Which = Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}; or a folder with config.json")]
+
+
+@app.command()
+def info(
+    model: Which = "lite",
+    at: Annotated[int, typer.Option("--context", help="tokens of context")] = 8192,
+    layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
+    precision: Precision = "nvfp4",
+) -> None:
+    """Show a model's arithmetic: parameters, FLOPs, bytes remembered, and what runs in what."""
+    with plain_errors():
+        config, chosen = read_config(model), recipe(precision)
+        out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
+        if model not in PRESETS and any(Path(model).glob("*.safetensors")):
+            from nemotron_lite.checkpoint import contents
+
+            out.print(tables.stored_table(contents(model)))
+        out.print(tables.parameter_table(config, out.width))
+        if layers:
+            out.print(tables.layer_table(config, chosen))
+        out.print(tables.flops_table(config, at, out.width))
+        out.print(tables.cache_table(config, at))
+        out.print(tables.precision_table(config, chosen))
+        if chosen.uses("nvfp4"):
+            out.print(tables.gemm_table(chosen))
