@@ -4,10 +4,12 @@
     python kernels/benchmarks/aot.py --write         write it anew (after looking at the changes)
     python kernels/benchmarks/aot.py --arch 90       one architecture
     python kernels/benchmarks/aot.py --only conv     cases with "conv" in their name
+    python kernels/benchmarks/aot.py --write --only conv   write those, leave the others as they are
 
 No GPU is needed. The snapshot is kept per Triton version, because another compiler gives another
 result: what spills nothing with one spills kilobytes with the next. A kernel may take less than the
-snapshot says, never more; and it has to keep its matrix instructions.
+snapshot says, never more; and it has to keep its matrix instructions. Cases that no longer exist
+are dropped only by `--write` without `--only`.
 """
 
 from __future__ import annotations
@@ -117,10 +119,19 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, dict[str, Report]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write_snapshot(reports: dict[int, Report], path: Path = SNAPSHOT) -> None:
-    """Replace this Triton version's part of the snapshot; one kernel a line, for readable diffs."""
+def write_snapshot(
+    reports: dict[int, Report], path: Path = SNAPSHOT, *, merge: bool = False
+) -> None:
+    """Write this Triton version's part of the snapshot; one kernel a line, for readable diffs.
+
+    An architecture's report replaces the one before it. With `merge` it is a part of the cases:
+    those are replaced or added, and the others stay.
+    """
     kept = read_snapshot(path)
-    kept.setdefault(triton.__version__, {}).update({str(a): r for a, r in reports.items()})
+    archs = kept.setdefault(triton.__version__, {})
+    for arch, report in reports.items():
+        before = archs.get(str(arch), {}) if merge else {}
+        archs[str(arch)] = {**before, **report}
     lines = []
     for version, archs in sorted(kept.items()):
         lines.append(f' "{version}": {{')
@@ -134,7 +145,9 @@ def write_snapshot(reports: dict[int, Report], path: Path = SNAPSHOT) -> None:
         lines[-1] = lines[-1].removesuffix(",")
         lines.append(" },")
     lines[-1] = lines[-1].removesuffix(",")
-    path.write_text("{\n" + "\n".join(lines) + "\n}\n")
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("{\n" + "\n".join(lines) + "\n}\n")
+    fresh.replace(path)  # at once: nobody reads half a snapshot
 
 
 def main() -> None:
@@ -144,8 +157,8 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=ARCHS, help="this architecture only")
     parser.add_argument("--only", default="", help="cases with this in their name")
     options = parser.parse_args()
-    if options.write and options.only:
-        sys.exit("--write keeps whole reports; leave --only away.")
+    if not any(options.only in str(case) for case in all_cases()):
+        sys.exit(f"--only {options.only}: no case has this in its name.")
     torch.set_num_threads(1)
     kept = read_snapshot().get(triton.__version__, {})
     faults, reports = [], {}
@@ -164,7 +177,7 @@ def main() -> None:
                     f"{kernel['warps']} warps {' '.join(kernel['matrix'])}"
                 )
     if options.write:
-        write_snapshot(reports)
+        write_snapshot(reports, merge=bool(options.only))
     if faults:
         sys.exit("\n".join(faults))
 

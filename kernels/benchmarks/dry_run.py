@@ -36,6 +36,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # What the matrix units are asked to do, by the head of the PTX instruction.
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*?\.(m\d+n\d+k\d+|kind::\w+)\S*")
 TYPES = re.compile(r"\.(tf32|bf16|f16|e4m3|e5m2|e2m1|s8)\b")
+# Operands with a scale a block: mxf4nvf4 is NVFP4, the others are the MX formats.
+SCALED = re.compile(r"\bkind::(mx\w+)")
 
 
 class _Driver:
@@ -122,8 +124,11 @@ def resources(kernel: Any) -> Resources:
 
 
 def _matrix_kind(found: re.Match[str]) -> str:
-    """For example "wgmma bf16" or "mma tf32"."""
+    """For example "wgmma bf16", "mma tf32" or "tcgen05 mxf4nvf4"."""
     unit = found[1].split(".")[0]
+    scaled = SCALED.search(found[0])
+    if scaled:
+        return f"{unit} {scaled[1]}"
     types = TYPES.findall(found[0])
     return f"{unit} {types[0] if types else found[2].removeprefix('kind::')}"
 

@@ -7,6 +7,7 @@ looked at: `python kernels/benchmarks/aot.py --write` accepts it.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -100,6 +101,58 @@ def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
     assert too_large == [
         "case: _k takes 131072 bytes of shared memory; sm_120 has 101376."
     ]  # fmt: skip
+
+
+WRITE = """
+import json, sys
+from pathlib import Path
+import aot
+path, whole, part, last = Path(sys.argv[1]), *json.loads(sys.argv[2])
+path.write_text(json.dumps({"0.0": {"80": {"old version": []}}}))
+read = lambda: aot.read_snapshot(path)[aot.triton.__version__]
+aot.write_snapshot({80: whole, 90: whole}, path)
+aot.write_snapshot({90: part}, path, merge=True)
+merged = read()
+aot.write_snapshot({90: last}, path)
+print(json.dumps([merged, read(), aot.read_snapshot(path)["0.0"]]))
+"""
+
+
+def test_a_part_is_merged_and_only_a_whole_report_drops_cases(
+    tmp_path: Path, compiling_environment: dict[str, str]
+) -> None:
+    whole = {"kept": [{"kernel": "_a"}], "changed": [{"kernel": "_b"}]}
+    part = {"changed": [{"kernel": "_c"}], "added": [{"kernel": "_d"}]}
+    last = {"kept": [{"kernel": "_e"}]}
+    given = [str(tmp_path / "snapshot.json"), json.dumps([whole, part, last])]
+    run = _python(compiling_environment, "-c", WRITE, *given)
+    assert run.returncode == 0, run.stderr
+    merged, replaced, other_version = json.loads(run.stdout)
+    assert merged == {"80": whole, "90": {**whole, **part}}
+    assert replaced == {"80": whole, "90": last}
+    assert other_version == {"80": {"old version": []}}
+
+
+NVFP4 = "kind::mxf4nvf4.block_scale.scale_vec::4X"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "kind"),
+    [
+        (f"@%p1 tcgen05.mma.cta_group::1.{NVFP4} [%r1], %rd2;", "tcgen05 mxf4nvf4"),
+        (f"mma.sync.aligned.m16n8k64.row.col.{NVFP4}.f32.e2m1.e2m1.f32.ue4m3 {{}}", "mma mxf4nvf4"),
+        (f"mma.sync.aligned.{NVFP4}.m16n8k64.row.col.f32.e2m1.e2m1.f32.ue4m3 {{}}", "mma mxf4nvf4"),
+        ("tcgen05.mma.cta_group::1.kind::f16 [%r1], %rd2;", "tcgen05 f16"),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {}", "mma bf16"),
+        ("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {}", "wgmma tf32"),
+    ],
+)
+def test_matrix_instructions_are_named_by_unit_and_format(
+    ptx: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    dry_run = importlib.import_module("dry_run")
+    assert [dry_run._matrix_kind(found) for found in dry_run.MATRIX.finditer(ptx)] == [kind]
 
 
 CPU_TENSORS = """
