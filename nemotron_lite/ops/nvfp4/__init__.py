@@ -10,6 +10,7 @@ compute the same values, as here.
     rotation.py   the 16-point Hadamard transform
     tensor.py     QuantisedTensor, and the definition of `quantise`
     emulation.py  the same bits in few passes over memory, and values without codes
+    product.py    products with packed weights: `matmul`, and `expert_mlp` over a stack
 
 Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
 Left out: "four over six" and power-of-two scales, which pre-training does not use.
@@ -31,6 +32,7 @@ from nemotron_lite.ops.nvfp4.elements import (
     unpack,
 )
 from nemotron_lite.ops.nvfp4.emulation import fast_fake, fast_quantise
+from nemotron_lite.ops.nvfp4.product import expert_mlp, matmul
 from nemotron_lite.ops.nvfp4.rotation import SIGNS, hadamard, inverse_hadamard
 from nemotron_lite.ops.nvfp4.scaling import (
     E4M3_MAX,
@@ -56,9 +58,11 @@ __all__ = [
     "decode_e2m1",
     "encode_e2m1",
     "encode_e2m1_stochastic",
+    "expert_mlp",
     "fake_quantise",
     "hadamard",
     "inverse_hadamard",
+    "matmul",
     "pack",
     "quantise",
     "round_e4m3",
