@@ -23,6 +23,8 @@ _HOME = {
     "expert_mlp": "experts",
     "gated_rms_norm": "norm",
     "mamba_chunk_scan_combined": "ssd",
+    "nvfp4_expert_mlp": "nvfp4_experts",
+    "nvfp4_matmul": "nvfp4_gemm",
     "rms_norm": "norm",
     "route": "routing",
     "route_logits": "routing",

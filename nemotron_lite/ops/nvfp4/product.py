@@ -35,8 +35,8 @@ from nemotron_lite.ops import experts
 from nemotron_lite.ops._door import choose, kernel
 from nemotron_lite.ops.nvfp4.tensor import QuantisedTensor
 
-_MATMUL = kernel("nvfp4_gemm", "matmul")
-_EXPERTS = kernel("nvfp4_experts", "expert_mlp")
+_MATMUL = kernel("nvfp4_gemm", "nvfp4_matmul")
+_EXPERTS = kernel("nvfp4_experts", "nvfp4_expert_mlp")
 
 
 def matmul(
