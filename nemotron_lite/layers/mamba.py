@@ -21,15 +21,16 @@ Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.span import Span
+from nemotron_lite.ops.scan import step_sizes
 
 
 class Held:
@@ -142,15 +143,16 @@ class Mamba2(nn.Module):
             lengths=span.lengths,
         )
         x, B, C = self._split_heads(xBC)
-        dt = self._step_sizes(dt)
+        dt, to_steps = self._raw_steps(dt)
         real = span.real(u)
-        if real is not None:
-            dt = dt * real.unsqueeze(-1)
+        if real is not None:  # what becomes a step of zero
+            dt = dt.masked_fill(~real.unsqueeze(-1), -math.inf if to_steps else 0.0)
         y, ssm = ops.ssd(
             x, dt, self._rates(), B, C,
             D=self.D,
             initial_state=None if past is None else past.ssm,
             seq_idx=span.seq_idx,
+            **to_steps,
         )  # fmt: skip
         if past is not None:
             past.conv, past.ssm = conv, ssm.to(past.ssm.dtype)
@@ -163,7 +165,8 @@ class Mamba2(nn.Module):
             past.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
         )
         x, B, C = self._split_heads(xBC)
-        y, past.ssm = ops.ssd_step(past.ssm, x, self._step_sizes(dt), self._rates(), B, C, D=self.D)
+        dt, to_steps = self._raw_steps(dt)
+        y, past.ssm = ops.ssd_step(past.ssm, x, dt, self._rates(), B, C, D=self.D, **to_steps)
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
     def _hold(
@@ -201,9 +204,15 @@ class Mamba2(nn.Module):
             C.unflatten(-1, (self.groups, -1)),
         )
 
+    def _raw_steps(self, dt: Float[Tensor, "*bt h"]) -> tuple[Tensor, dict[str, Any]]:
+        """dt, and what makes steps of it: left to the scan, which may do it inside its kernel."""
+        if self.clamps_dt:
+            return self._step_sizes(dt), {}
+        return dt, {"dt_bias": self.dt_bias, "dt_softplus": True}
+
     def _step_sizes(self, dt: Float[Tensor, "*bt h"]) -> Float[Tensor, "*bt h"]:
         """softplus(dt + bias) in float32 or better."""
-        dt = F.softplus(_wide(dt) + _wide(self.dt_bias))
+        dt = step_sizes(dt, self.dt_bias, dt_softplus=True)
         return dt.clamp(*self.dt_limit) if self.clamps_dt else dt
 
     def _rates(self) -> Float[Tensor, "h"]:

@@ -5,7 +5,8 @@ Each public function of `ops` takes `impl`:
     "naive"   the definition, written to be read
     "torch"   fast PyTorch, on every device
     "triton"  a kernel of `nemotron_kernels`, on NVIDIA GPUs (and in Triton's interpreter)
-    "auto"    the kernel for tensors on a GPU, if there is one and triton is installed; else torch
+    "auto"    the kernel for tensors on an NVIDIA GPU of sm_80 or newer, if there is one and triton
+              is installed; else torch
 
 A choice that cannot be met is an error that says why, never a silent fallback. Triton is imported
 when a kernel is first used, and not before.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # the first compute capability the kernels are compiled and tested for
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,7 +41,7 @@ def choose(
         ValueError: `impl` names none of them.
     """
     if impl == "auto":
-        if x.is_cuda and "triton" in implementations and _takes(x):
+        if _on_gpu(x) and "triton" in implementations and _takes(x):
             return implementations["triton"]
         return implementations["torch"]
     if impl not in implementations:
@@ -61,8 +63,18 @@ def kernel(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _takes(x: Tensor) -> bool:
-    return x.dtype in KERNEL_DTYPES and _installed()
+    return x.dtype in KERNEL_DTYPES and _installed() and _capable(x.get_device())
+
+
+@lru_cache
+def _capable(device: int) -> bool:
+    """Whether this is an NVIDIA GPU that is new enough; AMD's answer to "cuda" as well."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 @lru_cache

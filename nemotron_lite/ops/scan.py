@@ -16,18 +16,20 @@ autograd can follow. `ssd_step` is one turn of the loop, for decoding; its fast 
 state in three passes and writes it in place. `ssd` (in ssd.py) gets the same numbers for a whole
 sequence out of matrix products.
 
-dt arrives after its softplus and is not clamped here (reference sheet 2.4: the models are trained
-without a clamp). Source: reference sheet 2.2 step 7 and 2.5; Dao and Gu 2024 (arXiv 2405.21060).
-Left out: a D per channel, and a gate inside the scan; Nemotron 3 gates in the norm that follows.
+dt arrives after its softplus, or with the bias and the softplus still to be applied (`step_sizes`);
+it is not clamped here (reference sheet 2.4: the models are trained without a clamp). Source:
+reference sheet 2.2 step 7 and 2.5; Dao and Gu 2024 (arXiv 2405.21060). Left out: a D per channel,
+and a gate inside the scan; Nemotron 3 gates in the norm that follows.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import choose, kernel
+from nemotron_lite.ops._door import cast, choose, kernel
 
 _KERNEL = kernel("state_update", "selective_state_update")
 
@@ -96,6 +98,8 @@ def ssd_step(
     C: Float[Tensor, "b g n"],
     *,
     D: Float[Tensor, "h"] | None = None,
+    dt_bias: Float[Tensor, "h"] | None = None,
+    dt_softplus: bool = False,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p n"]]:
     """One token of the recurrence, for decoding.
@@ -104,6 +108,8 @@ def ssd_step(
         state: the state before this token. impl="torch" overwrites it and returns it; impl="naive"
             leaves it alone and returns a new one.
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
+        dt_bias, dt_softplus: what makes step sizes of dt, where that is still to be done, as in
+            `step_sizes`; the kernel does it on the way.
         impl: "naive" (one turn of `selective_scan`); "torch" or "triton" (in place; for inference,
             since autograd cannot differentiate through an overwritten state).
 
@@ -115,20 +121,24 @@ def ssd_step(
         ValueError: unknown `impl`, or shapes that do not fit each other.
     """
     run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step, triton=_triton_step)
-    return run(state, x, dt, A, B, C, D)
+    return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
 
 
 def _naive_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dt = step_sizes(dt, dt_bias, dt_softplus)
     x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
     y, state = selective_scan(x, dt, A, B, C, D=D, initial_state=state)
     return y.squeeze(1), state
 
 
 def _fast_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dt = step_sizes(dt, dt_bias, dt_softplus)
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
     if state.shape != (batch, heads, width, n) or C.shape != B.shape or heads % groups:
@@ -149,9 +159,34 @@ def _fast_step(
 
 
 def _triton_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _KERNEL(state, x, dt, A, B, C, D), state
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y = _KERNEL(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    return y, state
+
+
+def step_sizes(
+    dt: Float[Tensor, "*bt h"], dt_bias: Float[Tensor, "h"] | None, dt_softplus: bool
+) -> Float[Tensor, "*bt h"]:
+    """softplus(dt + bias) in float32 or better; dt itself where neither is asked for.
+
+    A dt of minus infinity, which marks padding, becomes a step of exactly zero.
+
+    Raises:
+        ValueError: a bias of another shape than one number per head.
+    """
+    if dt_bias is None and not dt_softplus:
+        return dt
+    if dt_bias is not None and dt_bias.shape != dt.shape[-1:]:
+        raise ValueError(
+            f"dt_bias has shape {tuple(dt_bias.shape)}; {dt.shape[-1]} heads need "
+            f"({dt.shape[-1]},)."
+        )
+    dt = cast(dt, state_dtype(dt))
+    if dt_bias is not None:
+        dt = dt + cast(dt_bias, dt.dtype)
+    return F.softplus(dt) if dt_softplus else dt
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

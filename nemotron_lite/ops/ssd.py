@@ -37,7 +37,13 @@ from nemotron_lite.ops import _ssd_chunks
 from nemotron_lite.ops._door import choose, kernel
 from nemotron_lite.ops._ssd_backward import backward
 from nemotron_lite.ops._ssd_chunks import Inputs
-from nemotron_lite.ops.scan import check_shapes, document_starts, selective_scan, state_dtype
+from nemotron_lite.ops.scan import (
+    check_shapes,
+    document_starts,
+    selective_scan,
+    state_dtype,
+    step_sizes,
+)
 
 _KERNEL = kernel("ssd", "ssd")
 CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
@@ -54,13 +60,16 @@ def ssd(
     initial_state: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b t"] | None = None,
     chunk_size: int | None = None,
+    dt_bias: Float[Tensor, "h"] | None = None,
+    dt_softplus: bool = False,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
     """`selective_scan` over t tokens, by chunks.
 
     Args:
         x: what is written to the state; any strides, any t (a ragged end is one shorter chunk).
-        dt: step size per token and head, after softplus (>= 0). dt = 0 leaves the state alone.
+        dt: step size per token and head, >= 0; or what becomes one by `dt_bias` and `dt_softplus`.
+            dt = 0 leaves the state alone.
         A: decay rate per head, negative.
         B, C: write and read directions, one per group; g divides h.
         D: weight of the path around the state; none when None.
@@ -69,6 +78,8 @@ def ssd(
             is reset to zero; `initial_state` belongs to the first document of the row.
         chunk_size: q; the result depends on it only by rounding. When None, 64 ("triton": what its
             tables say).
+        dt_bias, dt_softplus: added to dt, and whether the sum goes through softplus, as in
+            `step_sizes`. The kernel does both on the way, the other forms do them first.
         impl: "naive" (`selective_scan`), "torch" (chunked) or "triton" (chunked, one kernel).
 
     Returns:
@@ -81,20 +92,27 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
     run = choose("ssd", impl, x, naive=_naive, torch=_chunked, triton=_KERNEL)
-    return run(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size)
+    return run(
+        x, dt, A, B, C, D, initial_state, seq_idx, chunk_size,
+        dt_bias=dt_bias, dt_softplus=dt_softplus,
+    )  # fmt: skip
 
 
 def _naive(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
+    *, dt_bias: Tensor | None, dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dt = step_sizes(dt, dt_bias, dt_softplus)
     return selective_scan(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx)
 
 
 def _chunked(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
+    *, dt_bias: Tensor | None, dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dt = step_sizes(dt, dt_bias, dt_softplus)
     check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
     if initial_state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=state_dtype(x))

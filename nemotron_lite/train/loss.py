@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.data.batches import Batch
+from nemotron_lite.ops.scan import number_documents
 
 SLICE_ROWS = 512  # rows of logits that exist at one time
 
@@ -143,7 +144,8 @@ def targets(batch: Batch, depth: int) -> tuple[Int[Tensor, "b s"], Bool[Tensor, 
     labels = tokens[:, ahead:]
     valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, ahead:]
     if seq_idx is not None:
-        valid = valid & (seq_idx[:, ahead:] == seq_idx[:, :-ahead])
+        document = number_documents(seq_idx)
+        valid = valid & (document[:, ahead:] == document[:, :-ahead])
     return labels, valid
 
 

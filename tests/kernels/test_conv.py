@@ -65,6 +65,23 @@ def test_packed_documents(t: int) -> None:
     assert max(found) < TOLERANCE[torch.float32], found
 
 
+def test_a_document_number_that_returns_is_a_new_document() -> None:
+    """0 1 0 within the reach of a tap, and across the edge of a stretch."""
+    seq_idx = torch.zeros(2, 70, dtype=torch.int64)
+    seq_idx[0, [1, 5, 63]], seq_idx[1, 2:4], seq_idx[1, 64:66] = 1, 1, 1
+
+    def packed(function):
+        return lambda *inputs: function(*inputs, seq_idx=seq_idx)
+
+    found = errors(packed(_kernel), packed(_exact), _inputs(2, 70, 12, 4))
+    assert max(found) < TOLERANCE[torch.float32], found
+    # Alone means alone: what the definition gives for each piece by itself.
+    x, weight, bias, state = (v.float() for v in _inputs(1, 5, 12, 4))
+    y, _ = _kernel(x, weight, bias, state, seq_idx=torch.tensor([[0, 1, 0, 0, 1]]))
+    for start, stop in ((1, 2), (2, 4), (4, 5)):
+        torch.testing.assert_close(y[:, start:stop], _exact(x[:, start:stop], weight, bias)[0])
+
+
 def test_a_strided_view_of_document_numbers_and_32_bits() -> None:
     x, weight, bias, state = (v.float() for v in _inputs(2, 9, 12, 4))
     wide = (torch.rand(2, 18) < 0.3).cumsum(1)

@@ -182,6 +182,17 @@ def test_packed_documents(
     check(make(2, 150, h=2, g=1, dtype=dtype), variant=variant, seq_idx=seq_idx)
 
 
+@pytest.mark.parametrize(("variant", "walk"), [("fused", True), ("three", True), ("three", False)])
+def test_a_document_number_that_returns_is_a_new_document(
+    variant: str, walk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 1 0 within a chunk, across the edge of one, and with the same number at both ends."""
+    monkeypatch.setattr(ssd_states, "walks", lambda *_: walk)
+    seq_idx = torch.zeros(2, 140, dtype=torch.int64)
+    seq_idx[0, 20:22], seq_idx[0, 63:65], seq_idx[1, 64:128] = 1, 1, 7
+    check(make(2, 140, h=2, g=1), variant=variant, seq_idx=seq_idx)
+
+
 def test_documents_do_not_see_each_other() -> None:
     """Each document of a packed row is what it is alone, to the last bit where chunks agree."""
     v = make(1, 128, h=2, g=1)
@@ -217,6 +228,20 @@ def test_steps_of_zero_leave_the_state_alone() -> None:
     check(v)
     short = {k: x[:, :40] if k in ("x", "dt", "B", "C") else x for k, x in v.items()}
     torch.testing.assert_close(kernel(v)[1], kernel(short)[1])
+
+
+@pytest.mark.parametrize("variant", ["fused", "three"])
+def test_padding_is_a_step_of_zero_before_softplus(variant: str) -> None:
+    """A dt of minus infinity leaves the state alone, and no gradient of it is NaN."""
+    v = make(2, 70, h=2, g=1)
+    v["dt"][0, 40:], v["dt"][1, 3] = -torch.inf, -torch.inf
+    found, exact = run(kernel, v, False, variant=variant), run(definition, v, True)
+    for name, error in ((k, relative(found[k], exact[k])) for k in exact):
+        assert error < TOLERANCE[torch.float32][name], (name, error)
+    assert (found["gdt"][0, 40:] == 0).all()
+    short = {k: x[:1, :40] if k in ("x", "dt", "B", "C") else x for k, x in v.items()}
+    short["initial_state"] = v["initial_state"][:1]
+    torch.testing.assert_close(found["state"][:1], kernel(short, variant=variant)[1])
 
 
 def test_softplus_and_its_slope_where_float32_is_thin() -> None:
@@ -311,9 +336,14 @@ def test_the_arguments_of_mamba_ssm() -> None:
 
 def test_the_arguments_of_the_torch_implementation() -> None:
     """Positionally interchangeable with it, so that the door can call either."""
-    torch_names = list(inspect.signature(inspect.getmodule(torch_ssd)._chunked).parameters)
-    ours = inspect.signature(ssd).parameters
-    assert [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == torch_names
+
+    def parameters(function: Callable[..., Any], kind: Any) -> list[str]:
+        return [n for n, p in inspect.signature(function).parameters.items() if p.kind is kind]
+
+    theirs = inspect.getmodule(torch_ssd)._chunked
+    by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    assert parameters(ssd, by_place) == parameters(theirs, by_place)
+    assert set(parameters(theirs, by_name)) <= set(parameters(ssd, by_name))
     v = make(1, 70)
     del v["dt_bias"]
     v["dt"] = F.softplus(v["dt"])

@@ -83,11 +83,11 @@ def inputs_of(case: Case, dtype: torch.dtype, batch: int = 2) -> dict[str, Tenso
 
 
 def documents(case: Case, batch: int = 2) -> Tensor | None:
-    """Document numbers of packed rows; other boundaries in each row."""
+    """Document numbers of packed rows; other boundaries in each row, and numbers that return."""
     if not case.packed:
         return None
     place = torch.arange(case.tokens) + torch.arange(batch).unsqueeze(1) * 11
-    return place // 37
+    return place // 37 % 2
 
 
 def bind(rung: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Rung:

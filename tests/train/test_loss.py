@@ -152,6 +152,10 @@ def test_targets_never_cross_a_document() -> None:
     labels, valid = targets(Batch(tokens, seq_idx), 1)
     assert labels[valid].tolist() == [12]
     assert not targets(Batch(tokens, seq_idx), 2)[1].any()
+    # A number that returns is a new document, so two tokens ahead is another one here.
+    returning = Batch(tokens, torch.tensor([[0, 1, 0, 1, 1, 0]]))
+    assert targets(returning, 0)[1].tolist() == [[False, False, False, True, False]]
+    assert not targets(returning, 1)[1].any()
     assert targets(Batch(tokens), 2)[0].tolist() == [[20, 21, 30]]
     with pytest.raises(ValueError, match="rows of 6 tokens have no target at depth 5"):
         targets(Batch(tokens), 5)
