@@ -95,7 +95,9 @@ def quantise_fp8(
     wide = _wide(x, name)
     if scale is None:
         largest = wide.abs().amax() if x.numel() else wide.new_zeros(())
-        scale = largest / E4M3_MAX
+        # A tensor over a tensor: on a GPU torch multiplies with 1 / number instead, which rounds
+        # twice.
+        scale = largest / torch.full_like(largest, E4M3_MAX)
         # Below 448 times float32's smallest number the quotient is zero, and so is every value.
         scale = torch.where(scale == 0, 1.0, scale)
     elif not (bool(scale.isfinite()) and float(scale) > 0):

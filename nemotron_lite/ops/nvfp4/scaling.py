@@ -95,7 +95,9 @@ def tensor_scales(
     amax: Float32[Tensor, "..."],
 ) -> tuple[Float32[Tensor, "..."], Float32[Tensor, "..."]]:
     """(s_enc, s_dec) for a tensor of this largest magnitude."""
-    encode = (E2M1_MAX * E4M3_MAX / amax).clamp(max=FLT_MAX)
+    # A tensor over a tensor: torch computes `number / tensor` as number * (1 / tensor), which
+    # rounds twice and is another number for a quarter of all amax.
+    encode = (torch.full_like(amax, E2M1_MAX * E4M3_MAX) / amax).clamp(max=FLT_MAX)
     encode = torch.where(amax == 0, 1.0, encode)
     return encode, 1.0 / encode
 
