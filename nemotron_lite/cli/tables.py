@@ -160,10 +160,10 @@ def _ranges(found: list[Placement]) -> str:
 def stored_table(held: Iterable[Holding]) -> Table:
     """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
     held = list(held)
-    table = _table("stored as", "matrices", "modules", "weights", "bits a weight", "bytes", left=2)
+    table = _table("format", "matrices", "modules", "weights", "bits each", "bytes", left=2)
     table.title = "Files"
     for one in held:
-        words = ROLES.get(one.role, "norms, convolutions, biases, A, D, scales of the cache")
+        words = ROLES.get(one.role, "norms and the rest")
         table.add_row(one.format, words, f"{one.modules:,}", number(one.weights),
                       f"{one.bits:.3f}", size(one.num_bytes))  # fmt: skip
     table.add_section()
@@ -176,7 +176,7 @@ def stored_table(held: Iterable[Holding]) -> Table:
 def loss_table(lines: Iterable[tuple[str, Evaluation, int]]) -> Table:
     """Held-out loss and bytes on disk of several forms of one model; the first is the yardstick."""
     lines = list(lines)
-    table = _table("model", "nats per token", "bits per byte", "change of loss", "bytes on disk")
+    table = _table("model", "nats a token", "bits a byte", "change", "on disk")
     (_, base, before), *_ = lines
     for name, score, stored in lines:
         change = f"{score.nats_per_token / base.nats_per_token - 1:+.2%}"

@@ -1,10 +1,10 @@
 """Weights that stay packed in memory and are decoded as they are used.
 
 A routed expert in NVFP4 takes 4.5 bits a weight instead of 16. To keep that advantage in memory, a
-packed layer holds the stored bytes and decodes one matrix at a time, right before its product:
+packed layer holds the stored bytes and decodes them right before the product (`ops/nvfp4`: a kernel
+on a GPU; a stripe of rows at a time elsewhere, and of the experts only those that a token chose):
 
-    y = x W^T,      W = code * scale            a linear layer, decoded whole
-    experts         only those that some token chose, one after the other
+    y = x W^T,      W = code * scale
 
 Buffers carry the names of ModelOpt's files, so that a model's `state_dict` is what goes to disk:
 
@@ -21,7 +21,7 @@ without FP4 units does). With `rounds_inputs` they are rounded to the weight's f
 is what the tensor cores of Blackwell multiply.
 
 A packed layer has no gradient for its weight, and `.to(dtype)` does not touch what it holds.
-Source: reference sheet 10.3. Left out: products straight from the packed bytes (`kernels/`).
+Source: reference sheet 10.3. Left out: kernels for FP8.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.layers.moe import Experts
-from nemotron_lite.ops.fp8 import FP8Tensor, fake_quantise_fp8
+from nemotron_lite.ops import nvfp4
+from nemotron_lite.ops.fp8 import fake_quantise_fp8
 from nemotron_lite.ops.nvfp4 import E2M1_MAX, E4M3_MAX, QuantisedTensor, fake_quantise
+from nemotron_lite.ops.nvfp4.decoding import Stored, multiply, multiply_experts
 
 BLOCK = 16
 INPUT_MAX = {"nvfp4": E2M1_MAX * E4M3_MAX, "fp8": E4M3_MAX}  # amax = input_scale * this
@@ -73,11 +75,14 @@ def decode(
     form: str, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
     """The matrix of this shape that the stored parts of one module mean."""
-    weight = parts["weight"]
-    if form == "fp8":
-        return FP8Tensor(weight, parts["weight_scale"].reshape(())).dequantise(dtype)
-    scale = parts["weight_scale_2"].reshape(())
-    return QuantisedTensor(weight, parts["weight_scale"], scale, shape).dequantise(dtype)
+    return _stored(form, parts, shape).decode(keep=True).to(dtype)
+
+
+def _stored(form: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
+    """A matrix, or a stack; scales may come as files spell them, [] or [1]."""
+    weight, scale = parts["weight"], "weight_scale" if form == "fp8" else "weight_scale_2"
+    blocks = None if form == "fp8" else parts["weight_scale"]
+    return Stored(weight, parts[scale].reshape(shape[:-2]), shape[-1], blocks)
 
 
 class _KeepsDtypes(nn.Module):
@@ -124,6 +129,15 @@ class Packed(_KeepsDtypes):
         """The matrix itself."""
         return decode(self.form, self.parts(expert), self.shape[-2:], dtype)
 
+    def stored(self) -> Stored:
+        """What decoding reads."""
+        return _stored(self.form, self.parts(), self.shape)
+
+    def quantised(self) -> QuantisedTensor:
+        """The weight of a layer in NVFP4."""
+        scale = self.weight_scale_2
+        return QuantisedTensor(self.weight, self.weight_scale, scale, self.shape)
+
     def inputs(self, x: Float[Tensor, "*rows n"], expert: int | None = None) -> Tensor:
         """What the product reads for x: x, or x rounded to this format.
 
@@ -155,7 +169,10 @@ class PackedLinear(Packed):
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows f"]:
         """Decode and multiply, in the dtype of x."""
-        return F.linear(self.inputs(x), self.decode(x.dtype))
+        x = self.inputs(x)
+        return (
+            multiply(x, self.stored()) if self.form == "fp8" else nvfp4.matmul(x, self.quantised())
+        )
 
 
 class PackedExperts(nn.Module):
@@ -169,7 +186,20 @@ class PackedExperts(nn.Module):
         self.up_proj, self.down_proj = up, down
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
-        """The weighted sum of each token's chosen experts, one expert after the other."""
+        """The weighted sum of each token's chosen experts."""
+        up, down = self.up_proj, self.down_proj
+        if isinstance(up, Packed) and isinstance(down, Packed):
+            forms = {up.form, down.form, up.rounds_inputs, down.rounds_inputs}
+            if forms == {"nvfp4", False}:
+                packed = up.quantised(), down.quantised()
+                return nvfp4.expert_mlp(z, *packed, routing.weights, routing.indices)
+            if True not in forms:
+                stored = up.stored(), down.stored()
+                return multiply_experts(z, *stored, routing.weights, routing.indices)
+        return self._one_by_one(z, routing)
+
+    def _one_by_one(self, z: Tensor, routing: ops.Routing) -> Tensor:
+        """With one matrix plain, or inputs rounded expert by expert."""
         out = torch.zeros_like(z)
         for e in routing.indices.unique().tolist():
             rows, slots = (routing.indices == e).nonzero(as_tuple=True)
@@ -182,7 +212,7 @@ class PackedExperts(nn.Module):
 
 def _multiply(x: Tensor, matrices: Packed | Tensor, expert: int) -> Tensor:
     if isinstance(matrices, Packed):
-        return F.linear(matrices.inputs(x, expert), matrices.decode(x.dtype, expert))
+        return multiply(matrices.inputs(x, expert), matrices.stored().of(expert))
     return F.linear(x, matrices[expert].to(x.dtype))
 
 

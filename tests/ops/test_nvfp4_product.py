@@ -7,6 +7,7 @@ import torch
 
 from nemotron_lite import ops
 from nemotron_lite.ops import nvfp4
+from nemotron_lite.ops.nvfp4 import decoding
 from tests.compare import relative_rms
 
 
@@ -73,13 +74,21 @@ def test_gradients_of_what_is_not_packed() -> None:
 def test_only_the_chosen_experts_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _experts(2, 30, 3)
     decoded = []
-    whole = nvfp4.QuantisedTensor.dequantise
-    monkeypatch.setattr(
-        nvfp4.QuantisedTensor, "dequantise", lambda q, d: (decoded.append(q.shape), whole(q, d))[1]
-    )
+    whole = decoding.Stored.decode
+
+    def decode(self, **options):
+        decoded.append(self.codes.shape)
+        return whole(self, **options)
+
+    monkeypatch.setattr(decoding.Stored, "decode", decode)
     nvfp4.expert_mlp(*inputs, impl="torch")
-    assert sorted(set(decoded)) == [(24, 40), (40, 24)]
-    assert len(decoded) == 2 * inputs[-1].unique().numel()
+    chosen = inputs[-1].unique().numel()
+    assert chosen < 30
+    assert sorted(decoded) == sorted([(40, 16)] * chosen + [(24, 24)] * chosen)
+    decoded.clear()
+    with torch.inference_mode():
+        nvfp4.expert_mlp(*inputs, impl="torch")
+    assert decoded == [(6, 40, 16), (6, 24, 24)], "a few pairs in one go"
 
 
 def test_what_does_not_fit_says_so() -> None:

@@ -8,12 +8,13 @@ decoding tokens is bound by reading W), or packed as well, which is what Blackwe
 multiply. Neither has a bias, as no layer of the family has one.
 
     "naive"    decode everything in float32, then multiply in float32
-    "torch"    decode in the dtype of x, then multiply in it; experts one by one, only those chosen
+    "torch"    decode stripe by stripe (decoding.py), and of the experts only those chosen
     "triton"   decode in registers, right before the product: the matrix never exists in memory
 
 The three differ in one rounding. A code times its block's scale has six significant bits, so the
-kernel multiplies 16-bit numbers that are exact, and applies s_dec to the float32 sum. "torch"
-rounds code * (c * s_dec) to the dtype of x first: with 16 bits each weight moves by up to 2^-9.
+kernel multiplies 16-bit numbers that are exact, and applies s_dec to the float32 sum. "torch" does
+as "naive" for a few rows of x; for many it rounds code * (c * s_dec) to the dtype of x first: with
+16 bits each weight moves by up to 2^-9.
 
 Packed weights have no gradient. Those of x, z and the router's weights flow; the kernels compute
 them by decoding in the backward pass.
@@ -26,13 +27,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.ops import experts
 from nemotron_lite.ops._door import choose, kernel
+from nemotron_lite.ops.nvfp4.decoding import Stored, multiply, multiply_experts
 from nemotron_lite.ops.nvfp4.tensor import QuantisedTensor
 
 _MATMUL = kernel("nvfp4_gemm", "nvfp4_matmul")
@@ -87,8 +88,7 @@ def _naive(x: Tensor | QuantisedTensor, w: QuantisedTensor, dtype: torch.dtype) 
 def _torch(x: Tensor | QuantisedTensor, w: QuantisedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, QuantisedTensor):
         x = x.dequantise(torch.float32)
-    form = torch.promote_types(x.dtype, dtype)
-    return F.linear(x.to(form), w.dequantise(form)).to(dtype)
+    return multiply(x.to(torch.promote_types(x.dtype, dtype)), _stored(w)).to(dtype)
 
 
 def _triton(x: Tensor | QuantisedTensor, w: QuantisedTensor, dtype: torch.dtype) -> Tensor:
@@ -141,7 +141,7 @@ def expert_mlp(
             "[e, f, l] and [e, l, f] with a scale for each expert (quantise with batch_dims=1)."
         )
     run = choose(
-        "expert_mlp", impl, z, naive=_naive_experts, torch=_one_by_one, triton=_triton_experts
+        "expert_mlp", impl, z, naive=_naive_experts, torch=_torch_experts, triton=_triton_experts
     )
     return run(z, up, down, weights, indices)
 
@@ -154,23 +154,14 @@ def _naive_experts(
     return experts.expert_mlp(z.to(wide), *matrices, weights, indices, impl="naive").to(z.dtype)
 
 
-def _one_by_one(
+def _torch_experts(
     z: Tensor, up: QuantisedTensor, down: QuantisedTensor, weights: Tensor, indices: Tensor
 ) -> Tensor:
-    out = torch.zeros_like(z)
-    for e in indices.unique().tolist():
-        rows, slots = (indices == e).nonzero(as_tuple=True)
-        hidden = experts.squared_relu(F.linear(z[rows], _one(up, e).dequantise(z.dtype)))
-        answers = F.linear(hidden, _one(down, e).dequantise(z.dtype))
-        share = weights[rows, slots].to(z.dtype).unsqueeze(1)
-        out = out.index_add(0, rows, answers * share)
-    return out
+    return multiply_experts(z, _stored(up), _stored(down), weights, indices)
 
 
-def _one(stack: QuantisedTensor, e: int) -> QuantisedTensor:
-    """One matrix of a stack; nothing is copied."""
-    parts = stack.codes[e], stack.scales[e], stack.scale[e]
-    return QuantisedTensor(*parts, stack.shape[1:], stack.block)
+def _stored(w: QuantisedTensor) -> Stored:
+    return Stored(w.codes, w.scale, w.shape[-1], w.scales)
 
 
 def _triton_experts(
@@ -196,6 +187,6 @@ class _Experts(torch.autograd.Function):
         (z, weights, indices), (up, down) = ctx.saved_tensors, ctx.matrices
         with torch.enable_grad():
             leaves = z.detach().requires_grad_(), weights.detach().requires_grad_()
-            out = _one_by_one(leaves[0], up, down, leaves[1], indices)
+            out = _torch_experts(leaves[0], up, down, leaves[1], indices)
         grad_z, grad_weights = torch.autograd.grad(out, leaves, grad)
         return grad_z, None, None, grad_weights, None
