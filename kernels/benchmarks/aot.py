@@ -47,6 +47,12 @@ def compile_case(case: Case, arch: int) -> list[dict[str, Any]]:
             gradients(found, [inputs[name] for name in case.leaves], draw)
     if not compiled:
         raise RuntimeError(f"{case}: no Triton kernel was launched.")
+    for kernel in compiled:
+        if "enable_fp_fusion" not in kernel.asked:
+            raise RuntimeError(
+                f"{kernel.metadata.name} leaves fused multiply-add to Triton's default, which is "
+                "another one from version to version; pass enable_fp_fusion."
+            )
     kernels: dict[str, dict[str, Any]] = {}
     for kernel in compiled:
         kernels.setdefault(kernel.hash, resources(kernel).as_dict())

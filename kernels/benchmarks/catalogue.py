@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from registry import ROOT, Case, all_cases
 
 README = ROOT / "kernels" / "README.md"
 SNAPSHOT = ROOT / "kernels" / "aot_snapshot.json"
 RECORDS = ROOT / "benchmarks" / "records"
+CONSTRAINTS = ROOT / "constraints.txt"
+Snapshot = dict[str, dict[str, Any]]  # Triton version -> architecture -> case -> kernels
 BEGIN, END = "<!-- written by kernels/benchmarks/catalogue.py -->", "<!-- end -->"
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.3e12, 788e12
 
@@ -66,37 +71,80 @@ def table_of_cases(cases: list[Case]) -> list[str]:
     return lines
 
 
-def table_of_resources(snapshot: dict[str, dict]) -> list[str]:
-    """One row a kernel: registers, stack bytes and shared memory, for each architecture."""
-    lines = []
-    for version, archs in snapshot.items():
-        names = list(archs)
-        lines += [
-            f"Triton {version}; registers a thread / bytes of stack (0: nothing spilled) / KiB of "
-            "shared memory a block:",
-            "",
-            "| case | kernel | " + " | ".join(f"sm_{a}" for a in names) + " | matrix units |",
-            "| --- | --- | " + " | ".join("---:" for _ in names) + " | --- |",
-        ]
-        for case, kernels in sorted(archs[names[0]].items()):
-            if ": " in case:
-                continue
-            for i, first in enumerate(kernels):
-                cells, units = [], []
-                for arch in names:
-                    there = archs[arch].get(case, [])
-                    kernel = there[i] if i < len(there) else None
-                    cells.append("–" if kernel is None else _cell(kernel))
-                    units += kernel["matrix"] if kernel else []
-                lines.append(
-                    f"| {case} | `{first['kernel']}` | {' | '.join(cells)} "
-                    f"| {', '.join(dict.fromkeys(units)) or '–'} |"
+def pinned() -> str:
+    """The Triton version that constraints.txt pins, and CI runs.
+
+    Raises:
+        ValueError: it pins none.
+    """
+    found = re.search(r"^triton==([\w.]+)", CONSTRAINTS.read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{CONSTRAINTS.name} pins no triton.")
+    return found[1]
+
+
+def table_of_resources(snapshot: Snapshot) -> list[str]:
+    """One row a kernel: registers, stack bytes and shared memory, with the pinned Triton."""
+    version = pinned()
+    archs = snapshot[version]
+    lines = [
+        f"Triton {version}; registers a thread / bytes of stack (0: nothing spilled) / KiB of "
+        "shared memory a block:",
+        "",
+        "| case | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " | matrix units |",
+        "| --- | --- | " + " | ".join("---:" for _ in archs) + " | --- |",
+    ]
+    for case, _, kernels in _rows(archs):
+        cells = [_cell(kernel) for kernel in kernels.values()]
+        units = [unit for kernel in kernels.values() if kernel for unit in kernel["matrix"]]
+        name = next(kernel["kernel"] for kernel in kernels.values() if kernel)
+        kinds = ", ".join(dict.fromkeys(units)) or "–"
+        lines.append(f"| {case} | `{name}` | {' | '.join(cells)} | {kinds} |")
+    return lines
+
+
+def table_of_spills(snapshot: Snapshot) -> list[str]:
+    """One row for each kernel that spills with any Triton version, and how much with each."""
+    versions = sorted(snapshot, key=lambda v: [int(part) for part in v.split(".")])
+    archs = list(snapshot[pinned()])
+    stacks: dict[tuple[str, int, str], dict[str, list[int]]] = {}
+    for version in versions:
+        for case, i, kernels in _rows(snapshot[version]):
+            for place, arch in enumerate(archs):
+                kernel = kernels.get(arch)
+                if kernel:
+                    row = stacks.setdefault((case, i, kernel["kernel"]), {})
+                    row.setdefault(version, [0] * len(archs))[place] = kernel["stack"]
+    lines = [
+        "Bytes of stack on " + ", ".join(f"sm_{arch}" for arch in archs) + ", of every kernel that "
+        "spills anywhere, with each Triton that was tried:",
+        "",
+        "| case | kernel | " + " | ".join(versions) + " |",
+        "| --- | --- | " + " | ".join("---:" for _ in versions) + " |",
+    ]
+    for (case, _, name), row in sorted(stacks.items()):
+        if any(map(any, row.values())):
+            cells = [" / ".join(map(str, row[v])) if v in row else "–" for v in versions]
+            lines.append(f"| {case} | `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _rows(archs: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, dict[str, Any] | None]]]:
+    """(case, which of its kernels, architecture -> that kernel), in the order of the names."""
+    for case, kernels in sorted(archs[next(iter(archs))].items()):
+        if ": " not in case:
+            for i in range(len(kernels)):
+                there = {arch: report.get(case, []) for arch, report in archs.items()}
+                yield (
+                    case,
+                    i,
+                    {a: found[i] if i < len(found) else None for a, found in there.items()},
                 )
-        lines.append("")
-    return lines[:-1]
 
 
-def _cell(kernel: dict) -> str:
+def _cell(kernel: dict[str, Any] | None) -> str:
+    if kernel is None:
+        return "–"
     return f"{kernel['registers']} / {kernel['stack']} / {kernel['shared'] / 1024:.3g}"
 
 
@@ -114,7 +162,8 @@ def written() -> str:
     snapshot = json.loads(SNAPSHOT.read_text())
     body = [
         "### Time", "", *table_of_cases(all_cases()), "",
-        "### Resources", "", *table_of_resources(snapshot),
+        "### Resources", "", *table_of_resources(snapshot), "",
+        "### Spills", "", *table_of_spills(snapshot),
     ]  # fmt: skip
     return f"{before}{BEGIN}\n\n" + "\n".join(body) + f"\n\n{END}{after}"
 

@@ -3,49 +3,51 @@
     python kernels/benchmarks/device.py                  everything
     python kernels/benchmarks/device.py --check          no timing
     python kernels/benchmarks/device.py --only norm      cases with "norm" in their name
+    python kernels/benchmarks/device.py --minutes 9      as far as one gets in nine minutes
     python kernels/benchmarks/device.py --rounds 30      more measurements of each
 
-1. Ceilings of this machine: copying, and a bfloat16 matrix product, on random data.
-2. Each case on fresh random inputs, uninitialised memory filled with NaN: every output, or
+1. Everything is compiled, on all processors at once (warm.py), peers included.
+2. Ceilings of this machine: copying, and a bfloat16 matrix product, on random data.
+3. Each case on fresh random inputs, uninitialised memory filled with NaN: every output, or
    gradient, within its tolerance of the definition in float64; a second run gives the same bits.
-3. Each case that passed is timed: a CUDA graph of calls on inputs that rotate through more memory
+4. Each case that passed is timed: a CUDA graph of calls on inputs that rotate through more memory
    than the L2 cache holds, so that nothing is found warm; its peers take turns with it.
 
-The record is benchmarks/records/kernels_<gpu>.json. A case that fails is in it with its errors and
-without a time, and the exit status is 1.
+What the models run comes first, and only then the other configurations that it might run. With
+`--minutes` no case is begun after that time; the cases that were not reached are named.
 
-Peers that are not installed are left out, by name. mamba_ssm's Triton kernels need no compiled
-extension: unpack its source distribution to `.peers/mamba_ssm`, and fla-core's wheel to `.peers`.
-Left out: clocks are not locked, as a borrowed machine does not allow it; the spread tells.
+The record is benchmarks/records/kernels_<gpu>.json, written anew after each case, so that a run
+that is cut short leaves what it had. A case that fails is in it with its errors and without a time,
+and the exit status is 1. Cases of earlier runs with the same versions stay, each with its date: a
+borrowed GPU's ten minutes are enough for a part, and `--only` takes the next.
+
+Peers that are not installed are left out, by name and reason; peers.py says how they get here. Left
+out: clocks are not locked, as a borrowed machine does not allow it; the spread tells.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import statistics
+import subprocess
 import sys
-import types
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from registry import ROOT, Case, Draw, Inputs, all_cases, gradients, outputs_of
+from peers import use_peers
+from registry import HERE, Case, Draw, Inputs, all_cases, gradients, outputs_of
 from torch import Tensor
+
+from benchmarks import record
 
 Call = Callable[[], Any]
 DEVICE = "cuda"
-
-
-def use_peers() -> None:
-    """Make what lies in .peers importable; mamba_ssm behind a package that imports nothing."""
-    folder = ROOT / ".peers"
-    if folder.exists():
-        sys.path.append(str(folder))
-    if (folder / "mamba_ssm").exists():
-        shell = types.ModuleType("mamba_ssm")
-        shell.__path__ = [str(folder / "mamba_ssm")]
-        sys.modules["mamba_ssm"] = shell
+COPIED, SQUARE = 2**29, 8192  # floats of a copy, and sides of a product, that find the ceilings
 
 
 def relative_rms(found: Tensor, exact: Tensor) -> float:
@@ -121,14 +123,22 @@ def calls(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> list[
     return prepared
 
 
-def graph_of(work: list[Call]) -> tuple[Call, str]:
-    """All calls as one launch, so that only the GPU's time counts; in a row where that fails."""
-    for call in work:
-        call()
+def graph_of(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> tuple[Call, str]:
+    """All calls as one launch, so that only the GPU's time counts; in a row where that fails.
+
+    Everything happens on one stream of its own: autograd runs a backward pass on the stream of its
+    forward pass, and a capture sees nothing but its own stream.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work = calls(case, function, sets)
+        for call in work:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in work]
     except RuntimeError as error:
         torch.cuda.synchronize()
@@ -166,7 +176,7 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
     for name, function in {"kernel": case.run, **case.peers}.items():
         try:
             with torch.set_grad_enabled(case.backward):
-                replays[name], how = graph_of(calls(case, function, sets))
+                replays[name], how = graph_of(case, function, sets)
             result[name] = {"how": how}
         except Exception as error:
             if name == "kernel":
@@ -202,9 +212,9 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
 
 def measure_ceilings() -> dict[str, float]:
     """Bytes a second of a copy of 2 GiB and FLOP/s of an 8192^3 bfloat16 product; best of ten."""
-    source = torch.randn(2**29, device="cuda")
+    source = torch.randn(COPIED, device=DEVICE)
     target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         target.copy_(source)
         a @ b
@@ -212,51 +222,99 @@ def measure_ceilings() -> dict[str, float]:
     product = min(microseconds(lambda: a @ b, 1) for _ in range(10))
     return {
         "bytes_per_s": 2 * source.nbytes / copy * 1e6,
-        "flops_per_s": 2 * 8192**3 / product * 1e6,
+        "flops_per_s": 2 * SQUARE**3 / product * 1e6,
     }
 
 
+def judge(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Check one case, and time it if it passed and there are ceilings; what failed, in words."""
+    try:
+        result = check(case)
+        if result["passed"] and ceilings:
+            result |= measure(case, rounds, ceilings)
+    except Exception as error:
+        result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
+    return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **result}
+
+
+def warm(arch: int, only: str) -> str:
+    """Compile everything in processes of their own (warm.py); what they say."""
+    command = [sys.executable, str(HERE / "warm.py"), "--arch", str(arch), "--only", only]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout + done.stderr).strip()
+
+
+def in_order(only: str) -> list[Case]:
+    """What the models run first, then the other configurations; each in the order of the files."""
+    cases = [case for case in all_cases() if only in str(case)]
+    return sorted(cases, key=lambda case: ": " in case.name)
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """Cases in the record of that name, if it was made with the versions that run now."""
+    path = record.RECORDS / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["cases"] if found.get("versions") == record.versions() else {}
+
+
+def line(case: Case, result: dict[str, Any]) -> str:
+    """One case for the screen."""
+    took = "not timed"
+    if "time_us" in result:
+        took = f"{result['time_us']['median']:.1f} us, {result['share_of_floor']:.0%} of the floor"
+        for name, peer in result["peers"].items():
+            took += f", {peer['ratio']['median']:.2f}x {name}"
+    found = result.get("errors", result.get("error"))
+    return f"{'ok  ' if result['passed'] else 'FAIL'} {case}: {took}; errors {found}"
+
+
 def main() -> None:
-    """Check, time, write the record."""
+    """Compile, check, time, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="check only, write nothing")
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each case")
+    parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument("--cold", action="store_true", help="do not compile everything beforehand")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # triton is imported with the cases
+    began = time.monotonic()
+    cases = in_order(options.only)
     if options.rounds < 4:
         sys.exit(f"--rounds {options.rounds}: expected at least 4, for a median and quartiles.")
+    if not cases:
+        sys.exit(f"--only {options.only}: no case has this in its name.")
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here. kernels/benchmarks/aot.py needs none.")
-    use_peers()
-    from benchmarks.record import write_record
-
+    peers = use_peers()
+    print("\n".join(f"{name}: {found}" for name, found in peers.items()), flush=True)
+    gpu = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    if not options.cold:
+        print(warm(10 * major + minor, options.only), flush=True)
+    name = "kernels_" + "".join(c if c.isalnum() else "_" for c in gpu.lower())
     ceilings = {} if options.check else measure_ceilings()
-    results, failed = {}, []
-    for case in all_cases():
-        if options.only not in str(case):
-            continue
-        try:
-            result = check(case)
-            if result["passed"] and not options.check:
-                result |= measure(case, options.rounds, ceilings)
-        except Exception as error:
-            result = {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
-        if not result["passed"]:
-            failed.append(str(case))
-        results[str(case)] = result
-        time = f"{result['time_us']['median']:.1f} us" if "time_us" in result else "not timed"
-        found = result.get("errors", result.get("error"))
-        print(
-            f"{'ok  ' if result['passed'] else 'FAIL'} {case}: {time}, errors {found}", flush=True
-        )
+    results: dict[str, Any] = {}
+    for i, case in enumerate(cases):
+        late = [str(c) for c in cases[i:]]
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            print(f"{len(late)} cases not reached: {', '.join(late)}")
+            break
+        results[str(case)] = judge(case, options.rounds, ceilings)
+        print(line(case, results[str(case)]), flush=True)
         torch.cuda.empty_cache()
-    if not options.check:
-        name = torch.cuda.get_device_name()
-        capability = "{}.{}".format(*torch.cuda.get_device_capability())
-        payload = {"gpu": {"name": name, "capability": capability}, "ceilings": ceilings}
-        slug = "".join(c if c.isalnum() else "_" for c in name.lower())
-        print(write_record(f"kernels_{slug}", {**payload, "cases": results}))
+        if not options.check:
+            payload = {
+                "gpu": {"name": gpu, "capability": f"{major}.{minor}"},
+                "ceilings": ceilings,
+                "peers": peers,
+                "not_reached": late[1:],
+                "cases": {**earlier(name), **results},
+            }
+            path = record.write_record(name, payload)
+    if not options.check and results:
+        print(path)
+    failed = [name for name, result in results.items() if not result["passed"]]
     if failed:
         sys.exit(f"{len(failed)} of {len(results)} cases failed: {', '.join(failed)}")
 

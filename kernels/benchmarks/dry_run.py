@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import registry  # noqa: F401  finds nemotron_kernels in a checkout
@@ -45,6 +46,11 @@ class _Driver:
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
+        properties = {
+            "max_shared_mem": SHARED_LIMIT.get(arch, 99 * 1024),
+            "multiprocessor_count": 132,
+        }
+        self.utils = SimpleNamespace(get_device_properties=lambda _: properties)
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
@@ -60,6 +66,13 @@ class _Driver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_benchmarker(self) -> Any:
+        """An autotuned kernel is compiled in every configuration, and the first one wins."""
+        return lambda run, quantiles=None, **_: (run(), [1.0, 1.0, 1.0])[1]
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ def compile_only(arch: int) -> Iterator[list[Any]]:
     def compile_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        kernel.asked = kwargs  # constants and options, as the launcher named them
         compiled.append(kernel)
         return kernel
 

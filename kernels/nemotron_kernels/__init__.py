@@ -26,6 +26,7 @@ _HOME = {
     "nvfp4_expert_mlp": "nvfp4_experts",
     "nvfp4_matmul": "nvfp4_gemm",
     "rms_norm": "norm",
+    "rmsnorm_fn": "norm",
     "route": "routing",
     "route_logits": "routing",
     "selective_state_update": "state_update",

@@ -49,7 +49,7 @@ FORWARD = {
 }
 BACKWARD = {
     0: Config({"STRETCH": 64, "BLOCK_C": 512}),
-    80: Config({"STRETCH": 256, "BLOCK_C": 256}, num_warps=4),
+    80: Config({"STRETCH": 128, "BLOCK_C": 256}, num_warps=1),  # 8 channels a thread: 16 bytes
 }
 
 

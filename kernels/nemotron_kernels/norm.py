@@ -213,6 +213,38 @@ def gated_rms_norm(
     return _run(y, z, weight, groups, eps).view(y.shape)
 
 
+def rmsnorm_fn(
+    x: Float[Tensor, "*rows c"],
+    weight: Float[Tensor, "c"],
+    bias: Float[Tensor, "c"] | None,
+    z: Float[Tensor, "*rows c"] | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Float[Tensor, "*rows c"]:
+    """`gated_rms_norm` with the argument names, order and defaults of mamba_ssm's function.
+
+    Raises:
+        ValueError: what Nemotron 3 does not have: a gate after the norm, a bias; a `group_size`
+            that does not divide the channels; and as `gated_rms_norm`.
+        RuntimeError: CPU tensors outside the interpreter.
+    """
+    if bias is not None:
+        raise ValueError("rmsnorm_fn: there is no bias in this norm; pass bias=None and add it.")
+    if z is not None and norm_before_gate:
+        raise ValueError(
+            "rmsnorm_fn: the kernel gates before the norm. Pass norm_before_gate=False, or "
+            "multiply the norm of x by silu(z) yourself."
+        )
+    channels = x.shape[-1]
+    size = group_size or channels
+    if channels % size:
+        raise ValueError(f"rmsnorm_fn: {channels} channels do not split into groups of {size}.")
+    check_inputs("rmsnorm_fn", x, z, weight)
+    _check("rmsnorm_fn", x, z, weight, channels // size)
+    return _run(x, z, weight, channels // size, eps).view(x.shape)
+
+
 def _run(y: Tensor, z: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     if y.numel() == 0:
         return y + 0 * weight if z is None else y * z + 0 * weight

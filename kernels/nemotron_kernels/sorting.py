@@ -136,6 +136,7 @@ def _place_kernel(
     tl.store(pairs_ptr + place, i.to(tl.int32), mask=valid)
 
 
+COUNT = {80: Config({}, num_warps=4, num_stages=1)}  # the block is PLACE's
 PLACE = {
     0: Config({"BLOCK": 512, "CHUNK": 512}),
     80: Config({"BLOCK": 256, "CHUNK": 16}, num_warps=4, num_stages=1),
@@ -196,8 +197,9 @@ def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 6
     with on_device(indices):
         if blocks:
             _count_kernel[(blocks,)](
-                indices, table, pairs, E=experts, EXPERTS=width, BLOCK=place["BLOCK"], num_warps=4
-            )
+                indices, table, pairs,
+                E=experts, EXPERTS=width, BLOCK=place["BLOCK"], **by_arch(COUNT).kwargs,
+            )  # fmt: skip
         _offsets_kernel[(cdiv(experts, offsets["COLUMNS"]),)](
             table, order.counts, blocks, E=experts, **offsets.kwargs
         )

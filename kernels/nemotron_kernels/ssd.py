@@ -2,9 +2,10 @@
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t,      y_t = S_t C_t + D x_t
 
-`ssd` has the arguments of the PyTorch implementation in nemotron_lite.ops, and two more: the bias
-and the softplus of dt can be left to the kernels, which saves a pass over dt in each direction.
-`mamba_chunk_scan_combined` has those of mamba_ssm, so that its users can swap.
+`ssd` has the arguments of `nemotron_lite.ops.ssd`, and two more for measurements: which way through
+the sequence, and how float32 is multiplied. The bias and the softplus of dt can be left to the
+kernels, which saves a pass over dt in each direction. `mamba_chunk_scan_combined` has the arguments
+of mamba_ssm, so that its users can swap.
 
 Where things are: ssd_common.py holds the decays, the configurations and the rule that picks a way
 through the sequence, ssd_states.py the states between chunks, ssd_forward.py the outputs and
@@ -14,8 +15,8 @@ Kept for the backward pass are the inputs, nothing else; the states are computed
 pass needs room for two states per chunk, b*h*p*n numbers each in the dtype of x: for one million
 tokens of Super in chunks of 64, 66 GB in bfloat16. The fused forward pass needs none.
 
-Left out: float64 (there is nothing to gain on a GPU; use impl="torch"), second derivatives, D per
-channel, dt_limit.
+Left out: float64 (there is nothing to gain on a GPU; use impl="torch"), second derivatives, and
+inside the kernels D per channel and dt_limit.
 """
 
 from __future__ import annotations
@@ -113,31 +114,48 @@ def mamba_chunk_scan_combined(
     B: Float[Tensor, "b t g n"],
     C: Float[Tensor, "b t g n"],
     chunk_size: int,
-    D: Float[Tensor, "h"] | None = None,
+    D: Float[Tensor, "h"] | Float[Tensor, "h p"] | None = None,
     z: Float[Tensor, "b t h p"] | None = None,
     dt_bias: Float[Tensor, "h"] | None = None,
     initial_states: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b t"] | None = None,
+    cu_seqlens: Int[Tensor, "docs1"] | None = None,
     dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
+    return_varlen_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd` with the argument names, order and result of mamba_ssm's function of this name.
 
-    Differences: `chunk_size` is an upper bound, D is one number per head, `initial_states` belongs
-    to the first document of a row whatever its number in `seq_idx`, and the gate by z is a separate
-    operation (Nemotron 3 gates in the norm that follows).
+    Differences: `chunk_size` is an upper bound; a document of `seq_idx` begins where the number
+    changes, and `initial_states` belongs to the first one of a row whatever its number. What
+    Nemotron 3 has no use for is done outside the kernel: a D per channel, the gate by z (which
+    stands in the norm that follows) and `dt_limit`.
 
     Returns:
         y `b t h p`, times silu(z) where z is given; with `return_final_states`, (y, final states
         `b h p n` in float32).
 
     Raises:
-        ValueError, RuntimeError: as `ssd`.
+        ValueError: `return_varlen_states`; and as `ssd`.
+        RuntimeError: as `ssd`.
     """
+    if return_varlen_states:  # the only thing that mamba_ssm reads cu_seqlens for
+        raise ValueError(
+            "mamba_chunk_scan_combined: return_varlen_states is not supported. Documents packed "
+            "with seq_idx get their last states from calls of their own."
+        )
+    if tuple(dt_limit) != (0.0, float("inf")):
+        dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+        dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        dt_bias, dt_softplus = None, False
+    per_channel = D is not None and D.ndim == 2
     y, last = ssd(
-        x, dt, A, B, C, D, initial_states, seq_idx, chunk_size,
+        x, dt, A, B, C, None if per_channel else D, initial_states, seq_idx, chunk_size,
         dt_bias=dt_bias, dt_softplus=dt_softplus,
     )  # fmt: skip
+    if D is not None and per_channel:
+        y = (y + D * x).to(x.dtype)
     if z is not None:
         y = y * F.silu(z)
     return (y, last) if return_final_states else y

@@ -1,15 +1,21 @@
-"""The judge of the device run: it passes what is right and fails what is not.
+"""The device run: it passes what is right, fails what is not, and times what passed.
 
-On small cases, on the CPU, with kernels in the interpreter. What only a GPU can show, its times, is
-left to a GPU.
+On small cases, on the CPU, with kernels in the interpreter. The clock is one of paper: a call takes
+what the test says, and a graph takes again what its capture took. So every line runs, and the
+figures that come out are known; what only a GPU can show, its times, is left to a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +113,275 @@ def test_a_state_that_is_overwritten_starts_the_same_both_times(device: ModuleTy
 
 def test_the_shares_and_ratios_of_a_summary(device: ModuleType) -> None:
     assert device.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"n": 5, "median": 3, "q1": 1.5, "q3": 4.5}
+
+
+class PaperGpu:
+    """As much of torch.cuda as timing asks for; `now` in milliseconds moves when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.capturing = False
+        self.stream: Any = None
+        self.forward_on: Any = None
+
+    def takes(self, milliseconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, at a price."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.now += milliseconds
+            self.forward_on = self.stream
+            return function(*args, **options)
+
+        return call
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, later: Event) -> float:
+                return later.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                gpu.now += self.cost
+
+        class Stream:
+            def wait_stream(self, other: object) -> None: ...
+
+        @contextlib.contextmanager
+        def on(stream: Stream) -> Iterator[None]:
+            before, gpu.stream = gpu.stream, stream
+            yield
+            gpu.stream = before
+
+        @contextlib.contextmanager
+        def capture(graph: Graph, stream: Stream) -> Iterator[None]:
+            start, gpu.capturing = gpu.now, True
+            assert stream is gpu.forward_on, "autograd would leave the capture's stream"
+            try:
+                yield
+            finally:
+                gpu.capturing = False
+            graph.cost = gpu.now - start
+
+        fakes = {
+            "Event": Event, "CUDAGraph": Graph, "graph": capture,
+            "Stream": Stream, "stream": on, "current_stream": lambda: gpu.stream,
+            "synchronize": lambda: None, "empty_cache": lambda: None, "is_available": lambda: True,
+            "get_device_name": lambda: "Paper GPU 100", "get_device_capability": lambda: (9, 0),
+            "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=250),
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PaperGpu:
+    paper = PaperGpu()
+    paper.install(monkeypatch)
+    return paper
+
+
+CEILINGS = {"bytes_per_s": 1e9, "flops_per_s": 1e12}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_times_floors_and_ratios(device: ModuleType, gpu: PaperGpu, backward: bool) -> None:
+    def needs_the_host(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if gpu.capturing:
+            raise RuntimeError("not in a graph")
+        return ops.rms_norm(x, weight)
+
+    def absent(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    class Slow(torch.autograd.Function):  # 3 ms forward, 5 ms backward
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            gpu.now += 3
+            gpu.forward_on = gpu.stream
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            gpu.now += 5
+            return grad
+
+    case = _norm(backward)
+    case = replace(
+        case, bytes=50_000,
+        run=lambda x, weight: Slow.apply(rms_norm(x, weight)),
+        peers={
+            "slower": lambda x, weight: Slow.apply(Slow.apply(ops.rms_norm(x, weight))),
+            "absent": absent, "by hand": gpu.takes(4, needs_the_host),
+        },
+    )  # fmt: skip
+    result = device.measure(case, 4, CEILINGS)
+    took = 5_000 if backward else 3_000
+    assert result["time_us"] == {"n": 4, "median": took, "q1": took, "q3": took}
+    assert result["how"] == "CUDA graph"
+    assert result["input_sets"] == 3
+    assert result["floor_us"] == pytest.approx(50)
+    assert result["share_of_floor"] == pytest.approx(50 / took)
+    assert result["peers"]["slower"]["ratio"]["median"] == pytest.approx(2)
+    assert result["peers_skipped"] == {"absent": "ModuleNotFoundError: No module named 'absent'"}
+    by_hand = result["peers"]["by hand"]
+    if not backward:  # its backward pass has no need of the host
+        assert by_hand["how"] == "launched one by one: not in a graph"
+        assert by_hand["ratio"]["median"] == pytest.approx(4 / 3)
+
+
+def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: PaperGpu) -> None:
+    for size, sets in ((1, 64), (50, 11), (10_000, 3)):
+        case = replace(_norm(False), bytes=size)
+        drawn = device.rotating_inputs(case)
+        assert len(drawn) == sets
+        assert not torch.equal(drawn[0]["x"], drawn[1]["x"])
+
+
+@pytest.fixture
+def whole_run(
+    device: ModuleType, gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., tuple[str | None, dict[str, Any] | None]]:
+    """`main` with a command line, on three small cases: what it exits with, and the record."""
+    case = replace(_norm(False), run=gpu.takes(2, rms_norm), bytes=100)
+    cases = [
+        replace(case, name="forward: other blocks"),
+        case,
+        replace(case, name="wrong", run=lambda x, weight: rms_norm(x, 2 * weight)),
+    ]
+    monkeypatch.setattr(device, "all_cases", lambda: cases)
+    monkeypatch.setattr(device, "COPIED", 64)
+    monkeypatch.setattr(device, "SQUARE", 8)
+    monkeypatch.setattr(device.record, "RECORDS", tmp_path)
+    warmed: list[tuple[int, str]] = []
+    monkeypatch.setattr(device, "warm", lambda *given: warmed.append(given) or "compiled")
+    matmul, copy = torch.Tensor.__matmul__, torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "__matmul__", gpu.takes(1, matmul))
+    monkeypatch.setattr(torch.Tensor, "copy_", gpu.takes(4, copy))
+
+    def run(*arguments: str) -> tuple[str | None, dict[str, Any] | None]:
+        monkeypatch.setattr(sys, "argv", ["device.py", *arguments])
+        monkeypatch.setattr(sys, "orig_argv", ["python", "device.py", *arguments])
+        said = None
+        try:
+            device.main()
+        except SystemExit as stopped:
+            said = str(stopped)
+        assert warmed == [(90, arguments[1] if "--only" in arguments else "")]
+        warmed.clear()
+        written = tmp_path / "kernels_paper_gpu_100.json"
+        return said, json.loads(written.read_text()) if written.exists() else None
+
+    return run
+
+
+def test_a_whole_run_and_its_record(whole_run: Callable[..., Any], capsys: Any) -> None:
+    said, record = whole_run("--rounds", "4")
+    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+    assert record["gpu"] == {"name": "Paper GPU 100", "capability": "9.0"}
+    # 64 floats read and written in 4 ms; 2 * 8^3 operations in 1 ms.
+    assert record["ceilings"]["bytes_per_s"] == pytest.approx(2 * 64 * 4 / 4e-3)
+    assert record["ceilings"]["flops_per_s"] == pytest.approx(2 * 8**3 / 1e-3)
+    names = ["rms_norm forward, small", "rms_norm wrong, small"]
+    assert list(record["cases"]) == [*names, "rms_norm forward: other blocks, small"]
+    right, wrong = (record["cases"][name] for name in names)
+    assert right["passed"] and right["time_us"]["median"] == 2000
+    assert not wrong["passed"] and "time_us" not in wrong
+    assert record["not_reached"] == []
+    assert set(record["peers"]) == {"mamba_ssm", "fla"}
+    printed = capsys.readouterr().out
+    assert "FAIL rms_norm wrong, small: not timed; errors [" in printed
+    assert "ok   rms_norm forward, small: 2000.0 us, " in printed
+
+
+def test_a_run_out_of_time_keeps_what_it_had_and_says_what_is_left(
+    whole_run: Callable[..., Any], device: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    minutes = iter([0, 1, 3])  # the start, before the first case, before the second
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: 60 * next(minutes)))
+    said, record = whole_run("--rounds", "4", "--minutes", "2")
+    assert said is None
+    assert list(record["cases"]) == ["rms_norm forward, small"]
+    assert record["not_reached"] == [
+        "rms_norm wrong, small",
+        "rms_norm forward: other blocks, small",
+    ]
+    assert "2 cases not reached: rms_norm wrong" in capsys.readouterr().out
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    said, record = whole_run("--only", "other blocks", "--rounds", "4")
+    assert said is None
+    assert set(record["cases"]) == {
+        "rms_norm forward, small",
+        "rms_norm forward: other blocks, small",
+    }
+    monkeypatch.setattr(device.record, "versions", lambda: {"triton": "0.0"})
+    said, record = whole_run("--only", "other blocks", "--rounds", "4")
+    assert set(record["cases"]) == {"rms_norm forward: other blocks, small"}
+
+
+def test_checking_alone_writes_nothing(whole_run: Callable[..., Any]) -> None:
+    said, record = whole_run("--check")
+    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+    assert record is None
+
+
+def test_command_lines_that_make_no_sense(
+    device: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "all_cases", lambda: [_norm(False)])
+    for arguments, message in (
+        (["--rounds", "3"], "--rounds 3: expected at least 4"),
+        (["--only", "nothing"], "--only nothing: no case"),
+        ([], "There is no CUDA GPU here"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["device.py", *arguments])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit, match=message):
+            device.main()
+
+
+def test_peers_behind_an_empty_package_or_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    peers = importlib.import_module("peers")
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    before = [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", "fla")]
+    for name in before:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = peers.use_peers()
+    assert found["mamba_ssm"].startswith("left out: ModuleNotFoundError: No module named 'mamba")
+    assert found["fla"].startswith("left out: ModuleNotFoundError: No module named 'fla'")
+    package = tmp_path / "mamba_ssm" / "ops" / "triton"
+    package.mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(
+        "__version__ = '1.2.3'\nraise ImportError('wants a compiled extension')\n"
+    )
+    (package / "ssd_combined.py").write_text("answer = 42\n")
+    try:
+        assert peers.use_peers()["mamba_ssm"] == "1.2.3"
+        assert importlib.import_module("mamba_ssm.ops.triton.ssd_combined").answer == 42
+    finally:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+
+def test_everything_is_compiled_beforehand_in_several_processes(
+    compiling_environment: dict[str, str],
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "warm.py", "--arch", "90", "--only", "conv1d_step", "--workers", "2"],
+        cwd=SCRIPTS, env=compiling_environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("compiled for sm_90 in ")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import nemotron_kernels.ssd as door
 from nemotron_kernels import ssd_common, ssd_states
-from nemotron_kernels.ssd import mamba_chunk_scan_combined, ssd
+from nemotron_kernels.ssd import ssd
 from nemotron_lite.ops import _ssd_chunks, selective_scan
 from nemotron_lite.ops import ssd as torch_ssd
 
@@ -311,27 +311,6 @@ def test_no_tokens(b: int, t: int) -> None:
     assert (v["initial_state"].grad == 1).all()
     del v["initial_state"]
     assert not kernel(v)[1].any()
-
-
-def test_the_arguments_of_mamba_ssm() -> None:
-    v = make(2, 70)
-    z = torch.randn(2, 70, 4, 16)
-    bias, state = v.pop("dt_bias"), v.pop("initial_state")
-    x, dt, A, B, C, D = v.values()
-    seq_idx = (torch.arange(70) // 30).expand(2, 70).int()
-    found, last = mamba_chunk_scan_combined(
-        x, dt, A, B, C, 256, D=D, z=z, dt_bias=bias, initial_states=state, seq_idx=seq_idx,
-        dt_softplus=True, return_final_states=True,
-    )  # fmt: skip
-    y, expected = selective_scan(
-        x, F.softplus(dt + bias), A, B, C, D=D, initial_state=state, seq_idx=seq_idx
-    )
-    torch.testing.assert_close(found, y * F.silu(z), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-5)
-    y = mamba_chunk_scan_combined(x, F.softplus(dt), A, B, C, chunk_size=16)
-    torch.testing.assert_close(
-        y, selective_scan(x, F.softplus(dt), A, B, C)[0], rtol=1e-5, atol=1e-5
-    )
 
 
 def test_the_arguments_of_the_torch_implementation() -> None:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from nemotron_kernels import selective_state_update
+from nemotron_kernels.ssd import ssd
 from nemotron_kernels.state_update import round_to_half
 from nemotron_lite import ops
 from tests.compare import relative_rms
@@ -117,6 +118,22 @@ def test_many_steps_stay_with_the_definition() -> None:
         y = selective_state_update(state, **step, dt_softplus=True)
     assert relative_rms(state, exact) < 1e-5
     assert relative_rms(y, y_exact) < 1e-5
+
+
+def test_many_steps_arrive_where_the_scan_arrives() -> None:
+    """Decoding continues from a prompt: 70 steps against the chunked kernel, bias and softplus."""
+    t, h, p, g, n = 70, 4, 8, 2, 16
+    x, dt = torch.randn(2, t, h, p), torch.randn(2, t, h) - 2
+    B, C = torch.randn(2, t, g, n), torch.randn(2, t, g, n)
+    A, D, bias = -torch.rand(h) * 4, torch.randn(h), torch.randn(h)
+    start = torch.randn(2, h, p, n)
+    whole, end = ssd(x, dt, A, B, C, D, start, dt_bias=bias, dt_softplus=True)
+    state, steps = start.clone(), []
+    for i in range(t):
+        given = (x[:, i], dt[:, i], A, B[:, i], C[:, i], D)
+        steps.append(selective_state_update(state, *given, dt_bias=bias, dt_softplus=True))
+    assert relative_rms(state, end) < 1e-5
+    assert relative_rms(torch.stack(steps, 1), whole) < 1e-5
 
 
 def test_a_pool_of_slots_in_strided_memory() -> None:
