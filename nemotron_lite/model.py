@@ -32,6 +32,7 @@ from nemotron_lite.layers import (
     Block,
     Experts,
     GatedRMSNorm,
+    Linear,
     Mamba2,
     Memory,
     MoE,
@@ -130,7 +131,7 @@ class Nemotron(nn.Module):
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
         with torch.device("meta"):  # no memory and no random numbers until `initialise`
             self.backbone = Backbone(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
             self.mtp = MTP(config) if config.mtp_pattern else None
         device = torch.device(device or torch.get_default_device())
         if device.type != "meta":

@@ -6,6 +6,7 @@ before (changed in place), and where they stand. `Block` adds the norm and the r
 
 from nemotron_lite.layers.attention import Attention, KVCache
 from nemotron_lite.layers.block import Block, Memory
+from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mamba import GatedRMSNorm, Mamba2, MambaMemory
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
@@ -22,6 +23,7 @@ __all__ = [
     "Experts",
     "GatedRMSNorm",
     "KVCache",
+    "Linear",
     "MXFP8Linear",
     "Mamba2",
     "MambaMemory",

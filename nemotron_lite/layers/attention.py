@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.span import Span
 
 
@@ -74,10 +75,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, shared, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, shared)
+        self.v_proj = Linear(config.hidden_size, shared)
+        self.o_proj = Linear(width, config.hidden_size)
 
     def forward(
         self, x: Float[Tensor, "b t d"], past: KVCache | None = None, span: Span = Span()

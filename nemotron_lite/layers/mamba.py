@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.span import Span
 from nemotron_lite.ops.scan import step_sizes
 
@@ -113,7 +114,7 @@ class Mamba2(nn.Module):
         self.dt_limit = config.time_step_limit
         self.clamps_dt = config.time_step_limit != (0.0, math.inf)
         self.splits = (inner, config.conv_dim, heads)
-        self.in_proj = nn.Linear(config.hidden_size, config.mamba_in_proj_size, bias=False)
+        self.in_proj = Linear(config.hidden_size, config.mamba_in_proj_size)
         # Holds the taps under their published name and shape; `ops.causal_conv1d` does the work.
         self.conv1d = nn.Conv1d(
             config.conv_dim, config.conv_dim, config.conv_kernel,
@@ -123,7 +124,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size)
 
     def forward(
         self, u: Float[Tensor, "b t d"], past: MambaMemory | None = None, span: Span = Span()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.span import RouterStats, Span
 
@@ -90,8 +91,8 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.latent = latent is not None
         if latent is not None:
-            self.fc1_latent_proj = nn.Linear(d, latent, bias=False)
-            self.fc2_latent_proj = nn.Linear(latent, d, bias=False)
+            self.fc1_latent_proj = Linear(d, latent)
+            self.fc2_latent_proj = Linear(latent, d)
         self.shared_experts = (
             MLP(d, config.moe_shared_expert_intermediate_size) if config.n_shared_experts else None
         )

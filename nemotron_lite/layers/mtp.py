@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import KVCache
 from nemotron_lite.layers.block import Block, Memory
+from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.norm import RMSNorm
 from nemotron_lite.layers.span import Span
 
@@ -38,7 +39,7 @@ class _Entry(Block):
         d = config.hidden_size
         self.enorm = RMSNorm(d, config.norm_eps)
         self.hnorm = RMSNorm(d, config.norm_eps)
-        self.eh_proj = nn.Linear(2 * d, d, bias=False)
+        self.eh_proj = Linear(2 * d, d)
 
     def join(
         self, embedded: Float[Tensor, "b t d"], hidden: Float[Tensor, "b t d"]

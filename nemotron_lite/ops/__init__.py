@@ -16,6 +16,7 @@ from nemotron_lite.ops.fp8 import (
     quantise_fp8,
     quantise_mxfp8,
 )
+from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
 from nemotron_lite.ops.nvfp4 import (
     QuantisedTensor,
@@ -47,6 +48,7 @@ __all__ = [
     "gated_rms_norm",
     "hadamard",
     "inverse_hadamard",
+    "linear",
     "quantise",
     "quantise_fp8",
     "quantise_mxfp8",

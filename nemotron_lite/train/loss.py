@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.data.batches import Batch
+from nemotron_lite.ops.linear import prefers_onednn, product
 from nemotron_lite.ops.scan import number_documents
 
 SLICE_ROWS = 512  # rows of logits that exist at one time
@@ -82,7 +83,9 @@ def _slices(
         slope = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w).to(work)
         if grad_hidden is not None:
             _product(slope, table, grad_hidden[rows])
-        if grad_head is not None and work == exact:
+        if grad_head is not None and prefers_onednn(slope.T, x):
+            grad_head += product(slope.T, x.T)
+        elif grad_head is not None and work == exact:
             grad_head.addmm_(slope.T, x)
         elif grad_head is not None:
             grad_head += slope.T @ x
@@ -92,8 +95,10 @@ def _slices(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, whatever the dtype of `out`."""
-    if a.dtype == out.dtype:
+    """out = a @ b, whatever the dtype of `out`; b is a transposed view or not."""
+    if prefers_onednn(a, b):
+        out.copy_(product(a, b.t()))
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a @ b)
