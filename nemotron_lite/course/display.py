@@ -6,11 +6,14 @@ the figure as plotly's JSON, and the figure in words. JupyterLab shows the first
 chapter is published, a picture is added and the live view is taken out.
 
 The words are the figure's alt text. A figure without them is refused: a reader who cannot see it
-must still learn what it shows.
+must still learn what it shows. JupyterLab draws the bundle's richest form and hides the others, its
+plotly pictures carry no `alt`, and a screen reader would find an unnamed image. So the words follow
+the figure once more, folded away behind a line that anybody can open.
 """
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -21,6 +24,7 @@ from nemotron_lite.course import _output
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
 FEWEST_WORDS = 40  # characters of alt text
+IN_WORDS = "The figure in words"
 
 T = TypeVar("T")
 
@@ -58,7 +62,11 @@ def show(*parts: Any) -> None:
                 "such as a VBox of sliders and a FigureWidget."
             )
         forms[WIDGET] = widget_view(widget)
-    _output.emit(alt_text(figure), more=forms)
+    words = alt_text(figure)
+    _output.emit(words, more=forms)
+    if _output.shell() is not None:  # a terminal has just shown them
+        folded = f"<details><summary>{IN_WORDS}</summary>{html.escape(words)}</details>"
+        _output.emit(IN_WORDS, folded)
 
 
 def alt_text(figure: Any) -> str:

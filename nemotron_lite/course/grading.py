@@ -5,11 +5,10 @@ checks. `exercises/chapter_NN.py` holds a chapter's `EXERCISES`; the notebook ce
 and the tests of the graders are all made from it.
 
     Exercise(
-        id="01.discretise", title="Discretise", objective="…", minutes=10, difficulty=2,
-        importance=5, points=4, task="…markdown…",
+        id="01.discretise", title="Discretise", objective="O1: …", minutes=10, difficulty=2,
+        importance=5, points=4, task="…markdown…", hints=("…", "…", "…"),
         stub="def discretise(A, dt): …; raise NotImplementedError",
         solution="def discretise(A, dt): return torch.exp(dt * A)",
-        hints=("…", "…", "…"),
         checks=(Check("one step by hand", by_hand, hint=1, points=2),
                 Check("gradients", gradients_agree, hint=3, points=2)),
     )
@@ -110,6 +109,7 @@ class Exercise:
     def __post_init__(self) -> None:
         for wrong, expected in (
             (not re.fullmatch(r"\d\d\.[a-z0-9_]+", self.id), "an id such as '01.discretise'"),
+            (not re.match(r"O\d: \S", self.objective), "an objective like 'O1: read it.'"),
             (not 1 <= self.difficulty <= 5, "a difficulty from 1 to 5"),
             (not 1 <= self.importance <= 5, "an importance from 1 to 5"),
             (len(self.hints) != 3, "three hints"),
@@ -131,6 +131,16 @@ class Exercise:
     def function_name(self) -> str:
         """The last function or class that the stub defines; it is what `check` is given."""
         return _defined(self.stub)
+
+    @property
+    def text(self) -> str:
+        """The task as a chapter words it, in the last lines of the markdown cell above the stub."""
+        return (
+            f"### Exercise · {self.title}\n\n"
+            f"*{self.objective} About {self.minutes} minutes, difficulty {self.difficulty} of 5, "
+            f"importance {self.importance} of 5.*\n\n{self.task.strip()}\n\n"
+            f'Stuck? `hint("{self.id}")` gives one step at a time, three in all.'
+        )
 
     @property
     def cell(self) -> str:
@@ -279,8 +289,7 @@ def _not_done(found: Exercise) -> CheckResult:
 
 def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
     points = sum(test.points for test in found.checks if test.name not in wrong)
-    count = len(found.checks)
-    passing = _count(count - len(wrong), count, "check")
+    passing = _count(len(found.checks) - len(wrong), len(found.checks), "check")
     score = f"{passing}, {_count(points, found.points, 'point')}."
     if not wrong:
         message = f"{found.id}: right. {score}"

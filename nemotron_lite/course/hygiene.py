@@ -7,7 +7,7 @@ each, and each has a small bad notebook in the tests that it must catch.
 
     hygiene_cells   what is stored: executed, no errors, pictures and words, sections, sizes
     hygiene_words   what is said: no copies of the package, no figure by hand, predictions that are
-                    measured, exercises that are untouched
+                    measured, exercises as they are defined, objectives that are kept
 
 `faults` reads all rules over one notebook; `check_file` over a chapter on disk. What no rule can
 see is whether the chapter is true and worth reading: open it and read it.
@@ -19,14 +19,15 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
+from nemotron_lite.course import grading, questions
 from nemotron_lite.course import hygiene_cells as cells
 from nemotron_lite.course import hygiene_words as words
+from nemotron_lite.course.grading import Exercise
 from nemotron_lite.course.hygiene_cells import CHAPTER_SECONDS, errors
 
 __all__ = ["CHAPTER_SECONDS", "Surroundings", "check_file", "errors", "faults", "surroundings"]
@@ -39,13 +40,15 @@ PUBLIC_ROOMS = ("checkpoint", "course", "data", "layers", "ops", "train", "viz")
 class Surroundings:
     """What a chapter is compared with.
 
-    public: name → where the package exports it. facts: key → ways to write it. stubs: exercise id →
-    its stub. root: the repository, for links to records.
+    public: name → where the package exports it. facts: key → ways to write it. exercises: those of
+    the chapter. asked: the objective of each question of its quiz. root: the repository, for links
+    to records.
     """
 
     public: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    stubs: Mapping[str, str] = field(default_factory=dict)
+    exercises: tuple[Exercise, ...] = ()
+    asked: tuple[str, ...] = ()
     root: Path = PACKAGE.parent
 
 
@@ -72,7 +75,8 @@ def faults(notebook: NotebookNode, chapter: str, around: Surroundings) -> list[s
         *words.quoted_facts(notebook, around.facts),
         *words.claims(notebook, around.root),
         *words.predictions(notebook),
-        *words.exercises(notebook, around.stubs),
+        *words.exercises(notebook, around.exercises),
+        *words.objectives(notebook, around.exercises, around.asked),
     ]
 
 
@@ -84,7 +88,8 @@ def check_file(path: Path) -> list[str]:
 
 def surroundings(chapter: str) -> Surroundings:
     """What a chapter of this repository is compared with, read from the package."""
-    return Surroundings(public_names(), fact_spellings(), stubs_of(chapter))
+    asked = tuple(question.objective for question in questions.load_quiz(chapter))
+    return Surroundings(public_names(), fact_spellings(), grading.exercises(chapter), asked)
 
 
 @cache
@@ -124,9 +129,3 @@ def fact_spellings() -> dict[str, tuple[str, ...]]:
 
     spelled = {key: words.spellings(fact.value, fact.unit) for key, fact in every_fact().items()}
     return {key: ways for key, ways in spelled.items() if ways}
-
-
-def stubs_of(chapter: str) -> dict[str, str]:
-    """Exercise id → stub, for the exercises of one chapter."""
-    module = import_module(f"nemotron_lite.course.exercises.chapter_{chapter}")
-    return {exercise.id: exercise.stub for exercise in module.EXERCISES}

@@ -38,15 +38,6 @@ SECTIONS = (
 REPEATED = {"predict", "widget", "measure", "exercise"}
 LEAST_EXERCISES = 2
 
-# Sections that one chapter has no use for, and why.
-EXEMPT = {
-    "00": {
-        "rung1": "the chapter builds no operation: it reads a config and counts",
-        "rung2": "as rung1",
-        "rung3": "as rung1",
-    },
-}
-
 _VOLATILE = {"execution", "ExecuteTime", "scrolled", "collapsed", "vscode", "colab"}
 _IGNORING = re.compile(r"NBVAL_(?:IGNORE_OUTPUT|SKIP|RAISES_EXCEPTION)")
 _IGNORING_TAGS = {
@@ -156,7 +147,6 @@ def without_picture(notebook: NotebookNode) -> list[str]:
 
 def sections(notebook: NotebookNode, chapter: str) -> list[str]:
     """Sections that are missing, out of order, twice, unknown, or on the wrong kind of cell."""
-    exempt = EXEMPT.get(chapter, {})
     places: dict[str, list[int]] = {}
     found = []
     for index, cell in enumerate(notebook.cells):
@@ -166,12 +156,7 @@ def sections(notebook: NotebookNode, chapter: str) -> list[str]:
                 found.append(f"cell {index} has the unknown tag nl:{tag}.")
             elif cell.cell_type != ("code" if tag == "setup" else "markdown"):
                 found.append(f"cell {index} with nl:{tag} is a {cell.cell_type} cell.")
-    found += [f"nl:{tag} is missing." for tag in SECTIONS if tag not in {*places, *exempt}]
-    found += [
-        f"nl:{tag} is there, so its exemption ({exempt[tag]}) can go."
-        for tag in exempt
-        if tag in places
-    ]
+    found += [f"nl:{tag} is missing." for tag in SECTIONS if tag not in places]
     for tag, at in places.items():
         if len(at) > 1 and tag in set(SECTIONS) - REPEATED:
             found.append(f"nl:{tag} is there {len(at)} times, in cells {at}.")
@@ -220,7 +205,7 @@ def too_long(notebook: NotebookNode) -> list[str]:
     found = []
     if len(notebook.cells) > MOST_CELLS:
         found.append(f"{len(notebook.cells)} cells; at most {MOST_CELLS}.")
-    stubs = {index for index, _ in stub_cells(notebook)}
+    stubs = {index for _, index, _ in stub_cells(notebook)}
     for index, cell in code_cells(notebook):
         lines = sum(1 for line in cell.source.splitlines() if line.strip())
         if lines > MOST_LINES and index not in stubs:
@@ -228,14 +213,14 @@ def too_long(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def stub_cells(notebook: NotebookNode) -> Iterator[tuple[int, str]]:
-    """Place of each exercise's code cell, the first after its task, and the exercise's id."""
+def stub_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:
+    """For each exercise: place of its task, of its stub (the next code cell), and its id."""
     for index, cell in enumerate(notebook.cells):
         if "exercise" not in tags(cell):
             continue
         later = range(index + 1, len(notebook.cells))
         at = next((i for i in later if notebook.cells[i].cell_type == "code"), None)
-        yield (index if at is None else at), cell.metadata.get("nl_exercise", "")
+        yield index, (index if at is None else at), cell.metadata.get("nl_exercise", "")
 
 
 def too_large(notebook: NotebookNode) -> list[str]:

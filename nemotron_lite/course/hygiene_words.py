@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbformat import NotebookNode
 
-from nemotron_lite.course.hygiene_cells import code_cells, markdown_cells, stub_cells
+from nemotron_lite.course.grading import Exercise
+from nemotron_lite.course.hygiene_cells import code_cells, markdown_cells, stub_cells, tags
 
 SHORTEST_REASON = 15  # characters
 
@@ -175,36 +176,69 @@ def predictions(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def exercises(notebook: NotebookNode, stubs: Mapping[str, str]) -> list[str]:
-    """Exercises that are missing, unknown, or no longer the stub of their definition.
+def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
+    """Exercises that are missing, unknown, or no longer what their definition says.
+
+    The definition in `course/exercises/` is the only one: the chapter repeats its task word for
+    word, and may lead up to it in the same cell.
 
     Args:
         notebook: the chapter.
-        stubs: exercise id → the stub of its definition.
+        defined: the exercises of the chapter.
     """
+    by_id = {exercise.id: exercise for exercise in defined}
     found, seen = [], []
-    for index, exercise in stub_cells(notebook):
-        seen.append(exercise)
-        if exercise not in stubs:
-            found.append(f"the exercise at cell {index} has nl_exercise {exercise!r}; expected one "
-                         f"of {sorted(stubs)}.")  # fmt: skip
+    for task, index, name in stub_cells(notebook):
+        seen.append(name)
+        if name not in by_id:
+            found.append(f"the exercise at cell {task} has nl_exercise {name!r}; expected one of "
+                         f"{sorted(by_id)}.")  # fmt: skip
             continue
-        function = _function_of(stubs[exercise])
-        expected = f'{stubs[exercise].strip()}\n\n\ncheck("{exercise}", {function})'
-        if _squeezed(notebook.cells[index].source) != _squeezed(expected):
-            found.append(f"cell {index} is not the untouched stub of {exercise} followed by "
-                         f'check("{exercise}", {function}).')  # fmt: skip
-    found += [f"exercise {name} has no cell." for name in stubs if name not in seen]
-    found += [f"exercise {name} is there twice." for name in stubs if seen.count(name) > 1]
+        exercise = by_id[name]
+        if not notebook.cells[task].source.rstrip().endswith(exercise.text):
+            found.append(f"cell {task} does not end in the text of {name}; it is what "
+                         f'grading.exercise("{name}").text gives.')  # fmt: skip
+        if _squeezed(notebook.cells[index].source) != _squeezed(exercise.cell):
+            found.append(f"cell {index} is not the untouched stub of {name} followed by "
+                         f'check("{name}", {exercise.function_name}).')  # fmt: skip
+    found += [f"exercise {name} has no cell." for name in by_id if name not in seen]
+    found += [f"exercise {name} is there twice." for name in by_id if seen.count(name) > 1]
     return found
 
 
-def _function_of(stub: str) -> str:
-    """The last function or class of a stub: the one that is handed to check."""
-    defined = [
-        n.name for n in ast.parse(stub).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+def objectives(
+    notebook: NotebookNode, defined: Sequence[Exercise], asked: Sequence[str]
+) -> list[str]:
+    """Objectives that the recap or the quiz forgets, and exercises and questions about none.
+
+    A chapter lists its objectives as `- **O1** …`, comes back to each in the recap, and asks for
+    each in the quiz. An exercise serves one of them; not every objective needs an exercise.
+
+    Args:
+        notebook: the chapter.
+        defined: the exercises of the chapter.
+        asked: the objective of each question of the quiz.
+    """
+    listed, kept = (_objectives_in(notebook, section) for section in ("objectives", "recap"))
+    expected = [f"O{n}" for n in range(1, len(listed) + 1)]
+    found = []
+    if not listed or listed != expected:
+        found.append(f"nl:objectives lists {listed}; expected - **O1** …, - **O2** … and so on.")
+    if kept != listed:
+        found.append(f"nl:recap comes back to {kept}, the objectives are {listed}.")
+    if set(asked) != set(listed):
+        found.append(f"the quiz asks for {sorted(set(asked))}, the objectives are {listed}.")
+    found += [
+        f"exercise {e.id} serves {e.objective[:2]}, which is no objective of the chapter."
+        for e in defined
+        if e.objective[:2] not in listed
     ]
-    return defined[-1] if defined else "?"
+    return found
+
+
+def _objectives_in(notebook: NotebookNode, section: str) -> list[str]:
+    cells = [cell.source for _, cell in markdown_cells(notebook) if section in tags(cell)]
+    return re.findall(r"^- \*\*(O\d+)\*\* ", "\n".join(cells), re.M)
 
 
 def _squeezed(source: str) -> str:

@@ -13,8 +13,9 @@ reader needs, so each chapter passes through three steps:
              lives no longer (JupyterLab would show an error in its place), what was written to
              stderr, times of execution, and every other trace that differs from run to run.
     draw     each plotly figure also gets a PNG, for viewers that draw neither widgets nor plotly.
-             A flat drawing needs few colours, so it is kept with a palette of 64, shades of the
-             smoothed edges included.
+             JupyterLab too shows it first, at one pixel of the picture a pixel of the page whatever
+             the metadata say, so it is drawn no wider than an output beside an open side bar. A
+             flat drawing needs few colours: a palette of 64 keeps it small.
 
 `clean` of a clean notebook changes nothing, and a file is replaced in one step. At the end the
 rules of `hygiene` are read over each chapter, and what they find is printed.
@@ -43,7 +44,7 @@ CHAPTERS = Path("notebooks")
 CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PICTURE_WIDTH, PICTURE_HEIGHT, PICTURE_SCALE = 820, 380, 1.5
+PICTURE_WIDTH, PICTURE_HEIGHT = 820, 380
 COLOURS = 64
 
 # What may stay. Everything else (execution times, scrolling, an editor's own notes) is volatile.
@@ -145,8 +146,7 @@ def _clean_output(output: NotebookNode) -> NotebookNode | None:
         return None if output.name == "stderr" else output
     if output.output_type == "error":
         return output
-    sizes = output.metadata.get("image/png") if "image/png" in output.data else None
-    output.metadata = NotebookNode({"image/png": sizes} if sizes else {})
+    output.metadata = NotebookNode()
     output.data.pop(WIDGET, None)
     figure = output.data.get(PLOTLY)
     if isinstance(figure, dict):
@@ -175,9 +175,6 @@ def illustrate(notebook: NotebookNode, draw: Draw) -> int:
             if PLOTLY in output.get("data", {}):
                 picture = draw(output.data[PLOTLY])
                 output.data["image/png"] = base64.b64encode(picture).decode() + "\n"
-                # It is drawn finer than shown; at its own size it would be cut off at the right.
-                width = output.data[PLOTLY].get("layout", {}).get("width", PICTURE_WIDTH)
-                output.metadata["image/png"] = NotebookNode(width=width)
                 drawn += 1
     return drawn
 
@@ -206,7 +203,7 @@ class Drawer:
             width=layout.get("width", PICTURE_WIDTH), height=layout.get("height", PICTURE_HEIGHT)
         )
         content = {"data": figure.get("data", []), "layout": layout}
-        opts = dict(format="png", scale=PICTURE_SCALE, **size)
+        opts = dict(format="png", scale=1, **size)
         return with_palette(kaleido.calc_fig_sync(content, opts=opts))
 
 

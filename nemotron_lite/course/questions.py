@@ -3,6 +3,7 @@
 A quiz is a file, `quizzes/NN.toml`:
 
     [[questions]]
+    objective = "O2"
     question = "What does a large dt do to the state?"
 
     [[questions.options]]
@@ -16,6 +17,8 @@ A quiz is a file, `quizzes/NN.toml`:
     reason = "The other way round: look at exp(dt * A) with A < 0."
 
 Exactly one option is right, and every option has a reason: a wrong answer is where the learning is.
+The objective is one of those that the chapter opens with, so that a wrong answer says where to read
+again; the rules of `hygiene` see to it that each of them is asked for.
 In a running notebook these are radio buttons and the reason appears at once. In the committed file
 and in a terminal stand the questions and the options, without the answers, which live in the
 package. Nothing is sent anywhere.
@@ -51,8 +54,9 @@ class Option:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its options, exactly one of them right."""
+    """A question, the objective it asks for, and its options, exactly one of them right."""
 
+    objective: str
     question: str
     options: tuple[Option, ...]
 
@@ -99,7 +103,7 @@ def at_rest(questions: Sequence[Question]) -> str:
     blocks = []
     for position, asked in enumerate(questions, 1):
         options = [f"   {chr(96 + i)}) {o.text}" for i, o in enumerate(asked.options, 1)]
-        blocks.append("\n".join([f"{position}. {asked.question}", *options]))
+        blocks.append("\n".join([f"{position}. ({asked.objective}) {asked.question}", *options]))
     return "\n".join(blocks) + "\n(Run this cell to answer.)"
 
 
@@ -118,8 +122,8 @@ def _block(
     widgets: Any, position: int, asked: Question, state: dict[int, bool], score: Any, of: int
 ) -> Any:
     title = widgets.HTML(
-        f'<div style="line-height: 1.5"><b>{position + 1}.</b> '
-        f"{_output.inline(asked.question)}</div>"
+        f'<div style="line-height: 1.5"><b>{position + 1}.</b> {_output.inline(asked.question)} '
+        f'<span style="color: {_output.FAINT}">{asked.objective}</span></div>'
     )
     buttons = widgets.RadioButtons(
         options=[(_plain(option.text), i) for i, option in enumerate(asked.options)],
@@ -152,10 +156,12 @@ def _plain(text: str) -> str:
 
 
 def _question(where: str, entry: Mapping[str, Any]) -> Question:
-    if set(entry) != {"question", "options"}:
-        raise QuizError(f"{where} has {sorted(entry)}; expected question and options.")
+    if set(entry) != {"objective", "question", "options"}:
+        raise QuizError(f"{where} has {sorted(entry)}; expected objective, question and options.")
     options = tuple(_option(where, option) for option in entry["options"])
-    asked = Question(entry["question"].strip(), options)
+    asked = Question(entry["objective"], entry["question"].strip(), options)
+    if not re.fullmatch(r"O\d", asked.objective):
+        raise QuizError(f"{where} has the objective {asked.objective!r}; expected one like 'O1'.")
     if not asked.question:
         raise QuizError(f"{where} asks nothing.")
     if len(options) < 2:

@@ -26,10 +26,12 @@ from nemotron_lite.course import _output
 if TYPE_CHECKING:
     import torch
 
-# JupyterLab breaks long lines of code in mid-word; with this they scroll.
-WHOLE_LINES = (
+# JupyterLab breaks long lines of code in mid-word; with this they scroll. And it shows the picture
+# of a plotly figure at its full size, cut off where the window is narrower; with this it shrinks.
+LOOK = (
     "<style>.jp-RenderedMarkdown pre, .jp-RenderedMarkdown pre code "
-    "{ white-space: pre; overflow-x: auto; }</style>"
+    "{ white-space: pre; overflow-x: auto; } "
+    ".jp-RenderedPlotly img { max-width: 100%; height: auto; }</style>"
 )
 
 
@@ -142,4 +144,4 @@ def _described(session: Session, note: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     faint = f'<br><span style="color: {_output.FAINT}">{" · ".join(versions)}</span>'
-    return _output.card(" · ".join(parts) + faint) + WHOLE_LINES
+    return _output.card(" · ".join(parts) + faint) + LOOK

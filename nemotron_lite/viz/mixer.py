@@ -147,11 +147,12 @@ def fingerprints(
     fig.update_yaxes(title_text="largest error", col=1)
     fig.update_xaxes(title_text="position in the text", row=rows)
     fig.update_layout(height=110 + 130 * rows, margin_t=40)
+    plots = f"{len(errors)} small plots" if len(errors) > 1 else "One plot"
     return described(
         fig,
-        f"{len(errors)} small plots of error against position in the text, named "
-        f"{', '.join(errors)}, with dotted lines at {' and '.join(marks)}. Errors are at the floor "
-        "where two programs agree and jump by many powers of ten where they part.",
+        f"{plots} of error against position in the text, named {'; '.join(errors)}, with dotted "
+        f"lines at {' and '.join(marks)}. Errors are at the floor where two programs agree and "
+        "jump by many powers of ten where they part.",
     )
 
 
@@ -169,6 +170,6 @@ def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
     return lines(
         np.arange(count) * every + (every + 1) / 2, curves, height=320,
         title=f"Training loss, mean of {every} steps", x_title="step", y_title="nats per byte",
-        alt=f"Training loss against steps for {', '.join(curves)}. All fall; the curve of "
+        alt=f"Training loss against steps for {'; '.join(curves)}. All fall; the curve of "
         f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
     )  # fmt: skip

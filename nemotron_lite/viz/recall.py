@@ -215,7 +215,7 @@ def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.F
     fig = lines(
         pairs, shares, log_x=True, title="Recall against the number of pairs",
         x_title="pairs to remember", y_title="right answers, %",
-        alt=f"Share of right answers over the number of pairs, for {', '.join(recall)}. The lines "
+        alt=f"Share of right answers over the number of pairs, for {'; '.join(recall)}. The lines "
         "of Mamba alone with a small state fall as the pairs grow, and so does that of attention "
         "alone; with a large state, or with Mamba and attention together, the line stays high.",
     )  # fmt: skip

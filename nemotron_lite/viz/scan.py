@@ -291,7 +291,7 @@ def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
         steps, rows, title="Selective copy: rows repeated without a mistake", x_title="updates",
         y_title="rows of 100", markers=False,
         alt=f"Faultless rows of 100 against training updates. All lines start at zero. The line of "
-        f"{first} rises to nearly all rows. Below it, in this order: {', '.join(others)}.",
+        f"{first} rises to nearly all rows. Below it, in this order: {'; '.join(others)}.",
     )  # fmt: skip
     fig.update_yaxes(range=[-2, 103])
     fig.update_layout(legend=dict(orientation="h", y=-0.25, x=0))

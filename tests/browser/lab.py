@@ -57,6 +57,12 @@ _IDLE = """() => {
   const session = shown && shown.sessionContext && shown.sessionContext.session;
   return !!session && !!session.kernel && session.kernel.status === 'idle';
 }"""
+# Figures and words at rest that are wider than the place they are shown in.
+_CUT = """() => {
+  const outputs = document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown');
+  return [...outputs].filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 2).map(
+    e => `${e.scrollWidth} px in ${e.clientWidth}: ${e.innerText.slice(0, 60)}`);
+}"""
 _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
 
 
@@ -120,6 +126,7 @@ class Visit:
 
     broken_at_rest: list[str] = field(default_factory=list)
     figures_at_rest: int = 0
+    cut_at_rest: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     not_run: list[int] = field(default_factory=list)
     sliders: int = 0
@@ -136,6 +143,7 @@ def visit(browser: Browser, address: str, name: str) -> Visit:
         seen.figures_at_rest = page.locator(
             ".jp-OutputArea-output .js-plotly-plot, .jp-OutputArea-output img"
         ).count()
+        seen.cut_at_rest = page.evaluate(_CUT)
         ended = page.evaluate(_RUN, RUN_SECONDS)
         cells: list[dict[str, Any]] = page.evaluate(_CELLS)
         seen.errors = [] if ended == "done" else [f"not finished after {RUN_SECONDS} s"]

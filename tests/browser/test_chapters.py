@@ -24,6 +24,7 @@ def seen(request: pytest.FixtureRequest, lab: str, browser: Any) -> Any:
 def test_at_rest_it_shows_its_figures(seen: Any) -> None:
     assert seen.broken_at_rest == []
     assert seen.figures_at_rest > 0
+    assert seen.cut_at_rest == []
 
 
 def test_run_all_ends_without_an_error(seen: Any) -> None:

@@ -21,21 +21,38 @@ def figure(alt: object = ALT, kind: type = go.Figure) -> go.Figure:
 
 
 def test_a_figure_is_json_and_words(shown: Callable[..., Shown]) -> None:
-    (bundle,) = shown(show, figure()).bundles
+    bundle, _ = shown(show, figure()).bundles
     assert set(bundle) == {PLOTLY, "text/plain"}
     assert bundle["text/plain"] == ALT
     assert bundle[PLOTLY]["data"][0]["type"] == "scatter"
 
 
+def test_the_words_can_be_opened_below_the_figure(shown: Callable[..., Shown]) -> None:
+    """JupyterLab draws a bundle's richest form alone; the words need one of their own."""
+    alt = "A fade & a gain: where z < 1 the first lies <b>below</b> the second."
+    _, words = shown(show, figure(alt)).bundles
+    assert words["text/html"] == (
+        "<details><summary>The figure in words</summary>"
+        "A fade &amp; a gain: where z &lt; 1 the first lies &lt;b&gt;below&lt;/b&gt; the second."
+        "</details>"
+    )
+    assert words["text/plain"] == "The figure in words"
+
+
+def test_a_terminal_is_told_the_words_once(capsys: pytest.CaptureFixture[str]) -> None:
+    show(figure())
+    assert capsys.readouterr().out == ALT + "\n"
+
+
 def test_a_widget_comes_with_its_figure(shown: Callable[..., Shown]) -> None:
     box = ipywidgets.VBox([ipywidgets.IntSlider()])
-    (bundle,) = shown(show, box, figure()).bundles
+    bundle, _ = shown(show, box, figure()).bundles
     assert set(bundle) == {WIDGET, PLOTLY, "text/plain"}
     assert bundle[WIDGET]["model_id"] == box.model_id
 
 
 def test_a_figure_widget_is_both(shown: Callable[..., Shown]) -> None:
-    (bundle,) = shown(show, figure(kind=go.FigureWidget)).bundles
+    bundle, _ = shown(show, figure(kind=go.FigureWidget)).bundles
     assert set(bundle) == {WIDGET, PLOTLY, "text/plain"}
 
 

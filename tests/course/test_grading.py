@@ -38,8 +38,8 @@ def slopes(function: Callable[..., Any]) -> None:
 
 
 FADE = Exercise(
-    id="99.fade", title="Fade", objective="99.1", minutes=5, difficulty=1, importance=5, points=6,
-    task="Write `fade`.", stub=STUB, solution=SOLUTION,
+    id="99.fade", title="Fade", objective="O1: fade.", minutes=5, difficulty=1, importance=5,
+    points=6, task="Write `fade`.", stub=STUB, solution=SOLUTION,
     hints=("Think of A = 0.", "Use `torch.exp`.", "Do not detach."),
     checks=(
         Check("by hand", by_hand, hint=1, points=1),
@@ -253,6 +253,7 @@ def test_hints_are_a_ladder(shown: Callable[..., Shown]) -> None:
         (dict(id="1.fade"), "an id such as"),
         (dict(difficulty=6), "a difficulty from 1 to 5"),
         (dict(importance=0), "an importance"),
+        (dict(objective="Fade."), "an objective like"),
         (dict(hints=("a", "b")), "three hints"),
         (dict(checks=()), "at least one check"),
         (dict(points=7), "points add up to 7"),
@@ -267,6 +268,13 @@ def test_an_exercise_that_does_not_hold_together_is_refused(
 ) -> None:
     with pytest.raises(ExerciseError, match=words):
         replace(FADE, **change)
+
+
+def test_the_text_is_what_a_chapter_and_its_exercise_say() -> None:
+    assert FADE.text == (
+        "### Exercise · Fade\n\n*O1: fade. About 5 minutes, difficulty 1 of 5, importance 5 of 5.*"
+        '\n\nWrite `fade`.\n\nStuck? `hint("99.fade")` gives one step at a time, three in all.'
+    )
 
 
 def test_the_cell_is_the_stub_and_its_check() -> None:

@@ -34,8 +34,8 @@ from nemotron_lite.course import grading
 def run(f):
     grading.close(f(2), 4, what="twice 2")
 twice = grading.Exercise(
-    id="99.twice", title="", objective="", minutes=1, difficulty=1, importance=1, points=1,
-    task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
+    id="99.twice", title="", objective="O1: double.", minutes=1, difficulty=1, importance=1,
+    points=1, task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
     solution="def twice(x):\\n    return 2 * x\\n", hints=("a", "b", "c"),
     checks=(Check("by hand", run),))
 grading.exercises = lambda chapter: (twice,)
@@ -66,13 +66,15 @@ def run_cells() -> dict[str, list[dict[str, Any]]]:
 def test_what_a_chapter_leaves_in_its_file() -> None:
     """One test, because one kernel takes as long as all the others of this folder."""
     outputs = run_cells()
-    once = set(CELLS) - {"predict", "tell"}
+    once = set(CELLS) - {"predict", "tell", "figure"}
     assert {name for name, bundles in outputs.items() if len(bundles) == 1} == once
 
     text = {name: bundles[-1]["text/plain"] for name, bundles in outputs.items()}
     assert text["setup"] == "Chapter 01 · ready"
     assert text["predict"] == "measured: n"
-    assert text["figure"].startswith("A line that rises")
+    assert text["figure"] == "The figure in words"
+    assert outputs["figure"][0]["text/plain"].startswith("A line that rises")
+    assert "A line that rises" in outputs["figure"][1]["text/html"]
     assert text["progress"] == "training: 300 steps"
     assert text["hook"] == "training: 2 steps"
     assert text["check"].startswith("99.twice: not done yet. Fill in twice")

@@ -12,6 +12,7 @@ from tests.course.conftest import Shown
 
 TEXT = """
 [[questions]]
+objective = "O2"
 question = "What does `dt` do?"
 [[questions.options]]
 text = "It forgets *faster*."
@@ -23,6 +24,7 @@ right = false
 reason = "Look again."
 
 [[questions]]
+objective = "O1"
 question = "And A?"
 [[questions.options]]
 text = "It is negative."
@@ -57,6 +59,8 @@ def test_each_quiz_is_whole(chapter: str) -> None:
         ("[[questions]]", "title = 1\n[[questions]]", "expected"),
         ('text = "Nothing."', 'text = "It forgets *faster*."', "the same option twice"),
         ('question = "And A?"', 'question = "And A?"\nlevel = 1', "question 2 has"),
+        ('objective = "O1"\n', "", "question 2 has .* expected objective"),
+        ('"O1"', '"1"', "question 2 has the objective '1'; expected one like 'O1'"),
     ],
 )
 def test_a_bad_quiz_is_refused(old: str, new: str, words: str) -> None:
@@ -80,7 +84,7 @@ def test_at_rest_there_are_no_answers(
 ) -> None:
     monkeypatch.setattr(questions, "load_quiz", lambda chapter: read_quiz(TEXT))
     plain = shown(quiz, "01").plain
-    assert "1. What does `dt` do?\n   a) It forgets *faster*.\n   b) Nothing." in plain
+    assert "1. (O2) What does `dt` do?\n   a) It forgets *faster*.\n   b) Nothing." in plain
     assert "shrinks" not in plain
     assert "true" not in plain
 
@@ -103,6 +107,7 @@ def test_each_answer_gets_its_reason_at_once() -> None:
     first, second, score = box.children
     title, buttons, reply = first.children
     assert "<code>dt</code>" in title.value
+    assert ">O2</span>" in title.value
     assert buttons.value is None
     assert buttons.options[0][0] == "It forgets faster."
     buttons.value = 1

@@ -10,13 +10,22 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from nemotron_lite.course.grading import Check, Exercise
 from nemotron_lite.course.hygiene_cells import PLOTLY, SECTIONS
 
 ALT = "One line that rises from left to right, steeply at first and then ever more slowly."
-STUBS = {
-    f"01.{name}": f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n'
-    for name in ("discretise", "memorise")
-}
+EXERCISES = tuple(
+    Exercise(
+        id=f"01.{name}", title=name.title(), objective=f"O{number}: {name} a number.", minutes=5,
+        difficulty=1, importance=2, points=1, task=f"Return x, {name}d.",
+        stub=f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n',
+        solution=f"def {name}(x):\n    return x\n", hints=("one", "two", "three"),
+        checks=(Check("a number", lambda function: None),),
+    )
+    for number, name in enumerate(("discretise", "memorise"), 1)
+)  # fmt: skip
+OBJECTIVES = "- **O1** Discretise.\n- **O2** Memorise.\n- **O3** Say why."
+ASKED = ("O1", "O2", "O3", "O2")
 FIGURE = {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {"meta": {"alt": ALT}}}
 
 
@@ -35,7 +44,8 @@ def chapter() -> NotebookNode:
             cells.append(new_code_cell('session = setup("01")', metadata=tags))
             continue
         title = "# 01 Sample" if section == "header" else f"## The section {section}"
-        cells.append(new_markdown_cell(f"{title}\n\nSome words.", metadata=tags))
+        said = OBJECTIVES if section in ("objectives", "recap") else "Some words."
+        cells.append(new_markdown_cell(f"{title}\n\n{said}", metadata=tags))
         if section == "predict":
             cells.append(new_code_cell('predict("ratio", "How much faster?")'))
         elif section == "widget":
@@ -43,8 +53,7 @@ def chapter() -> NotebookNode:
         elif section == "measure":
             cells.append(new_code_cell('measured("ratio", run(), low=1)'))
         elif section in ("intuition", "rung2"):
-            name = "discretise" if section == "intuition" else "memorise"
-            cells += exercise(f"01.{name}")
+            cells += exercise(EXERCISES[section == "rung2"])
     numbered(cells)
     metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     notebook = new_notebook(cells=cells, metadata=metadata)
@@ -52,14 +61,11 @@ def chapter() -> NotebookNode:
     return notebook
 
 
-def exercise(name: str) -> list[NotebookNode]:
-    """The two cells of an exercise: the task, and its untouched stub."""
-    function = name.partition(".")[2]
-    task = dict(tags=["nl:exercise"], nl_exercise=name)
-    return [
-        new_markdown_cell(f"### Exercise: {function}", metadata=task),
-        new_code_cell(f'{STUBS[name]}\n\ncheck("{name}", {function})'),
-    ]
+def exercise(defined: Exercise) -> list[NotebookNode]:
+    """The two cells of an exercise: what leads up to it and its task, and its untouched stub."""
+    task = dict(tags=["nl:exercise"], nl_exercise=defined.id)
+    words = f"Now it is your turn.\n\n{defined.text}"
+    return [new_markdown_cell(words, metadata=task), new_code_cell(defined.cell)]
 
 
 def numbered(cells: list[NotebookNode]) -> None:

@@ -11,7 +11,16 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from nemotron_lite.course import hygiene, hygiene_cells, hygiene_words
-from tests.notebooks.samples import ALT, FIGURE, STUBS, chapter, code, figure_output, tagged
+from tests.notebooks.samples import (
+    ALT,
+    ASKED,
+    EXERCISES,
+    FIGURE,
+    chapter,
+    code,
+    figure_output,
+    tagged,
+)
 
 RECORD = "benchmarks/records/ssd_operator.json"
 PUBLIC = {"generate": "nemotron_lite.generation", "ssd": "nemotron_lite.ops"}
@@ -20,7 +29,7 @@ FACTS = {
     "super.layers": hygiene_words.spellings(88, "layers"),
     "super.latent_width": hygiene_words.spellings(1024, "channels"),
 }
-AROUND = hygiene.Surroundings(public=PUBLIC, facts=FACTS, stubs=STUBS)
+AROUND = hygiene.Surroundings(public=PUBLIC, facts=FACTS, exercises=EXERCISES, asked=ASKED)
 PLOTLY, WIDGET = hygiene_cells.PLOTLY, hygiene_cells.WIDGET
 
 
@@ -43,6 +52,12 @@ def output(notebook: NotebookNode, **data: object) -> None:
 
 def figure(notebook: NotebookNode) -> NotebookNode:
     return code(notebook, "show(").outputs[0].data
+
+
+def change(notebook: NotebookNode, section: str, old: str, new: str) -> None:
+    cell = tagged(notebook, section)
+    assert old in cell.source
+    cell.source = cell.source.replace(old, new)
 
 
 def moved(notebook: NotebookNode, section: str, before: str) -> None:
@@ -209,7 +224,7 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
         "not the untouched stub of 01.discretise",
     ),
     "not checked": (
-        lambda n: code(n, "discretise").update(source=STUBS["01.discretise"]),
+        lambda n: code(n, "discretise").update(source=EXERCISES[0].stub),
         "untouched stub",
     ),
     "unknown exercise": (
@@ -217,6 +232,38 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
         "nl_exercise '01.other'",
     ),
     "exercise without a cell": (lambda n: untagged(n, "exercise"), "01.discretise has no cell"),
+    "other minutes": (
+        lambda n: change(n, "exercise", "About 5 minutes", "About 50 minutes"),
+        "does not end in the text of 01.discretise",
+    ),
+    "other task": (
+        lambda n: change(n, "exercise", "Return x, discretised.", "Return x."),
+        "does not end in the text of 01.discretise",
+    ),
+    # objectives
+    "no objectives": (
+        lambda n: change(n, "objectives", "- **O", "- O"),
+        r"nl:objectives lists \[\]",
+    ),
+    "objectives out of order": (
+        lambda n: change(n, "objectives", "**O3**", "**O4**"),
+        r"nl:objectives lists \['O1', 'O2', 'O4'\]",
+    ),
+    "recap forgets one": (
+        lambda n: change(n, "recap", "- **O2**", "- Also,"),
+        r"nl:recap comes back to \['O1', 'O3'\]",
+    ),
+    "nobody is asked for one": (
+        lambda n: [
+            change(n, section, "- **O3** Say why.", "- **O3** Say why.\n- **O4** Say how.")
+            for section in ("objectives", "recap")
+        ],
+        r"the quiz asks for \['O1', 'O2', 'O3'\]",
+    ),
+    "an exercise serves none": (
+        lambda n: change(n, "objectives", "- **O2** Memorise.\n- **O3** Say why.", ""),
+        "exercise 01.memorise serves O2, which is no objective",
+    ),
 }
 
 GOOD: dict[str, Callable[[NotebookNode], object]] = {
@@ -269,19 +316,6 @@ def test_a_good_chapter_is_left_alone(name: str) -> None:
     notebook = chapter()
     GOOD[name](notebook)
     assert faults(notebook) == []
-
-
-def test_an_exemption_stands_only_while_it_is_needed() -> None:
-    notebook = chapter()
-    for section in ("rung1", "rung2", "rung3"):
-        untagged(notebook, section)
-    assert hygiene_cells.sections(notebook, "00") == [
-        'cell 1 with nl:setup does not call setup("00").'
-    ]
-    assert "its exemption" in hygiene_cells.sections(chapter(), "00")[0]
-    for reasons in hygiene_cells.EXEMPT.values():
-        assert set(reasons) <= set(hygiene_cells.SECTIONS)
-        assert all(reasons.values())
 
 
 def test_spellings_are_only_those_that_mean_one_thing() -> None:

@@ -17,7 +17,7 @@ from nemotron_lite.course.grading import Check, Exercise
 DISCRETISE = Exercise(
     id="01.discretise",
     title="Two ways to take a step",
-    objective="Turn a rate of change into one step per token, by two rules.",
+    objective="O1: turn a rate of change into one step per token, by two rules.",
     minutes=10,
     difficulty=2,
     importance=4,
@@ -89,7 +89,7 @@ def discretise(dt, A, rule):
 RECURRENCE = Exercise(
     id="01.selective_recurrence",
     title="The selective scan, token by token",
-    objective="Write the selective scan as a recurrence.",
+    objective="O2: write the selective scan as a recurrence.",
     minutes=20,
     difficulty=3,
     importance=5,
@@ -164,7 +164,7 @@ def selective_recurrence(x, dt, A, B, C, D, state):
 COMBINE = Exercise(
     id="01.combine_spans",
     title="Two spans of tokens as one",
-    objective="Scan in parallel with an associative operator.",
+    objective="O4: scan in parallel with an associative operator.",
     minutes=10,
     difficulty=3,
     importance=4,
@@ -221,7 +221,7 @@ def combine_spans(earlier, later):
 GRADIENTS = Exercise(
     id="01.scan_gradients",
     title="The way back",
-    objective="Compute the gradient of the scan by hand.",
+    objective="O5: compute the gradient of the scan by hand.",
     minutes=25,
     difficulty=4,
     importance=3,

@@ -17,7 +17,7 @@ from nemotron_lite.course.grading import Check, Exercise
 DECAY_MASK = Exercise(
     id="02.decay_mask",
     title="The decay mask",
-    objective="Write the recurrence of a head as a masked matrix.",
+    objective="O1: write the recurrence of a head as a masked matrix.",
     minutes=10,
     difficulty=2,
     importance=5,
@@ -79,7 +79,7 @@ def decay_mask(dt, A):
 ONE_CHUNK = Exercise(
     id="02.one_chunk",
     title="One chunk and its state",
-    objective="Compute the scan in chunks, in four numbered steps.",
+    objective="O2: compute the scan in chunks, in four numbered steps.",
     minutes=25,
     difficulty=4,
     importance=5,
@@ -155,7 +155,7 @@ def one_chunk(x, dt, A, B, C, state):
 GATE_AND_NORM = Exercise(
     id="02.gate_and_norm",
     title="Gate, then norm by groups",
-    objective="Trace a token through the mixer: projection, convolution, gate, grouped norm.",
+    objective="O3: follow a token through the mixer, to its gate and its grouped norm.",
     minutes=10,
     difficulty=2,
     importance=4,
@@ -215,7 +215,7 @@ def gate_and_norm(y, z, weight, groups, eps=1e-5):
 CONV_TOKEN = Exercise(
     id="02.conv_token",
     title="One token of the convolution",
-    objective="Continue from a state, and show that steps equal the prefill.",
+    objective="O4: continue from a state, one token at a time.",
     minutes=10,
     difficulty=2,
     importance=4,

@@ -17,7 +17,7 @@ from nemotron_lite.course.grading import Check, Exercise
 OUTER_MEMORY = Exercise(
     id="03.outer_memory",
     title="A memory of outer products",
-    objective="Explain what a state of fixed size stores, and why keys get in each other's way.",
+    objective="O1: say what a state of fixed size stores, and why recall falls as pairs crowd it.",
     minutes=8,
     difficulty=2,
     importance=4,
@@ -71,7 +71,7 @@ def outer_memory(keys, values, queries, keep=1.0):
 GROUPED_ATTENTION = Exercise(
     id="03.grouped_attention",
     title="Attention with shared key heads",
-    objective="Write causal attention in which several query heads read one key head.",
+    objective="O2: write causal attention in which query heads share key heads.",
     minutes=12,
     difficulty=3,
     importance=5,
@@ -124,7 +124,7 @@ def grouped_attention(q, k, v):
 EXTEND_CACHE = Exercise(
     id="03.extend_cache",
     title="New tokens behind a cache",
-    objective="Continue attention from a KV cache, several tokens at a time.",
+    objective="O3: continue attention from a KV cache, several tokens at a time.",
     minutes=12,
     difficulty=3,
     importance=5,
@@ -178,7 +178,7 @@ def extend_cache(buffer_k, buffer_v, used, k, v):
 MEMORY_BYTES = Exercise(
     id="03.memory_bytes",
     title="Bytes of a sequence",
-    objective="Reckon what a sequence costs in memory, in both kinds of layer.",
+    objective="O5: reckon what a sequence costs in memory, in both kinds of layer.",
     minutes=10,
     difficulty=2,
     importance=4,
