@@ -48,6 +48,7 @@ INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 DOT_F32 = tl.constexpr(INTERPRET)
 """For kernels: widen the operands of `tl.dot` to float32 (the interpreter's bfloat16 is wrong)."""
 
+MOST_ROWS = 65_535  # CUDA's limit for the second and third axis of a grid
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _dry_run = False
@@ -148,6 +149,18 @@ def check_inputs(op: str, *tensors: Tensor | None) -> None:
             f"{op}: the tensors are on {device}, and the Triton kernel runs on an NVIDIA GPU. "
             "Move them with .to('cuda'), or use nemotron_lite.ops with impl='torch', or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernel in Triton's interpreter."
+        )
+
+
+def check_rows(op: str, rows: int) -> None:
+    """Refuse more rows than a launch can number on another axis than its first.
+
+    Raises:
+        ValueError: says how many there may be.
+    """
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"{op}: {rows} rows, and one launch takes {MOST_ROWS}; pass the batch in parts."
         )
 
 

@@ -39,6 +39,7 @@ from nemotron_kernels._compat import (
     by_arch,
     cdiv,
     check_inputs,
+    check_rows,
     on_device,
     unit_stride,
 )  # fmt: skip
@@ -350,10 +351,12 @@ def causal_conv1d(
 
     Raises:
         RuntimeError: CPU tensors outside the interpreter.
-        ValueError: shapes that do not fit, a filter of another length, float64.
+        ValueError: shapes that do not fit, a filter of another length, float64, more than 65,535
+            rows.
     """
     check_inputs("causal_conv1d", x, weight, bias, initial_state, seq_idx, lengths)
     b, t, c = x.shape
+    check_rows("causal_conv1d", b)
     check_shapes(
         "causal_conv1d", c, weight, bias=(bias, (c,)), seq_idx=(seq_idx, (b, t)),
         initial_state=(initial_state, (b, weight.shape[1] - 1, c)), lengths=(lengths, (b,)),

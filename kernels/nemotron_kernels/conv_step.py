@@ -21,7 +21,15 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron_kernels._compat import Config, by_arch, cdiv, check_inputs, on_device, unit_stride
+from nemotron_kernels._compat import (
+    Config,
+    by_arch,
+    cdiv,
+    check_inputs,
+    check_rows,
+    on_device,
+    unit_stride,
+)
 from nemotron_kernels.conv import check_shapes, tap
 
 # One warp for 256 channels: 8 of them a thread, which 16 bits make a load of 16 bytes.
@@ -77,6 +85,7 @@ def causal_conv1d_step(
     """
     check_inputs("causal_conv1d_step", x, state, weight, bias, out_state)
     (b, c), kept = x.shape, (x.shape[0], weight.shape[1] - 1, x.shape[1])
+    check_rows("causal_conv1d_step", b)
     check_shapes(
         "causal_conv1d_step", c, weight, bias=(bias, (c,)), state=(state, kept),
         out_state=(out_state, kept),

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_kernels._compat import cdiv, check_inputs, next_power_of_2, on_device
+from nemotron_kernels._compat import cdiv, check_inputs, check_rows, next_power_of_2, on_device
 from nemotron_kernels.ssd_backward import backward
 from nemotron_kernels.ssd_common import Inputs, config, padded, walks
 from nemotron_kernels.ssd_forward import forward_fused, forward_three
@@ -81,11 +81,12 @@ def ssd(
 
     Raises:
         ValueError: shapes that do not fit each other, float64, a chunk below 1, p or n above 256,
-            an unknown variant or precision.
+            an unknown variant or precision, more than 65,535 rows.
         RuntimeError: tensors on the CPU, outside the interpreter.
     """
     check_inputs("ssd", x, dt, A, B, C, D, initial_state, seq_idx, dt_bias)
     _check_shapes(x, dt, A, B, C, D, initial_state, seq_idx, dt_bias)
+    check_rows("ssd", x.shape[0])
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1 token.")
     for name, value, known in (

@@ -40,6 +40,7 @@ from nemotron_kernels._compat import (
     by_arch,
     cdiv,
     check_inputs,
+    check_rows,
     next_power_of_2,
     on_device,
     unit_stride,
@@ -168,7 +169,8 @@ def selective_state_update(
 
     Raises:
         RuntimeError: CPU tensors outside the interpreter.
-        ValueError: shapes that do not fit, a state of another dtype, a seed for a float32 state.
+        ValueError: shapes that do not fit, a state of another dtype, a seed for a float32 state,
+            more than 65,535 sequences.
     """
     op = "selective_state_update"
     on_gpu_seed = seed if isinstance(seed, Tensor) else None
@@ -176,6 +178,7 @@ def selective_state_update(
     dt, A, D, dt_bias = _per_channel(op, x, dt, A, D, dt_bias, B)
     _check(op, state, x, B, C, z, state_batch_indices, seed, philox_rounds)
     batch, heads, width = x.shape
+    check_rows(op, batch)
     groups, n = B.shape[1:]
     x, B, C = unit_stride(x), unit_stride(B), unit_stride(C)
     z = None if z is None else unit_stride(z)

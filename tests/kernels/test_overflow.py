@@ -21,7 +21,8 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.errors import InterpreterError
 
-from nemotron_kernels import conv, conv_step, norm, state_update, verification
+from nemotron_kernels import conv, conv_step, norm, ssd, state_update, verification
+from nemotron_kernels._compat import MOST_ROWS
 from tests.kernels.interpreter import overflow_is_an_error
 
 TOKENS, INNER, CHANNELS, PROJECTION = 2**20, 16_384, 18_432, 35_072
@@ -88,8 +89,9 @@ def test_convolution_backward(options: bool) -> None:
         )  # fmt: skip
 
 
-def test_convolution_step_of_a_hundred_thousand_sequences() -> None:
-    x, batch = torch.zeros(1), 100_000
+def test_convolution_step_of_as_many_sequences_as_it_takes() -> None:
+    x, batch = torch.zeros(1), MOST_ROWS
+    assert batch * 3 * CHANNELS > 2**31
     with _program(CHANNELS // 256 - 1, batch - 1):
         conv_step._conv_step[(1,)](
             x, x, x, x, x, x, CHANNELS, 3 * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
@@ -134,3 +136,21 @@ def test_verification_of_four_thousand_drafts() -> None:
             x, x, i, x.double(), i, i, i, k, size, (k + 1) * size, size, k * size, size,
             BLOCK=16_384,
         )  # fmt: skip
+
+
+def test_more_rows_than_a_grid_has_are_refused() -> None:
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(1).expand(MOST_ROWS + 1, *shape)
+
+    one, taps = torch.ones(1), torch.ones(8, 4)
+    calls = [
+        lambda: conv.causal_conv1d(zeros(5, 8), taps),
+        lambda: conv_step.causal_conv1d_step(zeros(3, 8), zeros(8), taps),
+        lambda: ssd.ssd(zeros(5, 1, 4), zeros(5, 1), one, zeros(5, 1, 4), zeros(5, 1, 4)),
+        lambda: state_update.selective_state_update(
+            zeros(1, 4, 1), zeros(1, 4), zeros(1), one, zeros(1, 1), zeros(1, 1)
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="65536 rows, and one launch takes 65535; pass the"):
+            call()
