@@ -26,7 +26,6 @@ Left out: protection from a learner who wants to cheat. The checks stand in the 
 from __future__ import annotations
 
 import ast
-import dis
 import html
 import linecache
 import random
@@ -39,12 +38,11 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
-from nemotron_lite.course import _output
+from nemotron_lite.course import _learners, _output
 from nemotron_lite.course.comparing import close, gradients, keeps_inputs, raises, strided
 
 __all__ = [
@@ -164,7 +162,7 @@ class Exercise:
 
     @cached_property
     def _untouched(self) -> set[tuple[Any, ...]]:
-        return _codes(self.build(self.stub))
+        return _learners.bodies(self.build(self.stub))
 
 
 @dataclass(frozen=True)
@@ -261,8 +259,8 @@ def grade(found: Exercise, function: Any) -> CheckResult:
         raise TypeError(
             f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
         )
-    codes = _codes(function)
-    if codes and (codes == found._untouched or all(_does_nothing(code) for code in codes)):
+    codes = _learners.bodies(function)
+    if codes and (codes == found._untouched or all(_learners.does_nothing(code) for code in codes)):
         return _not_done(found)
     wrong: dict[str, str] = {}
     for test in found.checks:
@@ -270,12 +268,12 @@ def grade(found: Exercise, function: Any) -> CheckResult:
             with _own_random_numbers(f"{found.id}/{test.name}"):
                 test.run(function)
         except Exception as error:
-            if isinstance(error, NotImplementedError) and _raised_in(function, error):
+            if isinstance(error, NotImplementedError) and _learners.raised_in(function, error):
                 return _not_done(found)
-            if isinstance(error, AssertionError) and not _raised_in(function, error):
-                wrong[test.name] = _sentence(str(error)) or "the answer is not right."
+            if isinstance(error, AssertionError) and not _learners.raised_in(function, error):
+                wrong[test.name] = _learners.sentence(str(error)) or "the answer is not right."
             else:
-                wrong[test.name] = _broken(function, error)
+                wrong[test.name] = _learners.what_it_raised(function, error)
     return _summary(found, wrong)
 
 
@@ -306,13 +304,16 @@ def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
 
 
 def _drawn(result: CheckResult) -> str:
-    """The message as a card: its first line in bold, code as code."""
+    """The message as a card: its first line in bold, code as code.
+
+    A line is a `div`: nbgrader's feedback pages print `<br>` as text.
+    """
     edge = _output.RIGHT if result.passed else _output.WRONG if result.failed else _output.ACCENT
     head, *rest = html.escape(result.message, quote=False).splitlines()
     lines = [f"<b>{head}</b>", *(line.replace("  ", "&emsp;", 1) for line in rest)]
-    text = "<br>".join(lines)
+    text = "".join(f"<div>{line}</div>" for line in lines)
     text = re.sub(r'hint\("[^)]*\)', r"<code>\g<0></code>", text)
-    text = re.sub(r"(?<=Your line: )(.*?)(?=<br>|$)", r"<code>\1</code>", text)
+    text = re.sub(r"(?<=Your line: )(.*?)(?=</div>)", r"<code>\1</code>", text)
     return _output.card(text, edge=edge)
 
 
@@ -329,61 +330,6 @@ def _defined(source: str) -> str:
     if not names:
         raise ExerciseError(f"No function or class in {source[:60]!r}.")
     return names[-1]
-
-
-def _codes(thing: Any) -> set[tuple[Any, ...]]:
-    """The compiled bodies of a function, or of the methods of a class."""
-    members = vars(thing).values() if isinstance(thing, type) else [thing]
-    return {_body(m.__code__) for m in members if isinstance(m, FunctionType)}
-
-
-def _body(code: CodeType) -> tuple[Any, ...]:
-    """What a body does, without its docstring and its place in the file."""
-    steps = tuple(
-        (step.opname, _body(step.argval) if isinstance(step.argval, CodeType) else step.argrepr)
-        for step in dis.get_instructions(code)
-    )
-    return (code.co_name, steps)
-
-
-def _does_nothing(body: tuple[Any, ...]) -> bool:
-    """Whether a body only returns None: a docstring, `...`, `pass` or `return None`."""
-    idle = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "COPY_FREE_VARS"}
-    return all(
-        name in idle and (name == "RESUME" or word in ("", "None")) for name, word in body[1]
-    )
-
-
-def _raised_in(function: Any, error: BaseException) -> bool:
-    """Whether the learner's own code raised the error, rather than something it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename in _files(function)
-
-
-def _files(function: Any) -> set[str]:
-    members = vars(function).values() if isinstance(function, type) else [function]
-    return {m.__code__.co_filename for m in members if isinstance(m, FunctionType)}
-
-
-def _broken(function: Any, error: Exception) -> str:
-    """What was raised, and the learner's line that led to it."""
-    lines = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    line, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_filename in _files(function):
-            line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
-        trace = trace.tb_next
-    if not line:
-        return f"the check could not use what came back: {_sentence(said)}"
-    return f"it raised {_sentence(said)} Your line: {line}"
-
-
-def _sentence(text: str) -> str:
-    return text if not text or text.endswith((".", "?", "!")) else f"{text}."
 
 
 @contextmanager

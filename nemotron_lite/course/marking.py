@@ -59,6 +59,8 @@ from nemotron_lite.course.submissions import (
 
 RESULTS = ("scores.csv", "scores.json", "feedback")
 COLUMNS = ("student", "assignment", "points", "max_points", "status", "message", "file")
+# nbgrader's page runs the lines of a comment together.
+COMMENTS = "<style>.panel-footer p { white-space: pre-line; }</style>"
 KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")
 NAMESPACES = (
     ("--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -235,6 +237,7 @@ def page_of(result: dict[str, Any], feedback: str) -> str:
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             f"<title>{html.escape(title)}</title></head><body>{summary}</body></html>"
         )
+    head = head.replace("</head>", f"{COMMENTS}</head>", 1)
     return f'{head}{tag}<div class="container">{summary}</div>{rest}'
 
 

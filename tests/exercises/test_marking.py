@@ -147,6 +147,8 @@ def test_a_folder_of_submissions_is_graded(
     assert f"chapter_00: {most:g} of {most:g} points" in pages["alice"]
     assert "00.read_pattern" in pages["alice"]
     assert "is no notebook" in pages["eve"]
+    assert "&lt;br" not in "".join(pages.values()), "lines of a check stand below each other"
+    assert ".panel-footer p { white-space: pre-line; }" in pages["alice"]
     assert "stopped because its time was over" in pages["carl"]
     assert "shown</i>" in pages["dora"]
     assert "<script>stolen" not in pages["dora"]
