@@ -7,7 +7,8 @@ each, and each has a small bad notebook in the tests that it must catch.
 
     hygiene_cells   what is stored: executed, no errors, pictures and words, sections, sizes
     hygiene_words   what is said: no copies of the package, no figure by hand, predictions that are
-                    measured, exercises as they are defined, objectives that are kept
+                    measured, exercises as they are defined, objectives that are kept,
+                    a header to plan by
 
 `faults` reads all rules over one notebook; `check_file` over a chapter on disk. What no rule can
 see is whether the chapter is true and worth reading: open it and read it.
@@ -76,6 +77,7 @@ def faults(notebook: NotebookNode, chapter: str, around: Surroundings) -> list[s
         *words.claims(notebook, around.root),
         *words.predictions(notebook),
         *words.exercises(notebook, around.exercises),
+        *words.header(notebook, around.exercises),
         *words.objectives(notebook, around.exercises, around.asked),
     ]
 

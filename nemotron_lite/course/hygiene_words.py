@@ -24,6 +24,7 @@ from nemotron_lite.course.grading import Exercise
 from nemotron_lite.course.hygiene_cells import code_cells, markdown_cells, stub_cells, tags
 
 SHORTEST_REASON = 15  # characters
+MINUTES_OFF = 0.2  # the part by which a header may round the time for the exercises
 
 _CLAIM = re.compile(
     r"\d[\d.,]*\s?(?:"
@@ -203,6 +204,28 @@ def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
                          f'check("{name}", {exercise.function_name}).')  # fmt: skip
     found += [f"exercise {name} has no cell." for name in by_id if name not in seen]
     found += [f"exercise {name} is there twice." for name in by_id if seen.count(name) > 1]
+    return found
+
+
+def header(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
+    """Headers that do not say what a reader plans by, or not what the exercises add up to.
+
+    Args:
+        notebook: the chapter.
+        defined: the exercises of the chapter.
+    """
+    first = "\n".join(c.source for _, c in markdown_cells(notebook) if "header" in tags(c))
+    found = [
+        f"nl:header has no row **{row}**."
+        for row in ("Time", "Machine", "You know")
+        if f"| **{row}** |" not in first
+    ]
+    said = re.search(r"(\d+) minutes to read, (\d+) for the exercises", first)
+    minutes = sum(exercise.minutes for exercise in defined)
+    if said is None:
+        found.append("nl:header does not say … minutes to read, … for the exercises.")
+    elif abs(int(said[2]) - minutes) > MINUTES_OFF * minutes:
+        found.append(f"nl:header gives {said[2]} minutes to exercises that take {minutes}.")
     return found
 
 

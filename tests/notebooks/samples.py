@@ -25,6 +25,10 @@ EXERCISES = tuple(
     for number, name in enumerate(("discretise", "memorise"), 1)
 )  # fmt: skip
 OBJECTIVES = "- **O1** Discretise.\n- **O2** Memorise.\n- **O3** Say why."
+HEADER = (
+    "| | |\n|---|---|\n| **Time** | 5 minutes to read, 10 for the exercises |\n"
+    "| **Machine** | any |\n| **You know** | numbers |"
+)
 ASKED = ("O1", "O2", "O3", "O2")
 FIGURE = {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {"meta": {"alt": ALT}}}
 
@@ -45,6 +49,7 @@ def chapter() -> NotebookNode:
             continue
         title = "# 01 Sample" if section == "header" else f"## The section {section}"
         said = OBJECTIVES if section in ("objectives", "recap") else "Some words."
+        said = HEADER if section == "header" else said
         cells.append(new_markdown_cell(f"{title}\n\n{said}", metadata=tags))
         if section == "predict":
             cells.append(new_code_cell('predict("ratio", "How much faster?")'))

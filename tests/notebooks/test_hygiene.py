@@ -240,6 +240,13 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
         lambda n: change(n, "exercise", "Return x, discretised.", "Return x."),
         "does not end in the text of 01.discretise",
     ),
+    # header
+    "no row": (lambda n: change(n, "header", "**You know**", "Before"), r"no row \*\*You know"),
+    "no times": (lambda n: change(n, "header", "5 minutes", "some time"), "does not say … minutes"),
+    "too little time": (
+        lambda n: change(n, "header", "10 for", "7 for"),
+        "gives 7 minutes to exercises that take 10",
+    ),
     # objectives
     "no objectives": (
         lambda n: change(n, "objectives", "- **O", "- O"),
