@@ -10,6 +10,7 @@ compute the same values, as here.
     rotation.py   the 16-point Hadamard transform
     tensor.py     QuantisedTensor, and the definition of `quantise`
     emulation.py  the same bits in few passes over memory, and values without codes
+    native.py     the same bits from kernels on a GPU
     product.py    products with packed weights: `matmul`, and `expert_mlp` over a stack
 
 Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
@@ -32,6 +33,7 @@ from nemotron_lite.ops.nvfp4.elements import (
     unpack,
 )
 from nemotron_lite.ops.nvfp4.emulation import fast_fake, fast_quantise
+from nemotron_lite.ops.nvfp4.native import triton_fake, triton_quantise
 from nemotron_lite.ops.nvfp4.product import expert_mlp, matmul
 from nemotron_lite.ops.nvfp4.rotation import SIGNS, hadamard, inverse_hadamard
 from nemotron_lite.ops.nvfp4.scaling import (
@@ -101,13 +103,16 @@ def quantise(
         amax: the largest magnitude to scale for instead of x's own: from a calibration, or from
             other processes that hold other parts. Larger numbers saturate.
         name: of the tensor, for errors.
-        impl: "naive" or "torch".
+        impl: "naive", "torch" or "triton"; they give the same bits.
 
     Raises:
         ValueError: NaN or infinity in x or amax, another dtype, a block shape that does not fit,
             dice without need or missing, an unknown `impl`.
+        RuntimeError: "triton" for tensors on the CPU outside its interpreter.
     """
-    run = choose("quantise", impl, x, naive=naive_quantise, torch=fast_quantise)
+    run = choose(
+        "quantise", impl, x, naive=naive_quantise, torch=fast_quantise, triton=triton_quantise
+    )
     return run(x, Options(block, stochastic, seed, bits, hadamard, batch_dims, amax, name))
 
 
@@ -130,16 +135,17 @@ def fake_quantise(
     Args:
         dim: -1, or -2 for blocks along the columns: `fake_quantise(x.mT, ...).mT` without turning
             x over. Gradients of weights sum over tokens, which are rows.
-        impl: "naive", which makes the codes, or "torch", bit-equal but for the sign of zeros.
+        impl: "naive", which makes the codes, or "triton" with the same bits, or "torch", bit-equal
+            but for the sign of zeros.
         The rest: as for `quantise`; `bits` are laid out as x is.
 
     Returns:
         The shape and dtype of x; with `hadamard`, rotated, and filled up to a multiple of 16.
 
     Raises:
-        ValueError: as `quantise`.
+        ValueError, RuntimeError: as `quantise`.
     """
     if dim not in (-1, -2):
         raise ValueError(f"{name}: dim={dim}; expected -1 or -2.")
-    run = choose("fake_quantise", impl, x, naive=naive_fake, torch=fast_fake)
+    run = choose("fake_quantise", impl, x, naive=naive_fake, torch=fast_fake, triton=triton_fake)
     return run(x, dim, Options(block, stochastic, seed, bits, hadamard, batch_dims, amax, name))

@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, UInt8
 from torch import Tensor
 
+from nemotron_lite.ops._door import choose, kernel
 from nemotron_lite.ops.nvfp4 import elements, scaling
 from nemotron_lite.ops.nvfp4.rotation import hadamard as rotate
 from nemotron_lite.ops.nvfp4.scaling import BLOCK
 from nemotron_lite.ops.philox import random_halves
 
 BLOCKS = ("1x16", "16x16")
+_KERNEL = kernel("nvfp4_dequantiser", "nvfp4_dequantise")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +74,21 @@ class QuantisedTensor:
                     f"{list(self.shape)} need {dtype} of shape {list(shape)}."
                 )
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-        """The values, code * (c * s_dec), computed in float32 and rounded once to `dtype`."""
+    def dequantise(
+        self, dtype: torch.dtype = torch.float32, *, impl: str = "auto"
+    ) -> Float[Tensor, "*shape"]:
+        """The values, code * (c * s_dec), computed in float32 and rounded once to `dtype`.
+
+        Raises:
+            ValueError: an `impl` other than "auto", "torch" and "triton".
+            RuntimeError: "triton" for tensors on the CPU outside its interpreter.
+        """
+        # What is asked for decides: the kernel writes no float64.
+        wanted = self.scale.new_empty(0, dtype=dtype)
+        run = choose("dequantise", impl, wanted, torch=QuantisedTensor._dequantise, triton=_KERNEL)
+        return run(self, dtype)
+
+    def _dequantise(self, dtype: torch.dtype) -> Tensor:
         decode = self.scale.reshape(*self.scale.shape, *[1] * (len(self.shape) - self.scale.ndim))
         factor = self.scales.float() * decode
         values = elements.decode_packed(self.codes).unflatten(-1, (-1, BLOCK))

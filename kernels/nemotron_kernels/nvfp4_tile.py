@@ -1,0 +1,211 @@
+"""The two kernels of `nvfp4_quantiser`: the largest magnitude of a tile, and a tile in NVFP4.
+
+m counts rows of the quantised tensor and k its columns, sixteen of which share a scale. Where
+memory lies close along k (TURNED false) a tile is `ROWS, COLUMNS`, and two or four threads share a
+block. Where it lies close along m, as for the transpose of a matrix, it is `COLUMNS, ROWS`: read
+in long runs, with sixteen rows of memory in each thread, so that no block needs its neighbours. The
+values are never turned over; only the bytes of codes are, which are a quarter as many.
+
+Square tiles take a maximum over 16 of m more. Hadamard's sums and differences are taken where the
+sixteen are. Random bits go by the place of a number and not by tiles, so both forms throw the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from nemotron_kernels.nvfp4_rounding import (
+    block_factors,
+    by_chance,
+    encode_pair,
+    hadamard,
+    random_halves,
+    round_e2m1,
+    round_e4m3,
+    rounded_to,
+    tensor_scales,
+    widened,
+)
+
+
+@triton.jit
+def _place(M, K, STACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(matrix, first row, first column) of this program's tile; a division is 30 instructions."""
+    across = tl.cdiv(K, COLUMNS)
+    tile = tl.program_id(0)
+    matrix = tl.full([], 0, tl.int64)
+    if STACKED:
+        tiles = across * tl.cdiv(M, ROWS)
+        matrix = (tile // tiles).to(tl.int64)
+        tile = tile % tiles
+    down = tile // across
+    return matrix, down * ROWS, (tile - down * across) * COLUMNS
+
+
+@triton.jit
+def _rows(m, TURNED: tl.constexpr):
+    """Rows of a tile along their axis of it."""
+    if TURNED:
+        m = m[None, :]
+    else:
+        m = m[:, None]
+    return m
+
+
+@triton.jit
+def _columns(k, TURNED: tl.constexpr):
+    """Columns of a tile along theirs."""
+    if TURNED:
+        k = k[:, None]
+    else:
+        k = k[None, :]
+    return k
+
+
+@triton.jit
+def _at(ptr, matrix, m, k, stride_b, stride_m, stride_k):
+    """Addresses of a tile."""
+    return ptr + matrix * stride_b + m.to(tl.int64) * stride_m + k.to(tl.int64) * stride_k
+
+
+@triton.jit
+def _load(x_ptr, matrix, m, k, M, K, stride_b, stride_m, stride_k, TURNED: tl.constexpr,
+          HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """A tile in float32, zeros outside; turned and rounded to the dtype of x when HADAMARD."""
+    at = _at(x_ptr, matrix, m, k, stride_b, stride_m, stride_k)
+    x = tl.load(at, mask=(m < M) & (k < K), other=0.0)
+    wide = widened(x)
+    if HADAMARD:
+        wide = widened(rounded_to(hadamard(wide, TURNED, ROWS, COLUMNS), x.dtype))
+    return wide
+
+
+@triton.jit
+def _nvfp4_amax(
+    x_ptr, partial_ptr, M, K, stride_b, stride_m, stride_k, STACKED: tl.constexpr,
+    TURNED: tl.constexpr, HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix, m, k = _place(M, K, STACKED, ROWS, COLUMNS)
+    m, k = _rows(m + tl.arange(0, ROWS), TURNED), _columns(k + tl.arange(0, COLUMNS), TURNED)
+    strides = stride_b, stride_m, stride_k
+    x = _load(x_ptr, matrix, m, k, M, K, *strides, TURNED, HADAMARD, ROWS, COLUMNS)
+    # Without its sign a float orders like an integer, and NaN is above infinity.
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(size, axis=1), axis=0))
+
+
+@triton.jit
+def _largest(x, TURNED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
+             COLUMNS: tl.constexpr):  # fmt: skip
+    """The largest magnitude of each block: `ROWS, COLUMNS / 16`, or turned over."""
+    size = tl.abs(x)
+    if TURNED:
+        largest = tl.max(tl.reshape(size, [COLUMNS // 16, 16, ROWS]), axis=1)
+        if SQUARE:
+            tiles = tl.max(tl.reshape(largest, [COLUMNS // 16, ROWS // 16, 16]), axis=2)
+            tiles = tl.broadcast_to(tiles[:, :, None], [COLUMNS // 16, ROWS // 16, 16])
+            largest = tl.reshape(tiles, [COLUMNS // 16, ROWS])
+    else:
+        largest = tl.max(tl.reshape(size, [ROWS, COLUMNS // 16, 16]), axis=2)
+        if SQUARE:
+            tiles = tl.max(tl.reshape(largest, [ROWS // 16, 16, COLUMNS // 16]), axis=1)
+            tiles = tl.broadcast_to(tiles[:, None, :], [ROWS // 16, 16, COLUMNS // 16])
+            largest = tl.reshape(tiles, [ROWS, COLUMNS // 16])
+    return largest
+
+
+@triton.jit
+def _times(x, factor, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each number times the factor of its block."""
+    if TURNED:
+        blocks = tl.reshape(x, [COLUMNS // 16, 16, ROWS]) * factor[:, None, :]
+    else:
+        blocks = tl.reshape(x, [ROWS, COLUMNS // 16, 16]) * factor[:, :, None]
+    return tl.reshape(blocks, x.shape)
+
+
+@triton.jit
+def _pairs(x, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The even columns of a tile, and the odd ones."""
+    if TURNED:
+        pairs = tl.trans(tl.reshape(x, [COLUMNS // 2, 2, ROWS]), 0, 2, 1)
+    else:
+        pairs = tl.reshape(x, [ROWS, COLUMNS // 2, 2])
+    return tl.split(pairs)
+
+
+def _name(kernel: Any) -> str:
+    constants = kernel.constants
+    parts = [
+        "_nvfp4_fake_quantise" if constants["FAKE"] else "_nvfp4_quantise",
+        "_columns" if constants["TURNED"] else "",
+        "_hadamard" if constants["HADAMARD"] else "",
+        "_square" if constants["SQUARE"] else "",
+        ("", "_by_chance", "_by_chance")[constants["DICE"]],
+    ]
+    return "".join(parts)
+
+
+@triton.jit(repr=_name, do_not_specialize=["seed"])
+def _quantise_kernel(
+    x_ptr, amax_ptr, bits_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, seed, each,
+    M, K, filled, given, width, stride_b, stride_m, stride_k,
+    bits_b, bits_m, bits_k, out_b, out_m, out_k,
+    STACKED: tl.constexpr, TURNED: tl.constexpr, SQUARE: tl.constexpr, HADAMARD: tl.constexpr,
+    DICE: tl.constexpr, FAKE: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    matrix, top, first = _place(M, filled, STACKED, ROWS, COLUMNS)
+    m = _rows(top + tl.arange(0, ROWS), TURNED)
+    k = _columns(first + tl.arange(0, COLUMNS), TURNED)
+    tensor = matrix
+    if STACKED:
+        tensor = matrix // each
+    strides = stride_b, stride_m, stride_k
+    x = _load(x_ptr, matrix, m, k, M, K, *strides, TURNED, HADAMARD, ROWS, COLUMNS)
+    encode, decode = tensor_scales(tl.load(amax_ptr + tensor))
+    largest = _largest(x, TURNED, SQUARE, ROWS, COLUMNS)
+    c = round_e4m3(largest * (encode * 0.1666666716337204))  # 1/6 in float32
+    times, factor = block_factors(c, decode)
+    v = _times(x, times, TURNED, ROWS, COLUMNS)
+    if DICE != 0 or not NATIVE:  # the instruction clips by itself
+        v = tl.minimum(tl.maximum(v, -6.0), 6.0)
+    sign = v.to(tl.int32, bitcast=True) & -0x80000000
+    row = matrix * M + m
+    if DICE == 0:
+        code, value = round_e2m1(tl.abs(v))  # not compiled where nobody uses it
+    else:
+        if DICE == 1:
+            if seed.dtype.is_ptr():
+                seed = tl.load(seed)
+            halves = random_halves(seed, row, first, filled // 8, TURNED, ROWS, COLUMNS)
+        else:
+            at = _at(bits_ptr, matrix, m, k, bits_b, bits_m, bits_k)
+            halves = tl.load(at, mask=(m < M) & (k < given), other=0)
+        code, value = by_chance(v, halves)
+    if FAKE:
+        value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        value = rounded_to(_times(value, factor, TURNED, ROWS, COLUMNS), out_ptr.dtype.element_ty)
+        at = _at(out_ptr, matrix, m, k, out_b, out_m, out_k)
+        tl.store(at, value, mask=(m < M) & (k < width))
+    else:
+        if NATIVE:
+            if DICE != 0:
+                v = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            even, odd = _pairs(v, TURNED, ROWS, COLUMNS)
+            code = encode_pair(even, odd)
+        else:
+            even, odd = _pairs(code | ((sign >> 28) & 8), TURNED, ROWS, COLUMNS)
+            code = (even | (odd << 4)).to(tl.uint8)
+        byte = _columns(first // 2 + tl.arange(0, COLUMNS // 2), TURNED)
+        block = _columns(first // 16 + tl.arange(0, COLUMNS // 16), TURNED)
+        at = codes_ptr + row * (filled // 2) + byte
+        tl.store(at, code, mask=(m < M) & (byte < filled // 2))
+        at = scales_ptr + row * (filled // 16) + block
+        tl.store(at, c, mask=(m < M) & (block < filled // 16))
+        # The first tile of the first matrix of each tensor leaves the tensor's scale behind.
+        if (top == 0) & (first == 0) & (matrix == tensor * each):
+            tl.store(scale_ptr + tensor, decode)
