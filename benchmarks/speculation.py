@@ -5,8 +5,12 @@
     python -m benchmarks speculation --quick            a tiny untrained model, no record
 
 The model is the `lite` preset, trained by the project's own recipe on Python's standard library and
-kept in runs/speculation; prompts are the beginnings of held-out files, one at a time (batch 1). For
-greedy and for sampled decoding:
+kept in runs/. The time of training is shared: most of it goes to the whole model; then the
+backbone, frozen, continues pieces of its training text, and the MTP module alone is healed on that
+(train/healing.py), held to the backbone's own distributions (train/distillation.py). All of it, the
+writing included, fits into the seconds asked for. Drafts are made of the `SHORTLIST` tokens that
+are most frequent in what the backbone wrote. Prompts are the beginnings of held-out files, which
+nothing was trained on, one at a time (batch 1). For greedy and for sampled decoding:
 
     plain       token by token: the "plain" of every ratio
     fixed k     drafts of k tokens, always
@@ -27,37 +31,101 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.data import END_OF_TEXT_ID, prepare
-from nemotron_lite.speculative import Costs, Statistics, costs, speedup
+from nemotron_lite.speculative import Costs, Statistics, costs, shortlist, speedup
 from nemotron_lite.speculative.calibration import prices_of, seconds_by_part
 from nemotron_lite.state import HOLDS
-from nemotron_lite.train import TrainConfig, train
+from nemotron_lite.train import TrainConfig, Written, evaluate, heal, train
+from nemotron_lite.train.healing import WRITING_ROWS, write
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 AIM, FLOOR = 1.6, 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
-PROMPT = 96  # tokens
+PROMPT, WRITTEN = 96, 160  # tokens
+BACKBONE, WRITING = 0.6, 0.1  # shares of the time; the rest heals
+SHORTLIST = 1024  # tokens of 4,096 that drafts are made of
 
 
-def trained_model(seconds: float, prompts: int) -> tuple[Nemotron, list[list[int]], float]:
-    """The model of the project's recipe, trained once and kept; prompts; seconds of training."""
+@dataclass
+class Trained:
+    """A model, what drafts are made of, prompts, and how it came about."""
+
+    model: Nemotron
+    shortlist: Tensor
+    prompts: list[list[int]]
+    story: dict[str, Any]
+
+
+def trained_model(seconds: float, prompts: int) -> Trained:
+    """The model of the project's recipe, trained once and kept."""
     data = prepare()
-    folder = RUNS / f"speculation-{seconds:.0f}"
-    if not (folder / "model").is_dir():
+    folder, judges = RUNS / f"speculation-{seconds:.0f}", _beginnings(data, prompts)
+    if not (folder / "story.json").is_file():
         config = NemotronConfig.from_preset(
             "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
         )
         model = Nemotron(config, seed=0)
-        train(model, data, TrainConfig(max_seconds=seconds, bias_rate=0.02))
+        began = time.perf_counter()
+        whole = train(model, data, TrainConfig(max_seconds=BACKBONE * seconds, bias_rate=0.02))
+        written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
+        wrote = time.perf_counter() - began - whole.seconds
+        how = TrainConfig(
+            max_seconds=max(1.0, seconds - whole.seconds - wrote), mtp_weight=1.0,
+            mtp_target="backbone",
+        )  # fmt: skip
+        # Judging is not training, and stands outside the time: other held-out files than those
+        # that are measured later.
+        others = _beginnings(data, prompts + 6)[prompts:] or judges
+        healed = heal(model, written, how, judges=others, judged_length=64)
+        texts = [row[PROMPT:] for row in written.tokens.tolist()]
+        story = {
+            "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
+            "writing": {"seconds": wrote, "tokens": healed.written},
+            "healing": {"seconds": healed.result.seconds, "steps": healed.result.step},
+            "acceptance_length_before_healing": healed.before.acceptance_length,
+            "acceptance_length_after_healing": healed.after.acceptance_length,
+            "acceptance_rates_before_healing": healed.before.acceptance_rates,
+            "acceptance_rates_after_healing": healed.after.acceptance_rates,
+            "held_out_bits_per_byte": evaluate(model.eval(), data.held_out).bits_per_byte,
+            "shortlist": shortlist(texts, SHORTLIST).tolist(),
+        }
         save(model, folder / "model", data.tokenizer)
-    return load(folder / "model").eval(), _beginnings(data, prompts), seconds
+        (folder / "story.json").write_text(json.dumps(story))
+    story = json.loads((folder / "story.json").read_text())
+    tokens = torch.tensor(story.pop("shortlist"))
+    return Trained(load(folder / "model").eval(), tokens, judges, story)
+
+
+def own_text(model: Nemotron, data: Any, until: float) -> Written:
+    """What the backbone writes behind pieces of training text: half greedy, half sampled.
+
+    As many rounds as fit before the clock shows `until`; at least one.
+    """
+    model.eval()
+    prompts: list[list[int]] = []
+    texts: list[list[int]] = []
+    while not prompts or time.perf_counter() < until:
+        pieces = data.batch(
+            len(prompts), batch_size=2 * WRITING_ROWS, length=PROMPT, seed=2
+        ).tokens.tolist()
+        for part, temperature in ((pieces[:WRITING_ROWS], 0.0), (pieces[WRITING_ROWS:], 0.7)):
+            made = write(model, part, WRITTEN, temperature=temperature, seed=len(prompts))
+            prompts += part
+            texts += made.tokens[:, PROMPT:].tolist()
+    return Written(prompts, texts)
 
 
 def _beginnings(data: Any, count: int) -> list[list[int]]:
@@ -87,13 +155,14 @@ def write_all(
 
 def measure_decoding(
     model: Nemotron, prompts: list[list[int]], tokens: int, rounds: int, temperature: float,
-    prices: dict[str, Costs],
+    prices: dict[str, Costs], tokens_to_draft: Tensor | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One entry per way of drafting, each against plain decoding in the same rounds."""
+    mtp: dict[str, Any] = dict(draft="mtp", shortlist=tokens_to_draft)
     ways: dict[str, dict[str, Any]] = {
-        f"fixed {k}": dict(draft="mtp", draft_length=k, adaptive=False) for k in LENGTHS
+        f"fixed {k}": dict(mtp, draft_length=k, adaptive=False) for k in LENGTHS
     }
-    ways["adaptive"] = dict(draft="mtp", draft_length=LONGEST, adaptive=prices["measured"])
+    ways["adaptive"] = dict(mtp, draft_length=LONGEST, adaptive=prices["measured"])
     models = dict.fromkeys(ways, model) | {"poor": poor(model)}
     ways["poor"] = ways["adaptive"]
     sampling: dict[str, Any] = dict(temperature=temperature, top_p=0.95 if temperature else None)
@@ -176,28 +245,41 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
-    trained: float | None = None
+    story: dict[str, Any] | None = None
+    drafted: Tensor | None = None
     if asked.quick:
         config = NemotronConfig.from_preset(
             "lite", pattern="ME*E", vocab_size=128, hidden_size=32, mtp_pattern="*E"
         )
         model, prompts = Nemotron(config, seed=0).eval(), [[1, 2, 3], [4, 5]]
-        asked.tokens, asked.rounds = 8, 2
+        drafted, asked.tokens, asked.rounds = torch.arange(64), 8, 2
     elif asked.model:
         model = load(asked.model).eval()
         prompts = _beginnings(prepare(vocab_size=model.config.vocab_size), asked.prompts)
     else:
-        model, prompts, trained = trained_model(asked.seconds, asked.prompts)
-    parts = seconds_by_part(model, LONGEST, context=PROMPT, rounds=3 if asked.quick else 40)
-    prices = {"ledger": costs(model.config, LONGEST), "measured": prices_of(parts, LONGEST)}
+        trained = trained_model(asked.seconds, asked.prompts)
+        model, drafted, prompts = trained.model, trained.shortlist, trained.prompts
+        story = trained.story
+        print(f"  {story}", flush=True)
+    parts = seconds_by_part(
+        model, LONGEST, context=PROMPT, rounds=3 if asked.quick else 40, shortlist=drafted
+    )
+    counted = None if drafted is None else len(drafted)
+    prices = {
+        "ledger": costs(model.config, LONGEST, drafted_tokens=counted),
+        "measured": prices_of(parts, LONGEST),
+    }
     print(f"  prices in plain steps: {prices}", flush=True)
     results = measure_rollback(model, 3 if asked.quick else 40)
     for temperature in (0.0, 0.7):
-        results += measure_decoding(model, prompts, asked.tokens, asked.rounds, temperature, prices)
+        results += measure_decoding(
+            model, prompts, asked.tokens, asked.rounds, temperature, prices, drafted
+        )
     if not asked.quick:
         payload = {
             "model": "lite" if not asked.model else asked.model.name,
-            "training_seconds": trained,
+            "training": story,
+            "shortlist": counted,
             "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": asked.tokens,
             "step_seconds": parts,
             "prices": {kind: vars(price) for kind, price in prices.items()},

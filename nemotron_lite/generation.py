@@ -43,6 +43,7 @@ def generate(
     draft: str | None = None,
     draft_length: int = 4,
     adaptive: bool | Costs = True,
+    shortlist: Int[Tensor, "s"] | None = None,
     statistics: Statistics | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
@@ -60,6 +61,8 @@ def generate(
         draft_length: most tokens of a draft.
         adaptive: draft only as far as it pays, by the ledger's prices or by the `Costs` given
             (`speculative.calibrate` measures them); False drafts `draft_length` tokens always.
+        shortlist: the only tokens to draft, for a cheaper head (`speculative.shortlist` counts
+            them); all of them when None.
         statistics: filled in with what drafting did.
 
     Returns:
@@ -73,7 +76,7 @@ def generate(
     for step in stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         stop=stop, seed=seed, prefill_chunk=prefill_chunk, draft=draft, draft_length=draft_length,
-        adaptive=adaptive, statistics=statistics,
+        adaptive=adaptive, shortlist=shortlist, statistics=statistics,
     ):  # fmt: skip
         rows = rows or [[] for _ in step]
         for row, token in zip(rows, step, strict=True):
@@ -96,6 +99,7 @@ def stream(
     draft: str | None = None,
     draft_length: int = 4,
     adaptive: bool | Costs = True,
+    shortlist: Int[Tensor, "s"] | None = None,
     statistics: Statistics | None = None,
 ) -> Iterator[list[int | None]]:
     """`generate`, one step at a time: a token per row, None for rows that have ended.
@@ -114,7 +118,7 @@ def stream(
         return Speculation(
             model, prompt, lengths, max_new_tokens, filters, seed=seed, stop=frozenset(stop),
             chunk=prefill_chunk, draft_length=draft_length, adaptive=adaptive,
-            statistics=statistics,
+            shortlist=shortlist, statistics=statistics,
         ).steps()  # fmt: skip
     chooser = Chooser(len(prompt), filters, seed)
     return _steps(model, prompt, lengths, max_new_tokens, chooser, frozenset(stop), prefill_chunk)

@@ -176,8 +176,8 @@ class Mamba2(nn.Module):
         """Read a draft; `past` stays as it is, with what `keep` needs beside it."""
         z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         taps = self.conv1d.weight.squeeze(1)
-        xBC, _ = ops.causal_conv1d(raw, taps, self.conv1d.bias, initial_state=past.conv)
         window = torch.cat([past.conv, raw], dim=1)
+        xBC = ops.causal_conv1d_window(window, taps, self.conv1d.bias)
         x, B, C = self._split_heads(xBC)
         dt, A = self._step_sizes(dt), self._rates()
         if how == "replay":

@@ -6,7 +6,7 @@ give the same numbers up to rounding, and the tests hold them to it.
 """
 
 from nemotron_lite.ops.attention import causal_attention
-from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step
+from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_window
 from nemotron_lite.ops.experts import expert_mlp, squared_relu
 from nemotron_lite.ops.fp8 import (
     FP8Tensor,
@@ -40,6 +40,7 @@ __all__ = [
     "causal_attention",
     "causal_conv1d",
     "causal_conv1d_step",
+    "causal_conv1d_window",
     "draw",
     "expert_mlp",
     "fake_quantise",

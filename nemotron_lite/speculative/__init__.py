@@ -23,7 +23,7 @@ drafts (Nemotron's deployments draft chains), other models as drafters.
 
 from nemotron_lite.speculative.adaptive import Adaptive
 from nemotron_lite.speculative.calibration import calibrate
-from nemotron_lite.speculative.drafting import Drafter
+from nemotron_lite.speculative.drafting import Drafter, shortlist
 from nemotron_lite.speculative.prediction import Costs, costs, speedup
 from nemotron_lite.speculative.rounds import Speculation
 from nemotron_lite.speculative.statistics import Statistics
@@ -36,5 +36,6 @@ __all__ = [
     "Statistics",
     "calibrate",
     "costs",
+    "shortlist",
     "speedup",
 ]

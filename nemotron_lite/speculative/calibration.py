@@ -21,9 +21,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from nemotron_lite.layers import Span
 from nemotron_lite.model import Nemotron
+from nemotron_lite.ops import linear
 from nemotron_lite.speculative.prediction import Costs
 
 
@@ -34,6 +37,7 @@ def seconds_by_part(
     context: int = 128,
     rounds: int = 15,
     hold: str = "replay",
+    shortlist: Int[Tensor, "s"] | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of a plain step, a draft step, and verifications of 2 and k+1 tokens.
@@ -41,6 +45,7 @@ def seconds_by_part(
     Args:
         context: tokens the state has read before.
         hold: what the state keeps of a draft.
+        shortlist: the tokens that drafts are made of, as for `generate`.
         timer: gives seconds.
 
     Raises:
@@ -58,6 +63,8 @@ def seconds_by_part(
         return drawn.to(model.device)
 
     with torch.inference_mode():
+        whole = model.lm_head.weight
+        head = whole if shortlist is None else whole[shortlist.to(model.device)]
         state = model.empty_state(1, capacity=context + 8 * draft_length, mtp=True)
         hidden = model(tokens(context), state).hidden[:, -1:]
         before = state.snapshot()
@@ -70,7 +77,7 @@ def seconds_by_part(
         def turn() -> None:
             span = Span(state.mtp_starts)
             found = mtp.answer(hidden, model.backbone.embed(one), state.mtp, span)
-            model.head(found).argmax(-1).tolist()
+            linear(found, head).argmax(-1).tolist()
 
         calls: dict[str, Callable[[], object]] = {
             "step": lambda: model(one, state, last_only=True).logits.argmax(-1).tolist(),
@@ -100,6 +107,9 @@ def prices_of(seconds: dict[str, float], draft_length: int) -> Costs:
     )
 
 
-def calibrate(model: Nemotron, draft_length: int = 4) -> Costs:
+def calibrate(
+    model: Nemotron, draft_length: int = 4, *, shortlist: Int[Tensor, "s"] | None = None
+) -> Costs:
     """Prices on this machine at batch 1; takes about a second for a small model."""
-    return prices_of(seconds_by_part(model, draft_length), draft_length)
+    parts = seconds_by_part(model, draft_length, shortlist=shortlist)
+    return prices_of(parts, draft_length)

@@ -45,12 +45,15 @@ class Costs:
         return 1.0 + self.start + draft_length * (self.draft + self.verify)
 
 
-def costs(config: NemotronConfig, draft_length: int = 4) -> Costs:
+def costs(
+    config: NemotronConfig, draft_length: int = 4, *, drafted_tokens: int | None = None
+) -> Costs:
     """The ledger's prices at batch 1, the context's keys and values left out.
 
     Args:
         draft_length: the price of a verified token is averaged up to this length, since the more
             tokens there are, the fewer new experts each of them wakes.
+        drafted_tokens: length of the drafter's shortlist; the whole vocabulary when None.
 
     Raises:
         ValueError: a model without an MTP module, or a length below 1.
@@ -62,7 +65,7 @@ def costs(config: NemotronConfig, draft_length: int = 4) -> Costs:
     one = pass_weights(config, 1)
     more = pass_weights(config, 1 + draft_length)
     rows = ledger.parameters(config).rows
-    head = config.vocab_size * config.hidden_size
+    head = (drafted_tokens or config.vocab_size) * config.hidden_size
     module = sum(row.active for row in rows if row.mtp)
     return Costs(draft=(module + head) / one, verify=(more - one) / draft_length / one)
 

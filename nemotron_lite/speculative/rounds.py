@@ -31,7 +31,7 @@ from nemotron_lite.model import SEGMENT, Nemotron
 from nemotron_lite.prompts import prefill
 from nemotron_lite.sampling import Filters, Streams
 from nemotron_lite.speculative.adaptive import Adaptive, Fixed
-from nemotron_lite.speculative.drafting import Controller, Draft, Drafter
+from nemotron_lite.speculative.drafting import Controller, Draft, Drafter, check_shortlist
 from nemotron_lite.speculative.prediction import Costs, costs
 from nemotron_lite.speculative.statistics import Statistics
 
@@ -49,10 +49,12 @@ class Speculation:
         draft_length: tokens of a draft; the most, if `adaptive`.
         adaptive: draft only as far as it pays, by the ledger's prices or by those given.
         hold: what the state keeps of a draft, "replay" or "snapshots".
+        shortlist: the only tokens to draft; all of them when None.
         statistics: filled in while the run goes on.
 
     Raises:
-        ValueError: a model without an MTP module, or a draft length below 1.
+        ValueError: a model without an MTP module, a draft length below 1, or a shortlist of
+            tokens outside the vocabulary.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Speculation:
         draft_length: int = 4,
         adaptive: bool | Costs = True,
         hold: str = "replay",
+        shortlist: Int[Tensor, "s"] | None = None,
         statistics: Statistics | None = None,
     ) -> None:
         if model.mtp is None:
@@ -78,6 +81,9 @@ class Speculation:
             )
         if draft_length < 1:
             raise ValueError(f"draft_length={draft_length} must be at least 1.")
+        if shortlist is not None:
+            check_shortlist(shortlist, model.config.vocab_size)
+        self.shortlist = shortlist
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.most, self.filters, self.stop = max_new_tokens, filters, stop
         self.chunk, self.draft_length, self.hold = chunk or SEGMENT, draft_length, hold
@@ -85,7 +91,11 @@ class Speculation:
         rows = len(lengths)
         self.streams = Streams(rows, 0 if filters.greedy else seed)
         if adaptive:
-            paid = adaptive if isinstance(adaptive, Costs) else costs(model.config, draft_length)
+            drafted = None if shortlist is None else len(shortlist)
+            if isinstance(adaptive, Costs):
+                paid = adaptive
+            else:
+                paid = costs(model.config, draft_length, drafted_tokens=drafted)
             self.controllers: list[Controller] = [Adaptive(draft_length, paid) for _ in lengths]
         else:
             self.controllers = [Fixed(draft_length) for _ in lengths]
@@ -111,7 +121,7 @@ class Speculation:
             started = time.perf_counter()
             room = self.prompt.shape[1] + self.most + self.draft_length + 1
             self.state = self.model.empty_state(len(self.lengths), capacity=room, mtp=True)
-            self.drafter = Drafter(self.model, self.state, self.filters)
+            self.drafter = Drafter(self.model, self.state, self.filters, self.shortlist)
             watch = partial(self.drafter.read_prompt, prompt=self.prompt, lengths=self.lengths)
             logits = prefill(
                 self.model, self.prompt, self.lengths, self.state, self.chunk,

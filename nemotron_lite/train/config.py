@@ -45,6 +45,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of all gradients together
 
     mtp_weight: float = 0.3  # shared by the MTP depths; 0 leaves the MTP module untrained
+    mtp_target: str = "text"  # what the MTP module predicts: "text", or "backbone" (distillation.py)
     balance_weight: float = 1e-4  # of the per-sequence balance loss
     bias_rate: float = 1e-3  # step of the routers' selection bias
 
@@ -69,6 +70,8 @@ class TrainConfig:
         for name in ("weight_decay", "mtp_weight", "balance_weight", "bias_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 self._fail(name, "0 or more")
+        if self.mtp_target not in ("text", "backbone"):
+            self._fail("mtp_target", "'text' or 'backbone'")
         if not 0 <= self.min_lr <= self.lr:
             self._fail("min_lr", f"0 to lr={self.lr}")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):

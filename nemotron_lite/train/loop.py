@@ -52,6 +52,7 @@ from nemotron_lite.train.checkpointing import (
     save_checkpoint,
 )
 from nemotron_lite.train.config import TrainConfig
+from nemotron_lite.train.distillation import distillation_loss
 from nemotron_lite.train.loss import count_targets, token_loss
 from nemotron_lite.train.optimizer import clip_gradients, make_optimizer
 from nemotron_lite.train.precision import Arithmetic
@@ -281,7 +282,8 @@ class _Run:
             found = self.model.forward_hidden(
                 batch.tokens, seq_idx=batch.seq_idx, mtp_depths=self.depths, router_stats=True
             )
-            tokens = token_loss(
+            loss = distillation_loss if self.config.mtp_target == "backbone" else token_loss
+            tokens = loss(
                 found.hidden, found.mtp_hidden, self.model.lm_head.weight, batch,
                 mtp_weight=self.config.mtp_weight, counts=counts,
             )  # fmt: skip

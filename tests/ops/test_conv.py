@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_lite.ops import causal_conv1d, causal_conv1d_step
+from nemotron_lite.ops import causal_conv1d, causal_conv1d_step, causal_conv1d_window
 from tests.compare import errors
 
 
@@ -127,3 +127,15 @@ def test_packed_gradients_against_numbers() -> None:
 def test_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="no implementation 'cuda'"):
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), impl="cuda")
+
+
+@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_window_is_the_convolution_behind_its_state(impl: str, bias: bool) -> None:
+    x, weight, shift, state = _inputs(2, 5, 6, 4)
+    added = shift if bias else None
+    exact, _ = causal_conv1d(x, weight, added, initial_state=state, impl="naive")
+    window = torch.cat([state, x], dim=1)
+    before = window.clone()
+    torch.testing.assert_close(causal_conv1d_window(window, weight, added, impl=impl), exact)
+    assert torch.equal(window, before)

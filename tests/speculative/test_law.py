@@ -72,6 +72,16 @@ def test_a_draft_that_stops_when_it_does_not_pay_changes_no_law(five: Nemotron) 
     assert statistics.verifications > 0 and statistics.mean_draft < 2
 
 
+def test_a_shortlist_of_drafts_changes_no_law(five: Nemotron) -> None:
+    statistics = Statistics()
+    counts = _counts(
+        five, SETTINGS[1], adaptive=False, statistics=statistics, shortlist=torch.tensor([0, 2, 3])
+    )
+    value, cells = chi_square(counts, _enumerate(five, *SETTINGS[1]))
+    assert value < critical_value(cells - 1)
+    assert 0.05 < statistics.acceptance_rates[0] < 0.99
+
+
 def _keeps_p(p, q, drafts, uniforms, lengths=None):
     """After a rejection, all of p instead of what q left of it."""
     verdict = ops.verify(p, q, drafts, uniforms, lengths)
