@@ -54,7 +54,8 @@ from nemotron_lite.train.healing import WRITING_ROWS, write
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 AIM, FLOOR = 1.6, 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
-PROMPT, WRITTEN = 96, 160  # tokens
+PROMPT = 96  # tokens of a prompt that is measured
+LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone writes behind it
 BACKBONE, WRITING = 0.6, 0.1  # shares of the time; the rest heals
 SHORTLIST = 1024  # tokens of 4,096 that drafts are made of
 
@@ -83,14 +84,14 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
         wrote = time.perf_counter() - began - whole.seconds
         how = TrainConfig(
-            max_seconds=max(1.0, seconds - whole.seconds - wrote), mtp_weight=1.0,
-            mtp_target="backbone",
+            max_seconds=max(1.0, seconds - whole.seconds - wrote), length=LEAD + WRITTEN,
+            mtp_weight=1.0, mtp_target="backbone",
         )  # fmt: skip
         # Judging is not training, and stands outside the time: other held-out files than those
         # that are measured later.
         others = _beginnings(data, prompts + 6)[prompts:] or judges
         healed = heal(model, written, how, judges=others, judged_length=64)
-        texts = [row[PROMPT:] for row in written.tokens.tolist()]
+        texts = [row[LEAD:] for row in written.tokens.tolist()]
         story = {
             "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
             "writing": {"seconds": wrote, "tokens": healed.written},
@@ -119,12 +120,12 @@ def own_text(model: Nemotron, data: Any, until: float) -> Written:
     texts: list[list[int]] = []
     while not prompts or time.perf_counter() < until:
         pieces = data.batch(
-            len(prompts), batch_size=2 * WRITING_ROWS, length=PROMPT, seed=2
+            len(prompts), batch_size=2 * WRITING_ROWS, length=LEAD, seed=2
         ).tokens.tolist()
         for part, temperature in ((pieces[:WRITING_ROWS], 0.0), (pieces[WRITING_ROWS:], 0.7)):
             made = write(model, part, WRITTEN, temperature=temperature, seed=len(prompts))
             prompts += part
-            texts += made.tokens[:, PROMPT:].tolist()
+            texts += made.tokens[:, LEAD:].tolist()
     return Written(prompts, texts)
 
 

@@ -8,6 +8,7 @@ optimizer.py      AdamW and clipping;  schedule.py  warm up, stay, decay
 checkpointing.py  files to resume from
 precision.py      NVFP4 and BF16 arithmetic in the model while it trains
 evaluate.py       bits per byte of text that was not trained on
+distillation.py   the MTP module held to what the backbone predicts, in place of the text
 healing.py        the MTP module alone, on text that the frozen backbone wrote
 """
 

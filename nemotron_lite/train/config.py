@@ -45,7 +45,7 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of all gradients together
 
     mtp_weight: float = 0.3  # shared by the MTP depths; 0 leaves the MTP module untrained
-    mtp_target: str = "text"  # what the MTP module predicts: "text", or "backbone" (distillation.py)
+    mtp_target: str = "text"  # what the MTP module predicts: "text" or "backbone" (distillation.py)
     balance_weight: float = 1e-4  # of the per-sequence balance loss
     bias_rate: float = 1e-3  # step of the routers' selection bias
 

@@ -5,7 +5,8 @@ text as this backbone writes it. After training has moved the backbone (fine-tun
 learning, where the MTP loss is off), the module lags behind. Healing:
 
     1. the frozen backbone writes continuations of prompts, sampled as it will be used
-    2. the module alone is trained on them, with the loss of every depth it was trained for
+    2. the module alone is trained on them, with the loss of every depth it was trained for: on the
+       tokens written, or (`mtp_target="backbone"`) on the distributions they were drawn from
     3. acceptance is measured before and after, on prompts that were not trained on
 
 Only MTP parameters move: embedding and head, which it shares, belong to the backbone. So plain
@@ -13,8 +14,13 @@ decoding writes the same after as before, token for token. The training itself i
 the backbone's parameters frozen, prompts masked out of the loss, and the routers' selection biases
 left alone.
 
-Source: Nemotron 3 Super report 3.2; reference sheet 5.2. Left out: Ultra's boosting (a divergence
-from the backbone's logits in place of the loss on its tokens).
+The distributions teach far more per token. On the `lite` preset after 150 seconds of training, 25
+seconds of healing took the acceptance length of drafts of five from 1.97 to 2.22 on the tokens and
+to 3.21 on the distributions; on text found elsewhere, the distributions gave 2.21. Which of the two
+answers a published model was healed with: tokens in Super, distributions ("boosting") in Ultra.
+
+Source: Nemotron 3 Super report 3.2; reference sheet 5.2. Left out: a temperature for the
+divergence.
 """
 
 from __future__ import annotations
