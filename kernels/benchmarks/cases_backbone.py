@@ -133,6 +133,10 @@ def _step_inputs(model: str) -> Callable[..., Any]:
     }
 
 
+def _step_torch(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.causal_conv1d_step(state, x, weight, bias, impl="torch")
+
+
 def _state_inputs(model: str, batch: int, dtype: torch.dtype) -> Callable[..., Any]:
     _, heads, p, groups, n = MODELS[model]
 
@@ -172,6 +176,11 @@ def _update_mamba(state, x, dt, A, B, C, D, dt_bias):
     return y, state
 
 
+def _update_torch(state, x, dt, A, B, C, D, dt_bias):
+    given = {"D": D, "dt_bias": dt_bias, "dt_softplus": True}
+    return ops.ssd_step(state, x, dt, A, B, C, impl="torch", **given)
+
+
 def _update_cases(model: str) -> list[Case]:
     _, heads, p, groups, n = MODELS[model]
     cases = []
@@ -191,7 +200,9 @@ def _update_cases(model: str) -> list[Case]:
                     tolerance=(4e-3, 2e-6 if seed is None else 1e-3),
                     bytes=2 * word * batch * heads * p * n + small,
                     in_place=("state",),
-                    peers={"mamba_ssm": _update_mamba} if seed is None else {},
+                    peers={} if seed is not None else {
+                        "mamba_ssm": _update_mamba, "torch": _update_torch,
+                    },
                     key=f"selective_state_update {kind}",
                 )
             )  # fmt: skip
@@ -242,7 +253,8 @@ def _cases(model: str) -> list[Case]:
         Case(
             op="causal_conv1d_step", name="forward", shape=f"{model}, batch {BATCH}",
             inputs=_step_inputs(model), run=causal_conv1d_step, exact=ops.causal_conv1d_step,
-            tolerance=4e-3, bytes=2 * 8 * BATCH * conv, key="causal_conv1d_step",
+            tolerance=4e-3, bytes=2 * 8 * BATCH * conv, peers={"torch": _step_torch},
+            key="causal_conv1d_step",
         )
     )  # fmt: skip
     return cases + _update_cases(model)
