@@ -10,11 +10,16 @@ Mamba layers before it. The softmax is taken in float32.
 `starts[r] + i` and sees keys up to there. Keys beyond (left over from a rolled-back draft, or
 padding of a shorter row) are never read, so a cache is rolled back by forgetting its length.
 
+In BF16 on a CPU, PyTorch's flash kernel multiplies no faster than in float32. There the products
+are oneDNN's, a few hundred rows of scores at a time: scores and softmax in float32, and only the
+weights rounded to BF16, as the flash kernel does.
+
 Source: reference sheet section 3. Left out: windows, sinks, position biases; Nemotron 3 has none.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -27,6 +32,9 @@ from nemotron_lite.ops.scan import number_documents
 
 # PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ONEDNN = torch.backends.mkldnn.is_available()
+SCORES = 2**20  # float32 scores worked on at once: a few megabytes, which caches hold
+FEW_SCORES = 2**14  # per head; below, the flash kernel has finished before the blocks have begun
 
 
 def causal_attention(
@@ -93,6 +101,8 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor
         k, v = k[:, :, : starts + tokens], v[:, :, : starts + tokens]
         if tokens == 1:
             return _one_token(q, k, v)
+        if seq_idx is None and _multiplies_faster_in_blocks(q, starts):
+            return _in_blocks(q, k, v, starts)
         if starts == 0 and seq_idx is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         if seq_idx is None and q.is_cpu and not torch.is_grad_enabled():
@@ -120,6 +130,42 @@ def _cached_then_new(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     new, new_log = _FLASH(q, k, v, is_causal=True)
     share = torch.sigmoid(new_log - old_log.reshape(b, h, t)).unsqueeze(-1)
     return torch.lerp(old.reshape(q.shape), new, share.to(q.dtype))
+
+
+def _multiplies_faster_in_blocks(q: Tensor, start: int) -> bool:
+    narrow = q.is_cpu and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    return narrow and _ONEDNN and q.shape[2] * (start + q.shape[2]) >= FEW_SCORES
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """BF16 behind `start` cached tokens: a block of queries against all the keys it sees.
+
+    oneDNN has no product of BF16 matrices that answers in float32, so scores are a product of the
+    same numbers held in float32: nothing is rounded before the softmax.
+    """
+    (b, _, t, p), shared = q.shape, q.shape[1] // k.shape[1]
+    wide = (q.float() * p**-0.5).reshape(b, k.shape[1], shared, t, p)
+    keys = k.float()
+    out = torch.empty_like(wide, dtype=q.dtype)
+    rows = min(t, max(16, SCORES // (shared * (start + t))))
+    later = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
+    for row, head in itertools.product(range(b), range(k.shape[1])):
+        for first in range(0, t, rows):
+            n = min(rows, t - first)
+            end = start + first + n
+            queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
+            scores = _product(queries, keys[row, head, :end])
+            newest = scores.view(shared, n, end)[..., end - n :]
+            newest.masked_fill_(later[:n, :n], -math.inf)
+            weights = torch.softmax(scores, dim=-1).to(v.dtype)
+            answers = torch.mm(weights, v[row, head, :end])
+            out[row, head, :, first : first + n] = answers.view(shared, n, p)
+    return out.view(q.shape)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T in float32 by oneDNN, as torch's compiler calls it; MKL is slow on some processors."""
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

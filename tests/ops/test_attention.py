@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -87,3 +89,28 @@ def test_too_few_keys_and_packed_caches_are_refused() -> None:
         causal_attention(q, k, v, starts=2)
     with pytest.raises(ValueError, match="starts must be 0"):
         causal_attention(q[:, :, :1], k, v, starts=2, seq_idx=torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("start", [0, 37])
+@pytest.mark.parametrize(("h", "kv", "spread"), [(6, 2, 1.0), (4, 4, 3.0)])
+def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
+    monkeypatch: pytest.MonkeyPatch, start: int, h: int, kv: int, spread: float
+) -> None:
+    """Against float64 on the same rounded numbers; `spread` makes scores large, where a score
+    rounded to BF16 would be off by percents. Several blocks, the last one ragged."""
+    room = import_module("nemotron_lite.ops.attention")
+    monkeypatch.setattr(room, "SCORES", 16 * 300 * h // kv)
+    monkeypatch.setattr(room, "FEW_SCORES", 1)
+    called = []
+    blocks = room._in_blocks
+    monkeypatch.setattr(room, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
+    q, k, v = _qkv(2, 263, h, kv, s=300)
+    q, k, v = ((x * scale).bfloat16() for x, scale in ((q, spread), (k, spread), (v, 1)))
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as the layer hands it over
+    k[:, :, start + 263 :] = float("nan")  # a longer buffer's rest
+    with torch.inference_mode():
+        found = causal_attention(q, k, v, starts=start)
+    exact = causal_attention(q.double(), k.double(), v.double(), starts=start, impl="naive")
+    assert called
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() / exact.norm() < 3e-3  # 2.2e-3 measured; 2^-9 is 2e-3
