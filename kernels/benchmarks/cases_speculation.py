@@ -1,8 +1,10 @@
 """The acceptance rule at Super's vocabulary: drafts of four tokens.
 
-The definition here is the PyTorch form in float64. Drafts are uniform tokens, which p and q find
-equally likely on average: about two thirds of the first ones are accepted, so that most sequences
-draw from a residual and some from the bonus row.
+The definition here is the PyTorch form in float64. q is p with noise on its logits and drafts are
+drawn from q, as by a draft model: some sequences are accepted whole and draw from the bonus row,
+most draw from a residual. Only the thousand likeliest tokens have any probability, as after top-p.
+That makes the same tokens a fair demand: with all 131,072 of them in play, the rounding of a
+float32 sum would settle a draw in every few hundred sequences.
 
 The floor is one reading of the row pair that a sequence draws from. The kernel sweeps it once for
 the sum and on average half a time for the token; whether the second sweep comes from the cache is
@@ -21,6 +23,13 @@ from nemotron_kernels.verification import verify
 from nemotron_lite import ops
 
 VOCABULARY, DRAFT = 131_072, 4
+LIKELY, NOISE = 1024, 0.5
+
+
+def _likely(logits: Tensor) -> Tensor:
+    """Probabilities of the likeliest tokens, zero elsewhere."""
+    least = logits.topk(LIKELY).values[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
 
 
 def _inputs(batch: int) -> Callable[[Draw], Inputs]:
@@ -28,12 +37,15 @@ def _inputs(batch: int) -> Callable[[Draw], Inputs]:
         rows = 2 if draw.dry else batch
         shape = (rows, DRAFT + 1, VOCABULARY)
         p, q = (draw.normal(*shape, dtype=torch.float32, scale=2.0) for _ in range(2))
+        drafts = draw.integers(0, VOCABULARY, rows, DRAFT)
         if not draw.dry:
-            p, q = p.softmax(-1), q.softmax(-1)
+            p, q = _likely(p), _likely(p + NOISE * q)
+            chosen = q[:, :DRAFT].flatten(0, 1)
+            drafts = torch.multinomial(chosen, 1, generator=draw.generator).view(rows, DRAFT)
         return {
             "p": p,
             "q": q[:, :DRAFT],
-            "drafts": draw.integers(0, VOCABULARY, rows, DRAFT),
+            "drafts": drafts,
             "uniforms": draw.uniform(rows, DRAFT + 1, dtype=torch.float64),
         }
 
