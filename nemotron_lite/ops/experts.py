@@ -10,6 +10,10 @@ that each expert multiplies one contiguous block of rows, and puts the answers b
 For a handful of tokens (decoding) sorting is the larger cost: then each pair is two matrix-vector
 products straight from the expert's weights, with no copy of them.
 
+BF16 products on a CPU are compiled by oneDNN for each new number of rows, and one product of a
+small expert takes less time than its call. So there each expert's rows are filled up to a multiple
+of 16, and small experts of like load multiply together, as one batch.
+
 Training stores the sorted inputs' positions and the hidden rows before the activation; inputs are
 gathered again in the backward pass.
 
@@ -30,6 +34,8 @@ from nemotron_lite.ops._door import cast, choose, kernel
 _KERNEL = kernel("experts", "expert_mlp")
 FEW_PAIRS = 40  # (token, slot) pairs up to which products with single rows beat sorting
 RUN_ROWS = 128  # rows of hidden units to activate in one call
+FILL = 16  # BF16: rows of an expert are filled up to a multiple
+TOGETHER = 2**16  # BF16: weights in the matrices of experts that multiply together
 
 
 def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -79,6 +85,8 @@ def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor)
         return _SortedExperts.apply(z, up, down, weights, indices)
     if indices.numel() <= FEW_PAIRS:
         return _row_by_row(z, up, down, weights, indices)
+    if z.is_cpu and z.dtype == torch.bfloat16 and indices.numel() >= FILL * up.shape[0]:
+        return _in_batches(z, up, down, weights, indices)
     return _sorted_forward(z, up, down, weights, indices)[0]
 
 
@@ -152,6 +160,45 @@ def _sorted_forward(
         for e, start, stop in run:
             torch.mm(positive[start - first : stop - first], down[e], out=answers[start:stop])
     return _combine(answers, order.places, weights), order, hidden if keep else None
+
+
+def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Experts sorted by load, a few at a time, each with as many rows as the busiest of them.
+
+    Rows that fill up repeat the first token, and nobody reads their answers.
+    """
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=up.shape[0])
+    loads, by_load = counts.sort(descending=True)
+    busy = [load for load in loads.tolist() if load]
+    together = max(1, TOGETHER // up[0].numel())
+    batches, starts, total = [], [], 0
+    for first in range(0, len(busy), together):
+        chosen = by_load[first : first + min(together, len(busy) - first)]
+        rows = -(-busy[first] // FILL) * FILL
+        batches.append((chosen, total, rows))
+        starts += [total + i * rows for i in range(len(chosen))]
+        total += len(chosen) * rows
+
+    offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
+    offset[by_load[: len(starts)]] += torch.tensor(starts)
+    pairs = flat.argsort(stable=True)
+    places = torch.empty_like(flat)  # pair -> row
+    places[pairs] = offset[flat[pairs]] + torch.arange(flat.numel())
+    tokens = flat.new_zeros(total)
+    tokens[places] = torch.arange(flat.numel()) // indices.shape[1]
+
+    rows_in = z[tokens]
+    answers = torch.empty_like(rows_in)
+    for chosen, start, rows in batches:
+        # A single expert is a view; the matrices of several are copied side by side.
+        which = chosen if len(chosen) > 1 else slice(e := int(chosen), e + 1)
+        part = slice(start, start + len(chosen) * rows)
+        hidden = torch.bmm(rows_in[part].view(len(chosen), rows, -1), up[which].mT).relu_()
+        torch.bmm(
+            hidden.mul_(hidden), down[which].mT, out=answers[part].view(len(chosen), rows, -1)
+        )
+    return _combine(answers, places, weights)
 
 
 class _SortedExperts(torch.autograd.Function):

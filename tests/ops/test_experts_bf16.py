@@ -1,0 +1,83 @@
+"""BF16 prompts on a CPU: experts filled up and multiplied in batches, against float64 and in shape.
+
+What must hold is that filling up changes nothing: the same products as one expert after the other,
+whatever the loads are, down to experts that nobody chose.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_lite.ops import expert_mlp
+
+room = import_module("nemotron_lite.ops.experts")
+
+
+def inputs(t: int, e: int = 12, k: int = 3, busy: int | None = None, f: int = 24, latent: int = 16):
+    torch.manual_seed(t)
+    odds = torch.rand(e) ** 3  # loads that differ
+    odds[busy:] = 0
+    indices = torch.stack([torch.multinomial(odds + 1e-9, k) for _ in range(t)])
+    z = torch.randn(t, latent)
+    up, down = torch.randn(e, f, latent) / 4, torch.randn(e, latent, f) / 5
+    return [x.bfloat16() for x in (z, up, down, torch.rand(t, k))], indices
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of every product that `_in_batches` makes."""
+    shapes: list[tuple[int, ...]] = []
+    bmm = torch.bmm
+
+    def spy(x: Tensor, y: Tensor, **options: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return bmm(x, y, **options)
+
+    monkeypatch.setattr(torch, "bmm", spy)
+    return shapes
+
+
+@pytest.mark.parametrize("busy", [None, 4])  # 4: most experts get no token
+@pytest.mark.parametrize("together", [1, 3, 5, 12])
+@pytest.mark.parametrize("t", [64, 131])
+def test_batches_equal_float64_up_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, batches: list[tuple[int, ...]], t: int, together: int,
+    busy: int | None,
+) -> None:  # fmt: skip
+    (z, up, down, weights), indices = inputs(t, busy=busy)
+    monkeypatch.setattr(room, "TOGETHER", together * up[0].numel())
+    exact = expert_mlp(*(x.double() for x in (z, up, down, weights)), indices, impl="naive")
+    with torch.inference_mode():
+        found = expert_mlp(z, up, down, weights, indices)
+        one_by_one = room._sorted_forward(z, up, down, weights, indices)[0]
+    assert max(experts for experts, _, _ in batches) == min(
+        together, busy or 12, len(indices.unique())
+    )
+    error = (found.double() - exact).norm() / exact.norm()
+    assert error <= 1.05 * (one_by_one.double() - exact).norm() / exact.norm()
+    assert error < 8e-3
+
+
+def test_rows_come_in_multiples_so_that_few_products_are_compiled(
+    batches: list[tuple[int, ...]],
+) -> None:
+    for t in (64, 77, 90, 103):
+        (z, up, down, weights), indices = inputs(t)
+        with torch.inference_mode():
+            expert_mlp(z, up, down, weights, indices)
+    assert batches
+    assert all(rows % room.FILL == 0 for _, rows, _ in batches)
+
+
+@pytest.mark.parametrize("case", ["few pairs", "float32", "gradients"], ids=str)
+def test_other_calls_go_their_own_way(batches: list[tuple[int, ...]], case: str) -> None:
+    (z, up, down, weights), indices = inputs(20 if case == "few pairs" else 80)
+    if case == "float32":
+        z, up, down, weights = (x.float() for x in (z, up, down, weights))
+    with torch.set_grad_enabled(case == "gradients"):
+        expert_mlp(z, up, down, weights, indices)
+    assert batches == []
