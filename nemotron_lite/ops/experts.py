@@ -22,12 +22,13 @@ Source: reference sheet 4.1. Left out: capacity limits and expert parallelism (a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nemotron_lite.ops._door import cast, choose, kernel
 
@@ -91,19 +92,42 @@ def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor)
 
 
 def _row_by_row(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    k = indices.shape[1]
+    first, second = _matrices(up), _matrices(down)
+    chosen = indices.flatten().tolist()
+    hidden = z.new_empty(len(chosen), up.shape[1])
+    rows = hidden.unbind()
+    tokens = [token for token in z.unbind() for _ in range(k)]
+    for row, e, token in zip(rows, chosen, tokens, strict=True):
+        torch.mv(first[e], token, out=row)
+    hidden.relu_().mul_(hidden).mul_(weights.reshape(-1, 1))
     out = torch.zeros_like(z)
-    hidden = z.new_empty(*indices.shape, up.shape[1])
-    tokens = zip(
-        z.unbind(), out.unbind(), hidden.unbind(), weights.unsqueeze(-1).unbind(), strict=True
-    )
-    for (token, total, rows, weight), chosen in zip(tokens, indices.tolist(), strict=True):
-        each = rows.unbind()
-        for row, e in zip(each, chosen, strict=True):
-            torch.mv(up[e], token, out=row)
-        rows.relu_().mul_(rows).mul_(weight)
-        for row, e in zip(each, chosen, strict=True):
-            total.addmv_(down[e], row)
+    totals = [total for total in out.unbind() for _ in range(k)]
+    for row, e, total in zip(rows, chosen, totals, strict=True):
+        total.addmv_(second[e], row)
     return out
+
+
+_STACKS = WeakTensorKeyDictionary()
+
+
+def _matrices(stack: Float[Tensor, "e a b"]) -> Sequence[Float[Tensor, "a b"]]:
+    """Every expert's matrix as a view, made once: cutting one out anew takes as long as a product.
+
+    The views are forgotten with the tensor they belong to, and made again where its numbers have
+    moved to other memory. Whoever moves them calls `forget_matrices`, or the old memory stays.
+    """
+    known = _STACKS.get(stack)
+    if known is None or known[0].data_ptr() != stack.data_ptr() or len(known) != len(stack):
+        with torch.inference_mode(False), torch.no_grad():
+            known = stack.detach().unbind()
+        _STACKS[stack] = known
+    return known
+
+
+def forget_matrices(stack: Tensor) -> None:
+    """Let go of the memory that a stack of experts had before it was moved or cast."""
+    _STACKS.pop(stack, None)
 
 
 class _Order:
