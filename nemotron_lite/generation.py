@@ -25,6 +25,7 @@ from nemotron_lite.model import Nemotron
 from nemotron_lite.prompts import Prompts, pad_right, prefill
 from nemotron_lite.sampling import Chooser, Filters
 from nemotron_lite.speculative import Costs, Speculation, Statistics
+from nemotron_lite.state import State
 
 DRAFTS = ("mtp",)
 
@@ -45,6 +46,7 @@ def generate(
     adaptive: bool | Costs = True,
     shortlist: Int[Tensor, "s"] | None = None,
     statistics: Statistics | None = None,
+    ssm_dtype: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -64,19 +66,21 @@ def generate(
         shortlist: the only tokens to draft, for a cheaper head (`speculative.shortlist` counts
             them); all of them when None.
         statistics: filled in with what drafting did.
+        ssm_dtype: float16 halves the memory of SSM states, which are then rounded by chance, with
+            bits that follow from `seed` (0 where there is none). None is float32.
 
     Returns:
         The new tokens of each row, without the prompt; a stop token is the last of its row.
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, or a draft asked of a model without
-            an MTP module.
+        ValueError: an argument out of range, an empty prompt, a draft asked of a model without
+            an MTP module, or an `ssm_dtype` that states do not have.
     """
     rows: list[list[int]] | None = None
     for step in stream(
         model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         stop=stop, seed=seed, prefill_chunk=prefill_chunk, draft=draft, draft_length=draft_length,
-        adaptive=adaptive, shortlist=shortlist, statistics=statistics,
+        adaptive=adaptive, shortlist=shortlist, statistics=statistics, ssm_dtype=ssm_dtype,
     ):  # fmt: skip
         rows = rows or [[] for _ in step]
         for row, token in zip(rows, step, strict=True):
@@ -101,6 +105,7 @@ def stream(
     adaptive: bool | Costs = True,
     shortlist: Int[Tensor, "s"] | None = None,
     statistics: Statistics | None = None,
+    ssm_dtype: torch.dtype | None = None,
 ) -> Iterator[list[int | None]]:
     """`generate`, one step at a time: a token per row, None for rows that have ended.
 
@@ -118,10 +123,15 @@ def stream(
         return Speculation(
             model, prompt, lengths, max_new_tokens, filters, seed=seed, stop=frozenset(stop),
             chunk=prefill_chunk, draft_length=draft_length, adaptive=adaptive,
-            shortlist=shortlist, statistics=statistics,
+            shortlist=shortlist, statistics=statistics, ssm_dtype=ssm_dtype,
         ).steps()  # fmt: skip
     chooser = Chooser(len(prompt), filters, seed)
-    return _steps(model, prompt, lengths, max_new_tokens, chooser, frozenset(stop), prefill_chunk)
+    state = model.empty_state(
+        len(prompt), prompt.shape[1] + max_new_tokens, ssm_dtype=ssm_dtype, ssm_seed=seed or 0
+    )
+    return _steps(
+        model, prompt, lengths, max_new_tokens, chooser, frozenset(stop), prefill_chunk, state
+    )
 
 
 def _steps(
@@ -132,12 +142,12 @@ def _steps(
     chooser: Chooser,
     stop: frozenset[int],
     prefill_chunk: int | None,
+    state: State,
 ) -> Iterator[list[int | None]]:
     if max_new_tokens == 0:
         return
     # Inference mode must not stay on while the caller holds the iterator: it covers single calls.
     with torch.inference_mode():
-        state = model.empty_state(len(prompt), capacity=prompt.shape[1] + max_new_tokens)
         logits = prefill(model, prompt, lengths, state, prefill_chunk)
         chosen = chooser(logits)
     ended = [False] * len(prompt)

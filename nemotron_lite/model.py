@@ -158,11 +158,10 @@ class Nemotron(nn.Module):
         biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
         return sum(p.numel() for p in self.parameters()) + sum(b.numel() for b in biases)
 
-    def empty_state(self, batch: int, capacity: int = 256, mtp: bool = False) -> State:
-        """A `State` for this model's sizes, device and dtype."""
-        return State.empty(
-            self.config, batch, device=self.device, dtype=self.dtype, capacity=capacity, mtp=mtp
-        )
+    def empty_state(self, batch: int, capacity: int = 256, mtp: bool = False, **ssm: Any) -> State:
+        """A `State` for this model's sizes, device and dtype; `ssm`: `ssm_dtype`, `ssm_seed`."""
+        like: dict[str, Any] = dict(device=self.device, dtype=self.dtype)
+        return State.empty(self.config, batch, capacity=capacity, mtp=mtp, **like, **ssm)
 
     def forward(
         self,

@@ -29,8 +29,13 @@ Rows of a batch may have different lengths. `model(tokens, state)` advances a st
 MTP module has an attention layer with keys and values of its own; they live in `mtp`, with lengths
 of their own, since the module runs ahead of the backbone while it drafts (speculative/drafting.py).
 
-Source: reference sheet 2.5, 5.5 and 9.2. Left out: reduced-precision states, and sharing of
-prefixes.
+SSM states are float32. `ssm_dtype=torch.float16` halves them: every write is then rounded by chance
+(ops/half_state.py), with bits that follow from `ssm_seed`, the layer and the number of the write.
+So a run can be repeated, a snapshot has the same future again, and a saved state goes on as if it
+had not been saved. Rows have dice of their own, by their place in the batch.
+
+Source: reference sheet 2.5, 5.5, 6.7 and 9.2. Left out: reduced-precision keys and values, and
+sharing of prefixes.
 """
 
 from __future__ import annotations
@@ -38,7 +43,9 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -46,10 +53,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import KVCache, MambaMemory, Memory
 
-FORMAT = "nemotron_lite.state.v2"
+FORMAT = "nemotron_lite.state.v3"
 HOLDS = ("replay", "snapshots")
 
 
@@ -60,7 +68,7 @@ class Snapshot:
         self,
         lengths: list[int],
         mtp_lengths: list[int],
-        mamba: list[tuple[Tensor, Tensor] | None],
+        mamba: list[MambaMemory | None],
     ) -> None:
         self.lengths, self.mtp_lengths = lengths, mtp_lengths
         self.mamba = mamba
@@ -68,7 +76,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Bytes held by the copies of conv and SSM states."""
-        return sum(part.nbytes for pair in self.mamba if pair for part in pair)
+        return sum(part.nbytes for memory in self.mamba if memory for part in _parts(memory))
 
 
 class State:
@@ -108,39 +116,52 @@ class State:
         dtype: torch.dtype = torch.float32,
         capacity: int = 256,
         mtp: bool = False,
+        ssm_dtype: torch.dtype | None = None,
+        ssm_seed: int | None = 0,
     ) -> State:
         """A state before the first token.
 
         Args:
             batch: rows.
-            dtype: of keys, values and conv inputs. SSM states are float32, or float64 with it.
+            dtype: of keys, values and conv inputs.
             capacity: tokens per row to make room for; the KV buffers grow when it is exceeded.
             mtp: make room for the MTP module's keys and values too.
+            ssm_dtype: of SSM states; float16 halves them. None is float32, or float64 with `dtype`.
+            ssm_seed: of the rounding of states in float16; None rounds to nearest, which drifts.
 
         Raises:
-            ValueError: batch or capacity below 1.
+            ValueError: batch or capacity below 1, another `ssm_dtype`, a seed out of range.
         """
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch={batch} and capacity={capacity} must both be at least 1.")
         device = torch.device(device)
         wide = torch.promote_types(dtype, torch.float32)
+        if ssm_dtype not in (None, wide, torch.float16):
+            raise ValueError(
+                f"ssm_dtype={ssm_dtype} for a model in {dtype}: expected torch.float16 or {wide}, "
+                "which None stands for. Other formats keep too few digits of a running sum."
+            )
+        half = ssm_dtype == torch.float16
+        if half and ssm_seed is not None and not 0 <= ssm_seed < 2**63:
+            raise ValueError(f"ssm_seed={ssm_seed}: expected 0 to 2^63 - 1, or None.")
         heads, p, n = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size
         keys = (batch, config.num_key_value_heads, capacity, config.head_dim)
 
-        def memory(kind: str) -> Memory:
+        def memory(place: int, kind: str) -> Memory:
             if kind == "M":
                 conv = torch.zeros(
                     batch, config.conv_kernel - 1, config.conv_dim, dtype=dtype, device=device
                 )
-                ssm = torch.zeros(batch, heads, p, n, dtype=wide, device=device)
-                return MambaMemory(conv, ssm)
+                ssm = torch.zeros(batch, heads, p, n, dtype=ssm_dtype or wide, device=device)
+                return MambaMemory(conv, ssm, ops.Dither(ssm_seed, place) if half else None)
             if kind == "*":
                 k, v = (torch.zeros(keys, dtype=dtype, device=device) for _ in range(2))
                 return KVCache(k, v)
             return None
 
-        layers = [memory(kind) for kind in config.pattern]
-        ahead = [memory(kind) for kind in config.mtp_pattern] if mtp else []
+        layers = [memory(i, kind) for i, kind in enumerate(config.pattern)]
+        behind = enumerate(config.mtp_pattern, len(layers))
+        ahead = [memory(i, kind) for i, kind in behind] if mtp else []
         return cls(layers, [0] * batch, device, ahead)
 
     @property
@@ -244,10 +265,7 @@ class State:
         """
         if self.held:
             raise ValueError(f"a draft of {self.held} tokens is held: call keep(counts) first.")
-        copies = [
-            (memory.conv.clone(), memory.ssm.clone()) if isinstance(memory, MambaMemory) else None
-            for memory in self.layers
-        ]
+        copies = [m.clone() if isinstance(m, MambaMemory) else None for m in self.layers]
         taken = Snapshot(list(self._lengths), list(self._mtp_lengths), copies)
         self._snapshots.add(taken)
         return taken
@@ -264,11 +282,9 @@ class State:
                 "this snapshot is not in the past of this state: it was taken from another state, "
                 "or a rollback to an earlier snapshot has undone it. Take a new one."
             )
-        for memory, copies in zip(self.layers, snapshot.mamba, strict=True):
-            if isinstance(memory, MambaMemory):
-                assert copies is not None
-                memory.conv, memory.ssm = copies[0].clone(), copies[1].clone()
-                memory.held = None
+        for place, copy in enumerate(snapshot.mamba):
+            if copy is not None:
+                self.layers[place] = copy.clone()
         self.held = 0
         self._lengths = list(snapshot.lengths)
         self._mtp_lengths = list(snapshot.mtp_lengths)
@@ -290,6 +306,7 @@ class State:
             raise ValueError(f"a draft of {self.held} tokens is held: call keep(counts) first.")
         path = Path(path)
         tensors: dict[str, Tensor] = {}
+        dithers: dict[str, Any] = {}
         for prefix, memories, lengths in (
             ("", self.layers, self._lengths), ("mtp.", self.mtp, self._mtp_lengths),
         ):  # fmt: skip
@@ -298,6 +315,8 @@ class State:
                 if isinstance(memory, MambaMemory):
                     tensors[f"{prefix}{i}.conv"] = memory.conv.contiguous()
                     tensors[f"{prefix}{i}.ssm"] = memory.ssm.contiguous()
+                    if memory.dither is not None:
+                        dithers[f"{prefix}{i}"] = asdict(memory.dither)
                 elif isinstance(memory, KVCache):
                     tensors[f"{prefix}{i}.k"] = memory.k[:, :, :longest].contiguous()
                     tensors[f"{prefix}{i}.v"] = memory.v[:, :, :longest].contiguous()
@@ -305,6 +324,7 @@ class State:
             "format": FORMAT,
             "layers": json.dumps([len(self.layers), len(self.mtp)]),
             "lengths": json.dumps([self._lengths, self._mtp_lengths]),
+            "dithers": json.dumps(dithers),
         }
         temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
         try:
@@ -335,9 +355,12 @@ class State:
             found = metadata.get("format")
             raise ValueError(f"{path} is not a saved state: format {found!r}, not {FORMAT!r}.")
 
+        dithers = json.loads(metadata["dithers"])
+
         def memory(name: str) -> Memory:
             if f"{name}.ssm" in tensors:
-                return MambaMemory(tensors[f"{name}.conv"], tensors[f"{name}.ssm"])
+                dither = ops.Dither(**dithers[name]) if name in dithers else None
+                return MambaMemory(tensors[f"{name}.conv"], tensors[f"{name}.ssm"], dither)
             if f"{name}.k" in tensors:
                 return KVCache(tensors[f"{name}.k"], tensors[f"{name}.v"])
             return None

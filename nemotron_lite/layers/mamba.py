@@ -21,6 +21,7 @@ Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,12 +61,37 @@ class Held:
 class MambaMemory:
     """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
 
-    `held` is a draft that waits for `keep`.
+    `held` is a draft that waits for `keep`. `dither` holds the random bits of a state in float16.
     """
 
-    def __init__(self, conv: Float[Tensor, "b km1 c"], ssm: Float[Tensor, "b h p n"]) -> None:
-        self.conv, self.ssm = conv, ssm
+    def __init__(
+        self,
+        conv: Float[Tensor, "b km1 c"],
+        ssm: Float[Tensor, "b h p n"],
+        dither: ops.Dither | None = None,
+    ) -> None:
+        self.conv, self.ssm, self.dither = conv, ssm, dither
         self.held: Held | None = None
+
+    def clone(self) -> MambaMemory:
+        """A copy without the draft, which will round as this one would."""
+        dither = None if self.dither is None else replace(self.dither)
+        return MambaMemory(self.conv.clone(), self.ssm.clone(), dither)
+
+    def read(self) -> Float[Tensor, "b h p n"]:
+        """The state for arithmetic: itself, or a copy in float32 of one in float16."""
+        return self.ssm if self.dither is None else self.ssm.float()
+
+    def write(self, ssm: Float[Tensor, "b h p n"]) -> None:
+        """Keep a new state, rounded where this one is in float16."""
+        if self.dither is None:
+            self.ssm = ssm.to(self.ssm.dtype)
+        else:
+            self.ssm = ops.round_half(ssm.float(), self.dither.next())
+
+    def seed(self) -> int | None:
+        """The bits for a step that writes the state itself."""
+        return None if self.dither is None else self.dither.next()
 
     def keep(self, counts: int | Int[Tensor, "b"]) -> None:
         """Take in the first `counts` tokens of the draft, and forget the others."""
@@ -81,7 +107,7 @@ class MambaMemory:
             self.conv = held.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
         if held.slots is None:
             assert held.inputs is not None
-            self.ssm = ops.ssd_replay(self.ssm, *held.inputs, counts)
+            self.write(ops.ssd_replay(self.read(), *held.inputs, counts))
         elif isinstance(counts, int):
             self.ssm.copy_(held.slots[counts])
         else:
@@ -151,12 +177,13 @@ class Mamba2(nn.Module):
         y, ssm = ops.ssd(
             x, dt, self._rates(), B, C,
             D=self.D,
-            initial_state=None if past is None else past.ssm,
+            initial_state=None if past is None else past.read(),
             seq_idx=span.seq_idx,
             **to_steps,
         )  # fmt: skip
         if past is not None:
-            past.conv, past.ssm = conv, ssm.to(past.ssm.dtype)
+            past.conv = conv
+            past.write(ssm)
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def _step(self, u: Float[Tensor, "b 1 d"], past: MambaMemory) -> Float[Tensor, "b 1 d"]:
@@ -167,7 +194,9 @@ class Mamba2(nn.Module):
         )
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
-        y, past.ssm = ops.ssd_step(past.ssm, x, dt, self._rates(), B, C, D=self.D, **to_steps)
+        y, past.ssm = ops.ssd_step(
+            past.ssm, x, dt, self._rates(), B, C, D=self.D, seed=past.seed(), **to_steps
+        )
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
     def _hold(
@@ -181,7 +210,7 @@ class Mamba2(nn.Module):
         x, B, C = self._split_heads(xBC)
         dt, A = self._step_sizes(dt), self._rates()
         if how == "replay":
-            y = ops.ssd_peek(past.ssm, x, dt, A, B, C, D=self.D)
+            y = ops.ssd_peek(past.read(), x, dt, A, B, C, D=self.D)
             past.held = Held(window, (x, dt, A, B))
         else:
             slots = past.ssm.new_empty(u.shape[1] + 1, *past.ssm.shape)
@@ -189,7 +218,9 @@ class Mamba2(nn.Module):
             steps = []
             for i in range(u.shape[1]):
                 slots[i + 1].copy_(slots[i])
-                y, _ = ops.ssd_step(slots[i + 1], x[:, i], dt[:, i], A, B[:, i], C[:, i], D=self.D)
+                y, _ = ops.ssd_step(
+                    slots[i + 1], x[:, i], dt[:, i], A, B[:, i], C[:, i], D=self.D, seed=past.seed()
+                )
                 steps.append(y)
             y = torch.stack(steps, dim=1)
             past.held = Held(window, slots=slots)

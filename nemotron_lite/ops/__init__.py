@@ -16,6 +16,7 @@ from nemotron_lite.ops.fp8 import (
     quantise_fp8,
     quantise_mxfp8,
 )
+from nemotron_lite.ops.half_state import Dither, round_half
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
 from nemotron_lite.ops.nvfp4 import (
@@ -32,6 +33,7 @@ from nemotron_lite.ops.ssd import ssd
 from nemotron_lite.ops.verification import Verdict, draw, verify
 
 __all__ = [
+    "Dither",
     "FP8Tensor",
     "MXFP8Tensor",
     "QuantisedTensor",
@@ -54,6 +56,7 @@ __all__ = [
     "quantise_fp8",
     "quantise_mxfp8",
     "rms_norm",
+    "round_half",
     "route",
     "selective_scan",
     "squared_relu",

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.ops.half_state import round_half
 
 _KERNEL = kernel("state_update", "selective_state_update")
 
@@ -100,6 +101,7 @@ def ssd_step(
     D: Float[Tensor, "h"] | None = None,
     dt_bias: Float[Tensor, "h"] | None = None,
     dt_softplus: bool = False,
+    seed: int | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p n"]]:
     """One token of the recurrence, for decoding.
@@ -110,18 +112,34 @@ def ssd_step(
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
         dt_bias, dt_softplus: what makes step sizes of dt, where that is still to be done, as in
             `step_sizes`; the kernel does it on the way.
+        seed: for a state in float16: the bits it is rounded with (half_state.py), new ones for
+            every layer and token; None rounds to nearest.
         impl: "naive" (one turn of `selective_scan`); "torch" or "triton" (in place; for inference,
             since autograd cannot differentiate through an overwritten state).
 
     Returns:
         (y, state): y in the dtype of x; the arithmetic and the new state are in the state's dtype
-        ("naive": float32, or float64 when x is float64).
+        ("naive": float32, or float64 when x is float64). A state in float16 is updated in float32;
+        y is read before it is rounded.
 
     Raises:
-        ValueError: unknown `impl`, or shapes that do not fit each other.
+        ValueError: unknown `impl`, shapes that do not fit each other, a state in bfloat16, or a
+            seed for a state that is not rounded.
     """
+    half = state.dtype == torch.float16
+    if state.dtype == torch.bfloat16 or (seed is not None and not half):
+        raise ValueError(
+            f"ssd_step: a state in {state.dtype} with seed={seed}; expected float32 or float64 "
+            "without a seed, or float16."
+        )
     run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step, triton=_triton_step)
-    return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
+    if not half:
+        return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
+    if run is _triton_step:
+        return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
+    y, new = run(state.float(), x, dt, A, B, C, D, dt_bias, dt_softplus)
+    rounded = round_half(new.float(), seed)
+    return y, rounded if run is _naive_step else state.copy_(rounded)
 
 
 def _naive_step(
@@ -160,9 +178,9 @@ def _fast_step(
 
 def _triton_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
+    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _KERNEL(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    y = _KERNEL(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, seed=seed)
     return y, state
 
 

@@ -51,6 +51,7 @@ class Speculation:
         hold: what the state keeps of a draft, "replay" or "snapshots".
         shortlist: the only tokens to draft; all of them when None.
         statistics: filled in while the run goes on.
+        ssm_dtype: of the state; in float16 it is rounded with bits that follow from `seed`.
 
     Raises:
         ValueError: a model without an MTP module, a draft length below 1, or a shortlist of
@@ -73,6 +74,7 @@ class Speculation:
         hold: str = "replay",
         shortlist: Int[Tensor, "s"] | None = None,
         statistics: Statistics | None = None,
+        ssm_dtype: torch.dtype | None = None,
     ) -> None:
         if model.mtp is None:
             raise ValueError(
@@ -88,7 +90,10 @@ class Speculation:
         self.most, self.filters, self.stop = max_new_tokens, filters, stop
         self.chunk, self.draft_length, self.hold = chunk or SEGMENT, draft_length, hold
         self.statistics = Statistics() if statistics is None else statistics
-        rows = len(lengths)
+        rows, room = len(lengths), prompt.shape[1] + max_new_tokens + draft_length + 1
+        self.state = model.empty_state(
+            rows, room, mtp=True, ssm_dtype=ssm_dtype, ssm_seed=seed or 0
+        )
         self.streams = Streams(rows, 0 if filters.greedy else seed)
         if adaptive:
             drafted = None if shortlist is None else len(shortlist)
@@ -119,8 +124,6 @@ class Speculation:
         # Inference mode must not stay on while the caller holds the iterator.
         with torch.inference_mode():
             started = time.perf_counter()
-            room = self.prompt.shape[1] + self.most + self.draft_length + 1
-            self.state = self.model.empty_state(len(self.lengths), capacity=room, mtp=True)
             self.drafter = Drafter(self.model, self.state, self.filters, self.shortlist)
             watch = partial(self.drafter.read_prompt, prompt=self.prompt, lengths=self.lengths)
             logits = prefill(

@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
 from nemotron_lite.ops._door import cast
 from nemotron_lite.ops.experts import FEW_PAIRS, squared_relu
+from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.nvfp4.elements import E2M1_VALUES
 from nemotron_lite.ops.nvfp4.scaling import BLOCK
 
@@ -128,7 +128,7 @@ def multiply(x: Float[Tensor, "*rows k"], w: Stored) -> Float[Tensor, "*rows n"]
     wide = cast(x, form)
     step = max(1, STRIPE // max(1, w.cols))
     parts = [
-        F.linear(wide, cast(w.stripe(first, first + step).decode(), form))
+        linear(wide, cast(w.stripe(first, first + step).decode(), form))
         for first in range(0, w.rows, step)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -1,0 +1,90 @@
+"""SSM states in float16, rounded up or down by chance: half the memory, right on average.
+
+A state is read, updated in float32 and written back at every token, so it is rounded again and
+again, and errors of one direction add up:
+
+    h^_t = h_t + sum_i ( prod_{j>i} exp(dt_j A) ) eps_i
+
+To the nearest, a write of less than half a step into a large state is lost each time. Rounding up
+with the probability of the distance to the number below makes eps_i zero on average, and a sum of
+many stays small. Nemotron 3's report serves Super this way: rounded to nearest, float16 made
+answers a third longer; by chance, it did not (reference sheet 6.7).
+
+Bit for bit what the kernel does (`nemotron_kernels.state_update`), for the same float32 numbers:
+
+- 16 bits for each number from Philox-4x32 of five rounds (`philox.random_halves`), rows counted
+  over batch, heads and channels;
+- in float16's normal range 13 bits of float32 have to go: 13 random bits are added below the last
+  kept one, and the rest is cut off, which is exact;
+- below 2^-14 float16 has a fixed step of 2^-24, and the distance counts in 2^-16 of a step;
+- what float16 can hold stays as it is; beyond 65,504 is infinite, NaN stays NaN.
+
+Left out: INT16 and INT8 states with block scales, which the report finds no better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float16, Float32, Int
+from torch import Tensor
+
+from nemotron_lite.ops.philox import random_halves
+
+SMALLEST_NORMAL = 2.0**-14
+_KEPT = ~0x1FFF  # float32's bits but the last 13
+
+
+@dataclass
+class Dither:
+    """The random bits of one layer's writes: each write has its own, the same in every repetition.
+
+    Attributes:
+        seed: of the state; None rounds to nearest.
+        layer: its place in the model.
+        writes: so far.
+    """
+
+    seed: int | None
+    layer: int
+    writes: int = 0
+
+    def next(self) -> int | None:
+        """63 bits for the next write; None where it is to be rounded to nearest."""
+        self.writes += 1
+        if self.seed is None:
+            return None
+        place = struct.pack("<3Q", self.seed, self.layer, self.writes)
+        (word,) = struct.unpack("<Q", hashlib.blake2b(place, digest_size=8).digest())
+        return word >> 1
+
+
+def round_half(x: Float32[Tensor, "*rows n"], seed: int | None) -> Float16[Tensor, "*rows n"]:
+    """x in float16, by chance with the bits of `seed` (0 to 2^63 - 1); to nearest for None.
+
+    Raises:
+        ValueError: a seed out of range.
+    """
+    if seed is None:
+        return x.to(torch.float16)
+    flat = x.reshape(-1, x.shape[-1])
+    random = random_halves(seed, *flat.shape, device=x.device)
+    return stochastic_half(flat, random).view(x.shape)
+
+
+def stochastic_half(
+    x: Float32[Tensor, "*shape"], random: Int[Tensor, "*shape"]
+) -> Float16[Tensor, "*shape"]:
+    """x in float16: one of its neighbours, chosen by `random`, integers of 0 .. 65535."""
+    cut = (x.contiguous().view(torch.int32) + (random >> 3).int()).bitwise_and_(_KEPT)
+    rounded = cut.view(torch.float32)
+    size = x.abs()
+    small = size < SMALLEST_NORMAL
+    if bool(small.any()):
+        steps = (size * 2.0**24 + random.float() * 2.0**-16).floor_()
+        rounded = torch.where(small, torch.copysign(steps * 2.0**-24, x), rounded)
+    # A NaN with all bits set would be carried into a number.
+    return torch.where(x.isnan(), x, rounded).to(torch.float16)
