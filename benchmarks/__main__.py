@@ -4,10 +4,11 @@
     python -m benchmarks --quick                      all of them on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
     python -m benchmarks growth --peer-limit 8192
+    python -m benchmarks figures                      README's figures from the records
 
-Each writes records under benchmarks/records (machine, versions, command, n, median, spread). On a
-machine that others use, the ratios between programs that took turns can be trusted further than the
-seconds.
+Each writes records under benchmarks/records (machine, versions, command, n, median, spread); once
+all are measured, the README's figures are written anew from them. On a machine that others use, the
+ratios between programs that took turns can be trusted further than the seconds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def main(arguments: list[str]) -> None:
     """Run the named benchmark, or all of them with the same options."""
     if arguments and not arguments[0].startswith("-"):
         name, *options = arguments
-        if name not in BENCHMARKS:
-            sys.exit(f"no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+        if name not in (*BENCHMARKS, "figures"):
+            sys.exit(f"no benchmark {name!r}; there are {', '.join((*BENCHMARKS, 'figures'))}.")
         names: tuple[str, ...] = (name,)
     elif set(arguments) & {"-h", "--help"}:
         print(__doc__)
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> None:
         names, options = BENCHMARKS, arguments
         if set(options) - {"--quick"}:
             sys.exit(f"{' '.join(options)}: name the benchmark first; all of them take --quick.")
+        names = names if options else (*names, "figures")
     for name in names:
         started = time.perf_counter()
         print(f"== {name}", flush=True)
