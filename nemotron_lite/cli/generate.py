@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from nemotron_lite.model import Nemotron
 
+STATES = ("float32", "float16")
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token")]
 TopP = Annotated[float | None, typer.Option(help="smallest set of tokens with this probability")]
 TopK = Annotated[int | None, typer.Option(help="the likeliest tokens only")]
@@ -36,6 +37,9 @@ def generate(
     packed: Annotated[
         bool, typer.Option("--packed", help="keep quantised weights packed in memory")
     ] = False,
+    ssm_dtype: Annotated[
+        str, typer.Option(help=f"of the SSM states: {', '.join(STATES)}; float16 halves them")
+    ] = "float32",
     draft: Annotated[
         str | None, typer.Option(help="mtp: the MTP module drafts, the backbone verifies")
     ] = None,
@@ -46,6 +50,10 @@ def generate(
 ) -> None:
     """Continue a prompt with a checkpoint, token by token or with drafts of several."""
     with plain_errors():
+        if ssm_dtype not in STATES:
+            raise ValueError(f"--ssm-dtype {ssm_dtype}: expected one of {', '.join(STATES)}.")
+        import torch
+
         from nemotron_lite.generation import stream
         from nemotron_lite.speculative import Statistics
 
@@ -56,6 +64,7 @@ def generate(
             loaded, [ids], max_new_tokens, stop=loaded.config.eos_token_ids,
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
             draft=draft, draft_length=draft_length, adaptive=adaptive, statistics=statistics,
+            ssm_dtype=torch.float16 if ssm_dtype == "float16" else None,
         )  # fmt: skip
         out.print(f"[dim]{escape(prompt)}[/]", end="", soft_wrap=True)
         speed = show(writing, loaded.tokenizer, ids)

@@ -12,6 +12,7 @@ hold, so the two losses differ by the stored weights alone.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,9 @@ def quantise(
             ]  # fmt: skip
             out.print(tables.loss_table(lines))
         out.print(
-            f"The model is in {escape(str(save_to))}; generate --packed keeps it small in memory.",
+            f"The model is in {escape(str(save_to))}. Keep it small in memory as well:\n"
+            f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} --packed "
+            '--prompt "class Tree:"',
             soft_wrap=True,
         )
 
