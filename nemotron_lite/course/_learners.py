@@ -61,7 +61,7 @@ def what_it_raised(function: Any, error: Exception) -> str:
             line = linecache.getline(code.co_filename, trace.tb_lineno).strip()
         trace = trace.tb_next
     if not line:
-        return f"the check could not use what came back: {sentence(said)}"
+        return f"it could not be called, or what came back could not be used: {sentence(said)}"
     return f"it raised {sentence(said)} Your line: {line}"
 
 

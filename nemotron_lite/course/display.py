@@ -130,7 +130,7 @@ def progress_hook(
 
 def _bar(label: str, total: int | None) -> Any:
     """tqdm's notebook bar in a bundle of our own, or tqdm's plain bar in a terminal."""
-    at_rest = label if total is None else f"{label}: {total:,} steps"
+    at_rest = label if total is None else f"{label}: {total:,} step{'' if total == 1 else 's'}"
     if not _output.in_notebook():
         from tqdm import tqdm
 

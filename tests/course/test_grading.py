@@ -149,7 +149,7 @@ def test_a_result_that_a_check_cannot_take_apart_is_told() -> None:
         close(first, second)
 
     exercise = replace(FADE, points=1, checks=(Check("two", two),))
-    words = "two: the check could not use what came back: TypeError: cannot unpack non-iterable"
+    words = "what came back could not be used: TypeError: cannot unpack non-iterable"
     assert words in grade(exercise, FADE.build("def fade(dt, A):\n    dt + A\n")).message
 
 
