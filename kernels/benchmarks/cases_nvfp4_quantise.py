@@ -97,7 +97,16 @@ def _packed(draw: Draw) -> Inputs:
     return {"w": nvfp4.quantise(draw.normal(HIDDEN, WIDTH))}
 
 
+def _x(draw: Draw) -> Inputs:
+    return {"x": draw.normal(draw.tokens(TOKENS), WIDTH)}
+
+
 CASES = [
+    Case(
+        op="nvfp4_amax", name="rows", shape="x of Super", inputs=_x, run=nvfp4_amax,
+        exact=lambda x: x.abs().amax().float(), tolerance=0.0, bytes=2 * TOKENS * WIDTH,
+        peers={"torch": lambda x: torch.linalg.vector_norm(x, torch.inf)}, key="nvfp4_amax rows",
+    ),
     _case("x"),
     _case("x", columns=True),
     _case("x", columns=True, hadamard=True),
