@@ -128,7 +128,7 @@ class _NVFP4Product(torch.autograd.Function):
             wide = weight.detach().float()
             quantised = along_rows(wide, recipe.weight, 0, name=f"the weight of {call.name}")
             rows = along_rows(x, recipe.activation, 0, name=f"the input of {call.name}")
-            y = rows @ quantised.mT
+            y = ops.linear(rows, quantised)
             if recipe.weight.block == "1x16":  # the backward pass sums along the columns
                 quantised = wide
             ctx.save_for_backward(x, quantised)
@@ -148,10 +148,11 @@ class _NVFP4Product(torch.autograd.Function):
                 if recipe.weight.block == "1x16":
                     weight = fake_quantise(weight, dim=-2)
                 dy = along_rows(grad, recipe.gradient, call.dgrad, name=gradient)
-                grad_x = (dy @ weight).to(x.dtype)
+                grad_x = ops.linear(dy, weight.mT).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 dy = along_tokens(grad, recipe.gradient_along_tokens, call.wgrad, name=gradient)
-                grad_weight = dy.mT @ along_tokens(x, recipe.activation_along_tokens, 0)
+                tokens = along_tokens(x, recipe.activation_along_tokens, 0)
+                grad_weight = ops.linear(dy.mT, tokens.mT)
         return grad_x, grad_weight, None, None
 
 
@@ -160,7 +161,7 @@ class _MXFP8Product(torch.autograd.Function):
     def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
         with torch.autocast(x.device.type, enabled=False):
             ctx.save_for_backward(x, weight)
-            y = fake_quantise_mxfp8(x.float()) @ fake_quantise_mxfp8(weight.float()).mT
+            y = ops.linear(fake_quantise_mxfp8(x.float()), fake_quantise_mxfp8(weight.float()))
             return y.to(x.dtype)
 
     @staticmethod
@@ -171,11 +172,11 @@ class _MXFP8Product(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wide = grad.float()
             if ctx.needs_input_grad[0]:
-                grad_x = fake_quantise_mxfp8(wide) @ fake_quantise_mxfp8(weight.float(), dim=-2)
-                grad_x = grad_x.to(x.dtype)
+                columns = fake_quantise_mxfp8(weight.float(), dim=-2)
+                grad_x = ops.linear(fake_quantise_mxfp8(wide), columns.mT).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 tokens = fake_quantise_mxfp8(x.float(), dim=-2)
-                grad_weight = fake_quantise_mxfp8(wide, dim=-2).mT @ tokens
+                grad_weight = ops.linear(fake_quantise_mxfp8(wide, dim=-2).mT, tokens.mT)
         return grad_x, grad_weight
 
 
