@@ -16,7 +16,8 @@ Layout: two codes in a byte, the even column in the low nibble; scales row-major
 
 **Stochastic rounding** is unbiased only where nothing is clipped. c is rounded to nearest, so in
 about half of the blocks it is too small by up to 1/16, and the largest value of such a block is
-clipped at 6 whichever way the dice fall. The mean error there is toward zero. Source and measure:
+clipped at 6 whichever way the dice fall. The mean error there is toward zero: of a million normal
+numbers 3.5 % are clipped, in 51 % of the blocks, by 7 % of a step on average. Measured in
 tests/ops/test_nvfp4_stochastic.py.
 """
 
