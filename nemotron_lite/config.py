@@ -94,7 +94,7 @@ class NemotronConfig:
 
     def __post_init__(self) -> None:
         self._check_pattern("pattern", self.pattern, set(LAYER_KINDS))
-        if self.mtp_pattern:
+        if self.mtp_pattern != "":
             self._check_pattern("mtp_pattern", self.mtp_pattern, {"*", "E"})
         self._check_positive(
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -111,40 +111,52 @@ class NemotronConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             self._fail("num_experts_per_tok", f"at most n_routed_experts={self.n_routed_experts}")
         self._check_expert_groups()
-        if self.n_shared_experts not in (0, 1):
+        if not _is_count(self.n_shared_experts) or self.n_shared_experts > 1:
             self._fail("n_shared_experts", "0 or 1 (widen moe_shared_expert_intermediate_size)")
-        for name in ("time_step_min", "time_step_max", "time_step_floor", "norm_eps"):
-            if not self._is_number(name) or not getattr(self, name) > 0:
-                self._fail(name, "a number above 0")
-        for name in ("routed_scaling_factor", "initializer_range"):
-            if not self._is_number(name) or not 0 < getattr(self, name) < math.inf:
+        for name in (
+            "time_step_min", "time_step_max", "time_step_floor", "norm_eps",
+            "routed_scaling_factor", "initializer_range",
+        ):  # fmt: skip
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
                 self._fail(name, "a finite number above 0")
         if self.time_step_min > self.time_step_max:
             self._fail("time_step_min", f"at most time_step_max={self.time_step_max}")
-        low, high = self.time_step_limit
-        if not 0 <= low < high:
+        limit = self.time_step_limit
+        pair = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
+        if not pair or not 0 <= limit[0] < limit[1]:
             self._fail("time_step_limit", "(low, high) with 0 <= low < high; (0, inf) is no clamp")
+        for name in ("use_conv_bias", "norm_topk_prob", "rescale_prenorm_residual"):
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "True or False")
+        self._check_token_ids()
+        if not _is_count(self.mtp_depths):
+            self._fail("mtp_depths", "a whole number of at least 0")
         if bool(self.mtp_pattern) != bool(self.mtp_depths):
             self._fail("mtp_depths", "above 0 with an mtp_pattern, and 0 without one")
 
     def _fail(self, name: str, expected: str) -> None:
         raise ConfigError(f"{name}={getattr(self, name)!r} does not work: expected {expected}.")
 
-    def _check_pattern(self, name: str, pattern: str, allowed: set[str]) -> None:
-        wrong = sorted(set(pattern) - allowed)
-        if not pattern or wrong:
+    def _check_pattern(self, name: str, pattern: object, allowed: set[str]) -> None:
+        wrong = sorted(set(pattern) - allowed) if isinstance(pattern, str) else []
+        if not isinstance(pattern, str) or not pattern or wrong:
             kinds = ", ".join(f"{c!r} ({LAYER_KINDS[c]})" for c in sorted(allowed))
             self._fail(name, f"a string of {kinds}" + (f", without {wrong}" if wrong else ""))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value) or value < 1:
                 self._fail(name, "a whole number of at least 1")
 
-    def _is_number(self, name: str) -> bool:
-        value = getattr(self, name)
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    def _check_token_ids(self) -> None:
+        for name in ("bos_token_id", "pad_token_id"):
+            if not _is_count(getattr(self, name)):
+                self._fail(name, "a token id, 0 or above")
+        eos = self.eos_token_id
+        each = eos if isinstance(eos, tuple) and eos else (eos,)
+        if not all(map(_is_count, each)):
+            self._fail("eos_token_id", "a token id, 0 or above, or a tuple of them: (2, 11)")
 
     def _check_divides(self, divisor: str, number: str) -> None:
         if getattr(self, number) % getattr(self, divisor):
@@ -231,6 +243,15 @@ class NemotronConfig:
         from nemotron_lite.hf_config import to_hf
 
         return to_hf(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    """A whole number of 0 or above; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 _FULL_SIZE: dict[str, Any] = dict(

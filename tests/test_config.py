@@ -44,6 +44,13 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (dict(time_step_min=0.2, time_step_max=0.1), "time_step_min=0.2", "time_step_max=0.1"),
     (dict(time_step_limit=(1.0, 0.5)), "time_step_limit=(1.0, 0.5)", "(0, inf) is no clamp"),
     (dict(time_step_limit=(-1.0, 1.0)), "time_step_limit=(-1.0, 1.0)", "0 <= low < high"),
+    (dict(norm_eps=math.inf), "norm_eps=inf", "finite"),
+    (dict(time_step_max=math.inf), "time_step_max=inf", "finite"),
+    (dict(mtp_depths=-1), "mtp_depths=-1", "at least 0"),
+    (dict(mtp_pattern="*E", mtp_depths=True), "mtp_depths=True", "whole number"),
+    (dict(n_shared_experts=True), "n_shared_experts=True", "0 or 1"),
+    (dict(pad_token_id=-1), "pad_token_id=-1", "0 or above"),
+    (dict(eos_token_id=()), "eos_token_id=()", "(2, 11)"),
     (dict(mtp_pattern="*E"), "mtp_depths=0", "above 0 with an mtp_pattern"),
     (dict(mtp_depths=2), "mtp_depths=2", "0 without one"),
 ]
@@ -55,6 +62,38 @@ def test_wrong_value_is_named_with_a_way_out(
 ) -> None:
     with pytest.raises(ConfigError) as error:
         config(**changes)
+    assert field in str(error.value)
+    assert way_out in str(error.value)
+
+
+# Values of the wrong kind. The tests' own checker of types would stop them at the door, so they are
+# put behind it.
+WRONG_KIND: list[tuple[dict[str, Any], str, str]] = [
+    (dict(time_step_limit=None), "time_step_limit=None", "(low, high)"),
+    (dict(time_step_limit=[0.0, math.inf]), "time_step_limit=[0.0, inf]", "(low, high)"),
+    (dict(time_step_limit=("a", "b")), "time_step_limit=('a', 'b')", "(low, high)"),
+    (dict(pattern=5), "pattern=5", "a string of"),
+    (dict(mtp_pattern=None), "mtp_pattern=None", "a string of"),
+    (dict(mtp_pattern="*E", mtp_depths=1.5), "mtp_depths=1.5", "whole number"),
+    (dict(use_conv_bias="yes"), "use_conv_bias='yes'", "True or False"),
+    (dict(norm_topk_prob=None), "norm_topk_prob=None", "True or False"),
+    (dict(rescale_prenorm_residual=1), "rescale_prenorm_residual=1", "True or False"),
+    (dict(hidden_size=3.5), "hidden_size=3.5", "whole number"),
+    (dict(bos_token_id=None), "bos_token_id=None", "0 or above"),
+    (dict(eos_token_id=[2, 11]), "eos_token_id=[2, 11]", "(2, 11)"),
+    (dict(eos_token_id=(2, "a")), "eos_token_id=(2, 'a')", "(2, 11)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "way_out"), WRONG_KIND, ids=lambda v: str(v))
+def test_value_of_the_wrong_kind_is_named_too(
+    changes: dict[str, Any], field: str, way_out: str
+) -> None:
+    wrong = config()
+    for name, value in changes.items():
+        object.__setattr__(wrong, name, value)
+    with pytest.raises(ConfigError) as error:
+        wrong.__post_init__()
     assert field in str(error.value)
     assert way_out in str(error.value)
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_lite import ledger
 from nemotron_lite.config import PRESETS, NemotronConfig
+from tests.published import ULTRA_BYTES
 
 SUPER = PRESETS["super"]
 NANO = PRESETS["nano"]
@@ -200,6 +201,14 @@ def test_decode_grows_with_the_context_in_attention_only():
     # Two FLOPs for every weight a token reads, near enough, once there is little context.
     body = ledger.parameters(SUPER).active_without_embedding
     assert sum(short.values()) == pytest.approx(2 * body, rel=0.02)
+
+
+def test_ultra_weighs_what_its_index_says_to_the_byte():
+    """Two bytes a weight; the selection bias of each mixture, the MTP module's too, has four."""
+    ultra = PRESETS["ultra"]
+    mixtures = ultra.pattern.count("E") + ultra.mtp_pattern.count("E")
+    biases = mixtures * ultra.n_routed_experts
+    assert 2 * ledger.parameters(ultra).total + 2 * biases == ULTRA_BYTES
 
 
 def test_training_costs_three_forward_passes_with_mtp():
