@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.ops._door import choose
+from nemotron_lite.ops.linear import product
 from nemotron_lite.ops.scan import number_documents
 
 # PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
@@ -154,18 +155,13 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
             n = min(rows, t - first)
             end = start + first + n
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
-            scores = _product(queries, keys[row, head, :end])
+            scores = product(queries, keys[row, head, :end])
             newest = scores.view(shared, n, end)[..., end - n :]
             newest.masked_fill_(later[:n, :n], -math.inf)
             weights = torch.softmax(scores, dim=-1).to(v.dtype)
             answers = torch.mm(weights, v[row, head, :end])
             out[row, head, :, first : first + n] = answers.view(shared, n, p)
     return out.view(q.shape)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T in float32 by oneDNN, as torch's compiler calls it; MKL is slow on some processors."""
-    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
