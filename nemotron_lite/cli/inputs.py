@@ -42,15 +42,21 @@ def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) ->
 
     Raises:
         CheckpointError: a folder that cannot be loaded.
-        ValueError: an unknown dtype, or no tokenizer.
+        ValueError: an unknown dtype, no tokenizer, or weights to keep packed that are not.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     import torch
 
     from nemotron_lite.checkpoint import load
+    from nemotron_lite.layers.packed import Packed
 
     model = load(path, dtype=getattr(torch, dtype) if dtype else None, packed=packed)
+    if packed and not any(isinstance(module, Packed) for module in model.modules()):
+        raise ValueError(
+            f"--packed: nothing in {path} is quantised. Leave it away, or make a quantised folder "
+            "with `nemotron-lite quantise` first."
+        )
     if model.tokenizer is None:
         raise ValueError(
             f"{path} has no tokenizer.json, so text cannot become tokens: put the model's "

@@ -43,13 +43,14 @@ def quantise(
     model: Annotated[Path, typer.Option(help="checkpoint folder of the trained model")],
     save_to: Annotated[Path, typer.Option("--out", help="folder of the quantised one")],
     bits: Annotated[
-        float | None, typer.Option(help=f"mixed formats within these bits a weight; {BUDGET} if no")
+        float | None,
+        typer.Option(help=f"mix formats within these bits a weight; {BUDGET} without --format"),
     ] = None,
     form: Annotated[
         str | None, typer.Option("--format", help="one format for all: nvfp4, fp8, bf16")
     ] = None,
     choices: Annotated[
-        str, typer.Option(help="formats of a mix: any, or as in the report's table 7: report")
+        str, typer.Option(help="of a mix: any; or report, as in the report's table 7")
     ] = "any",
     prompts: Annotated[int, typer.Option(help="pieces of text to calibrate on")] = 32,
     tokens: Annotated[int, typer.Option(help="in each piece")] = 256,
