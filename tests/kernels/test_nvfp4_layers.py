@@ -1,0 +1,73 @@
+"""Training in NVFP4 with the quantiser's kernels: the layers' values and gradients, bit for bit.
+
+The door takes the tensors for a GPU's, so each of the five operands of a layer goes through a
+kernel. Only the quantiser differs from a run on a CPU, and it gives the same bits, dice included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_lite import ops
+from nemotron_lite.layers.quantised import Dice, NVFP4Experts, NVFP4Linear
+from nemotron_lite.ops import _door
+from tests.layers.test_quantised import ABLATIONS, FULL, some_experts
+
+LADDER = {"full": FULL, **ABLATIONS}
+
+
+def _learn(module: torch.nn.Module, x: torch.Tensor, *options: Any) -> list[torch.Tensor]:
+    """The answer and the gradients of x and the weights."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    y = module(x, *options)
+    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
+    return [y.detach(), x.grad, *[p.grad.clone() for p in module.parameters()]]
+
+
+def _both(make, x: torch.Tensor, *options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = _learn(make(), x, *options)
+    launched: list[str] = []  # of the quantiser: other operations have tests of their own
+    importing = _door.import_module
+
+    def import_module(name: str) -> Any:
+        launched.append(name)
+        return importing(name)
+
+    choose = _door.choose
+
+    def quantiser_on_gpu(op: str, impl: str, x: torch.Tensor, **ways: Any) -> Any:
+        return choose(op, "triton", x, **ways)
+
+    monkeypatch.setattr(_door, "import_module", import_module)
+    monkeypatch.setattr("nemotron_lite.ops.nvfp4.choose", quantiser_on_gpu)
+    on_gpu = _learn(make(), x, *options)
+    assert set(launched) == {"nemotron_kernels.nvfp4_quantiser"} and len(launched) >= 10
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("recipe", LADDER.values(), ids=LADDER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer(dtype, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 40) / 6
+
+    def make() -> NVFP4Linear:
+        layer = NVFP4Linear(40, 24, recipe=recipe, dice=Dice(3))
+        layer.weight.data.copy_(weight)
+        return layer
+
+    _both(make, torch.randn(2, 21, 40).to(dtype), monkeypatch=monkeypatch)
+
+
+def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, z, routing = some_experts(37)
+    routing = ops.Routing(routing.weights.detach(), routing.indices, routing.scores)
+
+    def make() -> NVFP4Experts:
+        return NVFP4Experts(experts, dice=Dice(4))
+
+    _both(make, z.detach(), routing, monkeypatch=monkeypatch)
