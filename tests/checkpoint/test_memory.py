@@ -55,6 +55,26 @@ model = load(path, dtype=dtype)
 print(json.dumps(dict(grown=peak() - before, model=size(model))))
 """
 
+PACK = """
+from nemotron_lite.quantise import pack, uniform, units
+
+path, out = sys.argv[1:3]
+model = load(path, dtype=torch.bfloat16)
+save(pack(model, uniform(units(model), "nvfp4"), search=False), out)
+print(json.dumps(dict(model=size(model))))
+"""
+
+LOAD_PACKED = """
+path = sys.argv[1]
+warm_up(path)
+before = peak()
+model = load(path, packed=True)
+loaded = peak() - before
+with torch.inference_mode():
+    model.forward_hidden(torch.randint(4096, (1, 32)))
+print(json.dumps(dict(grown=loaded, used=peak() - before, model=size(model))))
+"""
+
 SAVE = """
 path, limit = sys.argv[1], int(sys.argv[2])
 warm_up(path)
@@ -91,6 +111,18 @@ def test_loading_needs_the_model_and_little_else(folder: Path, dtype: str) -> No
     used = run(LOAD, folder, dtype)
     assert used["grown"] >= 0.9 * used["model"], "the measurement sees the model"
     assert used["grown"] <= used["model"] + REOPEN + SLACK
+
+
+def test_packed_weights_are_never_decoded_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    plain = run(PACK, folder, tmp_path / "packed")
+    used = run(LOAD_PACKED, tmp_path / "packed")
+    assert used["model"] == plain["model"], "what was packed is what is loaded"
+    decoded = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert used["model"] < decoded / 5
+    assert used["grown"] <= used["model"] + REOPEN + SLACK
+    # 32 tokens reach most of the experts; only one stripe of weights at a time is in float32.
+    assert used["used"] <= used["model"] + REOPEN + 2 * SLACK
+    assert used["used"] < decoded
 
 
 @pytest.mark.parametrize("limit", [10**10, 50_000_000], ids=["one file", "shards"])
