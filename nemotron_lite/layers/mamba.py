@@ -47,14 +47,16 @@ class Held:
         self,
         window: Float[Tensor, "b s c"],
         inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        decays: tuple[Tensor, Tensor] | None = None,
         slots: Float[Tensor, "t1 b h p n"] | None = None,
     ) -> None:
-        self.window, self.inputs, self.slots = window, inputs, slots
+        self.window, self.inputs, self.decays, self.slots = window, inputs, decays, slots
 
     @property
     def nbytes(self) -> int:
         """Bytes kept beside the memory itself."""
-        parts = [self.window, *(self.inputs or ()), *([] if self.slots is None else [self.slots])]
+        slots = () if self.slots is None else (self.slots,)
+        parts = (self.window, *(self.inputs or ()), *(self.decays or ()), *slots)
         return sum(part.nbytes for part in parts)
 
 
@@ -107,7 +109,7 @@ class MambaMemory:
             self.conv = held.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
         if held.slots is None:
             assert held.inputs is not None
-            self.write(ops.ssd_replay(self.read(), *held.inputs, counts))
+            self.write(ops.ssd_replay(self.read(), *held.inputs, counts, decays=held.decays))
         elif isinstance(counts, int):
             self.ssm.copy_(held.slots[counts])
         else:
@@ -210,8 +212,10 @@ class Mamba2(nn.Module):
         x, B, C = self._split_heads(xBC)
         dt, A = self._step_sizes(dt), self._rates()
         if how == "replay":
-            y = ops.ssd_peek(past.read(), x, dt, A, B, C, D=self.D)
-            past.held = Held(window, (x, dt, A, B))
+            state = past.read()
+            decays = ops.draft_decays(dt, A, state.dtype)
+            y = ops.ssd_peek(state, x, dt, A, B, C, D=self.D, decays=decays)
+            past.held = Held(window, (x, dt, A, B), decays)
         else:
             slots = past.ssm.new_empty(u.shape[1] + 1, *past.ssm.shape)
             slots[0] = past.ssm

@@ -26,7 +26,7 @@ from nemotron_lite.ops.nvfp4 import (
     inverse_hadamard,
     quantise,
 )
-from nemotron_lite.ops.replay import ssd_peek, ssd_replay
+from nemotron_lite.ops.replay import draft_decays, ssd_peek, ssd_replay
 from nemotron_lite.ops.routing import Routing, route
 from nemotron_lite.ops.scan import selective_scan, ssd_step
 from nemotron_lite.ops.ssd import ssd
@@ -43,6 +43,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "causal_conv1d_window",
+    "draft_decays",
     "draw",
     "expert_mlp",
     "fake_quantise",

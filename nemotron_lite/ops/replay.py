@@ -31,6 +31,8 @@ from torch import Tensor
 from nemotron_lite.ops._door import cast, choose
 from nemotron_lite.ops.scan import check_shapes, selective_scan
 
+Decays = tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t t1"]]
+
 
 def ssd_peek(
     state: Float[Tensor, "b h p n"],
@@ -41,6 +43,7 @@ def ssd_peek(
     C: Float[Tensor, "b t g n"],
     *,
     D: Float[Tensor, "h"] | None = None,
+    decays: Decays | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "b t h p"]:
     """What `ssd` would answer for t tokens behind `state`; the state stays as it is.
@@ -48,6 +51,7 @@ def ssd_peek(
     Args:
         state: float32, or float64 with it; the arithmetic is in its dtype.
         x, dt, A, B, C, D: as in `ssd`. Memory and work grow with t squared: for short t.
+        decays: from `draft_decays`, where they are at hand; "naive" does without.
         impl: "naive" (`selective_scan`) or "torch".
 
     Returns:
@@ -56,8 +60,14 @@ def ssd_peek(
     Raises:
         ValueError: unknown `impl`, or shapes that do not fit each other.
     """
-    check_shapes(x, dt, A, B, C, D, state, None)
-    return choose("ssd_peek", impl, x, naive=_naive_peek, torch=_peek)(state, x, dt, A, B, C, D)
+    if (
+        not _fits(state, x, dt, A, B)
+        or C.shape != B.shape
+        or (D is not None and D.shape != A.shape)
+    ):
+        check_shapes(x, dt, A, B, C, D, state, None)
+    run = choose("ssd_peek", impl, x, naive=_naive_peek, torch=_peek)
+    return run(state, x, dt, A, B, C, D, decays)
 
 
 def ssd_replay(
@@ -68,6 +78,7 @@ def ssd_replay(
     B: Float[Tensor, "b t g n"],
     counts: int | Int[Tensor, "b"],
     *,
+    decays: Decays | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "b h p n"]:
     """The state after the first `counts` of t tokens, for all rows or row by row.
@@ -76,18 +87,30 @@ def ssd_replay(
         state: before the first token. impl="torch" overwrites it and returns it; "naive" leaves it.
         x, dt, A, B: as given to `ssd_peek`.
         counts: 0 to t; 0 leaves a row's state as it was.
+        decays: as for `ssd_peek`, of all t tokens.
         impl: "naive" (`selective_scan`, row by row) or "torch".
 
     Raises:
         ValueError: unknown `impl`, counts outside 0 to t, or shapes that do not fit each other.
     """
-    check_shapes(x, dt, A, B, B, None, state, None)
+    if not _fits(state, x, dt, A, B):
+        check_shapes(x, dt, A, B, B, None, state, None)
     low, high = (counts, counts) if isinstance(counts, int) else _range(counts)
     if low < 0 or high > x.shape[1]:
         raise ValueError(f"counts from {low} to {high}: expected 0 to {x.shape[1]} tokens.")
     return choose("ssd_replay", impl, x, naive=_naive_replay, torch=_replay)(
-        state, x, dt, A, B, counts
+        state, x, dt, A, B, counts, decays
     )
+
+
+def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
+    """The shapes of a draft; `check_shapes` says what is wrong where this says no."""
+    if x.ndim != 4 or B.ndim != 4:
+        return False
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    shapes = (state.shape, dt.shape, A.shape, B.shape[:2], h % g)
+    return shapes == ((b, h, p, n), (b, t, h), (h,), (b, t), 0)
 
 
 def _range(counts: Tensor) -> tuple[int, int]:
@@ -96,14 +119,16 @@ def _range(counts: Tensor) -> tuple[int, int]:
 
 
 def _naive_peek(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    decays: Decays | None,
+) -> Tensor:  # fmt: skip
     return selective_scan(x, dt, A, B, C, D=D, initial_state=state)[0]
 
 
 def _naive_replay(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
+    decays: Decays | None,
+) -> Tensor:  # fmt: skip
     each = [counts] * len(x) if isinstance(counts, int) else counts.tolist()
     rows = []
     for row, count in enumerate(each):
@@ -118,14 +143,15 @@ def _naive_replay(
 
 
 def _peek(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    decays: Decays | None,
+) -> Tensor:  # fmt: skip
     b, t, h, p = x.shape
     g, n = B.shape[2:]
     wide = state.dtype
     B, C = (cast(v, wide).transpose(1, 2).reshape(b * g, t, n) for v in (B, C))
     heads = cast(x, wide).permute(0, 2, 3, 1)  # b h p t
-    dt, decay = _decays(dt, A, wide)  # b h t, b h t 1+t
+    dt, decay = decays or draft_decays(dt, A, wide)
     mix = decay[..., 1:] * dt.unsqueeze(2)
     mix.view(b * g, h // g, t, t).mul_(torch.bmm(C, B.mT).unsqueeze(1))
     # From the state: its rows are h*p/g vectors of n, read by the group's C.
@@ -138,15 +164,17 @@ def _peek(
 
 
 def _replay(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
+    decays: Decays | None,
+) -> Tensor:  # fmt: skip
     b, h, g, n = x.shape[0], x.shape[2], B.shape[2], B.shape[3]
     wide = state.dtype
     longest = counts if isinstance(counts, int) else int(counts.max())
     if longest == 0:
         return state
-    x, dt, B = x[:, :longest], dt[:, :longest], B[:, :longest]
-    dt, decay = _decays(dt, A, wide)
+    x, B = x[:, :longest], B[:, :longest]
+    dt, decay = decays or draft_decays(dt, A, wide)
+    dt, decay = dt[..., :longest], decay[:, :, :longest, : longest + 1]
     if isinstance(counts, int):
         end = decay[:, :, -1]  # b h 1+t: the last token's view back
     else:
@@ -164,10 +192,12 @@ def _replay(
     return state
 
 
-def _decays(dt: Tensor, A: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dt as `b h t`, and `b h t 1+t`: what is left at token l of the state before, and of token r.
+def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.dtype) -> Decays:
+    """What a draft's tokens see of each other, for `ssd_peek` and `ssd_replay` in turn.
 
-    Zero where r comes after l.
+    Returns:
+        dt as `b h t`, and `b h t 1+t`: what is left at token l of the state before, and of token r;
+        zero where r comes after l. In dtype `wide`, which is that of the state.
     """
     dt = cast(dt, wide).transpose(1, 2)
     b, h, t = dt.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from nemotron_lite import ops
 from tests.compare import relative_rms
 
-Drawn = dict[str, torch.Tensor]
+Drawn = dict[str, Any]
 
 
 def _inputs(b: int, t: int, g: int, seed: int, decay: float = 1.0) -> Drawn:
@@ -44,6 +46,8 @@ def test_a_peek_is_the_scan_and_leaves_the_state(
     given = _inputs(b, t, g, seed, decay)
     before = given["state"].clone()
     exact, found = _peek(given, "naive"), _peek(given, "torch")
+    decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
+    assert torch.equal(_peek({**given, "decays": decays}, "torch"), found)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(given["state"], before)
 
@@ -56,6 +60,9 @@ def test_a_replay_is_the_scan_of_a_prefix(data: st.DataObject, b: int, t: int, g
     state = given.pop("state")
     exact = ops.ssd_replay(state, **given, counts=counts, impl="naive")
     found = ops.ssd_replay(state.clone(), **given, counts=counts)
+    decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
+    again = ops.ssd_replay(state.clone(), **given, counts=counts, decays=decays)
+    torch.testing.assert_close(again, exact, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(exact[counts == 0], state[counts == 0])
     same = int(counts[0])

@@ -209,5 +209,6 @@ def test_a_replay_keeps_far_fewer_bytes_than_snapshots() -> None:
     inner, heads, n = TINY.mamba_inner_size, TINY.mamba_num_heads, TINY.ssm_state_size
     window = (3 + 4) * TINY.conv_dim * 8
     token = (inner + heads + TINY.n_groups * n) * 8
-    assert held["replay"] == 2 * (window + 4 * token + heads * 8)
+    decays = heads * (4 + 4 * 5) * 8
+    assert held["replay"] == 2 * (window + 4 * token + heads * 8 + decays)
     assert held["snapshots"] == 2 * (window + 5 * inner * n * 8)
