@@ -10,8 +10,8 @@ takes a tile of the quantised tensor, so each number is read once here and once 
 training in emulation multiplies, the same numbers without ever packing them.
 
 **Rows and columns.** Blocks lie along the last dimension of what is given. For blocks along columns
-(gradients of weights sum over tokens) pass `x.mT`: nothing is copied, memory is read along whichever
-dimension lies close (`nvfp4_tile`).
+(gradients of weights sum over tokens) pass `x.mT`: nothing is copied, and memory is read along the
+dimension that lies close (`nvfp4_tile`).
 
 **Square tiles** (16 x 16) for weights: a maximum over 16 rows more, the scale stored for each row.
 
