@@ -89,7 +89,7 @@ def load_corpus(root: str | Path | None = None, *, held_out_bytes: int = 192 * 1
     """
     folder = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
     if not folder.is_dir():
-        raise CorpusError(f"no folder {folder}: pass root= with a folder of .py files.")
+        raise CorpusError(f"no folder {folder}: pass root= (--text) with a folder of .py files.")
     documents = _read(folder)
     held_out_names = _held_out_names(documents, held_out_bytes)
     train = tuple(d for d in documents if d.name not in held_out_names)

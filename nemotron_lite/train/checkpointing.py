@@ -62,7 +62,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """
     found = list_checkpoints(folder)
     if not found:
-        raise ResumeError(f"no checkpoint in {folder}: start without resume.")
+        raise ResumeError(f"no checkpoint in {folder}: start without resume (--resume).")
     try:
         return torch.load(found[-1], map_location="cpu", weights_only=True)
     except Exception as error:

@@ -56,7 +56,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.max_seconds is None:
-            raise ValueError("steps and max_seconds are both None: give at least one of them.")
+            raise ValueError(
+                "steps and max_seconds are both None: give at least one of them (--steps, "
+                "--max-seconds on the command line)."
+            )
         for name in ("steps", "batch_size", "length", "accumulation", "save_every", "keep"):
             value = getattr(self, name)
             optional = value is None and name in ("steps", "save_every")

@@ -150,7 +150,8 @@ class _Run:
             self._restore(load_checkpoint(checkpoints))
         elif list_checkpoints(checkpoints):
             raise ResumeError(
-                f"{self.folder} already holds a run: pass resume=True, or another out_dir."
+                f"{self.folder} already holds a run: pass resume=True (--resume), or another "
+                "out_dir (--out)."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         _cut_log(self.folder / "log.jsonl", self.result.step)
