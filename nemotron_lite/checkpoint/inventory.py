@@ -68,11 +68,12 @@ def find_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str,
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
-        problems.append(f"there is neither {WEIGHTS} nor {INDEX}" + _what_else(folder))
+        problems.append(f"there is neither {WEIGHTS} nor {INDEX}{_what_else(folder)}")
         return [], {}
     index = read_json(folder / INDEX, problems)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    named = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
+    if not named or not weight_map:
         problems.append(f"{INDEX} has no weight_map; download or copy it again")
         return [], {}
     names = sorted(set(weight_map.values()))
@@ -100,7 +101,7 @@ def _what_else(folder: Path) -> str:
             f", but {some(p.name for p in pickles)}: pickle files are not read. Open the model with"
             " the program that wrote it and save it with safe_serialization=True"
         )
-    return ""
+    return "; download or copy the weights"
 
 
 def read_headers(
@@ -153,13 +154,15 @@ def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(f"{file.name} is missing")
+        problems.append(f"{file.name} is missing; copy it from where the weights are from")
         return {}
     except (ValueError, OSError) as error:
-        problems.append(f"{file.name} is no readable JSON ({error})")
+        problems.append(f"{file.name} is no readable JSON ({error}); download or copy it again")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{file.name} holds {type(value).__name__}, not an object")
+        problems.append(
+            f"{file.name} holds {type(value).__name__}, not an object; download or copy it again"
+        )
         return {}
     return value
 

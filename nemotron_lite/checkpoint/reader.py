@@ -164,7 +164,10 @@ def _named_dtype(hf: Mapping[str, Any], problems: list[str]) -> torch.dtype | No
         return None
     dtype = _DTYPES.get(str(name).removeprefix("torch."))
     if dtype is None:
-        problems.append(f"config.json names dtype {name!r}; expected one of {', '.join(_DTYPES)}")
+        problems.append(
+            f"config.json names dtype {name!r}; expected one of {', '.join(_DTYPES)}. Correct it,"
+            " or say which: load(path, dtype=...)"
+        )
     return dtype
 
 

@@ -62,13 +62,15 @@ def test_folder_left_aside_by_an_interrupted_save(saved: Path) -> None:
 def test_empty_folder_lists_both_files(tmp_path: Path) -> None:
     text = message(tmp_path)
     assert "2 problems" in text
-    assert "config.json is missing" in text
+    assert "config.json is missing; copy it" in text
     assert "neither model.safetensors nor model.safetensors.index.json" in text
 
 
 def test_config_that_is_no_json(saved: Path) -> None:
     (saved / "config.json").write_text('{"model_type": ')
-    assert "config.json is no readable JSON" in message(saved)
+    text = message(saved)
+    assert "config.json is no readable JSON" in text
+    assert "download or copy it again" in text
     (saved / "config.json").write_text("[]")
     assert "config.json holds list, not an object" in message(saved)
 
@@ -105,8 +107,9 @@ def test_missing_shards_are_all_named(sharded: Path) -> None:
     assert shards[2].name in text
 
 
-def test_index_without_a_map(sharded: Path) -> None:
-    (sharded / "model.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_index_without_a_map(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
     assert "no weight_map" in message(sharded)
 
 
@@ -254,7 +257,9 @@ def test_whole_numbers_are_no_weights(saved: Path) -> None:
 
 def test_unknown_dtype_in_the_config(saved: Path) -> None:
     edit_config(saved, torch_dtype="float8_e4m3fn")
-    assert "expected one of float64, float32, float16, bfloat16" in message(saved)
+    text = message(saved)
+    assert "expected one of float64, float32, float16, bfloat16" in text
+    assert "load(path, dtype=...)" in text
 
 
 def test_wrong_arguments(saved: Path) -> None:
