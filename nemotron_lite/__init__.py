@@ -11,6 +11,7 @@ The public names below are the whole front door; everything else is a room behin
     ops                 pure functions, one idea a file
     layers              modules over ops
     model, state        the stack of layers, and what a sequence remembers
+    arguments           what a call of the model must look like
     generation          writing text; prompts, sampling: what it starts from and how it chooses
     speculative         drafts of several tokens, exactly accepted
     checkpoint          Hugging Face files in and out, ModelOpt's quantised ones too

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron_lite.arguments import check_call, check_hold
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import (
     MLP,
@@ -41,7 +42,7 @@ from nemotron_lite.layers import (
     RouterStats,
     Span,
 )
-from nemotron_lite.state import HOLDS, State
+from nemotron_lite.state import State
 
 SEGMENT = 2048  # tokens per row and pass of a long prefill
 
@@ -226,8 +227,8 @@ class Nemotron(nn.Module):
         hold: str | None = None,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies it piece by piece."""
-        self._check(tokens, state, lengths, seq_idx, mtp_depths)
-        _check_hold(hold, state, lengths)
+        check_call(self.config, self.dtype, tokens, state, lengths, seq_idx, mtp_depths)
+        check_hold(hold, state, lengths)
         router: list[RouterStats] | None = [] if router_stats else None
         if state is not None and hold is not None:
             with torch.no_grad():
@@ -293,51 +294,6 @@ class Nemotron(nn.Module):
         """Logits in float32 (float64 for a float64 model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
-    def _check(
-        self,
-        tokens: Tensor,
-        state: State | None,
-        lengths: Tensor | None,
-        seq_idx: Tensor | None,
-        mtp_depths: int,
-    ) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be rows x time, not empty; got {list(tokens.shape)}.")
-        if lengths is not None and not bool(((lengths >= 0) & (lengths <= tokens.shape[1])).all()):
-            raise ValueError(f"lengths {lengths.tolist()} must be 0 to {tokens.shape[1]}.")
-        if mtp_depths and self.mtp is None:
-            raise ValueError(f"mtp_depths={mtp_depths}, but this model has no MTP module.")
-        if mtp_depths >= tokens.shape[1] and mtp_depths:
-            raise ValueError(f"mtp_depths={mtp_depths} needs more than {tokens.shape[1]} tokens.")
-        if state is None:
-            return
-        if state.batch != tokens.shape[0]:
-            raise ValueError(f"{tokens.shape[0]} rows of tokens, but a state of {state.batch}.")
-        if len(state.layers) != self.config.num_layers:
-            raise ValueError(
-                f"a state of {len(state.layers)} layers, but a model of {self.config.num_layers}."
-            )
-        if seq_idx is not None:
-            raise ValueError("packed rows (seq_idx) cannot continue a state; drop one of the two.")
-        if mtp_depths:
-            raise ValueError("mtp_depths needs the whole text at once; call without a state.")
-        if state.held:
-            raise ValueError(
-                f"the state holds a draft of {state.held} tokens: call state.keep(counts) first."
-            )
-
-
-def _check_hold(hold: str | None, state: State | None, lengths: Tensor | None) -> None:
-    if hold is None:
-        return
-    if hold not in HOLDS:
-        raise ValueError(f"hold={hold!r}: expected one of {HOLDS}, or None.")
-    if state is None or lengths is not None:
-        raise ValueError(
-            "hold reads a draft behind a state: give a state, and leave lengths away (the counts "
-            "of state.keep say how many tokens of each row are real)."
-        )
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class State:
         layers: of the backbone, one entry per layer; None for layers that remember nothing.
         mtp: the same for the MTP module; empty where no room was made for it.
         held: tokens per row of a draft that waits for `keep`; 0 when there is none.
+        fits: config and dtype of the model that this state was last found to fit (`arguments`).
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class State:
         self.device = device
         self.mtp = mtp or []
         self.held = 0
+        self.fits: tuple[NemotronConfig, torch.dtype] | None = None  # the model it is known to fit
         self._lengths = lengths
         self._mtp_lengths = mtp_lengths or [0] * len(lengths)
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_lite.arguments import check_call
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.model import SEGMENT, Nemotron
+from nemotron_lite.state import State
 
 TINY = NemotronConfig(
     pattern="ME*M-E", vocab_size=61, hidden_size=32,
@@ -246,8 +249,58 @@ def test_the_meta_device_builds_without_memory() -> None:
             "cannot continue a state",
         ),
         (lambda m: m(_tokens(1, 9), m.empty_state(1), mtp_depths=1), "without a state"),
+        (lambda m: m(_tokens(1, 9), mtp_depths=-1), "mtp_depths=-1 must be 0 or more"),
+        (
+            lambda m: m(_tokens(1, 9), State.empty(m.config.replace(pattern="M"), 1)),
+            r"state of 1 layers.*model\.empty_state",
+        ),
+        (
+            lambda m: m(
+                _tokens(1, 9), State.empty(m.config.replace(pattern="M" * 6), 1, dtype=m.dtype)
+            ),
+            r"it is of another model.*model\.empty_state",
+        ),
+        (
+            lambda m: m(
+                _tokens(1, 9), State.empty(m.config.replace(ssm_state_size=5), 1, dtype=m.dtype)
+            ),
+            "remembers sizes",
+        ),
+        (
+            lambda m: m(_tokens(1, 9), State.empty(m.config, 1)),
+            "computes in torch.float64, but the state holds torch.float32",
+        ),
     ],
 )
 def test_bad_input_is_named(model: Nemotron, call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(lengths=torch.tensor([3])), r"lengths has shape \[1\]; 2 rows need as many"),
+        (
+            dict(seq_idx=torch.zeros(2, 5).long()),
+            r"seq_idx has shape \[2, 5\], but tokens \[2, 9\]",
+        ),
+        (dict(tokens=torch.zeros(2, 9)), "ids, whole numbers; got torch.float32"),
+    ],
+    ids=["lengths", "seq_idx", "tokens"],
+)
+def test_what_the_shapes_of_the_signature_say_is_also_said_without_a_checker(
+    wrong: dict[str, torch.Tensor], message: str
+) -> None:
+    call = dict(tokens=_tokens(2, 9), state=None, lengths=None, seq_idx=None, mtp_depths=0)
+    with pytest.raises(ValueError, match=message):
+        check_call(TINY, torch.float32, **{**call, **wrong})
+
+
+def test_a_state_is_looked_at_again_when_the_model_has_been_cast(model: Nemotron) -> None:
+    cast = copy.deepcopy(model)
+    state = cast.empty_state(1)
+    cast(_tokens(1, 3), state)
+    cast.bfloat16()
+    with pytest.raises(ValueError, match="was the model cast after it"):
+        cast(_tokens(1, 3), state)

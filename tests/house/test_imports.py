@@ -21,7 +21,7 @@ FLOORS = (
     {"config", "hf_config", "ledger", "precision"},
     {"ops"},
     {"layers"},
-    {"model", "state"},
+    {"model", "state", "arguments"},
     {"prompts", "sampling", "speculative", "generation", "checkpoint", "data", "quantise"},
     {"course", "viz", "cli", "serve", "agents", "train"},
 )
