@@ -117,6 +117,8 @@ def stream(
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1, or None.")
     if draft is not None and draft not in DRAFTS:
         raise ValueError(f"draft={draft!r}: expected one of {DRAFTS}, or None to write plainly.")
+    if isinstance(stop, int | str) or not all(isinstance(token, int) for token in stop):
+        raise ValueError(f"stop={stop!r}: expected token ids, as in model.config.eos_token_ids.")
     filters = Filters(temperature, top_k, top_p)
     prompt, lengths = pad_right(tokens)
     if draft is not None:

@@ -65,8 +65,17 @@ def pad_right(tokens: Prompts) -> tuple[Int[Tensor, "b t"], list[int]]:
     """Rows of any lengths as one tensor, padded with 0, and their lengths.
 
     Raises:
-        ValueError: no rows, or an empty one.
+        ValueError: no rows, an empty one, or something else than rows of ids.
     """
+    if not isinstance(tokens, Tensor):
+        for row in [tokens, *tokens]:
+            if isinstance(row, str):
+                raise ValueError(
+                    f"prompts are rows of token ids, and {row[:40]!r} is text: give "
+                    "[model.tokenizer.encode(text).ids]."
+                )
+            if isinstance(row, int):
+                raise ValueError("prompts are rows of token ids: a single one is [ids], not ids.")
     rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     lengths = [len(row) for row in rows] if rows and isinstance(rows[0], list) else []
     if not lengths or not min(lengths):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from nemotron_lite.generation import generate, stream
 from nemotron_lite.model import Nemotron
-from nemotron_lite.prompts import prefill
+from nemotron_lite.prompts import pad_right, prefill
 from nemotron_lite.sampling import distribution
 from tests.test_model import TINY, _tokens
 
@@ -139,3 +141,23 @@ def test_empty_prompts_are_refused(model: Nemotron) -> None:
         generate(model, [[1], []], 3)
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, [], 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("text", "'text' is text: give"),
+        (["text"], r"'text' is text: give \[model\.tokenizer\.encode"),
+        ([1, 2], r"a single one is \[ids\], not ids"),
+    ],
+)
+def test_text_and_bare_ids_are_told_apart_from_rows(prompts: object, message: str) -> None:
+    bare = inspect.unwrap(pad_right)  # without the tests' own checker of types
+    with pytest.raises(ValueError, match=message):
+        bare(prompts)
+
+
+@pytest.mark.parametrize("stop", [2, "x", ["a"]])
+def test_stop_tokens_are_ids(model: Nemotron, stop: object) -> None:
+    with pytest.raises(ValueError, match="expected token ids, as in model"):
+        inspect.unwrap(stream)(model, [[1]], 3, stop=stop)
