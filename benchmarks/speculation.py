@@ -93,6 +93,7 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         healed = heal(model, written, how, judges=others, judged_length=64)
         texts = [row[LEAD:] for row in written.tokens.tolist()]
         story = {
+            "threads": torch.get_num_threads(),
             "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
             "writing": {"seconds": wrote, "tokens": healed.written},
             "healing": {"seconds": healed.result.seconds, "steps": healed.result.step},
@@ -107,7 +108,7 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         (folder / "story.json").write_text(json.dumps(story))
     story = json.loads((folder / "story.json").read_text())
     tokens = torch.tensor(story.pop("shortlist"))
-    return Trained(load(folder / "model").eval(), tokens, judges, story)
+    return Trained(laid_out(load(folder / "model").eval()), tokens, judges, story)
 
 
 def own_text(model: Nemotron, data: Any, until: float) -> Written:
@@ -134,6 +135,11 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
     return [d[:PROMPT].tolist() for d in long_enough[:count]]
 
 
+def laid_out(model: Nemotron) -> Nemotron:
+    """Ready to decode on this CPU, for plain and speculative decoding alike."""
+    return model.lay_out() if model.device.type == "cpu" else model
+
+
 def poor(model: Nemotron) -> Nemotron:
     """The same backbone with an MTP module that knows nothing."""
     fresh = copy.deepcopy(model)
@@ -141,7 +147,7 @@ def poor(model: Nemotron) -> Nemotron:
     other = Nemotron(model.config, seed=7)
     assert other.mtp is not None
     fresh.mtp.load_state_dict(other.mtp.state_dict())
-    return fresh.eval()
+    return laid_out(fresh.eval())
 
 
 def write_all(
@@ -242,8 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of training")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=128, help="written behind each prompt")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=192, help="written behind each prompt")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
     story: dict[str, Any] | None = None
@@ -255,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, prompts = Nemotron(config, seed=0).eval(), [[1, 2, 3], [4, 5]]
         drafted, asked.tokens, asked.rounds = torch.arange(64), 8, 2
     elif asked.model:
-        model = load(asked.model).eval()
+        model = laid_out(load(asked.model).eval())
         prompts = _beginnings(prepare(vocab_size=model.config.vocab_size), asked.prompts)
     else:
         trained = trained_model(asked.seconds, asked.prompts)

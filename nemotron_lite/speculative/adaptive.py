@@ -20,9 +20,9 @@ judged anyway, and before that token is drawn; dropping a drawn token because it
 would bias the text. And decisions follow from what was accepted, not from a clock: with a seed, a
 run repeats.
 
-Where drafting does not pay, the row decodes plainly and tries a draft now and then: after 4 tokens,
-then 8, then 16, up to 256; after each success at once again. That is what bounds the loss when
-drafts are poor.
+A row begins with a draft. Where drafting does not pay, it decodes plainly and tries a draft now and
+then: after 8 tokens, then 16, then 32, up to 256; after each success at once again. That is what
+bounds the loss when drafts are poor.
 
 Left out: learning prices while running, and sharing what was learnt between rows or calls.
 """
@@ -58,7 +58,7 @@ class Adaptive:
         # The account of rounds with drafts: how many, tokens gained and steps paid beyond one each.
         self.rounds, self.gained = CREDIT, CREDIT * OPTIMISM
         self.paid = CREDIT * min(OPTIMISM, costs.round(1) - 1)
-        self.pause, self.waited = FIRST_PAUSE, 0
+        self.pause, self.waited = FIRST_PAUSE, FIRST_PAUSE  # the first token is a trial already
         self.reach = 1.0
 
     def wants(self, confidences: list[float]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from nemotron_lite import ops
+from nemotron_lite.layers import Linear
+from nemotron_lite.model import Nemotron
 from tests.compare import relative_rms
+from tests.speculative.conftest import SMALL
 
 MODULE = sys.modules["nemotron_lite.ops.linear"]
 ONEDNN = pytest.mark.skipif(not MODULE._onednn(), reason="this PyTorch has no oneDNN")
@@ -57,13 +61,15 @@ def test_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_faster_here", lambda: True)
     large = torch.empty(1000, 1000)
     cases = {
-        (3, torch.float32): True, (1, torch.float32): False, (8, torch.float64): False,
+        (1, torch.float32): True, (0, torch.float32): False, (8, torch.float64): False,
         (8, torch.bfloat16): False,
     }  # fmt: skip
     for (rows, dtype), expected in cases.items():
         x = torch.empty(rows, 1000, dtype=dtype)
         assert MODULE.prefers_onednn(x, large.to(dtype)) is expected, (rows, dtype)
-    assert not MODULE.prefers_onednn(torch.empty(8, 100), torch.empty(100, 100))
+    small = torch.empty(100, 100)
+    assert not MODULE.prefers_onednn(torch.empty(8, 100), small)
+    assert MODULE.prefers_onednn(torch.empty(100, 100), small)
     with torch.autocast("cpu", torch.bfloat16):
         assert not MODULE.prefers_onednn(torch.empty(8, 1000), large)
         assert ops.linear(torch.zeros(8, 1000), torch.zeros(1000, 1000)).dtype == torch.bfloat16
@@ -87,3 +93,51 @@ def test_what_is_refused() -> None:
         ops.linear(x, weight, impl="mkl")
     with pytest.raises(ValueError, match="multiplies float32 on the CPU"):
         ops.linear(x.double(), weight.double(), impl="onednn")
+
+
+@ONEDNN
+def test_a_model_that_is_laid_out_gives_the_same_logits() -> None:
+    model = Nemotron(SMALL, seed=0).eval()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        exact = model(tokens).logits
+        assert model.lay_out(smallest=1) is model
+        used = []
+        with pytest.MonkeyPatch.context() as patch:
+            layer = sys.modules["nemotron_lite.layers.linear"]
+            honest = layer.product
+            patch.setattr(layer, "product", lambda x, w: used.append(1) or honest(x, w))
+            torch.testing.assert_close(model(tokens).logits, exact)
+        assert len(used) == sum(isinstance(m, Linear) for m in model.backbone.modules()) + 1
+        state = model.empty_state(1)
+        steps = [model(token, state).logits for token in tokens.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, 1), exact)
+
+
+@ONEDNN
+def test_a_copy_answers_only_for_its_weight() -> None:
+    layer = Linear(8, 8)
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+    def check(layer: Linear) -> None:
+        with torch.no_grad():
+            exact = F.linear(x.to(layer.weight.dtype), layer.weight)
+            torch.testing.assert_close(layer(x.to(layer.weight.dtype)), exact)
+
+    layer.lay_out()
+    check(layer)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # as an optimiser does
+    check(layer)
+    layer.lay_out()
+    layer.load_state_dict({"weight": torch.ones(8, 8)})
+    check(layer)
+    layer.lay_out()
+    again = copy.deepcopy(layer)
+    assert again._blocked is None and set(again.state_dict()) == {"weight"}
+    check(again)
+    check(layer.double())
+    y = layer.float()(x)
+    assert y.requires_grad, "with gradients the copy must not answer"
+    with pytest.raises(ValueError, match="float32 on the CPU"):
+        layer.double().lay_out()

@@ -60,6 +60,15 @@ def test_nearly_as_good_as_the_best_fixed_length(rate: float) -> None:
     assert _simulate(rate, rate, tokens=4000)[0] > 0.93 * best
 
 
+def test_short_texts() -> None:
+    """Nothing is known at the first token, and there are few to learn from."""
+    dear = Costs(draft=0.13, verify=0.11, start=0.62)
+    best = max(speedup(expected_length([0.9] * k), k, dear) for k in range(1, 7))
+    assert _simulate(0.9, 0.9, tokens=128, costs=dear)[0] > 0.9 * best
+    assert _simulate(0.0, 0.05, tokens=128, costs=dear)[0] > 0.96
+    assert Adaptive(4, dear).wants([])
+
+
 def test_a_text_that_becomes_predictable_is_noticed() -> None:
     controller = Adaptive(4, PRICES)
     for _ in range(60):
