@@ -1,6 +1,6 @@
 """Test-only patches of Triton's interpreter: faster, right with new numpy, and wary of overflow.
 
-All three reach into private parts of Triton, so each is optional, and test_interpreter.py proves
+All of them reach into private parts of Triton, so each is optional, and test_interpreter.py proves
 that results are the same with and without it.
 
 - `patch_once_per_launch`: the interpreter swaps the functions of `triton.language` for its own
@@ -8,6 +8,8 @@ that results are the same with and without it.
   longer than the call. Once per launch and module is enough.
 - `indices_from_arrays`: Triton 3.6 turns a runtime loop bound into an int with `int(array)`, which
   numpy 2.4 refuses for arrays of one element.
+- `ends_of_loops`: a loop over a million tokens takes its first and its last turn only, and counts
+  in 32 bits as it does on a GPU. The interpreter counts in Python's integers, which never overflow.
 - `overflow_is_an_error`: 32-bit integer arithmetic that leaves 32 bits raises. On a GPU it wraps,
   and a kernel that multiplies an index by a stride in 32 bits reads and writes the wrong memory.
 """
@@ -16,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 _patched: set[int] | None = None
@@ -75,6 +79,25 @@ def indices_from_arrays() -> None:
 
     patched.from_arrays = True  # type: ignore[attr-defined]
     interpreter._patch_lang_tensor = patched
+
+
+@contextlib.contextmanager
+def ends_of_loops(*modules: ModuleType) -> Iterator[None]:
+    """Inside, `range` in the kernels of these modules yields its ends, as 32-bit tensors."""
+
+    def ends(*bounds: Any) -> Iterator[tl.tensor]:
+        numbers = range(*(int(bound) for bound in bounds))
+        for number in dict.fromkeys((*numbers[:1], *numbers[-1:])):
+            handle = interpreter.TensorHandle(np.array([number], dtype=np.int32), tl.int32)
+            yield tl.tensor(handle, tl.int32)
+
+    for module in modules:
+        module.range = ends  # type: ignore[attr-defined]  # found before the built-in one
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.range
 
 
 @contextlib.contextmanager

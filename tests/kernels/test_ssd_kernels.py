@@ -220,6 +220,21 @@ def test_strong_decay(variant: str) -> None:
     check(make(1, 100, h=4, g=1, decay=400.0), variant=variant)
 
 
+@pytest.mark.parametrize("variant", ["fused", "three"])
+def test_what_has_faded_far_keeps_its_digits(variant: str) -> None:
+    """One write, then e^-1 a token: down to e^-59, the last before the floor, across a chunk."""
+    one = torch.ones(1, 60, 1, 1)
+    x = torch.zeros(1, 60, 1, 1)
+    x[0, 0] = 1
+    options = {"chunk": 32, "variant": variant}
+    y, _ = ssd(x, one[..., 0], -torch.ones(1), one, one, **options)
+    exact = torch.exp(-torch.arange(60).double())
+    torch.testing.assert_close(y.flatten().double(), exact, rtol=1e-5, atol=0)
+    state = torch.ones(1, 1, 1, 1)
+    y, _ = ssd(0 * x, one[..., 0], -torch.ones(1), one, one, None, state, **options)
+    torch.testing.assert_close(y.flatten().double(), exact / torch.e, rtol=1e-5, atol=0)
+
+
 def test_steps_of_zero_leave_the_state_alone() -> None:
     v = make(2, 70, h=2, g=1)
     del v["dt_bias"]

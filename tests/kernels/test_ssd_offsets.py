@@ -5,13 +5,13 @@ Ultra on they read and write somewhere else in silence (its issue 1015). Here ev
 last program with its true sizes and strides, and 32-bit arithmetic that overflows raises. There is
 no memory behind these offsets: loads give zeros and stores do nothing.
 
-The kernels that loop over chunks would need minutes to get to the last one, so theirs is the last
-row of a large batch.
+Loops over chunks take their first and their last turn, and count in 32 bits as on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +25,7 @@ from triton.runtime.errors import InterpreterError
 
 from nemotron_kernels import ssd_backward, ssd_forward, ssd_states
 from nemotron_kernels._compat import MOST_ROWS
-from tests.kernels.interpreter import overflow_is_an_error
+from tests.kernels.interpreter import ends_of_loops, overflow_is_an_error
 
 T, H, G, P, N, Q = 1_000_000, 256, 8, 64, 128, 64
 CHUNKS, ROWS = T // Q, MOST_ROWS - 1
@@ -46,7 +46,7 @@ def _program(*index: int) -> Iterator[None]:
     builder.create_masked_store = lambda *_: None
     builder.set_grid_idx = lambda *_: setattr(builder, "grid_idx", index)
     try:
-        with overflow_is_an_error():
+        with overflow_is_an_error(), ends_of_loops(ssd_backward, ssd_forward, ssd_states):
             yield
     finally:
         for name in ("create_masked_load", "create_masked_store", "set_grid_idx"):
@@ -87,26 +87,42 @@ def test_states_of_every_chunk(reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_walks_over_the_states_of_many_rows(reverse: bool) -> None:
-    v = _arguments(2 * Q)
-    with _program(0, H - 1, ROWS):
-        ssd_states.states_kernel[(1,)](
-            *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None, v["A"],
-            2 * Q, 2, H, REVERSE=reverse, WALK=True, BLOCK_P=P, **SIZES,
-        )  # fmt: skip
-    with _program(0, H - 1, ROWS):
-        ssd_states.pass_kernel[(1,)](
-            v["A"], v["A"], v["A"], v["x"][0], v["A"], 2, H, P * N, REVERSE=reverse, BLOCK=P * N
-        )
+def test_walks_over_the_states_of_many_rows_and_of_many_chunks(reverse: bool) -> None:
+    for row, tokens, chunks in ((ROWS, 2 * Q, 2), (3, T, CHUNKS)):
+        v = _arguments(tokens)
+        with _program(0, H - 1, row):
+            ssd_states.states_kernel[(1,)](
+                *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None,
+                v["A"], tokens, chunks, H, REVERSE=reverse, WALK=True, BLOCK_P=P, **SIZES,
+            )  # fmt: skip
+        with _program(0, H - 1, row):
+            ssd_states.pass_kernel[(1,)](
+                v["A"], v["A"], v["A"], v["x"][0], v["A"], chunks, H, P * N,
+                REVERSE=reverse, BLOCK=P * N,
+            )  # fmt: skip
 
 
-def test_fused_rows() -> None:
-    v = _arguments(2 * Q)
-    with _program(0, H - 1, ROWS):
+@pytest.mark.parametrize(("row", "tokens"), [(ROWS, 2 * Q), (0, T)])
+def test_fused_rows(row: int, tokens: int) -> None:
+    v = _arguments(tokens)
+    with _program(0, H - 1, row):
         ssd_forward.fused_kernel[(1,)](
             *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], v["A"], *v["row"],
-            *v["x"], v["A"], 2 * Q, 2, H, BLOCK_P=P, **SIZES,
+            *v["x"], v["A"], tokens, tokens // Q, H, BLOCK_P=P, **SIZES,
         )  # fmt: skip
+
+
+@triton.jit
+def _narrow_loop(x_ptr, turns, stride):
+    for i in range(0, turns):
+        tl.store(x_ptr + i * stride, 0.0, mask=i >= 0)
+
+
+def test_a_loop_that_counts_in_32_bits_would_be_noticed() -> None:
+    with _program(0, 0, 0), ends_of_loops(sys.modules[__name__]):
+        _narrow_loop[(1,)](torch.zeros(1), CHUNKS, 1)
+        with pytest.raises(InterpreterError, match="overflow"):
+            _narrow_loop[(1,)](torch.zeros(1), CHUNKS, H * P * Q)
 
 
 def test_scan_of_the_last_chunk() -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
+from nemotron_kernels import verification
 from nemotron_kernels.verification import verify
 from nemotron_lite import ops
 
@@ -89,14 +92,23 @@ def test_it_reads_only_what_it_must() -> None:
     assert torch.equal(found.token, expected.token)
 
 
-def test_it_stops_reading_once_the_token_is_known() -> None:
+def test_it_stops_reading_once_the_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sweep for the sum, and of the second one the block that holds the token."""
+    builder = interpreter.interpreter_builder
+    load, read = builder.create_masked_load, []
+
+    def counting(pointers, mask, *rest):
+        if pointers.get_element_ty() == tl.float32:
+            read.append(int(mask.data.sum()))
+        return load(pointers, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting, raising=False)
     p = torch.zeros(1, 1, 40_000)
     p[0, 0, 3] = 1.0
-    p[0, 0, 20_000:] = 0.0
-    found = verify(
-        p, p[:, :0], torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[0.5]]).double()
-    )
+    none, uniform = torch.zeros(1, 0, dtype=torch.int64), torch.tensor([[0.5]]).double()
+    found = verify(p, p[:, :0], none, uniform)
     assert found.token.tolist() == [3]
+    assert sum(read) == 40_000 + verification.BLOCKS[0]["BLOCK"]
 
 
 def test_nothing_left_of_p_minus_q_and_targets_at_the_very_end() -> None:
