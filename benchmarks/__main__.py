@@ -17,7 +17,14 @@ import sys
 import time
 from importlib import import_module
 
-BENCHMARKS = ("ssd_operator", "model_speed", "growth", "speculation", "nvfp4_training")
+BENCHMARKS = (
+    "ssd_operator",
+    "model_speed",
+    "growth",
+    "speculation",
+    "nvfp4_training",
+    "nvfp4_checkpoints",
+)
 
 
 def main(arguments: list[str]) -> None:

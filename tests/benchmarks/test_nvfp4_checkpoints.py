@@ -1,0 +1,121 @@
+"""The benchmark of quantised checkpoints: its folders, its ways, and losses that mean something."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import measure, peers, record
+from benchmarks import nvfp4_checkpoints as bench
+from nemotron_lite import Nemotron, load
+from nemotron_lite.data import HeldOut, TextData, prepare
+from nemotron_lite.layers.packed import PackedExperts
+
+TINY = peers.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("folders")
+    bench.write_folders(TINY, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TextData:
+    path = tmp_path_factory.mktemp("text")
+    for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
+        (path / source.name).write_bytes(source.read_bytes())
+    return prepare(vocab_size=300, held_out_bytes=2_000, root=path, cache=path / "cache")
+
+
+def test_folders_hold_one_model(folder: Path) -> None:
+    wide, packed = load(folder / "bf16"), load(folder / "nvfp4", packed=True)
+    assert isinstance(packed.backbone.layers[1].mixer.experts, PackedExperts)
+    exact = wide.state_dict()["backbone.layers.1.mixer.experts.up_proj"][3].float()
+    found = packed.backbone.layers[1].mixer.experts.up_proj.decode(torch.float32, 3)
+    assert 0.05 < float((found - exact).norm() / exact.norm()) < 0.15
+
+
+def test_sizes_are_those_of_the_format(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(measure, "in_own_process", lambda *a: asked.append(a) or len(asked))
+    plain, packed, *peaks = bench.measure_size(TINY, folder, 4)
+    assert plain["routed_experts"]["bits_a_weight"] == 16
+    # 24 columns fill up to 32, and each matrix has two scales in float32 or one: none without
+    # calibration but the tensor's.
+    up, down = 24 * 16 * 4.5 + 32, 16 * 32 * 4.5 + 32
+    assert packed["routed_experts"]["bits_a_weight"] == pytest.approx((up + down) / (2 * 24 * 16))
+    assert packed["bytes"] < plain["bytes"]
+    assert [entry["way"] for entry in peaks] == list(bench.WAYS)
+    assert asked[0] == ("benchmarks.nvfp4_checkpoints", "child", str(folder), "bf16", "0")
+    assert {call[-1] for call in asked} == {"0", "4"}
+
+
+@pytest.mark.parametrize("way", bench.WAYS)
+def test_every_way_loads_and_writes(folder: Path, way: str, monkeypatch) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    def load_and_note(path: Path, **options: Any) -> Nemotron:
+        model = load(path, **options)
+        loaded.append({"path": path.name, "model": model})
+        return model
+
+    monkeypatch.setattr(bench, "load", load_and_note)
+    work = bench.prepare_way(folder, way, 2)
+    work()
+    name, packed, dtype = bench.WAYS[way]
+    model = loaded[-1]["model"]
+    assert loaded[-1]["path"] == name
+    assert isinstance(model.backbone.layers[1].mixer.experts, PackedExperts) == packed
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_speeds_stand_beside_bf16(folder: Path) -> None:
+    found = bench.measure_speed(folder, 3, 2)
+    assert [(e["way"], e["rows"]) for e in found] == [
+        (way, rows) for rows in (1, 8) for way in bench.WAYS if way != "bf16"
+    ]
+    assert all(entry["times_faster"]["n"] == 2 for entry in found)
+
+
+def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    torch.manual_seed(0)
+    model = Nemotron(TINY.replace(vocab_size=300), seed=0).eval()
+    peers.randomise(model, model.config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = bench.measure_loss(model, data, bits=6.0, prompts=4, length=32, most=256)
+    by_name = {entry["as"]: entry for entry in found}
+    assert next(iter(by_name)) == "it was"
+    plain, fp8, nvfp4 = (by_name[f"{f} for all"] for f in ("bf16", "fp8", "nvfp4"))
+    assert (plain["bits_a_weight"], fp8["bits_a_weight"]) == (16, 8)
+    assert plain["weights"] == plain["weights and inputs"]
+    assert 0 == plain["estimated_nats"] < fp8["estimated_nats"] < nvfp4["estimated_nats"]
+
+    def size(entry: dict[str, Any], what: str) -> float:
+        return float(np.abs(entry[what]["change_percent"]["each"]).mean())
+
+    assert size(plain, "weights") < size(fp8, "weights") < size(nvfp4, "weights")
+    assert size(nvfp4, "weights") < size(nvfp4, "weights and inputs")
+    mixed = by_name["mixed, 6.0 bits"]
+    assert mixed["bits_a_weight"] <= 6.0
+    assert set(mixed["formats"]) > {"nvfp4"}
+    assert sum(mixed["by_role"].values()) == sum(mixed["formats"].values())
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in before.items()), "left as it was"
+    record.write_record("trial", {"results": found})
+
+
+def test_groups_share_the_documents() -> None:
+    lengths = [90, 10, 40, 40, 30, 70, 20]
+    documents = tuple(np.full(n, i) for i, n in enumerate(lengths))
+    groups = bench.groups_of(HeldOut(documents, 300), 3, 80)
+    assert sorted(int(d[0]) for g in groups for d in g.documents) == list(range(7))
+    sizes = [sum(len(d) for d in g.documents) for g in groups]
+    assert sum(sizes) == 290 and max(sizes) - min(sizes) <= 20
