@@ -11,6 +11,7 @@ compute the same values, as here.
     tensor.py     QuantisedTensor, and the definition of `quantise`
     emulation.py  the same bits in few passes over memory, and values without codes
     native.py     the same bits from kernels on a GPU
+    decoding.py   packed bytes back to numbers by tables, a stripe of a matrix at a time
     product.py    products with packed weights: `matmul`, and `expert_mlp` over a stack
 
 Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
