@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPTS)
     script = importlib.import_module("device")
     monkeypatch.setattr(script, "DEVICE", "cpu")
+    # `main` unsets it, as whoever has a GPU wants; the tests after this one interpret.
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
     # The tests' own poison stands in for torch's, which would have to undo its warnings.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
     return script

@@ -27,7 +27,6 @@ from tests.kernels.interpreter import overflow_is_an_error
 
 TOKENS, INNER, CHANNELS, PROJECTION = 2**20, 16_384, 18_432, 35_072
 HEADS, P, N = 256, 64, 128
-ROW = TOKENS * PROJECTION  # elements from one sequence of a batch to the next
 
 
 @contextlib.contextmanager
@@ -63,28 +62,34 @@ def test_32_bits_would_be_noticed() -> None:
         _narrow[(1,)](torch.zeros(1), PROJECTION, BLOCK=16)
 
 
+# A few long rows of a wide projection; as many rows as a grid has, each of which 32 bits can hold.
+LONG_AND_MANY = [(TOKENS, 3, PROJECTION), (2**15, MOST_ROWS - 1, CHANNELS)]
+
+
 @pytest.mark.parametrize("options", [False, True])
-def test_convolution_forward(options: bool) -> None:
+@pytest.mark.parametrize(("tokens", "row", "width"), LONG_AND_MANY)
+def test_convolution_forward(tokens: int, row: int, width: int, options: bool) -> None:
     x, i = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     given = (x, i, i) if options else (None, None, None)
     # The last tokens, and the first ones, which write the final state; of the last sequence.
-    for block in (TOKENS // 16 - 1, 0):
-        with _program(block, CHANNELS // 256 - 1, 3):
+    for block in (tokens // 16 - 1, 0):
+        with _program(block, CHANNELS // 256 - 1, row):
             conv._conv_forward[(1,)](
-                x, x, x, *given, x, x, TOKENS, CHANNELS, ROW, PROJECTION, 4,
-                3 * CHANNELS, CHANNELS, TOKENS, TAPS=4, BLOCK_T=16, BLOCK_C=256,
+                x, x, x, *given, x, x, tokens, CHANNELS, tokens * width, width, 4,
+                3 * CHANNELS, CHANNELS, tokens, TAPS=4, BLOCK_T=16, BLOCK_C=256,
             )  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [False, True])
-def test_convolution_backward(options: bool) -> None:
+@pytest.mark.parametrize(("tokens", "row", "width"), LONG_AND_MANY)
+def test_convolution_backward(tokens: int, row: int, width: int, options: bool) -> None:
     x, i = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     given = (x, i, i, x, x, x, x) if options else (None, None, None, x, None, x, None)
-    stretches = TOKENS // 4
-    with _program(stretches - 1, CHANNELS // 256 - 1, 3):
+    stretches = tokens // 4
+    with _program(stretches - 1, CHANNELS // 256 - 1, row):
         conv._conv_backward[(1,)](
-            x, x, x, *given, x, TOKENS, CHANNELS, stretches, ROW, PROJECTION, 4,
-            3 * CHANNELS, CHANNELS, TOKENS, TOKENS * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
+            x, x, x, *given, x, tokens, CHANNELS, stretches, tokens * width, width, 4,
+            3 * CHANNELS, CHANNELS, tokens, tokens * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
             TAPS=4, STRETCH=4, BLOCK_C=256,
         )  # fmt: skip
 
