@@ -11,8 +11,9 @@ Loops over chunks take their first and their last turn, and count in 32 bits as 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from tests.kernels.interpreter import ends_of_loops, overflow_is_an_error
 
 T, H, G, P, N, Q = 1_000_000, 256, 8, 64, 128, 64
 CHUNKS, ROWS = T // Q, MOST_ROWS - 1
+Arguments = Callable[[int], dict[str, Any]]
 SIZES: dict[str, Any] = dict(R=H // G, P=P, N=N, PAD_N=N, Q=Q, SOFTPLUS=True, PRECISION="ieee")
 
 
@@ -53,12 +55,21 @@ def _program(*index: int) -> Iterator[None]:
             delattr(builder, name)
 
 
-def _arguments(tokens: int) -> dict[str, Any]:
-    """Pointers and strides of a contiguous batch of rows, under the kernels' names."""
+@pytest.fixture(params=[False, True], ids=["tokens first", "heads first"])
+def arguments(request: pytest.FixtureRequest) -> Arguments:
+    """Pointers and strides of a batch of rows of so many tokens, under the kernels' names."""
+    return functools.partial(_arguments, heads_first=request.param)
+
+
+def _arguments(tokens: int, heads_first: bool) -> dict[str, Any]:
     half, number = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
     heads = (tokens * H * P, H * P, P, 1)
     groups = (tokens * G * N, G * N, N, 1)
     times = (tokens * H, H, 1)
+    if heads_first:
+        heads = (tokens * H * P, P, tokens * P, 1)
+        groups = (tokens * G * N, N, tokens * N, 1)
+        times = (tokens * H, 1, tokens)
     return {
         "x": (half, heads), "dt": (half, times), "A": number, "B": (half, groups),
         "C": (half, groups), "row": (torch.zeros(1, dtype=torch.int32), (tokens, 1)),
@@ -76,8 +87,8 @@ def test_32_bits_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_states_of_every_chunk(reverse: bool) -> None:
-    v = _arguments(T)
+def test_states_of_every_chunk(reverse: bool, arguments: Arguments) -> None:
+    v = arguments(T)
     for b, index in ((0, CHUNKS - 1), (ROWS, 0)):
         with _program(index, H - 1, b):
             ssd_states.states_kernel[(1,)](
@@ -87,9 +98,11 @@ def test_states_of_every_chunk(reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_walks_over_the_states_of_many_rows_and_of_many_chunks(reverse: bool) -> None:
+def test_walks_over_the_states_of_many_rows_and_of_many_chunks(
+    reverse: bool, arguments: Arguments
+) -> None:
     for row, tokens, chunks in ((ROWS, 2 * Q, 2), (3, T, CHUNKS)):
-        v = _arguments(tokens)
+        v = arguments(tokens)
         with _program(0, H - 1, row):
             ssd_states.states_kernel[(1,)](
                 *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None,
@@ -103,8 +116,8 @@ def test_walks_over_the_states_of_many_rows_and_of_many_chunks(reverse: bool) ->
 
 
 @pytest.mark.parametrize(("row", "tokens"), [(ROWS, 2 * Q), (0, T)])
-def test_fused_rows(row: int, tokens: int) -> None:
-    v = _arguments(tokens)
+def test_fused_rows(row: int, tokens: int, arguments: Arguments) -> None:
+    v = arguments(tokens)
     with _program(0, H - 1, row):
         ssd_forward.fused_kernel[(1,)](
             *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], v["A"], *v["row"],
@@ -125,8 +138,8 @@ def test_a_loop_that_counts_in_32_bits_would_be_noticed() -> None:
             _narrow_loop[(1,)](torch.zeros(1), CHUNKS, H * P * Q)
 
 
-def test_scan_of_the_last_chunk() -> None:
-    v = _arguments(T)
+def test_scan_of_the_last_chunk(arguments: Arguments) -> None:
+    v = arguments(T)
     with _program(CHUNKS - 1, 0, H - 1):
         ssd_forward.scan_kernel[(1,)](
             *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], *v["row"], v["x"][0],
@@ -135,8 +148,8 @@ def test_scan_of_the_last_chunk() -> None:
 
 
 @pytest.mark.parametrize("row", [0, 30])
-def test_gradients_of_the_last_chunk(row: int) -> None:
-    v = _arguments(T)
+def test_gradients_of_the_last_chunk(row: int, arguments: Arguments) -> None:
+    v = arguments(T)
     number, half = v["A"], v["x"][0]
     given = (*v["x"], *v["dt"], number, *v["B"], *v["C"])
     with _program(CHUNKS - 1, row, 2 * H - 1):  # the second block of n, a program for every head
