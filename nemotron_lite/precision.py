@@ -20,7 +20,8 @@ model, which needs no torch, so `nemotron-lite info` can draw the map of Super a
 
 Source: Nemotron 3 Super report table 3; arXiv 2509.25149 section 4; Transformer Engine's
 NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded: 16 of
-Ultra's 108 layers is the one number it gives, and it agrees with rounding to nearest.
+Ultra's 108 layers is the one number it gives, and it agrees with rounding to nearest, which makes
+13 of Super's 88. Megatron-LM's test of Super's release, which is in MXFP8, keeps 14.
 """
 
 from __future__ import annotations
