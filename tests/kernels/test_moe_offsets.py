@@ -26,6 +26,7 @@ from tests.kernels.interpreter import overflow_is_an_error
 
 TOKENS, TOP_K, E, HIDDEN, WIDTH = 1_000_000, 22, 512, 5120, 2048
 LAST = TOKENS * TOP_K - 1
+APART = 2 * WIDTH  # tokens as slices of a wider tensor; a million of them alone stay below 2^31
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ def test_grouped_rows(last_pair: torch.Tensor, gather: bool, stage: int) -> None
     with _last_program(across - 1):
         grouped._grouped_rows_kernel[(1,)](
             x, x, x, x, x, x, last_pair, ends, torch.tensor([E - 1], dtype=torch.int32), tile,
-            WIDTH, HIDDEN * WIDTH, 1, WIDTH, LAST + 1,
+            APART, HIDDEN * WIDTH, 1, WIDTH, sorting.MAX_PAIRS,
             N=HIDDEN, K=WIDTH, TOP_K=TOP_K, STAGE=stage, GATHER=gather, PRECISION="ieee",
             ROWS=16, COLUMNS=128, DEPTH=64,
         )  # fmt: skip
@@ -89,7 +90,7 @@ def test_grouped_outer(last_pair: torch.Tensor, strides: tuple[int, int]) -> Non
     tiles = (HIDDEN // 128) * (WIDTH // 128)
     with _last_program(E * tiles - 1):
         grouped._grouped_outer_kernel[(1,)](
-            x, x, x, x, last_pair, starts, WIDTH, *strides,
+            x, x, x, x, last_pair, starts, APART, *strides,
             M=HIDDEN, N=WIDTH, TOP_K=TOP_K, WEIGHTED=True, PRECISION="ieee",
             ROWS=128, COLUMNS=128, DEPTH=64,
         )  # fmt: skip
