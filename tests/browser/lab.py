@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -63,6 +64,20 @@ _CUT = """() => {
   return [...outputs].filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 2).map(
     e => `${e.scrollWidth} px in ${e.clientWidth}: ${e.innerText.slice(0, 60)}`);
 }"""
+# Seconds from the next key to the first frame in which a plot's data differ; -1 if none does.
+_WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done => {{
+  const before = JSON.stringify(drawn());
+  addEventListener('keydown', () => {{
+    const start = performance.now();
+    const look = () => {{
+      const gone = (performance.now() - start) / 1000;
+      if (JSON.stringify(drawn()) !== before) done(gone);
+      else if (gone > 5) done(-1);
+      else requestAnimationFrame(look);
+    }};
+    requestAnimationFrame(look);
+  }}, {{once: true, capture: true}});
+}}); }}"""
 _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
 
 
@@ -132,6 +147,7 @@ class Visit:
     sliders: int = 0
     idle_sliders: list[str] = field(default_factory=list)  # nothing changed when they were dragged
     moved_figures: int = 0  # sliders that changed a figure's data
+    answers: dict[str, float] = field(default_factory=dict, compare=False)  # key to picture, s
     outside: list[str] = field(default_factory=list)  # each address once: pages may ask again
 
 
@@ -206,9 +222,12 @@ def _drag_all(page: Page, seen: Visit) -> None:
         before, words = page.evaluate(_DRAWN), page.evaluate(_WORDS)
         drag(page, slider)
         moved = _wait_for_change(page, before, words)
-        seen.moved_figures += moved == "figure"
+        label = slider.inner_text().replace("\n", " ")
+        if moved == "figure":
+            seen.moved_figures += 1
+            seen.answers[label] = _answer(page, slider)
         if not moved:
-            seen.idle_sliders.append(slider.inner_text().replace("\n", " "))
+            seen.idle_sliders.append(label)
 
 
 def drag(page: Page, slider: Locator) -> None:
@@ -225,6 +244,18 @@ def drag(page: Page, slider: Locator) -> None:
     page.mouse.down()
     page.mouse.move(target, y, steps=8)
     page.mouse.up()
+
+
+def _answer(page: Page, slider: Locator) -> float:
+    """Seconds from a key on the slider to the changed picture, the median of three."""
+    slider.locator(".noUi-handle").first.focus()
+    times = []
+    for key in ("ArrowLeft", "ArrowRight", "ArrowLeft"):
+        page.evaluate(_WATCH)
+        page.keyboard.press(key)
+        times.append(page.evaluate("() => window.answered"))
+        page.wait_for_timeout(100)
+    return statistics.median(times)
 
 
 def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: float = 8.0) -> str:

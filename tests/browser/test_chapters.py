@@ -6,10 +6,12 @@ visit sees what it should: a slider that moves nothing, an error, a request to t
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
 
+from nemotron_lite.viz.widgets import BUDGET
 from tests.browser.conftest import CHAPTERS
 
 
@@ -36,6 +38,12 @@ def test_every_slider_does_something_and_one_moves_a_figure(seen: Any) -> None:
     assert seen.sliders > 0
     assert seen.idle_sliders == []
     assert seen.moved_figures > 0
+
+
+def test_half_of_the_sliders_answer_in_a_fifth_of_a_second(seen: Any) -> None:
+    """From the key to the picture, kernel and browser included; all of them on a quiet machine."""
+    assert all(seconds > 0 for seconds in seen.answers.values()), seen.answers
+    assert statistics.median(seen.answers.values()) < BUDGET, seen.answers
 
 
 def test_nothing_is_fetched_from_outside(seen: Any) -> None:
