@@ -212,7 +212,7 @@ class PackedExperts(nn.Module):
 
 def _multiply(x: Tensor, matrices: Packed | Tensor, expert: int) -> Tensor:
     if isinstance(matrices, Packed):
-        return multiply(matrices.inputs(x, expert), matrices.stored().of(expert))
+        return multiply(matrices.inputs(x, expert), matrices.stored().of(expert), F.linear)
     return F.linear(x, matrices[expert].to(x.dtype))
 
 

@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
@@ -121,14 +123,21 @@ def decode_e4m3(
     return out
 
 
-def multiply(x: Float[Tensor, "*rows k"], w: Stored) -> Float[Tensor, "*rows n"]:
-    """x W^T in the dtype of x, one matrix, a stripe at a time."""
+def multiply(
+    x: Float[Tensor, "*rows k"], w: Stored, product: Callable[..., Tensor] = linear
+) -> Float[Tensor, "*rows n"]:
+    """x W^T in the dtype of x, one matrix, a stripe at a time.
+
+    Args:
+        product: `F.linear` where the number of rows is another one each time, as with experts:
+            oneDNN, which `linear` may take, prepares some milliseconds for each new one.
+    """
     few = math.prod(x.shape[:-1]) <= FEW_ROWS
     form = torch.promote_types(x.dtype, torch.float32) if few else x.dtype
     wide = cast(x, form)
     step = max(1, STRIPE // max(1, w.cols))
     parts = [
-        linear(wide, cast(w.stripe(first, first + step).decode(), form))
+        product(wide, cast(w.stripe(first, first + step).decode(), form))
         for first in range(0, w.rows, step)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -149,9 +158,9 @@ def multiply_experts(
     out = torch.zeros_like(z)
     for e in indices.unique().tolist():
         rows, slots = (indices == e).nonzero(as_tuple=True)
-        hidden = squared_relu(multiply(z[rows], up.of(e)))
+        hidden = squared_relu(multiply(z[rows], up.of(e), F.linear))
         share = cast(weights[rows, slots], z.dtype).unsqueeze(1)
-        out = out.index_add(0, rows, multiply(hidden, down.of(e)) * share)
+        out = out.index_add(0, rows, multiply(hidden, down.of(e), F.linear) * share)
     return out
 
 
