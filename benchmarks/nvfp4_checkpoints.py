@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, data = load(asked.model, dtype=torch.float32), prepare()
     else:
         model, data = trained_model(asked.seconds)
-    results = measure_loss(model, data, bits=BUDGET, prompts=32, length=256, most=4096)
+    results = measure_loss(model, data, bits=BUDGET, prompts=32, length=256, most=512)
     payload = {
         "model": "lite", "training_seconds": None if asked.model else asked.seconds,
         "calibration": {"passages": 32, "tokens": 256},
