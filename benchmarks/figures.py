@@ -174,10 +174,11 @@ def _operator(found: dict[str, Any]) -> str:
         if result["what"] == "relative rms error against float64" and result["decay"] == "strong"
     )  # fmt: skip
     error = f"{worst:.0e}".replace("e-0", "e-")
+    others = f"the best of {peers} peers" if peers > 1 else "transformers' form of it"
     return (
         f"The state-space operator alone, {tokens:,} tokens "
-        f"({_link('record', 'ssd_operator.json')}): {best['forward']:.2f} times as fast as the best"
-        f" of {peers} peers forward, and {best['forward + backward']:.2f} times forward and "
+        f"({_link('record', 'ssd_operator.json')}): {best['forward']:.2f} times as fast as "
+        f"{others} forward, and {best['forward + backward']:.2f} times forward and "
         f"backward, with a relative rms error of at most {error} in every value and gradient under "
         "strong decay."
     )
