@@ -10,8 +10,6 @@ explains. Ties are counted, and there may be few.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -20,7 +18,6 @@ from nemotron_lite.model import Nemotron
 from nemotron_lite.speculative import Statistics
 from tests.speculative.conftest import SMALL, Guided
 
-Recorder = Callable[[str, object], None]
 LENGTH = 12
 TIE = {torch.float64: 1e-11, torch.float32: 1e-4}  # of logits with a spread of about one
 CASES = 210  # in each precision: all draft lengths with both batch sizes, five times over
@@ -45,7 +42,7 @@ def _prompts(seed: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_same_tokens(guided: Guided, dtype: torch.dtype, record_property: Recorder) -> None:
+def test_the_same_tokens(guided: Guided, dtype: torch.dtype) -> None:
     ties, accepted, rows, cases = 0, 0, 0, 0
     for seed in range(CASES):
         config = SMALL.replace(pattern=PATTERNS[seed % 4])
@@ -67,7 +64,7 @@ def test_the_same_tokens(guided: Guided, dtype: torch.dtype, record_property: Re
         cases += 1
     assert cases == CASES
     assert accepted > 2 * rows, "hardly anything was accepted: the test tests nothing"
-    record_property("rows set aside for a tie", f"{ties} of {rows}")
+    print(f"{dtype}: {ties} of {rows} rows set aside for a tie, {accepted} drafts accepted")
     assert ties <= (0 if dtype == torch.float64 else rows // 50)
 
 
