@@ -129,7 +129,10 @@ def stream(
         ).steps()  # fmt: skip
     chooser = Chooser(len(prompt), filters, seed)
     state = model.empty_state(
-        len(prompt), prompt.shape[1] + max_new_tokens, ssm_dtype=ssm_dtype, ssm_seed=seed or 0
+        len(prompt),
+        prompt.shape[1] + max_new_tokens,
+        ssm_dtype=ssm_dtype,
+        ssm_seed=(seed or 0) % 2**63,
     )
     return _steps(
         model, prompt, lengths, max_new_tokens, chooser, frozenset(stop), prefill_chunk, state

@@ -92,7 +92,7 @@ class Speculation:
         self.statistics = Statistics() if statistics is None else statistics
         rows, room = len(lengths), prompt.shape[1] + max_new_tokens + draft_length + 1
         self.state = model.empty_state(
-            rows, room, mtp=True, ssm_dtype=ssm_dtype, ssm_seed=seed or 0
+            rows, room, mtp=True, ssm_dtype=ssm_dtype, ssm_seed=(seed or 0) % 2**63
         )
         self.streams = Streams(rows, 0 if filters.greedy else seed)
         if adaptive:
