@@ -10,9 +10,10 @@ Mamba layers before it. The softmax is taken in float32.
 `starts[r] + i` and sees keys up to there. Keys beyond (left over from a rolled-back draft, or
 padding of a shorter row) are never read, so a cache is rolled back by forgetting its length.
 
-In BF16 on a CPU, PyTorch's flash kernel multiplies no faster than in float32. There the products
-are oneDNN's, a few hundred rows of scores at a time: scores and softmax in float32, and only the
-weights rounded to BF16, as the flash kernel does.
+PyTorch's flash kernel for CPUs multiplies with MKL, and in BF16 no faster than in float32. Where
+oneDNN is faster (BF16; float32 as in linear.py, with heads wide enough that products and not the
+softmax take the time) the products are oneDNN's, a few hundred rows of scores at a time. Scores and
+softmax are in float32; in BF16 only the weights are rounded, as the flash kernel does.
 
 Source: reference sheet section 3. Left out: windows, sinks, position biases; Nemotron 3 has none.
 """
@@ -28,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.ops._door import choose
-from nemotron_lite.ops.linear import product
+from nemotron_lite.ops.linear import prefers_onednn, product
 from nemotron_lite.ops.scan import number_documents
 
 # PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
@@ -36,6 +37,8 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ONEDNN = torch.backends.mkldnn.is_available()
 SCORES = 2**20  # float32 scores worked on at once: a few megabytes, which caches hold
 FEW_SCORES = 2**14  # per head; below, the flash kernel has finished before the blocks have begun
+# float32: 1.2 to 1.5 times the flash kernel on an AMD EPYC; no faster with heads of 32, or sooner.
+WIDE_HEAD, FEW_WIDE_SCORES = 64, 2**20
 
 
 def causal_attention(
@@ -102,7 +105,7 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor
         k, v = k[:, :, : starts + tokens], v[:, :, : starts + tokens]
         if tokens == 1:
             return _one_token(q, k, v)
-        if seq_idx is None and _multiplies_faster_in_blocks(q, starts):
+        if seq_idx is None and _multiplies_faster_in_blocks(q, k, starts):
             return _in_blocks(q, k, v, starts)
         if starts == 0 and seq_idx is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -133,13 +136,18 @@ def _cached_then_new(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     return torch.lerp(old.reshape(q.shape), new, share.to(q.dtype))
 
 
-def _multiplies_faster_in_blocks(q: Tensor, start: int) -> bool:
-    narrow = q.is_cpu and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    return narrow and _ONEDNN and q.shape[2] * (start + q.shape[2]) >= FEW_SCORES
+def _multiplies_faster_in_blocks(q: Tensor, k: Tensor, start: int) -> bool:
+    scores = q.shape[2] * (start + q.shape[2])
+    if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES:
+        return False
+    if q.dtype == torch.bfloat16:
+        return _ONEDNN
+    wide = q.shape[3] >= WIDE_HEAD and scores >= FEW_WIDE_SCORES
+    return wide and prefers_onednn(q[0, 0], k[0, 0])
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """BF16 behind `start` cached tokens: a block of queries against all the keys it sees.
+    """Behind `start` cached tokens: a block of queries against all the keys it sees.
 
     oneDNN has no product of BF16 matrices that answers in float32, so scores are a product of the
     same numbers held in float32: nothing is rounded before the softmax.
@@ -158,8 +166,11 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
             scores = product(queries, keys[row, head, :end])
             newest = scores.view(shared, n, end)[..., end - n :]
             newest.masked_fill_(later[:n, :n], -math.inf)
-            weights = torch.softmax(scores, dim=-1).to(v.dtype)
-            answers = torch.mm(weights, v[row, head, :end])
+            weights, values = torch.softmax(scores, dim=-1), v[row, head, :end]
+            if v.dtype == torch.bfloat16:
+                answers = torch.mm(weights.to(v.dtype), values)
+            else:
+                answers = product(weights, values.t())
             out[row, head, :, first : first + n] = answers.view(shared, n, p)
     return out.view(q.shape)
 

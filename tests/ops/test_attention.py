@@ -114,3 +114,29 @@ def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
     assert called
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).norm() / exact.norm() < 3e-3  # 2.2e-3 measured; 2^-9 is 2e-3
+
+
+@pytest.mark.parametrize("start", [0, 37])
+@pytest.mark.parametrize(("h", "kv"), [(6, 2), (4, 4)])
+def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, kv: int) -> None:
+    """On a processor that is not Intel's, wide heads: several blocks, the last one ragged."""
+    room = import_module("nemotron_lite.ops.attention")
+    monkeypatch.setattr(room, "SCORES", 16 * 300 * h // kv)
+    monkeypatch.setattr(room, "FEW_SCORES", 1)
+    monkeypatch.setattr(room, "FEW_WIDE_SCORES", 1)
+    monkeypatch.setattr(room, "prefers_onednn", lambda *_: room._ONEDNN)
+    called = []
+    blocks = room._in_blocks
+    monkeypatch.setattr(room, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
+    q, k, v = (x.float() for x in _qkv(2, 263, h, kv, s=300, p=64))
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as the layer hands it over
+    k[:, :, start + 263 :] = float("nan")  # a longer buffer's rest
+    with torch.inference_mode():
+        found = causal_attention(q, k, v, starts=start)
+        assert called or not room._ONEDNN
+        called.clear()
+        narrow = causal_attention(q[..., :32], k[..., :32], v[..., :32], starts=start)
+        assert not called
+    exact = causal_attention(q.double(), k.double(), v.double(), starts=start, impl="naive")
+    assert narrow.shape == (2, h, 263, 32)
+    assert (found.double() - exact).norm() / exact.norm() < 1e-6
