@@ -38,7 +38,7 @@ OPTIMISM = 0.7  # acceptance before anything was seen
 CREDIT = 4.0  # rounds that are believed to have gone that well
 FADE_ROUNDS = 0.96  # of the account of rounds, per round with a draft
 SLOWEST = 0.03  # least weight of a new observation
-FIRST_PAUSE, LONGEST_PAUSE = 4, 256  # plain tokens between trials
+FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain tokens between trials
 
 
 class Adaptive:

@@ -124,6 +124,7 @@ class Drafter:
         self.model, self.state, self.filters = model, state, filters
         self.mtp, self.embed = model.mtp, model.backbone.embed
         self._waiting: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._positions = 0  # of all that wait
         self._last: Tensor | None = None
         self.shortlist = shortlist
         if shortlist is not None:
@@ -172,7 +173,8 @@ class Drafter:
             counts: how many of the t are real, row by row; all when None.
         """
         self._waiting.append((hidden, after, counts))
-        if sum(h.shape[1] for h, _, _ in self._waiting) > MOST_WAITING:
+        self._positions += hidden.shape[1]
+        if self._positions > MOST_WAITING:
             self._absorb_waiting(leave=1)
 
     def draft(self, streams: Float[Tensor, "b k"] | None, controllers: list[Controller],
@@ -248,6 +250,7 @@ class Drafter:
         """Take in what waits; h^1 of each row's last position. `leave` pieces stay waiting."""
         pieces = self._waiting[: len(self._waiting) - leave]
         self._waiting = self._waiting[len(pieces) :]
+        self._positions = sum(hidden.shape[1] for hidden, _, _ in self._waiting)
         answer: Tensor | None = None
         # Neighbours without padding are one piece.
         for whole, group in itertools.groupby(pieces, key=lambda piece: piece[2] is None):
