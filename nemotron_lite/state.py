@@ -24,7 +24,7 @@ ways of going back, for two purposes:
   Both equal a state that never saw the rejected tokens. Replay is the default: x, dt and B of one
   token are a hundredth of a state (37 KB against 4 MiB per layer of Super), and the draft is read
   as one small chunk, where snapshots go step by step. benchmarks/speculation.py measures both: for
-  `lite` and drafts of four, 0.24 against 4.9 MB, and 1.7 against 1.9 plain steps of time.
+  `lite` and drafts of four, 0.24 against 4.9 MB, and 1.5 against 1.9 plain steps of time.
 
 Rows of a batch may have different lengths. `model(tokens, state)` advances a state in place. The
 MTP module has an attention layer with keys and values of its own; they live in `mtp`, with lengths
