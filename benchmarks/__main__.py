@@ -4,6 +4,7 @@
     python -m benchmarks --quick                      all of them on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
     python -m benchmarks growth --peer-limit 8192
+    python -m benchmarks gpu_model                    on a GPU, by name only
     python -m benchmarks figures                      README's figures from the records
 
 Each writes records under benchmarks/records (machine, versions, command, n, median, spread); once
@@ -25,14 +26,15 @@ BENCHMARKS = (
     "nvfp4_training",
     "nvfp4_checkpoints",
 )
+BY_NAME = ("gpu_model", "figures")  # not part of a run of all
 
 
 def main(arguments: list[str]) -> None:
     """Run the named benchmark, or all of them with the same options."""
     if arguments and not arguments[0].startswith("-"):
         name, *options = arguments
-        if name not in (*BENCHMARKS, "figures"):
-            sys.exit(f"no benchmark {name!r}; there are {', '.join((*BENCHMARKS, 'figures'))}.")
+        if name not in (*BENCHMARKS, *BY_NAME):
+            sys.exit(f"no benchmark {name!r}; there are {', '.join((*BENCHMARKS, *BY_NAME))}.")
         names: tuple[str, ...] = (name,)
     elif set(arguments) & {"-h", "--help"}:
         print(__doc__)

@@ -61,16 +61,22 @@ SIZES: dict[str, NemotronConfig] = {
 }  # fmt: skip
 
 
-def build_peer(config: NemotronConfig, seed: int = 0) -> nn.Module:
-    """transformers' NemotronHForCausalLM in float32, every parameter random, router spread out."""
+def build_peer(
+    config: NemotronConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """transformers' NemotronHForCausalLM, every parameter random, router spread out.
+
+    It is made on torch's default device.
+    """
     from transformers import NemotronHConfig, NemotronHForCausalLM, logging
 
     logging.set_verbosity_error()  # it says at length that its CUDA kernels are not for CPUs
     fields = dict(config.to_hf()) | {"time_step_min": 1e-12}
     torch.manual_seed(seed)
     peer = NemotronHForCausalLM._from_config(
-        NemotronHConfig(**fields), attn_implementation="sdpa", experts_implementation="grouped_mm"
-    )
+        NemotronHConfig(**fields), attn_implementation="sdpa", experts_implementation="grouped_mm",
+        dtype=dtype,
+    )  # fmt: skip
     randomise(peer, config)
     return peer.eval()
 
@@ -98,14 +104,14 @@ def _draw(name: str, value: Tensor, config: NemotronConfig) -> None:
         value.normal_(0, 1.0 if "embeddings" in name else value.shape[-1] ** -0.5)
 
 
-def build_ours(config: NemotronConfig, peer: nn.Module) -> Nemotron:
-    """Our model with the peer's weights."""
+def build_ours(config: NemotronConfig, peer: nn.Module, *, share: bool = False) -> Nemotron:
+    """Our model with the peer's weights: copies, or the same memory on the same device."""
     weights = {
         f"backbone.{name.removeprefix('model.')}" if name.startswith("model.") else name: value
         for name, value in peer.state_dict().items()
     }
-    ours = Nemotron(config)
-    ours.load_state_dict(weights, strict=True)
+    ours = Nemotron(config, device="meta" if share else None)
+    ours.load_state_dict(weights, strict=True, assign=share)
     return ours.eval()
 
 
@@ -133,8 +139,8 @@ def check_same_model(
     Raises:
         RuntimeError: the models disagree, so timing them against each other would mean nothing.
     """
-    tokens = random_tokens(ours.config, 2, length + 8)
-    state = State.empty(ours.config, 2, capacity=length + 8)
+    tokens = random_tokens(ours.config, 2, length + 8).to(ours.device)
+    state = ours.empty_state(2, capacity=length + 8)
     prompt = ours(tokens[:, :length], state)
     reference = peer(tokens[:, :length], use_cache=True)
     mine, theirs = [prompt.logits], [reference.logits]
@@ -156,7 +162,7 @@ def check_same_model(
 @torch.inference_mode()
 def router_spread(ours: Nemotron, length: int = 2048) -> dict[str, float]:
     """How evenly experts are used: the share of experts in use, the largest load over the mean."""
-    tokens = random_tokens(ours.config, 1, length)
+    tokens = random_tokens(ours.config, 1, length).to(ours.device)
     used, worst = [], []
     for stats in ours(tokens, router_stats=True).router:
         load = torch.bincount(stats.indices.flatten(), minlength=ours.config.n_routed_experts)
@@ -173,9 +179,7 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def train_step_ours(model: Any, optimizer: torch.optim.Optimizer, tokens: Tensor) -> float:
     """One step of next-token training: forward, backward, AdamW."""
     optimizer.zero_grad(set_to_none=True)
-    hidden = model.forward_hidden(tokens).hidden
-    loss = token_loss(hidden, [], model.lm_head.weight, Batch(tokens), mtp_weight=0.0).total
-    loss.backward()
+    loss = gradients_ours(model, tokens)
     optimizer.step()
     return loss.item()
 
@@ -183,10 +187,24 @@ def train_step_ours(model: Any, optimizer: torch.optim.Optimizer, tokens: Tensor
 def train_step_peer(model: Any, optimizer: torch.optim.Optimizer, tokens: Tensor) -> float:
     """The same step with transformers' own loss."""
     optimizer.zero_grad(set_to_none=True)
-    loss = model(tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
+    loss = gradients_peer(model, tokens)
     optimizer.step()
     return loss.item()
+
+
+def gradients_ours(model: Any, tokens: Tensor) -> Tensor:
+    """Forward and backward pass of next-token training; the loss."""
+    hidden = model.forward_hidden(tokens).hidden
+    loss = token_loss(hidden, [], model.lm_head.weight, Batch(tokens), mtp_weight=0.0).total
+    loss.backward()
+    return loss.detach()
+
+
+def gradients_peer(model: Any, tokens: Tensor) -> Tensor:
+    """The same with transformers' own loss."""
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
 
 
 @torch.inference_mode()

@@ -45,6 +45,12 @@ from nemotron_lite.layers import (
 from nemotron_lite.state import State
 
 SEGMENT = 2048  # tokens per row and pass of a long prefill
+GPU_SEGMENT = 8192  # on a GPU: 512 experts share the rows, and each wants a tile full of them
+
+
+def segment(tokens: Tensor) -> int:
+    """Tokens per row that one pass takes, where `tokens` lie."""
+    return GPU_SEGMENT if tokens.is_cuda else SEGMENT
 
 
 @dataclass
@@ -258,7 +264,7 @@ class Nemotron(nn.Module):
         elif state is not None:
             with torch.no_grad():
                 hidden = self._continue(tokens, state, lengths, router)
-        elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= SEGMENT:
+        elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= segment(tokens):
             span = Span(lengths=lengths, seq_idx=seq_idx, router=router)
             hidden = self.backbone(tokens, None, span)
         else:
@@ -277,11 +283,11 @@ class Nemotron(nn.Module):
         router: list[RouterStats] | None,
     ) -> Float[Tensor, "b t d"]:
         """Take tokens in behind a state, segment by segment."""
-        total = tokens.shape[1]
-        if total > SEGMENT and router is None:
+        total, longest = tokens.shape[1], segment(tokens)
+        if total > longest and router is None:
             parts = []
-            for start in range(0, total, SEGMENT):
-                part = tokens[:, start : start + SEGMENT]
+            for start in range(0, total, longest):
+                part = tokens[:, start : start + longest]
                 real = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
                 parts.append(self._continue(part, state, real, None))
             return torch.cat(parts, dim=1)

@@ -5,6 +5,7 @@
     python kernels/benchmarks/device.py --only norm      cases with "norm" in their name
     python kernels/benchmarks/device.py --minutes 9      as far as one gets in nine minutes
     python kernels/benchmarks/device.py --rounds 30      more measurements of each
+    python kernels/benchmarks/device.py --begin 40       from the 41st case on
 
 1. Everything is compiled, on all processors at once (warm.py), peers included.
 2. Ceilings of this machine: copying, and a bfloat16 matrix product, on random data.
@@ -18,7 +19,8 @@ What the models run comes first, and only then the other configurations that it 
 
 The record is benchmarks/records/kernels_<gpu>.json, written anew after each case, so that a run
 that is cut short leaves what it had. A case that fails is in it with its errors and without a time,
-and the exit status is 1. Cases of earlier runs with the same versions stay, each with its date: a
+and the exit status is 1; after an illegal access, which no process survives, a new one goes on
+behind it. Cases of earlier runs with the same versions stay, each with its date: a
 borrowed GPU's ten minutes are enough for a part, and `--only` takes the next.
 
 Peers that are not installed are left out, by name and reason; peers.py says how they get here. Left
@@ -127,7 +129,8 @@ def graph_of(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> tu
     """All calls as one launch, so that only the GPU's time counts; in a row where that fails.
 
     Everything happens on one stream of its own: autograd runs a backward pass on the stream of its
-    forward pass, and a capture sees nothing but its own stream.
+    forward pass, and a capture sees nothing but its own stream. What a replay reads lives as long
+    as the replay: a graph knows addresses, and keeps none of what stands there.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -143,7 +146,7 @@ def graph_of(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> tu
     except RuntimeError as error:
         torch.cuda.synchronize()
         return lambda: [call() for call in work], f"launched one by one: {error}"[:120]
-    return lambda kept=kept: graph.replay(), "CUDA graph"
+    return lambda kept=(work, kept): graph.replay(), "CUDA graph"
 
 
 def microseconds(replay: Call, count: int) -> float:
@@ -237,6 +240,15 @@ def judge(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **result}
 
 
+def broken() -> bool:
+    """Whether a kernel has broken CUDA for this process: then nothing else can run in it."""
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
+
+
 def warm(arch: int, only: str) -> str:
     """Compile everything in processes of their own (warm.py); what they say."""
     command = [sys.executable, str(HERE / "warm.py"), "--arch", str(arch), "--only", only]
@@ -268,6 +280,18 @@ def line(case: Case, result: dict[str, Any]) -> str:
     return f"{'ok  ' if result['passed'] else 'FAIL'} {case}: {took}; errors {found}"
 
 
+def go_on(options: argparse.Namespace, began: float, done: int, failed: list[str]) -> None:
+    """Become a new process that begins behind the cases of this one."""
+    print("the GPU's context is broken; a new process goes on", flush=True)
+    command = [sys.executable, __file__, "--cold", "--only", options.only]
+    command += ["--rounds", str(options.rounds), "--begin", str(options.begin + done)]
+    command += ["--check"] if options.check else []
+    if options.minutes is not None:
+        left = options.minutes - (time.monotonic() - began) / 60
+        command += ["--minutes", str(max(0.0, left))]
+    os.execv(sys.executable, command + [word for name in failed for word in ("--failed", name)])
+
+
 def main() -> None:
     """Compile, check, time, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -276,14 +300,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each case")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument("--cold", action="store_true", help="do not compile everything beforehand")
+    parser.add_argument("--begin", type=int, default=0, help="leave out as many cases")
+    parser.add_argument("--failed", action="append", default=[], help="what failed before --begin")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # triton is imported with the cases
     began = time.monotonic()
-    cases = in_order(options.only)
+    cases = in_order(options.only)[options.begin :]
     if options.rounds < 4:
         sys.exit(f"--rounds {options.rounds}: expected at least 4, for a median and quartiles.")
     if not cases:
-        sys.exit(f"--only {options.only}: no case has this in its name.")
+        sys.exit(f"--only {options.only} --begin {options.begin}: no case is left.")
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here. kernels/benchmarks/aot.py needs none.")
     peers = use_peers()
@@ -302,7 +328,9 @@ def main() -> None:
             break
         results[str(case)] = judge(case, options.rounds, ceilings)
         print(line(case, results[str(case)]), flush=True)
-        torch.cuda.empty_cache()
+        dead = broken()
+        if not dead:
+            torch.cuda.empty_cache()
         if not options.check:
             payload = {
                 "gpu": {"name": gpu, "capability": f"{major}.{minor}"},
@@ -312,11 +340,15 @@ def main() -> None:
                 "cases": {**earlier(name), **results},
             }
             path = record.write_record(name, payload)
+        if dead and late[1:]:
+            failed = options.failed + [k for k, v in results.items() if not v["passed"]]
+            go_on(options, began, len(results), failed)
     if not options.check and results:
         print(path)
-    failed = [name for name, result in results.items() if not result["passed"]]
+    failed = options.failed + [k for k, result in results.items() if not result["passed"]]
     if failed:
-        sys.exit(f"{len(failed)} of {len(results)} cases failed: {', '.join(failed)}")
+        done = options.begin + len(results)
+        sys.exit(f"{len(failed)} of {done} cases failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ oneDNN is faster (BF16; float32 as in linear.py, with heads wide enough that pro
 softmax take the time) the products are oneDNN's, a few hundred rows of scores at a time. Scores and
 softmax are in float32; in BF16 only the weights are rounded, as the flash kernel does.
 
+On a GPU torch would take cuDNN's kernel, which is fast once it has a plan. It makes one for every
+number of keys, in 50 ms (H200, torch 2.11), and decoding has another number for each token. So
+cuDNN trains, and whatever reads or writes with a cache takes the kernels that need no plan.
+
 Source: reference sheet section 3. Left out: windows, sinks, position biases; Nemotron 3 has none.
 """
 
@@ -27,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from nemotron_lite.ops._door import choose
 from nemotron_lite.ops.linear import prefers_onednn, product
@@ -39,6 +45,7 @@ SCORES = 2**20  # float32 scores worked on at once: a few megabytes, which cache
 FEW_SCORES = 2**14  # per head; below, the flash kernel has finished before the blocks have begun
 # float32: 1.2 to 1.5 times the flash kernel on an AMD EPYC; no faster with heads of 32, or sooner.
 WIDE_HEAD, FEW_WIDE_SCORES = 64, 2**20
+_NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def causal_attention(
@@ -100,6 +107,8 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tenso
 
 
 def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor | None) -> Tensor:
+    if q.is_cuda and not torch.is_grad_enabled():
+        return _on_gpu(q, k, v, starts, seq_idx)
     tokens = q.shape[2]
     if isinstance(starts, int):
         k, v = k[:, :, : starts + tokens], v[:, :, : starts + tokens]
@@ -116,6 +125,29 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor
         k, v = k[:, :, :seen], v[:, :, :seen]
     mask = _visible(q, k, starts, seq_idx)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, seq_idx: Tensor | None
+) -> Tensor:
+    """Without gradients: no plans, and no mask in memory where the triangle says it all."""
+    tokens = q.shape[2]
+    seen = (starts if isinstance(starts, int) else int(starts.max())) + tokens
+    k, v = k[:, :, :seen], v[:, :, :seen]
+    triangle = isinstance(starts, int) and seq_idx is None
+    if tokens == 1 and not triangle:
+        return _one_token(q, k, v, _visible(q, k, starts, seq_idx))
+    with sdpa_kernel(_NO_PLANS):
+        if triangle and seen == tokens > 1:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mask: Tensor | None = None
+        if triangle and tokens == 1:
+            pass
+        elif triangle and q.dtype in (torch.bfloat16, torch.float16):
+            mask = causal_lower_right(tokens, seen)  # the flash kernel's own; it has no float32
+        else:
+            mask = _visible(q, k, starts, seq_idx)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 def _cached_then_new(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
@@ -175,11 +207,12 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     return out.view(q.shape)
 
 
-def _one_token(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Decoding: nothing to mask, and the queries that share a key head are one small matrix."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def _one_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Decoding: queries that share a key head are a small matrix. `seen`: where not all keys are."""
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
-    weights = torch.softmax(grouped @ k.transpose(-1, -2), dim=-1, dtype=wide)
+    scores = grouped @ k.transpose(-1, -2)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=wide)
     return (weights.to(v.dtype) @ v).view(q.shape)

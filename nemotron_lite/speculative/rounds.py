@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite import ops
-from nemotron_lite.model import SEGMENT, Nemotron
+from nemotron_lite.model import Nemotron, segment
 from nemotron_lite.prompts import prefill
 from nemotron_lite.sampling import Filters, Streams
 from nemotron_lite.speculative.adaptive import Adaptive, Fixed
@@ -88,7 +88,7 @@ class Speculation:
         self.shortlist = shortlist
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.most, self.filters, self.stop = max_new_tokens, filters, stop
-        self.chunk, self.draft_length, self.hold = chunk or SEGMENT, draft_length, hold
+        self.chunk, self.draft_length, self.hold = chunk or segment(self.prompt), draft_length, hold
         self.statistics = Statistics() if statistics is None else statistics
         rows, room = len(lengths), prompt.shape[1] + max_new_tokens + draft_length + 1
         self.state = model.empty_state(

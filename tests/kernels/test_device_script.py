@@ -8,11 +8,13 @@ figures that come out are known; what only a GPU can show, its times, is left to
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +244,27 @@ def test_times_floors_and_ratios(device: ModuleType, gpu: PaperGpu, backward: bo
         assert by_hand["ratio"]["median"] == pytest.approx(4 / 3)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_graph_reads_lives_as_long_as_the_graph(
+    device: ModuleType, gpu: PaperGpu, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed, it was read all the same: an illegal access once the allocator had given it back."""
+    given: list[weakref.ref[torch.Tensor]] = []
+    alike = torch.randn_like
+    monkeypatch.setattr(
+        torch, "randn_like", lambda y: given.append(weakref.ref(z := alike(y))) or z
+    )
+    case = replace(_norm(backward), run=gpu.takes(1, rms_norm))
+    sets = [case.inputs(importlib.import_module("registry").Draw("cpu")) for _ in range(2)]
+    replay, how = device.graph_of(case, case.run, sets)
+    gc.collect()
+    assert how == "CUDA graph" and len(given) == 2 * backward
+    assert all(reference() is not None for reference in given)
+    del replay
+    gc.collect()
+    assert all(reference() is None for reference in given)
+
+
 def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: PaperGpu) -> None:
     for size, sets in ((1, 64), (50, 11), (10_000, 3)):
         case = replace(_norm(False), bytes=size)
@@ -279,8 +302,10 @@ def whole_run(
             device.main()
         except SystemExit as stopped:
             said = str(stopped)
-        assert warmed == [(90, arguments[1] if "--only" in arguments else "")]
-        warmed.clear()
+        finally:
+            seen, warmed[:] = list(warmed), []
+        only = arguments[1] if "--only" in arguments else ""
+        assert seen == ([] if "--cold" in arguments else [(90, only)])
         written = tmp_path / "kernels_paper_gpu_100.json"
         return said, json.loads(written.read_text()) if written.exists() else None
 
@@ -304,6 +329,38 @@ def test_a_whole_run_and_its_record(whole_run: Callable[..., Any], capsys: Any) 
     printed = capsys.readouterr().out
     assert "FAIL rms_norm wrong, small: not timed; errors [" in printed
     assert "ok   rms_norm forward, small: 2000.0 us, " in printed
+
+
+def test_a_new_process_goes_on_behind_a_kernel_that_broke_the_gpu(
+    whole_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`execv` is where this process would end; the command it is given is run here instead."""
+    commands: list[list[str]] = []
+
+    class Replaced(BaseException): ...
+
+    def execv(program: str, command: list[str]) -> None:
+        commands.append(command[2:])
+        raise Replaced
+
+    answers = iter([False, RuntimeError("an illegal memory access was encountered")])
+
+    def synchronize() -> None:
+        if sys._getframe(1).f_code.co_name == "broken" and (answer := next(answers, False)):
+            raise answer
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(Replaced):
+        whole_run("--only", "rms_norm", "--rounds", "4")
+    names = ["rms_norm forward, small", "rms_norm wrong, small"]
+    assert commands == [
+        ["--cold", "--only", "rms_norm", "--rounds", "4", "--begin", "2", "--failed", names[1]]
+    ]
+    said, record = whole_run(*commands[0])
+    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+    assert set(record["cases"]) == {*names, "rms_norm forward: other blocks, small"}
+    assert record["not_reached"] == []
 
 
 def test_a_run_out_of_time_keeps_what_it_had_and_says_what_is_left(
@@ -343,7 +400,7 @@ def test_command_lines_that_make_no_sense(
     monkeypatch.setattr(device, "all_cases", lambda: [_norm(False)])
     for arguments, message in (
         (["--rounds", "3"], "--rounds 3: expected at least 4"),
-        (["--only", "nothing"], "--only nothing: no case"),
+        (["--only", "nothing"], "--only nothing --begin 0: no case"),
         ([], "There is no CUDA GPU here"),
     ):
         monkeypatch.setattr(sys, "argv", ["device.py", *arguments])
