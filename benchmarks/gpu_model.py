@@ -39,7 +39,7 @@ SLICES = ("nano", "super")
 WORKS = ("prefill", "decode", "train")
 PREFILL = {512: 7, 2048: 7, 8192: 5, 32768: 3}  # length: rounds
 DECODE = ((1, 512), (8, 512), (32, 512), (1, 32768))  # (batch, context)
-STEPS, DECODE_ROUNDS = 16, 5
+STEPS, DECODE_ROUNDS = 8, 5
 TRAIN = (1, 2048)  # batch, length
 TRAIN_SLICES = ("nano",)  # gradients of Super's experts need as much again as the experts
 
@@ -184,8 +184,10 @@ def measure_train(
     ours.eval(), peer.eval()
 
 
-def measure_slice(name: str, works: list[str], ceilings: dict[str, float]) -> dict[str, Any]:
-    """Everything asked for of one slice, each result told as it comes."""
+def measure_slice(
+    name: str, works: list[str], ceilings: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Everything asked for of one slice; all of it so far, after each measurement."""
     config = slice_of(name)
     with torch.device("cuda"):
         peer = peers.build_peer(config, dtype=torch.bfloat16)
@@ -194,18 +196,18 @@ def measure_slice(name: str, works: list[str], ceilings: dict[str, float]) -> di
     with torch.inference_mode():
         agree = agreement(peer(tokens, use_cache=True).logits, ours(tokens).logits)
     found: dict[str, Any] = {
-        "slice": name, "pattern": config.pattern, "parameters": ours.num_parameters(),
+        "pattern": config.pattern, "parameters": ours.num_parameters(),
         "agreement": agree, "router": peers.router_spread(ours), "measurements": [],
     }  # fmt: skip
     print(f"{name}: {config.pattern}, {found['parameters']:,} parameters, {agree}", flush=True)
     parts = {"prefill": measure_prefill, "decode": measure_decode, "train": measure_train}
-    for work in (w for w in parts if w in works):
+    for work in (w for w in works if w in parts):
         if work == "train" and name not in TRAIN_SLICES:
             continue
         for measured in parts[work](ours, peer, ceilings):
             found["measurements"].append(measured)
             print(f"  {measure.describe(measured)}", flush=True)
-    return found
+            yield found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -221,12 +223,15 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here; benchmarks that need none: python -m benchmarks -h")
     gpu = "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower())
-    found: dict[str, Any] = {"ceilings": measure_ceilings("cuda"), "slices": []}
+    ceilings = measure_ceilings("cuda")
+    found: dict[str, Any] = {}
     for name in slices:
-        found["slices"].append(measure_slice(name, works, found["ceilings"]))
+        for so_far in measure_slice(name, works, ceilings):
+            found[name] = so_far
+            path = write_record(f"gpu_model_{gpu}", {"ceilings": ceilings, "slices": found})
         gc.collect()
         torch.cuda.empty_cache()
-        print(write_record(f"gpu_model_{gpu}", found), flush=True)
+    print(path)
 
 
 if __name__ == "__main__":

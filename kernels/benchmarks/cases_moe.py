@@ -57,10 +57,21 @@ def _route(model: MoE) -> dict[str, Any]:
 
 
 def _route_inputs(model: MoE) -> Callable[[Draw], Inputs]:
-    return lambda draw: {
-        "logits": draw.normal(TOKENS, model.experts, dtype=torch.float32, scale=2.0),
-        "bias": draw.normal(model.experts, dtype=torch.float32, scale=0.1),
-    }
+    """Scores and biases of which no two of a token come near each other.
+
+    With 512 experts and 8192 tokens, some neighbours in rank would differ by less than float32 can
+    tell, and kernel and definition choose differently, both rightly. Here scores are a shuffled
+    grid, and biases lift each expert to a place of its own between its points: sums lie at least
+    1 / experts^2 apart.
+    """
+    e = model.experts
+
+    def inputs(draw: Draw) -> Inputs:
+        ranks = draw.uniform(TOKENS, e).argsort(dim=1).argsort(dim=1)
+        steps = draw.integers(0, e // 8, e) + torch.arange(e, device=draw.device) / e
+        return {"logits": torch.logit((ranks + 0.5) / e), "bias": steps / e}
+
+    return inputs
 
 
 def _route_torch(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nemotron_kernels.experts import expert_mlp, few_pairs
 from nemotron_kernels.grouped import tile_rows
 from nemotron_kernels.nvfp4_experts import nvfp4_expert_mlp
-from nemotron_kernels.nvfp4_gemm import nvfp4_matmul
+from nemotron_kernels.nvfp4_gemm import MANY, nvfp4_matmul
 from nemotron_lite.ops import nvfp4
 
 IN_PROJ, SHARED_UP, SHARED_DOWN = (18_560, 4096), (5376, 4096), (4096, 5376)
@@ -78,6 +78,8 @@ def _case(tokens: int, what: str, matrix: tuple[int, int], packed: bool = False)
         kernel = "few tokens" if tokens <= 16 else "many tokens"
     elif tokens == 1:
         kernel = "one token"
+    elif tokens >= MANY:
+        kernel = "decoded once"
     else:
         kernel = f"tiles of {next((t for t in (16, 32, 64) if t >= tokens), 128)}"
     form = "W4A4" if packed else "W4A16"
@@ -129,7 +131,7 @@ def _expert_case(tokens: int) -> Case:
 
 
 CASES = [
-    *[_case(tokens, "in_proj", IN_PROJ) for tokens in (1, 2, 16, 32, 64, 8192)],
+    *[_case(tokens, "in_proj", IN_PROJ) for tokens in (1, 2, 16, 32, 64, 256, 512, 8192)],
     *[_case(tokens, "shared up", SHARED_UP) for tokens in (1, 8192)],
     *[_case(tokens, "shared down", SHARED_DOWN) for tokens in (1, 8192)],
     *[_case(tokens, "in_proj", IN_PROJ, packed=True) for tokens in (16, 8192)],

@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/device.py                  everything
     python kernels/benchmarks/device.py --check          no timing
-    python kernels/benchmarks/device.py --only norm      cases with "norm" in their name
+    python kernels/benchmarks/device.py --only "norm|conv"   cases whose name matches
     python kernels/benchmarks/device.py --minutes 9      as far as one gets in nine minutes
     python kernels/benchmarks/device.py --rounds 30      more measurements of each
     python kernels/benchmarks/device.py --begin 40       from the 41st case on
@@ -33,6 +33,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -258,7 +259,7 @@ def warm(arch: int, only: str) -> str:
 
 def in_order(only: str) -> list[Case]:
     """What the models run first, then the other configurations; each in the order of the files."""
-    cases = [case for case in all_cases() if only in str(case)]
+    cases = [case for case in all_cases() if re.search(only, str(case))]
     return sorted(cases, key=lambda case: ": " in case.name)
 
 
@@ -296,7 +297,7 @@ def main() -> None:
     """Compile, check, time, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="check only, write nothing")
-    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--only", default="", help="cases whose name matches (regex)")
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each case")
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument("--cold", action="store_true", help="do not compile everything beforehand")

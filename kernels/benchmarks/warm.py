@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def compile_share(arch: int, only: str, share: int, shares: int) -> list[str]:
     """Every `shares`-th piece of work from `share` on; what failed, in words."""
     missing = {name for name, found in use_peers().items() if found.startswith("left out")}
     failed = []
-    for i, (case, name) in enumerate(w for w in work() if only in str(w[0])):
+    for i, (case, name) in enumerate(w for w in work() if re.search(only, str(w[0]))):
         if i % shares != share or any(name.startswith(peer) for peer in missing):
             continue
         start = time.perf_counter()
@@ -126,7 +127,7 @@ def main() -> None:
     """Compile, and say what took how long and what failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, help=f"such as {', '.join(map(str, SHARED_LIMIT))}")
-    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--only", default="", help="cases whose name matches (regex)")
     parser.add_argument("--workers", type=int, help="processes; as many as processors")
     parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), help="one worker's part")
     options = parser.parse_args()

@@ -9,6 +9,8 @@ ordinary tensor cores with float32 sums, and s_dec is applied once, to the sum. 
     x float                    `_rows_kernel`: tiles of W decoded in registers, `tl.dot` in the type
                                of x. Also for stacks of experts (`grouped_rows`), where each tile
                                of rows has its own expert's matrix.
+    x of 16 bits, MANY rows    W decoded once, into memory, and cuBLAS: each tile of rows would
+                               decode W again, which on an H200 took twice as long
     x packed, sm_80 to sm_90   `_packed_kernel`: both decoded, `tl.dot` in float16
     x packed, from sm_100      `_packed_kernel` with `tl.dot_scaled`: Blackwell's tensor cores read
                                codes and scales as they are. Up to 16 rows it decodes there as well.
@@ -29,6 +31,7 @@ Source: reference sheet 6 and 10.3; Triton's tutorial 10 for `dot_scaled`. Left 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +53,7 @@ from nemotron_kernels._compat import (
 )
 from nemotron_kernels.grouped import PRECISIONS
 from nemotron_kernels.nvfp4_decode import UNIT, Packed, decode_tile, packed_parts
+from nemotron_kernels.nvfp4_dequantiser import nvfp4_dequantise
 from nemotron_kernels.nvfp4_matvec import matvec
 from nemotron_kernels.sorting import Order
 
@@ -199,6 +203,7 @@ ROWS = {
         64: {80: _blocks(64, 32, 4, 3)},
     },
 }
+MANY = 512
 # By tokens of a tile; where there is `dot_scaled`, tcgen05 wants 128 rows.
 PACKED = {
     16: {80: _blocks(32, 256, 4, 3), 100: _blocks(32, 128, 4, 4)},
@@ -261,6 +266,29 @@ def _packed(x: Packed, w: Packed, rows: int, dtype: torch.dtype) -> Tensor:
     return y
 
 
+@dataclass
+class _Unscaled:
+    """A packed matrix whose tensor scale is one: its values are exact in 16 bits."""
+
+    codes: Tensor
+    scales: Tensor
+    scale: Tensor
+    shape: tuple[int, ...]
+
+
+@torch.no_grad()
+def _decoded_once(x: Tensor, w: Packed, dtype: torch.dtype) -> Tensor:
+    """W in memory without s_dec, which is multiplied to the float32 sums as everywhere here."""
+    plain = _Unscaled(w.codes, w.scales, torch.ones_like(w.scale), w.shape)
+    values = nvfp4_dequantise(plain, x.dtype).t()
+    if x.is_cuda:
+        sums = torch.mm(x, values, out_dtype=torch.float32)
+    else:
+        sums = x.float() @ values.float()
+    y = torch.empty(sums.shape, dtype=dtype, device=x.device)
+    return torch.mul(sums, w.scale, out=y)
+
+
 def nvfp4_matmul(
     x: Float[Tensor, "*rows k"] | Packed,
     w: Packed,
@@ -303,6 +331,8 @@ def nvfp4_matmul(
         y = _packed(x, w, rows, dtype)
     elif rows == 1:
         y = matvec(unit_stride(x.reshape(rows, k)), w, dtype)
+    elif rows >= MANY and x.dtype.itemsize == 2:
+        y = _decoded_once(x.reshape(rows, k), w, dtype)
     else:
         choices = ROWS[x.dtype.itemsize]
         tile = next((t for t in choices if t >= rows), max(choices))

@@ -208,7 +208,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Decoding: queries that share a key head are a small matrix. `seen`: where not all keys are."""
+    """Decoding: queries that share a key head are one small matrix; `seen` if not all keys are."""
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped @ k.transpose(-1, -2)

@@ -26,8 +26,8 @@ from tests.compare import relative_rms
 from tests.kernels.test_overflow import PROJECTION, TOKENS, _program
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
-# Rows of x: the single row, then tiles of 16, 32, 64 and, for 16 bits and packed x, 128.
-ROWS = (1, 2, 16, 17, 33, 70, 130)
+# Rows of x: the single row, then tiles of 16, 32, 64 and, for 16 bits and packed x, 128; then many.
+ROWS = (1, 2, 16, 17, 33, 70, 130, 512)
 
 
 def _packed(*shape: int, batch_dims: int = 0) -> nvfp4.QuantisedTensor:
@@ -179,7 +179,7 @@ def test_the_gradient_of_x() -> None:
 
 def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, int]] = []
-    for name in ("matvec", "_rows", "_packed"):
+    for name in ("matvec", "_rows", "_packed", "_decoded_once"):
         whole = getattr(nvfp4_gemm, name)
 
         def spy(x, *arguments, name=name, whole=whole):
@@ -192,6 +192,11 @@ def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         nvfp4_matmul(torch.randn(rows, 16), w)
         nvfp4_matmul(_packed(rows, 16), w)
     assert ran == [("matvec", 1), ("_packed", 1), ("_rows", 2), ("_packed", 2)]
+    ran.clear()
+    nvfp4_matmul(torch.randn(512, 16), w)
+    nvfp4_matmul(torch.randn(511, 16).half(), w)
+    nvfp4_matmul(torch.randn(512, 16).half(), w)
+    assert ran == [("_rows", 512), ("_rows", 511), ("_decoded_once", 512)]
 
 
 # Refusals
