@@ -12,6 +12,7 @@ Left out: figures of speculation and of quantised weights, which stand in paragr
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,9 @@ def block(records: Path) -> str:
         _wrapped(_quality(_read(records / "bf16_quality.json"))),
         _wrapped(_operator(_read(records / "ssd_operator.json"))),
     ]
+    for file in sorted(records.glob("gpu_model_*.json")):
+        found = _read(file)
+        paragraphs += [_wrapped(_gpu(found, file.name)), _gpu_table(found)]
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -182,6 +186,50 @@ def _operator(found: dict[str, Any]) -> str:
         f"backward, with a relative rms error of at most {error} in every value and gradient under "
         "strong decay."
     )
+
+
+def _gpu(found: dict[str, Any], file: str) -> str:
+    layers = " and ".join(
+        f"the first {len(part['pattern'])} layers of {name.title()}"
+        for name, part in found["slices"].items()
+    )
+    return (
+        f"On an {found['machine']['gpu']} ({_link('record', file)}; kernel by kernel in the "
+        f"[catalogue](kernels/README.md)): {layers}, at full width, with embeddings and head, in "
+        "bfloat16. Beside them transformers on the same weights, without its optional CUDA "
+        "packages, and what the hardware allows: the ledger's FLOPs, or the bytes of the weights "
+        "and memories, at the speed of a large product and copy. The first in the table decodes "
+        "beside a peer that has cuDNN plan its attention for every number of keys, 50 ms each; the "
+        "second finds these plans made."
+    )
+
+
+def _gpu_table(found: dict[str, Any]) -> str:
+    lines = [
+        "| layers of | work | tokens a second | times transformers | of what is possible |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, part in found["slices"].items():
+        for what, entries in itertools.groupby(part["measurements"], lambda entry: entry["what"]):
+            for batch, group in itertools.groupby(entries, lambda entry: entry.get("batch", 1)):
+                row = list(group)
+                lengths = _lengths(row, "context" if what == "decode" else "length")
+                work = {
+                    "decode": f"decoding {batch} row{'s' * (batch > 1)}, behind {lengths} tokens",
+                    "prefill": f"prefill of {lengths} tokens",
+                    "train": f"forward and backward, {batch} x {lengths} tokens",
+                }[what]
+                cells = [
+                    [f"{entry['tokens_per_second']['ours']:,.0f}" for entry in row],
+                    [
+                        f"{entry['times_faster']['median']:.2f}" if "times_faster" in entry else "–"
+                        for entry in row
+                    ],
+                    [f"{entry['share_of_floor']:.0%}" for entry in row],
+                ]
+                told = " | ".join(" / ".join(values) for values in cells)
+                lines.append(f"| {name.title()} | {work} | {told} |")
+    return "\n".join(lines)
 
 
 def _wrapped(paragraph: str) -> str:

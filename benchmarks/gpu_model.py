@@ -35,10 +35,12 @@ from benchmarks.model_speed import agreement
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, ledger
 
+DEVICE = "cuda"
 SLICES = ("nano", "super")
 WORKS = ("prefill", "decode", "train")
 PREFILL = {512: 7, 2048: 7, 8192: 5, 32768: 3}  # length: rounds
 DECODE = ((1, 512), (8, 512), (32, 512), (1, 32768))  # (batch, context)
+COPIED, SQUARE = 2**28, 8192  # floats of a copy, and sides of a product, that find the ceilings
 STEPS, DECODE_ROUNDS = 8, 5
 TRAIN = (1, 2048)  # batch, length
 TRAIN_SLICES = ("nano",)  # gradients of Super's experts need as much again as the experts
@@ -51,18 +53,18 @@ def slice_of(preset: str) -> NemotronConfig:
     return config.replace(pattern=config.pattern[:end], mtp_pattern="", mtp_depths=0)
 
 
-def measure_ceilings(device: str) -> dict[str, float]:
+def measure_ceilings() -> dict[str, float]:
     """Bytes a second of a large copy, FLOP/s of a large bfloat16 product; best of ten."""
-    source = torch.randn(2**28, device=device)
+    source = torch.randn(COPIED, device=DEVICE)
     target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     calls: dict[str, Callable[[], object]] = {
         "copy": partial(target.copy_, source), "product": partial(torch.matmul, a, b)
     }  # fmt: skip
     best = {name: min(values) for name, values in turns(calls, 10).items()}
     return {
         "bytes_per_s": 2 * source.nbytes / best["copy"],
-        "flops_per_s": 2 * 8192**3 / best["product"],
+        "flops_per_s": 2 * SQUARE**3 / best["product"],
     }
 
 
@@ -189,10 +191,10 @@ def measure_slice(
 ) -> Iterator[dict[str, Any]]:
     """Everything asked for of one slice; all of it so far, after each measurement."""
     config = slice_of(name)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         peer = peers.build_peer(config, dtype=torch.bfloat16)
     ours = peers.build_ours(config, peer, share=True)
-    tokens = peers.random_tokens(config, 1, 512).to("cuda")
+    tokens = peers.random_tokens(config, 1, 512).to(DEVICE)
     with torch.inference_mode():
         agree = agreement(peer(tokens, use_cache=True).logits, ours(tokens).logits)
     found: dict[str, Any] = {
@@ -223,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU here; benchmarks that need none: python -m benchmarks -h")
     gpu = "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower())
-    ceilings = measure_ceilings("cuda")
+    ceilings = measure_ceilings()
     found: dict[str, Any] = {}
     for name in slices:
         for so_far in measure_slice(name, works, ceilings):

@@ -136,10 +136,10 @@ def _case(
 def _cases(model: str) -> list[Case]:
     mamba = {"mamba_ssm": _mamba(128), "mamba_ssm, chunks of 256": _mamba(256)}
     outside = {**mamba, "fla": _fla, "torch": _torch}
-    three = _run(variant=THREE_PASSES)
+    fused = _run(variant=WALKING)
     cases = [
         _case(model, "forward", _run(), key="ssd forward", peers=outside),
-        _case(model, "forward in three passes", three, key="ssd forward in three passes"),
+        _case(model, "forward, fused", fused, key="ssd forward, fused"),
     ]
     for backward in (False, True):
         name = "backward" if backward else "forward"
@@ -171,7 +171,7 @@ def _alternatives() -> list[Case]:
     for kernel, configs in ssd_common.ALTERNATIVES.items():
         backward = kernel.startswith("grad")
         variant = THREE_PASSES if kernel in ("states", "scan") else WALKING
-        default = "ssd forward" if variant == WALKING else "ssd forward in three passes"
+        default = "ssd forward, fused" if variant == WALKING else "ssd forward"
         for config in configs:
             blocks = " ".join(f"{k} {v}" for k, v in config.blocks.items())
             how = f"{kernel} {blocks}, {config.num_warps} warps, {config.num_stages} stages"

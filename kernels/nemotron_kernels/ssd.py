@@ -13,7 +13,8 @@ ssd_backward.py the gradients.
 
 Kept for the backward pass are the inputs, nothing else; the states are computed again. The backward
 pass needs room for two states per chunk, b*h*p*n numbers each in the dtype of x: for one million
-tokens of Super in chunks of 64, 66 GB in bfloat16. The fused forward pass needs none.
+tokens of Super in chunks of 64, 66 GB in bfloat16. The forward pass needs one of the two, or none
+when it is fused; a long prompt comes in segments, so that there are few chunks at a time.
 
 Left out: float64 (there is nothing to gain on a GPU; use impl="torch"), second derivatives, and
 inside the kernels D per channel and dt_limit.
@@ -31,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron_kernels._compat import cdiv, check_inputs, check_rows, next_power_of_2, on_device
 from nemotron_kernels.ssd_backward import backward
-from nemotron_kernels.ssd_common import Inputs, config, padded, walks
+from nemotron_kernels.ssd_common import FEW_CHUNKS, Inputs, config
 from nemotron_kernels.ssd_forward import forward_fused, forward_three
 
 VARIANTS = ("auto", "fused", "three")
@@ -71,8 +72,8 @@ def ssd(
             tiles hold. The result depends on it only by rounding. The configuration's when None.
         dt_bias: added to dt.
         dt_softplus: whether dt (plus bias) goes through softplus.
-        variant: "fused" (one kernel), "three" (three passes), or "auto" by the rule in
-            `ssd_common.walks`.
+        variant: "fused" (one kernel), "three" (three passes), or "auto", which is three but
+            for a few chunks. Three need room for a state per chunk, fused none.
         precision: of products of float32 operands: "ieee" (exact, without tensor cores), "tf32x3"
             (about 1e-6) or "tf32" (about 3e-4). 16-bit operands do not depend on it.
 
@@ -204,14 +205,15 @@ def _chunk(kernel: str, x: Tensor, wanted: int | None) -> int:
 
 
 def _variant(x: Tensor) -> str:
-    """The rule of `walks`; float32 takes three passes, since without tensor cores the fused kernel
-    spills most of its registers.
+    """Three passes, unless there are so few chunks that the launches cost more than they save.
+
+    On an H200 a chunk takes the fused kernel 5.3 us, whatever the number of heads up to one for
+    each multiprocessor; three passes take 4.5 us for Super's 128 heads and 3.4 us for Nano's 64
+    (benchmarks/records/kernels_nvidia_h200.json). Float32 takes three in any case, since without
+    tensor cores the fused kernel spills most of its registers.
     """
-    if x.dtype == torch.float32:
-        return "three"
-    how = config("fused", x)
-    chunks = cdiv(x.shape[1], how["Q"])
-    return "fused" if walks(x, chunks, min(how["BLOCK_P"], padded(x.shape[3]))) else "three"
+    few = cdiv(x.shape[1], config("fused", x)["Q"]) <= FEW_CHUNKS
+    return "fused" if few and x.dtype != torch.float32 else "three"
 
 
 def _check_shapes(

@@ -251,6 +251,9 @@ def config(kernel: str, x: Tensor) -> Config:
     return by_arch(CONFIGS[kernel][x.element_size()])
 
 
+FEW_CHUNKS = 4
+
+
 @lru_cache
 def _processors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
@@ -264,17 +267,17 @@ def processors(x: Tensor) -> int:
 
 
 def walks(x: Tensor, chunks: int, block_p: int) -> bool:
-    """The rule of choice: whether programs go through all chunks, or one stands for each chunk.
+    """For the pass over states: whether programs go through all chunks, or one stands for each.
 
-    Walking moves one state per chunk less in each direction (fused: none at all), but leaves
-    b * h * (blocks of p) programs, which take the chunks one after another. By bytes, a chunk of 64
-    tokens and one head costs three passes about 37 ns of an H100's memory (p 64, n 128); walking
-    takes about 1.5 us of latency for it, for all programs at once. So about 40 programs, a third of
-    the multiprocessors, are enough. With a few chunks the launches cost more than either.
-    An estimate: the device script times both.
+    Walking moves one state per chunk less in each direction, but leaves b * h * (blocks of p)
+    programs, which take the chunks one after another. By bytes, a chunk of 64 tokens and one head
+    costs three passes about 37 ns of an H100's memory (p 64, n 128); walking takes about 1.5 us of
+    latency for it, for all programs at once. So about 40 programs, a third of the multiprocessors,
+    are enough. With a few chunks the launches cost more than either. An estimate, not measured
+    apart from the pass that follows.
     """
     programs = x.shape[0] * x.shape[2] * cdiv(x.shape[3], block_p)
-    return chunks <= 4 or 3 * programs >= processors(x)
+    return chunks <= FEW_CHUNKS or 3 * programs >= processors(x)
 
 
 def heads_per_program(x: Tensor, groups: int, programs: int, most: int) -> int:

@@ -13,7 +13,7 @@ Two ways through the sequence, the same arithmetic:
 - three passes: what each chunk adds to the state and the walk from chunk to chunk (ssd_states.py),
   then the outputs. All chunks at once, at the price of writing and reading states.
 
-`walks` in ssd_common.py is the rule of choice.
+`ssd._variant` is the rule of choice.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from nemotron_lite.ops._door import choose
 from nemotron_lite.ops.linear import prefers_onednn, product
@@ -144,7 +143,10 @@ def _on_gpu(
         if triangle and tokens == 1:
             pass
         elif triangle and q.dtype in (torch.bfloat16, torch.float16):
-            mask = causal_lower_right(tokens, seen)  # the flash kernel's own; it has no float32
+            # The flash kernel's own, which has no float32. With the import would come triton.
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(tokens, seen)
         else:
             mask = _visible(q, k, starts, seq_idx)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

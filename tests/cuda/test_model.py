@@ -24,6 +24,9 @@ from tests.train.conftest import text
 
 __all__ = ["text"]  # a fixture
 
+# The first product in autograd's own thread; torch then does what the warning says.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current")
+
 DEVICE = "cuda"
 ODD = NemotronConfig(
     pattern="ME*-ME", vocab_size=61, hidden_size=40,

@@ -7,7 +7,6 @@ figures that come out are known; what only a GPU can show, its times, is left to
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -15,7 +14,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 
 from nemotron_kernels import rms_norm, selective_state_update
 from nemotron_lite import ops
+from tests.kernels.paper_gpu import PaperGpu
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
@@ -118,74 +118,6 @@ def test_a_state_that_is_overwritten_starts_the_same_both_times(device: ModuleTy
 
 def test_the_shares_and_ratios_of_a_summary(device: ModuleType) -> None:
     assert device.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == {"n": 5, "median": 3, "q1": 1.5, "q3": 4.5}
-
-
-class PaperGpu:
-    """As much of torch.cuda as timing asks for; `now` in milliseconds moves when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.capturing = False
-        self.stream: Any = None
-        self.forward_on: Any = None
-
-    def takes(self, milliseconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, at a price."""
-
-        def call(*args: Any, **options: Any) -> Any:
-            self.now += milliseconds
-            self.forward_on = self.stream
-            return function(*args, **options)
-
-        return call
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        gpu = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                self.at = gpu.now
-
-            def synchronize(self) -> None: ...
-
-            def elapsed_time(self, later: Event) -> float:
-                return later.at - self.at
-
-        class Graph:
-            def replay(self) -> None:
-                gpu.now += self.cost
-
-        class Stream:
-            def wait_stream(self, other: object) -> None: ...
-
-        @contextlib.contextmanager
-        def on(stream: Stream) -> Iterator[None]:
-            before, gpu.stream = gpu.stream, stream
-            yield
-            gpu.stream = before
-
-        @contextlib.contextmanager
-        def capture(graph: Graph, stream: Stream) -> Iterator[None]:
-            start, gpu.capturing = gpu.now, True
-            assert stream is gpu.forward_on, "autograd would leave the capture's stream"
-            try:
-                yield
-            finally:
-                gpu.capturing = False
-            graph.cost = gpu.now - start
-
-        fakes = {
-            "Event": Event, "CUDAGraph": Graph, "graph": capture,
-            "Stream": Stream, "stream": on, "current_stream": lambda: gpu.stream,
-            "synchronize": lambda: None, "empty_cache": lambda: None, "is_available": lambda: True,
-            "get_device_name": lambda: "Paper GPU 100", "get_device_capability": lambda: (9, 0),
-            "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=250),
-        }  # fmt: skip
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
 
 
 @pytest.fixture

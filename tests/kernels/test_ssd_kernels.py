@@ -351,7 +351,7 @@ def test_the_arguments_of_the_torch_implementation() -> None:
 
 
 def test_the_rule_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walk with few chunks or many heads; three passes where one row has few heads and is long."""
+    """States walk with few chunks or many heads; one fused kernel is for few chunks only."""
     monkeypatch.setattr(ssd_common, "processors", lambda _: 132)
 
     def x(b: int, t: int, h: int) -> Tensor:
@@ -361,8 +361,10 @@ def test_the_rule_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ssd_common.walks(x(1, 4096, 16), 64, 64)
     assert ssd_common.walks(x(1, 256, 16), 4, 64)
     assert ssd_common.walks(x(1, 4096, 22), 64, 32)
-    assert door._variant(x(1, 4096, 128)) == "fused"
-    assert door._variant(x(1, 4096, 2).float()) == "three"
+    chunk = ssd_common.config("fused", x(1, 1, 1))["Q"]
+    assert door._variant(x(1, ssd_common.FEW_CHUNKS * chunk, 128)) == "fused"
+    assert door._variant(x(1, ssd_common.FEW_CHUNKS * chunk + 1, 128)) == "three"
+    assert door._variant(x(1, chunk, 2).float()) == "three"
     monkeypatch.setattr(ssd_common, "processors", lambda _: 100)
     heads = ssd_common.heads_per_program
     assert heads(x(1, 64, 96), 4, 4 * 100, 16) == 12  # 24 heads a group: divisors only

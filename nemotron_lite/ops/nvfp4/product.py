@@ -9,7 +9,8 @@ multiply. Neither has a bias, as no layer of the family has one.
 
     "naive"    decode everything in float32, then multiply in float32
     "torch"    decode stripe by stripe (decoding.py), and of the experts only those chosen
-    "triton"   decode in registers, right before the product: the matrix never exists in memory
+    "triton"   decode in registers, right before the product, so that the matrix never exists in
+               memory; for hundreds of rows, once
 
 The three differ in one rounding. A code times its block's scale has six significant bits, so the
 kernel multiplies 16-bit numbers that are exact, and applies s_dec to the float32 sum. "torch" does
