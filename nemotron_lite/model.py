@@ -165,10 +165,20 @@ class Nemotron(nn.Module):
         biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
         return sum(p.numel() for p in self.parameters()) + sum(b.numel() for b in biases)
 
-    def empty_state(self, batch: int, capacity: int = 256, mtp: bool = False, **ssm: Any) -> State:
-        """A `State` for this model's sizes, device and dtype; `ssm`: `ssm_dtype`, `ssm_seed`."""
-        like: dict[str, Any] = dict(device=self.device, dtype=self.dtype)
-        return State.empty(self.config, batch, capacity=capacity, mtp=mtp, **like, **ssm)
+    def empty_state(
+        self,
+        batch: int,
+        capacity: int = 256,
+        mtp: bool = False,
+        *,
+        ssm_dtype: torch.dtype | None = None,
+        ssm_seed: int | None = 0,
+    ) -> State:
+        """`State.empty` for this model's sizes, device and dtype."""
+        return State.empty(
+            self.config, batch, capacity=capacity, mtp=mtp, device=self.device, dtype=self.dtype,
+            ssm_dtype=ssm_dtype, ssm_seed=ssm_seed,
+        )  # fmt: skip
 
     def lay_out(self, smallest: int = 80_000) -> Nemotron:
         """Prepare to decode on a CPU: a copy of every projection in the layout of its kernels.

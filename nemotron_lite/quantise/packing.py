@@ -75,7 +75,8 @@ def pack(
             above, _, leaf = path.rpartition(".")
             part = f"{leaf[0]}_scale"
             linear = ScaledLinear.over(model.get_submodule(path), part)  # type: ignore[arg-type]
-            linear.get_buffer(part).copy_(amax / E4M3_MAX)
+            # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds once more.
+            linear.get_buffer(part).copy_(amax / torch.full_like(amax, E4M3_MAX))
             setattr(model.get_submodule(above), leaf, linear.train(model.training))
     return model
 
