@@ -25,7 +25,6 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.span import RouterStats, Span
-from nemotron_lite.ops.experts import forget_matrices
 
 
 class Router(nn.Module):
@@ -75,11 +74,6 @@ class Experts(nn.Module):
         )  # fmt: skip
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        for stack in (self.up_proj, self.down_proj):
-            forget_matrices(stack)
-        return super()._apply(fn, recurse)
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
         """The weighted sum of each token's chosen experts."""

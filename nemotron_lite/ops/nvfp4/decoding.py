@@ -35,12 +35,13 @@ from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
 from nemotron_lite.ops._door import cast
-from nemotron_lite.ops.experts import FEW_PAIRS, squared_relu
+from nemotron_lite.ops.experts import squared_relu
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.nvfp4.elements import E2M1_VALUES
 from nemotron_lite.ops.nvfp4.scaling import BLOCK
 
 STRIPE = 2**17  # weights decoded at once: half a MiB in float32
+FEW_PAIRS = 40  # (token, slot) pairs that each get their own copy of a small expert
 FEW_ROWS = 8  # of x, up to which float32 is at least as fast as 16 bits
 
 
@@ -168,14 +169,14 @@ def _pair_by_pair(z: Tensor, up: Stored, down: Stored, weights: Tensor, indices:
     """Each (token, slot) pair with its own copy of a small expert, as many as make a stripe."""
     slots, form = indices.shape[1], torch.promote_types(z.dtype, torch.float32)
     pairs, shares = indices.reshape(-1), cast(weights, form).reshape(-1, 1, 1)
-    wide = cast(z, form).repeat_interleave(slots, 0).unsqueeze(-1)  # pairs l 1
+    wide = cast(z, form).repeat_interleave(slots, 0).unsqueeze(1)  # pairs 1 l
     answers = torch.empty_like(wide)
     step = max(1, STRIPE // (up.rows * up.cols))
     for first in range(0, len(pairs), step):
         some = slice(first, first + step)
-        hidden = torch.bmm(cast(up.of(pairs[some]).decode(), form), wide[some])
+        hidden = torch.bmm(wide[some], cast(up.of(pairs[some]).decode(), form).mT)
         hidden = squared_relu(hidden).mul_(shares[some])
-        torch.bmm(cast(down.of(pairs[some]).decode(), form), hidden, out=answers[some])
+        torch.bmm(hidden, cast(down.of(pairs[some]).decode(), form).mT, out=answers[some])
     return cast(answers.view(len(z), slots, -1).sum(1), z.dtype)
 
 
