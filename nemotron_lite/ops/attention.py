@@ -11,9 +11,9 @@ Mamba layers before it. The softmax is taken in float32.
 padding of a shorter row) are never read, so a cache is rolled back by forgetting its length.
 
 PyTorch's flash kernel for CPUs multiplies with MKL, and in BF16 no faster than in float32. Where
-oneDNN is faster (BF16; float32 as in linear.py, with heads wide enough that products and not the
-softmax take the time) the products are oneDNN's, a few hundred rows of scores at a time. Scores and
-softmax are in float32; in BF16 only the weights are rounded, as the flash kernel does.
+oneDNN is faster (BF16; float32 as in linear.py) the products are oneDNN's, a few hundred rows of
+scores at a time. Scores and softmax are in float32; in BF16 only the weights are rounded, as the
+flash kernel does. So BF16 gains little here: scores and softmax are two thirds of the work.
 
 On a GPU torch would take cuDNN's kernel, which is fast once it has a plan. It makes one for every
 number of keys, in 50 ms (H200, torch 2.11), and decoding has another number for each token. So
@@ -40,10 +40,11 @@ from nemotron_lite.ops.scan import number_documents
 # PyTorch's own CPU kernel behind scaled_dot_product_attention, called for the log-denominators.
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ONEDNN = torch.backends.mkldnn.is_available()
-SCORES = 2**20  # float32 scores worked on at once: a few megabytes, which caches hold
+SCORES = 2**22  # float32 scores worked on at once: 16 MB; with fewer, products have too few rows
+BLOCK = 256  # most queries at once; more would multiply what the mask hides
 FEW_SCORES = 2**14  # per head; below, the flash kernel has finished before the blocks have begun
-# float32: 1.2 to 1.5 times the flash kernel on an AMD EPYC; no faster with heads of 32, or sooner.
-WIDE_HEAD, FEW_WIDE_SCORES = 64, 2**20
+# float32: 1.2 to 1.6 times the flash kernel on an AMD EPYC; no faster for fewer scores.
+WIDE_HEAD, FEW_WIDE_SCORES = 32, 2**20
 _NO_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -183,30 +184,41 @@ def _multiplies_faster_in_blocks(q: Tensor, k: Tensor, start: int) -> bool:
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Behind `start` cached tokens: a block of queries against all the keys it sees.
 
-    oneDNN has no product of BF16 matrices that answers in float32, so scores are a product of the
-    same numbers held in float32: nothing is rounded before the softmax.
+    Queries that share a key head are rows of one product. The keys end at a multiple of `BLOCK`, so
+    that all layers and most blocks have few shapes between them: oneDNN prepares each anew.
     """
     (b, _, t, p), shared = q.shape, q.shape[1] // k.shape[1]
     wide = (q.float() * p**-0.5).reshape(b, k.shape[1], shared, t, p)
     keys = k.float()
     out = torch.empty_like(wide, dtype=q.dtype)
-    rows = min(t, max(16, SCORES // (shared * (start + t))))
-    later = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-    for row, head in itertools.product(range(b), range(k.shape[1])):
-        for first in range(0, t, rows):
-            n = min(rows, t - first)
-            end = start + first + n
+    fitting = max(16, SCORES // (shared * (start + t)))
+    rows = min(t, BLOCK, 1 << fitting.bit_length() - 1)  # a power of two, to divide BLOCK
+    for first in range(0, t, rows):
+        seen, n = start + first, min(rows, t - first)
+        end = min(start + t, -(-(seen + n) // BLOCK) * BLOCK)
+        later = torch.ones(n, end - seen, dtype=torch.bool).triu_(1)
+        for row, head in itertools.product(range(b), range(k.shape[1])):
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
-            scores = product(queries, keys[row, head, :end])
-            newest = scores.view(shared, n, end)[..., end - n :]
-            newest.masked_fill_(later[:n, :n], -math.inf)
-            weights, values = torch.softmax(scores, dim=-1), v[row, head, :end]
-            if v.dtype == torch.bfloat16:
-                answers = torch.mm(weights.to(v.dtype), values)
-            else:
-                answers = product(weights, values.t())
+            answers = _block(queries, keys[row, head, :end], v[row, head, :end], later)
             out[row, head, :, first : first + n] = answers.view(shared, n, p)
     return out.view(q.shape)
+
+
+def _block(
+    q: Float[Tensor, "r p"], k: Float[Tensor, "s p"], v: Float[Tensor, "s p"], later: Tensor
+) -> Float[Tensor, "r p"]:
+    """One block of scaled queries; of the newest keys, those that are `later` are not seen.
+
+    oneDNN has no product of BF16 matrices that answers in float32, so scores are a product of the
+    same numbers held in float32: nothing is rounded before the softmax.
+    """
+    n, newest = later.shape
+    scores = product(q, k)
+    scores.view(-1, n, len(k))[..., len(k) - newest :].masked_fill_(later, -math.inf)
+    torch.softmax(scores, dim=-1, out=scores)
+    if v.dtype == torch.bfloat16:
+        return torch.mm(scores.to(v.dtype), v)
+    return product(scores, v.t())
 
 
 def _one_token(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
