@@ -12,8 +12,8 @@ padding of a shorter row) are never read, so a cache is rolled back by forgettin
 
 PyTorch's flash kernel for CPUs multiplies with MKL, and in BF16 no faster than in float32. Where
 oneDNN is faster (BF16; float32 as in linear.py) the products are oneDNN's, a few hundred rows of
-scores at a time. Scores and softmax are in float32; in BF16 only the weights are rounded, as the
-flash kernel does. So BF16 gains little here: scores and softmax are two thirds of the work.
+scores at a time, in float32 throughout: oneDNN has no product of BF16 matrices that answers in
+float32, as scores must be, and rounding the weights costs as much time as multiplying them saves.
 
 On a GPU torch would take cuDNN's kernel, which is fast once it has a plan. It makes one for every
 number of keys, in 50 ms (H200, torch 2.11), and decoding has another number for each token. So
@@ -189,7 +189,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """
     (b, _, t, p), shared = q.shape, q.shape[1] // k.shape[1]
     wide = (q.float() * p**-0.5).reshape(b, k.shape[1], shared, t, p)
-    keys = k.float()
+    keys, values = k.float(), v.float()
     out = torch.empty_like(wide, dtype=q.dtype)
     fitting = max(16, SCORES // (shared * (start + t)))
     rows = min(t, BLOCK, 1 << fitting.bit_length() - 1)  # a power of two, to divide BLOCK
@@ -199,7 +199,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         later = torch.ones(n, end - seen, dtype=torch.bool).triu_(1)
         for row, head in itertools.product(range(b), range(k.shape[1])):
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
-            answers = _block(queries, keys[row, head, :end], v[row, head, :end], later)
+            answers = _block(queries, keys[row, head, :end], values[row, head, :end], later)
             out[row, head, :, first : first + n] = answers.view(shared, n, p)
     return out.view(q.shape)
 
@@ -207,17 +207,11 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 def _block(
     q: Float[Tensor, "r p"], k: Float[Tensor, "s p"], v: Float[Tensor, "s p"], later: Tensor
 ) -> Float[Tensor, "r p"]:
-    """One block of scaled queries; of the newest keys, those that are `later` are not seen.
-
-    oneDNN has no product of BF16 matrices that answers in float32, so scores are a product of the
-    same numbers held in float32: nothing is rounded before the softmax.
-    """
+    """One block of scaled queries; of the newest keys, those that are `later` are not seen."""
     n, newest = later.shape
     scores = product(q, k)
     scores.view(-1, n, len(k))[..., len(k) - newest :].masked_fill_(later, -math.inf)
     torch.softmax(scores, dim=-1, out=scores)
-    if v.dtype == torch.bfloat16:
-        return torch.mm(scores.to(v.dtype), v)
     return product(scores, v.t())
 
 
