@@ -16,9 +16,9 @@ with s the running sum of a inside the chunk. Work and memory grow linearly with
 same products read a prompt, train, and continue from a state that decoding left behind.
 
 `_ssd_chunks.py` holds the forward arithmetic, `_ssd_backward.py` the hand-written gradient. What is
-kept for the backward pass is one state per few chunks. There is no half-precision path through the
-products: inputs of any float dtype are computed in float32 (float64 stays float64). The products of
-a chunk are too small to win back on a CPU what rounding their operands would cost.
+kept for the backward pass is one state per few chunks. Inputs of any float dtype are computed in
+float32 (float64 stays float64), with one exception: where BF16 is read on a CPU without gradients,
+the products that only y reads are in BF16. Decays and states are in float32 always.
 
 Source: Dao and Gu 2024 (arXiv 2405.21060) section 6; reference sheet 2.3. Left out: second
 derivatives, variable A within a head, and dt clamping (see scan.py).

@@ -269,6 +269,19 @@ def test_step_overwrites_the_state_it_was_given() -> None:
     assert torch.equal(stack[:, :, 0], inputs["initial_state"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_rounds_y_and_not_the_state(packed: bool) -> None:
+    """Against float64 on the same rounded numbers; without gradients y's products are in BF16."""
+    inputs = {k: v.bfloat16() if k in ("x", "B", "C") else v for k, v in make(2, 333).items()}
+    seq_idx = (torch.arange(333) // 70).expand(2, -1) if packed else None
+    exact_y, exact = ssd(**{k: v.double() for k, v in inputs.items()}, seq_idx=seq_idx)
+    with torch.no_grad():
+        y, state = ssd(**inputs, seq_idx=seq_idx)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert relative_rms(y, exact_y) < 4e-3  # 2^-9 is 2e-3
+    assert relative_rms(state, exact) < 1e-6
+
+
 def test_step_keeps_a_wide_state_for_half_precision_tokens() -> None:
     inputs = make(2, 1)
     half = [inputs[k].float() if k in ("A", "dt") else inputs[k].bfloat16() for k in NAMES]
