@@ -36,7 +36,8 @@ _KERNEL = kernel("experts", "expert_mlp")
 COPIED = 3_000_000  # numbers in the matrices of all pairs up to which copying them beats sorting
 RUN_ROWS = 128  # rows of hidden units to activate in one call
 FILL = 16  # BF16: rows of an expert are filled up to a multiple
-TOGETHER = 2**16  # BF16: weights in the matrices of experts that multiply together
+TOGETHER = 8  # BF16: experts that multiply together at most; more would be filled up too much
+TOGETHER_WEIGHTS = 2**19  # and the weights in their matrices, which are copied side by side
 
 
 def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -84,9 +85,11 @@ def _fast(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor)
     up, down, weights = (cast(part, z.dtype) for part in (up, down, weights))
     if torch.is_grad_enabled():
         return _SortedExperts.apply(z, up, down, weights, indices)
-    if indices.numel() * up[0].numel() <= COPIED:
+    pairs = indices.numel()
+    crowded = pairs >= FILL * up.shape[0]  # rows enough for products of each expert's own
+    if not crowded and pairs * up[0].numel() <= COPIED:
         return _pair_by_pair(z, up, down, weights, indices)
-    if z.is_cpu and z.dtype == torch.bfloat16 and indices.numel() >= FILL * up.shape[0]:
+    if crowded and z.is_cpu and z.dtype == torch.bfloat16:
         return _in_batches(z, up, down, weights, indices)
     return _sorted_forward(z, up, down, weights, indices)[0]
 
@@ -165,7 +168,7 @@ def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
     counts = torch.bincount(flat, minlength=up.shape[0])
     loads, by_load = counts.sort(descending=True)
     busy = [load for load in loads.tolist() if load]
-    together = max(1, TOGETHER // up[0].numel())
+    together = max(1, min(TOGETHER, TOGETHER_WEIGHTS // up[0].numel()))
     batches, starts, total = [], [], 0
     for first in range(0, len(busy), together):
         chosen = by_load[first : first + min(together, len(busy) - first)]
