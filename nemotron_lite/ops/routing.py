@@ -20,11 +20,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.ops.linear import linear
 
 _KERNEL = kernel("routing", "route")
 
@@ -71,8 +71,8 @@ def _scores(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if torch.is_autocast_enabled(x.device.type):  # mixed precision must not reach the router
         with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(F.linear(cast(x, wide), cast(weight, wide)))
-    return torch.sigmoid(F.linear(cast(x, wide), cast(weight, wide)))
+            return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
+    return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
 
 
 def _naive(
