@@ -145,8 +145,9 @@ def _table(speeds: dict[str, Entries]) -> str:
     ))  # fmt: skip
     narrow = _lengths(first.of("bf16"), "length")
     row(f"prefill of {narrow} tokens, both in bfloat16", "bf16 against the peer's")
+    row("the same, our bfloat16 against transformers' float32", "bf16 against the peer's float32")
     row("the same, our bfloat16 against our float32", "bf16")
-    row("one bare product, bfloat16 against float32", "bf16 bare product")
+    row("one bare product of ours, bfloat16 against float32", "bf16 bare product")
     lines = [f"| work | {' | '.join(speeds)} |", "| --- " * (1 + len(speeds)) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     return "\n".join(lines)

@@ -129,11 +129,11 @@ def test_a_record_of_every_part(records, monkeypatch):
     entries = written["measurements"]
     assert [entry["what"] for entry in entries] == [
         "prefill", "decode", "decode", "train", "train memory", "prefill memory",
-        "bf16 bare product", "bf16", "bf16 against the peer's",
+        "bf16 bare product", "bf16", "bf16 against the peer's", "bf16 against the peer's float32",
         "bf16 agreement with float32 on the random model",
     ]  # fmt: skip
     timed = [entry for entry in entries if "seconds" in entry]
-    assert [entry["times_faster"]["n"] for entry in timed] == [2, 2, 2, 2, 31, 2, 2]
+    assert [entry["times_faster"]["n"] for entry in timed] == [2, 2, 2, 2, 31, 2, 2, 2]
     assert all(entry["seconds"]["ours"]["n"] == entry["times_faster"]["n"] for entry in timed)
     decode = entries[2]
     assert (decode["batch"], decode["context"], decode["aim"]) == (8, 20, 1.5)
