@@ -290,7 +290,8 @@ def combine(part: Segment, heads: Tensor, groups: Tensor, scale: Tensor, out: Te
     """
     chunks, batch, g, chunk, shared, width = out.shape
     by_head = heads.view(chunks, batch, g, shared, chunk, width).transpose(3, 4)
-    torch.mul(groups.view(out.shape), part.grouped(scale).to(groups.dtype), out=out).add_(by_head)
+    scale = part.grouped(scale).to(groups.dtype)
+    torch.addcmul(by_head, groups.view(out.shape), scale, out=out)
 
 
 def forward(
