@@ -21,7 +21,7 @@ would bias the text. And decisions follow from what was accepted, not from a clo
 run repeats.
 
 A row begins with a draft. Where drafting does not pay, it decodes plainly and tries a draft now and
-then: after 8 tokens, then 16, then 32, up to 256; after each success at once again. That is what
+then: after 16 tokens, then 32, then 64, up to 256; after each success at once again. That is what
 bounds the loss when drafts are poor.
 
 Left out: learning prices while running, and sharing what was learnt between rows or calls.
@@ -38,7 +38,7 @@ OPTIMISM = 0.7  # acceptance before anything was seen
 CREDIT = 4.0  # rounds that are believed to have gone that well
 FADE_ROUNDS = 0.96  # of the account of rounds, per round with a draft
 SLOWEST = 0.03  # least weight of a new observation
-FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain tokens between trials
+FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # plain tokens between trials
 
 
 class Adaptive:
