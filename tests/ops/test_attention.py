@@ -140,3 +140,31 @@ def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, 
     exact = causal_attention(q.double(), k.double(), v.double(), starts=start, impl="naive")
     assert narrow.shape == (2, h, 263, 16)
     assert (found.double() - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_blocks_get_matrices_without_gaps(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Without a cache a layer's keys lie token by token, heads between; oneDNN would crawl."""
+    room = import_module("nemotron_lite.ops.attention")
+    for name in ("FEW_SCORES", "FEW_WIDE_SCORES"):
+        monkeypatch.setattr(room, name, 1)
+    monkeypatch.setattr(room, "prefers_onednn", lambda *_: room._ONEDNN)
+    gaps, product = [], room.product
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        gaps.append(not (b.is_contiguous() or b.t().is_contiguous()))
+        return product(a, b)
+
+    monkeypatch.setattr(room, "product", watched)
+    q, k, v = (
+        x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in _qkv(1, 70, 4, 2, p=32)
+    )
+    with torch.inference_mode():
+        found = causal_attention(q, k, v)
+    assert (gaps and not any(gaps)) or not room._ONEDNN
+    exact = causal_attention(q.double(), k.double(), v.double(), impl="naive")
+    assert (found.double() - exact).norm() / exact.norm() < (
+        1e-6 if dtype == torch.float32 else 3e-3
+    )
