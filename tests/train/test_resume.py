@@ -132,7 +132,13 @@ def test_a_stop_request_ends_after_the_update_and_saves(
     assert without_times([*result.history, *rest.history]) == whole[0]
 
 
-def test_a_second_request_stops_at_once(model: Nemotron, text: PackedTokens) -> None:
+def test_a_second_request_stops_at_once(
+    model: Nemotron, text: PackedTokens, request: pytest.FixtureRequest
+) -> None:
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def stop_twice(record: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
