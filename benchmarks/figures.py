@@ -112,7 +112,8 @@ def _whole_model(speeds: dict[str, Entries]) -> str:
             files.setdefault(file, []).append(what)
         whole = max(files, key=lambda file: len(files[file]))
         links = ", ".join(
-            _link("record" if file == whole else ", ".join(files[file]), file) for file in files
+            _link("record" if file == whole else file.partition("-")[2][: -len(".json")], file)
+            for file in files
         )
         told.append(
             f"at size {size} with {entries.parameters / 1e6:.0f} million parameters ({links})"
@@ -199,9 +200,8 @@ def _gpu(found: dict[str, Any], file: str) -> str:
         f"[catalogue](kernels/README.md)): {layers}, at full width, with embeddings and head, in "
         "bfloat16. Beside them transformers on the same weights, without its optional CUDA "
         "packages, and what the hardware allows: the ledger's FLOPs, or the bytes of the weights "
-        "and memories, at the speed of a large product and copy. The first in the table decodes "
-        "beside a peer that has cuDNN plan its attention for every number of keys, 50 ms each; the "
-        "second finds these plans made."
+        "and memories, at the speed of a large product and copy. For each new number of keys "
+        "transformers has cuDNN plan its attention; who is measured later finds plans made."
     )
 
 

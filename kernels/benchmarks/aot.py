@@ -3,7 +3,7 @@
     python kernels/benchmarks/aot.py                 compare with kernels/aot_snapshot.json
     python kernels/benchmarks/aot.py --write         write it anew (after looking at the changes)
     python kernels/benchmarks/aot.py --arch 90       one architecture
-    python kernels/benchmarks/aot.py --only conv     cases with "conv" in their name
+    python kernels/benchmarks/aot.py --only conv     cases whose name matches "conv"
     python kernels/benchmarks/aot.py --write --only conv   write those, leave the others as they are
 
 No GPU is needed. The snapshot is kept per Triton version, because another compiler gives another
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def compile_all(arch: int, only: str = "") -> Report:
     """The report of one architecture; cases that compile the same kernels appear once."""
     report: Report = {}
     for case in all_cases():
-        if only in str(case) and case.compiled_as not in report:
+        if re.search(only, str(case)) and case.compiled_as not in report:
             try:
                 report[case.compiled_as] = compile_case(case, arch)
             except Exception as error:
@@ -161,10 +162,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the snapshot")
     parser.add_argument("--arch", type=int, choices=ARCHS, help="this architecture only")
-    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--only", default="", help="cases whose name matches (regex)")
     options = parser.parse_args()
-    if not any(options.only in str(case) for case in all_cases()):
-        sys.exit(f"--only {options.only}: no case has this in its name.")
+    if not any(re.search(options.only, str(case)) for case in all_cases()):
+        sys.exit(f"--only {options.only}: no case matches.")
     torch.set_num_threads(1)
     kept = read_snapshot().get(triton.__version__, {})
     faults, reports = [], {}

@@ -10,7 +10,7 @@ ordinary tensor cores with float32 sums, and s_dec is applied once, to the sum. 
                                of x. Also for stacks of experts (`grouped_rows`), where each tile
                                of rows has its own expert's matrix.
     x of 16 bits, MANY rows    W decoded once, into memory, and cuBLAS: each tile of rows would
-                               decode W again, which on an H200 took twice as long
+                               decode W again
     x packed, sm_80 to sm_90   `_packed_kernel`: both decoded, `tl.dot` in float16
     x packed, from sm_100      `_packed_kernel` with `tl.dot_scaled`: Blackwell's tensor cores read
                                codes and scales as they are. Up to 16 rows it decodes there as well.
@@ -203,7 +203,7 @@ ROWS = {
         64: {80: _blocks(64, 32, 4, 3)},
     },
 }
-MANY = 512
+MANY = 512  # four tiles of 128 rows, each of which would decode all of W; not yet measured
 # By tokens of a tile; where there is `dot_scaled`, tcgen05 wants 128 rows.
 PACKED = {
     16: {80: _blocks(32, 256, 4, 3), 100: _blocks(32, 128, 4, 4)},

@@ -251,7 +251,7 @@ def config(kernel: str, x: Tensor) -> Config:
     return by_arch(CONFIGS[kernel][x.element_size()])
 
 
-FEW_CHUNKS = 4
+FEW_CHUNKS = 4  # up to here further launches cost more than they save
 
 
 @lru_cache

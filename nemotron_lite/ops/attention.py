@@ -16,8 +16,9 @@ scores at a time, in float32 throughout: oneDNN has no product of BF16 matrices 
 float32, as scores must be, and rounding the weights costs as much time as multiplying them saves.
 
 On a GPU torch would take cuDNN's kernel, which is fast once it has a plan. It makes one for every
-number of keys, in 50 ms (H200, torch 2.11), and decoding has another number for each token. So
-cuDNN trains, and whatever reads or writes with a cache takes the kernels that need no plan.
+number of keys, and decoding has another number for each token; what that costs shows in the times
+of transformers in benchmarks/records/gpu_model_nvidia_h200.json. So cuDNN trains, and whatever
+reads or writes with a cache takes the kernels that need no plan.
 
 Source: reference sheet section 3. Left out: windows, sinks, position biases; Nemotron 3 has none.
 """
@@ -205,7 +206,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
 
 def _adjacent_rows(x: Float[Tensor, "b kv s p"]) -> Float[Tensor, "b kv s p"]:
-    """Each head a matrix without gaps; with gaps oneDNN multiplies a thousand times slower."""
+    """Each head a matrix without gaps: copied here once, and not for every block's product."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 

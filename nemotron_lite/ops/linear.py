@@ -76,8 +76,17 @@ def linear(
 
 
 def product(a: Float[Tensor, "*rows i"], b: Float[Tensor, "o i"]) -> Float[Tensor, "*rows o"]:
-    """a b^T by oneDNN, without gradients; b may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    """a b^T by oneDNN, without gradients; b may be a transposed view, or have gaps."""
+    return torch.ops.mkldnn._linear_pointwise(a, _gapless(b), None, "none", [], "")
+
+
+def _gapless(b: Tensor) -> Tensor:
+    """A matrix or the transpose of one, as it is; a copy of a slice, for which oneDNN has no kernel
+    but a loop over single numbers.
+    """
+    if b.is_mkldnn or b.is_contiguous() or b.t().is_contiguous():
+        return b
+    return b.contiguous()
 
 
 def prefers_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -60,6 +60,7 @@ def test_a_peer_that_does_not_fit_is_left_out(paper: Path, monkeypatch: pytest.M
     gpu_model.main(["--slice", "nano", "--only", "prefill,decode"])
     for entry in json.loads(paper.read_text())["slices"]["nano"]["measurements"]:
         assert set(entry["seconds"]) == {"ours"} and "times_faster" not in entry
+        assert entry["peer"] == "out of memory"
 
 
 def test_slices_end_behind_the_first_attention_layer() -> None:

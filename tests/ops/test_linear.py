@@ -38,6 +38,21 @@ def test_onednn_is_the_product(rows: tuple[int, ...], strided: bool) -> None:
 
 
 @ONEDNN
+def test_no_product_gets_a_matrix_with_gaps() -> None:
+    """oneDNN would take a slice's numbers one by one: hundreds of times as long."""
+    whole, wide = torch.randn(300, 64), torch.randn(300, 100)
+    assert MODULE._gapless(whole) is whole
+    assert MODULE._gapless(whole.t()).data_ptr() == whole.data_ptr()
+    for slice_ in (wide[:, :64], wide[:, :64].t(), wide[::2]):
+        found = MODULE._gapless(slice_)
+        assert found.is_contiguous() and torch.equal(found, slice_)
+    x = torch.randn(5, 64)
+    with torch.inference_mode():
+        found = MODULE.product(x, wide[:, :64])
+    torch.testing.assert_close(found, F.linear(x, wide[:, :64]))
+
+
+@ONEDNN
 @pytest.mark.parametrize("which", ["both", "x", "weight"])
 def test_gradients(which: str) -> None:
     x, weight = _inputs(2, 5)
