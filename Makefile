@@ -36,12 +36,12 @@ lab: $(STAMP)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 notebooks: $(STAMP)  ## execute chapters and clean them to be committed: ARGS="01 03", or all
-	$(BIN)/python -m nemotron_lite.course.publish $(ARGS)
+	$(BIN)/python -m nemotron_lite.authoring.publish $(ARGS)
 
 grade: $(STAMP)  ## grade a folder of submitted coursework: SUBMISSIONS=folder
 	@test -n "$(SUBMISSIONS)" || { \
 	  echo "Say which: make grade SUBMISSIONS=folder (exercises/README.md shows its layout)"; exit 1; }
-	$(BIN)/python -m nemotron_lite.course.marking "$(SUBMISSIONS)" $(ARGS)
+	$(BIN)/python -m nemotron_lite.coursework.grade "$(SUBMISSIONS)" $(ARGS)
 
 bench: $(STAMP)  ## measure, and write records under benchmarks/records
 	$(BIN)/python -m benchmarks $(ARGS)

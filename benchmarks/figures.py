@@ -7,7 +7,7 @@ two, so a record that changes without the README, or the other way round, is fou
 medians, with two decimals. A part of the model benchmark that was measured again on its own (a
 record `model_speed_S-decode.json`, say) counts where it is the newer one.
 
-Left out: figures of speculation and of quantised weights, which stand in paragraphs of their own.
+Left out: figures of speculation and of quantized weights, which stand in paragraphs of their own.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ The public names below are the whole front door; everything else is a room behin
     arguments           what a call of the model must look like
     generation          writing text; prompts, sampling: what it starts from and how it chooses
     speculative         drafts of several tokens, exactly accepted
-    checkpoint          Hugging Face files in and out, ModelOpt's quantised ones too
-    quantise            a trained model in 4 and 8 bits a weight
+    checkpoint          Hugging Face files in and out, ModelOpt's quantized ones too
+    quantize            a trained model in 4 and 8 bits a weight
     train, cli          the training loop and the commands
 
 Names are imported when they are first used (PEP 562), so `import nemotron_lite` costs next to
@@ -29,20 +29,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemotron_lite import layers, ledger, ops, train
+    from nemotron_lite.cache import Cache
     from nemotron_lite.checkpoint import CheckpointError, load, save
     from nemotron_lite.config import ConfigError, NemotronConfig
-    from nemotron_lite.generation import generate, stream
+    from nemotron_lite.generation.decoding import generate, stream
     from nemotron_lite.model import Nemotron
-    from nemotron_lite.state import State
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cache",
     "CheckpointError",
     "ConfigError",
     "Nemotron",
     "NemotronConfig",
-    "State",
     "__version__",
     "generate",
     "layers",
@@ -59,7 +59,7 @@ _ROOM_OF = {
     "ConfigError": "config",
     "Nemotron": "model",
     "NemotronConfig": "config",
-    "State": "state",
+    "Cache": "cache",
     "generate": "generation",
     "load": "checkpoint",
     "save": "checkpoint",

@@ -60,7 +60,7 @@ class NemotronConfig:
     conv_kernel: int = 4  # k
     chunk_size: int = 128  # q
     use_conv_bias: bool = True
-    time_step_min: float = 0.001  # range of the first step sizes; initialisation only
+    time_step_min: float = 0.001  # range of the first step sizes; initialization only
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: tuple[float, float] = (0.0, math.inf)  # clamp of dt; Nemotron 3 has none

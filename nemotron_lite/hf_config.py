@@ -19,7 +19,7 @@ What decides:
 * Two spellings of one thing must agree.
 * A key that changes nothing (`rope_theta`, `expand`, `use_cache`, ...) is skipped.
 
-Two traps. `time_step_min` belongs to the initialisation: it never limits dt here, while
+Two traps. `time_step_min` belongs to the initialization: it never limits dt here, while
 transformers (5.23) clamps dt with it in prefill and not in decode; see `without_dt_clamp`. And
 `num_nextn_predict_layers` counts the MTP modules in the file, which is 1 for Super, while Super was
 trained to look two tokens ahead through that one module. The second number has no key of its own on

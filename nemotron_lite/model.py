@@ -24,25 +24,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron_lite.arguments import check_call, check_hold
+from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.input_checks import check_call, check_hold
 from nemotron_lite.layers import (
     MLP,
     MTP,
     Attention,
     Block,
     Experts,
+    ForwardContext,
     GatedRMSNorm,
+    LayerCache,
     Linear,
     Mamba2,
-    Memory,
     MoE,
     RMSNorm,
     Router,
     RouterStats,
-    Span,
 )
-from nemotron_lite.state import State
 
 SEGMENT = 2048  # tokens per row and pass of a long prefill
 GPU_SEGMENT = 8192  # on a GPU: 512 experts share the rows, and each wants a tile full of them
@@ -107,12 +107,15 @@ class Backbone(nn.Module):
             ) from error
 
     def forward(
-        self, tokens: Int[Tensor, "b t"], past: Sequence[Memory] | None, span: Span
+        self,
+        tokens: Int[Tensor, "b t"],
+        cache: Sequence[LayerCache] | None,
+        context: ForwardContext,
     ) -> Float[Tensor, "b t d"]:
         """The residual stream after the final norm."""
         x = self.embed(tokens)
-        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
-            x = layer(x, memory, span)
+        for layer, memory in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            x = layer(x, memory, context)
         return self.norm_f(x)
 
 
@@ -136,7 +139,7 @@ class Nemotron(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
-        with torch.device("meta"):  # no memory and no random numbers until `initialise`
+        with torch.device("meta"):  # no memory and no random numbers until `initialize`
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
             self.mtp = MTP(config) if config.mtp_pattern else None
@@ -146,7 +149,7 @@ class Nemotron(nn.Module):
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                initialise(self)
+                initialize(self)
         if dtype is not None:
             self.to(dtype)
 
@@ -165,7 +168,7 @@ class Nemotron(nn.Module):
         biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
         return sum(p.numel() for p in self.parameters()) + sum(b.numel() for b in biases)
 
-    def empty_state(
+    def empty_cache(
         self,
         batch: int,
         capacity: int = 256,
@@ -173,9 +176,9 @@ class Nemotron(nn.Module):
         *,
         ssm_dtype: torch.dtype | None = None,
         ssm_seed: int | None = 0,
-    ) -> State:
-        """`State.empty` for this model's sizes, device and dtype."""
-        return State.empty(
+    ) -> Cache:
+        """`Cache.empty` for this model's sizes, device and dtype."""
+        return Cache.empty(
             self.config, batch, capacity=capacity, mtp=mtp, device=self.device, dtype=self.dtype,
             ssm_dtype=ssm_dtype, ssm_seed=ssm_seed,
         )  # fmt: skip
@@ -203,7 +206,7 @@ class Nemotron(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "b t"],
-        state: State | None = None,
+        cache: Cache | None = None,
         *,
         lengths: Int[Tensor, "b"] | None = None,
         seq_idx: Int[Tensor, "b t"] | None = None,
@@ -216,21 +219,21 @@ class Nemotron(nn.Module):
 
         Args:
             tokens: ids; rows that are shorter than t are padded on the right with anything.
-            state: what came before; advanced in place. With a state no gradients are recorded.
+            cache: what came before; advanced in place. With a cache no gradients are recorded.
             lengths: real tokens in each row; all t when None.
             seq_idx: documents of packed rows: nothing is carried from one to the next.
             mtp_depths: how often to apply the MTP module (Super trains 2).
             router_stats: return each router's scores and choices.
             last_only: logits of the last real token only; what prefill needs.
-            hold: read a draft without advancing the state; `state.keep(counts)` then takes in its
-                first tokens. "replay" or "snapshots": what is kept for that (see state.py).
+            hold: read a draft without advancing the cache; `cache.keep(counts)` then takes in its
+                first tokens. "replay" or "snapshots": what is kept for that (see cache.py).
 
         Raises:
             ValueError: arguments that do not fit together; the message says which.
         """
         found = self.forward_hidden(
             tokens,
-            state,
+            cache,
             lengths=lengths,
             seq_idx=seq_idx,
             mtp_depths=mtp_depths,
@@ -254,7 +257,7 @@ class Nemotron(nn.Module):
     def forward_hidden(
         self,
         tokens: Int[Tensor, "b t"],
-        state: State | None = None,
+        cache: Cache | None = None,
         *,
         lengths: Int[Tensor, "b"] | None = None,
         seq_idx: Int[Tensor, "b t"] | None = None,
@@ -263,23 +266,23 @@ class Nemotron(nn.Module):
         hold: str | None = None,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies it piece by piece."""
-        check_call(self.config, self.dtype, tokens, state, lengths, seq_idx, mtp_depths)
-        check_hold(hold, state, lengths)
+        check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
+        check_hold(hold, cache, lengths)
         router: list[RouterStats] | None = [] if router_stats else None
-        if state is not None and hold is not None:
+        if cache is not None and hold is not None:
             with torch.no_grad():
-                span = Span(state.starts, router=router, hold=hold)
-                hidden = self.backbone(tokens, state.layers, span)
-            state.held = tokens.shape[1]
-        elif state is not None:
+                context = ForwardContext(cache.starts, router=router, hold=hold)
+                hidden = self.backbone(tokens, cache.layers, context)
+            cache.held = tokens.shape[1]
+        elif cache is not None:
             with torch.no_grad():
-                hidden = self._continue(tokens, state, lengths, router)
+                hidden = self._continue(tokens, cache, lengths, router)
         elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= segment(tokens):
-            span = Span(lengths=lengths, seq_idx=seq_idx, router=router)
-            hidden = self.backbone(tokens, None, span)
+            context = ForwardContext(lengths=lengths, seq_idx=seq_idx, router=router)
+            hidden = self.backbone(tokens, None, context)
         else:
-            state = self.empty_state(*tokens.shape)
-            hidden = self._continue(tokens, state, lengths, router)
+            cache = self.empty_cache(*tokens.shape)
+            hidden = self._continue(tokens, cache, lengths, router)
         depths: list[Tensor] = []
         if mtp_depths:
             depths = self._look_ahead(hidden, tokens, seq_idx, mtp_depths, router)
@@ -288,21 +291,23 @@ class Nemotron(nn.Module):
     def _continue(
         self,
         tokens: Int[Tensor, "b t"],
-        state: State,
+        cache: Cache,
         lengths: Int[Tensor, "b"] | None,
         router: list[RouterStats] | None,
     ) -> Float[Tensor, "b t d"]:
-        """Take tokens in behind a state, segment by segment."""
+        """Take tokens in behind a cache, segment by segment."""
         total, longest = tokens.shape[1], segment(tokens)
         if total > longest and router is None:
             parts = []
             for start in range(0, total, longest):
                 part = tokens[:, start : start + longest]
                 real = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
-                parts.append(self._continue(part, state, real, None))
+                parts.append(self._continue(part, cache, real, None))
             return torch.cat(parts, dim=1)
-        hidden = self.backbone(tokens, state.layers, Span(state.starts, lengths, None, router))
-        state.advance(total if lengths is None else lengths)
+        hidden = self.backbone(
+            tokens, cache.layers, ForwardContext(cache.starts, lengths, None, router)
+        )
+        cache.advance(total if lengths is None else lengths)
         return hidden
 
     def _look_ahead(
@@ -321,7 +326,7 @@ class Nemotron(nn.Module):
             hidden = self.mtp(
                 hidden[:, : tokens.shape[1] - depth],
                 embedded[:, depth:],
-                span=Span(seq_idx=where, router=router),
+                context=ForwardContext(seq_idx=where, router=router),
             )
             found.append(hidden)
         return found
@@ -333,7 +338,7 @@ class Nemotron(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: Nemotron) -> None:
+def initialize(model: Nemotron) -> None:
     """Fresh weights from torch's global generator.
 
     Matrices are normal with `initializer_range`; those that write into the residual stream are

@@ -28,7 +28,7 @@ OLD = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 @pytest.mark.parametrize(("name", "file"), [("super", SUPER), ("nano", NANO), ("ultra", ULTRA)])
 def test_the_released_files_are_the_presets(name: str, file: dict[str, Any]) -> None:
-    """Field by field. What initialises is the training run's (0.014 in Super, 0.0099 in Ultra), not
+    """Field by field. What initializes is the training run's (0.014 in Super, 0.0099 in Ultra), not
     the 0.02 of the files, and of Ultra's factor there is no word in what is known of its file."""
     found, preset = from_hf(file), PRESETS[name]
     unlike = {
@@ -153,7 +153,7 @@ def test_every_spelling_of_infinity(text: str) -> None:
 def test_no_limit_means_no_clamp_whatever_time_step_min_says() -> None:
     config = from_hf(published(time_step_min=0.05))
     assert config.time_step_limit == (0.0, math.inf)
-    assert config.time_step_min == 0.05  # of the initialisation
+    assert config.time_step_min == 0.05  # of the initialization
 
 
 def test_without_clamp_tells_transformers_and_remembers_the_start() -> None:

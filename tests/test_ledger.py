@@ -114,10 +114,10 @@ def test_cache_dtypes_batch_and_mtp():
 
 @pytest.mark.parametrize("name", ["lite", "tiny-super"])
 def test_cache_is_what_a_state_holds(name):
-    from nemotron_lite.state import State
+    from nemotron_lite.cache import Cache
 
     config = PRESETS[name]
-    held = State.empty(config, 3, capacity=64).nbytes
+    held = Cache.empty(config, 3, capacity=64).nbytes
     count = ledger.cache(config, 64, batch=3, kv_dtype=torch.float32, conv_dtype=torch.float32)
     assert held == count.total
 

@@ -1,4 +1,4 @@
-"""The whole model: caches, splits, ragged and packed rows, MTP, precision, initialisation."""
+"""The whole model: caches, splits, ragged and packed rows, MTP, precision, initialization."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_lite.arguments import check_call
+from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.input_checks import check_call
 from nemotron_lite.model import SEGMENT, Nemotron
-from nemotron_lite.state import State
 
 TINY = NemotronConfig(
     pattern="ME*M-E", vocab_size=61, hidden_size=32,
@@ -68,19 +68,19 @@ def test_any_split_of_the_prompt_gives_the_same_logits(cuts: list[int]) -> None:
     model = Nemotron(TINY, dtype=torch.float64, seed=1)
     tokens = _tokens(2, 40)
     whole = model(tokens).logits
-    state = model.empty_state(2, capacity=1)
+    cache = model.empty_cache(2, capacity=1)
     edges = [0, *sorted(set(cuts)), 40]
     parts = [
-        model(tokens[:, a:b], state).logits for a, b in zip(edges[:-1], edges[1:], strict=True)
+        model(tokens[:, a:b], cache).logits for a, b in zip(edges[:-1], edges[1:], strict=True)
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
-    assert state.lengths.tolist() == [40, 40]
+    assert cache.lengths.tolist() == [40, 40]
 
 
 def test_one_token_at_a_time(model: Nemotron) -> None:
     tokens = _tokens(3, 12)
-    state = model.empty_state(3)
-    steps = [model(tokens[:, i : i + 1], state).logits for i in range(12)]
+    cache = model.empty_cache(3)
+    steps = [model(tokens[:, i : i + 1], cache).logits for i in range(12)]
     torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-9, atol=1e-9)
 
 
@@ -90,14 +90,14 @@ def test_ragged_rows_equal_each_row_alone(model: Nemotron) -> None:
     padded = torch.full((3, 9), 7)
     for i, n in enumerate(lengths):
         padded[i, :n] = rows[i][:n]
-    state = model.empty_state(3)
-    out = model(padded, state, lengths=torch.tensor(lengths), last_only=True)
+    cache = model.empty_cache(3)
+    out = model(padded, cache, lengths=torch.tensor(lengths), last_only=True)
     found = [out.logits]
     for step in range(after):
         new = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])
-        found.append(model(new[:, None], state).logits)
+        found.append(model(new[:, None], cache).logits)
     found = torch.cat(found, 1)
-    assert state.lengths.tolist() == [n + after for n in lengths]
+    assert cache.lengths.tolist() == [n + after for n in lengths]
     for i, n in enumerate(lengths):
         alone = model(rows[i][None]).logits[0, n - 1 :]
         torch.testing.assert_close(found[i], alone, rtol=1e-9, atol=1e-9)
@@ -105,10 +105,10 @@ def test_ragged_rows_equal_each_row_alone(model: Nemotron) -> None:
 
 def test_rows_without_new_tokens_stay_as_they_are(model: Nemotron) -> None:
     tokens = _tokens(2, 11)
-    state = model.empty_state(2)
-    model(tokens[:, :5], state)
-    model(tokens[:, 5:8], state, lengths=torch.tensor([3, 0]))
-    out = model(tokens[:, 8:], state, lengths=torch.tensor([3, 2]), last_only=True).logits
+    cache = model.empty_cache(2)
+    model(tokens[:, :5], cache)
+    model(tokens[:, 5:8], cache, lengths=torch.tensor([3, 0]))
+    out = model(tokens[:, 8:], cache, lengths=torch.tensor([3, 2]), last_only=True).logits
     torch.testing.assert_close(out[0, 0], model(tokens[:1]).logits[0, -1])
     alone = torch.cat([tokens[1:, :5], tokens[1:, 8:10]], 1)
     torch.testing.assert_close(out[1, 0], model(alone).logits[0, -1])
@@ -242,33 +242,33 @@ def test_the_meta_device_builds_without_memory() -> None:
         (lambda m: m(torch.tensor([[3, 61]])), "vocabulary has 61 entries"),
         (lambda m: m(torch.zeros(2, 0, dtype=torch.int64)), "not empty"),
         (lambda m: m(_tokens(1, 2), mtp_depths=2), "needs more than 2 tokens"),
-        (lambda m: m(_tokens(2, 2), m.empty_state(1)), "2 rows of tokens, but a state of 1"),
+        (lambda m: m(_tokens(2, 2), m.empty_cache(1)), "2 rows of tokens, but a cache of 1"),
         (lambda m: m(_tokens(1, 2), lengths=torch.tensor([3])), "must be 0 to 2"),
         (
-            lambda m: m(_tokens(1, 2), m.empty_state(1), seq_idx=torch.zeros(1, 2).long()),
-            "cannot continue a state",
+            lambda m: m(_tokens(1, 2), m.empty_cache(1), seq_idx=torch.zeros(1, 2).long()),
+            "cannot continue a cache",
         ),
-        (lambda m: m(_tokens(1, 9), m.empty_state(1), mtp_depths=1), "without a state"),
+        (lambda m: m(_tokens(1, 9), m.empty_cache(1), mtp_depths=1), "without a cache"),
         (lambda m: m(_tokens(1, 9), mtp_depths=-1), "mtp_depths=-1 must be 0 or more"),
         (
-            lambda m: m(_tokens(1, 9), State.empty(m.config.replace(pattern="M"), 1)),
-            r"state of 1 layers.*model\.empty_state",
+            lambda m: m(_tokens(1, 9), Cache.empty(m.config.replace(pattern="M"), 1)),
+            r"cache of 1 layers.*model\.empty_cache",
         ),
         (
             lambda m: m(
-                _tokens(1, 9), State.empty(m.config.replace(pattern="M" * 6), 1, dtype=m.dtype)
+                _tokens(1, 9), Cache.empty(m.config.replace(pattern="M" * 6), 1, dtype=m.dtype)
             ),
-            r"it is of another model.*model\.empty_state",
+            r"it is of another model.*model\.empty_cache",
         ),
         (
             lambda m: m(
-                _tokens(1, 9), State.empty(m.config.replace(ssm_state_size=5), 1, dtype=m.dtype)
+                _tokens(1, 9), Cache.empty(m.config.replace(ssm_state_size=5), 1, dtype=m.dtype)
             ),
             "remembers sizes",
         ),
         (
-            lambda m: m(_tokens(1, 9), State.empty(m.config, 1)),
-            "computes in torch.float64, but the state holds torch.float32",
+            lambda m: m(_tokens(1, 9), Cache.empty(m.config, 1)),
+            "computes in torch.float64, but the cache holds torch.float32",
         ),
     ],
 )
@@ -292,15 +292,15 @@ def test_bad_input_is_named(model: Nemotron, call, message: str) -> None:
 def test_what_the_shapes_of_the_signature_say_is_also_said_without_a_checker(
     wrong: dict[str, torch.Tensor], message: str
 ) -> None:
-    call = dict(tokens=_tokens(2, 9), state=None, lengths=None, seq_idx=None, mtp_depths=0)
+    call = dict(tokens=_tokens(2, 9), cache=None, lengths=None, seq_idx=None, mtp_depths=0)
     with pytest.raises(ValueError, match=message):
         check_call(TINY, torch.float32, **{**call, **wrong})
 
 
 def test_a_state_is_looked_at_again_when_the_model_has_been_cast(model: Nemotron) -> None:
     cast = copy.deepcopy(model)
-    state = cast.empty_state(1)
-    cast(_tokens(1, 3), state)
+    cache = cast.empty_cache(1)
+    cast(_tokens(1, 3), cache)
     cast.bfloat16()
     with pytest.raises(ValueError, match="was the model cast after it"):
-        cast(_tokens(1, 3), state)
+        cast(_tokens(1, 3), cache)

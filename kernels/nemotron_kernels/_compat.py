@@ -6,7 +6,7 @@ Three ways to run the same launcher:
 - in Triton's interpreter (`TRITON_INTERPRET=1` before Python starts): numpy runs each program, one
   after another, on CPU tensors. Slow, exact, and what the tests do;
 - as a dry run: every kernel is compiled for a chosen GPU and none is launched, on a machine with
-  no GPU at all (kernels/benchmarks/dry_run.py).
+  no GPU at all (benchmarks/kernels/dry_run.py).
 
 Rules that the kernels follow, each of which has broken somebody's kernel before:
 

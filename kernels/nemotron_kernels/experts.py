@@ -23,7 +23,7 @@ Keeping `a` instead of h costs nothing in the type it is stored in: a square's r
 error halves under the root. In float16, a overflows where relu(h) > 256, as it does in PyTorch.
 
 Source: reference sheet 4.1 (Nemotron 3 Super report 2.1.1). Left out: capacity limits, expert
-parallelism, quantised weights.
+parallelism, quantized weights.
 """
 
 from __future__ import annotations

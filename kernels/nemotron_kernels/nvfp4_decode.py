@@ -36,7 +36,7 @@ UNIT = tl.constexpr(512.0)
 
 
 class Packed(Protocol):
-    """What is read of a packed tensor; `nemotron_lite.ops.nvfp4.QuantisedTensor` has it all."""
+    """What is read of a `nemotron_lite.quantization.nvfp4.QuantizedTensor`."""
 
     codes: Tensor  # uint8 `*rows cols/2`, the even column in the low half of a byte
     scales: Tensor  # E4M3 `*rows cols/16`

@@ -53,7 +53,7 @@ from nemotron_kernels._compat import (
 )
 from nemotron_kernels.grouped import PRECISIONS
 from nemotron_kernels.nvfp4_decode import UNIT, Packed, decode_tile, packed_parts
-from nemotron_kernels.nvfp4_dequantiser import nvfp4_dequantise
+from nemotron_kernels.nvfp4_dequantizer import nvfp4_dequantize
 from nemotron_kernels.nvfp4_matvec import matvec
 from nemotron_kernels.sorting import Order
 
@@ -280,7 +280,7 @@ class _Unscaled:
 def _decoded_once(x: Tensor, w: Packed, dtype: torch.dtype) -> Tensor:
     """W in memory without s_dec, which is multiplied to the float32 sums as everywhere here."""
     plain = _Unscaled(w.codes, w.scales, torch.ones_like(w.scale), w.shape)
-    values = nvfp4_dequantise(plain, x.dtype).t()
+    values = nvfp4_dequantize(plain, x.dtype).t()
     if x.is_cuda:
         sums = torch.mm(x, values, out_dtype=torch.float32)
     else:

@@ -21,7 +21,7 @@ Divisions are `div_rn`, rounded to the nearest; `/` on a GPU is not.
 From sm_100 on one instruction rounds two numbers to E2M1 and packs them (`encode_pair`); that it is
 issued stands in the listing, that its result is this one, only a Blackwell can show.
 
-Source: nemotron_lite/ops/nvfp4, which is the definition; reference sheet 6.2; Philox as in
+Source: nemotron_lite/quantization/nvfp4, which is the definition; reference sheet 6.2; Philox as in
 `state_update`. Left out: `cvt.rs`, which rounds by chance with 8 random bits a number: other bits
 than anywhere else, and sm_120 has none.
 """

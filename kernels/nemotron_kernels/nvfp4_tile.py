@@ -1,6 +1,6 @@
-"""The two kernels of `nvfp4_quantiser`: the largest magnitude of a tile, and a tile in NVFP4.
+"""The two kernels of `nvfp4_quantizer`: the largest magnitude of a tile, and a tile in NVFP4.
 
-m counts rows of the quantised tensor and k its columns, sixteen of which share a scale. Where
+m counts rows of the quantized tensor and k its columns, sixteen of which share a scale. Where
 memory lies close along k (TURNED false) a tile is `ROWS, COLUMNS`, and two or four threads share a
 block. Where it lies close along m, as for the transpose of a matrix, it is `COLUMNS, ROWS`: read
 in long runs, with sixteen rows of memory in each thread, so that no block needs its neighbours. The
@@ -140,7 +140,7 @@ def _pairs(x, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _name(kernel: Any) -> str:
     constants = kernel.constants
     parts = [
-        "_nvfp4_fake_quantise" if constants["FAKE"] else "_nvfp4_quantise",
+        "_nvfp4_fake_quantize" if constants["FAKE"] else "_nvfp4_quantize",
         "_columns" if constants["TURNED"] else "",
         "_hadamard" if constants["HADAMARD"] else "",
         "_square" if constants["SQUARE"] else "",
@@ -150,7 +150,7 @@ def _name(kernel: Any) -> str:
 
 
 @triton.jit(repr=_name, do_not_specialize=["seed"])
-def _quantise_kernel(
+def _quantize_kernel(
     x_ptr, amax_ptr, bits_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, seed, each,
     M, K, filled, given, width, stride_b, stride_m, stride_k,
     bits_b, bits_m, bits_k, out_b, out_m, out_k,

@@ -10,9 +10,9 @@ The rooms behind them:
     contents    what a folder holds in which format, in how many bytes
 """
 
-from nemotron_lite.checkpoint.contents import Holding, contents, weight_bytes
-from nemotron_lite.checkpoint.inventory import CheckpointError
 from nemotron_lite.checkpoint.reader import load
+from nemotron_lite.checkpoint.storage import StoredGroup, storage_report, weight_bytes
+from nemotron_lite.checkpoint.validation import CheckpointError
 from nemotron_lite.checkpoint.writer import save
 
-__all__ = ["CheckpointError", "Holding", "contents", "load", "save", "weight_bytes"]
+__all__ = ["CheckpointError", "StoredGroup", "load", "save", "storage_report", "weight_bytes"]

@@ -1,6 +1,6 @@
-"""The layout in which NVIDIA releases quantised models: what is stored, and whether it fits.
+"""The layout in which NVIDIA releases quantized models: what is stored, and whether it fits.
 
-ModelOpt writes a quantised linear layer X as several tensors beside each other:
+ModelOpt writes a quantized linear layer X as several tensors beside each other:
 
     NVFP4    X.weight          U8       [out, in/2]   two codes a byte, even column in the low half
              X.weight_scale    F8_E4M3  [out, in/16]  row-major
@@ -15,7 +15,7 @@ ModelOpt writes a quantised linear layer X as several tensors beside each other:
 Which module is what is said once more in `hf_quant_config.json` and in `quantization_config` of
 config.json (`modelopt_config.py`). What the files hold decides; the two may not contradict it.
 
-`gather` looks at headers only. It hands every quantised weight on as one entry with the shape of
+`gather` looks at headers only. It hands every quantized weight on as one entry with the shape of
 the numbers and the pseudo-dtype NVFP4 or FP8, so that the comparison with the model is the same as
 for any checkpoint. Values that no writer means (scales that are negative or not finite) are found
 when the tensors are read; `wrong_values` names them.
@@ -32,17 +32,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_lite.checkpoint.inventory import FLOATS, NVFP4_ROWS, QUANTISED, Stored, some
+from nemotron_lite.checkpoint.validation import FLOATS, NVFP4_ROWS, QUANTIZED, Stored, some
 
-NVFP4, FP8 = QUANTISED
+NVFP4, FP8 = QUANTIZED
 FORM_OF = {NVFP4: "nvfp4", FP8: "fp8"}
 BLOCK = NVFP4_ROWS
 SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 CACHE_SCALES = ("k_scale", "v_scale")
 
 
-class Quantised(NamedTuple):
-    """One quantised module of the files."""
+class Quantized(NamedTuple):
+    """One quantized module of the files."""
 
     module: str  # as the file spells it
     algo: str  # NVFP4 or FP8
@@ -51,7 +51,7 @@ class Quantised(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """The tensors of a folder, each quantised weight as one entry.
+    """The tensors of a folder, each quantized weight as one entry.
 
     Attributes:
         stored: what is to be compared with the model.
@@ -60,7 +60,7 @@ class Gathered(NamedTuple):
     """
 
     stored: list[Stored]
-    modules: dict[str, Quantised]
+    modules: dict[str, Quantized]
     cache_scales: dict[str, Stored]
 
 
@@ -90,7 +90,7 @@ def gather(stored: Iterable[Stored], problems: list[str]) -> Gathered:
         fault = _fault(parts)
         if fault is None:
             assert weight is not None
-            found = _quantised(module, parts)
+            found = _quantized(module, parts)
             modules[weight.name] = found
             plain.append(weight._replace(shape=found.shape, dtype=found.algo))
         else:
@@ -148,11 +148,11 @@ def _fault(parts: Mapping[str, Stored]) -> str | None:
     return None
 
 
-def _quantised(module: str, parts: dict[str, Stored]) -> Quantised:
+def _quantized(module: str, parts: dict[str, Stored]) -> Quantized:
     weight = parts["weight"]
     if weight.dtype == "U8":
-        return Quantised(module, NVFP4, (weight.shape[0], weight.shape[1] * 2), parts)
-    return Quantised(module, FP8, weight.shape, parts)
+        return Quantized(module, NVFP4, (weight.shape[0], weight.shape[1] * 2), parts)
+    return Quantized(module, FP8, weight.shape, parts)
 
 
 def _is_number(item: Stored) -> bool:

@@ -8,12 +8,12 @@
                                                {"quant_algo": "NVFP4", "group_size": 16}, …}}}
 
 With one format for all it is `"quant_algo": "NVFP4"` (or FP8), with `exclude_modules` naming what
-is not quantised. `quantization_config` in config.json says the same in the words of llm-compressor:
+is not quantized. `quantization_config` in config.json says the same in the words of llm-compressor:
 `config_groups` of formats, an `ignore` list, `kv_cache_scheme`. Serving engines read one or the
 other, so both are written.
 
 Reading is strict about contradictions and lenient about silence: a module that is listed must be
-stored as listed, and one that is excluded must not be quantised; a list that leaves out something
+stored as listed, and one that is excluded must not be quantized; a list that leaves out something
 says nothing about it. Names may end in `*`, and a listed module covers what is inside it.
 
 Source: reference sheet 10.3; ModelOpt's exporter. Left out: other algorithms, refused by name.
@@ -26,9 +26,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemotron_lite.checkpoint.inventory import read_json, some
-from nemotron_lite.checkpoint.modelopt import BLOCK, FP8, NVFP4, Quantised
+from nemotron_lite.checkpoint.modelopt import BLOCK, FP8, NVFP4, Quantized
 from nemotron_lite.checkpoint.names import PREFIXES
+from nemotron_lite.checkpoint.validation import read_json, some
 
 FILE = "hf_quant_config.json"
 KEY = "quantization_config"
@@ -52,7 +52,7 @@ class Declared(NamedTuple):
 def check(
     folder: Path,
     hf: Mapping[str, Any],
-    modules: Iterable[Quantised],
+    modules: Iterable[Quantized],
     plain: Iterable[str],
     problems: list[str],
 ) -> None:
@@ -61,7 +61,7 @@ def check(
     Args:
         folder: of the checkpoint.
         hf: its config.json.
-        modules: quantised ones.
+        modules: quantized ones.
         plain: names of the tensors that are stored as floats.
         problems: receives every contradiction.
     """
@@ -70,12 +70,12 @@ def check(
     if declared and not modules and not problems:
         places = " and ".join(each.where for each in declared)
         problems.append(
-            f"{places} say that the weights are quantised ({declared[0].algo}), but none is: take "
+            f"{places} say that the weights are quantized ({declared[0].algo}), but none is: take "
             "files that belong together, or remove what is said there"
         )
     if modules and not declared and not problems:
         problems.append(
-            f"{len(modules)} modules are quantised, such as {modules[0].module}, but neither "
+            f"{len(modules)} modules are quantized, such as {modules[0].module}, but neither "
             f"{FILE} nor {KEY} in config.json says so: copy the file that belongs to them"
         )
     if len({each.algo for each in declared}) > 1:
@@ -88,7 +88,7 @@ def check(
             problems.append(f"{each.where} contradicts what is stored: {some(wrong)}")
 
 
-def _contradictions(declared: Declared, modules: list[Quantised], plain: set[str]) -> list[str]:
+def _contradictions(declared: Declared, modules: list[Quantized], plain: set[str]) -> list[str]:
     wrong = []
     for module in modules:
         name = _plain(module.module)
@@ -96,11 +96,11 @@ def _contradictions(declared: Declared, modules: list[Quantised], plain: set[str
         if said is not None and said != module.algo:
             wrong.append(f"{module.module} is {module.algo}, said is {said}")
         elif said is None and any(_covers(pattern, name) for pattern in declared.excluded):
-            wrong.append(f"{module.module} is {module.algo}, said is not quantised")
+            wrong.append(f"{module.module} is {module.algo}, said is not quantized")
         elif said is None and declared.algo not in (MIXED, module.algo):
             wrong.append(f"{module.module} is {module.algo}, said is {declared.algo}")
     wrong += [
-        f"{name} is not quantised, said is {declared.layers[name]}"
+        f"{name} is not quantized, said is {declared.layers[name]}"
         for name in sorted(plain & set(declared.layers))
     ]
     return wrong
@@ -130,7 +130,7 @@ def _read(folder: Path, hf: Mapping[str, Any], problems: list[str]) -> list[Decl
             problems.append(f"{KEY} in config.json is {type(said).__name__}, not an object")
         elif (method := said.get("quant_method", "modelopt")) != "modelopt":
             problems.append(
-                f"the weights are quantised with {method!r}; read is what modelopt writes. Take "
+                f"the weights are quantized with {method!r}; read is what modelopt writes. Take "
                 "the BF16 release of the same model, or one in NVFP4 or FP8"
             )
         else:

@@ -15,7 +15,7 @@ Number format: with `dtype=None` the model gets the one that config.json names (
 float32 in any case: published biases are near 2^6 and differ by less than 2^-2, which BF16 cannot
 tell apart.
 
-Quantised weights in ModelOpt's layout (`modelopt`) are decoded on the way, or with `packed=True`
+Quantized weights in ModelOpt's layout (`modelopt`) are decoded on the way, or with `packed=True`
 kept as they are in layers that decode them when they are used.
 
 Source: reference sheet section 10. Left out: fetching from the hub.
@@ -33,14 +33,14 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nemotron_lite.checkpoint import inventory, modelopt, modelopt_config
-from nemotron_lite.checkpoint.inventory import CheckpointError, Stored
+from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
 from nemotron_lite.checkpoint.modelopt import FORM_OF, Gathered
 from nemotron_lite.checkpoint.names import Place, place_of
+from nemotron_lite.checkpoint.validation import CheckpointError, Stored
 from nemotron_lite.config import ConfigError, NemotronConfig
 from nemotron_lite.hf_config import from_hf
-from nemotron_lite.layers.packed import ScaledLinear, decode, install
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization.packed_layers import ScaledLinear, decode, install
 
 REOPEN = 64 * 2**20  # bytes of a mapped file after which it is closed and opened again
 STAYS_FLOAT32 = "e_score_correction_bias"
@@ -94,9 +94,9 @@ def load(
         raise ValueError(f'mtp={mtp!r} does not work: expected "require" or "drop".')
     _check_folder(folder)
     problems: list[str] = []
-    hf = inventory.read_json(folder / "config.json", problems)
-    files, weight_map = inventory.find_files(folder, problems)
-    stored = inventory.read_headers(files, weight_map, problems)
+    hf = validation.read_json(folder / "config.json", problems)
+    files, weight_map = validation.find_files(folder, problems)
+    stored = validation.read_headers(files, weight_map, problems)
     found = modelopt.gather(stored, problems)
     plain = [item.name for item in found.stored if item.name not in found.modules]
     modelopt_config.check(folder, hf, found.modules.values(), plain, problems)
@@ -112,7 +112,7 @@ def load(
     stored = found.stored
     if mtp == "drop":
         stored = [item for item in stored if not item.name.startswith("mtp.")]
-    places = inventory.match(shapes, stored, problems)
+    places = validation.match(shapes, stored, problems)
     _check_cache_scales(found, shapes, problems)
     if packed:
         _install(model, places, found, problems)
@@ -147,7 +147,7 @@ def _config(
         hf = {**hf, "num_nextn_predict_layers": 0}
     generation = {}
     if (folder / "generation_config.json").exists():
-        generation = inventory.read_json(folder / "generation_config.json", problems)
+        generation = validation.read_json(folder / "generation_config.json", problems)
     if generation.get("eos_token_id") is not None:
         hf = {**hf, "eos_token_id": generation["eos_token_id"]}
     try:
@@ -191,7 +191,7 @@ def _check_cache_scales(
         if f"{_place_of_scale(name)[0]}.weight" not in shapes and not name.startswith("mtp.")
     ]  # fmt: skip
     if lost:
-        problems.append(f"scales of keys or values without a projection: {inventory.some(lost)}")
+        problems.append(f"scales of keys or values without a projection: {validation.some(lost)}")
 
 
 def _place_of_scale(name: str) -> tuple[str, str]:
@@ -272,7 +272,7 @@ def _fill(
             numbers = decode(FORM_OF[item.dtype], source, shape[-2:], torch.float32)
             put(place.name, shape, dtype or torch.bfloat16, place, numbers)
     if wrong:
-        raise CheckpointError(folder, [f"scales that no number has: {inventory.some(wrong)}"])
+        raise CheckpointError(folder, [f"scales that no number has: {validation.some(wrong)}"])
     for name, item in found.cache_scales.items():
         place = Place(".".join(_place_of_scale(name)))
         if place.name in own:

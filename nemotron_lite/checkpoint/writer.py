@@ -38,14 +38,14 @@ from torch import Tensor, nn
 
 from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.atomic import new_folder
-from nemotron_lite.checkpoint.inventory import INDEX, WEIGHTS, CheckpointError
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
 from nemotron_lite.checkpoint.reader import STAYS_FLOAT32
+from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
-from nemotron_lite.layers.packed import Packed, PackedExperts, ScaledLinear
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization.packed_layers import Packed, PackedExperts, ScaledLinear
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's habit
 
@@ -118,7 +118,7 @@ def save(
             )
         config = _config(model)
         if packed := _packed(model):
-            own, config[modelopt_config.KEY] = _quantisation(model, packed)
+            own, config[modelopt_config.KEY] = _quantization(model, packed)
             _write_json(folder / modelopt_config.FILE, own)
         _write_json(folder / "config.json", config)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -230,7 +230,7 @@ def _packed(model: Nemotron) -> dict[str, Packed]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
 
 
-def _quantisation(
+def _quantization(
     model: Nemotron, packed: dict[str, Packed]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the two places say: `hf_quant_config.json` and `quantization_config`."""

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nemotron_lite.precision import RECIPES
+from nemotron_lite.quantization.recipe import RECIPES
 
 # Read by OpenMP when torch is imported: its idle threads give their core back at once. Where others
 # use the machine too, spinning ones make training several times slower.

@@ -35,7 +35,7 @@ def generate(
     seed: Seed = 0,
     dtype: Annotated[str | None, typer.Option(help=f"of the weights: {', '.join(DTYPES)}")] = None,
     packed: Annotated[
-        bool, typer.Option("--packed", help="keep quantised weights packed in memory")
+        bool, typer.Option("--packed", help="keep quantized weights packed in memory")
     ] = False,
     ssm_dtype: Annotated[
         str, typer.Option(help=f"of the SSM states: {', '.join(STATES)}; float16 halves them")
@@ -54,8 +54,8 @@ def generate(
             raise ValueError(f"--ssm-dtype {ssm_dtype}: expected one of {', '.join(STATES)}.")
         import torch
 
-        from nemotron_lite.generation import stream
-        from nemotron_lite.speculative import Statistics
+        from nemotron_lite.generation.decoding import stream
+        from nemotron_lite.generation.speculative import Statistics
 
         loaded = read_model(model, dtype, packed=packed)
         ids = loaded.tokenizer.encode(prompt).ids or [loaded.config.bos_token_id]
@@ -77,7 +77,7 @@ def write(
     model: Nemotron, tokenizer: Tokenizer, ids: list[int], most: int, **sampling: Any
 ) -> float:
     """Continue `ids` and print it as it is written; returns tokens per second."""
-    from nemotron_lite.generation import stream
+    from nemotron_lite.generation.decoding import stream
 
     writing = stream(model, [ids], most, stop=model.config.eos_token_ids, **sampling)
     return show(writing, tokenizer, ids)

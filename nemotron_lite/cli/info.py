@@ -16,7 +16,7 @@ from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import Precision, app, out, plain_errors
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
-from nemotron_lite.precision import recipe
+from nemotron_lite.quantization.recipe import recipe
 
 Which = Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}; or a folder with config.json")]
 
@@ -33,9 +33,9 @@ def info(
         config, chosen = read_config(model), recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):
-            from nemotron_lite.checkpoint import contents
+            from nemotron_lite.checkpoint import storage_report
 
-            out.print(tables.stored_table(contents(model)))
+            out.print(tables.stored_table(storage_report(model)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))

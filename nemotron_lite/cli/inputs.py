@@ -49,13 +49,13 @@ def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) ->
     import torch
 
     from nemotron_lite.checkpoint import load
-    from nemotron_lite.layers.packed import Packed
+    from nemotron_lite.quantization.packed_layers import Packed
 
     model = load(path, dtype=getattr(torch, dtype) if dtype else None, packed=packed)
     if packed and not any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError(
-            f"--packed: nothing in {path} is quantised. Leave it away, or make a quantised folder "
-            "with `nemotron-lite quantise` first."
+            f"--packed: nothing in {path} is quantized. Leave it away, or make a quantized folder "
+            "with `nemotron-lite quantize` first."
         )
     if model.tokenizer is None:
         raise ValueError(

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
-from nemotron_lite.precision import OPERANDS, ROLES, Placement, Recipe, placements
+from nemotron_lite.quantization.recipe import OPERANDS, ROLES, Placement, Recipe, placements
 
 if TYPE_CHECKING:
-    from nemotron_lite.checkpoint import Holding
+    from nemotron_lite.checkpoint import StoredGroup
     from nemotron_lite.data.baselines import Baselines
     from nemotron_lite.train import Evaluation
 
@@ -126,7 +126,7 @@ def precision_table(config: NemotronConfig, recipe: Recipe) -> Table:
 
 
 def gemm_table(recipe: Recipe) -> Table:
-    """How the operands of an NVFP4 layer's three products are quantised."""
+    """How the operands of an NVFP4 layer's three products are quantized."""
     table = _table("operand", "read by", "block", "Hadamard", "rounding", left=5)
     table.title = "NVFP4 products: y = x W^T, dx = dy W, dW = dy^T x"
     for name, used in OPERANDS.items():
@@ -157,7 +157,7 @@ def _ranges(found: list[Placement]) -> str:
     return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
 
 
-def stored_table(held: Iterable[Holding]) -> Table:
+def stored_table(held: Iterable[StoredGroup]) -> Table:
     """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
     held = list(held)
     table = _table("format", "matrices", "modules", "weights", "bits each", "bytes", left=2)

@@ -42,10 +42,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemotron_lite.course.display import progress, progress_hook, show
+    from nemotron_lite.course.exercises import Check, CheckResult, Exercise, check, hint
     from nemotron_lite.course.factsheet import Fact, FactError, facts, facts_table, tell
-    from nemotron_lite.course.grading import Check, CheckResult, Exercise, check, hint
     from nemotron_lite.course.predictions import measured, predict
-    from nemotron_lite.course.questions import quiz
+    from nemotron_lite.course.quizzes import quiz
     from nemotron_lite.course.session import Session, setup
     from nemotron_lite.course.sources import show_source
 

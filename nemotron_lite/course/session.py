@@ -111,17 +111,17 @@ def _settle_triton() -> str:
 
 
 def _forget() -> None:
-    from nemotron_lite.course import grading, predictions
+    from nemotron_lite.course import exercises, predictions
 
     predictions.forget()
-    grading.forget()
+    exercises.forget()
 
 
 def _plot_theme() -> None:
     """Make the course's plot theme the default, where plotly is installed."""
-    if find_spec("plotly") is None or find_spec("nemotron_lite.viz") is None:
+    if find_spec("plotly") is None or find_spec("nemotron_lite.course.plotting") is None:
         return
-    from nemotron_lite.viz import theme
+    from nemotron_lite.course.plotting import theme
 
     use: Any = getattr(theme, "use", None)
     if use is not None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.span import Span
 
 
 class KVCache:
@@ -81,24 +81,29 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, config.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], past: KVCache | None = None, span: Span = Span()
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: KVCache | None = None,
+        context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
         """Attend to this call's tokens and, with a cache, to those before them."""
         q = self._heads(self.q_proj(x))
         k = self._heads(self.k_proj(x))
         v = self._heads(self.v_proj(x))
-        if past is not None:
-            k, v = past.append(k, v, span.starts)
-        y = ops.causal_attention(q, k, v, starts=span.starts, seq_idx=span.seq_idx)
+        if cache is not None:
+            k, v = cache.append(k, v, context.starts)
+        y = ops.causal_attention(q, k, v, starts=context.starts, seq_idx=context.seq_idx)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def answer_last(
-        self, x: Float[Tensor, "b t d"], past: KVCache, span: Span
+        self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
         """Remember every token, answer for the last real one of each row: what drafting needs."""
-        k, v = past.append(self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), span.starts)
-        q = self._heads(self.q_proj(span.last(x)))
-        y = ops.causal_attention(q, k, v, starts=span.of_last(x).starts)
+        k, v = cache.append(
+            self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), context.starts
+        )
+        q = self._heads(self.q_proj(context.last(x)))
+        y = ops.causal_attention(q, k, v, starts=context.of_last(x).starts)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import Attention, KVCache
-from nemotron_lite.layers.mamba import Mamba2, MambaMemory
+from nemotron_lite.layers.context import ForwardContext
+from nemotron_lite.layers.mamba import Mamba2, MambaCache
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.layers.norm import RMSNorm
-from nemotron_lite.layers.span import Span
 
-Memory = KVCache | MambaMemory | None
+LayerCache = KVCache | MambaCache | None
 
 
 class Block(nn.Module):
@@ -42,14 +42,17 @@ class Block(nn.Module):
             self.mixer = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], past: Memory = None, span: Span = Span()
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: LayerCache = None,
+        context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
         """Add the mixer's answer to the residual stream."""
-        return x + self.mixer(self.norm(x), past, span)
+        return x + self.mixer(self.norm(x), cache, context)
 
     def answer_last(
-        self, x: Float[Tensor, "b t d"], past: KVCache, span: Span
+        self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
         """An attention layer's answer for the last real token of each row; all are remembered."""
         assert isinstance(self.mixer, Attention)
-        return span.last(x) + self.mixer.answer_last(self.norm(x), past, span)
+        return context.last(x) + self.mixer.answer_last(self.norm(x), cache, context)

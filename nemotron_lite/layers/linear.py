@@ -1,6 +1,6 @@
 """A matrix without a bias, multiplied by `ops.linear`: every projection of the family is one.
 
-It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantisation, the
+It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
 optimiser's groups) finds it; only the product goes through the door. `lay_out` keeps a second copy
 of the matrix, in the order in which few rows are multiplied fastest. The copy answers only as long
 as the weight is the one that was copied, and is neither saved nor copied along with the module.

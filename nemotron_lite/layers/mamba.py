@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.span import Span
 from nemotron_lite.ops.scan import step_sizes
 
 
@@ -60,7 +60,7 @@ class Held:
         return sum(part.nbytes for part in parts)
 
 
-class MambaMemory:
+class MambaCache:
     """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
 
     `held` is a draft that waits for `keep`. `dither` holds the random bits of a state in float16.
@@ -75,10 +75,10 @@ class MambaMemory:
         self.conv, self.ssm, self.dither = conv, ssm, dither
         self.held: Held | None = None
 
-    def clone(self) -> MambaMemory:
+    def clone(self) -> MambaCache:
         """A copy without the draft, which will round as this one would."""
         dither = None if self.dither is None else replace(self.dither)
-        return MambaMemory(self.conv.clone(), self.ssm.clone(), dither)
+        return MambaCache(self.conv.clone(), self.ssm.clone(), dither)
 
     def read(self) -> Float[Tensor, "b h p n"]:
         """The state for arithmetic: itself, or a copy in float32 of one in float16."""
@@ -155,79 +155,94 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(inner, config.hidden_size)
 
     def forward(
-        self, u: Float[Tensor, "b t d"], past: MambaMemory | None = None, span: Span = Span()
+        self,
+        u: Float[Tensor, "b t d"],
+        cache: MambaCache | None = None,
+        context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
-        """Mix along time; with `past`, continue from it and leave the new memory there."""
-        if past is not None and span.hold is None and span.lengths is None and u.shape[1] == 1:
-            return self._step(u, past)
-        if past is not None and span.hold is not None:
-            return self._hold(u, past, span.hold)
+        """Mix along time; with `cache`, continue from it and leave the new memory there."""
+        if (
+            cache is not None
+            and context.hold is None
+            and context.lengths is None
+            and u.shape[1] == 1
+        ):
+            return self._step(u, cache)
+        if cache is not None and context.hold is not None:
+            return self._hold(u, cache, context.hold)
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         xBC, conv = ops.causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
-            initial_state=None if past is None else past.conv,
-            seq_idx=span.seq_idx,
-            lengths=span.lengths,
+            initial_state=None if cache is None else cache.conv,
+            seq_idx=context.seq_idx,
+            lengths=context.lengths,
         )
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
-        real = span.real(u)
+        real = context.real(u)
         if real is not None:  # what becomes a step of zero
             dt = dt.masked_fill(~real.unsqueeze(-1), -math.inf if to_steps else 0.0)
         y, ssm = ops.ssd(
             x, dt, self._rates(), B, C,
             D=self.D,
-            initial_state=None if past is None else past.read(),
-            seq_idx=span.seq_idx,
+            initial_state=None if cache is None else cache.read(),
+            seq_idx=context.seq_idx,
             **to_steps,
         )  # fmt: skip
-        if past is not None:
-            past.conv = conv
-            past.write(ssm)
+        if cache is not None:
+            cache.conv = conv
+            cache.write(ssm)
         return self.out_proj(self.norm(y.flatten(2), z))
 
-    def _step(self, u: Float[Tensor, "b 1 d"], past: MambaMemory) -> Float[Tensor, "b 1 d"]:
+    def _step(self, u: Float[Tensor, "b 1 d"], cache: MambaCache) -> Float[Tensor, "b 1 d"]:
         """One token: no scan, and no time axis until the end."""
         z, xBC, dt = self.in_proj(u[:, 0]).split_with_sizes(self.splits, dim=-1)
-        xBC, past.conv = ops.causal_conv1d_step(
-            past.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC, cache.conv = ops.causal_conv1d_step(
+            cache.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
         )
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
-        y, past.ssm = ops.ssd_step(
-            past.ssm, x, dt, self._rates(), B, C, D=self.D, seed=past.seed(), **to_steps
+        y, cache.ssm = ops.ssd_step(
+            cache.ssm, x, dt, self._rates(), B, C, D=self.D, seed=cache.seed(), **to_steps
         )
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
     def _hold(
-        self, u: Float[Tensor, "b t d"], past: MambaMemory, how: str
+        self, u: Float[Tensor, "b t d"], cache: MambaCache, how: str
     ) -> Float[Tensor, "b t d"]:
-        """Read a draft; `past` stays as it is, with what `keep` needs beside it."""
+        """Read a draft; `cache` stays as it is, with what `keep` needs beside it."""
         z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         taps = self.conv1d.weight.squeeze(1)
-        window = torch.cat([past.conv, raw], dim=1)
+        window = torch.cat([cache.conv, raw], dim=1)
         xBC = ops.causal_conv1d_window(window, taps, self.conv1d.bias)
         x, B, C = self._split_heads(xBC)
         dt, A = self._step_sizes(dt), self._rates()
         if how == "replay":
-            state = past.read()
+            state = cache.read()
             decays = ops.draft_decays(dt, A, state.dtype)
             y = ops.ssd_peek(state, x, dt, A, B, C, D=self.D, decays=decays)
-            past.held = Held(window, (x, dt, A, B), decays)
+            cache.held = Held(window, (x, dt, A, B), decays)
         else:
-            slots = past.ssm.new_empty(u.shape[1] + 1, *past.ssm.shape)
-            slots[0] = past.ssm
+            slots = cache.ssm.new_empty(u.shape[1] + 1, *cache.ssm.shape)
+            slots[0] = cache.ssm
             steps = []
             for i in range(u.shape[1]):
                 slots[i + 1].copy_(slots[i])
                 y, _ = ops.ssd_step(
-                    slots[i + 1], x[:, i], dt[:, i], A, B[:, i], C[:, i], D=self.D, seed=past.seed()
+                    slots[i + 1],
+                    x[:, i],
+                    dt[:, i],
+                    A,
+                    B[:, i],
+                    C[:, i],
+                    D=self.D,
+                    seed=cache.seed(),
                 )
                 steps.append(y)
             y = torch.stack(steps, dim=1)
-            past.held = Held(window, slots=slots)
+            cache.held = Held(window, slots=slots)
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.span import Span
 
 
 class MLP(nn.Module):
@@ -27,7 +27,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "*rows d"], past: None = None, span: Span | None = None
+        self, x: Float[Tensor, "*rows d"], cache: None = None, context: ForwardContext | None = None
     ) -> Float[Tensor, "*rows d"]:
-        """Each token by itself: `past` and `span` are what other mixers need."""
+        """Each token by itself: `cache` and `context` are what other mixers need."""
         return self.down_proj(ops.squared_relu(self.up_proj(x)))

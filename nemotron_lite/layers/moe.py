@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mlp import MLP
-from nemotron_lite.layers.span import RouterStats, Span
 
 
 class Router(nn.Module):
@@ -98,15 +98,18 @@ class MoE(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "b t d"], past: None = None, span: Span = Span()
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: None = None,
+        context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
-        """Route each token by itself; `past` is what other mixers need."""
+        """Route each token by itself; `cache` is what other mixers need."""
         flat = x.view(-1, x.shape[-1])
         routing = self.gate(flat)
-        if span.router is not None:
+        if context.router is not None:
             rows = x.shape[:2]
             scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
-            span.router.append(RouterStats(self.name, scores, indices))
+            context.router.append(RouterStats(self.name, scores, indices))
         if self.latent:
             y = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), routing))
         else:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import KVCache
-from nemotron_lite.layers.block import Block, Memory
+from nemotron_lite.layers.block import Block, LayerCache
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.norm import RMSNorm
-from nemotron_lite.layers.span import Span
 
 
 class _Entry(Block):
@@ -63,38 +63,38 @@ class MTP(nn.Module):
         self,
         hidden: Float[Tensor, "b t d"],
         embedded: Float[Tensor, "b t d"],
-        past: Sequence[Memory] | None = None,
-        span: Span = Span(),
+        cache: Sequence[LayerCache] | None = None,
+        context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
         """h^k from h^{k-1} and the embeddings of the tokens k later."""
         entry, last = self.layers[0], self.layers[-1]
         assert isinstance(entry, _Entry)
         assert isinstance(last.final_layernorm, RMSNorm)
         x = entry.join(embedded, hidden)
-        for layer, memory in zip(self.layers, past or [None] * len(self.layers), strict=True):
-            x = layer(x, memory, span)
+        for layer, memory in zip(self.layers, cache or [None] * len(self.layers), strict=True):
+            x = layer(x, memory, context)
         return last.final_layernorm(x)
 
     def answer(
         self,
         hidden: Float[Tensor, "b t d"],
         embedded: Float[Tensor, "b t d"],
-        past: Sequence[Memory],
-        span: Span,
+        cache: Sequence[LayerCache],
+        context: ForwardContext,
     ) -> Float[Tensor, "b 1 d"]:
         """Take tokens into the module's own memory; h^k of the last real one of each row."""
         entry, last = self.layers[0], self.layers[-1]
         assert isinstance(entry, _Entry)
         assert isinstance(last.final_layernorm, RMSNorm)
-        anchor = max((j for j, memory in enumerate(past) if memory is not None), default=-1)
+        anchor = max((j for j, memory in enumerate(cache) if memory is not None), default=-1)
         if anchor < 0:  # nothing to remember: the other tokens need not be looked at
-            hidden, embedded = span.last(hidden), span.last(embedded)
+            hidden, embedded = context.last(hidden), context.last(embedded)
         x = entry.join(embedded, hidden)
-        for j, (layer, memory) in enumerate(zip(self.layers, past, strict=True)):
+        for j, (layer, memory) in enumerate(zip(self.layers, cache, strict=True)):
             if j == anchor:
                 assert isinstance(layer, Block)
                 assert isinstance(memory, KVCache)
-                x = layer.answer_last(x, memory, span)
+                x = layer.answer_last(x, memory, context)
             else:
-                x = layer(x, memory, span if j < anchor else Span())
+                x = layer(x, memory, context if j < anchor else ForwardContext())
         return last.final_layernorm(x)

@@ -7,36 +7,36 @@ give the same numbers up to rounding, and the tests hold them to it.
 
 from nemotron_lite.ops.attention import causal_attention
 from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_window
+from nemotron_lite.ops.draft_scan import draft_decays, ssd_peek, ssd_replay
 from nemotron_lite.ops.experts import expert_mlp, squared_relu
-from nemotron_lite.ops.fp8 import (
-    FP8Tensor,
-    MXFP8Tensor,
-    fake_quantise_fp8,
-    fake_quantise_mxfp8,
-    quantise_fp8,
-    quantise_mxfp8,
-)
-from nemotron_lite.ops.half_state import Dither, round_half
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm
-from nemotron_lite.ops.nvfp4 import (
-    QuantisedTensor,
-    fake_quantise,
-    hadamard,
-    inverse_hadamard,
-    quantise,
-)
-from nemotron_lite.ops.replay import draft_decays, ssd_peek, ssd_replay
 from nemotron_lite.ops.routing import Routing, route
 from nemotron_lite.ops.scan import selective_scan, ssd_step
 from nemotron_lite.ops.ssd import ssd
+from nemotron_lite.ops.stochastic_rounding import Dither, round_half
 from nemotron_lite.ops.verification import Verdict, draw, verify
+from nemotron_lite.quantization.fp8 import (
+    FP8Tensor,
+    MXFP8Tensor,
+    fake_quantize_fp8,
+    fake_quantize_mxfp8,
+    quantize_fp8,
+    quantize_mxfp8,
+)
+from nemotron_lite.quantization.nvfp4 import (
+    QuantizedTensor,
+    fake_quantize,
+    hadamard,
+    inverse_hadamard,
+    quantize,
+)
 
 __all__ = [
     "Dither",
     "FP8Tensor",
     "MXFP8Tensor",
-    "QuantisedTensor",
+    "QuantizedTensor",
     "Routing",
     "Verdict",
     "causal_attention",
@@ -46,16 +46,16 @@ __all__ = [
     "draft_decays",
     "draw",
     "expert_mlp",
-    "fake_quantise",
-    "fake_quantise_fp8",
-    "fake_quantise_mxfp8",
+    "fake_quantize",
+    "fake_quantize_fp8",
+    "fake_quantize_mxfp8",
     "gated_rms_norm",
     "hadamard",
     "inverse_hadamard",
     "linear",
-    "quantise",
-    "quantise_fp8",
-    "quantise_mxfp8",
+    "quantize",
+    "quantize_fp8",
+    "quantize_mxfp8",
     "rms_norm",
     "round_half",
     "route",

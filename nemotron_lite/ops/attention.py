@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nemotron_lite.ops._door import choose
+from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops.linear import prefers_onednn, product
 from nemotron_lite.ops.scan import number_documents
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.backends.dispatch import cast, choose, kernel
 from nemotron_lite.ops.scan import document_starts, number_documents
 
 _ONEDNN = torch.backends.mkldnn.is_available()

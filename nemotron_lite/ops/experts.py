@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.backends.dispatch import cast, choose, kernel
 
 _KERNEL = kernel("experts", "expert_mlp")
 COPIED = 3_000_000  # numbers in the matrices of all pairs up to which copying them beats sorting

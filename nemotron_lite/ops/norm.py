@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.backends.dispatch import cast, choose, kernel
 
 _KERNEL = kernel("norm", "rms_norm")
 _GATED_KERNEL = kernel("norm", "gated_rms_norm")

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import cast, choose, kernel
+from nemotron_lite.backends.dispatch import cast, choose, kernel
 from nemotron_lite.ops.linear import linear
 
 _KERNEL = kernel("routing", "route")

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import cast, choose, kernel
-from nemotron_lite.ops.half_state import round_half
+from nemotron_lite.backends.dispatch import cast, choose, kernel
+from nemotron_lite.ops.stochastic_rounding import round_half
 
 _KERNEL = kernel("state_update", "selective_state_update")
 

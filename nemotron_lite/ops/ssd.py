@@ -33,8 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_lite.backends.dispatch import choose, kernel
 from nemotron_lite.ops import _ssd_chunks
-from nemotron_lite.ops._door import choose, kernel
 from nemotron_lite.ops._ssd_backward import backward
 from nemotron_lite.ops._ssd_chunks import Inputs
 from nemotron_lite.ops.scan import (

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.ops._door import choose, kernel
+from nemotron_lite.backends.dispatch import choose, kernel
 
 _KERNEL = kernel("verification", "verify")
 

@@ -13,8 +13,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemotron_lite.precision import Recipe
-from nemotron_lite.precision import recipe as recipe_of
+from nemotron_lite.quantization.recipe import Recipe
+from nemotron_lite.quantization.recipe import recipe as recipe_of
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nemotron_lite.data.batches import Batch
-from nemotron_lite.generation import generate
+from nemotron_lite.generation.decoding import generate
+from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron
-from nemotron_lite.speculative import Statistics
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.loop import TrainResult, train
 

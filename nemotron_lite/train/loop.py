@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization.emulated_training import Arithmetic
 from nemotron_lite.train.balance import (
     expert_loads,
     max_violation,
@@ -55,7 +56,6 @@ from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.distillation import distillation_loss
 from nemotron_lite.train.loss import count_targets, token_loss
 from nemotron_lite.train.optimizer import clip_gradients, make_optimizer
-from nemotron_lite.train.precision import Arithmetic
 from nemotron_lite.train.schedule import learning_rate
 
 # Fields that a resumed run may change without becoming another run.

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_model, peers, record
+from benchmarks import record
+from benchmarks.model import gpu_model, peers
 from nemotron_lite import Nemotron
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as door
-from benchmarks import growth, measure, memory, model_speed, peers, plot, record
+from benchmarks import measure, plot, record
+from benchmarks.model import growth, memory, model_speed, peers
 
 PLAN = dataclasses.replace(
     model_speed.QUICK, prefill={40: 2}, decode=((1, 20), (8, 20)), train=(2, 24)

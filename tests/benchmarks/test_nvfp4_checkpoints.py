@@ -1,4 +1,4 @@
-"""The benchmark of quantised checkpoints: its folders, its ways, and losses that mean something."""
+"""The benchmark of quantized checkpoints: its folders, its ways, and losses that mean something."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, peers, record
-from benchmarks import nvfp4_checkpoints as bench
+from benchmarks import measure, record
+from benchmarks.model import nvfp4_checkpoints as bench
+from benchmarks.model import peers
 from nemotron_lite import Nemotron, load
 from nemotron_lite.data import HeldOut, TextData, prepare
-from nemotron_lite.layers.packed import PackedExperts
+from nemotron_lite.quantization.packed_layers import PackedExperts
 
 TINY = peers.SIZES["tiny"]
 
@@ -53,7 +54,7 @@ def test_sizes_are_those_of_the_format(folder: Path, monkeypatch: pytest.MonkeyP
     assert packed["routed_experts"]["bits_a_weight"] == pytest.approx((up + down) / (2 * 24 * 16))
     assert packed["bytes"] < plain["bytes"]
     assert [entry["way"] for entry in peaks] == list(bench.WAYS)
-    assert asked[0] == ("benchmarks.nvfp4_checkpoints", "child", str(folder), "bf16", "0")
+    assert asked[0] == ("benchmarks.model.nvfp4_checkpoints", "child", str(folder), "bf16", "0")
     assert {call[-1] for call in asked} == {"0", "4"}
 
 

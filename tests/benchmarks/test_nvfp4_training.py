@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import nvfp4_training as bench
 from benchmarks import record
+from benchmarks.model import nvfp4_training as bench
 from nemotron_lite import Nemotron
-from nemotron_lite.precision import RECIPES
+from nemotron_lite.quantization.recipe import RECIPES
 from tests.train.conftest import TINY
 
 TRIAL = replace(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import record, speculation
+from benchmarks import record
+from benchmarks.model import speculation
+from nemotron_lite.generation.speculative import Costs, Statistics
+from nemotron_lite.generation.speculative.measured_costs import prices_of, seconds_by_part
 from nemotron_lite.model import Nemotron
-from nemotron_lite.speculative import Costs, Statistics
-from nemotron_lite.speculative.calibration import prices_of, seconds_by_part
-from tests.speculative.conftest import SMALL
+from tests.generation.speculative.conftest import SMALL
 
 
 def test_every_way_is_measured_against_plain(monkeypatch, tmp_path, capsys) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ssd_operator
-from benchmarks.ssd_peers import find_peers
+from benchmarks.model import ssd_operator
+from benchmarks.model.ssd_peers import find_peers
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.authoring.samples import runnable
 from tests.browser import chromium
-from tests.notebooks.samples import runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -18,7 +18,7 @@ CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SLIDER = """
 import plotly.graph_objects as go
 from nemotron_lite.course import show
-from nemotron_lite.viz import described, explore, slider
+from nemotron_lite.course.plotting import described, explore, slider
 words = "A line of three points whose first one follows the slider above it, up and down."
 figure = described(go.Figure(go.Scatter(y=[1, 2, 4])), words)
 move = lambda fig, n: fig.data[0].update(y=[n, 2, 4])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_lite.viz.widgets import BUDGET
+from nemotron_lite.course.plotting.widgets import BUDGET
 from tests.browser.conftest import CHAPTERS
 
 

@@ -48,7 +48,7 @@ def saved(tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron]) -
 
 
 @pytest.fixture
-def quantised(saved: Path) -> Path:
+def quantized(saved: Path) -> Path:
     """The same in ModelOpt's layout: experts in NVFP4, Mamba in FP8, scales of the cache."""
     as_modelopt(saved)
     return saved

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_lite import CheckpointError, load
-from nemotron_lite.ops.fp8 import quantise_fp8
-from nemotron_lite.ops.nvfp4 import E2M1_VALUES, quantise
+from nemotron_lite.quantization.fp8 import quantize_fp8
+from nemotron_lite.quantization.nvfp4 import E2M1_VALUES, quantize
 
 STEM = "backbone.layers.1.mixer.experts"
 EXPERT = f"{STEM}.3.up_proj"
@@ -24,17 +24,17 @@ V_SCALE = "backbone.layers.3.mixer.v_proj.v_scale"
 
 
 def as_modelopt(folder: Path) -> None:
-    """Quantise a plain folder from outside: experts in NVFP4, Mamba in FP8, scales of the cache."""
+    """Quantize a plain folder from outside: experts in NVFP4, Mamba in FP8, scales of the cache."""
     tensors = load_file(folder / "model.safetensors")
     layers: dict[str, Any] = {}
     for name in list(tensors):
         module = name.removesuffix(".weight")
         if ".experts." in name and name.startswith("backbone"):
-            q = quantise(tensors[name])
+            q = quantize(tensors[name])
             tensors |= {name: q.codes, f"{name}_scale": q.scales, f"{name}_scale_2": q.scale}
             layers[module] = {"quant_algo": "NVFP4", "group_size": 16}
         elif name.endswith(("in_proj.weight", "out_proj.weight")):
-            f = quantise_fp8(tensors[name])
+            f = quantize_fp8(tensors[name])
             tensors |= {name: f.codes, f"{name}_scale": f.scale}
             layers[module] = {"quant_algo": "FP8"}
         else:

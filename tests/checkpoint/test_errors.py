@@ -235,7 +235,7 @@ def test_shared_expert_that_the_config_denies(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["packed", "scale"])
-def test_half_of_a_quantised_weight(saved: Path, sign: str) -> None:
+def test_half_of_a_quantized_weight(saved: Path, sign: str) -> None:
     if sign == "packed":
         edit_weights(saved, lambda t: t.update({EXPERT: torch.ones(24, 8, dtype=torch.uint8)}))
         expected = "without weight_scale, weight_scale_2"

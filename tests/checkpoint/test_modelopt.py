@@ -1,4 +1,4 @@
-"""Quantised folders: what is stored is read, written again bit by bit, or refused by name."""
+"""Quantized folders: what is stored is read, written again bit by bit, or refused by name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_lite import CheckpointError, Nemotron, NemotronConfig, load, save
-from nemotron_lite.layers.packed import PackedExperts, PackedLinear
-from nemotron_lite.ops.fp8 import quantise_fp8
-from nemotron_lite.ops.nvfp4 import quantise
+from nemotron_lite.quantization.fp8 import quantize_fp8
+from nemotron_lite.quantization.nvfp4 import quantize
+from nemotron_lite.quantization.packed_layers import PackedExperts, PackedLinear
 from tests.checkpoint.modelopt_folder import (
     EXPERT,
     IN_PROJ,
@@ -32,52 +32,52 @@ from tests.checkpoint.modelopt_folder import (
 Make = Callable[..., Nemotron]
 
 
-def test_weights_are_decoded_as_defined(quantised: Path) -> None:
-    tensors = load_file(quantised / "model.safetensors")
-    state = load(quantised, dtype=torch.float32).state_dict()
+def test_weights_are_decoded_as_defined(quantized: Path) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    state = load(quantized, dtype=torch.float32).state_dict()
     assert torch.equal(state[f"{STEM}.up_proj"][3], by_hand(tensors, EXPERT, 16))
     down = f"{STEM}.5.down_proj"
     assert tensors[f"{down}.weight"].shape == (16, 16), "rows of 24 are filled up to 32"
     assert torch.equal(state[f"{STEM}.down_proj"][5], by_hand(tensors, down, 24))
     assert torch.equal(state[f"{IN_PROJ}.weight"], by_hand(tensors, IN_PROJ, 32))
-    assert state.keys() == load(quantised, mtp="require").state_dict().keys()
+    assert state.keys() == load(quantized, mtp="require").state_dict().keys()
     assert not any("scale" in name for name in state)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 5_000])
-def test_packed_round_trip_changes_no_bit(quantised: Path, shard_bytes: int) -> None:
-    before = load_file(quantised / "model.safetensors")
-    model = load(quantised, packed=True)
-    other = quantised.parent / "again"
+def test_packed_round_trip_changes_no_bit(quantized: Path, shard_bytes: int) -> None:
+    before = load_file(quantized / "model.safetensors")
+    model = load(quantized, packed=True)
+    other = quantized.parent / "again"
     save(model, other, max_shard_bytes=shard_bytes)
     after = {n: t for file in other.glob("*.safetensors") for n, t in load_file(file).items()}
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
         assert torch.equal(bits(after[name]), bits(tensor)), name
-    said = [json.loads((f / "hf_quant_config.json").read_text()) for f in (quantised, other)]
+    said = [json.loads((f / "hf_quant_config.json").read_text()) for f in (quantized, other)]
     assert said[0]["quantization"] == said[1]["quantization"]
     again = load(other, packed=True)
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
-def test_packed_and_decoded_compute_the_same(quantised: Path) -> None:
+def test_packed_and_decoded_compute_the_same(quantized: Path) -> None:
     tokens = torch.randint(0, 128, (2, 40), generator=torch.Generator().manual_seed(0))
-    plain, packed = load(quantised, dtype=torch.float32), load(quantised, packed=True)
+    plain, packed = load(quantized, dtype=torch.float32), load(quantized, packed=True)
     assert isinstance(packed.backbone.layers[1].mixer.experts, PackedExperts)
     assert isinstance(packed.backbone.layers[0].mixer.in_proj, PackedLinear)
     packed.float()
     with torch.no_grad():
         expected, found = plain(tokens).logits, packed(tokens).logits
-        state = packed.empty_state(2)
+        state = packed.empty_cache(2)
         packed(tokens[:, :30], state)
         steps = [packed(tokens[:, i : i + 1], state).logits for i in range(30, 40)]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 30:], atol=5e-4, rtol=5e-4)
 
 
-def test_casting_a_packed_model_leaves_what_is_packed(quantised: Path) -> None:
-    model = load(quantised, packed=True)
+def test_casting_a_packed_model_leaves_what_is_packed(quantized: Path) -> None:
+    model = load(quantized, packed=True)
     before = {
         n: t.clone() for n, t in model.state_dict().items() if "experts." in n or "_scale" in n
     }
@@ -91,8 +91,8 @@ def test_casting_a_packed_model_leaves_what_is_packed(quantised: Path) -> None:
         assert torch.equal(bits(after[name]), bits(tensor)), name
 
 
-def test_rounded_inputs_change_the_answer_a_little(quantised: Path) -> None:
-    model = load(quantised, packed=True, dtype=torch.float32)
+def test_rounded_inputs_change_the_answer_a_little(quantized: Path) -> None:
+    model = load(quantized, packed=True, dtype=torch.float32)
     layer = model.backbone.layers[0].mixer.in_proj
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     exact = layer(x)
@@ -106,38 +106,38 @@ def test_rounded_inputs_change_the_answer_a_little(quantised: Path) -> None:
         layer(x)
 
 
-def test_packed_takes_less_memory(quantised: Path) -> None:
-    experts = load(quantised, packed=True).backbone.layers[1].mixer.experts
+def test_packed_takes_less_memory(quantized: Path) -> None:
+    experts = load(quantized, packed=True).backbone.layers[1].mixer.experts
     assert experts.up_proj.nbytes * 8 == 6 * (24 * 16 * 4.5 + 64), "two scales beside 4.5 bits"
 
 
-def test_scales_in_another_shard(quantised: Path) -> None:
-    expected = load(quantised).state_dict()
-    tensors = load_file(quantised / "model.safetensors")
+def test_scales_in_another_shard(quantized: Path) -> None:
+    expected = load(quantized).state_dict()
+    tensors = load_file(quantized / "model.safetensors")
     scales = {name: tensors.pop(name) for name in list(tensors) if "scale" in name}
-    (quantised / "model.safetensors").unlink()
-    save_file(tensors, quantised / "a.safetensors")
-    save_file(scales, quantised / "b.safetensors")
+    (quantized / "model.safetensors").unlink()
+    save_file(tensors, quantized / "a.safetensors")
+    save_file(scales, quantized / "b.safetensors")
     weight_map = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(scales, "b.safetensors")
-    index = quantised / "model.safetensors.index.json"
+    index = quantized / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    found = load(quantised).state_dict()
+    found = load(quantized).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_without_input_scales_and_with_a_dropped_module(quantised: Path) -> None:
-    edit(quantised, lambda t: [t.pop(n) for n in list(t) if n.endswith("input_scale")])
-    model = load(quantised, packed=True, mtp="drop")
+def test_without_input_scales_and_with_a_dropped_module(quantized: Path) -> None:
+    edit(quantized, lambda t: [t.pop(n) for n in list(t) if n.endswith("input_scale")])
+    model = load(quantized, packed=True, mtp="drop")
     assert model.backbone.layers[1].mixer.experts.up_proj.input_scale is None
-    save(model, quantised.parent / "again")
-    names = load_file(quantised.parent / "again" / "model.safetensors")
+    save(model, quantized.parent / "again")
+    names = load_file(quantized.parent / "again" / "model.safetensors")
     assert f"{EXPERT}.weight_scale_2" in names
     assert not any(name.endswith("input_scale") for name in names)
 
 
 def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
     tensors = load_file(saved / "model.safetensors")
-    q = quantise(tensors[f"{IN_PROJ}.weight"])
+    q = quantize(tensors[f"{IN_PROJ}.weight"])
     edit(saved, lambda t: t.update({
         f"{IN_PROJ}.weight": q.codes, f"{IN_PROJ}.weight_scale": q.scales,
         f"{IN_PROJ}.weight_scale_2": q.scale,
@@ -156,11 +156,11 @@ def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
     assert group["weights"] == {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 
 
-def test_saving_decoded_weights_leaves_no_sign_of_quantisation(quantised: Path) -> None:
-    save(load(quantised), quantised)
-    assert not (quantised / "hf_quant_config.json").exists()
-    assert "quantization_config" not in json.loads((quantised / "config.json").read_text())
-    assert load(quantised).dtype == torch.float32
+def test_saving_decoded_weights_leaves_no_sign_of_quantization(quantized: Path) -> None:
+    save(load(quantized), quantized)
+    assert not (quantized / "hf_quant_config.json").exists()
+    assert "quantization_config" not in json.loads((quantized / "config.json").read_text())
+    assert load(quantized).dtype == torch.float32
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
@@ -234,39 +234,39 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("fault", BROKEN)
-def test_malformed_modules_are_named(quantised: Path, fault: str, packed: bool) -> None:
+def test_malformed_modules_are_named(quantized: Path, fault: str, packed: bool) -> None:
     change, words = BROKEN[fault]
-    edit(quantised, change)
-    text = message(quantised, packed=packed)
+    edit(quantized, change)
+    text = message(quantized, packed=packed)
     assert all(word in text for word in words), text
 
 
-def test_several_faults_in_one_error(quantised: Path) -> None:
+def test_several_faults_in_one_error(quantized: Path) -> None:
     def change(t: dict[str, Tensor]) -> None:
         BROKEN["no scale"][0](t)
         BROKEN["mxfp8"][0](t)
         del t["lm_head.weight"]
 
-    edit(quantised, change)
-    (quantised / "tokenizer.json").write_text("{}")
-    text = message(quantised)
+    edit(quantized, change)
+    (quantized / "tokenizer.json").write_text("{}")
+    text = message(quantized)
     assert "without weight_scale" in text
     assert "MXFP8" in text
     assert "tokenizer.json" in text
 
 
-def test_experts_of_one_stack_in_two_formats(quantised: Path) -> None:
-    tensors = load_file(quantised / "model.safetensors")
+def test_experts_of_one_stack_in_two_formats(quantized: Path) -> None:
+    tensors = load_file(quantized / "model.safetensors")
     value = by_hand(tensors, EXPERT, 16)
-    f = quantise_fp8(value)
-    edit(quantised, lambda t: (
+    f = quantize_fp8(value)
+    edit(quantized, lambda t: (
         t.update({f"{EXPERT}.weight": f.codes, f"{EXPERT}.weight_scale": f.scale}),
         t.pop(f"{EXPERT}.weight_scale_2"),
     ))  # fmt: skip
-    say(quantised, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}))
-    edit_config(quantised, quantization_config=None)
-    assert load(quantised).dtype == torch.float32
-    assert "stored in different ways" in message(quantised, packed=True)
+    say(quantized, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}))
+    edit_config(quantized, quantization_config=None)
+    assert load(quantized).dtype == torch.float32
+    assert "stored in different ways" in message(quantized, packed=True)
 
 
 def test_bytes_that_are_no_packed_weight_are_not_saved(

@@ -1,4 +1,4 @@
-"""What a quantised folder says about itself must be what it holds."""
+"""What a quantized folder says about itself must be what it holds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SAID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a plain one": (
         lambda q: q["quantized_layers"].update({"lm_head": {"quant_algo": "FP8"}}),
-        "lm_head is not quantised, said is FP8",
+        "lm_head is not quantized, said is FP8",
     ),
     "excluded": (
         lambda q: (q["quantized_layers"].pop(IN_PROJ), q.update(exclude_modules=["*.in_proj"])),
-        f"{IN_PROJ} is FP8, said is not quantised",
+        f"{IN_PROJ} is FP8, said is not quantized",
     ),
     "one for all": (
         lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4")),
@@ -46,30 +46,30 @@ SAID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", SAID)
-def test_what_is_said_may_not_contradict_what_is_stored(quantised: Path, fault: str) -> None:
+def test_what_is_said_may_not_contradict_what_is_stored(quantized: Path, fault: str) -> None:
     change, words = SAID[fault]
-    say(quantised, change)
-    assert words in message(quantised)
+    say(quantized, change)
+    assert words in message(quantized)
 
 
-def test_a_listed_module_covers_what_is_inside_it(quantised: Path) -> None:
+def test_a_listed_module_covers_what_is_inside_it(quantized: Path) -> None:
     def fused(q: dict[str, Any]) -> None:
         layers = q["quantized_layers"]
         for name in [n for n in layers if n.startswith(STEM)]:
             del layers[name]
         layers[STEM] = {"quant_algo": "NVFP4"}
 
-    say(quantised, fused)
-    assert load(quantised).dtype == torch.float32
+    say(quantized, fused)
+    assert load(quantized).dtype == torch.float32
 
 
-def test_quantised_and_nothing_says_so(quantised: Path) -> None:
-    (quantised / "hf_quant_config.json").unlink()
-    edit_config(quantised, quantization_config=None)
-    assert "nor quantization_config in config.json says so" in message(quantised)
+def test_quantized_and_nothing_says_so(quantized: Path) -> None:
+    (quantized / "hf_quant_config.json").unlink()
+    edit_config(quantized, quantization_config=None)
+    assert "nor quantization_config in config.json says so" in message(quantized)
 
 
-def test_said_and_nothing_is_quantised(saved: Path) -> None:
+def test_said_and_nothing_is_quantized(saved: Path) -> None:
     said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     edit_config(saved, quantization_config=said)
     assert "but none is" in message(saved)
@@ -77,6 +77,6 @@ def test_said_and_nothing_is_quantised(saved: Path) -> None:
 
 def test_other_methods_are_refused_by_name(saved: Path) -> None:
     edit_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantised with 'gptq'" in message(saved)
+    assert "quantized with 'gptq'" in message(saved)
     (saved / "hf_quant_config.json").write_text("{}")
     assert 'no object "quantization"' in message(saved)

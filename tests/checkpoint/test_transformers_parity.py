@@ -2,7 +2,7 @@
 
 Each case is a tiny random `nemotron_h` model whose every parameter is randomised. transformers
 saves it, `load` opens it, and both read the same tokens: logits agree within 2e-4 in float32, and
-64 greedy tokens are the same, ours through `State`, theirs through their cache.
+64 greedy tokens are the same, ours through `Cache`, theirs through their cache.
 
 `time_step_min` is 1e-30 in transformers' config: it clamps dt at that value in prefill but not in
 decode (reference sheet 2.4), which no Nemotron was trained with. The random step sizes go down to

@@ -9,7 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from nemotron_lite.course.display import PLOTLY, WIDGET
-from tests.course.test_questions import TEXT
+from tests.course.test_quizzes import TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = {

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_lite import Nemotron, NemotronConfig, State, generate, load, save
+from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save
+from nemotron_lite.cache import HOLDS
 from nemotron_lite.data import PackedTokens
-from nemotron_lite.quantise import pack, uniform, units
-from nemotron_lite.state import HOLDS
+from nemotron_lite.quantization import pack, quantizable_modules, uniform
 from nemotron_lite.train import TrainConfig, train
 from tests.checkpoint.tiny import TINY, randomise
 from tests.compare import relative_rms
@@ -98,10 +98,10 @@ def test_ragged_prompts_and_the_tokens_after_them(pair: tuple[Nemotron, Nemotron
 
     def read(model: Nemotron) -> list[Tensor]:
         place = model.device
-        state = model.empty_state(3)
+        cache = model.empty_cache(3)
         with torch.no_grad():
-            first = model(batch.to(place), state, lengths=torch.tensor(lengths, device=place))
-            rest = [model(more[:, i : i + 1].to(place), state).logits for i in range(12)]
+            first = model(batch.to(place), cache, lengths=torch.tensor(lengths, device=place))
+            rest = [model(more[:, i : i + 1].to(place), cache).logits for i in range(12)]
         return [first.logits[i, :n].cpu() for i, n in enumerate(lengths)] + [x.cpu() for x in rest]
 
     for found, expected in zip(read(pair[1]), read(pair[0]), strict=True):
@@ -124,14 +124,14 @@ def test_going_back(pair: tuple[Nemotron, Nemotron], hold: str) -> None:
     model = pair[1]
     batch, draft = tokens(model, 2, 30).to(DEVICE), tokens(model, 2, 4, 1).to(DEVICE)
     after = tokens(model, 2, 1, 2).to(DEVICE)
-    kept, plain = model.empty_state(2), model.empty_state(2)
+    kept, plain = model.empty_cache(2), model.empty_cache(2)
     with torch.no_grad():
-        for state in (kept, plain):
-            model(batch, state)
+        for cache in (kept, plain):
+            model(batch, cache)
         model(draft, kept, hold=hold)
         kept.keep(2)
         model(draft[:, :2], plain)
-        found, expected = (model(after, state).logits for state in (kept, plain))
+        found, expected = (model(after, cache).logits for cache in (kept, plain))
     assert relative_rms(found, expected) < 1e-5
 
 
@@ -141,10 +141,10 @@ def test_half_precision_states_round_as_on_the_cpu() -> None:
     batch = tokens(on_cpu, 2, 40)
     found = []
     for model in (on_cpu, on_gpu):
-        state = model.empty_state(2, ssm_dtype=torch.float16, ssm_seed=5)
+        cache = model.empty_cache(2, ssm_dtype=torch.float16, ssm_seed=5)
         with torch.no_grad():
-            model(batch[:, :32].to(model.device), state)
-            steps = [model(batch[:, i : i + 1].to(model.device), state) for i in range(32, 40)]
+            model(batch[:, :32].to(model.device), cache)
+            steps = [model(batch[:, i : i + 1].to(model.device), cache) for i in range(32, 40)]
         found.append(torch.cat([step.logits.cpu() for step in steps], 1))
     assert relative_rms(found[1], found[0]) < 2e-2
 
@@ -152,13 +152,13 @@ def test_half_precision_states_round_as_on_the_cpu() -> None:
 def test_a_state_moves_between_devices(tmp_path: Path) -> None:
     on_cpu, on_gpu = both(TINY)
     batch, after = tokens(on_cpu, 2, 30), tokens(on_cpu, 2, 1, 1)
-    state = on_gpu.empty_state(2)
+    cache = on_gpu.empty_cache(2)
     with torch.no_grad():
-        on_gpu(batch.to(DEVICE), state)
-        state.save(tmp_path / "state.safetensors")
-        moved = State.load(tmp_path / "state.safetensors")
+        on_gpu(batch.to(DEVICE), cache)
+        cache.save(tmp_path / "cache.safetensors")
+        moved = Cache.load(tmp_path / "cache.safetensors")
         found = on_cpu(after, moved).logits
-        expected = on_gpu(after.to(DEVICE), state).logits.cpu()
+        expected = on_gpu(after.to(DEVICE), cache).logits.cpu()
     assert relative_rms(found, expected) < 1e-5
 
 
@@ -197,7 +197,7 @@ def test_packed_weights(form: str) -> None:
     """Packed on the GPU as on the CPU, to the bit; the model computes the same with them."""
     on_cpu, on_gpu = both(WIDE)
     for model in (on_cpu, on_gpu):
-        pack(model, uniform(units(model), form))
+        pack(model, uniform(quantizable_modules(model), form))
     found, expected = (bits(model) for model in (on_gpu, on_cpu))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     batch = tokens(on_cpu, 2, 60)

@@ -1,7 +1,7 @@
 """Every kernel compiles for four generations of GPUs, and takes no more than it did.
 
 Each architecture compiles in a Python of its own, because this one interprets. Growth has to be
-looked at: `python kernels/benchmarks/aot.py --write` accepts it.
+looked at: `python benchmarks/kernels/aot.py --write` accepts it.
 """
 
 from __future__ import annotations
@@ -245,4 +245,4 @@ def test_every_public_name_is_there_and_has_a_row_in_the_catalogue(
     shown |= {"mamba_chunk_scan_combined", "rmsnorm_fn", "route_logits"}
     for name in nemotron_kernels.__all__:
         assert callable(getattr(nemotron_kernels, name)), name
-        assert name in shown, f"{name} has no case in kernels/benchmarks/cases_*.py"
+        assert name in shown, f"{name} has no case in benchmarks/kernels/cases_*.py"

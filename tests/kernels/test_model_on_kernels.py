@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from nemotron_lite.backends import dispatch
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.model import Nemotron
-from nemotron_lite.ops import _door
 
 CONFIG = NemotronConfig(
     pattern="ME*", vocab_size=61, hidden_size=32,
@@ -31,7 +31,7 @@ STEPPING = READING - {"causal_conv1d", "ssd"} | {"causal_conv1d_step", "selectiv
 def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """On a GPU, as far as the door can tell; the names of the kernels that were reached."""
     found: set[str] = set()
-    importing = _door.import_module
+    importing = dispatch.import_module
 
     def import_module(name: str) -> Any:
         module = importing(name)
@@ -43,9 +43,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         return Watched()
 
-    monkeypatch.setattr(_door, "import_module", import_module)
-    monkeypatch.setattr(_door, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(_door, "_capable", lambda _: True)
+    monkeypatch.setattr(dispatch, "import_module", import_module)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(dispatch, "_capable", lambda _: True)
     return found
 
 
@@ -75,7 +75,7 @@ def test_logits_and_every_gradient(
     options = {"seq_idx": seq_idx} if packed else {}
     on_gpu = _learned(model, **options)
     assert used == READING
-    monkeypatch.setattr(_door, "_on_gpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda _: False)
     used.clear()
     on_cpu = _learned(model, **options)
     assert not used
@@ -93,7 +93,7 @@ def test_a_prompt_of_ragged_rows_and_the_tokens_after_it(
     lengths, prompt, more = torch.tensor([7, 3]), _tokens(2, 7), _tokens(2, 3)
 
     def decode() -> list[torch.Tensor]:
-        state = model.empty_state(2)
+        state = model.empty_cache(2)
         with torch.no_grad():
             first = model(prompt, state, lengths=lengths).logits
             rest = [model(more[:, i : i + 1], state).logits for i in range(3)]
@@ -101,6 +101,6 @@ def test_a_prompt_of_ragged_rows_and_the_tokens_after_it(
 
     on_gpu = decode()
     assert used == READING | STEPPING
-    monkeypatch.setattr(_door, "_on_gpu", lambda _: False)
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda _: False)
     for found, expected in zip(on_gpu, decode(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The quantiser's cases for a device, small and interpreted: with a tolerance of zero they pass.
+"""The quantizer's cases for a device, small and interpreted: with a tolerance of zero they pass.
 
 And they can fail: a kernel whose codes differ in one place does not.
 """
@@ -23,7 +23,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.setattr(device, "DEVICE", "cpu")
     # The tests' own poison stands in for torch's, which would have to undo its warnings.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
-    cases = importlib.import_module("cases_nvfp4_quantise")
+    cases = importlib.import_module("cases_nvfp4_quantize")
     for name, size in (("TOKENS", 64), ("WIDTH", 96), ("HIDDEN", 48)):
         monkeypatch.setattr(cases, name, size)
     return device, cases
@@ -39,7 +39,7 @@ def test_every_case_passes_bit_for_bit(modules: tuple[ModuleType, ModuleType]) -
 
 def test_one_wrong_code_fails(modules: tuple[ModuleType, ModuleType]) -> None:
     device, cases = modules
-    case = next(case for case in cases.CASES if case.op == "nvfp4_quantise")
+    case = next(case for case in cases.CASES if case.op == "nvfp4_quantize")
 
     def wrong(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         codes, scales, scale = case.run(x)

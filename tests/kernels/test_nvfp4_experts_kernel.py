@@ -14,7 +14,7 @@ from triton.runtime.errors import InterpreterError
 from nemotron_kernels import nvfp4_experts
 from nemotron_kernels.nvfp4_experts import nvfp4_expert_mlp
 from nemotron_lite import ops
-from nemotron_lite.ops import nvfp4
+from nemotron_lite.quantization import nvfp4
 from tests.compare import relative_rms
 from tests.kernels.interpreter import overflow_is_an_error
 
@@ -25,9 +25,9 @@ def _indices(t: int, e: int, k: int) -> torch.Tensor:
     return torch.stack([torch.randperm(e)[:k] for _ in range(t)])
 
 
-def _stack(e: int, rows: int, cols: int) -> nvfp4.QuantisedTensor:
+def _stack(e: int, rows: int, cols: int) -> nvfp4.QuantizedTensor:
     sizes = torch.rand(e, 1, 1) + 0.5  # so that no two experts have the same scale
-    return nvfp4.quantise(torch.randn(e, rows, cols) * sizes / cols**0.5, batch_dims=1)
+    return nvfp4.quantize(torch.randn(e, rows, cols) * sizes / cols**0.5, batch_dims=1)
 
 
 def _inputs(t: int, e: int, k: int, width: int = 60, hidden: int = 100):
@@ -40,7 +40,7 @@ def _inputs(t: int, e: int, k: int, width: int = 60, hidden: int = 100):
 
 
 def _exact(z, up, down, weights, indices) -> torch.Tensor:
-    wide = [part.dequantise(torch.float64) for part in (up, down)]
+    wide = [part.dequantize(torch.float64) for part in (up, down)]
     return ops.expert_mlp(z.double(), *wide, weights.double(), indices, impl="naive")
 
 
@@ -78,12 +78,12 @@ def test_few_tokens_are_not_sorted(t, e, k, dtype, monkeypatch: pytest.MonkeyPat
 def test_exact_sums_are_bit_equal_to_pytorch(t: int) -> None:
     """Integers and powers of two, so small that sums of squares are exact as well."""
 
-    def small(*shape: int) -> nvfp4.QuantisedTensor:
+    def small(*shape: int) -> nvfp4.QuantizedTensor:
         codes = torch.tensor([0, 2, 10], dtype=torch.uint8)[torch.randint(0, 3, shape)]  # 0, 1, -1
         scales = torch.tensor([1.0, 2.0])[torch.randint(0, 2, (*shape[:-1], shape[-1] // 16))]
         scale = torch.tensor([0.5, 1.0, 2.0])[torch.arange(shape[0]) % 3]
         parts = nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale
-        return nvfp4.QuantisedTensor(*parts, shape)
+        return nvfp4.QuantizedTensor(*parts, shape)
 
     e, k = 12, 3
     z = torch.randint(-2, 3, (t, 32)).float()
@@ -102,7 +102,7 @@ def test_experts_without_tokens_and_all_to_one() -> None:
     assert none.shape == (0, 60)
 
 
-def _without(stack: nvfp4.QuantisedTensor, experts: list[int]) -> nvfp4.QuantisedTensor:
+def _without(stack: nvfp4.QuantizedTensor, experts: list[int]) -> nvfp4.QuantizedTensor:
     """NaN in all that belongs to these experts."""
     scales, scale = stack.scales.view(torch.uint8).clone(), stack.scale.clone()
     scales[experts], scale[experts] = 0x7F, float("nan")
@@ -134,7 +134,7 @@ def test_strided_inputs(t: int) -> None:
     def apart(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([x, torch.full_like(x, 7)], -1)[..., 0]
 
-    def spread(stack: nvfp4.QuantisedTensor) -> nvfp4.QuantisedTensor:
+    def spread(stack: nvfp4.QuantizedTensor) -> nvfp4.QuantizedTensor:
         parts = stack.codes, stack.scales.view(torch.uint8)
         codes, scales = (p.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2] for p in parts)
         assert not codes.is_contiguous()

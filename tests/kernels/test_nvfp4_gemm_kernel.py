@@ -21,7 +21,7 @@ from triton.runtime import interpreter as triton_interpreter
 from nemotron_kernels import nvfp4_gemm, nvfp4_matvec
 from nemotron_kernels.nvfp4_decode import UNIT, decode_tile
 from nemotron_kernels.nvfp4_gemm import nvfp4_matmul
-from nemotron_lite.ops import nvfp4
+from nemotron_lite.quantization import nvfp4
 from tests.compare import relative_rms
 from tests.kernels.test_overflow import PROJECTION, TOKENS, _program
 
@@ -30,11 +30,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 ROWS = (1, 2, 16, 17, 33, 70, 130, 512)
 
 
-def _packed(*shape: int, batch_dims: int = 0) -> nvfp4.QuantisedTensor:
-    return nvfp4.quantise(torch.randn(*shape), batch_dims=batch_dims)
+def _packed(*shape: int, batch_dims: int = 0) -> nvfp4.QuantizedTensor:
+    return nvfp4.quantize(torch.randn(*shape), batch_dims=batch_dims)
 
 
-def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantisedTensor:
+def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantizedTensor:
     """Every code, under scales and a tensor scale with which sums of products are exact.
 
     With `fill` the columns past the last hold codes too, and mean nothing.
@@ -46,16 +46,16 @@ def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantisedTensor:
         codes[..., cols:] = 0
     scales = torch.tensor([0.5, 1.0, 2.0, 3.0])[torch.randint(0, 4, (*rows, blocks))]
     scale = torch.full(shape[:-2] if len(shape) == 3 else (), 0.25)
-    return nvfp4.QuantisedTensor(nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale, shape)
+    return nvfp4.QuantizedTensor(nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale, shape)
 
 
 def _integers(*shape: int) -> torch.Tensor:
     return torch.randint(-8, 9, shape).float()
 
 
-def _exact(x: torch.Tensor | nvfp4.QuantisedTensor, w: nvfp4.QuantisedTensor) -> torch.Tensor:
-    wide = x.double() if isinstance(x, torch.Tensor) else x.dequantise(torch.float64)
-    return wide @ w.dequantise(torch.float64).T
+def _exact(x: torch.Tensor | nvfp4.QuantizedTensor, w: nvfp4.QuantizedTensor) -> torch.Tensor:
+    wide = x.double() if isinstance(x, torch.Tensor) else x.dequantize(torch.float64)
+    return wide @ w.dequantize(torch.float64).T
 
 
 # Decoding
@@ -78,9 +78,9 @@ def test_every_byte_under_every_scale_is_decoded_exactly() -> None:
     scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(32)[:, None]
     out = torch.empty(256 * 32, 16)
     _decode_kernel[(1,)](codes, scales, out, ROWS=256 * 32, COLUMNS=16)
-    w = nvfp4.QuantisedTensor(codes, scales.view(torch.float8_e4m3fn), torch.ones(()), out.shape)
-    torch.testing.assert_close(out, w.dequantise(), rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(out.signbit() | out.isnan(), w.dequantise().signbit() | out.isnan())
+    w = nvfp4.QuantizedTensor(codes, scales.view(torch.float8_e4m3fn), torch.ones(()), out.shape)
+    torch.testing.assert_close(out, w.dequantize(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(out.signbit() | out.isnan(), w.dequantize().signbit() | out.isnan())
 
 
 # Values
@@ -105,12 +105,12 @@ def test_exact_sums_are_bit_equal_to_pytorch(rows: int, cols: int) -> None:
 @pytest.mark.parametrize("block", ["1x16", "16x16"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_random_values(rows: int, block: str, dtype: torch.dtype) -> None:
-    w = nvfp4.quantise(torch.randn(131, 300) * 0.02, block=block)
+    w = nvfp4.quantize(torch.randn(131, 300) * 0.02, block=block)
     x = torch.randn(rows, 300).to(dtype)
     found = nvfp4_matmul(x, w)
     assert found.dtype == dtype and relative_rms(found, _exact(x, w)) < TOLERANCE[dtype]
     assert relative_rms(nvfp4_matmul(x, w, torch.float32), _exact(x, w)) < 1e-6
-    packed = nvfp4.quantise(x)
+    packed = nvfp4.quantize(x)
     found = nvfp4_matmul(packed, w)
     assert found.dtype == torch.float32 and relative_rms(found, _exact(packed, w)) < 1e-6
     found = nvfp4_matmul(packed, w, torch.float16)
@@ -119,7 +119,7 @@ def test_random_values(rows: int, block: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("largest", [1e-30, 1e30])
 def test_scales_of_any_size(largest: float) -> None:
-    w = nvfp4.quantise(torch.randn(20, 64) * largest)
+    w = nvfp4.quantize(torch.randn(20, 64) * largest)
     x = torch.randn(5, 64)
     for rows in (1, 5):
         assert relative_rms(nvfp4_matmul(x[:rows], w), _exact(x[:rows], w)) < 1e-6
@@ -133,7 +133,7 @@ def test_strided_inputs(rows: int) -> None:
     wide[3 : rows + 3, 7:87] = x
     views = [wide[3 : rows + 3, 7:87], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]]
     half = dataclasses.replace(w, codes=w.codes[::2], scales=w.scales[::2], shape=(30, 80))
-    packed = nvfp4.quantise(torch.cat([x, x]))
+    packed = nvfp4.quantize(torch.cat([x, x]))
     for part in (w, half):
         for view in views:
             assert torch.equal(nvfp4_matmul(view, part), nvfp4_matmul(x.clone(), part))
@@ -148,7 +148,7 @@ def test_leading_dimensions_and_none() -> None:
     x = torch.randn(2, 3, 40)
     assert torch.equal(nvfp4_matmul(x, w), nvfp4_matmul(x.flatten(0, 1), w).view(2, 3, 18))
     assert torch.equal(nvfp4_matmul(x[0, 0], w), nvfp4_matmul(x[0, :1], w)[0])
-    packed = nvfp4.quantise(x)
+    packed = nvfp4.quantize(x)
     assert relative_rms(nvfp4_matmul(packed, w), _exact(packed, w)) < 1e-6
     assert nvfp4_matmul(x[:0], w, torch.float16).shape == (0, 3, 18)
 
@@ -159,7 +159,7 @@ def test_a_nan_stays_where_it_is(rows: int) -> None:
     scales = w.scales.view(torch.uint8).clone()
     scales[7, 1] = 0x7F
     sick = dataclasses.replace(w, scales=scales.view(torch.float8_e4m3fn))
-    for given in (x, nvfp4.quantise(x)):
+    for given in (x, nvfp4.quantize(x)):
         bad = nvfp4_matmul(given, sick).isnan()
         assert bad[:, 7].all() and bad.sum() == rows
     x[-1, 5] = float("nan")
@@ -221,11 +221,11 @@ def test_what_does_not_fit_says_so() -> None:
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     script = (
         "import torch; from nemotron_lite.ops import nvfp4\n"
-        "x, w = torch.ones(2, 16), nvfp4.quantise(torch.ones(4, 16))\n"
-        "experts, one = nvfp4.quantise(torch.ones(3, 16, 16), batch_dims=1), torch.ones(2, 1)\n"
+        "x, w = torch.ones(2, 16), nvfp4.quantize(torch.ones(4, 16))\n"
+        "experts, one = nvfp4.quantize(torch.ones(3, 16, 16), batch_dims=1), torch.ones(2, 1)\n"
         "nvfp4.matmul(x, w)\n"
         "for call in (lambda: nvfp4.matmul(x, w, impl='triton'),\n"
-        "             lambda: nvfp4.matmul(nvfp4.quantise(x), w, impl='triton'),\n"
+        "             lambda: nvfp4.matmul(nvfp4.quantize(x), w, impl='triton'),\n"
         "             lambda: nvfp4.expert_mlp(x, experts, experts, one, one.long(),\n"
         "                                      impl='triton')):\n"
         "    try: call()\n"

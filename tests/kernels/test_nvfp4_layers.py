@@ -1,7 +1,7 @@
-"""Training in NVFP4 with the quantiser's kernels: the layers' values and gradients, bit for bit.
+"""Training in NVFP4 with the quantizer's kernels: the layers' values and gradients, bit for bit.
 
 The door takes the tensors for a GPU's, so each of the five operands of a layer goes through a
-kernel. Only the quantiser differs from a run on a CPU, and it gives the same bits, dice included.
+kernel. Only the quantizer differs from a run on a CPU, and it gives the same bits, dice included.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nemotron_lite import ops
-from nemotron_lite.layers.quantised import Dice, NVFP4Experts, NVFP4Linear
-from nemotron_lite.ops import _door
-from tests.layers.test_quantised import ABLATIONS, FULL, some_experts
+from nemotron_lite.backends import dispatch
+from nemotron_lite.quantization.emulated_layers import Dice, NVFP4Experts, NVFP4Linear
+from tests.quantization.test_emulated_layers import ABLATIONS, FULL, some_experts
 
 LADDER = {"full": FULL, **ABLATIONS}
 
@@ -30,22 +30,22 @@ def _learn(module: torch.nn.Module, x: torch.Tensor, *options: Any) -> list[torc
 
 def _both(make, x: torch.Tensor, *options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = _learn(make(), x, *options)
-    launched: list[str] = []  # of the quantiser: other operations have tests of their own
-    importing = _door.import_module
+    launched: list[str] = []  # of the quantizer: other operations have tests of their own
+    importing = dispatch.import_module
 
     def import_module(name: str) -> Any:
         launched.append(name)
         return importing(name)
 
-    choose = _door.choose
+    choose = dispatch.choose
 
-    def quantiser_on_gpu(op: str, impl: str, x: torch.Tensor, **ways: Any) -> Any:
+    def quantizer_on_gpu(op: str, impl: str, x: torch.Tensor, **ways: Any) -> Any:
         return choose(op, "triton", x, **ways)
 
-    monkeypatch.setattr(_door, "import_module", import_module)
-    monkeypatch.setattr("nemotron_lite.ops.nvfp4.choose", quantiser_on_gpu)
+    monkeypatch.setattr(dispatch, "import_module", import_module)
+    monkeypatch.setattr("nemotron_lite.quantization.nvfp4.choose", quantizer_on_gpu)
     on_gpu = _learn(make(), x, *options)
-    assert set(launched) == {"nemotron_kernels.nvfp4_quantiser"} and len(launched) >= 10
+    assert set(launched) == {"nemotron_kernels.nvfp4_quantizer"} and len(launched) >= 10
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert torch.equal(one, other)
 

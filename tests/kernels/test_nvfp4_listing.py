@@ -21,12 +21,12 @@ import json, re, sys
 import torch
 from dry_run import compile_only
 from nemotron_kernels import nvfp4_matmul
-from nemotron_lite.ops.nvfp4 import QuantisedTensor
+from nemotron_lite.quantization.nvfp4 import QuantizedTensor
 
 def packed(rows, cols):
     codes = torch.empty(rows, (cols + 15) // 16 * 8, dtype=torch.uint8)
     scales = torch.empty(rows, (cols + 15) // 16, dtype=torch.float8_e4m3fn)
-    return QuantisedTensor(codes, scales, torch.empty(()), (rows, cols))
+    return QuantizedTensor(codes, scales, torch.empty(()), (rows, cols))
 
 listing = {}
 for rows, cols in ((512, 1024), (512, 1000), (16, 1024)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_lite.course import hygiene
+from nemotron_lite.authoring import lint
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -14,7 +14,7 @@ CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_the_chapter_keeps_the_rules(path: Path) -> None:
-    assert hygiene.check_file(path) == []
+    assert lint.check_file(path) == []
 
 
 def test_chapters_are_numbered_without_a_gap() -> None:

@@ -18,8 +18,8 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from nemotron_lite.course import publish
-from tests.notebooks.samples import runnable
+from nemotron_lite.authoring import publish
+from tests.authoring.samples import runnable
 
 ROOT = Path(__file__).resolve().parents[2]
 PLOTLY = publish.PLOTLY

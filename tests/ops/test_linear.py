@@ -13,7 +13,7 @@ from nemotron_lite import ops
 from nemotron_lite.layers import Linear
 from nemotron_lite.model import Nemotron
 from tests.compare import relative_rms
-from tests.speculative.conftest import SMALL
+from tests.generation.speculative.conftest import SMALL
 
 MODULE = sys.modules["nemotron_lite.ops.linear"]
 ONEDNN = pytest.mark.skipif(not MODULE._onednn(), reason="this PyTorch has no oneDNN")
@@ -124,7 +124,7 @@ def test_a_model_that_is_laid_out_gives_the_same_logits() -> None:
             patch.setattr(layer, "product", lambda x, w: used.append(1) or honest(x, w))
             torch.testing.assert_close(model(tokens).logits, exact)
         assert len(used) == sum(isinstance(m, Linear) for m in model.backbone.modules()) + 1
-        state = model.empty_state(1)
+        state = model.empty_cache(1)
         steps = [model(token, state).logits for token in tokens.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, 1), exact)
 

@@ -9,7 +9,7 @@ from nemotron_lite import generate
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import TrainConfig
 from nemotron_lite.train.healing import Written, heal, write
-from tests.speculative.conftest import SMALL
+from tests.generation.speculative.conftest import SMALL
 
 
 @pytest.fixture

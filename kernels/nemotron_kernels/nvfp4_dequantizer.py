@@ -1,0 +1,109 @@
+"""NVFP4 back to numbers in memory: 0.5625 bytes read and 2 or 4 written for each.
+
+    value = e2m1(code) * (c * s_dec)        in float32, rounded once to the dtype asked for
+
+This is for what has to exist as a matrix: a checkpoint that is unpacked, a backward pass. Products
+read packed matrices themselves (`nvfp4_gemm`) and round s_dec into nothing but the sum; here it is
+rounded into each value, in the order of the definition, whose bits these are.
+
+Source: reference sheet 6.1. Left out: scales in the 128 x 4 order of tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron_kernels._compat import (
+    FLOATS,
+    Config,
+    by_arch,
+    cdiv,
+    check_inputs,
+    next_power_of_2,
+    on_device,
+)
+from nemotron_kernels.nvfp4_decode import Packed, decode_pairs
+from nemotron_kernels.nvfp4_rounding import decode_e4m3, rounded_to
+
+
+@triton.jit
+def _nvfp4_dequantize(
+    codes_ptr, scales_ptr, scale_ptr, out_ptr, rows, columns, each,
+    stride_c, stride_s, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % across * COLUMNS
+    byte = first // 2 + tl.arange(0, COLUMNS // 2)
+    block = first // 16 + tl.arange(0, COLUMNS // 16)
+    inside = (row < rows)[:, None]
+    has_codes = inside
+    has_scale = inside
+    if not WHOLE:  # where rows end with a tile no mask keeps 16 bytes from being read at once
+        has_codes = inside & (byte < tl.cdiv(columns, 16) * 8)[None, :]
+        has_scale = inside & (block < tl.cdiv(columns, 16))[None, :]
+    codes = tl.load(codes_ptr + row[:, None] * stride_c + byte[None, :], mask=has_codes, other=0)
+    scales = tl.load(scales_ptr + row[:, None] * stride_s + block[None, :], mask=has_scale, other=0)
+    decode = tl.load(scale_ptr + row // each, mask=row < rows, other=0.0)
+    # NaN is the scale of no tensor that was quantized, but can be in a file.
+    factor = tl.where((scales & 0x7F) == 0x7F, float("nan"), decode_e4m3(scales)) * decode[:, None]
+    even, odd = decode_pairs(tl.reshape(codes, [ROWS, COLUMNS // 16, 8]))
+    value = tl.reshape(tl.join(even, odd), [ROWS, COLUMNS // 16, 16]).to(tl.float32) * 16384.0
+    value = tl.reshape(value * factor[:, :, None], [ROWS, COLUMNS])
+    k = first + tl.arange(0, COLUMNS)
+    tl.store(
+        out_ptr + row[:, None] * columns + k[None, :],
+        rounded_to(value, out_ptr.dtype.element_ty), mask=inside & (k < columns)[None, :],
+    )  # fmt: skip
+
+
+CONFIGS = {
+    0: Config({"ROWS": 256, "COLUMNS": 128}, fp_fusion=False),
+    80: Config({"ROWS": 16, "COLUMNS": 256}, num_warps=4, fp_fusion=False),
+}
+
+
+def nvfp4_dequantize(w: Packed, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """The values of a packed tensor, in `dtype`.
+
+    Args:
+        w: codes, scales and one s_dec, or one for each tensor along leading dimensions.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: another dtype.
+        RuntimeError: tensors on the CPU outside the interpreter.
+    """
+    scales = w.scales.view(torch.uint8)
+    check_inputs("nvfp4_dequantize", w.codes, scales, w.scale)
+    if dtype not in FLOATS:
+        known = ", ".join(map(str, FLOATS))
+        raise ValueError(f"nvfp4_dequantize: the kernel writes {known}, not {dtype}.")
+    out = torch.empty(w.shape, dtype=dtype, device=w.codes.device)
+    if out.numel() == 0:
+        return out
+    codes, scales = _rows(w.codes), _rows(scales)
+    rows, columns = codes.shape[0], w.shape[-1]
+    config = by_arch(CONFIGS)
+    small = {
+        "ROWS": min(config["ROWS"], next_power_of_2(rows)),
+        "COLUMNS": min(config["COLUMNS"], max(16, next_power_of_2(columns))),
+    }
+    tiles = cdiv(rows, small["ROWS"]) * cdiv(columns, small["COLUMNS"])
+    with on_device(codes):
+        _nvfp4_dequantize[(tiles,)](
+            codes, scales, w.scale.contiguous(), out, rows, columns, rows // w.scale.numel(),
+            codes.stride(0), scales.stride(0), WHOLE=columns % small["COLUMNS"] == 0,
+            **{**config.kwargs, **small},
+        )  # fmt: skip
+    return out
+
+
+def _rows(part: Tensor) -> Tensor:
+    """Bytes as a matrix with neighbours along its rows; a copy only if they lie otherwise."""
+    flat = part.reshape(-1, part.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

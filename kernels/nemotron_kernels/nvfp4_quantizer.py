@@ -1,0 +1,256 @@
+"""Numbers to NVFP4: the scale of each block, and four bits for each number, in one pass.
+
+    amax   = max |x| over the tensor           `nvfp4_amax`, a pass of its own: it comes first
+    c      = e4m3( amax_block * (s_enc * fl(1/6)) )
+    code   = e2m1( x * 1 / (c * s_dec) )       to nearest, or up or down by chance
+
+in the order of operations of `nemotron_lite/quantization/nvfp4/scaling.py`, and with its bits. A
+program
+takes a tile of the quantized tensor, so each number is read once here and once for amax: 2 + 2 +
+0.5625 bytes a number in 16 bits. `nvfp4_fake_quantize` writes the values instead of the codes: what
+training in emulation multiplies, the same numbers without ever packing them.
+
+**Rows and columns.** Blocks lie along the last dimension of what is given. For blocks along columns
+(gradients of weights sum over tokens) pass `x.mT`: nothing is copied, and memory is read along the
+dimension that lies close (`nvfp4_tile`).
+
+**Square tiles** (16 x 16) for weights: a maximum over 16 rows more, the scale stored for each row.
+
+**Hadamard**: the tile is turned before it is looked at, in the amax pass as well, and rounded to
+the dtype of x, as in the definition. **Chance**: Philox bits by the number's place.
+
+NaN and infinity have no code. `nvfp4_amax` shows them (it compares magnitudes as integers, in which
+NaN is largest); refusing them is the caller's, who has to wait for the device to know.
+
+Source: reference sheet 6.2 and 6.3; Transformer Engine, whose order of operations this is. Left
+out: rows and columns of one tensor in one launch, which would read x once less, and scales in the
+128 x 4 order of tensor cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int, UInt8
+from torch import Tensor
+
+from nemotron_kernels._compat import (
+    Config,
+    arch,
+    by_arch,
+    cdiv,
+    check_inputs,
+    next_power_of_2,
+    on_device,
+)
+from nemotron_kernels.nvfp4_rounding import FLT_MAX
+from nemotron_kernels.nvfp4_tile import _nvfp4_amax, _quantize_kernel
+
+BLOCK = 16
+BLOCKS = ("1x16", "16x16")
+NEAREST, SEEDED, GIVEN = 0, 1, 2  # where the random bits come from
+
+# Tiles where memory lies close along the rows of the quantized tensor.
+ALONG = {
+    0: Config({"ROWS": 256, "COLUMNS": 128}, fp_fusion=False),
+    80: Config({"ROWS": 32, "COLUMNS": 128}, num_warps=4, fp_fusion=False),
+}
+# And where it lies close along its columns, by bytes of an element: 16 bytes a thread, no more
+# threads than that takes, so that each holds whole blocks.
+ACROSS = {
+    size: {
+        0: Config({"ROWS": 2048, "COLUMNS": 16}, fp_fusion=False),
+        80: Config({"ROWS": 512, "COLUMNS": 16}, num_warps=size, fp_fusion=False),
+    }
+    for size in (2, 4)
+}
+
+
+def nvfp4_amax(
+    x: Float[Tensor, "*rows n"], *, hadamard: bool = False, batch_dims: int = 0
+) -> Float32[Tensor, "*batch"]:
+    """The largest magnitude of x, or of each tensor along the leading `batch_dims` dimensions.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        hadamard: of x after its turn.
+        batch_dims: leading dimensions that count separate tensors.
+
+    Returns:
+        NaN or infinity if x holds one of them.
+
+    Raises:
+        ValueError: float64.
+        RuntimeError: tensors on the CPU outside the interpreter.
+    """
+    check_inputs("nvfp4_amax", x)
+    batch = x.shape[:batch_dims]
+    if x.numel() == 0:
+        return torch.zeros(batch, dtype=torch.float32, device=x.device)
+    x = _matrices(x, batch_dims)
+    _, m, k = x.shape
+    config = _config(x)
+    tiles = _tiles(x, k, config)
+    partial = torch.empty(tiles, dtype=torch.int32, device=x.device)
+    with on_device(x):
+        _nvfp4_amax[(tiles,)](x, partial, m, k, *x.stride(), HADAMARD=hadamard, **config)
+    return partial.view(*batch, -1).amax(-1).view(torch.float32)
+
+
+def nvfp4_quantize(
+    x: Float[Tensor, "*rows n"],
+    amax: Float32[Tensor, "*batch"],
+    *,
+    block: str = "1x16",
+    hadamard: bool = False,
+    seed: int | Int[Tensor, "1"] | None = None,
+    bits: Int[Tensor, "*rows m"] | None = None,
+) -> tuple[UInt8[Tensor, "*rows half"], UInt8[Tensor, "*rows blocks"], Float32[Tensor, "*batch"]]:
+    """x in NVFP4, blocks along the last dimension, scaled for tensors of this largest magnitude.
+
+    Args:
+        x: float32, bfloat16 or float16; finite.
+        amax: one number, or one for each tensor of a batch along the leading dimensions; finite.
+        block: "1x16", or "16x16" for matrices.
+        hadamard: turn each 16 first.
+        seed: round by chance: 64 bits, or a tensor of them that is read on the device.
+        bits: round by chance: 0 .. 65535 for each number; m is n, or n filled up to a multiple
+            of 16.
+
+    Returns:
+        Codes, E4M3 scales as bytes, and s_dec of each tensor. Rows are filled up with zeros to a
+        multiple of 16.
+
+    Raises:
+        ValueError: float64, an unknown block, shapes that do not fit, both seed and bits.
+        RuntimeError: tensors on the CPU outside the interpreter.
+    """
+    *lead, n = x.shape
+    filled = cdiv(n, BLOCK) * BLOCK
+    codes = torch.empty(*lead, filled // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*lead, filled // BLOCK, dtype=torch.uint8, device=x.device)
+    scale = torch.empty_like(amax)
+    _launch("nvfp4_quantize", x, amax, block, hadamard, seed, bits, codes, scales, scale, None)
+    return codes, scales, scale
+
+
+def nvfp4_fake_quantize(
+    x: Float[Tensor, "*rows n"],
+    amax: Float32[Tensor, "*batch"],
+    *,
+    block: str = "1x16",
+    hadamard: bool = False,
+    seed: int | Int[Tensor, "1"] | None = None,
+    bits: Int[Tensor, "*rows m"] | None = None,
+) -> Float[Tensor, "*rows k"]:
+    """The values that `nvfp4_quantize` would store, in the dtype of x; arguments as there.
+
+    Returns:
+        The shape of x, filled up to a multiple of 16 with `hadamard`. Memory lies as that of x
+        does: the result of `x.mT` is the transpose of a contiguous tensor if x is contiguous.
+
+    Raises:
+        ValueError, RuntimeError: as `nvfp4_quantize`.
+    """
+    *lead, n = x.shape
+    width = cdiv(n, BLOCK) * BLOCK if hadamard else n
+    if not x.is_contiguous() and x.ndim > amax.ndim + 1 and x.stride(-2) == 1:
+        out = torch.empty(*lead[:-1], width, lead[-1], dtype=x.dtype, device=x.device).mT
+    else:
+        out = torch.empty(*lead, width, dtype=x.dtype, device=x.device)
+    _launch("nvfp4_fake_quantize", x, amax, block, hadamard, seed, bits, None, None, None, out)
+    return out
+
+
+def _launch(
+    op: str, x: Tensor, amax: Tensor, block: str, turn: bool, seed: int | Tensor | None,
+    bits: Tensor | None, codes: Tensor | None, scales: Tensor | None, scale: Tensor | None,
+    out: Tensor | None,
+) -> None:  # fmt: skip
+    on_gpu_seed = seed if isinstance(seed, Tensor) else None
+    check_inputs(op, x, amax, bits, on_gpu_seed)
+    _check(op, x, amax, block, seed, bits)
+    if x.numel() == 0:
+        if scale is not None:
+            encode = torch.where(
+                amax == 0, 1.0, (torch.full_like(amax, 2688.0) / amax).clamp(max=FLT_MAX.value)
+            )
+            torch.reciprocal(encode, out=scale)
+        return
+    x = _matrices(x, amax.ndim)
+    matrices, m, k = x.shape
+    filled = cdiv(k, BLOCK) * BLOCK
+    if bits is not None:
+        bits = bits.reshape(matrices, m, -1)
+    if out is not None:
+        out = out.view(matrices, m, -1)
+    dice = NEAREST if seed is None and bits is None else GIVEN if seed is None else SEEDED
+    config = _config(x)
+    with on_device(x):
+        _quantize_kernel[(_tiles(x, filled, config),)](
+            x, amax.contiguous(), bits, codes, scales, scale, out, seed,
+            matrices // max(1, amax.numel()), m, k, filled,
+            0 if bits is None else bits.shape[2], 0 if out is None else out.shape[2],
+            *x.stride(), *((0,) * 3 if bits is None else bits.stride()),
+            *((0,) * 3 if out is None else out.stride()),
+            SQUARE=block == "16x16", HADAMARD=turn, DICE=dice, FAKE=out is not None,
+            NATIVE=out is None and arch() >= 100, **config,
+        )  # fmt: skip
+
+
+def _matrices(x: Tensor, batch_dims: int) -> Tensor:
+    """x as `matrices rows columns`, a whole number of matrices in each tensor of the batch."""
+    if x.is_contiguous():
+        return x.view(x.shape[:batch_dims].numel(), -1, x.shape[-1])
+    if x.ndim == batch_dims + 1:
+        x = x.unsqueeze(-2)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _config(x: Tensor) -> dict[str, Any]:
+    matrices, m, k = x.shape
+    turned = x.stride(2) != 1 and x.stride(1) == 1
+    config = by_arch(ACROSS[x.dtype.itemsize] if turned else ALONG)
+    small = {
+        "ROWS": min(config["ROWS"], max(BLOCK, next_power_of_2(m))),
+        "COLUMNS": min(config["COLUMNS"], max(BLOCK, next_power_of_2(k))),
+    }
+    return {**config.kwargs, **small, "TURNED": turned, "STACKED": matrices > 1}
+
+
+def _tiles(x: Tensor, columns: int, config: dict[str, Any]) -> int:
+    return x.shape[0] * cdiv(x.shape[1], config["ROWS"]) * cdiv(columns, config["COLUMNS"])
+
+
+def _check(
+    op: str, x: Tensor, amax: Tensor, block: str, seed: int | Tensor | None, bits: Tensor | None
+) -> None:
+    if block not in BLOCKS:
+        raise ValueError(f"{op}: block={block!r}; expected one of {BLOCKS}.")
+    if amax.ndim >= x.ndim or amax.shape != x.shape[: amax.ndim] or amax.dtype != torch.float32:
+        raise ValueError(
+            f"{op}: amax is {amax.dtype} of shape {tuple(amax.shape)}; expected float32, one "
+            f"number or one for each tensor along leading dimensions of x {tuple(x.shape)}."
+        )
+    if block == "16x16" and x.ndim != amax.ndim + 2:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)} and amax {tuple(amax.shape)}; square tiles need "
+            "matrices, two dimensions after those of amax."
+        )
+    if seed is not None and bits is not None:
+        raise ValueError(f"{op}: seed and bits were both given; expected one of them.")
+    if isinstance(seed, int) and not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed={seed}; expected 0 to 2^63 - 1.")
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(
+            f"{op}: seed is {seed.dtype} of shape {tuple(seed.shape)}; expected one int64."
+        )
+    if bits is not None:
+        n = x.shape[-1]
+        fits = bits.shape[:-1] == x.shape[:-1] and bits.shape[-1] in (n, cdiv(n, BLOCK) * BLOCK)
+        if not fits:
+            raise ValueError(
+                f"{op}: bits have shape {tuple(bits.shape)}; expected one for each number of x "
+                f"{tuple(x.shape)}, or for its rows filled up to a multiple of {BLOCK}."
+            )

@@ -1,0 +1,284 @@
+"""Execute the chapters and make them fit to be committed: `make notebooks`.
+
+    make notebooks                  every chapter
+    make notebooks ARGS="01 03"     these two
+
+A chapter is committed executed, because most people read it without running it, and because the
+tests compare what a fresh run says with what is stored. What a run leaves behind is not yet what a
+reader needs, so each chapter passes through three steps:
+
+    execute  a fresh kernel in the chapter's folder, cell by cell. An error ends it, and the file
+             stays as it was.
+    clean    out go: the widgets' state (5 MB of plotly's own JavaScript), the link to a widget that
+             lives no longer (JupyterLab would show an error in its place), what was written to
+             stderr, times of execution, and every other trace that differs from run to run.
+    draw     each plotly figure also gets a PNG, for viewers that draw neither widgets nor plotly.
+             JupyterLab too shows it first, at one pixel of the picture a pixel of the page whatever
+             the metadata say, so it is drawn no wider than an output beside an open side bar. A
+             flat drawing needs few colours: a palette of 64 keeps it small.
+
+`clean` of a clean notebook changes nothing, and a file is replaced in one step. At the end the
+rules of `hygiene` are read over each chapter, and what they find is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import copy
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+from nemotron_lite.authoring import lint
+
+CHAPTERS = Path("notebooks")
+CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PICTURE_WIDTH, PICTURE_HEIGHT = 820, 380
+COLOURS = 64
+
+# What may stay. Everything else (execution times, scrolling, an editor's own notes) is volatile.
+KEPT_OF_CELL = {"tags", "editable", "deletable", "jupyter", "slideshow"}
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {
+    "name": "python", "file_extension": ".py", "mimetype": "text/x-python",
+    "pygments_lexer": "ipython3",
+}  # fmt: skip
+
+Draw = Callable[[dict[str, Any]], bytes]
+
+
+class PublishError(RuntimeError):
+    """A chapter that cannot be published. The message names the chapter, the cell and the error."""
+
+
+def chapters(names: Iterable[str] = (), folder: Path = CHAPTERS) -> list[Path]:
+    """The notebooks of `folder` that are chapters, all or those named.
+
+    Args:
+        names: "01", "01_selective_scan", or a path.
+        folder: where they lie.
+
+    Raises:
+        PublishError: a name that fits no chapter.
+    """
+    every = sorted(folder.glob("[0-9]*.ipynb"))
+    chosen = []
+    for name in names:
+        stem = Path(name).name.removesuffix(".ipynb")
+        found = [path for path in every if path.stem == stem or path.stem.startswith(f"{stem}_")]
+        if not found:
+            known = ", ".join(path.stem for path in every) or "none"
+            raise PublishError(f"no chapter {name!r} in {folder}; there are: {known}.")
+        chosen += found
+    return chosen or every
+
+
+def execute(
+    notebook: NotebookNode, folder: Path, *, seconds: float | int = CELL_SECONDS
+) -> NotebookNode:
+    """Run every cell in a fresh kernel; returns an executed copy.
+
+    Raises:
+        PublishError: a cell raised, ran longer than `seconds`, or killed the kernel.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    fresh = copy.deepcopy(notebook)
+    fresh.metadata["kernelspec"] = dict(KERNEL)
+    for cell in fresh.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        fresh, timeout=seconds, kernel_name="python3", allow_errors=False,
+        resources={"metadata": {"path": str(folder)}},
+    )  # fmt: skip
+    try:
+        client.execute()
+    except CellTimeoutError as error:
+        raise PublishError(f"a cell ran longer than {seconds:g} s: {error}") from error
+    except (CellExecutionError, DeadKernelError) as error:
+        raise PublishError(re.sub(r"\x1b\[[\d;]*m", "", str(error))) from error
+    if found := lint.errors(fresh):
+        raise PublishError(f"{found[0]} A chapter shows an error by catching and printing it.")
+    return fresh
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """A copy without anything that differs from run to run or that a reader cannot use."""
+    tidy = copy.deepcopy(notebook)
+    tidy.metadata = NotebookNode(
+        {k: v for k, v in sorted(tidy.metadata.items()) if k.startswith("nl")},
+        kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(LANGUAGE),
+    )  # fmt: skip
+    tidy.nbformat, tidy.nbformat_minor = 4, 5
+    ran = 0
+    for position, cell in enumerate(tidy.cells):
+        cell.id = cell.get("id") or f"cell-{position}"
+        cell.metadata = NotebookNode(
+            {k: v for k, v in cell.metadata.items() if k in KEPT_OF_CELL or k.startswith("nl")}
+        )
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = _merged([o for o in map(_clean_output, cell.outputs) if o is not None])
+        if cell.execution_count is not None:
+            ran += 1
+            cell.execution_count = ran
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = ran
+    return tidy
+
+
+def _clean_output(output: NotebookNode) -> NotebookNode | None:
+    if output.output_type == "stream":
+        return None if output.name == "stderr" else output
+    if output.output_type == "error":
+        return output
+    output.metadata = NotebookNode()
+    output.data.pop(WIDGET, None)
+    figure = output.data.get(PLOTLY)
+    if isinstance(figure, dict):
+        figure.get("config", {}).pop("plotlyServerURL", None)
+        for trace in figure.get("data", ()):
+            trace.pop("uid", None)
+    return output if output.data else None
+
+
+def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Pieces of stdout as one: where a kernel flushes differs from run to run."""
+    merged: list[NotebookNode] = []
+    for output in outputs:
+        if merged and output.output_type == "stream" == merged[-1].output_type:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def illustrate(notebook: NotebookNode, draw: Draw) -> int:
+    """Put a PNG beside every plotly figure, in place; returns how many."""
+    drawn = 0
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if PLOTLY in output.get("data", {}):
+                picture = draw(output.data[PLOTLY])
+                output.data["image/png"] = base64.b64encode(picture).decode() + "\n"
+                drawn += 1
+    return drawn
+
+
+class Drawer:
+    """plotly figures to PNG, by one browser for all of them (kaleido; needs a chromium)."""
+
+    def __enter__(self) -> Draw:
+        import kaleido
+
+        kaleido.start_sync_server(silence_warnings=True)
+        return self.draw
+
+    def __exit__(self, *error: object) -> None:
+        import kaleido
+
+        kaleido.stop_sync_server(silence_warnings=True)
+
+    @staticmethod
+    def draw(figure: dict[str, Any]) -> bytes:
+        """One figure's JSON as a PNG with a palette."""
+        import kaleido
+
+        layout = figure.get("layout", {})
+        size = dict(
+            width=layout.get("width", PICTURE_WIDTH), height=layout.get("height", PICTURE_HEIGHT)
+        )
+        content = {"data": figure.get("data", []), "layout": layout}
+        opts = dict(format="png", scale=1, **size)
+        return with_palette(kaleido.calc_fig_sync(content, opts=opts))
+
+
+def with_palette(png: bytes) -> bytes:
+    """The same picture in at most 64 colours, without dithering."""
+    from PIL import Image
+
+    flat = Image.open(io.BytesIO(png)).convert("RGB")
+    small = io.BytesIO()
+    flat.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
+    return min(small.getvalue(), png, key=len)
+
+
+def write(notebook: NotebookNode, path: Path) -> int:
+    """Write a valid notebook in one step, so that a killed run leaves the old one; its bytes."""
+    nbformat.validate(notebook)
+    content = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return len(content)
+
+
+def publish(path: Path, draw: Draw) -> str:
+    """Execute, clean and illustrate one chapter, and write it; a line about it.
+
+    Raises:
+        PublishError: it did not run to its end without an error; the file is as it was.
+    """
+    start = time.perf_counter()
+    try:
+        notebook = execute(nbformat.read(path, as_version=4), path.parent)
+    except PublishError as error:
+        raise PublishError(f"{path.name} was not written.\n{error}") from error
+    ran = time.perf_counter() - start
+    notebook = clean(notebook)
+    figures = illustrate(notebook, draw)
+    size = write(notebook, path)
+    slow = f" (over {lint.CHAPTER_SECONDS} s)" if ran > lint.CHAPTER_SECONDS else ""
+    return f"{path.name}: ran {ran:.1f} s{slow}, {figures} figures, {size / 1000:.0f} kB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 0 when every chapter was published and keeps the rules."""
+    parser = argparse.ArgumentParser(prog="make notebooks", description="Publish chapters.")
+    parser.add_argument("chapters", nargs="*", help="such as 01 03; all, if none is named")
+    parser.add_argument("--folder", type=Path, default=CHAPTERS, help="where the chapters lie")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    try:
+        paths = chapters(chosen.chapters, chosen.folder)
+    except PublishError as error:
+        print(error, file=sys.stderr)
+        return 2
+    with Drawer() as draw:
+        for path in paths:
+            try:
+                print(publish(path, draw), flush=True)
+            except PublishError as error:
+                print(error, file=sys.stderr)
+                failed += 1
+                continue
+            for fault in (faults := lint.check_file(path)):
+                print(f"  {fault}")
+            failed += bool(faults)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

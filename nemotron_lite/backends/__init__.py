@@ -1,0 +1,1 @@
+"""The fast forms of the operations, and the choice between them (`dispatch`)."""

@@ -1,0 +1,186 @@
+"""`nemotron-lite quantize`: a trained model in 4 and 8 bits a weight, and what that costs.
+
+    1. read the model, and a text in its own tokens
+    2. note how large inputs, keys and values get on some of the text
+    3. choose a format for each module: one for all, or the mix of least cost under a budget
+    4. pack, write the folder in ModelOpt's layout, whole or not at all
+    5. score both on text that neither training nor calibration has seen
+
+What is not quantized becomes BF16. Everything is measured in float32 arithmetic, whatever the files
+hold, so the two losses differ by the stored weights alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from nemotron_lite.cli import tables
+from nemotron_lite.cli.common import Seed, Text, app, err, out, plain_errors, title
+from nemotron_lite.cli.inputs import read_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from nemotron_lite.data import HeldOut
+    from nemotron_lite.model import Nemotron
+    from nemotron_lite.quantization import Calibration, QuantizableModule
+    from nemotron_lite.train import Evaluation
+
+BUDGET = 4.75  # bits a weight, as in the release of Super in NVFP4
+ROWS = 4  # passages per batch
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Option(help="checkpoint folder of the trained model")],
+    save_to: Annotated[Path, typer.Option("--out", help="folder of the quantized one")],
+    bits: Annotated[
+        float | None,
+        typer.Option(help=f"mix formats within these bits a weight; {BUDGET} without --format"),
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="one format for all: nvfp4, fp8, bf16")
+    ] = None,
+    choices: Annotated[
+        str, typer.Option(help="of a mix: any; or report, as in the report's table 7")
+    ] = "any",
+    prompts: Annotated[int, typer.Option(help="pieces of text to calibrate on")] = 32,
+    tokens: Annotated[int, typer.Option(help="in each piece")] = 256,
+    cache: Annotated[bool, typer.Option("--cache", help="store FP8 scales of the cache")] = False,
+    held_out_bytes: Annotated[
+        int, typer.Option("--held-out", help="bytes of text to score on; 0 leaves it out")
+    ] = 192 * 1024,
+    text: Text = None,
+    seed: Seed = 0,
+) -> None:
+    """Quantize a trained model: one format for all, or the best mix under a budget of bits."""
+    with plain_errors():
+        import torch
+
+        from nemotron_lite.checkpoint import save, storage_report, weight_bytes
+        from nemotron_lite.data import passages
+        from nemotron_lite.quantization import bits_per_weight, calibrate, pack
+        from nemotron_lite.train import evaluate
+
+        check(model, save_to, bits, form, choices)
+        title(1, "Read")
+        loaded = read_model(model, "float32")
+        documents, held_out = read_text(loaded, text, held_out_bytes)
+        batches = passages(documents, prompts, tokens, seed=seed).split(ROWS)
+        before = evaluate(loaded, held_out) if held_out else None
+        stored = weight_bytes(model)
+        out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
+
+        title(2, f"Calibrate on {prompts} pieces of {tokens} tokens")
+        found = calibrate(loaded, batches)
+
+        title(3, f"Choose: {form} for all" if form else f"Choose within {bits or BUDGET} bits")
+        parts, chosen = choose(loaded, batches, found, None if form else bits or BUDGET,
+                               form or "bf16", choices)  # fmt: skip
+        count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(chosen.values()).items()))
+        out.print(
+            f"{len(parts)} modules can be quantized: {count}; "
+            f"{bits_per_weight(parts, chosen):.4f} bits a weight"
+        )
+
+        title(4, "Write")
+        pack(loaded, chosen, found, cache=cache).to(torch.bfloat16)
+        save(loaded, save_to)
+        out.print(tables.stored_table(storage_report(save_to)))
+
+        if held_out and before is not None:
+            title(5, f"Score on {held_out.num_bytes:,} bytes it has never seen")
+            after = evaluate(loaded.float(), held_out)
+            lines: list[tuple[str, Evaluation, int]] = [
+                ("as it was", before, stored), ("quantized", after, weight_bytes(save_to)),
+            ]  # fmt: skip
+            out.print(tables.loss_table(lines))
+        out.print(
+            f"The model is in {escape(str(save_to))}. Keep it small in memory as well:\n"
+            f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} --packed "
+            '--prompt "class Tree:"',
+            soft_wrap=True,
+        )
+
+
+def check(model: Path, save_to: Path, bits: float | None, form: str | None, choices: str) -> None:
+    """Refuse before anything long begins.
+
+    Raises:
+        ValueError: two wishes at once, an unknown one, an output that would replace the model, or
+            a model that is quantized already.
+    """
+    from nemotron_lite.checkpoint import storage_report
+    from nemotron_lite.quantization.quantizable import CHOICES, FORMATS
+
+    if bits is not None and form is not None:
+        raise ValueError(f"--bits {bits} and --format {form}: a budget or one format, not both.")
+    if form is not None and form not in FORMATS:
+        raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}.")
+    if choices not in CHOICES:
+        raise ValueError(f"--choices {choices}: expected one of {', '.join(CHOICES)}.")
+    if save_to.resolve() == model.resolve():
+        raise ValueError(
+            f"--out {save_to} is the model itself, and quantizing cannot be undone: name another "
+            "folder."
+        )
+
+    forms = {held.format for held in storage_report(model)} & {"NVFP4", "FP8"}
+    if forms:
+        raise ValueError(
+            f"{model} is quantized already ({', '.join(sorted(forms))}): start from the original, "
+            "whose weights are not rounded yet."
+        )
+
+
+def read_text(
+    model: Nemotron, text: Path | None, held_out_bytes: int
+) -> tuple[list[np.ndarray], HeldOut | None]:
+    """Documents to calibrate on and others to score, in the model's own tokens.
+
+    Raises:
+        CorpusError: no text, or too little.
+        ValueError: a negative size.
+    """
+    from nemotron_lite.data import HeldOut, encode_documents, load_corpus
+
+    if held_out_bytes < 0:
+        raise ValueError(f"--held-out {held_out_bytes}: expected 0 or more bytes.")
+    config = model.config
+    start, end = config.bos_token_id, config.eos_token_ids[0]
+    with err.status("reading files"):
+        corpus = load_corpus(text, held_out_bytes=held_out_bytes)
+        sides = [
+            encode_documents(
+                model.tokenizer, [d.content.decode() for d in side], start=start, end=end
+            )
+            for side in (corpus.train, corpus.held_out)
+        ]
+    held_out = HeldOut(tuple(sides[1]), corpus.held_out_bytes) if held_out_bytes else None
+    return sides[0], held_out
+
+
+def choose(
+    model: Nemotron,
+    batches: Sequence[Tensor],
+    found: Calibration,
+    bits: float | None,
+    form: str,
+    choices: str,
+) -> tuple[list[QuantizableModule], dict[str, str]]:
+    """What can be quantized, and the format of each: `form` for all where there is no budget."""
+    from nemotron_lite.quantization import assign, quantizable_modules, sensitivity, uniform
+
+    if bits is None:
+        parts = quantizable_modules(model)
+        return parts, uniform(parts, form)
+    costs = sensitivity(model, batches, found, choices=choices)
+    return costs.units, assign(costs, bits)

@@ -1,0 +1,336 @@
+"""Chapter 00's figures: the layers in stanzas, and what each kind stores, reads, costs and keeps.
+
+`atlas` writes a pattern as stanzas, a line break after every attention layer, so that its rhythm
+can be read like a poem's: pairs of M and E, then an anchor. Beside it four bars ask of the same
+layers four different questions. They have four different answers, and that is the design:
+
+    stored       numbers in the model              nearly all in the experts
+    read         numbers that one token uses       a few experts, and everything that is no expert
+    arithmetic   FLOPs of the next token           grows with the context, in attention alone
+    remembered   bytes a conversation keeps        grows with the context, in attention alone
+
+`ledger_curves` follows the last two over the context, between a model in which every place that
+mixes tokens is attention and one in which none is. `resized` makes the models in between: Super's
+proportions at another width, with as many anchors as asked for.
+
+Every number comes from `nemotron_lite.ledger`. Left out: time. FLOPs and bytes bound it from below,
+and chapters measure it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import ipywidgets
+import plotly.graph_objects as go
+from plotly.basedatatypes import BaseFigure
+from plotly.subplots import make_subplots
+
+from nemotron_lite import ledger
+from nemotron_lite.config import LAYER_KINDS, PRESETS, NemotronConfig
+from nemotron_lite.course.chapters.ch00_the_blueprint.figure_numbers import (
+    LETTERS,
+    MIXING_PLACES,
+    QUESTIONS,
+    REST,
+    count,
+    growth,
+    resized,
+    shares,
+    size,
+    stanzas,
+    tokens,
+)
+from nemotron_lite.course.plotting import theme
+from nemotron_lite.course.plotting.figure import described, lines
+from nemotron_lite.course.plotting.widgets import Explorer, explore
+
+MODELS = {"Super": "super", "Nano": "nano", "Ultra": "ultra", "lite (yours)": "lite"}
+CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
+SMALLEST_LABEL = 0.09  # share of a bar that has room for a letter and a number
+LINES = {
+    "attention in every place": theme.SERIES[1],
+    "as set": theme.SERIES[0],
+    "no attention": theme.SERIES[2],
+}
+WIDTHS = (1024, 2048, 3072, 4096, 6144, 8192)
+
+
+def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> go.Figure:
+    """The layers in stanzas, and four bars of what each kind is responsible for.
+
+    Args:
+        config: the model.
+        context: tokens read so far, for arithmetic and memory.
+        kind: "all", or the letter of the kind to keep strong.
+
+    Raises:
+        ValueError: a kind that is no letter of a pattern.
+    """
+    if kind != "all" and kind not in LAYER_KINDS:
+        raise ValueError(f"kind={kind!r}: expected 'all' or one of {', '.join(LAYER_KINDS)}.")
+    fig = make_subplots(cols=2, column_widths=[0.45, 0.55], horizontal_spacing=0.2)
+    for letter in LETTERS:
+        look = theme.KINDS[letter]
+        fig.add_scatter(
+            mode="markers+text", name=f"{letter}  {look.name}", legendgroup=letter,
+            textfont=dict(family=theme.MONO, size=13), hoverinfo="text",
+            marker=dict(symbol="square", size=19, line=dict(color=look.strong, width=1.5)),
+            row=1, col=1,
+        )  # fmt: skip
+    for letter in (*LETTERS, REST):
+        fig.add_bar(
+            orientation="h", name="embedding and head" if letter == REST else letter,
+            legendgroup=letter, showlegend=False, textposition="inside", insidetextanchor="middle",
+            textangle=0, constraintext="none", textfont_size=13, hoverinfo="text",
+            marker_line=dict(color=theme.INK, width=1),
+            row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(visible=False, fixedrange=True, col=1)
+    fig.update_yaxes(
+        showgrid=False, showline=False, ticks="", zeroline=False, fixedrange=True, col=1
+    )
+    fig.update_xaxes(
+        title_text="share of the total", ticksuffix=" %", range=[0, 100], fixedrange=True, col=2
+    )
+    fig.update_yaxes(
+        tickvals=[0, 1, 2, 3], range=[3.5, -0.5], fixedrange=True, showgrid=False, ticks="", col=2
+    )
+    fig.update_layout(
+        title_text="Four questions, asked of the same layers", barmode="stack", bargap=0.28,
+        plot_bgcolor=theme.CARD, height=470,
+        legend=dict(orientation="h", x=0, y=-0.12, yanchor="top"),
+    )  # fmt: skip
+    fig.update_xaxes(showgrid=False)
+    _draw_atlas(fig, config, context, kind)
+    verses = ", ".join(stanzas(config.pattern))
+    return described(
+        fig,
+        f"Left, the {config.num_layers} layers in lines that end in an attention layer: {verses}. "
+        "Right, four stacked bars with the share of each kind of layer: of the numbers stored and "
+        "of those a token reads, of the arithmetic of the next token, and of the bytes remembered. "
+        "Experts fill most of the first bar and nothing of the last, which Mamba-2 and attention "
+        "share between them.",
+    )
+
+
+def _fill(letter: str, pale: bool) -> str:
+    if letter == REST:
+        return theme.PLOT
+    return theme.KINDS[letter].pale if pale else theme.KINDS[letter].strong
+
+
+def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str) -> None:
+    verses = stanzas(config.pattern)
+    layers = ledger.parameters(config).layers
+    asked = shares(config, context)
+    places = [(row, column) for row, line in enumerate(verses) for column in range(len(line))]
+    for trace, letter in zip(fig.data, LETTERS, strict=False):
+        mine = [i for i, own in enumerate(config.pattern) if own == letter]
+        fill = _fill(letter, pale=kind not in ("all", letter))
+        trace.x, trace.y = [places[i][1] for i in mine], [places[i][0] for i in mine]
+        trace.text = [letter] * len(mine)
+        kept = asked["remembered"][letter] / max(1, len(mine))
+        trace.hovertext = [
+            f"layer {i}: {theme.KINDS[letter].name}<br>stores {int(layers[i].total):,}<br>"
+            f"a token reads {int(layers[i].active):,}<br>remembers {size(kept)} after "
+            f"{tokens(context)} tokens"
+            for i in mine
+        ]
+        trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
+        trace.showlegend = bool(mine)
+    for trace, letter in zip(fig.data[len(LETTERS) :], (*LETTERS, REST),
+                             strict=True):  # fmt: skip
+        parts = [asked[q][letter] / sum(asked[q].values()) for q in QUESTIONS]
+        pale = kind not in ("all", letter)
+        fill, room = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
+        trace.x, trace.y = [100 * part for part in parts], [0, 1, 2, 3]
+        trace.text = [f"{letter} {part:.0%}" if part > room else "" for part in parts]
+        asking = zip(QUESTIONS, parts, strict=True)
+        trace.hovertext = [f"{question}: {trace.name} {part:.2%}" for question, part in asking]
+        trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
+    starts = [sum(map(len, verses[:row])) for row in range(len(verses))]
+    fig.layout.yaxis.tickvals = list(range(len(verses)))
+    fig.layout.yaxis.ticktext = [f"layer {start}" for start in starts]
+    fig.layout.yaxis.range = [max(len(verses), 9) - 0.4, -0.6]
+    fig.layout.xaxis.range = [-0.6, max(max(map(len, verses)), 11) - 0.4]
+    totals = {q: sum(asked[q].values()) for q in QUESTIONS}
+    fig.layout.yaxis2.ticktext = [
+        f"<b>stored</b><br>{count(totals['stored'])}",
+        f"<b>read</b> per token<br>{count(totals['read'])}",
+        f"<b>arithmetic</b><br>{count(totals['arithmetic'])} FLOPs",
+        f"<b>remembered</b><br>{size(totals['remembered'])}",
+    ]
+
+
+def atlas_widget() -> Explorer:
+    """`atlas` with a choice of model and kind, and the context on a slider."""
+
+    def update(fig: go.FigureWidget, model: str, kind: str, context: int) -> str:
+        config = PRESETS[MODELS[model]]
+        _draw_atlas(fig, config, context, kind)
+        asked = shares(config, context)
+        names = {"M": "Mamba-2", "*": "attention"}
+        kept = max(names, key=lambda letter: asked["remembered"][letter])
+        part = asked["remembered"][kept] / sum(asked["remembered"].values())
+        return (
+            f"{model} after {tokens(context)} tokens: of {count(sum(asked['stored'].values()))} "
+            f"numbers one token reads {count(sum(asked['read'].values()))}; it remembers "
+            f"{size(sum(asked['remembered'].values()))}, {part:.0%} of it in {names[kept]} layers."
+        )
+
+    wide = {"description_width": "90px"}
+    kinds = [("all", "all")] + [(f"{k}  {theme.KINDS[k].name}", k) for k in ("M", "E", "*")]
+    return explore(
+        atlas(PRESETS["super"]),
+        update,
+        model=ipywidgets.Dropdown(options=list(MODELS), description="model", style=wide),
+        kind=ipywidgets.Dropdown(options=kinds, description="kind", style=wide),
+        context=context_slider(8192),
+    )
+
+
+def context_slider(value: int) -> ipywidgets.SelectionSlider:
+    """Tokens of context in powers of two, 1K to 1M."""
+    return ipywidgets.SelectionSlider(
+        options=[(tokens(n), n) for n in CONTEXTS], value=value, description="context",
+        continuous_update=True, style={"description_width": "90px"},
+        layout=ipywidgets.Layout(width="min(100%, 460px)"),
+    )  # fmt: skip
+
+
+def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> go.Figure:
+    """Bytes remembered and FLOPs of the next token over the context, at one width.
+
+    Args:
+        width: d; everything else follows in Super's proportions.
+        anchors: attention layers among the places that mix tokens.
+        context: where the mark stands.
+    """
+    fig = make_subplots(cols=2, subplot_titles=("remembered", "FLOPs of the next token"),
+                        horizontal_spacing=0.16)  # fmt: skip
+    for col in (1, 2):
+        for name, look in LINES.items():
+            fig.add_scatter(
+                name=name, mode="lines", legendgroup=name, showlegend=col == 1,
+                line=dict(color=look.colour, dash=look.dash, width=2.5), row=1, col=col,
+            )  # fmt: skip
+        fig.add_scatter(name="here", mode="markers", showlegend=False, row=1, col=col)
+        fig.data[-1].marker = dict(color=theme.INK, symbol="circle", size=12)
+        fig.update_xaxes(
+            type="log", title_text="context in tokens", tickvals=CONTEXTS[::2],
+            ticktext=[tokens(n) for n in CONTEXTS[::2]], row=1, col=col,
+        )  # fmt: skip
+    memory = [2**i for i in (24, 27, 30, 33, 36)]
+    work = [1e9, 1e10, 1e11, 1e12]
+    fig.update_yaxes(type="log", tickvals=memory, ticktext=[size(n) for n in memory],
+                     range=[7.1, 11.4], row=1, col=1)  # fmt: skip
+    fig.update_yaxes(type="log", tickvals=work, ticktext=[count(n) for n in work],
+                     range=[8.9, 12.8], row=1, col=2)  # fmt: skip
+    fig.update_layout(height=450, title_text="What a longer context costs", margin_t=92,
+                      legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"))  # fmt: skip
+    _draw_curves(fig, width, anchors, context)
+    return described(
+        fig,
+        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes remembered "
+        "and FLOPs of the next token. Without attention both are flat. With attention in every "
+        "place both begin below that line, cross it, and rise in proportion to the context. The "
+        "model as set starts near the flat line, leaves it late and stays below the other.",
+    )
+
+
+def _draw_curves(fig: BaseFigure, width: int, anchors: int, context: int) -> None:
+    for i, n in enumerate((MIXING_PLACES, anchors, 0)):
+        memory, work = growth(width, n)
+        fig.data[i].x = fig.data[4 + i].x = CONTEXTS
+        fig.data[i].y = [memory[0] + memory[1] * t for t in CONTEXTS]
+        fig.data[4 + i].y = [work[0] + work[1] * t for t in CONTEXTS]
+    memory, work = growth(width, anchors)
+    for trace, (start, slope) in ((fig.data[3], memory), (fig.data[7], work)):
+        trace.x, trace.y = [context], [start + slope * context]
+
+
+def ledger_widget() -> Explorer:
+    """`ledger_curves` with context, width and anchors on sliders."""
+
+    def update(fig: go.FigureWidget, context: int, width: int, anchors: int) -> str:
+        _draw_curves(fig, width, anchors, context)
+        numbers = ledger.parameters(resized(width, anchors))
+        memory, work = growth(width, anchors)
+        return (
+            f"Width {width:,}, {anchors} attention layers: {count(numbers.backbone)} numbers "
+            f"stored, {count(numbers.active_without_embedding)} read by a token. After "
+            f"{tokens(context)} tokens it remembers {size(memory[0] + memory[1] * context)}, and "
+            f"the next token takes {count(work[0] + work[1] * context)} FLOPs."
+        )
+
+    wide = {"description_width": "90px"}
+    room = ipywidgets.Layout(width="min(100%, 460px)")
+    return explore(
+        ledger_curves(),
+        update,
+        context=context_slider(8192),
+        width=ipywidgets.SelectionSlider(
+            options=[(f"{n:,}", n) for n in WIDTHS], value=4096, description="width d",
+            style=wide, layout=room,
+        ),
+        anchors=ipywidgets.IntSlider(
+            value=8, min=0, max=MIXING_PLACES, description="attention", style=wide, layout=room
+        ),
+    )  # fmt: skip
+
+
+def memory_lines(
+    contexts: Sequence[int], series: Mapping[str, Sequence[ledger.Number]], *, title: str, alt: str
+) -> go.Figure:
+    """Bytes over the context, both axes logarithmic and marked in binary units.
+
+    Args:
+        contexts: tokens.
+        series: name → bytes, one for each context.
+        title: what the bytes are.
+        alt: the alternative text.
+    """
+    fig = lines(
+        contexts, series, title=title, alt=alt, x_title="context in tokens", y_title="",
+        log_x=True, log_y=True,
+    )  # fmt: skip
+    most, least = (pick(pick(values) for values in series.values()) for pick in (max, min))
+    step = 3 if most > 64 * least else 1  # a mark for each factor of eight, or of two
+    marks = [2**i for i in range(10, 50, step) if least / 4 <= 2**i <= most * 4]
+    fig.update_yaxes(tickvals=marks, ticktext=[size(n) for n in marks])
+    first, last = min(contexts), max(contexts)
+    step = 2 if last > 64 * first else 1
+    shown = [2**i for i in range(0, 40, step) if first <= 2**i <= last]
+    fig.update_xaxes(tickvals=shown, ticktext=[tokens(n) for n in shown])
+    fig.update_layout(legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"))
+    return fig
+
+
+def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.Figure:
+    """Bits per byte as horizontal bars, best on top; lower is better.
+
+    Args:
+        scores: name → bits per byte.
+        ours: names to fill strongly.
+    """
+    best = sorted(scores, key=lambda name: scores[name])
+    fills = [theme.KINDS["M"].strong if name in ours else theme.KINDS["M"].pale for name in best]
+    fig = go.Figure(
+        go.Bar(
+            orientation="h", y=best, x=[scores[name] for name in best],
+            text=[f"{scores[name]:.2f}" for name in best], textposition="outside",
+            cliponaxis=False, marker=dict(color=fills, line=dict(color=theme.INK, width=1)),
+            hovertemplate="%{y}: %{x:.3f} bits per byte<extra></extra>",
+        )
+    )  # fmt: skip
+    fig.update_xaxes(
+        title_text="bits per byte of held-out files (lower is better)", rangemode="tozero"
+    )
+    fig.update_yaxes(autorange="reversed", showgrid=False)
+    fig.update_layout(title_text="Who codes the held-out files in fewer bits?", bargap=0.35,
+                      height=130 + 44 * len(best), showlegend=False)  # fmt: skip
+    names = ", ".join(sorted(scores))
+    return described(
+        fig, f"Bars of bits per byte on held-out files, the shortest on top, for: {names}."
+    )

@@ -1,0 +1,1 @@
+"""Chapter 01: its exercises, checks, quiz and figures."""

@@ -1,0 +1,340 @@
+"""The figures of chapter 01: a state that forgets, two rules for a step, scans in parallel.
+
+    follow, trace, explorer   what one number of the state does while tokens come in; with sliders
+    two_rules                 what a step of size dt makes of A and of B
+    rounds, wiring, costs     what a parallel scan combines in which round, and how often
+    learning                  accuracy while training
+    chosen_steps              the step sizes that a trained layer gives to the tokens of a row
+    half_lives                how many tokens the heads of a layer remember
+
+Functions take arrays and return figures. What they draw of a scan is computed by
+`ops.selective_scan`, so that a picture cannot say something else than the code.
+
+What is left out: states of more than one number in `trace`. A head holds p x n of them and they all
+fade alike, since A is one number per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import ipywidgets
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from numpy.typing import ArrayLike
+from plotly.subplots import make_subplots
+
+from nemotron_lite import ops
+from nemotron_lite.course.plotting import theme
+from nemotron_lite.course.plotting.figure import described, lines
+from nemotron_lite.course.plotting.widgets import Explorer, explore, slider
+
+KINDS = ("one by one", "doubling", "tree")
+TOKENS = 48  # in the explorer
+
+
+class Trace(NamedTuple):
+    """One number of a state over time, arrays of length t."""
+
+    fade: np.ndarray  # what is kept of the state at each token
+    state: np.ndarray
+    first: np.ndarray  # the part of the state that the first token with an input wrote
+
+
+def follow(x: ArrayLike, dt: ArrayLike, A: float) -> Trace:
+    """Run the scan with p = n = 1 and B = C = 1 over inputs `x` and step sizes `dt`, `t` each.
+
+    Raises:
+        ValueError: no input differs from zero, so there is nothing to follow.
+    """
+    inputs = torch.tensor(np.asarray(x, dtype=float))
+    steps = torch.tensor(np.asarray(dt, dtype=float))
+    written = inputs.nonzero()
+    if not len(written):
+        raise ValueError("every x is zero: there is no token to follow.")
+    alone = torch.zeros_like(inputs)
+    alone[written[0]] = inputs[written[0]]
+    both = torch.stack([inputs, alone], dim=1)[None, :, :, None]  # b t h p, two heads
+    ones = torch.ones(1, len(inputs), 1, 1, dtype=torch.float64)
+    rates = torch.full((2,), float(A), dtype=torch.float64)
+    y, _ = ops.selective_scan(both, steps[None, :, None].expand(1, -1, 2), rates, ones, ones)
+    return Trace(torch.exp(steps * A).numpy(), y[0, :, 0, 0].numpy(), y[0, :, 1, 0].numpy())
+
+
+def trace(x: ArrayLike, dt: ArrayLike, A: float, *, title: str, alt: str) -> go.Figure:
+    """Three plots over time: what comes in, how much of the state is kept, and the state.
+
+    Args:
+        x: inputs, `t`.
+        dt: step sizes, `t`.
+        A: decay rate, negative.
+        title: over the three plots.
+        alt: the alternative text (see `described`).
+    """
+    t = np.arange(len(np.asarray(x)))
+    found = follow(x, dt, A)
+    fig = make_subplots(
+        rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.25, 0.25, 0.5]
+    )
+    fig.add_bar(x=t, y=np.asarray(x), name="input x", marker_color=theme.PALETTE["sky"])
+    blue, red, green = theme.SERIES[:3]
+    for row, name, values, look, width in (
+        (2, "kept: exp(dt A)", found.fade, green, 2),
+        (3, "state S", found.state, blue, 2.5),
+        (3, "of that, the first input", found.first, red, 2.5),
+    ):
+        line = dict(color=look.colour, dash=look.dash, width=width, shape="hv")
+        fig.add_scatter(x=t, y=values, name=name, mode="lines", line=line, row=row, col=1)
+    for row, name in ((1, "x"), (2, "kept"), (3, "S")):
+        fig.update_yaxes(title_text=name, row=row, col=1)
+    fig.update_yaxes(range=[0, 1.05], row=2, col=1)
+    fig.update_xaxes(title_text="token", row=3, col=1)
+    fig.update_layout(
+        title_text=title, height=480, bargap=0.4, margin_t=92, title_y=0.96,
+        legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom"),
+    )  # fmt: skip
+    return described(fig, alt)
+
+
+def explorer() -> tuple[Explorer, go.Figure]:
+    """Drag dt, A and the input, and watch the state forget; and the figure that stands for it."""
+    x, dt = _inputs(20, 0.0), np.full(TOKENS, 0.25)
+    still = trace(
+        x, dt, -0.4, title="One number of the state",
+        alt="Three plots over 48 tokens. Two inputs come in, at token 4 and token 20. The share of "
+        "the state that is kept is the same at every token. The state jumps at each input and "
+        "falls off exponentially after it; what the first input wrote is almost gone at the end.",
+    )  # fmt: skip
+    waits = ipywidgets.Checkbox(value=False, description="selective: dt = 0 where x is silent")
+    waits.style.description_width = "initial"
+
+    def update(
+        fig: go.FigureWidget, dt: float, A: float, place: int, noise: float, waits: bool
+    ) -> str:
+        x = _inputs(place, noise)
+        loud = np.isin(np.arange(TOKENS), (4, place))
+        steps = np.where(loud | (not waits), dt, 0.0)
+        found = follow(x, steps, A)
+        values = (x, found.fade, found.state, found.first)
+        for drawn, new in zip(fig.data, values, strict=True):
+            drawn.y = new
+        left = found.first[-1] / found.first[4]
+        half = np.log(0.5) / (dt * A)
+        return (
+            f"A token with dt = {dt:.3g} keeps {np.exp(dt * A):.3f} of the state; {half:.3g} such "
+            f"tokens halve it. At the end {left:.1%} of what the first input wrote is left."
+        )
+
+    view = explore(
+        still, update,
+        dt=slider("step dt", 0.01, 4.0, value=0.25, log=True),
+        A=slider("rate A", -4.0, -0.05, value=-0.4, step=0.05),
+        place=slider("second input at token", 5, TOKENS - 4, value=20),
+        noise=slider("noise between them", 0.0, 0.5, value=0.0, step=0.05),
+        waits=waits,
+    )  # fmt: skip
+    return view, still
+
+
+def _inputs(place: int, noise: float) -> np.ndarray:
+    """Two inputs of 1, at token 4 and at `place`, and noise after the first."""
+    x = noise * np.abs(np.sin(np.arange(TOKENS) * 2.4))
+    x[:5] = 0.0
+    x[[4, place]] = 1.0
+    return x
+
+
+def two_rules(exponents: ArrayLike) -> go.Figure:
+    """Fade and gain of a step against -dt A: the exact ones, and Euler's.
+
+    Args:
+        exponents: values of -dt A, `n`, above zero.
+    """
+    z = np.asarray(exponents, dtype=float)
+    fig = make_subplots(rows=1, cols=2, subplot_titles=("fade", "gain / dt"))
+    blue, red, green = theme.SERIES[:3]
+    for column, name, values, look in (
+        (1, "exact: exp(dt A)", np.exp(-z), blue),
+        (1, "Euler: 1 + dt A", 1 - z, red),
+        (2, "exact: zero-order hold", -np.expm1(-z) / z, blue),
+        (2, "Mamba: gain = dt", np.ones_like(z), green),
+    ):
+        line = dict(color=look.colour, dash=look.dash, width=2.5)
+        fig.add_scatter(x=z, y=values, name=name, mode="lines", line=line, row=1, col=column)
+    fig.add_hrect(y0=-1.2, y1=0, fillcolor=theme.PALETTE["orange"], opacity=0.18, row=1, col=1)
+    fig.update_yaxes(range=[-1.2, 1.1], row=1, col=1)
+    fig.update_yaxes(range=[0, 1.1], row=1, col=2)
+    fig.update_xaxes(title_text="-dt A", type="log", tickvals=[0.01, 0.1, 1])
+    fig.update_layout(
+        title_text="One step by different rules", height=400, margin_t=96,
+        legend=dict(orientation="h", y=-0.28, x=0),
+    )  # fmt: skip
+    return described(
+        fig,
+        "Two plots against minus dt A, from a hundredth to four. Left, the fade: the exact one "
+        "falls from one towards zero; Euler's follows it at first, then crosses zero at one and "
+        "goes negative, into a shaded region. Right, the gain divided by dt: Mamba's is one "
+        "everywhere, the zero-order hold's falls away from one as steps grow.",
+    )
+
+
+def rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
+    """The combinations of a scan over t entries: per round, pairs (earlier, later).
+
+    After a round, each `later` holds itself combined with `earlier`. In the end entry i has seen
+    entries 0 to i. "doubling" is Hillis and Steele's (1986); "tree" is Blelloch's two sweeps (1990)
+    in the form of Brent and Kung, where every entry ends inclusive.
+
+    Raises:
+        ValueError: an unknown kind, or a t that is not a power of two.
+    """
+    if t < 1 or t & (t - 1):
+        raise ValueError(f"t is {t}; expected a power of two.")
+    if kind == "one by one":
+        return [[(i - 1, i)] for i in range(1, t)]
+    steps = [1 << k for k in range(t.bit_length() - 1)]
+    if kind == "doubling":
+        return [[(i - step, i) for i in range(step, t)] for step in steps]
+    if kind != "tree":
+        raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+    up = [[(i - step, i) for i in range(2 * step - 1, t, 2 * step)] for step in steps]
+    down = [[(i - step, i) for i in range(3 * step - 1, t, 2 * step)] for step in steps[-2::-1]]
+    return [pairs for pairs in up + down if pairs]
+
+
+def wiring(t: int = 8) -> go.Figure:
+    """Who is combined with whom: the three scans over t entries, side by side, time downwards."""
+    fig = make_subplots(rows=1, cols=len(KINDS), shared_yaxes=True, horizontal_spacing=0.05)
+    counts = []
+    deepest = 0
+    for column, kind in enumerate(KINDS, 1):
+        plan = rounds(kind, t)
+        deepest = max(deepest, len(plan))
+        counts.append(f"{kind}: {len(plan)} rounds, {sum(map(len, plan))} combinations")
+        for at, pairs in enumerate(plan):
+            for earlier, later in pairs:
+                fig.add_scatter(
+                    x=[earlier, later], y=[at, at + 1], mode="lines", hoverinfo="skip",
+                    line=dict(color=theme.SERIES[1].colour, width=2, dash="solid"),
+                    row=1, col=column,
+                )  # fmt: skip
+        lanes = [(i, at) for at in range(len(plan) + 1) for i in range(t)]
+        busy = {(later, at + 1) for at, pairs in enumerate(plan) for _, later in pairs}
+        fills = [theme.SERIES[0].colour if lane in busy else theme.PLOT for lane in lanes]
+        fig.add_scatter(
+            x=[i for i, _ in lanes], y=[at for _, at in lanes], mode="markers",
+            marker=dict(size=12, color=fills, symbol="circle", line=dict(color=theme.INK, width=1)),
+            hoverinfo="skip", row=1, col=column,
+        )  # fmt: skip
+        fig.update_xaxes(
+            title_text=f"{kind}<br>{sum(map(len, plan))} combinations", row=1, col=column
+        )
+    fig.update_xaxes(showgrid=False, tickvals=list(range(t)), range=[-0.6, t - 0.4])
+    fig.update_yaxes(range=[deepest + 0.4, -0.4], showgrid=False, dtick=1)
+    fig.update_yaxes(title_text="round", row=1, col=1)
+    fig.update_layout(title_text=f"Three ways to scan {t} entries", height=430, showlegend=False)
+    return described(
+        fig,
+        f"Three diagrams of {t} lanes, rounds from top to bottom; a filled dot is an entry that "
+        f"was combined with an earlier one. {'; '.join(counts)}. One by one the dots form a single "
+        "staircase; doubling fills almost whole rows; the tree fills few dots per row, on a sweep "
+        "up and a sweep down.",
+    )
+
+
+def costs(lengths: Sequence[int]) -> go.Figure:
+    """Rounds and combinations of the three scans against the length.
+
+    Args:
+        lengths: powers of two.
+    """
+    fig = make_subplots(
+        rows=1, cols=2, subplot_titles=("rounds (time, at best)", "combinations (work)")
+    )
+    for look, kind in zip(theme.SERIES, KINDS, strict=False):
+        plans = [rounds(kind, t) for t in lengths]
+        for column, values in (
+            (1, [len(p) for p in plans]),
+            (2, [sum(map(len, p)) for p in plans]),
+        ):
+            fig.add_scatter(
+                x=list(lengths), y=values, name=kind, legendgroup=kind, showlegend=column == 1,
+                line=dict(color=look.colour, dash=look.dash, width=2),
+                marker=dict(color=look.colour, symbol=look.marker, size=8), row=1, col=column,
+            )  # fmt: skip
+    fig.update_xaxes(title_text="tokens", type="log", tickvals=list(lengths)[::3])
+    fig.update_yaxes(type="log", dtick=1)
+    fig.update_layout(
+        title_text="What a parallel scan costs", height=400, margin_t=96,
+        legend=dict(orientation="h", y=-0.25, x=0),
+    )  # fmt: skip
+    return described(
+        fig,
+        "Two plots with logarithmic axes against the number of tokens. Left, rounds: one by one "
+        "they grow in proportion to the length; doubling and the tree stay nearly flat, the tree "
+        "with about twice as many. Right, combinations: one by one and the tree grow in "
+        "proportion, the tree twice as high; doubling grows faster than both.",
+    )
+
+
+def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
+    """Rows without a mistake while training, one line a model.
+
+    Args:
+        steps: updates at which it was measured, `n`.
+        rows: name → rows of 100, `n`; the model that learns most first.
+    """
+    first, *others = rows
+    fig = lines(
+        steps, rows, title="Selective copy: rows repeated without a mistake", x_title="updates",
+        y_title="rows of 100", markers=False,
+        alt=f"Faultless rows of 100 against training updates. All lines start at zero. The line of "
+        f"{first} rises to nearly all rows. Below it, in this order: {'; '.join(others)}.",
+    )  # fmt: skip
+    fig.update_yaxes(range=[-2, 103])
+    fig.update_layout(legend=dict(orientation="h", y=-0.25, x=0))
+    return fig
+
+
+def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure:
+    """The step size of each head at each token of a row, as a picture.
+
+    Args:
+        text: the tokens, separated by blanks.
+        dt: `h t`.
+        title: over the plot.
+        alt: the alternative text (see `described`).
+    """
+    tokens = text.split()
+    z = np.asarray(dt, dtype=float)
+    if z.ndim != 2 or z.shape[1] != len(tokens):
+        raise ValueError(f"dt has shape {z.shape}; expected heads x {len(tokens)} tokens.")
+    bar = dict(title="dt", outlinewidth=0)
+    fig = go.Figure(go.Heatmap(z=z, colorscale=theme.SEQUENTIAL, zmin=0, colorbar=bar))
+    fig.update_xaxes(
+        tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=0, showgrid=False
+    )
+    fig.update_xaxes(title_text="token")
+    fig.update_yaxes(title_text="head", showgrid=False, dtick=1)
+    fig.update_layout(title_text=title, height=320)
+    return described(fig, alt)
+
+
+def half_lives(tokens: Mapping[str, ArrayLike], *, title: str, alt: str) -> go.Figure:
+    """After how many tokens the heads of some layers have forgotten half, longest first.
+
+    Args:
+        tokens: name of a layer → half-lives of its heads, in tokens.
+        title: over the plot.
+        alt: the alternative text (see `described`).
+    """
+    fig = go.Figure()
+    for name, values in tokens.items():
+        ordered = np.sort(np.asarray(values, dtype=float))[::-1]
+        fig.add_scatter(y=ordered, x=np.arange(len(ordered)), name=name, mode="lines+markers")
+    fig.update_xaxes(title_text="head, longest memory first")
+    fig.update_yaxes(title_text="tokens until half is forgotten", type="log", dtick=1)
+    fig.update_layout(title_text=title, height=380, showlegend=len(tokens) > 1)
+    return described(fig, alt)

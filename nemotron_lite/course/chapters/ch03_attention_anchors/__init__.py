@@ -1,0 +1,1 @@
+"""Chapter 03: its exercises, checks, quiz and figures."""

@@ -1,0 +1,344 @@
+"""`check` and `hint`: an exercise that grades the function it is handed, and says what to do next.
+
+An exercise is data: a task, a stub, a reference solution, three hints that grow stronger, and
+checks. `exercises/chapter_NN.py` holds a chapter's `EXERCISES`; the notebook cell, the coursework
+and the tests of the graders are all made from it.
+
+    Exercise(
+        id="01.discretise", title="Discretise", objective="O1: …", minutes=10, difficulty=2,
+        importance=5, points=4, task="…markdown…", hints=("…", "…", "…"),
+        stub="def discretise(A, dt): …; raise NotImplementedError",
+        solution="def discretise(A, dt): return torch.exp(dt * A)",
+        checks=(Check("one step by hand", by_hand, hint=1, points=2),
+                Check("gradients", gradients_agree, hint=3, points=2)),
+    )
+
+A check is a function that takes the learner's function and raises AssertionError when the answer
+is wrong (`comparing` has the helpers: close, gradients, raises, keeps_inputs, strided). It runs
+under a seed of its own, so its inputs are the same each time and the notebook's random numbers are
+left alone. It never looks the function up by name: what is passed in is what is graded.
+
+Stub and solution see the names of `PRELUDE` and whatever their own first lines import.
+
+Left out: protection from a learner who wants to cheat. The checks stand in the open.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import linecache
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from nemotron_lite.course import _learners, _output
+from nemotron_lite.course.chapters import chapter_folders
+from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
+
+__all__ = [
+    "PRELUDE",
+    "Check",
+    "CheckResult",
+    "Exercise",
+    "ExerciseError",
+    "check",
+    "close",
+    "exercise",
+    "exercises",
+    "grade",
+    "gradients",
+    "hint",
+    "keeps_inputs",
+    "raises",
+    "strided",
+]
+
+PRELUDE = (
+    "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
+)
+_HINTS_READ: dict[str, int] = {}
+
+
+class ExerciseError(ValueError):
+    """An exercise that does not exist, or whose definition does not hold together."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is tested: `run(function)` raises AssertionError when it does not hold.
+
+    `hint` is the number of the hint that helps when this check fails.
+    """
+
+    name: str
+    run: Callable[[Callable[..., Any]], None]
+    hint: int = 1
+    points: int = 1
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A task with its stub, its reference solution, three hints and its checks."""
+
+    id: str
+    title: str
+    objective: str
+    minutes: int
+    difficulty: int
+    importance: int
+    points: int
+    task: str
+    stub: str
+    solution: str
+    hints: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    def __post_init__(self) -> None:
+        for wrong, expected in (
+            (not re.fullmatch(r"\d\d\.[a-z0-9_]+", self.id), "an id such as '01.discretise'"),
+            (not re.match(r"O\d: \S", self.objective), "an objective like 'O1: read it.'"),
+            (not 1 <= self.difficulty <= 5, "a difficulty from 1 to 5"),
+            (not 1 <= self.importance <= 5, "an importance from 1 to 5"),
+            (len(self.hints) != 3, "three hints"),
+            (not self.checks, "at least one check"),
+            (any(not 1 <= c.hint <= 3 for c in self.checks), "hint numbers from 1 to 3"),
+            (sum(c.points for c in self.checks) != self.points,
+             f"checks whose points add up to {self.points}"),
+            (len({c.name for c in self.checks}) != len(self.checks), "a name for each check"),
+        ):  # fmt: skip
+            if wrong:
+                raise ExerciseError(f"Exercise {self.id!r} needs {expected}.")
+        if _defined(self.stub) != _defined(self.solution):
+            raise ExerciseError(
+                f"Exercise {self.id!r}: the stub defines {_defined(self.stub)!r}, the solution "
+                f"{_defined(self.solution)!r}."
+            )
+
+    @property
+    def function_name(self) -> str:
+        """The last function or class that the stub defines; it is what `check` is given."""
+        return _defined(self.stub)
+
+    @property
+    def text(self) -> str:
+        """The task as a chapter words it, in the last lines of the markdown cell above the stub."""
+        return (
+            f"### Exercise · {self.title}\n\n"
+            f"*{self.objective} About {self.minutes} minutes, difficulty {self.difficulty} of 5, "
+            f"importance {self.importance} of 5.*\n\n{self.task.strip()}\n\n"
+            f'Stuck? `hint("{self.id}")` gives one step at a time, three in all.'
+        )
+
+    @property
+    def cell(self) -> str:
+        """The code cell of the notebook: the stub, and the call that grades it."""
+        return f'{self.stub.rstrip()}\n\n\ncheck("{self.id}", {self.function_name})'
+
+    def build(self, source: str | None = None) -> Any:
+        """Run a source (the solution unless another is given) and return what it defines."""
+        text = self.solution if source is None else source
+        imports = [
+            node for node in ast.parse(self.stub).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]  # fmt: skip
+        space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
+        exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
+        name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
+        # Tracebacks and inspect.getsource find the text here.
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        exec(compile(text, name, "exec"), space)
+        return space[self.function_name]
+
+    @cached_property
+    def _untouched(self) -> set[tuple[Any, ...]]:
+        return _learners.bodies(self.build(self.stub))
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How it went. `hint` is the number of the hint to read next, None when all checks pass."""
+
+    passed: bool
+    points: int
+    max_points: int
+    message: str
+    exercise_id: str = ""
+    hint: int | None = None
+    failed: tuple[str, ...] = ()
+    shown_at: int | None = field(default=None, repr=False, compare=False)
+
+    def _ipython_display_(self) -> None:
+        """`check` has spoken already, so a cell that ends in it adds nothing."""
+        if _output.moment() != self.shown_at:
+            _output.emit(self.message)
+
+
+def check(exercise_id: str, function: Any) -> CheckResult:
+    """Grade the function that is passed in, and say how it went.
+
+    Args:
+        exercise_id: such as "01.discretise".
+        function: the learner's own object, not its name.
+
+    Returns:
+        The result; a wrong answer is a result, not an error.
+
+    Raises:
+        ExerciseError: there is no such exercise.
+        TypeError: `function` cannot be called.
+    """
+    result = grade(exercise(exercise_id), function)
+    _output.emit(result.message, _drawn(result))
+    return result
+
+
+def hint(exercise_id: str, n: int | None = None) -> None:
+    """Show the next hint of an exercise, or the n-th of the three.
+
+    Raises:
+        ExerciseError: there is no such exercise.
+        ValueError: n is not 1, 2 or 3.
+    """
+    found = exercise(exercise_id)
+    if n is None:
+        n = min(_HINTS_READ.get(exercise_id, 0) + 1, 3)
+    if n not in (1, 2, 3):
+        raise ValueError(f"n is {n!r}; an exercise has the hints 1, 2 and 3.")
+    _HINTS_READ[exercise_id] = n
+    text = found.hints[n - 1].strip()
+    last = " (the last one)" if n == 3 else ""
+    title = f"Hint {n} of 3{last} · {exercise_id}"
+    _output.emit(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})
+
+
+def forget() -> None:
+    """Start the ladders of hints again; `setup` does it."""
+    _HINTS_READ.clear()
+
+
+def exercises(chapter: str) -> tuple[Exercise, ...]:
+    """The exercises of a chapter, such as "01".
+
+    Raises:
+        ExerciseError: the chapter has none.
+    """
+    folders = chapter_folders()
+    if chapter not in folders:
+        raise ExerciseError(f"There is no chapter {chapter!r}; choose one of {list(folders)}.")
+    name = f"nemotron_lite.course.chapters.{folders[chapter].name}.exercises"
+    found: tuple[Exercise, ...] = import_module(name).EXERCISES
+    return found
+
+
+def exercise(exercise_id: str) -> Exercise:
+    """One exercise by its id.
+
+    Raises:
+        ExerciseError: there is none; the message lists those of its chapter.
+    """
+    known = {e.id: e for e in exercises(exercise_id.partition(".")[0])}
+    if exercise_id not in known:
+        raise ExerciseError(f"There is no exercise {exercise_id!r}; there are {list(known)}.")
+    return known[exercise_id]
+
+
+def grade(found: Exercise, function: Any) -> CheckResult:
+    """Run the checks of an exercise on a function, without showing anything."""
+    if not callable(function):
+        raise TypeError(
+            f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
+        )
+    codes = _learners.bodies(function)
+    if codes and (codes == found._untouched or all(_learners.does_nothing(code) for code in codes)):
+        return _not_done(found)
+    wrong: dict[str, str] = {}
+    for test in found.checks:
+        try:
+            with _own_random_numbers(f"{found.id}/{test.name}"):
+                test.run(function)
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and _learners.raised_in(function, error):
+                return _not_done(found)
+            if isinstance(error, AssertionError) and not _learners.raised_in(function, error):
+                wrong[test.name] = _learners.sentence(str(error)) or "the answer is not right."
+            else:
+                wrong[test.name] = _learners.what_it_raised(function, error)
+    return _summary(found, wrong)
+
+
+def _not_done(found: Exercise) -> CheckResult:
+    message = (
+        f"{found.id}: not done yet. Fill in {found.function_name} and run the cell again; "
+        f'hint("{found.id}") helps.'
+    )
+    return CheckResult(False, 0, found.points, message, found.id, 1, shown_at=_output.moment())
+
+
+def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
+    points = sum(test.points for test in found.checks if test.name not in wrong)
+    passing = _count(len(found.checks) - len(wrong), len(found.checks), "check")
+    score = f"{passing}, {_count(points, found.points, 'point')}."
+    if not wrong:
+        message = f"{found.id}: right. {score}"
+        return CheckResult(True, points, found.points, message, found.id, shown_at=_output.moment())
+    lines = [f"{found.id}: not right yet. {score}"]
+    lines += [f"  {'✗' if test.name in wrong else '✓'} {test.name}" for test in found.checks]
+    first = next(test for test in found.checks if test.name in wrong)
+    lines.append(f"{first.name}: {wrong[first.name]}")
+    lines.append(f'Read hint("{found.id}", {first.hint}) next.')
+    return CheckResult(
+        False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong),
+        _output.moment(),
+    )  # fmt: skip
+
+
+def _drawn(result: CheckResult) -> str:
+    """The message as a card: its first line in bold, code as code.
+
+    A line is a `div`: nbgrader's feedback pages print `<br>` as text.
+    """
+    edge = _output.RIGHT if result.passed else _output.WRONG if result.failed else _output.ACCENT
+    head, *rest = html.escape(result.message, quote=False).splitlines()
+    lines = [f"<b>{head}</b>", *(line.replace("  ", "&emsp;", 1) for line in rest)]
+    text = "".join(f"<div>{line}</div>" for line in lines)
+    text = re.sub(r'hint\("[^)]*\)', r"<code>\g<0></code>", text)
+    text = re.sub(r"(?<=Your line: )(.*?)(?=</div>)", r"<code>\1</code>", text)
+    return _output.card(text, edge=edge)
+
+
+def _count(number: int, of: int, what: str) -> str:
+    return f"{number} of {of} {what}{'' if of == 1 else 's'}"
+
+
+def _defined(source: str) -> str:
+    """The last function or class that a source defines."""
+    names = [
+        node.name for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]  # fmt: skip
+    if not names:
+        raise ExerciseError(f"No function or class in {source[:60]!r}.")
+    return names[-1]
+
+
+@contextmanager
+def _own_random_numbers(name: str) -> Iterator[None]:
+    """Seed by name inside, and give back outside what was there; gradients are on."""
+    seed = zlib.crc32(name.encode())
+    was = random.getstate()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(was)

@@ -1,0 +1,142 @@
+"""Sliders over a live figure: drag, and see it move.
+
+    view = explore(figure, update, dt=slider("step dt", 0.001, 1.0, value=0.1, log=True))
+    show(view, figure)
+
+`update(fig, dt=…)` changes the traces of the live figure. All its changes leave as one message
+(`batch_update`), so the picture never shows half of them. What it returns, if a string, is shown
+under the figure: the same answer in words, for a reader who cannot see the lines. An update has
+200 ms, beyond which a slider feels broken; whatever costs more is computed before. An error inside
+an update would vanish into a log that nobody reads, so it is shown in the same place.
+
+At rest, when no kernel runs, `show` leaves the figure's picture and its text instead.
+"""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+import plotly.graph_objects as go
+
+from nemotron_lite.course.plotting.figure import alt_of, described
+
+BUDGET = 0.2  # seconds between the hand and the picture
+
+Update = Callable[..., Any]
+
+
+def live(figure: go.Figure) -> go.FigureWidget:
+    """The same figure, able to change while it is shown. The text goes with it.
+
+    Raises:
+        ValueError: the figure has no alternative text.
+    """
+    alt = alt_of(figure)
+    if alt is None:
+        raise ValueError("this figure has no alt text; end its function with described(fig, …).")
+    return described(go.FigureWidget(figure), alt)
+
+
+def slider(
+    label: str,
+    low: float | int,
+    high: float | int,
+    *,
+    value: float | int | None = None,
+    step: float | int | None = None,
+    log: bool = False,
+) -> ipywidgets.Widget:
+    """A slider that answers while it is dragged.
+
+    Whole numbers for `low`, `high` and `step` give whole numbers. With `log` the way between low
+    and high is walked in equal ratios, in a hundred steps.
+
+    Args:
+        label: the quantity and its unit.
+        low: the smallest value; above 0 with `log`.
+        high: the largest value.
+        value: where it starts (low, if not given).
+        step: the smallest move; not with `log`.
+        log: equal ratios instead of equal differences.
+
+    Raises:
+        ValueError: the range is empty, the start lies outside, or `log` meets a `low` of 0.
+    """
+    start = low if value is None else value
+    if not low < high or not low <= start <= high:
+        raise ValueError(f"slider {label!r}: expected low <= value <= high and low < high, got "
+                         f"low={low}, value={start}, high={high}.")  # fmt: skip
+    if log and (low <= 0 or step is not None):
+        raise ValueError(f"slider {label!r}: log needs low above 0 and takes no step; got "
+                         f"low={low}, step={step}.")  # fmt: skip
+    common = dict(
+        description=label, continuous_update=True, style={"description_width": "initial"},
+        layout=ipywidgets.Layout(width="min(100%, 460px)"),
+    )  # fmt: skip
+    if log:
+        from math import log10
+
+        ends = log10(low), log10(high)
+        return ipywidgets.FloatLogSlider(
+            value=start, base=10, min=ends[0], max=ends[1], step=(ends[1] - ends[0]) / 100,
+            readout_format=".3g", **common,
+        )  # fmt: skip
+    if all(isinstance(n, int) for n in (low, high, start, step or 1)):
+        return ipywidgets.IntSlider(value=start, min=low, max=high, step=step or 1, **common)
+    move = step or (high - low) / 100
+    return ipywidgets.FloatSlider(
+        value=start, min=low, max=high, step=move, readout_format=".3g", **common
+    )
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls, a live figure, and a line of words under it.
+
+    `figure` is the live figure, `controls` the widgets by name, `seconds` how long the last update
+    took in the kernel, `words` the line below.
+    """
+
+    def __init__(self, figure: go.Figure, update: Update, **controls: ipywidgets.Widget) -> None:
+        self.figure = live(figure)
+        self.controls = controls
+        self.words = ipywidgets.HTML()
+        self.seconds = 0.0
+        self._update = update
+        super().__init__([ipywidgets.VBox(list(controls.values())), self.figure, self.words])
+        for control in controls.values():
+            control.observe(self._changed, names="value")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Update the figure from where the controls stand now; errors of the update are raised."""
+        start = time.perf_counter()
+        values = {name: control.value for name, control in self.controls.items()}
+        with self.figure.batch_update():
+            said = self._update(self.figure, **values)
+        if isinstance(said, str):
+            self.words.value = f'<div aria-live="polite">{html.escape(said)}</div>'
+        self.seconds = time.perf_counter() - start
+
+    def _changed(self, change: dict[str, Any]) -> None:
+        try:
+            self.refresh()
+        except Exception as error:  # shown to the learner: in a callback nobody else would see it
+            text = html.escape(f"{type(error).__name__}: {error}")
+            self.words.value = f'<div role="alert"><b>The update failed.</b> {text}</div>'
+
+
+def explore(figure: go.Figure, update: Update, **controls: ipywidgets.Widget) -> Explorer:
+    """Put `controls` over a live copy of `figure`, and call `update` when one of them moves.
+
+    Args:
+        figure: a described figure; it is not changed.
+        update: called as `update(fig, name=value, …)` with the live figure and the value of each
+            control. It changes traces in place; a string it returns is shown below. At once it is
+            called with the starting values, where an error is raised as usual.
+        controls: widgets with a `value`, by the name under which `update` takes it.
+    """
+    return Explorer(figure, update, **controls)

@@ -1,0 +1,34 @@
+"""nbgrader's settings for this coursework, in one place.
+
+`exercises/nbgrader_config.py` reads them when somebody runs `nbgrader` in that folder, and the
+worker of `make grade` reads them too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def apply(c: Any) -> None:
+    """Set everything that does not depend on where the course lies.
+
+    Args:
+        c: a traitlets `Config`.
+    """
+    c.CourseDirectory.course_id = "nemotron-lite"
+
+    # The release is the stub of the chapter again, letter for letter.
+    c.ClearSolutions.code_stub = {"python": "raise NotImplementedError"}
+    c.ClearSolutions.begin_solution_delimeter = "### BEGIN SOLUTION"
+    c.ClearSolutions.end_solution_delimeter = "### END SOLUTION"
+
+    # An endless loop is interrupted; the cells after it still run and are graded.
+    c.Execute.timeout = 60
+    c.Execute.interrupt_on_timeout = True
+
+    # A deleted test cell comes back. (`make grade` also repairs cells that lost their metadata.)
+    c.OverwriteCells.add_missing_cells = True
+
+    # Feedback shows what a learner's code displayed. Without this, a script in it would run in the
+    # browser of whoever opens the page.
+    c.HTMLExporter.sanitize_html = True

@@ -1,0 +1,193 @@
+"""Products with weights that stay packed in NVFP4: a linear layer, and routed experts.
+
+    y = x W^T             W = e2m1(code) * (c * s_dec),  half a byte and a sixteenth a number
+    o = sum_i p_i W2_i relu(W1_i z)^2           over the k experts of each token
+
+x is float (weights of 4 bits, activations of 16: what hardware without FP4 units does well, since
+decoding tokens is bound by reading W), or packed as well, which is what Blackwell's tensor cores
+multiply. Neither has a bias, as no layer of the family has one.
+
+    "naive"    decode everything in float32, then multiply in float32
+    "torch"    decode stripe by stripe (decoding.py), and of the experts only those chosen
+    "triton"   decode in registers, right before the product, so that the matrix never exists in
+               memory; for hundreds of rows, once
+
+The three differ in one rounding. A code times its block's scale has six significant bits, so the
+kernel multiplies 16-bit numbers that are exact, and applies s_dec to the float32 sum. "torch" does
+as "naive" for a few rows of x; for many it rounds code * (c * s_dec) to the dtype of x first: with
+16 bits each weight moves by up to 2^-9.
+
+Packed weights have no gradient. Those of x, z and the router's weights flow; the kernels compute
+them by decoding in the backward pass.
+
+Source: reference sheet 4.1 and 10.3. Left out: experts whose inputs are packed too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.backends.dispatch import choose, kernel
+from nemotron_lite.ops import experts
+from nemotron_lite.quantization.nvfp4.decoding import Stored, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4.tensor import QuantizedTensor
+
+_MATMUL = kernel("nvfp4_gemm", "nvfp4_matmul")
+_EXPERTS = kernel("nvfp4_experts", "nvfp4_expert_mlp")
+
+
+def matmul(
+    x: Float[Tensor, "*rows k"] | QuantizedTensor,
+    w: QuantizedTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Float[Tensor, "*rows n"]:
+    """x W^T with a packed W, summed in float32 or better.
+
+    Args:
+        x: float numbers, or packed ones.
+        w: `n k`, one scale for the tensor.
+        dtype: of the result. By default that of x, float32 if x is packed.
+        impl: "naive", "torch" or "triton".
+
+    Raises:
+        ValueError: shapes that do not fit, a stack of matrices for one, an unknown `impl`.
+        RuntimeError: "triton" for tensors on the CPU outside its interpreter.
+    """
+    if len(w.shape) != 2 or w.scale.ndim or x.shape[-1:] != w.shape[-1:]:
+        raise ValueError(
+            f"matmul: x has shape {list(x.shape)} and w {list(w.shape)} with {w.scale.numel()} "
+            "scale(s); expected x [.., k] and one matrix [n, k] with one scale."
+        )
+    if isinstance(x, Tensor):
+        example, default = x, x.dtype
+    elif x.scale.ndim:
+        raise ValueError(
+            f"matmul: the packed x of shape {list(x.shape)} has {x.scale.numel()} scales, one for "
+            "each tensor of a batch; expected one. Quantize it with batch_dims=0."
+        )
+    else:
+        example, default = x.scale, torch.float32
+    # The choice looks at a device and a dtype; those of codes would be no float's.
+    run = choose("matmul", impl, example, naive=_naive, torch=_torch, triton=_triton)
+    return run(x, w, dtype or default)
+
+
+def _naive(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(x, QuantizedTensor):
+        x = x.dequantize(torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) @ w.dequantize(wide).mT).to(dtype)
+
+
+def _torch(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(x, QuantizedTensor):
+        x = x.dequantize(torch.float32)
+    return multiply(x.to(torch.promote_types(x.dtype, dtype)), _stored(w)).to(dtype)
+
+
+def _triton(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        return _Product.apply(x, w, dtype)
+    return _MATMUL(x, w, dtype)
+
+
+class _Product(torch.autograd.Function):
+    """The kernel forward; dx = dy W with a decoded W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        ctx.w, ctx.dtype = w, x.dtype
+        return _MATMUL(x, w, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad @ ctx.w.dequantize(grad.dtype)).to(ctx.dtype), None, None
+
+
+def expert_mlp(
+    z: Float[Tensor, "t l"],
+    up: QuantizedTensor,
+    down: QuantizedTensor,
+    weights: Float[Tensor, "t k"],
+    indices: Int[Tensor, "t k"],
+    *,
+    impl: str = "auto",
+) -> Float[Tensor, "t l"]:
+    """The weighted sum of each token's chosen experts, whose matrices are packed.
+
+    Args:
+        z: what the experts read.
+        up, down: the experts' matrices W1 `e f l` and W2 `e l f`, a scale for each of them.
+        weights, indices: from `route`.
+        impl: "naive" (token by token), "torch" (expert by expert) or "triton".
+
+    Raises:
+        ValueError: matrices that do not fit z or each other, an unknown `impl`.
+        RuntimeError: "triton" for tensors on the CPU outside its interpreter.
+    """
+    hidden, width = up.shape[-2], z.shape[-1]
+    stacks = len(up.shape) == 3 and up.scale.ndim == down.scale.ndim == 1
+    if not stacks or up.shape[2] != width or down.shape != (up.shape[0], width, hidden):
+        raise ValueError(
+            f"expert_mlp: up is {list(up.shape)} and down {list(down.shape)} with "
+            f"{up.scale.numel()} and {down.scale.numel()} scales; for z {list(z.shape)} expected "
+            "[e, f, l] and [e, l, f] with a scale for each expert (quantize with batch_dims=1)."
+        )
+    run = choose(
+        "expert_mlp", impl, z, naive=_naive_experts, torch=_torch_experts, triton=_triton_experts
+    )
+    return run(z, up, down, weights, indices)
+
+
+def _naive_experts(
+    z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
+) -> Tensor:
+    wide = torch.promote_types(z.dtype, torch.float32)
+    matrices = up.dequantize(wide), down.dequantize(wide)
+    return experts.expert_mlp(z.to(wide), *matrices, weights, indices, impl="naive").to(z.dtype)
+
+
+def _torch_experts(
+    z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
+) -> Tensor:
+    return multiply_experts(z, _stored(up), _stored(down), weights, indices)
+
+
+def _stored(w: QuantizedTensor) -> Stored:
+    return Stored(w.codes, w.scale, w.shape[-1], w.scales)
+
+
+def _triton_experts(
+    z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
+) -> Tensor:
+    if torch.is_grad_enabled() and (z.requires_grad or weights.requires_grad):
+        return _Experts.apply(z, up, down, weights, indices)
+    return _EXPERTS(z, up, down, weights, indices)
+
+
+class _Experts(torch.autograd.Function):
+    """The kernels forward; backward through "torch", computed again expert by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, z, up, down, weights, indices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(z, weights, indices)
+        ctx.matrices = up, down
+        return _EXPERTS(z, up, down, weights, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (z, weights, indices), (up, down) = ctx.saved_tensors, ctx.matrices
+        with torch.enable_grad():
+            leaves = z.detach().requires_grad_(), weights.detach().requires_grad_()
+            out = _torch_experts(leaves[0], up, down, leaves[1], indices)
+        grad_z, grad_weights = torch.autograd.grad(out, leaves, grad)
+        return grad_z, None, None, grad_weights, None

@@ -1,0 +1,97 @@
+"""A small chapter that keeps every rule, for the tests to break one rule at a time.
+
+It is written, not executed: the tests of the rules need the stored form only. `runnable` makes a
+notebook that can be executed, for the tests of publishing and of the notebook test itself.
+"""
+
+from __future__ import annotations
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from nemotron_lite.authoring.lint_cells import PLOTLY, SECTIONS
+from nemotron_lite.course.exercises import Check, Exercise
+
+ALT = "One line that rises from left to right, steeply at first and then ever more slowly."
+EXERCISES = tuple(
+    Exercise(
+        id=f"01.{name}", title=name.title(), objective=f"O{number}: {name} a number.", minutes=5,
+        difficulty=1, importance=2, points=1, task=f"Return x, {name}d.",
+        stub=f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n',
+        solution=f"def {name}(x):\n    return x\n", hints=("one", "two", "three"),
+        checks=(Check("a number", lambda function: None),),
+    )
+    for number, name in enumerate(("discretise", "memorise"), 1)
+)  # fmt: skip
+OBJECTIVES = "- **O1** Discretise.\n- **O2** Memorise.\n- **O3** Say why."
+HEADER = (
+    "| | |\n|---|---|\n| **Time** | 5 minutes to read, 10 for the exercises |\n"
+    "| **Machine** | any |\n| **You know** | numbers |"
+)
+ASKED = ("O1", "O2", "O3", "O2")
+FIGURE = {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {"meta": {"alt": ALT}}}
+
+
+def figure_output() -> NotebookNode:
+    """What `show` leaves of a figure, once published."""
+    data = {PLOTLY: FIGURE, "text/plain": ALT, "image/png": "iVBORw0KGgo=\n"}
+    return new_output("display_data", data=data)
+
+
+def chapter() -> NotebookNode:
+    """Every section of the template, two exercises, a prediction that is measured, a figure."""
+    cells = []
+    for section in SECTIONS:
+        tags = dict(tags=[f"nl:{section}"])
+        if section == "setup":
+            cells.append(new_code_cell('session = setup("01")', metadata=tags))
+            continue
+        title = "# 01 Sample" if section == "header" else f"## The section {section}"
+        said = OBJECTIVES if section in ("objectives", "recap") else "Some words."
+        said = HEADER if section == "header" else said
+        cells.append(new_markdown_cell(f"{title}\n\n{said}", metadata=tags))
+        if section == "predict":
+            cells.append(new_code_cell('predict("ratio", "How much faster?")'))
+        elif section == "widget":
+            cells.append(new_code_cell("show(curve())", outputs=[figure_output()]))
+        elif section == "measure":
+            cells.append(new_code_cell('measured("ratio", run(), low=1)'))
+        elif section in ("intuition", "rung2"):
+            cells += exercise(EXERCISES[section == "rung2"])
+    numbered(cells)
+    metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    notebook = new_notebook(cells=cells, metadata=metadata)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def exercise(defined: Exercise) -> list[NotebookNode]:
+    """The two cells of an exercise: what leads up to it and its task, and its untouched stub."""
+    task = dict(tags=["nl:exercise"], nl_exercise=defined.id)
+    words = f"Now it is your turn.\n\n{defined.text}"
+    return [new_markdown_cell(words, metadata=task), new_code_cell(defined.cell)]
+
+
+def numbered(cells: list[NotebookNode]) -> None:
+    """Execution counts 1 to n."""
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        cell.execution_count = count
+
+
+def tagged(notebook: NotebookNode, section: str) -> NotebookNode:
+    """The first cell of a section."""
+    return next(c for c in notebook.cells if f"nl:{section}" in c.metadata.get("tags", ()))
+
+
+def code(notebook: NotebookNode, part: str) -> NotebookNode:
+    """The first code cell whose source holds `part`."""
+    return next(c for c in notebook.cells if c.cell_type == "code" and part in c.source)
+
+
+def runnable(*sources: str) -> NotebookNode:
+    """Cells that have not been run."""
+    cells = [new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
+    kernel = dict(name="python3", display_name="Python 3", language="python")
+    return new_notebook(cells=cells, metadata=dict(kernelspec=kernel))

@@ -1,0 +1,364 @@
+"""Each rule finds the chapter that breaks it, and says nothing about one that keeps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+
+from nemotron_lite.authoring import lint, lint_cells, lint_text
+from tests.authoring.samples import (
+    ALT,
+    ASKED,
+    EXERCISES,
+    FIGURE,
+    chapter,
+    code,
+    figure_output,
+    tagged,
+)
+
+RECORD = "benchmarks/records/ssd_operator.json"
+PUBLIC = {"generate": "nemotron_lite.generation.decoding", "ssd": "nemotron_lite.ops"}
+FACTS = {
+    "super.parameters_total": lint_text.spellings(120_668_707_840, "parameters"),
+    "super.layers": lint_text.spellings(88, "layers"),
+    "super.latent_width": lint_text.spellings(1024, "channels"),
+}
+AROUND = lint.Surroundings(public=PUBLIC, facts=FACTS, exercises=EXERCISES, asked=ASKED)
+PLOTLY, WIDGET = lint_cells.PLOTLY, lint_cells.WIDGET
+
+
+def faults(notebook: NotebookNode) -> list[str]:
+    return lint.faults(notebook, "01", AROUND)
+
+
+def say(notebook: NotebookNode, text: str) -> None:
+    tagged(notebook, "intuition").source += f"\n\n{text}"
+
+
+def write(notebook: NotebookNode, source: str) -> None:
+    code(notebook, "predict(").source += f"\n{source}"
+
+
+def output(notebook: NotebookNode, **data: object) -> None:
+    bundle = {kind.replace("_", "/", 1): value for kind, value in data.items()}
+    code(notebook, "show(").outputs = [new_output("display_data", data=bundle)]
+
+
+def figure(notebook: NotebookNode) -> NotebookNode:
+    return code(notebook, "show(").outputs[0].data
+
+
+def change(notebook: NotebookNode, section: str, old: str, new: str) -> None:
+    cell = tagged(notebook, section)
+    assert old in cell.source
+    cell.source = cell.source.replace(old, new)
+
+
+def moved(notebook: NotebookNode, section: str, before: str) -> None:
+    cell = tagged(notebook, section)
+    notebook.cells.remove(cell)
+    notebook.cells.insert(notebook.cells.index(tagged(notebook, before)), cell)
+
+
+def untagged(notebook: NotebookNode, section: str) -> None:
+    tagged(notebook, section).metadata.tags = []
+
+
+def append(notebook: NotebookNode, *cells: NotebookNode) -> None:
+    last = max(c.execution_count or 0 for c in notebook.cells if c.cell_type == "code")
+    for cell in cells:
+        if cell.cell_type == "code":
+            cell.execution_count = last = last + 1
+    notebook.cells += cells
+
+
+def stderr(notebook: NotebookNode) -> None:
+    code(notebook, "run()").outputs = [new_output("stream", name="stderr", text="warning")]
+
+
+def raised(notebook: NotebookNode) -> None:
+    code(notebook, "run()").outputs = [
+        new_output("error", ename="ValueError", evalue="no such thing", traceback=[])
+    ]
+
+
+def set_tag(notebook: NotebookNode, section: str, tag: str) -> None:
+    tagged(notebook, section).metadata.tags.append(tag)
+
+
+BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
+    # executed
+    "not run": (lambda n: code(n, "run()").update(execution_count=None), "never run"),
+    "out of order": (lambda n: code(n, "run()").update(execution_count=9), "count 9, expected 6"),
+    "empty cell": (lambda n: append(n, new_code_cell("")), r"cell \d+ is empty"),
+    "traceback": (raised, "ended in ValueError: no such thing"),
+    # figures
+    "no alt": (lambda n: figure(n).update({PLOTLY: {"layout": {}}}), "figure without alt text"),
+    "short alt": (
+        lambda n: figure(n).update({PLOTLY: {"layout": {"meta": {"alt": "a plot"}}}}),
+        "figure without alt text",
+    ),
+    "alt not shown": (
+        lambda n: figure(n).update({"text/plain": "Figure({...})"}),
+        "is not its alt",
+    ),
+    "no picture": (lambda n: figure(n).pop("image/png"), "without its PNG"),
+    "bare image": (
+        lambda n: output(
+            n, image_png="iVBORw0KGgo=", text_plain="<Figure size 640x480 with 1 Axes>"
+        ),
+        "image described as '<Figure",
+    ),
+    "img": (lambda n: output(n, text_html='<img src="a.png" alt="">'), "without alt"),
+    "svg": (lambda n: output(n, text_html="<svg><path/></svg>"), "<svg> without a title"),
+    "markdown image": (lambda n: say(n, "![plot](plot.png)"), "plot.png described as 'plot'"),
+    # sections
+    "missing": (lambda n: untagged(n, "trouble"), "nl:trouble is missing"),
+    "misordered": (lambda n: moved(n, "math", before="widget"), "nl:math"),
+    "twice": (lambda n: set_tag(n, "more", "nl:recap"), "nl:recap is there 2 times"),
+    "unknown": (lambda n: set_tag(n, "more", "nl:bonus"), "unknown tag nl:bonus"),
+    "wrong kind": (lambda n: code(n, "run()").metadata.update(tags=["nl:measure"]), "a code cell"),
+    "no title": (lambda n: tagged(n, "header").update(source="Sample"), "opens with `# title`"),
+    "other chapter": (
+        lambda n: tagged(n, "setup").update(source='setup("02")'),
+        r'call setup\("01"',
+    ),
+    "one exercise": (lambda n: untagged(n, "exercise"), "1 exercises; expected at least 2"),
+    "early exercise": (
+        lambda n: moved(n, "exercise", before="predict"),
+        "exercise .* before nl:intuition",
+    ),
+    # leftovers
+    "widget state": (lambda n: n.metadata.update(widgets={"x": 1}), "metadata.widgets"),
+    "widget link": (lambda n: figure(n).update({WIDGET: {"model_id": "0"}}), "links to a widget"),
+    "stderr": (stderr, "has stderr"),
+    "times": (lambda n: code(n, "run()").metadata.update(execution={"t": 1}), "metadata.execution"),
+    "kernel": (lambda n: n.metadata.kernelspec.update(name="my-env"), "not named python3"),
+    # sizes
+    "long cell": (lambda n: write(n, "x = 1\n" * 15), "has 16 lines of code; at most 15"),
+    "many cells": (
+        lambda n: append(n, *[new_markdown_cell("a") for _ in range(40)]),
+        "cells; at most 64",
+    ),
+    "large": (lambda n: output(n, text_plain="x" * 600_000), "at most 500 kB .cell 11: 600 kB"),
+    # comparing
+    "ignored": (
+        lambda n: append(n, *[new_code_cell(f"# NBVAL_IGNORE_OUTPUT\n{i}") for i in range(3)]),
+        "are not compared; at most 2",
+    ),
+    "skipped": (lambda n: write(n, "# NBVAL_SKIP"), "NBVAL_SKIP'.; a chapter's cells all run"),
+    "expects an error": (lambda n: set_tag(n, "setup", "raises-exception"), "raises-exception"),
+    # elsewhere
+    "place": (
+        lambda n: output(n, text_plain="saved in /ho" + "me/me/runs"),
+        "names the place /ho" + "me/me",
+    ),
+    "script": (
+        lambda n: output(n, text_html='<script src="https://cdn.x.y/plotly.js"></script>'),
+        "fetches .* from outside",
+    ),
+    "remote image": (lambda n: say(n, f"![{ALT}](https://x.y/z.png)"), "fetches .* from outside"),
+    # one truth
+    "function": (lambda n: write(n, "def ssd(x):\n    return x"), "redefines ssd; import it from"),
+    "class": (lambda n: write(n, "class generate: ..."), "redefines generate"),
+    "lambda": (lambda n: write(n, "ssd = lambda x: x"), "redefines ssd"),
+    "inside": (lambda n: write(n, "if 1:\n    def ssd(): ..."), "redefines ssd"),
+    # figures by hand
+    "fact": (
+        lambda n: say(n, "It has 120,668,707,840 of them."),
+        "the fact super.parameters_total",
+    ),
+    "plain fact": (lambda n: say(n, "It has 120668707840."), "the fact super.parameters_total"),
+    "fact and unit": (lambda n: say(n, "All 88 layers."), "the fact super.layers"),
+    "power of two": (lambda n: say(n, "1024 channels."), "the fact super.latent_width"),
+    "times faster": (lambda n: say(n, "It is 3.2 times faster."), "says '3.2 times faster'"),
+    "times as fast": (lambda n: say(n, "It is 3 times as fast."), "says '3 times as fast'"),
+    "x": (lambda n: say(n, "About 3x faster."), "says '3x faster'"),
+    "cross": (lambda n: say(n, "Roughly 3.2×."), "says '3.2×'"),
+    "speed": (lambda n: say(n, "We saw 1,200 tok/s here."), "says '1,200 tok/s'"),
+    "memory": (lambda n: say(n, "It needs 4 GB."), "says '4 GB'"),
+    "share": (lambda n: say(n, "That saves 38 % of it."), "says '38 %'"),
+    "elsewhere": (
+        lambda n: say(n, f"It is 3 times faster.\n\n[record](../{RECORD})"),
+        "says '3 times faster'",
+    ),
+    "no record": (
+        lambda n: say(n, "3 times faster, [record](../benchmarks/records/none.json)."),
+        "none.json, which is not there",
+    ),
+    "thin reason": (
+        lambda n: [
+            say(n, "It needs 4 GB."),
+            tagged(n, "intuition").metadata.update(nl_figures="x"),
+        ],
+        "says '4 GB'",
+    ),
+    # predictions
+    "late": (
+        lambda n: [
+            code(n, "predict(").update(source="1"),
+            append(n, new_code_cell('predict("ratio", "?")')),
+        ],
+        "measures 'ratio' before it was predicted",
+    ),
+    "other key": (
+        lambda n: code(n, "run()").update(source='measured("size", 1)'),
+        "asks to predict 'ratio', which is never measured",
+    ),
+    "key in a name": (lambda n: write(n, "predict(key, '?')"), "key of predict.* not written out"),
+    "nothing": (
+        lambda n: [code(n, s).update(source="1") for s in ("predict(", "run()")],
+        "nothing is predicted",
+    ),
+    # exercises
+    "solved": (
+        lambda n: code(n, "discretise").update(
+            source='def discretise(x):\n    return x\n\n\ncheck("01.discretise", discretise)'
+        ),
+        "not the untouched stub of 01.discretise",
+    ),
+    "not checked": (
+        lambda n: code(n, "discretise").update(source=EXERCISES[0].stub),
+        "untouched stub",
+    ),
+    "unknown exercise": (
+        lambda n: tagged(n, "exercise").metadata.update(nl_exercise="01.other"),
+        "nl_exercise '01.other'",
+    ),
+    "exercise without a cell": (lambda n: untagged(n, "exercise"), "01.discretise has no cell"),
+    "other minutes": (
+        lambda n: change(n, "exercise", "About 5 minutes", "About 50 minutes"),
+        "does not end in the text of 01.discretise",
+    ),
+    "other task": (
+        lambda n: change(n, "exercise", "Return x, discretised.", "Return x."),
+        "does not end in the text of 01.discretise",
+    ),
+    # header
+    "no row": (lambda n: change(n, "header", "**You know**", "Before"), r"no row \*\*You know"),
+    "no times": (lambda n: change(n, "header", "5 minutes", "some time"), "does not say … minutes"),
+    "too little time": (
+        lambda n: change(n, "header", "10 for", "7 for"),
+        "gives 7 minutes to exercises that take 10",
+    ),
+    # objectives
+    "no objectives": (
+        lambda n: change(n, "objectives", "- **O", "- O"),
+        r"nl:objectives lists \[\]",
+    ),
+    "objectives out of order": (
+        lambda n: change(n, "objectives", "**O3**", "**O4**"),
+        r"nl:objectives lists \['O1', 'O2', 'O4'\]",
+    ),
+    "recap forgets one": (
+        lambda n: change(n, "recap", "- **O2**", "- Also,"),
+        r"nl:recap comes back to \['O1', 'O3'\]",
+    ),
+    "nobody is asked for one": (
+        lambda n: [
+            change(n, section, "- **O3** Say why.", "- **O3** Say why.\n- **O4** Say how.")
+            for section in ("objectives", "recap")
+        ],
+        r"the quiz asks for \['O1', 'O2', 'O3'\]",
+    ),
+    "an exercise serves none": (
+        lambda n: change(n, "objectives", "- **O2** Memorise.\n- **O3** Say why.", ""),
+        "exercise 01.memorise serves O2, which is no objective",
+    ),
+}
+
+GOOD: dict[str, Callable[[NotebookNode], object]] = {
+    "as it is": lambda n: None,
+    "a record in the paragraph": lambda n: say(n, f"3 times as fast ([record](../{RECORD}))."),
+    "a reason": lambda n: [
+        say(n, "Half of them: 50 %."),
+        tagged(n, "intuition").metadata.update(nl_figures="the share is chosen in the next cell"),
+    ],
+    "numbers in code and formulas": lambda n: say(
+        n, "`x = 50 %`, $3\\times 4$ GB$^{-1}$ of $88 layers$.\n\n```python\ny = 120668707840\n```"
+    ),
+    "everyday numbers": lambda n: say(n, "Rows of 1024 tokens, 3 heads, 2 layers, 16 states."),
+    "a number that only holds a fact": lambda n: say(
+        n, "88 layersets, 1,88 layers, 120668707840.5"
+    ),
+    "values under a public name": lambda n: write(n, "ssd = run(1)\nfrom nemotron_lite import ops"),
+    "magics": lambda n: write(n, "%matplotlib inline\n!ls"),
+    "two ignored cells": lambda n: append(
+        n, *[new_code_cell(f"# NBVAL_IGNORE_OUTPUT\n{i}") for i in range(2)]
+    ),
+    "predict again": lambda n: append(
+        n,
+        new_markdown_cell("## More", metadata=dict(tags=["nl:predict"])),
+        new_code_cell('predict("size", "How large?")\ncourse.measured("size", 3)'),
+    ),
+    "an image with words": lambda n: output(n, image_png="iVBORw0KGgo=", text_plain=ALT),
+    "alt over two lines": lambda n: figure(n).update({"text/plain": ALT.replace(" and", "\nand")}),
+    "an svg with a title": lambda n: output(n, text_html="<svg><title>A map</title></svg>"),
+    "links": lambda n: say(n, "[paper](https://arxiv.org/abs/2405.21060), [code](../Makefile)"),
+}
+
+
+def test_the_sample_keeps_every_rule() -> None:
+    assert faults(chapter()) == []
+    assert figure_output().data[PLOTLY] == FIGURE
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_chapter_is_found(name: str) -> None:
+    spoil, message = BAD[name]
+    notebook = chapter()
+    spoil(notebook)
+    found = "\n".join(faults(notebook))
+    assert re.search(message, found), found or "nothing was found"
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_chapter_is_left_alone(name: str) -> None:
+    notebook = chapter()
+    GOOD[name](notebook)
+    assert faults(notebook) == []
+
+
+def test_spellings_are_only_those_that_mean_one_thing() -> None:
+    ways = lint_text.spellings
+    assert ways(120_668_707_840, "parameters")[:2] == (
+        "120,668,707,840",
+        "120,668,707,840 parameters",
+    )
+    assert ways(88, "layers") == ("88 layers",)
+    assert ways(1024, "channels") == ("1,024 channels", "1024 channels")
+    assert ways(8, "layers") == ("8 layers",)
+    assert ways(4.0, "") == ways(True, "") == ways("NVFP4", "bits") == ways(7, "times") == ()
+    assert ways(12.75, "%") == ("12.75",)
+
+
+def test_what_a_chapter_is_compared_with_is_read_from_the_package() -> None:
+    public = lint.public_names()
+    assert public["ssd"] == "nemotron_lite.ops"
+    assert public["generate"] == "nemotron_lite"
+    assert public["NemotronConfig"] == "nemotron_lite"
+    assert public["described"] == "nemotron_lite.course.plotting"
+    assert public["selective_scan"] == "nemotron_lite.ops"
+    assert not any(name.startswith("_") for name in public)
+    assert "main" not in public
+    facts = lint.fact_spellings()
+    assert any(key.startswith("super.") for key in facts)
+    assert all(facts.values())
+
+
+def test_check_file_reads_a_chapter_from_disk(tmp_path: Path) -> None:
+    import nbformat
+
+    path = tmp_path / "01_sample.ipynb"
+    notebook = chapter()
+    notebook.cells = notebook.cells[:3]
+    nbformat.write(notebook, path)
+    found = lint.check_file(path)
+    assert "nl:math is missing." in found
+    assert any("exercise 01." in fault and "has no cell" in fault for fault in found)

@@ -1,0 +1,152 @@
+"""`nemotron-lite quantize`, what `info` says of its folder, and writing with packed weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import nemotron_lite
+from nemotron_lite import cli, data
+from nemotron_lite.checkpoint import CheckpointError, storage_report, weight_bytes
+from nemotron_lite.cli import app
+from nemotron_lite.quantization.packed_layers import Packed
+from tests.checkpoint.tiny import randomise
+from tests.cli.test_cli import TINY
+
+EXPERTS = "backbone.layers.1.mixer.experts"
+
+
+def call(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for console in (cli.out, cli.err):
+        monkeypatch.setattr(console, "_width", 150)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
+        (folder / source.name).write_bytes(source.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path) -> Path:
+    """A model with a tokenizer of its own, no parameter at rest."""
+    prepared = data.prepare(
+        vocab_size=300, root=text, held_out_bytes=2_000, cache=text.parent / "cache"
+    )
+    model = nemotron_lite.Nemotron(TINY, seed=0)
+    randomise(model.state_dict().items(), 3)
+    nemotron_lite.save(model, text.parent / "model", tokenizer=prepared.tokenizer)
+    return text.parent / "model"
+
+
+def quantize(trained: Path, text: Path, out: Path, *more: object, code: int = 0) -> Result:
+    return call(
+        "quantize", "--model", trained, "--out", out, "--text", text, "--prompts", 4,
+        "--tokens", 32, "--held-out", 2_000, *more, code=code,
+    )  # fmt: skip
+
+
+def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    shown = quantize(trained, text, out, "--format", "nvfp4", "--cache").stdout
+    assert re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE) == [
+        ("1", "Read"), ("2", "Calibrate"), ("3", "Choose"), ("4", "Write"), ("5", "Score"),
+    ]  # fmt: skip
+    # 24 columns of the experts' second matrix fill up to 32; a float32 scale and an input scale.
+    bits = (4 * (24 * 16 * 4.5 + 64) + 4 * (16 * 32 * 4.5 + 64)) / (2 * 4 * 24 * 16)
+    row = re.search(r"│ NVFP4 +│ routed experts +│ +2 │ +(\S+ K) │ +([\d.]+) │", shown)
+    assert row is not None and float(row[2]) == pytest.approx(bits, abs=1e-3)
+    assert re.search(r"│ as it was +│ +\d\.\d{4} ", shown)
+    change = re.search(r"│ quantized +│ +\d\.\d{4} │ +\d\.\d{4} │ ([+-][\d.]+)% │", shown)
+    assert change is not None and float(change[1]) != 0
+    share = round(100 * weight_bytes(out) / weight_bytes(trained))
+    assert f"({share}%)" in shown and share < 60
+    model = nemotron_lite.load(out, packed=True)
+    assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), Packed)
+    assert "backbone.layers.2.mixer.k_proj.k_scale" in model.state_dict()
+    assert model.tokenizer is not None
+    shown = call("info", out).stdout
+    assert re.search(r"│ NVFP4 +│ routed experts ", shown)
+    assert re.search(r"│ BF16 +│ embedding ", shown)
+
+
+def test_a_mix_within_a_budget(trained: Path, text: Path, tmp_path: Path) -> None:
+    shown = quantize(trained, text, tmp_path / "mix", "--bits", 7, "--held-out", 0).stdout
+    found = re.search(r"(\d+) modules can be quantized: (.*); ([\d.]+) bits a weight", shown)
+    assert found is not None
+    assert {"fp8", "nvfp4"} <= set(found[2].replace(",", "").split())
+    assert 6 < float(found[3]) <= 7
+    assert "Score" not in shown
+    said = json.loads((tmp_path / "mix" / "hf_quant_config.json").read_text())
+    assert said["quantization"]["quant_algo"] == "MIXED_PRECISION"
+
+
+def test_packed_weights_write_what_unpacked_ones_write(
+    trained: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    quantize(trained, text, out, "--format", "fp8", "--held-out", 0)
+    options = ("generate", "--model", out, "--prompt", "def f", "--max-new-tokens", 8,
+               "--temperature", 0, "--dtype", "float32")  # fmt: skip
+    plain = call(*options).stdout
+    assert call(*options, "--packed").stdout == plain
+    half = call(*options, "--packed", "--ssm-dtype", "float16")
+    assert half.stdout.startswith("def f")
+    assert call(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
+    plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
+    assert "is quantized. Leave it away" in call(*plain_folder, code=1).stderr
+    assert "--ssm-dtype int8: expected" in call(*options, "--ssm-dtype", "int8", code=1).stderr
+
+
+def test_mistakes_are_told_before_anything_long(trained: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for more, words in {
+        ("--bits", 4.75, "--format", "fp8"): "a budget or one format, not both",
+        ("--format", "int4"): "--format int4: expected one of nvfp4, fp8, bf16",
+        ("--choices", "all"): "--choices all: expected one of any, report",
+        ("--bits", 4.0): "the smallest formats of these modules take",
+        ("--tokens", 100_000): "no document has 100000 tokens",
+        ("--held-out", -1): "--held-out -1",
+    }.items():
+        assert words in quantize(trained, text, out, *more, code=1).stderr
+    assert "is the model itself" in quantize(trained, text, trained, code=1).stderr
+    assert not out.exists()
+    quantize(trained, text, out, "--format", "fp8", "--held-out", 0)
+    again = quantize(out, text, tmp_path / "again", code=1).stderr
+    assert "is quantized already (FP8)" in again
+
+
+def test_contents_reads_headers_only_and_names_what_is_wrong(trained: Path, tmp_path: Path) -> None:
+    held = storage_report(trained)
+    stored = sum(one.num_bytes for one in held)
+    assert {one.format for one in held} == {"F32"}
+    experts = next(one for one in held if one.role == "experts")
+    assert (experts.modules, experts.weights, experts.bits) == (2, 2 * 2 * 4 * 24 * 16, 32)
+    with torch.device("meta"):
+        model = nemotron_lite.Nemotron(TINY)
+    assert sum(one.weights for one in held) == model.num_parameters()
+    assert stored <= weight_bytes(trained) < stored + 20_000, "headers"
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError):
+        storage_report(broken)
+    with pytest.raises(CheckpointError):
+        weight_bytes(tmp_path / "nowhere")

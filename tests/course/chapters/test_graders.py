@@ -1,0 +1,277 @@
+"""The graders are graded: what passes deserves to, what is wrong is sent to the hint that helps.
+
+A check that accepts an untouched stub, or grades the package instead of the learner's function, has
+shipped in well-known courses. So every exercise of every chapter is held to four things: its stub
+earns nothing, its reference solution everything, each of its mutants (`mutants_NN.py`, wrong in a
+way that people have been wrong) fails and is sent to the hint that helps, and no statement of the
+reference solution can be deleted without a check noticing. Small alterations (a sign, an operator,
+a number one higher) are sampled over the whole course; some of them change nothing, such as axis 2
+for axis -2 of four, so that score has a floor and not a list. A chapter without exercises, or an
+exercise without mutants, is a failure here and not an empty list.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+import torch
+
+from nemotron_lite.course import exercises
+from nemotron_lite.course.exercises import Exercise
+from nemotron_lite.coursework import make
+from tests.course.chapters.mutants import Mutant
+
+CHAPTERS = make.chapters()
+EXERCISES = {e.id: e for chapter in CHAPTERS for e in exercises.exercises(chapter)}
+FEWEST_MUTANTS = 3
+PATIENCE = 20  # seconds; a deleted `i += 1` never ends
+
+SAMPLED, FLOOR = 6, 0.9  # alterations of each exercise, and the part of them that must be noticed
+EXCHANGED: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.Pow: ast.Mult, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+
+# Statements that may go without any answer changing, and why.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+
+def mutants_of(chapter: str) -> dict[str, list[Mutant]]:
+    found: dict[str, list[Mutant]] = importlib.import_module(
+        f"tests.exercises.mutants_{chapter}"
+    ).MUTANTS
+    return found
+
+
+MUTANTS = [
+    pytest.param(exercise_id, mutant, id=f"{exercise_id}-{mutant.name.replace(' ', '-')}")
+    for chapter in CHAPTERS
+    for exercise_id, mutants in mutants_of(chapter).items()
+    for mutant in mutants
+]
+
+
+class OutOfTimeError(BaseException):
+    """Not an Exception: `grade` turns those into wrong answers."""
+
+
+@contextmanager
+def patience(seconds: int) -> Iterator[None]:
+    """Interrupt the block after so many seconds."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def deletions(source: str) -> list[tuple[str, str]]:
+    """Each statement of the functions in `source`, and the source without it."""
+    places = []
+    tree = ast.parse(source)
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            for block in ("body", "orelse", "finalbody"):
+                statements = getattr(node, block, None)
+                if isinstance(statements, list):
+                    places += [(node, block, i) for i in range(len(statements))]
+    found = {}
+    for node, block, i in places:
+        statement = getattr(node, block)[i]
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        twin = copy.deepcopy(tree)
+        for was, now in zip(ast.walk(tree), ast.walk(twin), strict=True):
+            if was is node:
+                left = getattr(now, block)
+                del left[i]
+                if not left and block == "body":
+                    left.append(ast.Pass())
+        found[ast.unparse(twin)] = ast.unparse(statement)
+    return [(statement, shorter) for shorter, statement in found.items()]
+
+
+def alterations(source: str) -> list[tuple[str, str]]:
+    """Each operator exchanged and each number moved by one: what was changed, and the source."""
+    tree = ast.parse(source)
+    found = {}
+    for place, node in enumerate(ast.walk(tree)):
+        for step in (1, -1):
+            if altered := _altered(copy.copy(node), step):
+                twin = copy.deepcopy(tree)
+                _altered(list(ast.walk(twin))[place], step)
+                found[ast.unparse(twin)] = f"{ast.unparse(node)} -> {altered}"
+    return [(change, other) for other, change in found.items()]
+
+
+def _altered(node: ast.AST, step: int) -> str:
+    """Alter one node in place and return its new text, or "" where there is nothing to alter."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        node.value += step
+    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in EXCHANGED:
+        node.op = EXCHANGED[type(node.op)]()
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in EXCHANGED:
+        node.ops = [EXCHANGED[type(node.ops[0])](), *node.ops[1:]]
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node.op = ast.UAdd()
+    else:
+        return ""
+    return ast.unparse(node)
+
+
+def survivors(exercise: Exercise, tried: list[tuple[str, str]]) -> list[str]:
+    """Of changes to the solution and their sources: those that no check notices."""
+    alive = []
+    for statement, source in tried:
+        try:
+            with patience(PATIENCE):
+                result = exercises.grade(exercise, exercise.build(source))
+        except (OutOfTimeError, SyntaxError):
+            continue
+        if result.passed:
+            alive.append(statement)
+    return alive
+
+
+def test_every_chapter_has_exercises() -> None:
+    assert CHAPTERS, "no exercises/chapter_NN.py was found"
+    for chapter in CHAPTERS:
+        found = exercises.exercises(chapter)
+        assert 2 <= len(found) <= 4, f"chapter {chapter} has {len(found)} exercises"
+        assert {e.id.partition(".")[0] for e in found} == {chapter}
+    assert len(EXERCISES) == sum(len(exercises.exercises(c)) for c in CHAPTERS), (
+        "an id stands twice"
+    )
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_every_exercise_has_three_mutants(chapter: str) -> None:
+    mutants = mutants_of(chapter)
+    assert set(mutants) == {e.id for e in exercises.exercises(chapter)}
+    for exercise_id, of in mutants.items():
+        assert len(of) >= FEWEST_MUTANTS, f"{exercise_id} has {len(of)}"
+        assert len({m.source for m in of}) == len(of), f"{exercise_id}: the same mutant twice"
+        assert all(m.bug.strip() for m in of), f"{exercise_id}: where was this bug seen?"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_the_untouched_stub_earns_nothing(exercise: Exercise) -> None:
+    result = exercises.grade(exercise, exercise.build(exercise.stub))
+    assert (result.passed, result.points) == (False, 0)
+    assert result.message.startswith(f"{exercise.id}: not done yet")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_the_reference_earns_everything_and_leaves_no_trace(exercise: Exercise) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    for _ in range(2):
+        result = exercises.grade(exercise, exercise.build())
+        assert result.passed, result.message
+        assert result.points == result.max_points == exercise.points
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_num_threads() == before[1]
+
+
+@pytest.mark.parametrize(("exercise_id", "mutant"), MUTANTS)
+def test_a_mutant_fails_and_is_sent_to_its_hint(exercise_id: str, mutant: Mutant) -> None:
+    exercise = EXERCISES[exercise_id]
+    result = exercises.grade(exercise, exercise.build(mutant.source))
+    assert not result.passed, f"accepted, though: {mutant.bug}"
+    assert result.points < exercise.points
+    assert f'Read hint("{exercise_id}", {mutant.hint}) next.' in result.message, result.message
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+@pytest.mark.parametrize(
+    "answer",
+    [lambda *a, **k: None, lambda *a, **k: 1 / 0, lambda *a, **k: a, lambda: 0, len, dict],
+    ids=["None", "raises", "its-arguments", "takes-nothing", "len", "dict"],
+)
+def test_nonsense_fails_without_an_error(exercise: Exercise, answer: Callable[..., object]) -> None:
+    result = exercises.grade(exercise, answer)
+    assert not result.passed
+    assert result.points < exercise.points
+    assert exercise.id in result.message
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_what_is_graded_is_what_was_passed_in(exercise: Exercise) -> None:
+    """The reference under another name passes, a stub under the right name does not."""
+    calls = []
+    reference = exercise.build()
+
+    def another_name(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        return reference(*arguments, **named)
+
+    assert exercises.grade(exercise, another_name).passed
+    assert calls, "no check called the function"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> None:
+    tried = deletions(exercise.solution)
+    alive = survivors(exercise, tried)
+    known = {statement for of, statement in EQUIVALENT if of == exercise.id}
+    assert tried, "nothing was deleted"
+    assert set(alive) == known, f"{len(alive)} of {len(tried)} deletions go unnoticed"
+
+
+def test_small_alterations_are_noticed() -> None:
+    alive, tried = [], 0
+    for exercise in EXERCISES.values():
+        changes = alterations(exercise.solution)
+        some = random.Random(exercise.id).sample(changes, min(SAMPLED, len(changes)))
+        alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
+        tried += len(some)
+    assert tried >= 3 * len(EXERCISES)
+    assert len(alive) <= (1 - FLOOR) * tried, f"of {tried} unnoticed: {alive}"
+
+
+def test_deletions_are_found_in_every_block() -> None:
+    source = (
+        "def f(x):\n    'doc'\n    y = 0\n    for i in x:\n        y += i\n"
+        "    if y:\n        y = 1\n    else:\n        y = 2\n    return y\n"
+    )
+    assert [statement.partition("\n")[0] for statement, _ in deletions(source)] == [
+        "y = 0", "for i in x:", "if y:", "return y", "y += i", "y = 1", "y = 2",
+    ]  # fmt: skip
+    without = dict(deletions(source))
+    assert "pass" in without["y += i"]
+    assert "else" not in without["y = 2"]
+
+
+def test_alterations_change_one_thing_each() -> None:
+    changes = dict(alterations("def f(x):\n    return x + 2 if x == y else -x\n"))
+    assert sorted(changes) == sorted(
+        ["x + 2 -> x - 2", "2 -> 3", "2 -> 1", "x == y -> x != y", "-x -> +x"]
+    )
+    assert "x + 3 if x == y else -x" in changes["2 -> 3"]
+
+
+def loop_forever() -> None:
+    with patience(1):
+        while True:
+            pass
+
+
+def test_an_endless_loop_is_interrupted() -> None:
+    with pytest.raises(OutOfTimeError):
+        loop_forever()

@@ -1,0 +1,306 @@
+"""Graders: what is passed in is graded, a stub never passes, a failure names its hint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_lite.course import Check, CheckResult, Exercise, check, exercises, hint
+from nemotron_lite.course.exercises import ExerciseError, close, grade, gradients
+from tests.course.conftest import Shown
+
+STUB = '''def fade(dt, A):
+    """How much of the state stays."""
+    raise NotImplementedError
+'''
+SOLUTION = '''def fade(dt, A):
+    """How much of the state stays."""
+    return torch.exp(dt * A)
+'''
+
+
+def by_hand(function: Callable[..., Any]) -> None:
+    close(function(torch.tensor(1.0), torch.tensor(0.0)), torch.tensor(1.0), what="fade at A = 0")
+
+
+def many(function: Callable[..., Any]) -> None:
+    dt, A = torch.rand(5), -torch.rand(5)
+    close(function(dt, A), torch.exp(dt * A), what="fade")
+
+
+def slopes(function: Callable[..., Any]) -> None:
+    gradients(function, lambda dt, A: (dt * A).exp(), {"dt": torch.rand(3), "A": -torch.rand(3)})
+
+
+FADE = Exercise(
+    id="99.fade", title="Fade", objective="O1: fade.", minutes=5, difficulty=1, importance=5,
+    points=6, task="Write `fade`.", stub=STUB, solution=SOLUTION,
+    hints=("Think of A = 0.", "Use `torch.exp`.", "Do not detach."),
+    checks=(
+        Check("by hand", by_hand, hint=1, points=1),
+        Check("many values", many, hint=2, points=2),
+        Check("gradients", slopes, hint=3, points=3),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    real = exercises.exercises
+    monkeypatch.setattr(exercises, "exercises", lambda c: (FADE,) if c == "99" else real(c))
+    exercises.forget()
+    yield
+    exercises.forget()
+
+
+def test_the_reference_passes_with_full_points() -> None:
+    result = grade(FADE, FADE.build())
+    assert result.passed
+    assert (result.points, result.max_points, result.hint) == (6, 6, None)
+    assert result.message == "99.fade: right. 3 of 3 checks, 6 of 6 points."
+
+
+UNTOUCHED = {
+    "the stub itself": STUB,
+    "dots": "def fade(dt, A):\n    ...\n",
+    "a docstring": 'def fade(dt, A):\n    """Words."""\n',
+    "pass": "def fade(dt, A):\n    pass\n",
+    "return None": "def fade(dt, A):\n    return None\n",
+    "a stub with another docstring": STUB.replace("How much", "So much"),
+    "begun": "def fade(dt, A):\n    x = dt * A\n    raise NotImplementedError\n",
+}
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_what_is_not_done_is_told_kindly(name: str) -> None:
+    result = grade(FADE, FADE.build(UNTOUCHED[name]))
+    assert not result.passed
+    assert result.points == 0
+    assert result.message == (
+        '99.fade: not done yet. Fill in fade and run the cell again; hint("99.fade") helps.'
+    )
+
+
+def test_something_else_that_is_not_implemented_is_a_mistake() -> None:
+    source = "import numbers\n\n\ndef fade(dt, A):\n    return numbers.Complex.real.fget(dt)\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised NotImplementedError. Your line: return numbers" in message
+
+
+def test_a_stub_that_computes_something_wrong_is_recognised() -> None:
+    given = "def fade(dt, A):\n    out = dt * A  # yours\n    return out\n"
+    exercise = replace(FADE, stub=given)
+    same_but_moved = "\n\n" + given.replace("  # yours", "")
+    assert "not done yet" in grade(exercise, exercise.build(same_but_moved)).message
+    assert "not right" in grade(exercise, exercise.build(given.replace("*", "+"))).message
+
+
+def test_a_class_can_be_the_answer() -> None:
+    head = "class Gate:\n    def __init__(self, a):\n        self.a = a\n\n"
+    stub = head + "    def out(self):\n        ...\n"
+    solution = stub.replace("...", "return self.a * 2")
+
+    def run(Gate: Any) -> None:
+        close(Gate(3).out(), 6)
+
+    exercise = replace(FADE, stub=stub, solution=solution, points=1, checks=(Check("x", run),))
+    assert grade(exercise, exercise.build()).passed
+    assert "not done yet" in grade(exercise, exercise.build(stub)).message
+    assert "is a `return` missing" in grade(
+        exercise, exercise.build(stub.replace("...", "self.a * 2"))
+    ).message  # fmt: skip
+
+
+WRONG = {
+    "wrong everywhere": ("dt * A", 1, 0, "fade at A = 0 is"),
+    "right at zero only": ("1 + dt * A", 2, 1, "fade differs in 4 of 5 values"),
+    "no gradient": ("torch.exp(dt * A.detach())", 3, 3, "the gradient of A does not exist"),
+    "raises": ("torch.exp(dt @ A[None])", 1, 0, "it raised RuntimeError: both arguments to matmul"),
+    "returns nothing": (None, 1, 0, "is None: is a `return` missing?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_names_its_hint(name: str) -> None:
+    body, number, points, words = WRONG[name]
+    line = "    dt = dt + 0\n" if body is None else f"    return {body}\n"
+    result = grade(FADE, FADE.build("def fade(dt, A):\n" + line))
+    assert not result.passed
+    assert (result.hint, result.points) == (number, points)
+    assert words in result.message
+    assert result.message.endswith(f'Read hint("99.fade", {number}) next.')
+
+
+def test_the_learners_own_line_is_quoted() -> None:
+    source = "def fade(dt, A):\n    twice = dt * 2\n    return twice.reshape(7) * A\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised RuntimeError: shape '[7]' is invalid" in message
+    assert "Your line: return twice.reshape(7) * A" in message
+
+
+def test_a_result_that_a_check_cannot_take_apart_is_told() -> None:
+    def two(function: Callable[..., Any]) -> None:
+        first, second = function(torch.ones(1), torch.ones(1))
+        close(first, second)
+
+    exercise = replace(FADE, points=1, checks=(Check("two", two),))
+    words = "what came back could not be used: TypeError: cannot unpack non-iterable"
+    assert words in grade(exercise, FADE.build("def fade(dt, A):\n    dt + A\n")).message
+
+
+def test_the_learners_own_assertion_is_quoted() -> None:
+    source = "def fade(dt, A):\n    assert dt < 0\n    return dt\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised AssertionError. Your line: assert dt < 0" in message
+
+
+def test_what_is_passed_in_is_what_is_graded() -> None:
+    seen = []
+
+    def spy(function: Callable[..., Any]) -> None:
+        seen.append(function)
+
+    exercise = replace(FADE, points=1, checks=(Check("spy", spy),))
+    mine = FADE.build()
+    grade(exercise, mine)
+    assert seen == [mine]
+    assert seen[0] is mine
+
+
+def test_a_check_sees_the_same_numbers_each_time_and_leaves_ours_alone() -> None:
+    drawn = []
+
+    def draw(function: Callable[..., Any]) -> None:
+        assert torch.is_grad_enabled()
+        drawn.append((torch.rand(3).tolist(), random.random()))
+
+    exercise = replace(FADE, points=2, checks=(Check("a", draw), Check("b", draw)))
+    torch.manual_seed(5)
+    expected = torch.rand(2).tolist()
+    for _ in range(2):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            grade(exercise, FADE.build())
+        assert torch.rand(2).tolist() == expected
+    assert drawn[:2] == drawn[2:]
+    assert drawn[0] != drawn[1]
+    # Python's own generator apart from the checks: beartype draws from it under test.
+    before = random.getstate()
+    with exercises._own_random_numbers("a"):
+        random.random()
+    assert random.getstate() == before
+
+
+def test_the_same_mistake_reads_the_same() -> None:
+    source = "def fade(dt, A):\n    return torch.exp(dt * A) * (1 + 1e-3 * torch.rand(()))\n"
+    assert grade(FADE, FADE.build(source)) == grade(FADE, FADE.build(source))
+
+
+def test_an_interrupt_is_not_a_wrong_answer() -> None:
+    def stop(dt: Any, A: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grade(FADE, stop)
+
+
+def test_calling_the_function_by_mistake_is_told() -> None:
+    with pytest.raises(TypeError, match="pass fade itself"):
+        grade(FADE, torch.ones(2))
+
+
+def test_check_shows_its_message_once(shown: Callable[..., Shown]) -> None:
+    seen = shown(check, "99.fade", FADE.build())
+    assert seen.plain == "99.fade: right. 3 of 3 checks, 6 of 6 points."
+    assert "99.fade" in seen.html
+    assert isinstance(seen.result, CheckResult)
+    assert shown(seen.result._ipython_display_).bundles == []
+
+
+def test_a_kept_result_can_be_shown_in_a_later_cell(shown: Callable[..., Shown]) -> None:
+    result = replace(shown(check, "99.fade", FADE.build()).result, shown_at=-1)
+    assert shown(result._ipython_display_).plain == result.message
+
+
+def test_an_unknown_exercise_lists_those_of_its_chapter() -> None:
+    with pytest.raises(ExerciseError, match=r"no exercise '99\.face'; there are \['99\.fade'\]"):
+        check("99.face", abs)
+    with pytest.raises(ExerciseError, match="Chapter '77' has no exercises"):
+        check("77.fade", abs)
+    with pytest.raises(ExerciseError, match="Chapter 'fade' has no exercises"):
+        hint("fade")
+
+
+def test_hints_are_a_ladder(shown: Callable[..., Shown]) -> None:
+    said = [shown(hint, "99.fade").plain for _ in range(4)]
+    assert said[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
+    assert "Use `torch.exp`." in said[1]
+    assert said[2] == said[3]
+    assert "the last one" in said[2]
+    assert "Hint 2 of 3" in shown(hint, "99.fade", 2).plain
+    with pytest.raises(ValueError, match="n is 4"):
+        hint("99.fade", 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(id="1.fade"), "an id such as"),
+        (dict(difficulty=6), "a difficulty from 1 to 5"),
+        (dict(importance=0), "an importance"),
+        (dict(objective="Fade."), "an objective like"),
+        (dict(hints=("a", "b")), "three hints"),
+        (dict(checks=()), "at least one check"),
+        (dict(points=7), "points add up to 7"),
+        (dict(checks=(Check("a", by_hand, hint=4, points=6),)), "hint numbers"),
+        (dict(checks=(Check("a", many, points=3), Check("a", many, points=3))), "a name for each"),
+        (dict(solution="def fate(dt, A):\n    return 1\n"), "the stub defines 'fade'"),
+        (dict(stub="x = 1"), "No function or class"),
+    ],
+)
+def test_an_exercise_that_does_not_hold_together_is_refused(
+    change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ExerciseError, match=words):
+        replace(FADE, **change)
+
+
+def test_the_text_is_what_a_chapter_and_its_exercise_say() -> None:
+    assert FADE.text == (
+        "### Exercise · Fade\n\n*O1: fade. About 5 minutes, difficulty 1 of 5, importance 5 of 5.*"
+        '\n\nWrite `fade`.\n\nStuck? `hint("99.fade")` gives one step at a time, three in all.'
+    )
+
+
+def test_the_cell_is_the_stub_and_its_check() -> None:
+    assert FADE.cell == STUB.rstrip() + '\n\n\ncheck("99.fade", fade)'
+    assert FADE.function_name == "fade"
+
+
+def test_a_source_is_built_with_the_imports_of_the_stub() -> None:
+    exercise = replace(
+        FADE, stub="from fractions import Fraction\n\n\n" + STUB,
+        solution="def fade(dt, A):\n    return Fraction(1, 2)\n",
+    )  # fmt: skip
+    assert exercise.build()(1, 2) == 0.5
+
+
+def chapters() -> list[str]:
+    return sorted(path.stem[-2:] for path in exercises.FOLDER.glob("chapter_*.py"))
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_the_exercises_of_a_chapter_are_well_formed(chapter: str) -> None:
+    found = exercises.exercises(chapter)
+    assert 2 <= len(found) <= 4
+    assert all(exercise.id.startswith(f"{chapter}.") for exercise in found)
+    import nemotron_lite
+    from nemotron_lite import ops
+
+    public = {*nemotron_lite.__all__, *getattr(ops, "__all__", ())}
+    assert not public & {exercise.function_name for exercise in found}

@@ -1,0 +1,164 @@
+"""The committed coursework is what the exercises make, and a learner's copy holds no solution."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_lite.course import exercises
+from nemotron_lite.course.exercises import Check, Exercise
+from nemotron_lite.coursework import make
+from nemotron_lite.coursework.make import BEGIN, END, EXERCISES, CourseworkError
+from tests.coursework.conftest import Fresh
+
+ALL = {e.id: e for chapter in make.chapters() for e in exercises.exercises(chapter)}
+every_exercise = pytest.mark.parametrize("exercise", ALL.values(), ids=ALL)
+uses_nbgrader = pytest.mark.xdist_group("nbgrader")
+
+
+def example(stub: str, solution: str) -> Exercise:
+    """An exercise of which only stub and solution matter."""
+    return Exercise(
+        id="99.twice", title="Twice", objective="O1: double.", minutes=1, difficulty=1,
+        importance=1, points=1, task="Double it.", stub=stub, solution=solution,
+        hints=("a", "b", "c"), checks=(Check("anything", lambda function: None),),
+    )  # fmt: skip
+
+
+STUB = 'def twice(x):\n    """Double x."""\n    raise NotImplementedError\n'
+
+
+def code(notebook: dict[str, Any], name: str) -> str:
+    """The source of the code cell with that id."""
+    (cell,) = [c for c in notebook["cells"] if c["id"] == name]
+    assert cell["cell_type"] == "code"
+    return "".join(cell["source"])
+
+
+@uses_nbgrader
+def test_the_committed_notebooks_are_a_fresh_generation_byte_for_byte(fresh: Fresh) -> None:
+    assert len(fresh.texts) == 2 * len(make.chapters()) > 0
+    faults = make.differences(fresh.texts, EXERCISES)
+    assert not faults, f"{faults}; run `python -m nemotron_lite.coursework.make` and commit"
+
+
+@uses_nbgrader
+@every_exercise
+def test_what_is_handed_out_is_the_stub_of_the_chapter(fresh: Fresh, exercise: Exercise) -> None:
+    chapter, name = f"chapter_{exercise.id[:2]}", exercise.id.replace(".", "-")
+    released = json.loads(fresh.texts[f"release/{chapter}/{chapter}.ipynb"])
+    assert code(released, name) == exercise.stub.strip()
+    source = json.loads(fresh.texts[f"source/{chapter}/{chapter}.ipynb"])
+    assert BEGIN in code(source, name)
+
+
+@uses_nbgrader
+def test_no_line_of_a_solution_is_handed_out(fresh: Fresh) -> None:
+    released = "".join(text for name, text in fresh.texts.items() if name.startswith("release/"))
+    assert "SOLUTION" not in released
+    bodies = [make.answer_cell(e).partition(BEGIN)[2].partition(END)[0] for e in ALL.values()]
+    lines = {
+        line.strip() for body in bodies for line in body.splitlines() if len(line.strip()) > 30
+    }
+    assert lines
+    assert [line for line in sorted(lines) if json.dumps(line)[1:-1] in released] == []
+
+
+@every_exercise
+def test_the_answer_in_the_source_earns_everything(exercise: Exercise) -> None:
+    result = exercises.grade(exercise, exercise.build(make.answer_cell(exercise)))
+    assert (result.passed, result.points) == (True, exercise.points), result.message
+
+
+@pytest.mark.parametrize("chapter", make.chapters())
+def test_the_source_is_a_function_of_the_exercises(chapter: str) -> None:
+    found = exercises.exercises(chapter)
+    one, two = (make.source_notebook(chapter, found) for _ in range(2))
+    assert make.written(one) == make.written(two)
+    ids = [cell["id"] for cell in one["cells"]]
+    assert len(set(ids)) == len(ids) == 2 + 3 * len(exercises)
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
+    graded = [c["metadata"]["nbgrader"] for c in one["cells"] if "nbgrader" in c["metadata"]]
+    assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in exercises)
+
+
+def test_a_test_cell_grades_the_learners_function_for_points() -> None:
+    exercise = example(STUB, "def twice(x):\n    return 2 * x\n")
+    tree = ast.parse(make.test_cell(exercise))
+    assert ast.unparse(tree.body[-1]) == "check('99.twice', twice).points"
+
+
+def test_the_solution_takes_the_place_of_the_stubs_last_statement() -> None:
+    solution = (
+        'def twice(x):\n    """Other words."""\n    # Add, do not multiply.\n    return x + x\n'
+    )
+    assert make.answer_cell(example(STUB, solution)) == (
+        'def twice(x):\n    """Double x."""\n'
+        f"    {BEGIN}\n    # Add, do not multiply.\n    return x + x\n    {END}"
+    )
+
+
+def test_what_the_solution_needs_beside_its_function_moves_inside() -> None:
+    stub = "import math\n\n\n" + STUB
+    solution = (
+        "import math\nfrom operator import add\n\n\ndef both(x):\n    return add(x, x)\n\n\n"
+        "def twice(x):\n    return both(x) * math.gcd(1, 2)\n"
+    )
+    exercise = example(stub, solution)
+    cell = make.answer_cell(exercise)
+    assert cell.startswith(stub.partition("    raise")[0])
+    assert cell.count("import math") == 1
+    assert exercise.build(cell)(4) == 8
+
+
+@pytest.mark.parametrize(
+    ("stub", "solution", "says"),
+    [
+        (STUB, "def twice(y):\n    return 2 * y\n", r"twice\(x\), but the solution is twice\(y\)"),
+        (STUB.replace("raise NotImplementedError", "..."), "def twice(x):\n    return 1\n",
+         "the stub ends in `raise NotImplementedError`"),
+        (STUB, 'def twice(x):\n    """Double x."""\n', "the solution has no statements"),
+        ("class A:\n    pass\n", "class A:\n    pass\n", "no function is defined"),
+    ],
+    ids=["arguments", "ellipsis", "empty", "class"],
+)  # fmt: skip
+def test_a_stub_and_a_solution_that_do_not_fit_are_refused(
+    stub: str, solution: str, says: str
+) -> None:
+    with pytest.raises(CourseworkError, match=says):
+        make.answer_cell(example(stub, solution))
+
+
+def test_a_chapter_without_exercises_is_refused() -> None:
+    with pytest.raises(CourseworkError, match="chapter 99 has no exercises"):
+        make.source_notebook("99", ())
+
+
+@uses_nbgrader
+def test_every_kind_of_drift_is_named(fresh: Fresh, tmp_path: Path) -> None:
+    for kind in ("source", "release"):
+        shutil.copytree(fresh.root / kind, tmp_path / kind)
+    assert make.differences(fresh.texts, tmp_path) == []
+    changed, gone, *_ = fresh.texts
+    with (tmp_path / changed).open("a") as file:
+        file.write(" ")
+    (tmp_path / gone).unlink()
+    (tmp_path / "release" / "chapter_98.ipynb").write_text("{}")
+    assert make.differences(fresh.texts, tmp_path) == [
+        f"{changed} is out of date",
+        f"{gone} is missing",
+        "release/chapter_98.ipynb belongs to no chapter",
+    ]
+
+
+def test_nbgraders_refusal_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "WORKER", tmp_path / "nbgrader_worker.py")
+    make.WORKER.write_text('raise SystemExit("no BEGIN SOLUTION in cell 3")')
+    with pytest.raises(CourseworkError, match="no BEGIN SOLUTION in cell 3"):
+        make.write_release(tmp_path, ["chapter_01"])

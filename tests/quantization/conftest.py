@@ -1,0 +1,62 @@
+"""A model of each kind of layer, trained a little so that its modules matter unequally."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_lite import Nemotron
+from tests.checkpoint.tiny import TINY, randomise
+from tests.quantization.small import text
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are so small that sharing their work between threads only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained() -> dict[str, Tensor]:
+    """The state of a model after some steps of training on `text`."""
+    model = Nemotron(TINY, seed=0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(80):
+        batch = text(1000 + step)
+        logits = model(batch).logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, batch[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 2.5, "it has learnt something: chance is log 128 = 4.9"
+    return model.state_dict()
+
+
+@pytest.fixture
+def fresh(trained: dict[str, Tensor]) -> Callable[[], Nemotron]:
+    """Another copy of the trained model."""
+
+    def build() -> Nemotron:
+        model = Nemotron(TINY, seed=0)
+        model.load_state_dict(trained)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def random_model() -> Nemotron:
+    """No parameter at rest."""
+    model = Nemotron(TINY, seed=0)
+    randomise(model.state_dict().items(), 3)
+    for name, buffer in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        buffer.zero_()  # each expert gets tokens
+    return model.eval()

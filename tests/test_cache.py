@@ -1,0 +1,119 @@
+"""Cache: snapshots and rollback give back the same future; files are whole or absent; sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron_lite.cache import Cache
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers import KVCache
+from nemotron_lite.model import Nemotron
+from tests.test_model import TINY, _tokens
+
+
+@pytest.fixture(scope="module")
+def model() -> Nemotron:
+    return Nemotron(TINY, dtype=torch.float64, seed=1)
+
+
+def test_rollback_returns_to_the_same_future(model: Nemotron) -> None:
+    tokens = _tokens(2, 20)
+    cache = model.empty_cache(2, capacity=4)
+    model(tokens[:, :8], cache)
+    taken = cache.snapshot()
+    for _ in range(2):
+        model(_tokens(2, 5), cache)  # a draft that is thrown away
+        model(_tokens(2, 1), cache)
+        cache.rollback(taken)
+        assert cache.lengths.tolist() == [8, 8]
+    out = model(tokens[:, 8:], cache).logits
+    torch.testing.assert_close(out, model(tokens).logits[:, 8:], rtol=1e-9, atol=1e-9)
+
+
+def test_snapshots_that_a_rollback_undid_are_refused(model: Nemotron) -> None:
+    cache = model.empty_cache(1)
+    model(_tokens(1, 3), cache)
+    early = cache.snapshot()
+    model(_tokens(1, 3), cache)
+    late = cache.snapshot()
+    cache.rollback(early)
+    with pytest.raises(ValueError, match="not in the past"):
+        cache.rollback(late)
+    cache.rollback(early)
+    other = model.empty_cache(1)
+    with pytest.raises(ValueError, match="another cache"):
+        other.rollback(early)
+
+
+def test_a_snapshot_does_not_grow_with_the_context(model: Nemotron) -> None:
+    cache = model.empty_cache(1)
+    model(_tokens(1, 3), cache)
+    short = cache.snapshot().nbytes
+    model(_tokens(1, 300), cache)
+    assert cache.snapshot().nbytes == short > 0
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_save_and_load(model: Nemotron, tmp_path: Path, ragged: bool) -> None:
+    tokens = _tokens(2, 9)
+    cache = model.empty_cache(2, capacity=64)
+    model(tokens, cache, lengths=torch.tensor([9, 4]) if ragged else None)
+    cache.save(tmp_path / "cache")
+    again = Cache.load(tmp_path / "cache")
+    assert again.lengths.tolist() == cache.lengths.tolist()
+    new = _tokens(2, 3)
+    assert torch.equal(model(new, again).logits, model(new, cache).logits)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"], "no temporary file is left"
+    kv = 2 * 2 * 2 * 9 * 8 * 8  # k and v, rows, heads, valid tokens, width, bytes
+    mamba = 2 * 2 * (4 * 8 * 8 + 3 * TINY.conv_dim) * 8
+    assert (tmp_path / "cache").stat().st_size < kv + mamba + 2000
+
+
+def test_a_failed_save_keeps_the_old_file(
+    model: Nemotron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    cache = model.empty_cache(1)
+    model(_tokens(1, 4), cache)
+    cache.save(path)
+    before = path.read_bytes()
+
+    def broken(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("nemotron_lite.cache.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        cache.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_state(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match="no cache file"):
+        Cache.load(tmp_path / "nothing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Cache.load(tmp_path / "text")
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="not a saved cache"):
+        Cache.load(tmp_path / "weights")
+
+
+def test_sizes_of_super() -> None:
+    config = NemotronConfig.from_preset("super")
+    cache = Cache.empty(config, 1, device="meta", dtype=torch.bfloat16, capacity=1)
+    kv = [m for m in cache.layers if isinstance(m, KVCache)]
+    assert sum(m.k.nbytes + m.v.nbytes for m in kv) == 8192
+    rest = [m for m in cache.layers if m is not None and not isinstance(m, KVCache)]
+    assert sum(m.ssm.nbytes for m in rest) == 167_772_160
+    assert sum(m.conv.nbytes for m in rest) == 2_457_600
+
+
+def test_a_state_needs_rows() -> None:
+    with pytest.raises(ValueError, match="batch=0"):
+        Cache.empty(TINY, 0)
