@@ -18,7 +18,12 @@ import pytest
 
 BY_FILE = (".ipynb",)  # endings of files whose tests depend on each other
 BY_FOLDER = ("tests/browser/",)
-SHARED_FIXTURES = ("tests/notebooks/", "tests/exercises/")  # costly ones, made once a file
+SHARED_FIXTURES = (
+    "tests/authoring/",
+    "tests/coursework/",
+    "tests/course/chapters/",
+    "tests/notebooks/",
+)  # costly ones, made once a file
 
 
 def piece(test: str) -> str:

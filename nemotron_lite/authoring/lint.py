@@ -34,7 +34,10 @@ from nemotron_lite.course.exercises import Exercise
 __all__ = ["CHAPTER_SECONDS", "Surroundings", "check_file", "errors", "faults", "surroundings"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PUBLIC_ROOMS = ("checkpoint", "course", "data", "layers", "ops", "train", "viz")
+PUBLIC_ROOMS = (
+    "checkpoint", "course", "course/plotting", "data", "generation", "layers", "ops",
+    "quantization", "train",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
         exercise = by_id[name]
         if not notebook.cells[task].source.rstrip().endswith(exercise.text):
             found.append(f"cell {task} does not end in the text of {name}; it is what "
-                         f'grading.exercise("{name}").text gives.')  # fmt: skip
+                         f'exercises.exercise("{name}").text gives.')  # fmt: skip
         if _squeezed(notebook.cells[index].source) != _squeezed(exercise.cell):
             found.append(f"cell {index} is not the untouched stub of {name} followed by "
                          f'check("{name}", {exercise.function_name}).')  # fmt: skip

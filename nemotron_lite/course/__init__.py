@@ -27,9 +27,9 @@ The rooms:
     sources      show_source
     display      show, progress, progress_hook
     factsheet    facts, tell, facts_table, over facts.toml
-    questions    quiz, over quizzes/NN.toml
-    grading      Exercise, Check, check, hint, over exercises/chapter_NN.py
-    comparing    what a check says when two results differ
+    quizzes      quiz, over the quiz.toml of a chapter
+    exercises    Exercise, Check, check, hint, over the exercises.py of a chapter
+    compare      what a check says when two results differ
 
 Names are imported when they are first used. plotly, ipywidgets and IPython belong to the `lab`
 extra: importing this package needs none of them, and the verb that does says so.
@@ -72,21 +72,21 @@ __all__ = [
 ]
 
 _ROOM_OF = {
-    "Check": "grading",
-    "CheckResult": "grading",
-    "Exercise": "grading",
+    "Check": "exercises",
+    "CheckResult": "exercises",
+    "Exercise": "exercises",
     "Fact": "factsheet",
     "FactError": "factsheet",
     "Session": "session",
-    "check": "grading",
+    "check": "exercises",
     "facts": "factsheet",
     "facts_table": "factsheet",
-    "hint": "grading",
+    "hint": "exercises",
     "measured": "predictions",
     "predict": "predictions",
     "progress": "display",
     "progress_hook": "display",
-    "quiz": "questions",
+    "quiz": "quizzes",
     "setup": "session",
     "show": "display",
     "show_source": "sources",

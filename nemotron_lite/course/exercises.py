@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from nemotron_lite.course import _learners, _output
-from nemotron_lite.course.chapters import chapter_folders
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
 
 __all__ = [

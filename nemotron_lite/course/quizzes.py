@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_lite.course import _output
-from nemotron_lite.course.chapters import chapter_folders
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.display import WIDGET, widget_view
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_lite.course import exercises
-from nemotron_lite.course.chapters import chapter_folders
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import PRELUDE, Exercise
 
 EXERCISES = Path(__file__).resolve().parents[2] / "exercises"

@@ -5,10 +5,10 @@
     python nbgrader_worker.py grade < job.json       run one submission; result.json, feedback
 
 `nemotron_lite.coursework.grade` starts it, cut off from the network where the system allows that,
-and stops it with everything it has started when its time is over. So this file decides nothing about
-submissions: it brings the loopback interface up (a kernel speaks TCP with its client, and an empty
-network namespace starts without it), limits memory, lets nbgrader execute the notebook, and reads
-the points off the test cells.
+and stops it with everything it has started when its time is over. So this file decides nothing
+about submissions: it brings the loopback interface up (a kernel speaks TCP with its client, and an
+empty network namespace starts without it), limits memory, lets nbgrader execute the notebook, and
+reads the points off the test cells.
 
 nbgrader gives full credit to a test cell that printed nothing, and none to one in which a library
 warned on stderr. Points are therefore read again here (`mark`): a test cell earns exactly the
@@ -220,7 +220,7 @@ def main() -> int:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # jsonschema builds this grammar of web addresses when it is imported, which takes longer than
     # grading an exercise, and nothing here has an address to check. None makes the import fail.
-    sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     what = sys.argv[1]
     if what == "probe":

@@ -13,7 +13,6 @@ from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
 from nemotron_lite.layers.norm import RMSNorm
-from nemotron_lite.quantization.emulated_layers import MXFP8Linear, NVFP4Experts, NVFP4Linear
 
 __all__ = [
     "MLP",
@@ -26,12 +25,9 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "Linear",
-    "MXFP8Linear",
     "Mamba2",
     "MambaCache",
     "MoE",
-    "NVFP4Experts",
-    "NVFP4Linear",
     "RMSNorm",
     "Router",
     "RouterStats",

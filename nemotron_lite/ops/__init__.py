@@ -16,27 +16,9 @@ from nemotron_lite.ops.scan import selective_scan, ssd_step
 from nemotron_lite.ops.ssd import ssd
 from nemotron_lite.ops.stochastic_rounding import Dither, round_half
 from nemotron_lite.ops.verification import Verdict, draw, verify
-from nemotron_lite.quantization.fp8 import (
-    FP8Tensor,
-    MXFP8Tensor,
-    fake_quantize_fp8,
-    fake_quantize_mxfp8,
-    quantize_fp8,
-    quantize_mxfp8,
-)
-from nemotron_lite.quantization.nvfp4 import (
-    QuantizedTensor,
-    fake_quantize,
-    hadamard,
-    inverse_hadamard,
-    quantize,
-)
 
 __all__ = [
     "Dither",
-    "FP8Tensor",
-    "MXFP8Tensor",
-    "QuantizedTensor",
     "Routing",
     "Verdict",
     "causal_attention",
@@ -46,16 +28,8 @@ __all__ = [
     "draft_decays",
     "draw",
     "expert_mlp",
-    "fake_quantize",
-    "fake_quantize_fp8",
-    "fake_quantize_mxfp8",
     "gated_rms_norm",
-    "hadamard",
-    "inverse_hadamard",
     "linear",
-    "quantize",
-    "quantize_fp8",
-    "quantize_mxfp8",
     "rms_norm",
     "round_half",
     "route",

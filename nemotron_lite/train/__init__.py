@@ -12,7 +12,6 @@ distillation.py   the MTP module held to what the backbone predicts, in place of
 healing.py        the MTP module alone, on text that the frozen backbone wrote
 """
 
-from nemotron_lite.quantization.emulated_training import Arithmetic
 from nemotron_lite.train.checkpointing import ResumeError
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.evaluate import Evaluation, evaluate
@@ -21,7 +20,6 @@ from nemotron_lite.train.loop import TrainResult, train
 from nemotron_lite.train.schedule import learning_rate
 
 __all__ = [
-    "Arithmetic",
     "Evaluation",
     "Healing",
     "ResumeError",

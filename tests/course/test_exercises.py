@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nemotron_lite.course import Check, CheckResult, Exercise, check, exercises, hint
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import ExerciseError, close, grade, gradients
 from tests.course.conftest import Shown
 
@@ -290,11 +291,7 @@ def test_a_source_is_built_with_the_imports_of_the_stub() -> None:
     assert exercise.build()(1, 2) == 0.5
 
 
-def chapters() -> list[str]:
-    return sorted(path.stem[-2:] for path in exercises.FOLDER.glob("chapter_*.py"))
-
-
-@pytest.mark.parametrize("chapter", chapters())
+@pytest.mark.parametrize("chapter", chapter_folders())
 def test_the_exercises_of_a_chapter_are_well_formed(chapter: str) -> None:
     found = exercises.exercises(chapter)
     assert 2 <= len(found) <= 4

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from nemotron_lite.course import quizzes
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.quizzes import QuizError, load_quiz, quiz, quiz_widget, read_quiz
 from tests.course.conftest import Shown
 
@@ -35,7 +36,7 @@ text = "It is positive."
 right = false
 reason = "Then the state would grow."
 """
-QUIZZES = sorted(path.stem for path in quizzes.FOLDER.glob("*.toml"))
+QUIZZES = list(chapter_folders())
 
 
 @pytest.mark.parametrize("chapter", QUIZZES)

@@ -8,14 +8,3 @@
 
 The notebook is `notebooks/NN_name.ipynb`, and the tests are in `tests/course/chapters/chNN_name/`.
 """
-
-from __future__ import annotations
-
-from pathlib import Path
-
-FOLDER = Path(__file__).parent
-
-
-def chapter_folders() -> dict[str, Path]:
-    """The number of each chapter ("00", "01", ...) and its folder, in order."""
-    return {path.name[2:4]: path for path in sorted(FOLDER.glob("ch[0-9][0-9]_*"))}

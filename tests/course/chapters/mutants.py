@@ -1,7 +1,7 @@
 """A mutant: an answer that is wrong in one way, as people have been wrong before.
 
-`mutants_NN.py` holds those of a chapter, by exercise; `test_graders.py` asks that the checks
-catch every one and send the learner to the hint that helps.
+`mutants.py` in the folder of a chapter holds them, by exercise; `test_graders.py` asks that the
+checks catch every one and send the learner to the hint that helps.
 """
 
 from __future__ import annotations

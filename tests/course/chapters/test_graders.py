@@ -2,7 +2,7 @@
 
 A check that accepts an untouched stub, or grades the package instead of the learner's function, has
 shipped in well-known courses. So every exercise of every chapter is held to four things: its stub
-earns nothing, its reference solution everything, each of its mutants (`mutants_NN.py`, wrong in a
+earns nothing, its reference solution everything, each of its mutants (its `mutants.py`, wrong in a
 way that people have been wrong) fails and is sent to the hint that helps, and no statement of the
 reference solution can be deleted without a check noticing. Small alterations (a sign, an operator,
 a number one higher) are sampled over the whole course; some of them change nothing, such as axis 2
@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from nemotron_lite.course import exercises
+from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import Exercise
 from nemotron_lite.coursework import make
 from tests.course.chapters.mutants import Mutant
@@ -48,7 +49,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {}
 
 def mutants_of(chapter: str) -> dict[str, list[Mutant]]:
     found: dict[str, list[Mutant]] = importlib.import_module(
-        f"tests.exercises.mutants_{chapter}"
+        f"tests.course.chapters.{chapter_folders()[chapter].name}.mutants"
     ).MUTANTS
     return found
 

@@ -1,1 +1,1 @@
-"""Chapter 00: its exercises, checks, quiz and figures."""
+"""Chapter 00, what the model is and what it costs: its exercises, checks, quiz and figures."""

@@ -1,1 +1,1 @@
-"""Chapter 01: its exercises, checks, quiz and figures."""
+"""Chapter 01, the selective scan: its exercises, checks, quiz and figures."""

@@ -1,1 +1,1 @@
-"""Chapter 02: its exercises, checks, quiz and figures."""
+"""Chapter 02, Mamba-2: its exercises, checks, quiz and figures."""

@@ -1,1 +1,1 @@
-"""Chapter 03: its exercises, checks, quiz and figures."""
+"""Chapter 03, attention anchors: its exercises, checks, quiz and figures."""
