@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     for name in names:
         started = time.perf_counter()
         print(f"== {name}", flush=True)
-        import_module(f"benchmarks.{name}").main(options)
+        import_module(f"benchmarks.{'' if name == 'figures' else 'model.'}{name}").main(options)
         print(f"== {name} took {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -251,7 +251,7 @@ class Cache:
     def _each(self, tokens: int | Tensor) -> list[int]:
         each = [tokens] * self.batch if isinstance(tokens, int) else tokens.tolist()
         if len(each) != self.batch:
-            raise ValueError(f"{len(each)} counts, but a state of {self.batch} rows.")
+            raise ValueError(f"{len(each)} counts, but a cache of {self.batch} rows.")
         return each
 
     def reserve(self, tokens: int) -> None:

@@ -144,11 +144,11 @@ def check_same_model(
     prompt = ours(tokens[:, :length], cache)
     reference = peer(tokens[:, :length], use_cache=True)
     mine, theirs = [prompt.logits], [reference.logits]
-    cache = reference.past_key_values
+    memory = reference.past_key_values
     for position in range(length, length + 8):
         step = tokens[:, position : position + 1]
         mine.append(ours(step, cache).logits)
-        theirs.append(peer(step, past_key_values=cache, use_cache=True).logits)
+        theirs.append(peer(step, past_key_values=memory, use_cache=True).logits)
     worst = (torch.cat(mine, 1) - torch.cat(theirs, 1)).abs().amax(-1).flatten()
     error = worst.sort().values[: int(0.99 * worst.numel())].max().item()
     if not error <= tolerance:

@@ -233,7 +233,7 @@ def exercises(chapter: str) -> tuple[Exercise, ...]:
     """
     folders = chapter_folders()
     if chapter not in folders:
-        raise ExerciseError(f"There is no chapter {chapter!r}; choose one of {list(folders)}.")
+        raise ExerciseError(f"Chapter {chapter!r} has no exercises; choose one of {list(folders)}.")
     name = f"nemotron_lite.course.chapters.{folders[chapter].name}.exercises"
     found: tuple[Exercise, ...] = import_module(name).EXERCISES
     return found

@@ -19,7 +19,7 @@ from nemotron_lite import cli, data
 from nemotron_lite.cli import app, tables
 from nemotron_lite.config import NemotronConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = NemotronConfig(
     pattern="ME*E", vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
     head_dim=16, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, chunk_size=32,

@@ -16,7 +16,7 @@ CELLS = {
     "setup": """
 from nemotron_lite import ops
 from nemotron_lite.course import *
-from nemotron_lite.course import questions
+from nemotron_lite.course import quizzes
 setup("01", threads=1)""",
     "source": "show_source(ops.selective_scan)",
     "predict": "predict('n', 'How many?', guess=3)\nmeasured('n', 4.5)",
@@ -27,7 +27,7 @@ live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the
 show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "progress": "total = sum(progress(range(300), 'training'))",
     "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
-    "quiz": f"questions.load_quiz = lambda chapter: questions.read_quiz({TEXT!r})\nquiz('01')",
+    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.read_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
 from nemotron_lite.course import grading

@@ -15,11 +15,11 @@ TEXT = """
 [[questions]]
 objective = "O2"
 question = "What does `dt` do?"
-[[quizzes.options]]
+[[questions.options]]
 text = "It forgets *faster*."
 right = true
 reason = "exp(dt * A) <shrinks>."
-[[quizzes.options]]
+[[questions.options]]
 text = "Nothing."
 right = false
 reason = "Look again."
@@ -27,11 +27,11 @@ reason = "Look again."
 [[questions]]
 objective = "O1"
 question = "And A?"
-[[quizzes.options]]
+[[questions.options]]
 text = "It is negative."
 right = true
 reason = "A = -exp(A_log)."
-[[quizzes.options]]
+[[questions.options]]
 text = "It is positive."
 right = false
 reason = "Then the state would grow."
@@ -72,7 +72,7 @@ def test_a_bad_quiz_is_refused(old: str, new: str, words: str) -> None:
 
 def test_one_option_is_no_choice() -> None:
     with pytest.raises(QuizError, match="has 1 option"):
-        read_quiz(TEXT[: TEXT.index('[[quizzes.options]]\ntext = "Nothing."')])
+        read_quiz(TEXT[: TEXT.index('[[questions.options]]\ntext = "Nothing."')])
 
 
 def test_an_unknown_quiz_says_which_there_are() -> None:

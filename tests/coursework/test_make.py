@@ -82,10 +82,10 @@ def test_the_source_is_a_function_of_the_exercises(chapter: str) -> None:
     one, two = (make.source_notebook(chapter, found) for _ in range(2))
     assert make.written(one) == make.written(two)
     ids = [cell["id"] for cell in one["cells"]]
-    assert len(set(ids)) == len(ids) == 2 + 3 * len(exercises)
+    assert len(set(ids)) == len(ids) == 2 + 3 * len(found)
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
     graded = [c["metadata"]["nbgrader"] for c in one["cells"] if "nbgrader" in c["metadata"]]
-    assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in exercises)
+    assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in found)
 
 
 def test_a_test_cell_grades_the_learners_function_for_points() -> None:

@@ -31,10 +31,7 @@ PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist", "PIL": "pillow"}
 BROUGHT_BY = {"IPython": "jupyterlab", "traitlets": "jupyterlab"}
 # Rooms that need more than the core: what a chapter uses comes with `lab`, and the tools that
 # publish, check and grade chapters with `dev`. Nothing else in the package may import either.
-EXTRAS_OF = {"viz": {"lab"}, "course": {"lab"}}
-AUTHORS_TOOLS = tuple(
-    f"course/{tool}" for tool in ("publish", "hygiene", "coursework", "submissions", "marking")
-)
+EXTRAS_OF = {"course": {"lab"}, "authoring": {"lab", "dev"}, "coursework": {"lab", "dev"}}
 
 
 def declared(pyproject: str) -> dict[str, Requirement]:
@@ -52,8 +49,6 @@ def core(pyproject: str) -> set[str]:
 def allowed_in(path: str, pyproject: str) -> set[str]:
     """What a file of the package may import, by its path inside the package."""
     extras = EXTRAS_OF.get(path.partition("/")[0], set())
-    if path.startswith(AUTHORS_TOOLS):
-        extras = {*extras, "dev"}
     groups = tomllib.loads(pyproject)["project"]["optional-dependencies"]
     listed = {Requirement(r).name for extra in extras for r in groups[extra]}
     return core(pyproject) | listed
@@ -224,8 +219,8 @@ def test_an_undeclared_import_and_a_missing_reason_are_found() -> None:
 
 def test_only_the_course_may_use_the_lab_and_only_its_tools_more() -> None:
     assert "plotly" not in allowed_in("ops/ssd.py", PYPROJECT)
-    assert "plotly" in allowed_in("viz/theme.py", PYPROJECT)
+    assert "plotly" in allowed_in("course/plotting/theme.py", PYPROJECT)
     assert "nbclient" not in allowed_in("course/lessons.py", PYPROJECT)
-    assert {"nbclient", "plotly", "torch"} <= allowed_in("course/publish.py", PYPROJECT)
+    assert {"nbclient", "plotly", "torch"} <= allowed_in("authoring/publish.py", PYPROJECT)
     assert undeclared_imports("import IPython", allowed_in("course/x.py", PYPROJECT)) == []
     assert undeclared_imports("import IPython", allowed_in("ops/x.py", PYPROJECT)) == ["IPython"]

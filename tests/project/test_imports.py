@@ -15,7 +15,7 @@ LINT = [sys.executable, "-c", "from importlinter.cli import lint_imports_command
 
 
 def run(config: Path | None = None, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """import-linter on the packages below `path`, with a configuration of its own or the project's."""
+    """import-linter on the packages below `path`."""
     command = LINT + ([f"--config={config}"] if config else [])
     env = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{path / 'kernels'}"}
     return subprocess.run(
