@@ -30,15 +30,15 @@ show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.read_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
-from nemotron_lite.course import grading
+from nemotron_lite.course import exercises
 def run(f):
-    grading.close(f(2), 4, what="twice 2")
-twice = grading.Exercise(
+    exercises.close(f(2), 4, what="twice 2")
+twice = exercises.Exercise(
     id="99.twice", title="", objective="O1: double.", minutes=1, difficulty=1, importance=1,
     points=1, task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
     solution="def twice(x):\\n    return 2 * x\\n", hints=("a", "b", "c"),
     checks=(Check("by hand", run),))
-grading.exercises = lambda chapter: (twice,)
+exercises.exercises = lambda chapter: (twice,)
 def mine(x):
     raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
     follow, trace, explorer   what one number of the state does while tokens come in; with sliders
     two_rules                 what a step of size dt makes of A and of B
-    rounds, wiring, costs     what a parallel scan combines in which round, and how often
+    scan_rounds, wiring, costs  what a parallel scan combines in which round, and how often
     learning                  accuracy while training
     chosen_steps              the step sizes that a trained layer gives to the tokens of a row
     half_lives                how many tokens the heads of a layer remember
@@ -180,7 +180,7 @@ def two_rules(exponents: ArrayLike) -> go.Figure:
     )
 
 
-def rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
+def scan_rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
     """The combinations of a scan over t entries: per round, pairs (earlier, later).
 
     After a round, each `later` holds itself combined with `earlier`. In the end entry i has seen
@@ -210,7 +210,7 @@ def wiring(t: int = 8) -> go.Figure:
     counts = []
     deepest = 0
     for column, kind in enumerate(KINDS, 1):
-        plan = rounds(kind, t)
+        plan = scan_rounds(kind, t)
         deepest = max(deepest, len(plan))
         counts.append(f"{kind}: {len(plan)} rounds, {sum(map(len, plan))} combinations")
         for at, pairs in enumerate(plan):
@@ -254,7 +254,7 @@ def costs(lengths: Sequence[int]) -> go.Figure:
         rows=1, cols=2, subplot_titles=("rounds (time, at best)", "combinations (work)")
     )
     for look, kind in zip(theme.SERIES, KINDS, strict=False):
-        plans = [rounds(kind, t) for t in lengths]
+        plans = [scan_rounds(kind, t) for t in lengths]
         for column, values in (
             (1, [len(p) for p in plans]),
             (2, [sum(map(len, p)) for p in plans]),

@@ -97,7 +97,7 @@ class ScanModel(nn.Module):
 
 
 @torch.no_grad()
-def faultless_rows(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
+def exact_rows(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
     """Rows of 100 in which every answer of the mask is right, each from the tokens before it.
 
     A row counts as it would if the model wrote the answers itself: its next answer is read behind
@@ -112,7 +112,7 @@ def faultless_rows(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
     return 100 * (right | ~batch.mask[:, 1:]).all(1).double().mean().item()
 
 
-def learn(
+def train_scan(
     model: nn.Module,
     task: BatchSource,
     exam: Batch,
@@ -138,12 +138,12 @@ def learn(
         every: updates between two measurements.
 
     Returns:
-        `faultless_rows` of the exam before the first update and after each `every`.
+        `exact_rows` of the exam before the first update and after each `every`.
     """
     adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
     length = exam.tokens.shape[1]
-    curve = [faultless_rows(model(exam.tokens), exam)]
+    curve = [exact_rows(model(exam.tokens), exam)]
     for i in progress(range(steps), name):
         batch = task.batch(i, batch_size=batch_size, length=length, seed=seed)
         assert batch.mask is not None
@@ -156,5 +156,5 @@ def learn(
         rate.step()
         if (i + 1) % every == 0:
             with torch.no_grad():
-                curve.append(faultless_rows(model(exam.tokens), exam))
+                curve.append(exact_rows(model(exam.tokens), exam))
     return curve

@@ -8,8 +8,8 @@ import torch
 from nemotron_lite.course.chapters.ch01_selective_scan.lesson import (
     ScanLayer,
     ScanModel,
-    faultless_rows,
-    learn,
+    exact_rows,
+    train_scan,
 )
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.data.tasks.selective_copy import SelectiveCopy
@@ -62,13 +62,13 @@ def test_one_wrong_answer_spoils_a_row() -> None:
     batch = TASK.exam(rows=4, length=12)
     logits = torch.zeros(4, 12, TASK.vocab_size)
     logits[:, :-1] = torch.nn.functional.one_hot(batch.tokens[:, 1:], TASK.vocab_size).float()
-    assert faultless_rows(logits, batch) == 100
+    assert exact_rows(logits, batch) == 100
     logits[0, -2] = -logits[0, -2]  # the last answer of a row
     logits[1, 0] = -logits[1, 0]  # silence: nobody asks for it
     logits[2, -1] = 1.0  # behind the row
-    assert faultless_rows(logits, batch) == 75
+    assert exact_rows(logits, batch) == 75
     with pytest.raises(ValueError, match="no mask"):
-        faultless_rows(logits, Batch(batch.tokens))
+        exact_rows(logits, Batch(batch.tokens))
 
 
 def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
@@ -76,7 +76,7 @@ def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
     curves, losses = [], []
     for _ in range(2):
         model = ScanModel(TASK.vocab_size, selective=True)
-        curves.append(learn(model, TASK, exam, "", steps=20, batch_size=16, every=10))
+        curves.append(train_scan(model, TASK, exam, "", steps=20, batch_size=16, every=10))
         losses.append(model.head.weight.detach().clone())
     assert len(curves[0]) == 3
     assert curves[0] == curves[1]
@@ -85,6 +85,8 @@ def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
 
 def test_it_learns_to_copy_two_letters() -> None:
     exam = TASK.exam(rows=64, length=12)
-    curve = learn(ScanModel(TASK.vocab_size, selective=True), TASK, exam, "", steps=100, every=100)
+    curve = train_scan(
+        ScanModel(TASK.vocab_size, selective=True), TASK, exam, "", steps=100, every=100
+    )
     assert curve[0] < 40
     assert curve[-1] > 80
