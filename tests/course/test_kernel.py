@@ -27,7 +27,7 @@ live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the
 show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "progress": "total = sum(progress(range(300), 'training'))",
     "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
-    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.read_quiz({TEXT!r})\nquiz('01')",
+    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.parse_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
 from nemotron_lite.course import exercises

@@ -129,5 +129,5 @@ def test_triton_is_asked_in_time_and_a_choice_is_respected(
         monkeypatch.delenv("TRITON_INTERPRET")
     if not imported:
         monkeypatch.delitem(sys.modules, "triton", raising=False)
-    assert words in session._settle_triton()
+    assert words in session._choose_triton_mode()
     assert os.environ.get("TRITON_INTERPRET") == expected

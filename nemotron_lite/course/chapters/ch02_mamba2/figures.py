@@ -97,7 +97,7 @@ def two_parts(matrix: ArrayLike, chunk: int) -> go.Figure:
 
 
 def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
-    """Which block of the matrix is done how, and the arithmetic of every chunk length.
+    """How each block of the matrix is computed, and the arithmetic of every chunk length.
 
     Args:
         matrix: `t t`, lower-triangular.
@@ -113,7 +113,7 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
     lengths = _chunk_lengths(t)
     fig = make_subplots(
         1, 2, column_widths=[0.52, 0.48], horizontal_spacing=0.12,
-        subplot_titles=("which block is done how", "multiply-adds per token and head"),
+        subplot_titles=("how each block is computed", "multiply-adds per token and head"),
     )  # fmt: skip
     fig.add_trace(_heatmap(_blank_above(whole), diverging=True), 1, 1)
     for name, colour, dash in (
@@ -124,7 +124,7 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
             x=[None], y=[None], mode="lines", name=name, line=dict(color=colour, dash=dash, width=3)
         )
     work = multiply_adds(np.array(lengths), p, n)
-    # Dark, light and middle, in the order of the stack: no colour is needed to tell them apart.
+    # Dark, light and medium, in the order of the stack, so that they differ without colour too.
     for (name, each), colour in zip(work.items(), (theme.INK, "#9CCDEB", "#E69F00"), strict=True):
         fig.add_bar(
             x=[str(q) for q in lengths], y=each, name=name, marker_color=colour,
@@ -215,7 +215,7 @@ def multiply_adds(chunk: ArrayLike, p: int, n: int) -> dict[str, ndarray]:
 
 
 def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
-    """What each chunk adds to one head's state (step 2), and the state after it (step 3).
+    """What each chunk adds to the state of one head (step 2), and the state after it (step 3).
 
     Args:
         added: `c p n`, what each chunk writes, as it stands at the chunk's end.
@@ -289,7 +289,7 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
 
 
 def mixer_layout(config: NemotronConfig) -> go.Figure:
-    """The channels of a Mamba-2 layer from projection to projection, to scale."""
+    """The channels of a Mamba-2 layer from the input to the output projection, to scale."""
     inner, shared = config.mamba_inner_size, config.n_groups * config.ssm_state_size
     heads, groups, d = config.mamba_num_heads, config.n_groups, config.hidden_size
     head_width, per_group = config.mamba_head_dim, inner // config.n_groups
@@ -375,18 +375,18 @@ def crossing(
 def fingerprints(
     errors: Mapping[str, ArrayLike], marks: Mapping[str, int], *, floor: float = 1e-9
 ) -> go.Figure:
-    """The largest error at each position, one small plot for each suspect.
+    """The largest error at each position, one small plot for each implementation.
 
     Args:
         errors: name → `t` absolute errors; anything below `floor` is drawn at it.
-        marks: what happens where, name → position: dotted lines in each plot.
+        marks: name → position of an event: dotted lines in each plot.
         floor: the smallest error drawn.
 
     Raises:
         ValueError: nothing to draw.
     """
     if not errors:
-        raise ValueError("errors is empty; expected at least one suspect.")
+        raise ValueError("errors is empty; expected at least one implementation.")
     columns = min(2, len(errors))
     rows = -(-len(errors) // columns)
     fig = make_subplots(
@@ -423,11 +423,11 @@ def fingerprints(
 
 
 def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
-    """Training loss by step, the model without memory first.
+    """Training loss by step; the model without Mamba or attention comes first.
 
     Args:
         curves: name → mean losses of `every` steps each, of equal length.
-        every: how many steps stand behind one value; it is drawn in their middle.
+        every: the number of steps that one value is the mean of; it is drawn in their middle.
 
     Raises:
         ValueError: curves of different lengths.

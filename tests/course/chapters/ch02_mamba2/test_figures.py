@@ -163,7 +163,7 @@ def test_the_crossing_is_marked_where_it_is() -> None:
     assert not figures.crossing([128, 256], {"attention": [1, 4], "scan": [2, 2]}).layout.shapes
 
 
-def test_fingerprints_draw_each_suspect_and_keep_to_the_floor() -> None:
+def test_fingerprints_draw_each_implementation_and_no_error_below_the_floor() -> None:
     errors = {name: np.linspace(0, 1, 10) for name in "ABC"}
     fig = figures.fingerprints(errors, {"split": 4}, floor=1e-6)
     assert [trace.name for trace in fig.data] == list("ABC")
@@ -184,7 +184,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         (lambda: figures.two_parts(DECAY, 0), "at least 1 token"),
         (lambda: figures.states_walk(np.ones((2, 3)), np.ones((2, 3))), "c p n"),
         (lambda: figures.explore_chunks(STEPS, SCORES, p=4, n=4, chunk=7), "expected one of"),
-        (lambda: figures.fingerprints({}, {}), "at least one suspect"),
+        (lambda: figures.fingerprints({}, {}), "at least one implementation"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
