@@ -198,7 +198,7 @@ def volatile_content(notebook: NotebookNode) -> list[str]:
             )
         if output.output_type == "stream" and output.name == "stderr":
             found.append(f"cell {index} has stderr in its output.")
-    return [f"{fault} Run `make notebooks`." for fault in found]
+    return [f"{problem} Run `make notebooks`." for problem in found]
 
 
 def too_long(notebook: NotebookNode) -> list[str]:

@@ -104,7 +104,7 @@ def _solution_body(exercise: Exercise) -> str:
     """The statements of the reference solution, without signature, docstring or indentation.
 
     What the solution imports or defines outside its function, and the stub does not, comes first:
-    nbgrader clears one region, so all of it must stand inside the function.
+    nbgrader clears one region, so all of it must be inside the function.
     """
     function = target_function(exercise.solution)
     lines = exercise.solution.splitlines()

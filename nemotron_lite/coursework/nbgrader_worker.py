@@ -139,7 +139,7 @@ def score_exercise(
     values = [o for o in test["outputs"] if o["output_type"] == "execute_result"]
     points = _number("".join(values[0]["data"].get("text/plain", ""))) if len(values) == 1 else None
     shown = ["".join(o.get("data", {}).get("text/plain", "")) for o in test["outputs"]]
-    said = next((text for text in shown if text.startswith(f"{exercise['id']}:")), "")
+    message = next((text for text in shown if text.startswith(f"{exercise['id']}:")), "")
     if points is None or not 0 <= points <= max_points:
         text = (
             "the test cell returned no number of points; was `check` or the kernel tampered with?"
@@ -147,8 +147,8 @@ def score_exercise(
         return {**zero, "status": "error", "message": text}
     status = "passed" if points == max_points else "partial" if points else "failed"
     if broken is not None and not points:
-        said = f"the answer cell ended in {_line(broken, None, function)}. {said}"
-    return {"points": points, "max_points": max_points, "status": status, "message": said}
+        message = f"the answer cell ended in {_line(broken, None, function)}. {message}"
+    return {"points": points, "max_points": max_points, "status": status, "message": message}
 
 
 def _error(cell: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -213,8 +213,8 @@ def _save_points(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any
                 comment = book.find_comment(exercise["answer"], *where)
             except MissingEntry:
                 continue  # the answer cell was deleted
-            said = mine["message"].removeprefix(f"{exercise['id']}: ")
-            comment.manual_comment = f"{exercise['id']}: {said}"
+            message = mine["message"].removeprefix(f"{exercise['id']}: ")
+            comment.manual_comment = f"{exercise['id']}: {message}"
         book.db.commit()
 
 

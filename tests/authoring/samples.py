@@ -49,9 +49,9 @@ def chapter() -> NotebookNode:
             cells.append(new_code_cell('session = setup("01")', metadata=tags))
             continue
         title = "# 01 Sample" if section == "header" else f"## The section {section}"
-        said = OBJECTIVES if section in ("objectives", "recap") else "Some words."
-        said = HEADER if section == "header" else said
-        cells.append(new_markdown_cell(f"{title}\n\n{said}", metadata=tags))
+        body = OBJECTIVES if section in ("objectives", "recap") else "Some words."
+        body = HEADER if section == "header" else body
+        cells.append(new_markdown_cell(f"{title}\n\n{body}", metadata=tags))
         if section == "predict":
             cells.append(new_code_cell('predict("ratio", "How much faster?")'))
         elif section == "widget":

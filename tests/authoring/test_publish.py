@@ -189,10 +189,10 @@ def test_the_command_publishes_and_says_what_is_left(
     nbformat.write(runnable("1 + 1"), tmp_path / "01_sample.ipynb")
     nbformat.write(runnable("1 / 0"), tmp_path / "02_bad.ipynb")
     assert publish.main(["--folder", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "01_sample.ipynb: ran " in said.out
-    assert "nl:math is missing" in said.out
-    assert "02_bad.ipynb was not written" in said.err
+    output_text = capsys.readouterr()
+    assert "01_sample.ipynb: ran " in output_text.out
+    assert "nl:math is missing" in output_text.out
+    assert "02_bad.ipynb was not written" in output_text.err
     assert publish.main(["--folder", str(tmp_path), "07"]) == 2
 
 

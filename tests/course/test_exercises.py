@@ -240,11 +240,11 @@ def test_an_unknown_exercise_lists_those_of_its_chapter() -> None:
 
 
 def test_hints_come_one_after_another(shown: Callable[..., Shown]) -> None:
-    said = [shown(hint, "99.fade").plain for _ in range(4)]
-    assert said[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
-    assert "Use `torch.exp`." in said[1]
-    assert said[2] == said[3]
-    assert "the last one" in said[2]
+    messages = [shown(hint, "99.fade").plain for _ in range(4)]
+    assert messages[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
+    assert "Use `torch.exp`." in messages[1]
+    assert messages[2] == messages[3]
+    assert "the last one" in messages[2]
     assert "Hint 2 of 3" in shown(hint, "99.fade", 2).plain
     with pytest.raises(ValueError, match="n is 4"):
         hint("99.fade", 4)

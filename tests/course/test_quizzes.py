@@ -45,7 +45,7 @@ def test_each_quiz_is_whole(chapter: str) -> None:
     assert 5 <= len(asked) <= 8
     assert len({one.question for one in asked}) == len(asked)
     places = [[option.right for option in one.options].index(True) for one in asked]
-    assert len(set(places)) > 1, "the right answer always stands in the same place"
+    assert len(set(places)) > 1, "the right answer is always in the same place"
 
 
 @pytest.mark.parametrize(

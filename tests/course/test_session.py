@@ -98,12 +98,12 @@ def test_without_the_lab_the_verbs_still_speak_and_triton_is_asked_for_its_inter
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    said = run.stdout.splitlines()
-    assert said[0] == "Chapter 01 · ready"
-    assert "measured: x = 4" in said
-    assert said[-2] == "1"
-    assert said[-1].startswith("This needs plotly, which is not installed.")
-    assert "pip install 'nemotron-lite[lab]'" in said[-1]
+    messages = run.stdout.splitlines()
+    assert messages[0] == "Chapter 01 · ready"
+    assert "measured: x = 4" in messages
+    assert messages[-2] == "1"
+    assert messages[-1].startswith("This needs plotly, which is not installed.")
+    assert "pip install 'nemotron-lite[lab]'" in messages[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The source shown is the one that runs, whatever stands between a name and its function."""
+"""The source shown is the code that runs, also behind decorators and properties."""
 
 from __future__ import annotations
 

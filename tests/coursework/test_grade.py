@@ -104,23 +104,23 @@ def test_a_folder_of_submissions_is_graded(
     max_points = found["alice"]["max_points"]
     points = {s: {e["id"]: e["points"] for e in one["exercises"]} for s, one in found.items()}
     status = {s: {e["id"]: e["status"] for e in one["exercises"]} for s, one in found.items()}
-    said = {s: {e["id"]: e["message"] for e in one["exercises"]} for s, one in found.items()}
+    messages = {s: {e["id"]: e["message"] for e in one["exercises"]} for s, one in found.items()}
 
     alice, bob = found["alice"], found["bob"]
     assert (alice["status"], alice["points"]) == ("graded", max_points)
     assert max_points > 0
     assert (bob["status"], bob["points"]) == ("graded", 0)
     assert set(status["bob"].values()) == {"failed"}
-    assert all("not done yet" in line for line in said["bob"].values())
+    assert all("not done yet" in line for line in messages["bob"].values())
 
     assert status["carl"]["00.read_pattern"] == "stopped"
-    assert "an endless loop?" in said["carl"]["00.read_pattern"]
+    assert "an endless loop?" in messages["carl"]["00.read_pattern"]
     assert status["carl"]["00.kv_bytes"] == "error"
-    assert "its cell ended in SyntaxError" in said["carl"]["00.kv_bytes"]
+    assert "its cell ended in SyntaxError" in messages["carl"]["00.kv_bytes"]
     lost = sum(points["alice"][e] for e in ("00.read_pattern", "00.kv_bytes"))
     assert found["carl"]["points"] == max_points - lost
 
-    assert "was it renamed" in said["dora"]["00.read_pattern"]
+    assert "was it renamed" in messages["dora"]["00.read_pattern"]
     assert status["dora"]["00.moe_parameters"] == "failed"
     assert status["dora"]["00.kv_bytes"] == "passed"
     assert any("00.moe_parameters: the test cell had been changed" in n
@@ -157,7 +157,7 @@ def test_a_folder_of_submissions_is_graded(
 
 
 def test_the_isolation_is_what_it_says() -> None:
-    """If the network is said to be off, a program cannot reach a server of this process."""
+    """If the network is messages to be off, a program cannot reach a server of this process."""
     isolation = find_isolation()
     assert isolation.network == "off" or isolation.network.startswith("NOT cut off: ")
     assert bool(isolation.command) == (isolation.network == "off")
@@ -235,9 +235,9 @@ def test_a_missing_folder_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert grade.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("Nothing was graded: ")
-    assert "is not a folder" in said
+    messages = capsys.readouterr().err
+    assert messages.startswith("Nothing was graded: ")
+    assert "is not a folder" in messages
     assert not (tmp_path / "out").exists()
 
 
@@ -307,7 +307,7 @@ def test_a_test_cell_earns_its_value_and_nothing_else(
 def test_an_answer_cell_that_broke_is_named_as_the_cause() -> None:
     broken = ran(error("SyntaxError", "invalid syntax"))
     gone = ran(error("NameError", "name 'f' is not defined"))
-    said = nbgrader_worker.score_exercise(EXERCISE, gone, broken)["message"]
-    assert said == "there is no function f: its cell ended in SyntaxError: invalid syntax"
+    messages = nbgrader_worker.score_exercise(EXERCISE, gone, broken)["message"]
+    assert messages == "there is no function f: its cell ended in SyntaxError: invalid syntax"
     stale = nbgrader_worker.score_exercise(EXERCISE, ran(LINE, value("0")), broken)["message"]
     assert stale == "the answer cell ended in SyntaxError: invalid syntax. 01.f: not right yet."

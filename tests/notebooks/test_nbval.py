@@ -102,9 +102,9 @@ def test_a_chapter_that_says_the_same_passes(
 def test_a_chapter_that_says_something_else_fails(
     name: str, judged: tuple[dict[str, list[str]], str]
 ) -> None:
-    outcomes, said = judged
+    outcomes, output_text = judged
     assert "FAILED" in outcomes[f"{name}.ipynb"]
-    assert SPOILT[name][1] in said
+    assert SPOILT[name][1] in output_text
 
 
 def test_a_chapter_that_was_never_run_has_no_cell_that_passes(
@@ -145,10 +145,12 @@ def test_a_chapter_stays_in_one_process_and_other_tests_spread(
     (tmp_path / "tests" / "test_others.py").write_text(MEETING)
     (tmp_path / "tests" / "browser" / "test_a.py").write_text(many)
     (tmp_path / "tests" / "browser" / "test_b.py").write_text(many)
-    _, said = run(tmp_path, "-n", "2", "-v")
-    assert re.search(r"^=+ 46 passed in", said, re.M), said
+    _, output_text = run(tmp_path, "-n", "2", "-v")
+    assert re.search(r"^=+ 46 passed in", output_text, re.M), output_text
     workers: dict[str, set[str]] = {}
-    for worker, file in re.findall(r"^\[(gw\d)\].* PASSED (\S+?)::(?:ipynb::)?\w", said, re.M):
+    for worker, file in re.findall(
+        r"^\[(gw\d)\].* PASSED (\S+?)::(?:ipynb::)?\w", output_text, re.M
+    ):
         workers.setdefault(Path(file).name, set()).add(worker)
     assert len(workers["00_a"]) == len(workers["01_b"]) == 1
     assert len(workers["test_a.py"] | workers["test_b.py"]) == 1
@@ -160,10 +162,10 @@ def test_addresses_are_not_compared_and_times_are() -> None:
     pairs = re.findall(r"^regex: (.*)\nreplace: (.*)$", text, re.M)
     assert len(pairs) == text.count("\n[") == 2
 
-    def sanitized(said: str) -> str:
+    def sanitized(output_text: str) -> str:
         for pattern, replacement in pairs:
-            said = re.sub(pattern, replacement, said)
-        return said
+            output_text = re.sub(pattern, replacement, output_text)
+        return output_text
 
     assert sanitized("<A at 0x7f3a2b1c9d10>") == sanitized("<A at 0x7f0000000010>")
     assert sanitized("1.25 s, 0xFF") == "1.25 s, 0xFF"

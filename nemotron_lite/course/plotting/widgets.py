@@ -137,8 +137,8 @@ def explore(figure: go.Figure, update: Update, **controls: ipywidgets.Widget) ->
     Args:
         figure: a described figure; it is not changed.
         update: called as `update(fig, name=value, …)` with the live figure and the value of each
-            control. It changes traces in place; a string it returns is shown below. The first call is
-            made at once, with the initial values; an error in it is raised.
+            control. It changes traces in place; a string it returns is shown below. The first
+            call is made at once, with the initial values; an error in it is raised.
         controls: widgets with a `value`, by the name under which `update` takes it.
     """
     return Explorer(figure, update, **controls)

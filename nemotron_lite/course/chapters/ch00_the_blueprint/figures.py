@@ -40,7 +40,7 @@ REST = "rest"  # embedding, head and the last norm: no layer's
 MIXING_PLACES = len(SUPER_PATTERN) - SUPER_PATTERN.count("E")  # layers that mix tokens
 MODELS = {"Super": "super", "Nano": "nano", "Ultra": "ultra", "lite (yours)": "lite"}
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
-SMALLEST_LABEL = 0.09  # share of a bar that has room for a letter and a number
+SMALLEST_LABEL = 0.09  # share of a bar large enough for a letter and a number
 LINES = {
     "attention in every place": theme.SERIES[1],
     "as set": theme.SERIES[0],
@@ -136,9 +136,9 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
                              strict=True):  # fmt: skip
         parts = [asked[q][letter] / sum(asked[q].values()) for q in QUANTITIES]
         pale = kind not in ("all", letter)
-        fill, room = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
+        fill, least = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
         trace.x, trace.y = [100 * part for part in parts], [0, 1, 2, 3]
-        trace.text = [f"{letter} {part:.0%}" if part > room else "" for part in parts]
+        trace.text = [f"{letter} {part:.0%}" if part > least else "" for part in parts]
         asking = zip(QUANTITIES, parts, strict=True)
         trace.hovertext = [f"{question}: {trace.name} {part:.2%}" for question, part in asking]
         trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
@@ -200,7 +200,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     Args:
         width: d; everything else follows in Super's proportions.
         anchors: attention layers among the places that mix tokens.
-        context: where the mark stands.
+        context: position of the mark.
     """
     fig = make_subplots(cols=2, subplot_titles=("remembered", "FLOPs of the next token"),
                         horizontal_spacing=0.16)  # fmt: skip

@@ -218,7 +218,7 @@ def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
     """What each chunk adds to the state of one head (step 2), and the state after it (step 3).
 
     Args:
-        added: `c p n`, what each chunk writes, as it stands at the chunk's end.
+        added: `c p n`, what each chunk writes, with the decay up to the chunk's end.
         states: `c p n`, the state after each chunk.
 
     Raises:
