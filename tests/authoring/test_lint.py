@@ -364,7 +364,7 @@ def test_what_a_chapter_is_compared_with_is_read_from_the_package() -> None:
     assert all(facts.values())
 
 
-def test_check_file_reads_a_chapter_from_disk(tmp_path: Path) -> None:
+def test_lint_file_reads_a_chapter_from_disk(tmp_path: Path) -> None:
     import nbformat
 
     path = tmp_path / "01_sample.ipynb"

@@ -119,7 +119,7 @@ def test_tell_shows_caveats(shown: Callable[..., Shown]) -> None:
     assert "Batch size and number of GPUs" in shown(tell, "{super.throughput_vs_gpt_oss}").plain
 
 
-def test_one_caveat_of_two_facts_is_told_once(shown: Callable[..., Shown]) -> None:
+def test_one_caveat_of_two_facts_is_shown_once(shown: Callable[..., Shown]) -> None:
     seen = shown(
         tell, "{latent_moe.standard_code} {latent_moe.latent_code} {super.throughput_vs_qwen}"
     )

@@ -45,7 +45,7 @@ def test_the_same_numbers_twice() -> None:
     assert torch.rand(2).tolist() != draws[0][1]
 
 
-def test_threads_are_set_and_told() -> None:
+def test_threads_are_set_and_shown() -> None:
     assert setup("01", threads=1).threads == 1
     assert torch.get_num_threads() == 1
 

@@ -276,7 +276,7 @@ def test_answers_that_import_the_package_are_noted(source: str, noted: str) -> N
                      if noted else [])  # fmt: skip
 
 
-def test_the_assignment_is_told_by_most_of_the_cells() -> None:
+def test_the_assignment_is_that_of_most_of_the_cells() -> None:
     mixed = notebook(*FIRST.cells, KNOWN["chapter_02"].cells[2])
     assert assignment_of(mixed, KNOWN) == "chapter_01"
     assert assignment_of(notebook({"cell_type": "code"}), KNOWN) == ""

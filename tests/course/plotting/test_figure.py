@@ -13,7 +13,7 @@ from nemotron_lite.course.plotting import alt_of, described, lines, matrix, them
 WORDS = "Two lines over time that start together and part after the first change of direction."
 
 
-def test_the_words_travel_with_the_figure() -> None:
+def test_the_text_is_stored_in_the_figure() -> None:
     fig = described(go.Figure(go.Scatter(y=[1, 2])), f"  {WORDS}\n   ")
     assert alt_of(fig) == WORDS
     assert alt_of(json.loads(fig.to_json())) == WORDS
@@ -27,7 +27,7 @@ def test_other_notes_of_the_figure_stay() -> None:
 
 
 @pytest.mark.parametrize("figure", [go.Figure(), {"data": []}, {"layout": {"meta": ["x"]}}])
-def test_a_figure_without_words_has_none(figure: go.Figure | dict) -> None:
+def test_a_figure_without_text_has_none(figure: go.Figure | dict) -> None:
     assert alt_of(figure) is None
 
 

@@ -107,7 +107,7 @@ def test_learning_keeps_the_rows_and_the_order() -> None:
     assert "97" not in alt_of(fig)
 
 
-def test_every_figure_has_words_and_the_theme() -> None:
+def test_every_figure_has_a_text_and_the_theme() -> None:
     for fig in (
         figures.wiring(4),
         figures.costs([8]),

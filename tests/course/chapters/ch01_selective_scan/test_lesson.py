@@ -1,4 +1,4 @@
-"""The model of chapter 01: what selective means, what a faultless row is, and that it learns."""
+"""The model of chapter 01: what selective means, which rows count as right, and that it learns."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_causal() -> None:
     assert torch.allclose(model(changed)[:, :7], model(TOKENS)[:, :7], atol=1e-6)
 
 
-def test_one_wrong_answer_spoils_a_row() -> None:
+def test_a_row_with_one_wrong_answer_does_not_count() -> None:
     batch = TASK.exam(rows=4, length=12)
     logits = torch.zeros(4, 12, TASK.vocab_size)
     logits[:, :-1] = torch.nn.functional.one_hot(batch.tokens[:, 1:], TASK.vocab_size).float()

@@ -52,7 +52,7 @@ def every_figure() -> dict[str, go.Figure]:
 
 
 @pytest.mark.parametrize("name", every_figure())
-def test_every_figure_has_words_and_the_theme_and_is_json(name: str) -> None:
+def test_every_figure_has_a_text_and_the_theme_and_is_json(name: str) -> None:
     fig = every_figure()[name]
     assert len(alt_of(fig) or "") >= 40
     assert fig.layout.template.layout.paper_bgcolor == theme.CARD
