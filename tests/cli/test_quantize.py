@@ -16,7 +16,7 @@ import nemotron_lite
 from nemotron_lite import cli, data
 from nemotron_lite.checkpoint import CheckpointError, storage_report, weight_bytes
 from nemotron_lite.cli import app
-from nemotron_lite.quantization.packed_layers import Packed
+from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.tiny import randomise
 from tests.cli.test_cli import TINY
 
@@ -78,7 +78,7 @@ def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     share = round(100 * weight_bytes(out) / weight_bytes(trained))
     assert f"({share}%)" in shown and share < 60
     model = nemotron_lite.load(out, packed=True)
-    assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), Packed)
+    assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), PackedWeight)
     assert "backbone.layers.2.mixer.k_proj.k_scale" in model.state_dict()
     assert model.tokenizer is not None
     shown = call("info", out).stdout

@@ -46,7 +46,9 @@ def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantizedTensor:
         codes[..., cols:] = 0
     scales = torch.tensor([0.5, 1.0, 2.0, 3.0])[torch.randint(0, 4, (*rows, blocks))]
     scale = torch.full(shape[:-2] if len(shape) == 3 else (), 0.25)
-    return nvfp4.QuantizedTensor(nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale, shape)
+    return nvfp4.QuantizedTensor(
+        nvfp4.pack_codes(codes), scales.to(torch.float8_e4m3fn), scale, shape
+    )
 
 
 def _integers(*shape: int) -> torch.Tensor:

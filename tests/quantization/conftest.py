@@ -27,15 +27,15 @@ def _one_thread() -> Iterator[None]:
 def trained() -> dict[str, Tensor]:
     """The state of a model after some steps of training on `text`."""
     model = Nemotron(TINY, seed=0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(80):
         batch = text(1000 + step)
         logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = F.cross_entropy(logits, batch[:, 1:].flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
-    assert loss.item() < 2.5, "it has learnt something: chance is log 128 = 4.9"
+        optimizer.step()
+    assert loss.item() < 2.5, "the model has learned: a uniform guess has log 128 = 4.9"
     return model.state_dict()
 
 
@@ -53,7 +53,7 @@ def fresh(trained: dict[str, Tensor]) -> Callable[[], Nemotron]:
 
 @pytest.fixture
 def random_model() -> Nemotron:
-    """No parameter at rest."""
+    """A model in which no parameter has its initial value."""
     model = Nemotron(TINY, seed=0)
     randomise(model.state_dict().items(), 3)
     for name, buffer in model.named_buffers():
