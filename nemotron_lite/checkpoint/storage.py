@@ -33,7 +33,7 @@ class StoredGroup(NamedTuple):
     """Modules of one role that are stored in one format.
 
     Attributes:
-        role: a key of `precision.ROLES`, or `OTHER`.
+        role: a key of `recipe.ROLES`, or `OTHER`.
         format: as the files call it (BF16, F32, …), or NVFP4 or FP8.
         modules: of the model, a layer's experts counting as one; tensors where the role is OTHER.
         weights: of these modules.

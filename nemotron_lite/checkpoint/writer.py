@@ -13,7 +13,7 @@ padded with spaces to a multiple of 8, and the bytes of the tensors. We write it
 by tensor, because the library wants all tensors of a file at once and no two that share memory,
 which slices of one stack of experts do; saving would then need a second copy of the weights.
 
-Packed layers (`layers/packed.py`) are written bit by bit as they are, in ModelOpt's layout, with
+Packed layers (`packed_layers.py`) are written bit by bit as they are, in ModelOpt's layout, with
 hf_quant_config.json beside config.json.
 
 Saving is atomic (see `atomic`): at every moment `path` holds the old checkpoint or the new one.

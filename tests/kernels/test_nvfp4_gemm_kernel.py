@@ -222,7 +222,7 @@ def test_what_does_not_fit_says_so() -> None:
 
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     script = (
-        "import torch; from nemotron_lite.ops import nvfp4\n"
+        "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x, w = torch.ones(2, 16), nvfp4.quantize(torch.ones(4, 16))\n"
         "experts, one = nvfp4.quantize(torch.ones(3, 16, 16), batch_dims=1), torch.ones(2, 1)\n"
         "nvfp4.matmul(x, w)\n"

@@ -278,7 +278,7 @@ def test_what_cannot_be_quantized_says_why() -> None:
 
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     script = (
-        "import torch; from nemotron_lite.ops import nvfp4\n"
+        "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x = torch.ones(2, 16)\n"
         "q = nvfp4.quantize(x)\n"
         "for call in (lambda: nvfp4.quantize(x, impl='triton'),\n"
