@@ -52,7 +52,7 @@ def quantize(
     choices: Annotated[
         str, typer.Option(help="of a mix: any; or report, as in the report's table 7")
     ] = "any",
-    prompts: Annotated[int, typer.Option(help="pieces of text to calibrate on")] = 32,
+    pieces: Annotated[int, typer.Option("--prompts", help="pieces of text to calibrate on")] = 32,
     tokens: Annotated[int, typer.Option(help="in each piece")] = 256,
     cache: Annotated[bool, typer.Option("--cache", help="store FP8 scales of the cache")] = False,
     held_out_bytes: Annotated[
@@ -61,7 +61,7 @@ def quantize(
     text: Text = None,
     seed: Seed = 0,
 ) -> None:
-    """Quantize a trained model: one format for all, or the best mix under a budget of bits."""
+    """Quantize a trained model: one format for all, or the best mix within a budget of bits."""
     with plain_errors():
         import torch
 
@@ -70,21 +70,23 @@ def quantize(
         from nemotron_lite.quantization import bits_per_weight, calibrate, quantize_model
         from nemotron_lite.train import evaluate
 
-        check(model, save_to, bits, format, choices)
+        check_options(model, save_to, bits, format, choices)
         title(1, "Read")
         loaded = read_model(model, "float32")
         documents, held_out = read_text(loaded, text, held_out_bytes)
-        batches = passages(documents, prompts, tokens, seed=seed).split(BATCH_SIZE)
+        batches = passages(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
         before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
         out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
 
-        title(2, f"Calibrate on {prompts} pieces of {tokens} tokens")
+        title(2, f"Calibrate on {pieces} pieces of {tokens} tokens")
         calibration = calibrate(loaded, batches)
 
         budget = None if format else bits or BUDGET
         title(3, f"Choose: {format} for all" if format else f"Choose within {budget} bits")
-        modules, formats = choose(loaded, batches, calibration, budget, format or "bf16", choices)
+        modules, formats = choose_formats(
+            loaded, batches, calibration, budget, format or "bf16", choices
+        )
         count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(formats.values()).items()))
         out.print(
             f"{len(modules)} modules can be quantized: {count}; "
@@ -104,14 +106,16 @@ def quantize(
             ]  # fmt: skip
             out.print(tables.loss_table(lines))
         out.print(
-            f"The model is in {escape(str(save_to))}. Keep it small in memory as well:\n"
+            f"The model is in {escape(str(save_to))}. To keep its weights packed in memory too:\n"
             f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} --packed "
             '--prompt "class Tree:"',
             soft_wrap=True,
         )
 
 
-def check(model: Path, save_to: Path, bits: float | None, format: str | None, choices: str) -> None:
+def check_options(
+    model: Path, save_to: Path, bits: float | None, format: str | None, choices: str
+) -> None:
     """Refuse wrong options before any long computation begins.
 
     Raises:
@@ -170,7 +174,7 @@ def read_text(
     return sides[0], held_out
 
 
-def choose(
+def choose_formats(
     model: Nemotron,
     batches: Sequence[Tensor],
     calibration: Calibration,
@@ -178,7 +182,7 @@ def choose(
     format: str,
     choices: str,
 ) -> tuple[list[QuantizableModule], dict[str, str]]:
-    """What can be quantized, and the format of each; `format` for all if there is no budget."""
+    """The quantizable modules, and the format of each; `format` for all if there is no budget."""
     from nemotron_lite.quantization import (
         allocate_bits,
         measure_sensitivity,

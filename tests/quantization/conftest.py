@@ -1,4 +1,4 @@
-"""A model of each kind of layer, trained a little so that its modules matter unequally."""
+"""Models with each kind of layer; one is trained a little, so its modules differ in sensitivity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nemotron_lite import Nemotron
 from tests.checkpoint.tiny import TINY, randomise
-from tests.quantization.small import text
+from tests.quantization.learnable_text import text
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These models are so small that sharing their work between threads only costs."""
+    """These models are so small that several threads would be slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained() -> dict[str, Tensor]:
-    """The state of a model after some steps of training on `text`."""
+    """The state_dict of a model after some steps of training on `text`."""
     model = Nemotron(TINY, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(80):

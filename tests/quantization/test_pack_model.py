@@ -20,7 +20,7 @@ from nemotron_lite.quantization import (
     single_format,
 )
 from nemotron_lite.quantization.packed_layers import PackedExperts, PackedWeight
-from tests.quantization.small import loss_of, text
+from tests.quantization.learnable_text import loss_of, text
 
 Fresh = Callable[[], Nemotron]
 EXPERTS = "backbone.layers.1.mixer.experts"

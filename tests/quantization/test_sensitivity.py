@@ -20,7 +20,7 @@ from nemotron_lite.quantization import (
     single_format,
 )
 from nemotron_lite.quantization.pack_model import packed_copy
-from tests.quantization.small import loss_of, text
+from tests.quantization.learnable_text import loss_of, text
 
 Fresh = Callable[[], Nemotron]
 IN_PROJ = "backbone.layers.0.mixer.in_proj"

@@ -44,7 +44,7 @@ def test_every_ingredient_makes_a_difference(model: Nemotron, text: PackedTokens
     runs = {name: losses(model, text, precision=r, steps=3) for name, r in recipes.items()}
     assert runs["all"] == losses(model, text, precision="nvfp4", steps=3)
     assert len({tuple(run) for run in runs.values()}) == len(runs)
-    # What acts on gradients only cannot change the first loss.
+    # An ingredient that changes gradients only cannot change the first loss.
     first = {name: run[0] for name, run in runs.items()}
     assert first["stochastic"] == first["hadamard"] == first["all"]
     assert first["square"] != first["all"] != first["tail"]
@@ -52,24 +52,24 @@ def test_every_ingredient_makes_a_difference(model: Nemotron, text: PackedTokens
         NVFP4.without("salt")
 
 
-class PulledPlugError(Exception):
-    """Stands for a process that dies between two updates."""
+class KilledError(Exception):
+    """Stands for a process that is killed between two updates."""
 
 
 @pytest.mark.parametrize("which", ["nvfp4", NVFP4.without("tail")], ids=lambda w: str(w)[:5])
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     model: Nemotron, text: PackedTokens, tmp_path: Path, which: str | Recipe
 ) -> None:
     whole = losses(model, text, precision=which)
 
-    def pull_the_plug(record: dict[str, Any]) -> None:
+    def kill(record: dict[str, Any]) -> None:
         if record["step"] == 5:
-            raise PulledPlugError
+            raise KilledError
 
     config = TrainConfig(**RUN, precision=which)
     first = Nemotron(model.config, seed=0)
-    with pytest.raises(PulledPlugError):
-        train(first, text, config, out_dir=tmp_path, progress=False, on_step=pull_the_plug)
+    with pytest.raises(KilledError):
+        train(first, text, config, out_dir=tmp_path, progress=False, on_step=kill)
     assert not any(isinstance(m, NVFP4Linear) for m in first.modules())
     other = Nemotron(model.config, seed=5)
     torch.manual_seed(99)

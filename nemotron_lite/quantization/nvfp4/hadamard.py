@@ -59,13 +59,13 @@ def inverse_hadamard_transform(
     return _restore(groups * _signs(groups, 1.0), y, dim)
 
 
-def _signs(like: Tensor, size: float) -> Tensor:
-    signs = torch.tensor(SIGNS, dtype=like.dtype, device=like.device) * size
+def _signs(like: Tensor, scale: float) -> Tensor:
+    signs = torch.tensor(SIGNS, dtype=like.dtype, device=like.device) * scale
     return signs.view(POINTS, 1)
 
 
 def _groups_of_16(x: Tensor, dim: int) -> Tensor:
-    """x as [before, 16, after] in float32 or float64; "after" are the dimensions behind `dim`."""
+    """x as [before, 16, after] in float32 or float64; "after": the dimensions that follow `dim`."""
     length = x.shape[dim]
     if length % POINTS:
         raise ValueError(

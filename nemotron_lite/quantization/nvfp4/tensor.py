@@ -175,8 +175,8 @@ def check(x: Tensor, options: QuantizeOptions) -> None:
     scaling.check_dtype(x, name)
     if not 0 <= batch_dims < x.ndim:
         raise ValueError(
-            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; expected batch_dims of "
-            f"0 to {x.ndim - 1}, so that at least one dimension is left for the numbers."
+            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; expected at least "
+            "one dimension after those of the batch. Use fewer batch_dims."
         )
     if block == "16x16" and x.ndim != batch_dims + 2:
         raise ValueError(
@@ -205,11 +205,7 @@ def _max_of_sixteen_rows(largest: Tensor) -> Tensor:
 
 
 def _random_bits(v: Tensor, options: QuantizeOptions) -> Tensor:
-    """Random bits for each number, padding included (a zero stays zero with any bits).
-
-    Raises:
-        ValueError: bits of another shape.
-    """
+    """Random bits for each number, padding included (a zero stays zero with any bits)."""
     if options.bits is None:
         assert options.seed is not None
         rows = v.shape[:-1].numel()

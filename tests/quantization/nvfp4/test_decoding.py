@@ -17,7 +17,7 @@ from tests.compare import relative_rms
 
 
 def random_matrix(format: str, *shape: int) -> EncodedMatrix:
-    """Random bytes: every code and every finite scale, whatever a quantizer would make of it."""
+    """Random bytes: all codes and all finite scales, also those that no quantizer would write."""
     stack, rows, cols = shape[:-2], shape[-2], shape[-1]
     blocks = -(-cols // 16)
     # Scales down to float32's subnormals and up to where a sum of products still is finite.
@@ -105,7 +105,7 @@ def test_experts_few_and_many(format: str, tokens: int, monkeypatch: pytest.Monk
 
 
 def test_threads_do_not_share_a_stripe() -> None:
-    """Each thread's product is its own, however they interleave."""
+    """Threads that run at the same time do not overwrite each other's stripes."""
     cases = [(random_matrix("nvfp4", 300, 64), torch.randn(2, 64)) for _ in range(4)]
     expected = [x @ by_definition(w).mT for w, x in cases]
     wrong = []
