@@ -42,7 +42,7 @@ from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig
 from nemotron_lite.data import TextData, prepare
-from nemotron_lite.quantization.emulated_training import Arithmetic
+from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
 from nemotron_lite.train import TrainConfig, evaluate, loop, train
 
@@ -140,7 +140,7 @@ def one_run(scale: Scale, variant: str, seed: int, data: TextData) -> dict[str, 
     losses = [record["ce"] for record in result.history]
     held_out = {}
     for name, recipe in (("own", scale.variants[variant]), ("bf16", RECIPES["bf16"])):
-        with Arithmetic(model.eval(), recipe, seed) as arithmetic, arithmetic.products():
+        with EmulatedPrecision(model.eval(), recipe, seed) as precision, precision.autocast():
             held_out[name] = evaluate(model, data.held_out, window=2 * scale.length).nats_per_token
     return {
         "variant": variant, "seed": seed,
@@ -283,7 +283,7 @@ def step_times(
 
 def _update(run: loop._Run) -> Any:
     def call() -> None:
-        with run.arithmetic:
+        with run.precision:
             run._update()
 
     return call

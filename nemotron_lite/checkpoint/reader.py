@@ -40,7 +40,12 @@ from nemotron_lite.checkpoint.validation import CheckpointError, Stored
 from nemotron_lite.config import ConfigError, NemotronConfig
 from nemotron_lite.hf_config import from_hf
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.packed_layers import ScaledLinear, decode, install
+from nemotron_lite.quantization.packed_layers import (
+    LinearWithKVScale,
+    decode_weight,
+    empty_packed_layer,
+    install_packed_layer,
+)
 
 REOPEN = 64 * 2**20  # bytes of a mapped file after which it is closed and opened again
 STAYS_FLOAT32 = "e_score_correction_bias"
@@ -218,7 +223,8 @@ def _install(
             )
             continue
         dtype, calibrated = kind.pop()
-        install(model, name, FORM_OF[dtype], calibrated=calibrated)
+        layer = empty_packed_layer(model, name, FORM_OF[dtype], calibrated=calibrated)
+        install_packed_layer(model, name, layer)
     for name in found.cache_scales:
         module, part = _place_of_scale(name)
         above, _, leaf = module.rpartition(".")
@@ -228,7 +234,7 @@ def _install(
             continue
         linear = getattr(parent, leaf, None)
         if isinstance(linear, torch.nn.Linear):
-            setattr(parent, leaf, ScaledLinear.over(linear, part))
+            setattr(parent, leaf, LinearWithKVScale.from_linear(linear, part))
 
 
 def _fill(
@@ -269,7 +275,7 @@ def _fill(
                 put(f"{module}.{part}", tuple(meta.shape), meta.dtype, place, value)
         else:
             shape = shapes[place.name]
-            numbers = decode(FORM_OF[item.dtype], source, shape[-2:], torch.float32)
+            numbers = decode_weight(FORM_OF[item.dtype], source, shape[-2:], torch.float32)
             put(place.name, shape, dtype or torch.bfloat16, place, numbers)
     if wrong:
         raise CheckpointError(folder, [f"scales that no number has: {validation.some(wrong)}"])

@@ -22,7 +22,7 @@ from nemotron_lite.checkpoint.names import place_of
 from nemotron_lite.checkpoint.validation import CheckpointError, Stored
 from nemotron_lite.config import ConfigError
 from nemotron_lite.hf_config import from_hf
-from nemotron_lite.quantization.recipe import Placement, placements
+from nemotron_lite.quantization.recipe import ModuleFormat, module_formats
 
 OTHER = "other"
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1}
@@ -33,7 +33,7 @@ class StoredGroup(NamedTuple):
     """Modules of one role that are stored in one format.
 
     Attributes:
-        role: a key of `precision.ROLES`, or `OTHER`.
+        role: a key of `recipe.ROLES`, or `OTHER`.
         format: as the files call it (BF16, F32, …), or NVFP4 or FP8.
         modules: of the model, a layer's experts counting as one; tensors where the role is OTHER.
         weights: of these modules.
@@ -65,7 +65,7 @@ def storage_report(path: str | Path) -> list[StoredGroup]:
     stored = validation.read_headers(files, weight_map, problems)
     found = modelopt.gather(stored, problems)
     try:
-        places = {place.path: place for place in placements(from_hf(hf), "bf16")} if hf else {}
+        places = {place.path: place for place in module_formats(from_hf(hf), "bf16")} if hf else {}
     except ConfigError as error:
         problems.append(str(error))
     odd = [f"{item.name} ({item.dtype})" for item in found.stored if item.dtype not in _ORDER]
@@ -113,7 +113,7 @@ def weight_bytes(path: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _module(name: str, places: dict[str, Placement]) -> Placement | None:
+def _module(name: str, places: dict[str, ModuleFormat]) -> ModuleFormat | None:
     """The module whose matrix the stored tensor `name` is."""
     place = place_of(name).name
     path, _, leaf = place.rpartition(".")

@@ -13,7 +13,7 @@ padded with spaces to a multiple of 8, and the bytes of the tensors. We write it
 by tensor, because the library wants all tensors of a file at once and no two that share memory,
 which slices of one stack of experts do; saving would then need a second copy of the weights.
 
-Packed layers (`layers/packed.py`) are written bit by bit as they are, in ModelOpt's layout, with
+Packed layers (`packed_layers.py`) are written bit by bit as they are, in ModelOpt's layout, with
 hf_quant_config.json beside config.json.
 
 Saving is atomic (see `atomic`): at every moment `path` holds the old checkpoint or the new one.
@@ -45,7 +45,7 @@ from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.packed_layers import Packed, PackedExperts, ScaledLinear
+from nemotron_lite.quantization.packed_layers import LinearWithKVScale, PackedExperts, PackedWeight
 
 MAX_SHARD_BYTES = 5_000_000_000  # the hub's habit
 
@@ -145,7 +145,7 @@ def _check(model: Nemotron, parts: list[_Part], tokenizer: Tokenizer | None, pat
             f"{empty[0]}. Build it on a real device, or load a checkpoint"
         )
     bytes_of_packed = {
-        part.data_ptr() for module in _packed(model).values() for part in module.parts().values()
+        part.data_ptr() for module in _packed(model).values() for part in module.tensors().values()
     }
     odd = [
         part for part in parts
@@ -226,18 +226,20 @@ def _config(model: Nemotron) -> dict[str, Any]:
     return hf
 
 
-def _packed(model: Nemotron) -> dict[str, Packed]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+def _packed(model: Nemotron) -> dict[str, PackedWeight]:
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)
+    }
 
 
 def _quantization(
-    model: Nemotron, packed: dict[str, Packed]
+    model: Nemotron, packed: dict[str, PackedWeight]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the two places say: `hf_quant_config.json` and `quantization_config`."""
     formats = {}
     for name, module in packed.items():
         for disk_name, _ in hub_names(f"{name}.weight", module.shape[0]):
-            formats[disk_name.removesuffix(".weight")] = _ALGO_OF[module.form]
+            formats[disk_name.removesuffix(".weight")] = _ALGO_OF[module.format]
     plain = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | Router):
@@ -247,7 +249,7 @@ def _quantization(
                 f"{name}.{matrix}" for matrix in ("up_proj", "down_proj")
                 if isinstance(getattr(module, matrix), nn.Parameter)
             ]  # fmt: skip
-    cache = any(isinstance(module, ScaledLinear) for module in model.modules())
+    cache = any(isinstance(module, LinearWithKVScale) for module in model.modules())
     return modelopt_config.describe(formats, plain, cache)
 
 

@@ -16,7 +16,7 @@ from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import Precision, app, out, plain_errors
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
-from nemotron_lite.quantization.recipe import recipe
+from nemotron_lite.quantization.recipe import get_recipe
 
 Which = Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}; or a folder with config.json")]
 
@@ -30,7 +30,7 @@ def info(
 ) -> None:
     """Show a model's arithmetic: parameters, FLOPs, bytes remembered, and what runs in what."""
     with plain_errors():
-        config, chosen = read_config(model), recipe(precision)
+        config, chosen = read_config(model), get_recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):
             from nemotron_lite.checkpoint import storage_report

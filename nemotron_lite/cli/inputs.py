@@ -49,10 +49,10 @@ def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) ->
     import torch
 
     from nemotron_lite.checkpoint import load
-    from nemotron_lite.quantization.packed_layers import Packed
+    from nemotron_lite.quantization.packed_layers import PackedWeight
 
     model = load(path, dtype=getattr(torch, dtype) if dtype else None, packed=packed)
-    if packed and not any(isinstance(module, Packed) for module in model.modules()):
+    if packed and not any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(
             f"--packed: nothing in {path} is quantized. Leave it away, or make a quantized folder "
             "with `nemotron-lite quantize` first."

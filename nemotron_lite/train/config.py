@@ -13,8 +13,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemotron_lite.quantization.recipe import Recipe
-from nemotron_lite.quantization.recipe import recipe as recipe_of
+from nemotron_lite.quantization.recipe import Recipe, get_recipe
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class TrainConfig:
             self._fail("warmup", f"a share that leaves room for decay={self.decay} within 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             self._fail("betas", "two numbers from 0 to below 1")
-        recipe_of(self.precision)
+        get_recipe(self.precision)
         if not isinstance(self.seed, int) or self.seed < 0:
             self._fail("seed", "a whole number of at least 0")
 

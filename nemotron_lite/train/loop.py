@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.emulated_training import Arithmetic
+from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
     expert_loads,
     max_violation,
@@ -133,7 +133,7 @@ class _Run:
             model, lr=config.lr, betas=config.betas, eps=config.eps,
             weight_decay=config.weight_decay,
         )  # fmt: skip
-        self.arithmetic = Arithmetic(model, config.precision, config.seed)
+        self.precision = EmulatedPrecision(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
         self.result = TrainResult()
 
@@ -196,7 +196,7 @@ class _Run:
         log = None if self.folder is None else (self.folder / "log.jsonl").open("a", buffering=1)
         saved_step = done.step
         try:
-            with _StopOnSignal() as stop, self.arithmetic:
+            with _StopOnSignal() as stop, self.precision:
                 while self._share_done() < 1 and not stop.requested:
                     record = self._update()
                     done.history.append(record)
@@ -237,7 +237,7 @@ class _Run:
         counts = count_targets(batches, self.depths)
         ce, balance, loads = [0.0] * (self.depths + 1), 0.0, dict[str, Tensor]()
         for i, batch in enumerate(batches):
-            self.arithmetic.at(first + i)
+            self.precision.start_micro_batch(first + i)
             part_ce, part_balance, part_loads = self._forward_backward(batch, counts)
             ce = [a + b for a, b in zip(ce, part_ce, strict=True)]
             balance += part_balance
@@ -279,7 +279,7 @@ class _Run:
         self, batch: Batch, counts: list[int]
     ) -> tuple[list[float], float, dict[str, Tensor]]:
         """Add this micro-batch's gradients; return its losses by depth, balance and loads."""
-        with self.arithmetic.products():
+        with self.precision.autocast():
             found = self.model.forward_hidden(
                 batch.tokens, seq_idx=batch.seq_idx, mtp_depths=self.depths, router_stats=True
             )

@@ -56,11 +56,11 @@ print(json.dumps(dict(grown=peak() - before, model=size(model))))
 """
 
 PACK = """
-from nemotron_lite.quantization import pack, quantizable_modules, uniform
+from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 
 path, out = sys.argv[1:3]
 model = load(path, dtype=torch.bfloat16)
-save(pack(model, uniform(quantizable_modules(model), "nvfp4"), search=False), out)
+save(quantize_model(model, single_format(quantizable_modules(model), "nvfp4"), search=False), out)
 print(json.dumps(dict(model=size(model))))
 """
 

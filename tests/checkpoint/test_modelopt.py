@@ -96,7 +96,7 @@ def test_rounded_inputs_change_the_answer_a_little(quantized: Path) -> None:
     layer = model.backbone.layers[0].mixer.in_proj
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     exact = layer(x)
-    layer.rounds_inputs = True
+    layer.quantize_inputs = True
     layer.input_scale.fill_(float(x.abs().max()) / 448)
     rounded = layer(x)
     assert not torch.equal(exact, rounded)

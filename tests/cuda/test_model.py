@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.cache import HOLDS
 from nemotron_lite.data import PackedTokens
-from nemotron_lite.quantization import pack, quantizable_modules, uniform
+from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 from nemotron_lite.train import TrainConfig, train
 from tests.checkpoint.tiny import TINY, randomise
 from tests.compare import relative_rms
@@ -197,7 +197,7 @@ def test_packed_weights(form: str) -> None:
     """Packed on the GPU as on the CPU, to the bit; the model computes the same with them."""
     on_cpu, on_gpu = both(WIDE)
     for model in (on_cpu, on_gpu):
-        pack(model, uniform(quantizable_modules(model), form))
+        quantize_model(model, single_format(quantizable_modules(model), form))
     found, expected = (bits(model) for model in (on_gpu, on_cpu))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     batch = tokens(on_cpu, 2, 60)
