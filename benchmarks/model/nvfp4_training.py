@@ -42,6 +42,7 @@ from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig
 from nemotron_lite.data import TextData, prepare
+from nemotron_lite.files import atomic_file
 from nemotron_lite.quantization.emulated_training import Arithmetic
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
 from nemotron_lite.train import TrainConfig, evaluate, loop, train
@@ -169,8 +170,8 @@ def keep(name: str, scale: Scale, run: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run['variant'].replace(' ', '-')}-{run['seed']}.json"
     content = {"scale": _identity(scale, run["variant"]), "run": run}
-    file.with_suffix(".partial").write_text(json.dumps(content))
-    file.with_suffix(".partial").replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _identity(scale: Scale, variant: str) -> Any:

@@ -27,7 +27,6 @@ import argparse
 import base64
 import copy
 import io
-import os
 import re
 import sys
 import time
@@ -39,6 +38,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from nemotron_lite.authoring import lint
+from nemotron_lite.files import atomic_file
 
 CHAPTERS = Path("notebooks")
 CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
@@ -223,15 +223,8 @@ def write(notebook: NotebookNode, path: Path) -> int:
     """Write a valid notebook in one step, so that a killed run leaves the old one; its bytes."""
     nbformat.validate(notebook)
     content = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
     return len(content)
 
 

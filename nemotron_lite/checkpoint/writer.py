@@ -16,7 +16,8 @@ which slices of one stack of experts do; saving would then need a second copy of
 Packed layers (`layers/packed.py`) are written bit by bit as they are, in ModelOpt's layout, with
 hf_quant_config.json beside config.json.
 
-Saving is atomic (see `atomic`): at every moment `path` holds the old checkpoint or the new one.
+Saving is atomic (see `nemotron_lite/files.py`): at every moment `path` holds the old checkpoint or
+the new one.
 
 Source: the safetensors format description; reference sheet 10.1. Left out: the chat template and
 other tokenizer settings of the folder a model was loaded from, which are not part of the model;
@@ -37,11 +38,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from nemotron_lite.checkpoint import modelopt_config
-from nemotron_lite.checkpoint.atomic import new_folder
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
 from nemotron_lite.checkpoint.reader import STAYS_FLOAT32
 from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError
+from nemotron_lite.files import atomic_folder
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
 from nemotron_lite.model import Nemotron
@@ -102,7 +103,7 @@ def save(
     parts = list(_parts(model))
     _check(model, parts, tokenizer, Path(path))
     shards = _shards(parts, max_shard_bytes)
-    with new_folder(Path(path), lambda name: _OURS.fullmatch(name) is not None) as folder:
+    with atomic_folder(Path(path), lambda name: _OURS.fullmatch(name) is not None) as folder:
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             name = WEIGHTS

@@ -44,7 +44,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nemotron_lite.checkpoint.atomic import new_folder
 from nemotron_lite.coursework.make import EXERCISES, WORKER, CourseworkError, assignment_path
 from nemotron_lite.coursework.make import write_release as make_release
 from nemotron_lite.coursework.submissions import (
@@ -56,6 +55,7 @@ from nemotron_lite.coursework.submissions import (
     read_notebook,
     released,
 )
+from nemotron_lite.files import atomic_folder
 
 RESULTS = ("scores.csv", "scores.json", "feedback")
 COLUMNS = ("student", "assignment", "points", "max_points", "status", "message", "file")
@@ -293,7 +293,7 @@ def grade_folder(
             ]
             done = [r.result() for r in tqdm(running, "grading", unit="submission", leave=False)]
     results = []
-    with new_folder(out, replaces=lambda name: name in RESULTS) as fresh:
+    with atomic_folder(out, replaces=lambda name: name in RESULTS) as fresh:
         for one, (result, feedback) in zip(found, done, strict=True):
             page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
             (fresh / page).parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from nemotron_lite.data.tokenizer import (
     encode_documents,
     train_tokenizer,
 )
+from nemotron_lite.files import atomic_folder
 
 __all__ = [
     "END_OF_TEXT", "END_OF_TEXT_ID", "Baselines", "Batch", "BatchSource", "Corpus", "CorpusError",
@@ -105,38 +104,29 @@ def prepare(
         [_FORMAT, platform.python_version(), vocab_size, held_out_bytes, corpus.fingerprint()]
     )
     name = f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = Path(cache) if cache is not None else cache_folder()
-    if not (folder / name).is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _build(corpus, vocab_size, folder, name)
-    return _open(folder / name)
+    folder = (Path(cache) if cache is not None else cache_folder()) / name
+    if not folder.is_dir():
+        _build(corpus, vocab_size, folder)
+    return _open(folder)
 
 
-def _build(corpus: Corpus, vocab_size: int, folder: Path, name: str) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
-    try:
-        texts = [document.content.decode("utf-8") for document in corpus.train]
+def _build(corpus: Corpus, vocab_size: int, folder: Path) -> None:
+    texts = [document.content.decode("utf-8") for document in corpus.train]
+    held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
+    with atomic_folder(folder) as temporary:
         tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
-        tokenizer.save(str(work / "tokenizer.json"))
-        held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
+        tokenizer.save(str(temporary / "tokenizer.json"))
         dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
-        for side, side_texts in (("train", texts), ("held_out", held_out_texts)):
-            tokens, starts = pack(encode_documents(tokenizer, side_texts))
-            np.save(work / f"{side}.npy", tokens.astype(dtype))
-            np.save(work / f"{side}_starts.npy", starts)
+        for split, split_texts in (("train", texts), ("held_out", held_out_texts)):
+            tokens, starts = pack(encode_documents(tokenizer, split_texts))
+            np.save(temporary / f"{split}.npy", tokens.astype(dtype))
+            np.save(temporary / f"{split}_starts.npy", starts)
         baselines = measure_baselines(
             [d.content for d in corpus.train], [d.content for d in corpus.held_out]
         )
         sizes = {"train_bytes": corpus.train_bytes, "held_out_bytes": corpus.held_out_bytes}
         meta = {**sizes, "baselines": asdict(baselines)}
-        (work / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            work.rename(folder / name)
-        except OSError:  # another process finished the same text first: its folder is as good
-            if not (folder / name).is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _open(folder: Path) -> TextData:

@@ -21,7 +21,6 @@ minutes is judged at its end, see `evaluate.py`).
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -37,6 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
+from nemotron_lite.files import atomic_file
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.emulated_training import Arithmetic
 from nemotron_lite.train.balance import (
@@ -321,9 +321,8 @@ def _cut_log(path: Path, step: int) -> None:
             break
         if record["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
