@@ -75,7 +75,7 @@ class Scale:
     def recipe(self, variant: str, seed: int) -> TrainConfig:
         """The run of a variant; everything but the precision is the same for all."""
         return TrainConfig(
-            steps=self.steps, batch_size=self.batch_size, length=self.length,
+            steps=self.steps, batch_size=self.batch_size, seq_len=self.length,
             bias_rate=0.02, precision=self.variants[variant], seed=seed,
         )  # fmt: skip
 
@@ -261,7 +261,7 @@ def step_times(
         updates = {}
         for name in ("bf16", "nvfp4", "fp32"):
             recipe = TrainConfig(
-                steps=10_000, batch_size=batch_size, length=length, precision=name
+                steps=10_000, batch_size=batch_size, seq_len=length, precision=name
             )  # fmt: skip
             updates[name] = _update(loop._Run(Nemotron(config, seed=0).train(), data, recipe, None))
         seconds = measure.alternate(updates, rounds)

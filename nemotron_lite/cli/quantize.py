@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nemotron_lite.train import Evaluation
 
 BUDGET = 4.75  # bits a weight, as in the release of Super in NVFP4
-ROWS = 4  # passages per batch
+ROWS = 4  # windows per batch
 
 
 @app.command()
@@ -66,7 +66,7 @@ def quantize(
         import torch
 
         from nemotron_lite.checkpoint import save, storage_report, weight_bytes
-        from nemotron_lite.data import passages
+        from nemotron_lite.data import sample_windows
         from nemotron_lite.quantization import bits_per_weight, calibrate, pack
         from nemotron_lite.train import evaluate
 
@@ -74,7 +74,7 @@ def quantize(
         title(1, "Read")
         loaded = read_model(model, "float32")
         documents, held_out = read_text(loaded, text, held_out_bytes)
-        batches = passages(documents, prompts, tokens, seed=seed).split(ROWS)
+        batches = sample_windows(documents, prompts, tokens, seed=seed).split(ROWS)
         before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
         out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")

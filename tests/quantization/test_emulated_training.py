@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nemotron_lite.config import PRESETS
-from nemotron_lite.data import PackedTokens
+from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.layers import Experts, Router
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.emulated_layers import MXFP8Linear, NVFP4Experts, NVFP4Linear
@@ -26,7 +26,15 @@ from nemotron_lite.quantization.recipe import (
 )
 from nemotron_lite.train import ResumeError, TrainConfig, train
 
-RUN = dict(steps=8, batch_size=2, length=24, accumulation=2, lr=1e-2, min_lr=1e-4, save_every=3)
+RUN = dict(
+    steps=8,
+    batch_size=2,
+    seq_len=24,
+    gradient_accumulation_steps=2,
+    lr=1e-2,
+    min_lr=1e-4,
+    save_every=3,
+)
 NVFP4 = RECIPES["nvfp4"]
 
 
@@ -133,13 +141,13 @@ def test_modules_are_swapped_and_put_back(model: Nemotron) -> None:
     assert dict(model.named_modules()) == before
 
 
-def losses(model: Nemotron, text: PackedTokens, **changes: Any) -> list[float]:
+def losses(model: Nemotron, text: ConcatenatedDocuments, **changes: Any) -> list[float]:
     fresh = Nemotron(model.config, seed=0)
     config = TrainConfig(**{**RUN, **changes})
     return [record["loss"] for record in train(fresh, text, config, progress=False).history]
 
 
-def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: PackedTokens) -> None:
+def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: ConcatenatedDocuments) -> None:
     fresh = Nemotron(model.config, seed=0)
     config = TrainConfig(**{**RUN, "steps": 40, "precision": "nvfp4"})
     history = train(fresh, text, config, progress=False).history
@@ -153,7 +161,7 @@ def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: PackedTokens) -> None:
     assert sum(found[-5:]) / 5 < 0.2 * found[0]
 
 
-def test_every_ingredient_makes_a_difference(model: Nemotron, text: PackedTokens) -> None:
+def test_every_ingredient_makes_a_difference(model: Nemotron, text: ConcatenatedDocuments) -> None:
     recipes = {name: NVFP4.without(name) for name in INGREDIENTS} | {"all": NVFP4}
     runs = {name: losses(model, text, precision=r, steps=3) for name, r in recipes.items()}
     assert runs["all"] == losses(model, text, precision="nvfp4", steps=3)
@@ -166,9 +174,9 @@ def test_every_ingredient_makes_a_difference(model: Nemotron, text: PackedTokens
         NVFP4.without("salt")
 
 
-def test_the_seed_throws_other_dice(model: Nemotron, text: PackedTokens) -> None:
+def test_the_seed_throws_other_dice(model: Nemotron, text: ConcatenatedDocuments) -> None:
     """The same batch under other dice: the first loss agrees, the gradients do not."""
-    batch = text.batch(0, batch_size=2, length=24, seed=0)
+    batch = text.batch(0, batch_size=2, seq_len=24, seed=0)
     found = []
     for seed, micro_batch in ((0, 0), (0, 0), (1, 0), (0, 1)):
         model.zero_grad()
@@ -189,7 +197,7 @@ class PulledPlugError(Exception):
 
 @pytest.mark.parametrize("which", ["nvfp4", NVFP4.without("tail")], ids=lambda w: str(w)[:5])
 def test_a_killed_run_goes_on_bit_for_bit(
-    model: Nemotron, text: PackedTokens, tmp_path: Path, which: str | Recipe
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, which: str | Recipe
 ) -> None:
     whole = losses(model, text, precision=which)
 

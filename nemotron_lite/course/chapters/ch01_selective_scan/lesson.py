@@ -145,7 +145,7 @@ def learn(
     length = exam.tokens.shape[1]
     curve = [faultless_rows(model(exam.tokens), exam)]
     for i in progress(range(steps), name):
-        batch = task.batch(i, batch_size=batch_size, length=length, seed=seed)
+        batch = task.batch(i, batch_size=batch_size, seq_len=length, seed=seed)
         assert batch.mask is not None
         asked = batch.mask[:, 1:]
         loss = F.cross_entropy(model(batch.tokens)[:, :-1][asked], batch.tokens[:, 1:][asked])
