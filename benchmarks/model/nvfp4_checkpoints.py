@@ -41,7 +41,7 @@ from benchmarks import measure
 from benchmarks.model import peers
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.checkpoint import storage_report, weight_bytes
+from nemotron_lite.checkpoint import storage_summary, weight_bytes
 from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, prepare, sample_windows
 from nemotron_lite.quantization import (  # fmt: skip
     Calibration,
@@ -100,7 +100,7 @@ def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict
     """Bytes on disk, bits a weight, and peaks of memory."""
     found: list[dict[str, Any]] = []
     for name in ("bf16", "nvfp4"):
-        experts = [held for held in storage_report(folder / name) if held.role == "experts"]
+        experts = [held for held in storage_summary(folder / name) if held.role == "experts"]
         found.append({
             "what": "on disk", "folder": name, "bytes": weight_bytes(folder / name),
             "routed_experts": {

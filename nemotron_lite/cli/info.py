@@ -33,9 +33,9 @@ def info(
         config, chosen = read_config(model), recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):
-            from nemotron_lite.checkpoint import storage_report
+            from nemotron_lite.checkpoint import storage_summary
 
-            out.print(tables.stored_table(storage_report(model)))
+            out.print(tables.stored_table(storage_summary(model)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))

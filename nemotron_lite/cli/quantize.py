@@ -65,7 +65,7 @@ def quantize(
     with plain_errors():
         import torch
 
-        from nemotron_lite.checkpoint import save, storage_report, weight_bytes
+        from nemotron_lite.checkpoint import save, storage_summary, weight_bytes
         from nemotron_lite.data import sample_windows
         from nemotron_lite.quantization import bits_per_weight, calibrate, pack
         from nemotron_lite.train import evaluate
@@ -94,7 +94,7 @@ def quantize(
         title(4, "Write")
         pack(loaded, chosen, found, cache=cache).to(torch.bfloat16)
         save(loaded, save_to)
-        out.print(tables.stored_table(storage_report(save_to)))
+        out.print(tables.stored_table(storage_summary(save_to)))
 
         if held_out and before is not None:
             title(5, f"Score on {held_out.num_bytes:,} bytes it has never seen")
@@ -118,7 +118,7 @@ def check(model: Path, save_to: Path, bits: float | None, form: str | None, choi
         ValueError: two wishes at once, an unknown one, an output that would replace the model, or
             a model that is quantized already.
     """
-    from nemotron_lite.checkpoint import storage_report
+    from nemotron_lite.checkpoint import storage_summary
     from nemotron_lite.quantization.quantizable import CHOICES, FORMATS
 
     if bits is not None and form is not None:
@@ -133,7 +133,7 @@ def check(model: Path, save_to: Path, bits: float | None, form: str | None, choi
             "folder."
         )
 
-    forms = {held.format for held in storage_report(model)} & {"NVFP4", "FP8"}
+    forms = {held.format for held in storage_summary(model)} & {"NVFP4", "FP8"}
     if forms:
         raise ValueError(
             f"{model} is quantized already ({', '.join(sorted(forms))}): start from the original, "

@@ -17,7 +17,7 @@ from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.quantization.recipe import OPERANDS, ROLES, Placement, Recipe, placements
 
 if TYPE_CHECKING:
-    from nemotron_lite.checkpoint import StoredGroup
+    from nemotron_lite.checkpoint import StorageRow
     from nemotron_lite.data.baselines import Baselines
     from nemotron_lite.train import Evaluation
 
@@ -157,7 +157,7 @@ def _ranges(found: list[Placement]) -> str:
     return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
 
 
-def stored_table(held: Iterable[StoredGroup]) -> Table:
+def stored_table(held: Iterable[StorageRow]) -> Table:
     """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
     held = list(held)
     table = _table("format", "matrices", "modules", "weights", "bits each", "bytes", left=2)

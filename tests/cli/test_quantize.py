@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import nemotron_lite
 from nemotron_lite import cli, data
-from nemotron_lite.checkpoint import CheckpointError, storage_report, weight_bytes
+from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
 from nemotron_lite.cli import app
 from nemotron_lite.quantization.packed_layers import Packed
 from tests.checkpoint.tiny import randomise
@@ -133,7 +133,7 @@ def test_mistakes_are_told_before_anything_long(trained: Path, text: Path, tmp_p
 
 
 def test_contents_reads_headers_only_and_names_what_is_wrong(trained: Path, tmp_path: Path) -> None:
-    held = storage_report(trained)
+    held = storage_summary(trained)
     stored = sum(one.num_bytes for one in held)
     assert {one.format for one in held} == {"F32"}
     experts = next(one for one in held if one.role == "experts")
@@ -147,6 +147,6 @@ def test_contents_reads_headers_only_and_names_what_is_wrong(trained: Path, tmp_
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError):
-        storage_report(broken)
+        storage_summary(broken)
     with pytest.raises(CheckpointError):
         weight_bytes(tmp_path / "nowhere")
