@@ -110,7 +110,7 @@ def test_packed_weights_write_what_unpacked_ones_write(
     assert half.stdout.startswith("def f")
     assert call(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
     plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
-    assert "is quantized. Leave it away" in call(*plain_folder, code=1).stderr
+    assert "is quantized. Omit this option" in call(*plain_folder, code=1).stderr
     assert "--ssm-dtype int8: expected" in call(*options, "--ssm-dtype", "int8", code=1).stderr
 
 
