@@ -157,7 +157,7 @@ def tile_bound(pairs: int, experts: int, tile_rows: int) -> int:
 
 
 def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 64) -> Order:
-    """Sort the (token, slot) pairs of `indices` by expert, stably, without a word to the host.
+    """Sort the (token, slot) pairs of `indices` by expert, stably and without the host.
 
     Args:
         indices: int32 or int64, each from 0 to `experts` - 1. Looking at the values would make the

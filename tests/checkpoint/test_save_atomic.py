@@ -25,9 +25,9 @@ class Stop(BaseException):
     """Like KeyboardInterrupt: no `except Exception` catches it."""
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: int) -> None:
+def fail_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
     """Make the given call of a function fail after it has done its work."""
-    real, calls = getattr(room, name), iter(range(1, 1000))
+    real, calls = getattr(module, name), iter(range(1, 1000))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
@@ -35,7 +35,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: int) ->
             raise Stop
         return result
 
-    monkeypatch.setattr(room, name, run)
+    monkeypatch.setattr(module, name, run)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -52,7 +52,7 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("room", "name", "call"),
+    ("module", "name", "call"),
     [
         (writer, "_write_shard", 1),
         (writer, "_write_shard", 2),
@@ -67,14 +67,14 @@ def test_interruption_leaves_the_old_checkpoint(
     tiny: NemotronConfig,
     make: Make,
     monkeypatch: pytest.MonkeyPatch,
-    room: Any,
+    module: Any,
     name: str,
     call: int,
 ) -> None:
     save(make(tiny, seed=1), tmp_path / "m")
     (tmp_path / "m" / "notes.txt").write_text("mine")
     before = contents(tmp_path / "m")
-    fail_at(monkeypatch, room, name, call)
+    fail_at(monkeypatch, module, name, call)
     other = make(tiny.replace(vocab_size=90), seed=2)
     with pytest.raises(Stop):
         save(other, tmp_path / "m", max_shard_bytes=40_000)
