@@ -170,7 +170,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` with neighbours along its last axis: a copy only if they are apart."""
+    """`x`, contiguous along its last axis; copied only if it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -336,7 +336,7 @@ def causal_conv1d(
     """`nemotron_lite.ops.causal_conv1d` as one kernel; differentiable in all float inputs.
 
     Args:
-        x: inputs in float32, bfloat16 or float16; strided is fine while channels are neighbours.
+        x: inputs in float32, bfloat16 or float16; may be strided if channels are contiguous.
         weight: taps, oldest first, 2 to 4 of them.
         bias: added before the SiLU.
         initial_state: the k-1 inputs before x; zeros when None.

@@ -46,7 +46,7 @@ class Packed(Protocol):
 
 
 def packed_parts(w: Packed) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-    """Codes and scales as bytes with neighbours along the rows, and their strides.
+    """Codes and scales as bytes contiguous along the rows, and their strides.
 
     The strides are those of matrix and row, first of the codes and then of the scales; 0 where
     there is one matrix. A stack that lies apart is read where it lies.

@@ -105,6 +105,6 @@ def nvfp4_dequantize(w: Packed, dtype: torch.dtype = torch.float32) -> Float[Ten
 
 
 def _rows(part: Tensor) -> Tensor:
-    """Bytes as a matrix with neighbours along its rows; a copy only if they lie otherwise."""
+    """Bytes as a matrix that is contiguous along its rows; copied only if it is not."""
     flat = part.reshape(-1, part.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

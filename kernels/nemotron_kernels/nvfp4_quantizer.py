@@ -114,9 +114,9 @@ def nvfp4_quantize(
         x: float32, bfloat16 or float16; finite.
         amax: one number, or one for each tensor of a batch along the leading dimensions; finite.
         block: "1x16", or "16x16" for matrices.
-        hadamard: turn each 16 first.
-        seed: round by chance: 64 bits, or a tensor of them that is read on the device.
-        bits: round by chance: 0 .. 65535 for each number; m is n, or n filled up to a multiple
+        hadamard: apply the Hadamard transform to each 16 values first.
+        seed: for stochastic rounding: 64 bits, or a tensor of them that is read on the device.
+        bits: for stochastic rounding: 0 .. 65535 for each number; m is n, or n padded to a multiple
             of 16.
 
     Returns:
