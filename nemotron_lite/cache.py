@@ -42,7 +42,6 @@ sharing of prefixes.
 from __future__ import annotations
 
 import json
-import os
 import weakref
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +55,7 @@ from torch import Tensor
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.files import atomic_file
 from nemotron_lite.layers import KVCache, LayerCache, MambaCache
 
 FORMAT = "nemotron_lite.cache.v3"
@@ -307,7 +307,6 @@ class Cache:
         """
         if self.held:
             raise ValueError(f"a draft of {self.held} tokens is held: call keep(counts) first.")
-        path = Path(path)
         tensors: dict[str, Tensor] = {}
         dithers: dict[str, Any] = {}
         for prefix, memories, lengths in (
@@ -329,14 +328,8 @@ class Cache:
             "lengths": json.dumps([self._lengths, self._mtp_lengths]),
             "dithers": json.dumps(dithers),
         }
-        temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-        try:
+        with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Cache:

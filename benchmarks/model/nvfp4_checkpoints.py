@@ -41,8 +41,8 @@ from benchmarks import measure
 from benchmarks.model import peers
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.checkpoint import storage_report, weight_bytes
-from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, passages, prepare
+from nemotron_lite.checkpoint import storage_summary, weight_bytes
+from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, prepare, sample_windows
 from nemotron_lite.quantization import (  # fmt: skip
     Calibration,
     allocate_bits,
@@ -100,7 +100,7 @@ def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict
     """Bytes on disk, bits a weight, and peaks of memory."""
     found: list[dict[str, Any]] = []
     for name in ("bf16", "nvfp4"):
-        experts = [held for held in storage_report(folder / name) if held.role == "experts"]
+        experts = [held for held in storage_summary(folder / name) if held.role == "experts"]
         found.append({
             "what": "on disk", "folder": name, "bytes": weight_bytes(folder / name),
             "routed_experts": {
@@ -199,7 +199,7 @@ def measure_loss(
     """Held-out loss of every assignment, beside that of the model as it was."""
     parts = data.train.tokens, data.train.starts
     documents = [part for part in _split(*parts) if len(part) >= length]
-    batches = list(passages(documents, prompts, length).split(4))
+    batches = list(sample_windows(documents, prompts, length).split(4))
     groups = groups_of(data.held_out, 8, most)
     calibration, base = calibrate(model, batches), losses(model, groups)
     plain = {name: value.clone() for name, value in model.state_dict().items()}

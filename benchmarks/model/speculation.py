@@ -54,8 +54,8 @@ from nemotron_lite.generation.speculative import (
     speedup,
 )
 from nemotron_lite.generation.speculative.measured_costs import prices_of, seconds_by_part
-from nemotron_lite.train import TrainConfig, Written, evaluate, heal, train
-from nemotron_lite.train.healing import WRITING_ROWS, write
+from nemotron_lite.train import Continuations, TrainConfig, evaluate, heal, train
+from nemotron_lite.train.healing import GENERATION_BATCH_SIZE, generate_continuations
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 AIM, FLOOR = 1.6, 0.95
@@ -90,18 +90,18 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
         wrote = time.perf_counter() - began - whole.seconds
         how = TrainConfig(
-            max_seconds=max(1.0, seconds - whole.seconds - wrote), length=LEAD + WRITTEN,
+            max_seconds=max(1.0, seconds - whole.seconds - wrote), seq_len=LEAD + WRITTEN,
             mtp_weight=1.0, mtp_target="backbone",
         )  # fmt: skip
         # Judging is not training, and stands outside the time: other held-out files than those
         # that are measured later.
         others = _beginnings(data, prompts + 6)[prompts:] or judges
-        healed = heal(model, written, how, judges=others, judged_length=64)
+        healed = heal(model, written, how, eval_prompts=others, eval_tokens=64)
         texts = [row[LEAD:] for row in written.tokens.tolist()]
         story = {
             "threads": torch.get_num_threads(),
             "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
-            "writing": {"seconds": wrote, "tokens": healed.written},
+            "writing": {"seconds": wrote, "tokens": healed.generated_tokens},
             "healing": {"seconds": healed.result.seconds, "steps": healed.result.step},
             "acceptance_length_before_healing": healed.before.acceptance_length,
             "acceptance_length_after_healing": healed.after.acceptance_length,
@@ -117,7 +117,7 @@ def trained_model(seconds: float, prompts: int) -> Trained:
     return Trained(laid_out(load(folder / "model").eval()), tokens, judges, story)
 
 
-def own_text(model: Nemotron, data: Any, until: float) -> Written:
+def own_text(model: Nemotron, data: Any, until: float) -> Continuations:
     """What the backbone writes behind pieces of training text: half greedy, half sampled.
 
     As many rounds as fit before the clock shows `until`; at least one.
@@ -127,13 +127,18 @@ def own_text(model: Nemotron, data: Any, until: float) -> Written:
     texts: list[list[int]] = []
     while not prompts or time.perf_counter() < until:
         pieces = data.batch(
-            len(prompts), batch_size=2 * WRITING_ROWS, length=LEAD, seed=2
+            len(prompts), batch_size=2 * GENERATION_BATCH_SIZE, seq_len=LEAD, seed=2
         ).tokens.tolist()
-        for part, temperature in ((pieces[:WRITING_ROWS], 0.0), (pieces[WRITING_ROWS:], 0.7)):
-            made = write(model, part, WRITTEN, temperature=temperature, seed=len(prompts))
+        for part, temperature in (
+            (pieces[:GENERATION_BATCH_SIZE], 0.0),
+            (pieces[GENERATION_BATCH_SIZE:], 0.7),
+        ):
+            made = generate_continuations(
+                model, part, WRITTEN, temperature=temperature, seed=len(prompts)
+            )
             prompts += part
             texts += made.tokens[:, LEAD:].tolist()
-    return Written(prompts, texts)
+    return Continuations(prompts, texts)
 
 
 def _beginnings(data: Any, count: int) -> list[list[int]]:

@@ -28,7 +28,6 @@ import argparse
 import base64
 import copy
 import io
-import os
 import re
 import sys
 import time
@@ -41,6 +40,7 @@ from nbformat import NotebookNode
 
 from nemotron_lite.authoring import lint, lint_cells
 from nemotron_lite.course.display import PLOTLY, WIDGET
+from nemotron_lite.files import atomic_file
 
 CHAPTERS = Path("notebooks")
 CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
@@ -236,15 +236,8 @@ def write_notebook(notebook: NotebookNode, path: Path) -> int:
     """
     nbformat.validate(notebook)
     content = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
     return len(content)
 
 

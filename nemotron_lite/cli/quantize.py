@@ -65,8 +65,8 @@ def quantize(
     with plain_errors():
         import torch
 
-        from nemotron_lite.checkpoint import save, storage_report, weight_bytes
-        from nemotron_lite.data import passages
+        from nemotron_lite.checkpoint import save, storage_summary, weight_bytes
+        from nemotron_lite.data import sample_windows
         from nemotron_lite.quantization import bits_per_weight, calibrate, quantize_model
         from nemotron_lite.train import evaluate
 
@@ -74,7 +74,7 @@ def quantize(
         title(1, "Read")
         loaded = read_model(model, "float32")
         documents, held_out = read_text(loaded, text, held_out_bytes)
-        batches = passages(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
+        batches = sample_windows(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
         before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
         out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
@@ -96,7 +96,7 @@ def quantize(
         title(4, "Write")
         quantize_model(loaded, formats, calibration, cache=cache).to(torch.bfloat16)
         save(loaded, save_to)
-        out.print(tables.stored_table(storage_report(save_to)))
+        out.print(tables.stored_table(storage_summary(save_to)))
 
         if held_out and before is not None:
             title(5, f"Score on {held_out.num_bytes:,} bytes it has never seen")
@@ -122,7 +122,7 @@ def check_options(
         ValueError: both a budget and a format, an unknown format or set of choices, an output that
             would replace the model, or a model that is quantized already.
     """
-    from nemotron_lite.checkpoint import storage_report
+    from nemotron_lite.checkpoint import storage_summary
     from nemotron_lite.quantization.quantizable import CHOICES, FORMATS
 
     if bits is not None and format is not None:
@@ -139,7 +139,7 @@ def check_options(
             "folder."
         )
 
-    quantized = {group.format for group in storage_report(model)} & {"NVFP4", "FP8"}
+    quantized = {group.format for group in storage_summary(model)} & {"NVFP4", "FP8"}
     if quantized:
         raise ValueError(
             f"{model} is quantized already ({', '.join(sorted(quantized))}). Start from the "

@@ -1,8 +1,8 @@
-"""What the commands print: the ledger and the score as tables of rich.
+"""The tables that the commands print with rich: the ledger, formats and scores.
 
-Each table is made from the ledger's rows as they are: the formula in the course's letters, the same
-formula with numbers, and what it comes to. Numbers keep three or four digits, because people
-compare them; exact ones are a call of `ledger` away.
+A row of the ledger shows the formula in the letters of the course, the same formula with numbers,
+and the result. Numbers have three or four digits, so that they are easy to compare; `ledger` gives
+the exact ones.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.quantization.recipe import OPERANDS, ROLES, ModuleFormat, Recipe, module_formats
 
 if TYPE_CHECKING:
-    from nemotron_lite.checkpoint import StoredGroup
+    from nemotron_lite.checkpoint import StorageRow
     from nemotron_lite.data.baselines import Baselines
     from nemotron_lite.train import Evaluation
 
-WIDE = 130  # characters that a table with every column takes
+WIDE = 130  # characters that a table with all columns needs
 CONTEXTS = (1024, 8192, 65_536, 1_048_576)
 
 
 def brief_table(config: NemotronConfig, context: int) -> Table:
-    """One line per part: what is stored, what a token uses, what it costs."""
+    """One line per part: its parameters, those that a token uses, and FLOPs per token."""
     stored = ledger.parameters(config)
     cost = ledger.flops(config, context, mtp_depths=config.mtp_depths).by_part
     table = _table("part", "layers", "parameters", "a token uses", "FLOPs per token")
@@ -63,7 +63,7 @@ def parameter_table(config: NemotronConfig, width: int = WIDE) -> Table:
 
 
 def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Table:
-    """FLOPs per token: reading a prompt, and writing behind it."""
+    """FLOPs per token of prefill, decode and training."""
     prefill = ledger.flops(config, context)
     decode = ledger.flops(config, context, "decode")
     title = f"FLOPs per token, prefill of {context:,} tokens"
@@ -72,7 +72,7 @@ def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Tabl
     _rows(table, prefill.rows, width)
     train = ledger.flops(config, context, "train")
     for name, cost in (
-        (f"reading {context:,} tokens", prefill), (f"writing behind {context:,}", decode),
+        (f"prefill of {context:,} tokens", prefill), (f"decode after {context:,}", decode),
         ("training (MTP included)", train),
     ):  # fmt: skip
         _total(table, name, "", cost.per_token, width)
@@ -80,9 +80,9 @@ def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Tabl
 
 
 def cache_table(config: NemotronConfig, context: int) -> Table:
-    """Bytes a sequence remembers, for growing contexts: only keys and values grow."""
+    """Size of the cache of one sequence by context length; only keys and values grow."""
     table = _table("tokens", "keys and values", "convolution", "SSM states", "all")
-    table.title = "Memory of one sequence (bfloat16, SSM states in float32)"
+    table.title = "Cache of one sequence (bfloat16, SSM states in float32)"
     for tokens in sorted({*CONTEXTS, context}):
         held = ledger.cache(config, tokens)
         table.add_row(f"{tokens:,}", *(size(n) for n in (held.kv, held.conv, held.ssm, held.total)))
@@ -90,7 +90,7 @@ def cache_table(config: NemotronConfig, context: int) -> Table:
 
 
 def layer_table(config: NemotronConfig, recipe: Recipe) -> Table:
-    """Every layer of the pattern in order, and the formats that its matrices run in."""
+    """Every layer of the pattern in order, and the formats of its matrices."""
     table = _table(
         "layer", "kind", f"runs in ({recipe.name})", "parameters", "a token uses", left=3
     )
@@ -163,7 +163,7 @@ def _ranges(modules: list[ModuleFormat]) -> str:
     return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
 
 
-def stored_table(groups: Iterable[StoredGroup]) -> Table:
+def stored_table(groups: Iterable[StorageRow]) -> Table:
     """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
     groups = list(groups)
     table = _table("format", "matrices", "modules", "weights", "bits each", "bytes", left=2)
@@ -205,7 +205,7 @@ def loss_table(lines: Iterable[tuple[str, Evaluation, int]]) -> Table:
 
 
 def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
-    """Ours among what it has to beat, best first."""
+    """The model's score and the baselines, best first."""
     table = _table("model", "bits per byte", "what it has seen", left=1)
     lines = [
         (bits_per_byte, "[bold]this Nemotron", "the training text"),
@@ -219,7 +219,7 @@ def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
 
 
 def number(value: int | float) -> str:
-    """Four digits and a unit: 120.7 B, 23.04 M."""
+    """A number with four digits and a unit: 120.7 B, 23.04 M."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= scale:
             return f"{value / scale:.4g} {unit}"
@@ -235,7 +235,7 @@ def size(value: int) -> str:
 
 
 def _ledger_table(title: str, what: str, width: int) -> Table:
-    """A terminal narrower than `WIDE` gets no column of worked numbers."""
+    """An empty table of ledger rows; without the "in numbers" column if narrower than `WIDE`."""
     numbers = ["in numbers"] if width >= WIDE else []
     table = _table("part", what, "formula", *numbers, "layers", "all", left=3 + len(numbers))
     table.title = title

@@ -49,7 +49,6 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from nemotron_lite.checkpoint.atomic import new_folder
 from nemotron_lite.coursework.make import (
     WORKER,
     CourseworkError,
@@ -66,6 +65,7 @@ from nemotron_lite.coursework.submissions import (
     read_notebook,
     read_release,
 )
+from nemotron_lite.files import atomic_folder
 
 RESULTS = ("scores.csv", "scores.json", "feedback")
 COLUMNS = ("student", "assignment", "points", "max_points", "status", "message", "file")
@@ -330,7 +330,7 @@ def grade_folder(
             ]
             done = [r.result() for r in tqdm(running, "grading", unit="submission", leave=False)]
     results = []
-    with new_folder(out, replaces=lambda name: name in RESULTS) as fresh:
+    with atomic_folder(out, replaces=lambda name: name in RESULTS) as fresh:
         for one, (result, feedback) in zip(found, done, strict=True):
             page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
             (fresh / page).parent.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def test_a_killed_write_leaves_the_old_file(
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish.os, "fsync", killed)
+    monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         publish.write_notebook(runnable("2"), path)
     assert path.read_bytes() == before

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import nemotron_lite
 from nemotron_lite import cli, data
-from nemotron_lite.checkpoint import CheckpointError, storage_report, weight_bytes
+from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
 from nemotron_lite.cli import app
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.tiny import randomise
@@ -135,7 +135,7 @@ def test_wrong_options_are_refused_first(trained: Path, text: Path, tmp_path: Pa
 def test_storage_report_reads_headers_only_and_names_what_is_wrong(
     trained: Path, tmp_path: Path
 ) -> None:
-    groups = storage_report(trained)
+    groups = storage_summary(trained)
     stored = sum(group.num_bytes for group in groups)
     assert {group.format for group in groups} == {"F32"}
     experts = next(group for group in groups if group.role == "experts")
@@ -149,6 +149,6 @@ def test_storage_report_reads_headers_only_and_names_what_is_wrong(
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError):
-        storage_report(broken)
+        storage_summary(broken)
     with pytest.raises(CheckpointError):
         weight_bytes(tmp_path / "nowhere")

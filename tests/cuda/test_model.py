@@ -14,8 +14,12 @@ from torch import Tensor
 
 from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.cache import HOLDS
-from nemotron_lite.data import PackedTokens
-from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
+from nemotron_lite.data import ConcatenatedDocuments
+from nemotron_lite.quantization import (
+    quantizable_modules,
+    quantize_model,
+    single_format,
+)
 from nemotron_lite.train import TrainConfig, train
 from tests.checkpoint.tiny import TINY, randomise
 from tests.compare import relative_rms
@@ -209,9 +213,9 @@ def test_packed_weights(form: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nvfp4"])
-def test_training(text: PackedTokens, precision: str) -> None:
+def test_training(text: ConcatenatedDocuments, precision: str) -> None:
     """The same losses as on the CPU at first, and the model learns."""
-    config = TrainConfig(steps=40, batch_size=4, length=64, lr=1e-2, precision=precision)
+    config = TrainConfig(steps=40, batch_size=4, seq_len=64, lr=1e-2, precision=precision)
     losses = {}
     for place in ("cpu", DEVICE):
         model = Nemotron(LEARNER, seed=0).to(place)

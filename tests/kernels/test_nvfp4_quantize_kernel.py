@@ -50,7 +50,7 @@ def _same(found: nvfp4.QuantizedTensor, exact: nvfp4.QuantizedTensor) -> None:
 
 
 def _compare(x: Tensor, **how) -> None:
-    """quantize, fake_quantize in both directions, and dequantize, through the door."""
+    """quantize, fake_quantize in both directions, and dequantize, through the dispatch."""
     exact = nvfp4.quantize(x, **how, impl="naive")
     _same(nvfp4.quantize(x, **how, impl="triton"), exact)
     for dtype in DTYPES:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_lite.data import PackedTokens
+from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.emulated_layers import NVFP4Linear
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
@@ -19,13 +19,13 @@ RUN = dict(steps=8, batch_size=2, length=24, accumulation=2, lr=1e-2, min_lr=1e-
 NVFP4 = RECIPES["nvfp4"]
 
 
-def losses(model: Nemotron, text: PackedTokens, **changes: Any) -> list[float]:
+def losses(model: Nemotron, text: ConcatenatedDocuments, **changes: Any) -> list[float]:
     fresh = Nemotron(model.config, seed=0)
     config = TrainConfig(**{**RUN, **changes})
     return [record["loss"] for record in train(fresh, text, config, progress=False).history]
 
 
-def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: PackedTokens) -> None:
+def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: ConcatenatedDocuments) -> None:
     fresh = Nemotron(model.config, seed=0)
     config = TrainConfig(**{**RUN, "steps": 40, "precision": "nvfp4"})
     history = train(fresh, text, config, progress=False).history
@@ -39,7 +39,7 @@ def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: PackedTokens) -> None:
     assert sum(found[-5:]) / 5 < 0.2 * found[0]
 
 
-def test_every_ingredient_makes_a_difference(model: Nemotron, text: PackedTokens) -> None:
+def test_every_ingredient_makes_a_difference(model: Nemotron, text: ConcatenatedDocuments) -> None:
     recipes = {name: NVFP4.without(name) for name in INGREDIENTS} | {"all": NVFP4}
     runs = {name: losses(model, text, precision=r, steps=3) for name, r in recipes.items()}
     assert runs["all"] == losses(model, text, precision="nvfp4", steps=3)
@@ -58,7 +58,7 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize("which", ["nvfp4", NVFP4.without("tail")], ids=lambda w: str(w)[:5])
 def test_a_killed_run_resumes_bit_for_bit(
-    model: Nemotron, text: PackedTokens, tmp_path: Path, which: str | Recipe
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, which: str | Recipe
 ) -> None:
     whole = losses(model, text, precision=which)
 

@@ -145,7 +145,7 @@ def train_scan(
     length = exam.tokens.shape[1]
     curve = [exact_rows(model(exam.tokens), exam)]
     for i in progress(range(steps), name):
-        batch = task.batch(i, batch_size=batch_size, length=length, seed=seed)
+        batch = task.batch(i, batch_size=batch_size, seq_len=length, seed=seed)
         assert batch.mask is not None
         answers = batch.mask[:, 1:]
         loss = F.cross_entropy(model(batch.tokens)[:, :-1][answers], batch.tokens[:, 1:][answers])

@@ -15,7 +15,7 @@ from nemotron_lite.data.batches import Batch
 from nemotron_lite.data.tasks.selective_copy import SelectiveCopy
 
 TASK = SelectiveCopy(items=2, letters=3)
-TOKENS = TASK.exam(rows=6, length=12).tokens
+TOKENS = TASK.test_set(rows=6, seq_len=12).tokens
 
 
 def test_both_kinds_have_the_same_parameters() -> None:
@@ -59,7 +59,7 @@ def test_causal() -> None:
 
 
 def test_a_row_with_one_wrong_answer_does_not_count() -> None:
-    batch = TASK.exam(rows=4, length=12)
+    batch = TASK.test_set(rows=4, seq_len=12)
     logits = torch.zeros(4, 12, TASK.vocab_size)
     logits[:, :-1] = torch.nn.functional.one_hot(batch.tokens[:, 1:], TASK.vocab_size).float()
     assert exact_rows(logits, batch) == 100
@@ -72,7 +72,7 @@ def test_a_row_with_one_wrong_answer_does_not_count() -> None:
 
 
 def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
-    exam = TASK.exam(rows=16, length=12)
+    exam = TASK.test_set(rows=16, seq_len=12)
     curves, losses = [], []
     for _ in range(2):
         model = ScanModel(TASK.vocab_size, selective=True)
@@ -84,7 +84,7 @@ def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
 
 
 def test_it_learns_to_copy_two_letters() -> None:
-    exam = TASK.exam(rows=64, length=12)
+    exam = TASK.test_set(rows=64, seq_len=12)
     curve = train_scan(
         ScanModel(TASK.vocab_size, selective=True), TASK, exam, "", steps=100, every=100
     )
