@@ -195,7 +195,7 @@ def test_prefill_is_what_a_running_model_multiplies(name):
 
 def test_the_head_of_a_prompt_can_be_counted_once():
     every = ledger.flops(SUPER, 1000)
-    last = ledger.flops(SUPER, 1000, last_only=True)
+    last = ledger.flops(SUPER, 1000, logits_to_keep=1)
     assert every.total - last.total == pytest.approx(999 * 2 * 4096 * 131_072)
 
 
