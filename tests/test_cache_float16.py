@@ -42,7 +42,7 @@ def test_half_the_bytes(model: Nemotron) -> None:
     assert snapshot(wide).nbytes - snapshot(half).nbytes == saved
 
 
-def test_prefill_and_steps_write_it_rounded_and_answer_nearly_alike(model: Nemotron) -> None:
+def test_prefill_and_steps_round_the_state_and_give_nearly_the_same(model: Nemotron) -> None:
     tokens = _tokens(2, 40)
     cache, wide = model.empty_cache(2, ssm_dtype=HALF), model.empty_cache(2)
     found, exact = write(model, cache, tokens, 20), write(model, wide, tokens, 20)

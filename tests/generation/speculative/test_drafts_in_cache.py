@@ -140,7 +140,7 @@ class _Always:
         raise AssertionError("nothing was verified")
 
 
-def test_the_answer_for_the_last_token_is_the_whole_module(small: Nemotron) -> None:
+def test_forward_last_equals_the_whole_module(small: Nemotron) -> None:
     """`MTP.forward_last` computes less, but the same numbers: for all patterns, ragged rows too."""
     for pattern in ("*E", "E", "*E*E", "EE*", "*"):
         model = Nemotron(small.config.replace(mtp_pattern=pattern), dtype=torch.float64, seed=2)
