@@ -31,6 +31,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.layers import MIXERS, MTP, Block, Line
@@ -338,7 +340,12 @@ def _row(
 
 def _value(formula: str, letters: Mapping[str, Number]) -> Number:
     # Only constants of this package are evaluated: the number cannot differ from the formula shown.
-    return eval(formula, {"__builtins__": {}}, dict(letters))
+    return eval(_compiled(formula), {"__builtins__": {}}, dict(letters))
+
+
+@lru_cache(maxsize=256)
+def _compiled(formula: str) -> CodeType:
+    return compile(formula, "<formula>", "eval")
 
 
 def _counts(pattern: str) -> dict[str, int]:
