@@ -15,9 +15,11 @@ tokens and then accepts only the first few. It goes like this:
 
 Keys and values are written behind a row's length, so accepting them means to count them. The inputs
 of the convolution are a slice of those before and in the draft. The SSM state is computed from the
-old one: x, dt and B of every token of the draft are kept, and `accept` adds those that stay
+old one: x, dt and B of every token of the draft are kept, and `accept` adds the c tokens that stay
 
     S' = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r       (ops/draft_scan.py)
+
+with s_r the sum of dt A over the first r tokens of the draft.
 
 The result equals a cache that never saw the rejected tokens. The other way would be a copy of the
 state after every token. x, dt and B of one token are a hundredth of a state (37 KB against 4 MiB
