@@ -23,8 +23,9 @@ texts must be those of plain decoding; prompts whose text differs (a near tie of
 otherwise by the longer pass) are counted in `texts_that_differ`.
 
 Beside each measured ratio stand two predictions, acceptance length over the price of a round: with
-the ledger's prices, which count bytes, and with prices measured part by part. And for going back,
-both ways: bytes kept for a draft, and seconds of verifying and keeping it.
+the ledger's prices, which count bytes, and with prices measured part by part. And for going back
+after a draft: bytes kept for it, and the time of verifying it and taking in what stays, with
+`Cache.accept` and with a copy of the whole cache (`Cache.clone`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,7 +46,6 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.cache import HOLDS
 from nemotron_lite.data import END_OF_TEXT_ID, prepare
 from nemotron_lite.generation.speculative import (
     Costs,
@@ -148,7 +149,7 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
 
 def laid_out(model: Nemotron) -> Nemotron:
     """Ready to decode on this CPU, for plain and speculative decoding alike."""
-    return model.lay_out() if model.device.type == "cpu" else model
+    return model.prepare_for_decoding() if model.device.type == "cpu" else model
 
 
 def poor(model: Nemotron) -> Nemotron:
@@ -225,20 +226,51 @@ def predicted(statistics: Statistics, price: Costs) -> float:
 
 
 def measure_rollback(model: Nemotron, rounds: int) -> list[dict[str, Any]]:
-    """Bytes and seconds of both ways of going back, for a draft of four tokens."""
+    """Bytes and seconds of going back after a draft of four tokens, of which the first stays."""
     found = []
-    for hold in HOLDS:
-        parts = seconds_by_part(model, 4, rounds=rounds, hold=hold)
-        cache = model.empty_cache(1)
-        model(model.lm_head.weight.new_zeros(1, 5).long(), cache, hold=hold)
+    for way, measured in (("accept", verify_and_accept), ("clone", verify_and_clone)):
+        bytes_kept, state_bytes, ratio = measured(model, rounds)
         entry = {
-            "what": "rollback", "hold": hold, "draft_length": 4,
-            "bytes_kept": cache.held_nbytes, "state_bytes": cache.nbytes,
-            "verify_and_keep_over_a_plain_step": parts["verify_all"] / parts["step"],
+            "what": "rollback", "way": way, "draft_length": 4,
+            "bytes_kept": bytes_kept, "state_bytes": state_bytes,
+            "verify_and_keep_over_a_plain_step": ratio,
         }  # fmt: skip
         found.append(entry)
         print(f"  {entry}", flush=True)
     return found
+
+
+def verify_and_accept(model: Nemotron, rounds: int) -> tuple[int, int, float]:
+    """With `Cache.accept`: bytes kept, bytes of the cache, time in plain steps."""
+    parts = seconds_by_part(model, 4, rounds=rounds)
+    cache = model.empty_cache(1)
+    model(model.lm_head.weight.new_zeros(1, 5).long(), cache, draft=True)
+    return cache.draft_nbytes, cache.nbytes, parts["verify_all"] / parts["step"]
+
+
+@torch.inference_mode()
+def verify_and_clone(model: Nemotron, rounds: int) -> tuple[int, int, float]:
+    """The same with a copy: read the draft, return to the copy, read the token that stays."""
+    tokens = model.lm_head.weight.new_zeros(1, 128).long()
+    before = model.empty_cache(1, capacity=128 + 8 * 4)
+    model(tokens, before)
+    seconds: dict[str, list[float]] = {"step": [], "verify": []}
+    for turn in range(rounds + 2):
+        cache = before.clone()
+        started = time.perf_counter()
+        model(tokens[:, :1], cache).logits.argmax(-1).tolist()
+        stepped = time.perf_counter() - started
+        cache = before.clone()
+        started = time.perf_counter()
+        kept = cache.clone()
+        model(tokens[:, :5], cache).logits.argmax(-1).tolist()
+        model(tokens[:, :1], kept)
+        verified = time.perf_counter() - started
+        if turn > 1:  # the first two warm up
+            seconds["step"].append(stepped)
+            seconds["verify"].append(verified)
+    ratio = median(seconds["verify"]) / median(seconds["step"])
+    return before.nbytes, before.nbytes, ratio
 
 
 def describe(entry: dict[str, Any]) -> str:
