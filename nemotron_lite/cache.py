@@ -31,7 +31,7 @@ MTP module has an attention layer with keys and values of its own; they live in 
 of their own, since the module runs ahead of the backbone while it drafts (speculative/drafting.py).
 
 SSM states are float32. `ssm_dtype=torch.float16` halves them: every write is then rounded by chance
-(ops/half_state.py), with bits that follow from `ssm_seed`, the layer and the number of the write.
+(ops/stochastic_rounding.py), with bits from `ssm_seed`, the layer and the number of the write.
 So a run can be repeated, a snapshot has the same future again, and a saved state goes on as if it
 had not been saved. Rows have dice of their own, by their place in the batch.
 
@@ -156,7 +156,7 @@ class Cache:
                     batch, config.conv_kernel - 1, config.conv_dim, dtype=dtype, device=device
                 )
                 ssm = torch.zeros(batch, heads, p, n, dtype=ssm_dtype or wide, device=device)
-                return MambaCache(conv, ssm, ops.Dither(ssm_seed, place) if half else None)
+                return MambaCache(conv, ssm, ops.RoundingSeeds(ssm_seed, place) if half else None)
             if kind == "*":
                 k, v = (torch.zeros(keys, dtype=dtype, device=device) for _ in range(2))
                 return KVCache(k, v)
@@ -362,7 +362,7 @@ class Cache:
 
         def memory(name: str) -> LayerCache:
             if f"{name}.ssm" in tensors:
-                dither = ops.Dither(**dithers[name]) if name in dithers else None
+                dither = ops.RoundingSeeds(**dithers[name]) if name in dithers else None
                 return MambaCache(tensors[f"{name}.conv"], tensors[f"{name}.ssm"], dither)
             if f"{name}.k" in tensors:
                 return KVCache(tensors[f"{name}.k"], tensors[f"{name}.v"])

@@ -70,7 +70,7 @@ class MambaCache:
         self,
         conv: Float[Tensor, "b km1 c"],
         ssm: Float[Tensor, "b h p n"],
-        dither: ops.Dither | None = None,
+        dither: ops.RoundingSeeds | None = None,
     ) -> None:
         self.conv, self.ssm, self.dither = conv, ssm, dither
         self.held: Held | None = None
@@ -89,7 +89,7 @@ class MambaCache:
         if self.dither is None:
             self.ssm = ssm.to(self.ssm.dtype)
         else:
-            self.ssm = ops.round_half(ssm.float(), self.dither.next())
+            self.ssm = ops.round_to_float16(ssm.float(), self.dither.next())
 
     def seed(self) -> int | None:
         """The bits for a step that writes the state itself."""
@@ -109,7 +109,7 @@ class MambaCache:
             self.conv = held.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
         if held.slots is None:
             assert held.inputs is not None
-            self.write(ops.ssd_replay(self.read(), *held.inputs, counts, decays=held.decays))
+            self.write(ops.ssd_accept_draft(self.read(), *held.inputs, counts, decays=held.decays))
         elif isinstance(counts, int):
             self.ssm.copy_(held.slots[counts])
         else:
@@ -222,7 +222,7 @@ class Mamba2(nn.Module):
         if how == "replay":
             state = cache.read()
             decays = ops.draft_decays(dt, A, state.dtype)
-            y = ops.ssd_peek(state, x, dt, A, B, C, D=self.D, decays=decays)
+            y = ops.ssd_read_draft(state, x, dt, A, B, C, D=self.D, decays=decays)
             cache.held = Held(window, (x, dt, A, B), decays)
         else:
             slots = cache.ssm.new_empty(u.shape[1] + 1, *cache.ssm.shape)

@@ -1,14 +1,15 @@
-"""The router: which experts read a token, and with what weight.
+"""The router: which experts read a token, and with which weight.
 
     s   = sigmoid(W x)                       one score per expert, in float32
     I   = the k experts with the largest s + b
     p_i = scale * s_i / sum_{j in I} s_j     for i in I
 
-The bias b steers load: it decides *which* experts are chosen and never touches the weights p, which
-come from s alone. Mixing the two up trains without complaint and is a different model.
+The bias b balances the load of the experts: it decides *which* experts are chosen and does not
+enter the weights p, which come from s alone. A model that mixes the two up trains without any
+error, and is a different model.
 
-With `n_group > 1` the experts are first cut to the `topk_group` best groups, each scored by the sum
-of its two largest s + b. Nemotron 3 uses one group, where this does nothing.
+With `n_group > 1` only experts of the `topk_group` best groups can be chosen. A group's score is
+the sum of its two largest s + b. Nemotron 3 uses one group, where this does nothing.
 
 Source: reference sheet 4.1 and 4.2 (Nemotron 3 Super report 2.1.1). Left out: token dropping and
 capacity limits, which the family does not use.
@@ -23,10 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import cast, choose, kernel
+from nemotron_lite.backends import triton
+from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast, wide_dtype
 from nemotron_lite.ops.linear import linear
-
-_KERNEL = kernel("routing", "route")
 
 
 class Routing(NamedTuple):
@@ -63,12 +64,12 @@ def route(
     Raises:
         ValueError: unknown `impl`.
     """
-    run = choose("route", impl, x, naive=_naive, torch=_fast, triton=_triton)
+    run = choose("route", impl, x, naive=_naive, torch=_torch, triton=_triton)
     return run(x, weight, bias, top_k, n_group, topk_group, normalise, scale)
 
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x)
     if torch.is_autocast_enabled(x.device.type):  # mixed precision must not reach the router
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
@@ -96,7 +97,7 @@ def _naive(
     return Routing(torch.stack(weights), torch.stack(indices), scores)
 
 
-def _fast(
+def _torch(
     x: Tensor, weight: Tensor, bias: Tensor,
     top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
 ) -> Routing:  # fmt: skip
@@ -112,7 +113,7 @@ def _fast(
 
 
 def _triton(*arguments: Any) -> Routing:
-    return Routing(*_KERNEL(*arguments)[:3])
+    return Routing(*triton.route(*arguments))
 
 
 def _keep_best_groups(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import kernel
+from nemotron_lite.backends import triton
 from nemotron_lite.quantization.nvfp4.scaling import check_finite
 from nemotron_lite.quantization.nvfp4.tensor import (
     Options,
@@ -24,10 +24,6 @@ from nemotron_lite.quantization.nvfp4.tensor import (
     naive_quantize,
 )
 
-_AMAX = kernel("nvfp4_quantizer", "nvfp4_amax")
-_QUANTIZE = kernel("nvfp4_quantizer", "nvfp4_quantize")
-_FAKE = kernel("nvfp4_quantizer", "nvfp4_fake_quantize")
-
 
 def triton_quantize(x: Tensor, options: Options) -> QuantizedTensor:
     """`quantize(impl="triton")`."""
@@ -35,7 +31,7 @@ def triton_quantize(x: Tensor, options: Options) -> QuantizedTensor:
     if x.numel() == 0:
         return naive_quantize(x, options)
     x = x.detach()
-    codes, scales, scale = _QUANTIZE(x, _amax(x, options), **_how(options))
+    codes, scales, scale = triton.nvfp4_quantize(x, _amax(x, options), **_how(options))
     *lead, n = x.shape
     width = 2 * codes.shape[-1] if options.hadamard else n
     scales = scales.view(torch.float8_e4m3fn)
@@ -50,11 +46,11 @@ def triton_fake(x: Tensor, dim: int, options: Options) -> Tensor:
     if x.numel() == 0:
         return naive_fake(x, dim, options)
     x = x.detach()
-    return _FAKE(x, _amax(x, options), **_how(options))
+    return triton.nvfp4_fake_quantize(x, _amax(x, options), **_how(options))
 
 
 def _amax(x: Tensor, options: Options) -> Tensor:
-    amax = _AMAX(x, hadamard=options.hadamard, batch_dims=options.batch_dims)
+    amax = triton.nvfp4_amax(x, hadamard=options.hadamard, batch_dims=options.batch_dims)
     check_finite(amax, options.name)
     if options.amax is None:
         return amax

@@ -32,13 +32,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.backends.dispatch import choose, kernel
+from nemotron_lite.backends import triton
+from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops import experts
 from nemotron_lite.quantization.nvfp4.decoding import Stored, multiply, multiply_experts
 from nemotron_lite.quantization.nvfp4.tensor import QuantizedTensor
-
-_MATMUL = kernel("nvfp4_gemm", "nvfp4_matmul")
-_EXPERTS = kernel("nvfp4_experts", "nvfp4_expert_mlp")
 
 
 def matmul(
@@ -95,7 +93,7 @@ def _torch(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) 
 def _triton(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         return _Product.apply(x, w, dtype)
-    return _MATMUL(x, w, dtype)
+    return triton.nvfp4_matmul(x, w, dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -104,7 +102,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         ctx.w, ctx.dtype = w, x.dtype
-        return _MATMUL(x, w, dtype)
+        return triton.nvfp4_matmul(x, w, dtype)
 
     @staticmethod
     @once_differentiable
@@ -170,7 +168,7 @@ def _triton_experts(
 ) -> Tensor:
     if torch.is_grad_enabled() and (z.requires_grad or weights.requires_grad):
         return _Experts.apply(z, up, down, weights, indices)
-    return _EXPERTS(z, up, down, weights, indices)
+    return triton.nvfp4_expert_mlp(z, up, down, weights, indices)
 
 
 class _Experts(torch.autograd.Function):
@@ -180,7 +178,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, z, up, down, weights, indices):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(z, weights, indices)
         ctx.matrices = up, down
-        return _EXPERTS(z, up, down, weights, indices)
+        return triton.nvfp4_expert_mlp(z, up, down, weights, indices)
 
     @staticmethod
     @once_differentiable

@@ -30,14 +30,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, UInt8
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import choose, kernel
+from nemotron_lite.backends import triton
+from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops.philox import random_halves
 from nemotron_lite.quantization.nvfp4 import elements, scaling
 from nemotron_lite.quantization.nvfp4.hadamard import hadamard as rotate
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 BLOCKS = ("1x16", "16x16")
-_KERNEL = kernel("nvfp4_dequantizer", "nvfp4_dequantize")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,10 @@ class QuantizedTensor:
         """
         # What is asked for decides: the kernel writes no float64.
         wanted = self.scale.new_empty(0, dtype=dtype)
-        run = choose("dequantize", impl, wanted, torch=QuantizedTensor._dequantize, triton=_KERNEL)
+        run = choose(
+            "dequantize", impl, wanted,
+            torch=QuantizedTensor._dequantize, triton=triton.nvfp4_dequantize,
+        )  # fmt: skip
         return run(self, dtype)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
