@@ -77,7 +77,7 @@ class Limits(NamedTuple):
     low: float  # least exponent inside a chunk
     high: float  # greatest one; only dt > e^40 could exceed it below the diagonal
     vanish: float  # decays of whole states below e^vanish are exactly zero
-    least_dt: float  # stands in for dt = 0 in log dt
+    least_dt: float  # used instead of dt = 0 in log dt
 
 
 LIMITS = {
@@ -191,7 +191,7 @@ class Scratch:
             self.buffers = self._kept.__dict__.setdefault("buffers", self.buffers)
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory; what was taken under the same name before is overwritten."""
+        """Uninitialized memory; what was taken under the same name before is overwritten."""
         key = (name, dtype or self.dtype)
         count = math.prod(shape)
         buffer = self.buffers.get(key)
@@ -241,7 +241,7 @@ class Block(NamedTuple):
         return result.view(-1, v.shape[3], v.shape[4] * v.shape[5])
 
     def new_states(self, name: str) -> Tensor:
-        """Uninitialised memory of `c+1 b h p n`."""
+        """Uninitialized memory of `c+1 b h p n`."""
         chunks, batch, groups, _, shared, width = self.x.shape
         n = self.B.shape[-1]
         return self.scratch.take(name, chunks + 1, batch, groups * shared, width, n)

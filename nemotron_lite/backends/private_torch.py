@@ -2,7 +2,7 @@
 
 PyTorch may rename or remove a private operator in any release. Each one is called in this file
 only, and only if it exists; otherwise the public form beside it computes the same numbers, slower.
-The CPU's vendor stands here too, because no public function of Python or PyTorch tells it on every
+The CPU's vendor is read here too, because no public function of Python or PyTorch tells it on every
 system.
 
     operator                                          what it gives                  fallback

@@ -1,7 +1,7 @@
 """The way to the Triton kernels: one ordinary function for each, imported when it is first called.
 
 `nemotron_kernels` needs triton, which exists for few platforms and takes a second to import. So
-each import stands inside its function: a program that never asks for a kernel never imports triton.
+each import is inside its function: a program that never asks for a kernel never imports triton.
 If triton is missing, the import raises an `ImportError` that says what to do.
 
 The signatures are those of the fast CPU forms, so that `dispatch.choose` can exchange one for the
@@ -111,14 +111,14 @@ def route(
     top_k: int,
     n_group: int,
     topk_group: int,
-    normalise: bool,
+    normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(weights, indices, scores) of `ops.route`."""
     from nemotron_kernels.routing import route
 
     weights, indices, scores, *_ = route(
-        x, weight, bias, top_k, n_group, topk_group, normalise, scale
+        x, weight, bias, top_k, n_group, topk_group, normalize, scale
     )
     return weights, indices, scores
 

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, plain and gated.
+"""Root-mean-square normalization, plain and gated.
 
     rms_norm(x)          = w * x / sqrt(mean(x^2) + eps)
     gated_rms_norm(y, z) = rms_norm over each of g groups of ( y * silu(z) ), times w
@@ -57,13 +57,13 @@ def gated_rms_norm(
     *,
     impl: str = "auto",
 ) -> Float[Tensor, "*rows c"]:
-    """`y * silu(z)`, normalised within each of `groups` equal groups of adjacent channels.
+    """`y * silu(z)`, normalized within each of `groups` equal groups of adjacent channels.
 
     Args:
         y: output of the scan.
         z: gate.
         weight: one factor per channel.
-        groups: number of groups; each is normalised separately.
+        groups: number of groups; each is normalized separately.
         eps: added to the mean square.
         impl: "naive" (the equation), "torch" (`F.rms_norm` per group), "cpu" or "triton".
 

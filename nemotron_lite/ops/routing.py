@@ -46,7 +46,7 @@ def route(
     top_k: int,
     n_group: int = 1,
     topk_group: int = 1,
-    normalise: bool = True,
+    normalize: bool = True,
     scale: float = 1.0,
     impl: str = "auto",
 ) -> Routing:
@@ -57,7 +57,7 @@ def route(
         weight: one row per expert.
         bias: selection bias; changes the choice, never the weights.
         n_group, topk_group: group-limited routing.
-        normalise: divide the chosen scores by their sum.
+        normalize: divide the chosen scores by their sum.
         scale: factor on the weights (5.0 for Super).
         impl: "naive" (token by token), "torch" or "triton".
 
@@ -65,7 +65,7 @@ def route(
         ValueError: unknown `impl`.
     """
     run = choose("route", impl, x, naive=_naive, torch=_torch, triton=_triton)
-    return run(x, weight, bias, top_k, n_group, topk_group, normalise, scale)
+    return run(x, weight, bias, top_k, n_group, topk_group, normalize, scale)
 
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _scores(x: Tensor, weight: Tensor) -> Tensor:
 
 def _naive(
     x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
+    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
 ) -> Routing:  # fmt: skip
     scores = _scores(x, weight)
     per_group = weight.shape[0] // n_group
@@ -90,7 +90,7 @@ def _naive(
         allowed = [e for e in range(len(biased)) if n_group == 1 or e // per_group in best]
         chosen = sorted(allowed, key=lambda e: -biased[e])[:top_k]
         picked = token_scores[chosen]
-        if normalise:
+        if normalize:
             picked = picked / (picked.sum() + 1e-20)
         weights.append(picked * scale)
         indices.append(torch.tensor(chosen, device=x.device))
@@ -99,7 +99,7 @@ def _naive(
 
 def _torch(
     x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
+    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
 ) -> Routing:  # fmt: skip
     scores = _scores(x, weight)
     biased = (scores.detach() if scores.requires_grad else scores) + bias
@@ -107,7 +107,7 @@ def _torch(
         biased = _keep_best_groups(biased, n_group, topk_group)
     indices = torch.topk(biased, top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, indices)
-    if normalise:
+    if normalize:
         return Routing(weights * (scale / (weights.sum(-1, keepdim=True) + 1e-20)), indices, scores)
     return Routing(weights * scale, indices, scores)
 

@@ -4,7 +4,7 @@ A draft d_1 .. d_k was drawn from q_1 .. q_k; the model itself would have drawn 
 With u_j uniform in [0, 1):
 
     accept d_j               while  u_j q_j(d_j) < p_j(d_j)              that is, with min(1, p / q)
-    after a rejection        draw from  max(p_j - q_j, 0), normalised
+    after a rejection        draw from  max(p_j - q_j, 0), normalized
     if all are accepted      draw from  p_{k+1}, the bonus token
 
 Each token that comes out is distributed as p, whatever q is: a token x is accepted with probability

@@ -208,7 +208,7 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rung", ["plain", "chunked"])
 def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
-    """Half precision is a way to store inputs and outputs: what lies between is float32.
+    """Only inputs and outputs are stored in half precision; everything between is float32.
 
     So y is off by its own rounding and the state hardly at all. The gradients start from a gradient
     of y that was rounded too, and where they are sums that cancel, that weighs more.

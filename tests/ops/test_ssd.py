@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemotron_lite.backends import cpu_ssd
 from nemotron_lite.ops import selective_scan, ssd, ssd_step
 from tests.compare import relative_rms
 
@@ -181,7 +182,7 @@ def test_gradient_of_a_dt_of_zero() -> None:
 
 @pytest.mark.parametrize("wanted", ["y", "state"])
 def test_gradient_of_one_output_alone(wanted: str) -> None:
-    """Autograd hands over an expanded tensor, or none at all, for what was not used."""
+    """Autograd passes an expanded gradient, or none at all, for an output that is not used."""
     inputs = make(2, 70, torch.float64)
     found = []
     for impl in ("naive", "torch", "cpu"):
@@ -210,6 +211,23 @@ def test_many_rows_and_heads() -> None:
     inputs = make(7, 70, h=20)
     for a, b in zip(ssd(**inputs), selective_scan(**inputs), strict=True):
         assert relative_rms(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 300), (300, 64, 1)])
+def test_temporaries_of_any_earlier_size_serve_the_next_call(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers outlive a call; what they hold does not depend on the block size they were made for."""
+    inputs = {k: v.requires_grad_() for k, v in make(3, 200).items()}
+    found = []
+    for heads in sizes:
+        monkeypatch.setattr(cpu_ssd, "BLOCK_HEADS", heads)
+        y, state = ssd(**inputs)
+        grads = torch.autograd.grad(y.square().sum() + state.sum(), list(inputs.values()))
+        found.append([y.detach(), state.detach(), *grads])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert relative_rms(a, b) < 1e-6
 
 
 def test_results_are_not_overwritten_by_the_next_call() -> None:

@@ -25,7 +25,7 @@ def hard_numbers() -> torch.Tensor:
     return x.clamp(max=65504.0) * torch.where(torch.rand(x.shape) < 0.5, -1.0, 1.0)
 
 
-def test_the_bits_are_those_of_the_kernels_twin() -> None:
+def test_the_bits_are_those_of_the_kernel() -> None:
     x, random = hard_numbers(), torch.randint(0, 2**16, (2**14,))
     found = stochastic_round_to_float16(x, random)
     expected = philox.round_to_half(x.numpy(), random.numpy())
@@ -50,7 +50,7 @@ def test_a_neighbour_and_only_where_there_are_two() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-18])
 def test_unbiased(scale: float) -> None:
-    """Over all 2^16 random numbers the mean is the number itself; in no way a matter of luck."""
+    """Over all 2^16 random numbers the mean is the number itself, exactly."""
     random = torch.arange(2**16)
     for x in scale * torch.tensor([1.0, 1.0 + 2**-11, 1.3, 1.9999, -1.7]):
         mean = stochastic_round_to_float16(x.expand(2**16), random).double().mean()
@@ -59,7 +59,7 @@ def test_unbiased(scale: float) -> None:
         assert abs(float(mean - x.double())) <= allowed
 
 
-def test_what_is_no_number_and_what_is_too_large() -> None:
+def test_nan_infinity_and_numbers_too_large() -> None:
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
     x = torch.cat([bits.view(torch.float32), torch.tensor([1e6, -7e4, -0.0])])
     found = stochastic_round_to_float16(x, torch.full((8,), 2**16 - 1))
@@ -83,7 +83,7 @@ def test_each_write_has_its_own_bits_and_the_same_again() -> None:
 def steps(
     state: torch.Tensor, seeds: RoundingSeeds | None, count: int
 ) -> tuple[torch.Tensor, float]:
-    """`count` tokens that write small things into a state that hardly fades; last y and bias."""
+    """`count` small writes into a state that hardly decays: (state, mean of the last y)."""
     draw = torch.Generator().manual_seed(0)
     b, h, p, n = state.shape
     A = torch.full((h,), -1e-3)
