@@ -91,7 +91,7 @@ class _Order:
 
 
 def _combine(answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Each token's k answers, read from their sorted positions, summed with the router's weights."""
+    """The sum of each token's k answers, read from their sorted positions and weighted."""
     return torch.nn.functional.embedding_bag(
         places.view_as(weights), answers, mode="sum", per_sample_weights=weights
     )

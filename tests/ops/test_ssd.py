@@ -217,7 +217,7 @@ def test_many_rows_and_heads() -> None:
 def test_temporaries_of_any_earlier_size_serve_the_next_call(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Buffers outlive a call; what they hold does not depend on the block size they were made for."""
+    """Buffers outlive a call; what they hold does not depend on the block size of that call."""
     inputs = {k: v.requires_grad_() for k, v in make(3, 200).items()}
     found = []
     for heads in sizes:
