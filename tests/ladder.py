@@ -2,12 +2,12 @@
 
 A rung of the ladder is one form of an operation (a loop, a chunked form, one step at a time, a
 kernel). `climb` measures a rung against the definition in float64, on the same rounded inputs:
-values and every gradient, each as a relative rms error. What was measured is kept, and a test
-session run with NEMOTRON_LADDER=write leaves it in `benchmarks/records/equivalence_ladder.json`:
+values and every gradient, each as a relative rms error. The errors are kept, and a test session run
+with NEMOTRON_LADDER=write leaves it in `benchmarks/records/equivalence_ladder.json`:
 
     NEMOTRON_LADDER=write python -m pytest tests/ops/test_ladder.py -p no:xdist
 
-Other rooms add their own rungs by calling `climb`, or `keep` with an error measured elsewhere.
+Other tests add their own rungs by calling `climb`, or `keep` with an error measured elsewhere.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from benchmarks.record import write_record
 from tests.compare import relative_rms, run
 
-# A result this small against inputs of order one has faded away altogether; fast forms may round it
-# to zero. It is held to this size, not to a relative error.
-FADED = 1e-20
+# A result this small, from inputs of order one, has decayed to nothing; fast forms may round it to
+# zero. It is compared with this size, without a relative error.
+DECAYED = 1e-20
 
 _errors: dict[tuple[str, str, str, str, str], list[float]] = defaultdict(list)
 
@@ -36,7 +36,7 @@ def keep(operation: str, rung: str, below: str, dtype: str, quantity: str, error
 
     Args:
         operation: e.g. "ssd".
-        rung, below: the form that was measured, and the one it was held against.
+        rung, below: the form that was measured, and the one it was compared with.
         dtype: what the upper form computed in.
         quantity: which output or gradient.
         error: relative rms error.
@@ -68,8 +68,8 @@ def climb(
     names = [*outputs, *(f"d{name}" for name in inputs)]
     found = {}
     for name, a, b in zip(names, values + grads, exact[0] + exact[1], strict=True):
-        faded = b.abs().max() < FADED
-        found[name] = float(a.abs().max() > FADED) if faded else relative_rms(a, b)
+        decayed = b.abs().max() < DECAYED
+        found[name] = float(a.abs().max() > DECAYED) if decayed else relative_rms(a, b)
         keep(operation, rung, below, str(dtype).removeprefix("torch."), name, found[name])
     return found
 
@@ -87,9 +87,13 @@ def write() -> Path:
             each see a part of the ladder.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
-        raise RuntimeError("NEMOTRON_LADDER=write needs a session of one process: leave out -n.")
+        raise RuntimeError(
+            "NEMOTRON_LADDER=write needs one pytest process, and this is a worker: leave out -n."
+        )
     if not _errors:
-        raise RuntimeError("no rung was measured: select the ladder tests as well.")
+        raise RuntimeError(
+            "NEMOTRON_LADDER=write, but no rung was measured: run tests/ops/test_ladder.py."
+        )
     pairs = [
         {
             "operation": operation, "rung": rung, "against": below,

@@ -75,7 +75,7 @@ def _run(kernel: str = "", config: Config | None = None, **options: Any) -> Call
 
 def _exact(x, dt, A, B, C, D, dt_bias, seq_idx=None):
     steps = F.softplus(dt + dt_bias, threshold=1e9)
-    return ops.ssd(x, steps, A, B, C, D=D, seq_idx=seq_idx, impl="torch")
+    return ops.ssd(x, steps, A, B, C, D=D, seq_idx=seq_idx, impl="cpu")
 
 
 def _mamba(chunk: int) -> Callable[..., Any]:
@@ -104,7 +104,7 @@ def _fla(x, dt, A, B, C, D, dt_bias):
 
 def _torch(x, dt, A, B, C, D, dt_bias, seq_idx=None):
     steps = F.softplus(dt.float() + dt_bias)
-    return ops.ssd(x, steps, A, B, C, D=D, seq_idx=seq_idx, impl="torch")
+    return ops.ssd(x, steps, A, B, C, D=D, seq_idx=seq_idx, impl="cpu")
 
 
 def _case(

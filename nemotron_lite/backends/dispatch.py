@@ -1,22 +1,24 @@
-"""The one door of an operation: an explicit choice between its implementations.
+"""The choice between the implementations of an operation.
 
 Each public function of `ops` takes `impl`:
 
     "naive"   the definition, written to be read
-    "torch"   fast PyTorch, on every device
-    "triton"  a kernel of `nemotron_kernels`, on NVIDIA GPUs (and in Triton's interpreter)
-    "auto"    the kernel for tensors on an NVIDIA GPU of sm_80 or newer, if there is one and triton
-              is installed; else torch
+    "torch"   one plain PyTorch form, differentiated by autograd
+    "cpu"     the fast form: the same arithmetic, tuned for CPUs. Its code is not tied to a device;
+              it also runs on other devices, and faster there than the plain form
+    "triton"  a kernel of `nemotron_kernels`, for NVIDIA GPUs (and for Triton's interpreter)
+    "auto"    the fastest one: the Triton kernel for tensors on an NVIDIA GPU of sm_80 or newer, if
+              the operation has a kernel, it takes the dtype and triton is installed; otherwise
+              "cpu"; "torch" for operations that have no tuned form
 
-A choice that cannot be met is an error that says why, never a silent fallback. Triton is imported
-when a kernel is first used, and not before.
+An operation need not have all of them. An `impl` that cannot be used is an error that says why;
+there is no silent fallback. Triton is imported when a kernel is first used, and not before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,12 +26,7 @@ import torch
 from torch import Tensor
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # the first compute capability the kernels are compiled and tested for
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, without a call into torch where nothing changes: decoding makes hundreds."""
-    return x if x.dtype == dtype else x.to(dtype)
+OLDEST_CAPABILITY = (8, 0)  # the first compute capability the kernels are tested for
 
 
 def choose(
@@ -38,45 +35,34 @@ def choose(
     """The implementation of `op` called `impl`, for inputs like `x`.
 
     Raises:
-        ValueError: `impl` names none of them.
+        ValueError: `op` has no implementation called `impl`.
     """
     if impl == "auto":
-        if _on_gpu(x) and "triton" in implementations and _takes(x):
+        if _on_gpu(x) and "triton" in implementations and _kernels_take(x):
             return implementations["triton"]
-        return implementations["torch"]
+        return implementations["cpu" if "cpu" in implementations else "torch"]
     if impl not in implementations:
         names = ", ".join(repr(name) for name in ("auto", *implementations))
         raise ValueError(f"{op} has no implementation {impl!r}; choose one of {names}.")
     return implementations[impl]
 
 
-def kernel(module: str, name: str) -> Callable[..., Any]:
-    """A function of `nemotron_kernels.<module>`, imported when it is first called.
-
-    Raises (when called):
-        ImportError: triton is not installed; the message says what to do.
-    """
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        return getattr(import_module(f"nemotron_kernels.{module}"), name)(*arguments, **options)
-
-    return call
-
-
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _takes(x: Tensor) -> bool:
-    return x.dtype in KERNEL_DTYPES and _installed() and _capable(x.get_device())
+def _kernels_take(x: Tensor) -> bool:
+    return x.dtype in KERNEL_DTYPES and _kernels_installed() and _capable(x.get_device())
 
 
 @lru_cache
 def _capable(device: int) -> bool:
-    """Whether this is an NVIDIA GPU that is new enough; AMD's answer to "cuda" as well."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
+    """Whether this is an NVIDIA GPU that is new enough. AMD GPUs call themselves "cuda" too."""
+    return torch.version.hip is None and (
+        torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+    )
 
 
 @lru_cache
-def _installed() -> bool:
+def _kernels_installed() -> bool:
     return find_spec("triton") is not None and find_spec("nemotron_kernels") is not None

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
-from nemotron_lite.ops.linear import MOST_BLOCKED_ROWS, blocked, product
+from nemotron_lite.backends.cpu_linear import MOST_PREPACKED_ROWS, prepack, product
 
 
 class Linear(nn.Linear):
     """y = x W^T."""
 
-    _blocked: Tensor | None = None
+    _prepacked: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -34,13 +34,17 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         """Project the last axis."""
-        if self._blocked is not None and self._may_use_copy(input):
-            return product(input, self._blocked)
+        if self._prepacked is not None and self._may_use_copy(input):
+            return product(input, self._prepacked)
         return ops.linear(input, self.weight)
 
     def prepare_for_decoding(self) -> None:
-        """Keep a copy in oneDNN's layout; `ValueError` where oneDNN cannot multiply this weight."""
-        self._blocked = blocked(self.weight)
+        """Keep a copy in oneDNN's own layout.
+
+        Raises:
+            ValueError: the weight is not float32 on the CPU.
+        """
+        self._prepacked = prepack(self.weight)
         self._copied = (self.weight.data_ptr(), self.weight._version)
 
     def _may_use_copy(self, x: Tensor) -> bool:
@@ -48,15 +52,15 @@ class Linear(nn.Linear):
         return (
             self._copied == (weight.data_ptr(), weight._version)
             and not torch.is_grad_enabled()
-            and 0 < x.numel() <= MOST_BLOCKED_ROWS * x.shape[-1]
+            and 0 < x.numel() <= MOST_PREPACKED_ROWS * x.shape[-1]
             and x.dtype == torch.float32
             and x.is_cpu
             and not torch.is_autocast_enabled("cpu")
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._blocked = None
+        self._prepacked = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_blocked"}
+        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}

@@ -76,7 +76,7 @@ class MambaDraft:
         self, state: Float[Tensor, "b h p n"], counts: int | Int[Tensor, "b"]
     ) -> Float[Tensor, "b h p n"]:
         """The SSM state after the first `counts` tokens, from the one before. May overwrite it."""
-        return ops.ssd_replay(state, *self.inputs, counts, decays=self.decays)
+        return ops.ssd_accept_draft(state, *self.inputs, counts, decays=self.decays)
 
 
 class MambaCache(LayerCache):
@@ -92,7 +92,7 @@ class MambaCache(LayerCache):
         self,
         conv: Float[Tensor, "b km1 c"],
         ssm: Float[Tensor, "b h p n"],
-        dither: ops.Dither | None = None,
+        dither: ops.RoundingSeeds | None = None,
     ) -> None:
         self.conv, self.ssm, self.dither = conv, ssm, dither
         self.draft: MambaDraft | None = None
@@ -121,7 +121,7 @@ class MambaCache(LayerCache):
         if self.dither is None:
             self.ssm = ssm.to(self.ssm.dtype)
         else:
-            self.ssm = ops.round_half(ssm.float(), self.dither.next())
+            self.ssm = ops.round_to_float16(ssm.float(), self.dither.next())
 
     def next_seed(self) -> int | None:
         """The seed of the rounding, for a step that writes the state itself."""
@@ -148,7 +148,7 @@ class MambaCache(LayerCache):
         cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
     ) -> MambaCache:
         """Buffers as they were saved, with the random stream that goes with them."""
-        dither = None if extra is None else ops.Dither(**extra)
+        dither = None if extra is None else ops.RoundingSeeds(**extra)
         return cls(tensors["conv"], tensors["ssm"], dither)
 
 
@@ -278,7 +278,7 @@ class Mamba2(Mixer):
         x, B, C = self._split_heads(xBC)
         dt, A, state = self._step_sizes(dt), self._rates(), cache.read_state()
         decays = ops.draft_decays(dt, A, state.dtype)
-        y = ops.ssd_peek(state, x, dt, A, B, C, D=self.D, decays=decays)
+        y = ops.ssd_read_draft(state, x, dt, A, B, C, D=self.D, decays=decays)
         cache.draft = MambaDraft(window, (x, dt, A, B), decays)
         return self.out_proj(self.norm(y.flatten(2), z))
 
@@ -322,7 +322,7 @@ class Mamba2(Mixer):
             dtype=o.ssm_dtype, device=o.device,
         )  # fmt: skip
         half = o.ssm_dtype == torch.float16
-        return MambaCache(conv, ssm, ops.Dither(o.ssm_seed, layer) if half else None)
+        return MambaCache(conv, ssm, ops.RoundingSeeds(o.ssm_seed, layer) if half else None)
 
     @classmethod
     def stored(cls, config: NemotronConfig) -> list[Line]:

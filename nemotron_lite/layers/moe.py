@@ -49,7 +49,7 @@ class Router(nn.Module):
             top_k=config.num_experts_per_tok,
             n_group=config.n_group,
             topk_group=config.topk_group,
-            normalise=config.norm_topk_prob,
+            normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
         )
 

@@ -1,22 +1,22 @@
-"""The scan of a draft: read on from a state without changing it, and take in a part of it later.
+"""The scan of a draft: read its tokens without changing the state, then accept a part of them.
 
-A draft of t tokens is read before anybody knows how much of it will stay. With s the running sum of
-dt A inside the draft,
+In speculative decoding a draft of t tokens is read before it is known how many of them will be
+accepted. With s the running sum of dt A inside the draft,
 
-    peek      y_l  = exp(s_l) S C_l + sum_{r <= l} (C_l . B_r) exp(s_l - s_r) dt_r x_r + D x_l
-    replay    S'   = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r
+    read      y_l  = exp(s_l) S C_l + sum_{r <= l} (C_l . B_r) exp(s_l - s_r) dt_r x_r + D x_l
+    accept    S'   = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r
 
-`peek` is one chunk of the dual form (ssd.py) and writes no state. `replay` takes the first c tokens
-in, with a c of its own for each row: what it needs of them is x, dt and B, some hundred numbers per
-head instead of the p x n of a state. Together they read the state twice and write it once, as much
-as a single step of decoding does, whatever t is.
+`ssd_read_draft` is one chunk of the dual form (ssd.py) and writes no state. `ssd_accept_draft`
+updates the state with the first c tokens, where each row has its own c. It needs x, dt and B of
+these tokens: some hundred numbers per head instead of the p x n of a state. Together they read the
+state twice and write it once, as much as a single step of decoding does, whatever t is.
 
-The exponents are sums over stretches of dt A. Written as differences of running sums they would
-lose digits; here each stretch is summed by itself, all of them in one product with a table of zeros
-and ones, so the arithmetic can stay in the state's dtype.
+The exponents are sums of dt A over intervals of tokens. As differences of running sums they would
+lose digits. Here each interval is summed by itself, all of them in one product with a table of
+zeros and ones, so the arithmetic can stay in the state's dtype.
 
 Source: the replay of TensorRT-LLM's MTP (reference sheet 5.5, solution b). Left out: gradients,
-packed rows, drafts long enough to need several chunks.
+concatenated documents, drafts long enough to need several chunks.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import cast, choose
+from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.scan import check_shapes, selective_scan
 
 Decays = tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t t1"]]
 
 
-def ssd_peek(
+def ssd_read_draft(
     state: Float[Tensor, "b h p n"],
     x: Float[Tensor, "b t h p"],
     dt: Float[Tensor, "b t h"],
@@ -46,12 +47,12 @@ def ssd_peek(
     decays: Decays | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "b t h p"]:
-    """What `ssd` would answer for t tokens behind `state`; the state stays as it is.
+    """What `ssd` would return for t tokens after `state`; the state stays as it is.
 
     Args:
         state: float32, or float64 with it; the arithmetic is in its dtype.
         x, dt, A, B, C, D: as in `ssd`. Memory and work grow with t squared: for short t.
-        decays: from `draft_decays`, where they are at hand; "naive" does without.
+        decays: from `draft_decays`, if the caller has them; "naive" does not use them.
         impl: "naive" (`selective_scan`) or "torch".
 
     Returns:
@@ -66,11 +67,11 @@ def ssd_peek(
         or (D is not None and D.shape != A.shape)
     ):
         check_shapes(x, dt, A, B, C, D, state, None)
-    run = choose("ssd_peek", impl, x, naive=_naive_peek, torch=_peek)
+    run = choose("ssd_read_draft", impl, x, naive=_naive_read, torch=_torch_read)
     return run(state, x, dt, A, B, C, D, decays)
 
 
-def ssd_replay(
+def ssd_accept_draft(
     state: Float[Tensor, "b h p n"],
     x: Float[Tensor, "b t h p"],
     dt: Float[Tensor, "b t h"],
@@ -84,10 +85,11 @@ def ssd_replay(
     """The state after the first `counts` of t tokens, for all rows or row by row.
 
     Args:
-        state: before the first token. impl="torch" overwrites it and returns it; "naive" leaves it.
-        x, dt, A, B: as given to `ssd_peek`.
+        state: before the first token. "torch" overwrites it and returns it; "naive" returns a
+            new one.
+        x, dt, A, B: as given to `ssd_read_draft`.
         counts: 0 to t; 0 leaves a row's state as it was.
-        decays: as for `ssd_peek`, of all t tokens.
+        decays: as for `ssd_read_draft`, of all t tokens.
         impl: "naive" (`selective_scan`, row by row) or "torch".
 
     Raises:
@@ -97,14 +99,17 @@ def ssd_replay(
         check_shapes(x, dt, A, B, B, None, state, None)
     low, high = (counts, counts) if isinstance(counts, int) else _range(counts)
     if low < 0 or high > x.shape[1]:
-        raise ValueError(f"counts from {low} to {high}: expected 0 to {x.shape[1]} tokens.")
-    return choose("ssd_replay", impl, x, naive=_naive_replay, torch=_replay)(
+        raise ValueError(
+            f"ssd_accept_draft: counts from {low} to {high}: expected 0 to {x.shape[1]}, the "
+            "number of tokens of the draft."
+        )
+    return choose("ssd_accept_draft", impl, x, naive=_naive_accept, torch=_torch_accept)(
         state, x, dt, A, B, counts, decays
     )
 
 
 def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
-    """The shapes of a draft; `check_shapes` says what is wrong where this says no."""
+    """Whether the shapes fit; where they do not, `check_shapes` says what is wrong."""
     if x.ndim != 4 or B.ndim != 4:
         return False
     b, t, h, p = x.shape
@@ -118,14 +123,14 @@ def _range(counts: Tensor) -> tuple[int, int]:
     return min(values), max(values)
 
 
-def _naive_peek(
+def _naive_read(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
     return selective_scan(x, dt, A, B, C, D=D, initial_state=state)[0]
 
 
-def _naive_replay(
+def _naive_accept(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
@@ -142,7 +147,7 @@ def _naive_replay(
     return torch.cat(rows)
 
 
-def _peek(
+def _torch_read(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
@@ -163,7 +168,7 @@ def _peek(
     return cast(y, x.dtype).permute(0, 3, 1, 2)
 
 
-def _replay(
+def _torch_accept(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
@@ -176,7 +181,7 @@ def _replay(
     dt, decay = decays or draft_decays(dt, A, wide)
     dt, decay = dt[..., :longest], decay[:, :, :longest, : longest + 1]
     if isinstance(counts, int):
-        end = decay[:, :, -1]  # b h 1+t: the last token's view back
+        end = decay[:, :, -1]  # b h 1+t: what is left at the last accepted token
     else:
         ends = counts.to(x.device)
         end = decay[torch.arange(b, device=x.device), :, (ends - 1).clamp(min=0)]
@@ -193,21 +198,22 @@ def _replay(
 
 
 def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.dtype) -> Decays:
-    """What a draft's tokens see of each other, for `ssd_peek` and `ssd_replay` in turn.
+    """How much a draft's tokens see of each other, for `ssd_read_draft` and `ssd_accept_draft`.
 
     Returns:
-        dt as `b h t`, and `b h t 1+t`: what is left at token l of the state before, and of token r;
-        zero where r comes after l. In dtype `wide`, which is that of the state.
+        dt as `b h t`, and the decays as `b h t 1+t`: what is left at token l of the state before
+        the draft (first column) and of each token r; zero where r comes after l. Both are in dtype
+        `wide`, which is that of the state.
     """
     dt = cast(dt, wide).transpose(1, 2)
     b, h, t = dt.shape
-    table, mask = _stretches(t, wide, dt.device)
+    table, mask = _intervals(t, wide, dt.device)
     exponents = torch.addmm(mask, (dt * cast(A, wide)[:, None]).reshape(-1, t), table)
     return dt, exponents.exp_().view(b, h, t, t + 1)
 
 
 @lru_cache(maxsize=64)
-def _stretches(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _intervals(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which dt A add up to the exponent of (l, 1+r), and minus infinity where r comes after l."""
     with torch.inference_mode(False):
         place = torch.arange(t, device=device)

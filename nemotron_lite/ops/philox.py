@@ -1,4 +1,4 @@
-"""Random bits from a counter: Philox-4x32, bit for bit what the Triton kernels draw.
+"""Random bits from a counter: Philox-4x32, bit for bit those of the Triton kernels.
 
 A counter-based generator keeps no state. It turns (key, counter) into four words of 32 bits by a
 few rounds of multiply and xor:
@@ -6,12 +6,13 @@ few rounds of multiply and xor:
     (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0,  lo(M1 c2),  hi(M0 c0) ^ c3 ^ k1,  lo(M0 c0))
     (k0, k1)         <- (k0 + W0, k1 + W1)
 
-so that the bits of a number depend on its place and the seed alone, and not on how many processes,
-blocks or threads share the work. That is what lets a kernel on a GPU and PyTorch on a CPU round the
+So the bits of a number depend only on its position and the seed, and not on how many processes,
+blocks or threads share the work. This is why a kernel on a GPU and PyTorch on a CPU can round the
 same number the same way.
 
-`random_halves` lays the bits out as `nemotron_kernels.state_update` does: the numbers of a row go
-by eights, one counter for each eight, two numbers to a word, the low half for the even one:
+`random_halves` lays the bits out as `nemotron_kernels.state_update` does. The numbers of a row are
+taken in groups of eight, with one counter for each group. Each word serves two numbers: its low 16
+bits the even one, its high 16 bits the odd one.
 
     counter = row * ceil(n / 8) + column // 8        word = column % 8 // 2
 

@@ -1,14 +1,15 @@
-"""The router: which experts read a token, and with what weight.
+"""The router: which experts read a token, and with which weight.
 
     s   = sigmoid(W x)                       one score per expert, in float32
     I   = the k experts with the largest s + b
     p_i = scale * s_i / sum_{j in I} s_j     for i in I
 
-The bias b steers load: it decides *which* experts are chosen and never touches the weights p, which
-come from s alone. Mixing the two up trains without complaint and is a different model.
+The bias b balances the load of the experts: it decides *which* experts are chosen and does not
+enter the weights p, which come from s alone. A model that mixes the two up trains without any
+error, and is a different model.
 
-With `n_group > 1` the experts are first cut to the `topk_group` best groups, each scored by the sum
-of its two largest s + b. Nemotron 3 uses one group, where this does nothing.
+With `n_group > 1` only experts of the `topk_group` best groups can be chosen. A group's score is
+the sum of its two largest s + b. Nemotron 3 uses one group, where this does nothing.
 
 Source: reference sheet 4.1 and 4.2 (Nemotron 3 Super report 2.1.1). Left out: token dropping and
 capacity limits, which the family does not use.
@@ -23,10 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import cast, choose, kernel
+from nemotron_lite.backends import triton
+from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast, wide_dtype
 from nemotron_lite.ops.linear import linear
-
-_KERNEL = kernel("routing", "route")
 
 
 class Routing(NamedTuple):
@@ -45,7 +46,7 @@ def route(
     top_k: int,
     n_group: int = 1,
     topk_group: int = 1,
-    normalise: bool = True,
+    normalize: bool = True,
     scale: float = 1.0,
     impl: str = "auto",
 ) -> Routing:
@@ -56,19 +57,19 @@ def route(
         weight: one row per expert.
         bias: selection bias; changes the choice, never the weights.
         n_group, topk_group: group-limited routing.
-        normalise: divide the chosen scores by their sum.
+        normalize: divide the chosen scores by their sum.
         scale: factor on the weights (5.0 for Super).
         impl: "naive" (token by token), "torch" or "triton".
 
     Raises:
         ValueError: unknown `impl`.
     """
-    run = choose("route", impl, x, naive=_naive, torch=_fast, triton=_triton)
-    return run(x, weight, bias, top_k, n_group, topk_group, normalise, scale)
+    run = choose("route", impl, x, naive=_naive, torch=_torch, triton=_triton)
+    return run(x, weight, bias, top_k, n_group, topk_group, normalize, scale)
 
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x)
     if torch.is_autocast_enabled(x.device.type):  # mixed precision must not reach the router
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
@@ -77,7 +78,7 @@ def _scores(x: Tensor, weight: Tensor) -> Tensor:
 
 def _naive(
     x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
+    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
 ) -> Routing:  # fmt: skip
     scores = _scores(x, weight)
     per_group = weight.shape[0] // n_group
@@ -89,16 +90,16 @@ def _naive(
         allowed = [e for e in range(len(biased)) if n_group == 1 or e // per_group in best]
         chosen = sorted(allowed, key=lambda e: -biased[e])[:top_k]
         picked = token_scores[chosen]
-        if normalise:
+        if normalize:
             picked = picked / (picked.sum() + 1e-20)
         weights.append(picked * scale)
         indices.append(torch.tensor(chosen, device=x.device))
     return Routing(torch.stack(weights), torch.stack(indices), scores)
 
 
-def _fast(
+def _torch(
     x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalise: bool, scale: float,
+    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
 ) -> Routing:  # fmt: skip
     scores = _scores(x, weight)
     biased = (scores.detach() if scores.requires_grad else scores) + bias
@@ -106,13 +107,13 @@ def _fast(
         biased = _keep_best_groups(biased, n_group, topk_group)
     indices = torch.topk(biased, top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, indices)
-    if normalise:
+    if normalize:
         return Routing(weights * (scale / (weights.sum(-1, keepdim=True) + 1e-20)), indices, scores)
     return Routing(weights * scale, indices, scores)
 
 
 def _triton(*arguments: Any) -> Routing:
-    return Routing(*_KERNEL(*arguments)[:3])
+    return Routing(*triton.route(*arguments))
 
 
 def _keep_best_groups(

@@ -1,20 +1,19 @@
 """The selective scan: the recurrence at the heart of a Mamba-2 layer, one token at a time.
 
-Each head keeps a state S of p x n numbers. Every token first lets the state fade, then writes into
+Each head keeps a state S of p x n numbers. Every token first lets the state decay, then writes into
 it, then reads from it:
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        fade and write
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t        decay and write
     y_t = S_t C_t + D x_t                                   read, and a path around the state
 
-A < 0 is one number per head, so the fade is one number per head and token. What makes the scan
-*selective* is that dt, B and C are computed from the token itself: a large dt forgets the past and
-writes this token, dt = 0 leaves the state alone. B and C belong to groups: head i reads group
-i // (h / g), as query heads share keys in grouped attention.
+A < 0 is one number per head, so the decay is one number per head and token. What makes the scan
+*selective* is that dt, B and C are computed from the token itself: a large dt forgets what came
+before and writes this token; dt = 0 leaves the state alone. B and C belong to groups: head i reads
+group i // (h / g), as query heads share keys in grouped attention.
 
 `selective_scan` is the definition that every faster form is tested against: a Python loop that
-autograd can follow. `ssd_step` is one turn of the loop, for decoding; its fast form touches the
-state in three passes and writes it in place. `ssd` (in ssd.py) gets the same numbers for a whole
-sequence out of matrix products.
+autograd can follow. `ssd_step` is one step of the loop, for decoding. `ssd` (in ssd.py) gets the
+same numbers for a whole sequence out of matrix products.
 
 dt arrives after its softplus, or with the bias and the softplus still to be applied (`step_sizes`);
 it is not clamped here (reference sheet 2.4: the models are trained without a clamp). Source:
@@ -29,10 +28,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import cast, choose, kernel
-from nemotron_lite.ops.stochastic_rounding import round_half
-
-_KERNEL = kernel("state_update", "selective_state_update")
+from nemotron_lite.backends import cpu_ssd_step, triton
+from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast, wide_dtype
+from nemotron_lite.masks import document_starts
+from nemotron_lite.ops.stochastic_rounding import round_to_float16
 
 
 def selective_scan(
@@ -55,8 +55,8 @@ def selective_scan(
         B, C: write and read directions, one per group; g divides h.
         D: weight of the path around the state; none when None.
         initial_state: state before the first token; zeros when None.
-        seq_idx: which document of a packed row each token belongs to. Where it changes, the state
-            is reset to zero; `initial_state` belongs to the first document of the row.
+        seq_idx: which document each token belongs to, where a row holds several. Where it changes,
+            the state is reset to zero; `initial_state` belongs to the first document of the row.
 
     Returns:
         (y, state): y in the dtype of x, and the state after the last token in float32 (float64 when
@@ -66,7 +66,7 @@ def selective_scan(
         ValueError: shapes that do not fit each other.
     """
     check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
-    wide = state_dtype(x)
+    wide = wide_dtype(x)
     shared = x.shape[2] // B.shape[2]
     inputs, steps = x.to(wide), dt.to(wide)
     writes = B.to(wide).repeat_interleave(shared, dim=2)
@@ -107,20 +107,21 @@ def ssd_step(
     """One token of the recurrence, for decoding.
 
     Args:
-        state: the state before this token. impl="torch" overwrites it and returns it; impl="naive"
-            leaves it alone and returns a new one.
+        state: the state before this token. "cpu" and "triton" overwrite it and return it; "naive"
+            and "torch" leave it alone and return a new one.
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
-        dt_bias, dt_softplus: what makes step sizes of dt, where that is still to be done, as in
-            `step_sizes`; the kernel does it on the way.
-        seed: for a state in float16: the bits it is rounded with (half_state.py), new ones for
-            every layer and token; None rounds to nearest.
-        impl: "naive" (one turn of `selective_scan`); "torch" or "triton" (in place; for inference,
-            since autograd cannot differentiate through an overwritten state).
+        dt_bias, dt_softplus: what makes step sizes of dt, if dt is not one yet, as in `step_sizes`;
+            "triton" does this inside its kernel.
+        seed: only for a state in float16: chooses the random bits of stochastic rounding
+            (stochastic_rounding.py), a new seed for every layer and token. None rounds to nearest.
+        impl: "naive" (one step of `selective_scan`), "torch" (the equation written out), "cpu" or
+            "triton" (in place, for inference: autograd cannot differentiate through an overwritten
+            state).
 
     Returns:
         (y, state): y in the dtype of x; the arithmetic and the new state are in the state's dtype
-        ("naive": float32, or float64 when x is float64). A state in float16 is updated in float32;
-        y is read before it is rounded.
+        ("naive" and "torch": float32, or float64 when x is float64). A state in float16 is updated
+        in float32, y is read, and then the state is rounded.
 
     Raises:
         ValueError: unknown `impl`, shapes that do not fit each other, a state in bfloat16, or a
@@ -132,14 +133,17 @@ def ssd_step(
             f"ssd_step: a state in {state.dtype} with seed={seed}; expected float32 or float64 "
             "without a seed, or float16."
         )
-    run = choose("ssd_step", impl, x, naive=_naive_step, torch=_fast_step, triton=_triton_step)
+    run = choose(
+        "ssd_step", impl, x,
+        naive=_naive_step, torch=_torch_step, cpu=_cpu_step, triton=triton.ssd_step,
+    )  # fmt: skip
     if not half:
         return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
-    if run is _triton_step:
+    if run is triton.ssd_step:
         return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
     y, new = run(state.float(), x, dt, A, B, C, D, dt_bias, dt_softplus)
-    rounded = round_half(new.float(), seed)
-    return y, rounded if run is _naive_step else state.copy_(rounded)
+    rounded = round_to_float16(new.float(), seed)
+    return y, state.copy_(rounded) if run is _cpu_step else rounded
 
 
 def _naive_step(
@@ -152,42 +156,38 @@ def _naive_step(
     return y.squeeze(1), state
 
 
-def _fast_step(
+def _torch_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     dt_bias: Tensor | None, dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dt = step_sizes(dt, dt_bias, dt_softplus)
-    batch, heads, width = x.shape
-    groups, n = B.shape[1:]
-    if state.shape != (batch, heads, width, n) or C.shape != B.shape or heads % groups:
-        check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
-    narrow, wide = x.dtype, state.dtype
-    x, dt, B, C = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
-    # Splitting an axis is always a view, so this writes through to the caller's state.
-    grouped = state.unflatten(1, (groups, -1))
-    fade = torch.exp(dt * A).view(batch, groups, -1, 1, 1)
-    write = (x * dt.unsqueeze(-1)).reshape(batch, groups, -1, width, 1)
-    grouped.mul_(fade).addcmul_(write, B.reshape(batch, groups, 1, 1, n))
-    # The heads of a group share C: one row times one matrix, with the state as the columns.
-    rows = state.reshape(batch * groups, -1, n)
-    y = torch.bmm(C.reshape(-1, 1, n), rows.mT).view(batch, heads, width)
+    check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
+    wide, heads = wide_dtype(x), x.shape[1] // B.shape[1]
+    inputs, dt, A = x.to(wide), dt.to(wide), A.to(wide)
+    B, C = (v.to(wide).repeat_interleave(heads, dim=1) for v in (B, C))
+    decay = torch.exp(dt * A)[..., None, None]
+    state = decay * state.to(wide) + torch.einsum("bh,bhp,bhn->bhpn", dt, inputs, B)
+    y = torch.einsum("bhpn,bhn->bhp", state, C)
     if D is not None:
-        y.addcmul_(x, D.to(wide).unsqueeze(-1))
-    return y.to(narrow), state
+        y = y + D.to(wide).unsqueeze(-1) * inputs
+    return y.to(x.dtype), state
 
 
-def _triton_step(
+def _cpu_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None = None,
+    dt_bias: Tensor | None, dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _KERNEL(state, x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, seed=seed)
-    return y, state
+    dt = step_sizes(dt, dt_bias, dt_softplus)
+    groups, n = B.shape[1:]
+    if state.shape != (*x.shape, n) or C.shape != B.shape or x.shape[1] % groups:
+        check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
+    return cpu_ssd_step.ssd_step(state, x, dt, A, B, C, D)
 
 
 def step_sizes(
     dt: Float[Tensor, "*bt h"], dt_bias: Float[Tensor, "h"] | None, dt_softplus: bool
 ) -> Float[Tensor, "*bt h"]:
-    """softplus(dt + bias) in float32 or better; dt itself where neither is asked for.
+    """softplus(dt + bias) in float32 or better; dt itself without a bias and a softplus.
 
     A dt of minus infinity, which marks padding, becomes a step of exactly zero.
 
@@ -201,31 +201,10 @@ def step_sizes(
             f"dt_bias has shape {tuple(dt_bias.shape)}; {dt.shape[-1]} heads need "
             f"({dt.shape[-1]},)."
         )
-    dt = cast(dt, state_dtype(dt))
+    dt = cast(dt, wide_dtype(dt))
     if dt_bias is not None:
         dt = dt + cast(dt_bias, dt.dtype)
     return F.softplus(dt) if dt_softplus else dt
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 inputs, float32 for everything else: a state is never half precision."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def number_documents(seq_idx: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """The same documents counted 0, 1, 2 ... along each row, `b t`.
-
-    A number that returns later in a row (0, 1, 0) is a new document. Operations that look at more
-    than the token before compare these numbers, so that all of them part rows at the same places.
-    """
-    return document_starts(seq_idx).cumsum(1)
-
-
-def document_starts(seq_idx: Int[Tensor, "b t"]) -> Tensor:
-    """True where a token belongs to another document than the token before it, `b t`."""
-    starts = torch.zeros_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return starts
 
 
 def check_shapes(

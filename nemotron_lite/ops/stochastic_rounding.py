@@ -1,25 +1,26 @@
-"""SSM states in float16, rounded up or down by chance: half the memory, right on average.
+"""SSM states in float16 with stochastic rounding: half the memory, and no error on average.
 
-A state is read, updated in float32 and written back at every token, so it is rounded again and
-again, and errors of one direction add up:
+A state is read, updated in float32 and written back at every token. So it is rounded again and
+again, and errors in one direction add up:
 
     h^_t = h_t + sum_i ( prod_{j>i} exp(dt_j A) ) eps_i
 
-To the nearest, a write of less than half a step into a large state is lost each time. Rounding up
-with the probability of the distance to the number below makes eps_i zero on average, and a sum of
-many stays small. Nemotron 3's report serves Super this way: rounded to nearest, float16 made
-answers a third longer; by chance, it did not (reference sheet 6.7).
+With rounding to nearest, a write of less than half a step into a large state is lost every time.
+Stochastic rounding rounds up with a probability equal to the distance to the number below, in
+steps. This makes eps_i zero on average, and the sum of many stays small. Nemotron 3's report serves
+Super this way: with rounding to nearest, float16 made answers a third longer; with stochastic
+rounding it did not (reference sheet 6.7).
 
-Bit for bit what the kernel does (`nemotron_kernels.state_update`), for the same float32 numbers:
+The bits are those of the kernel (`nemotron_kernels.state_update`), for the same float32 numbers:
 
-- 16 bits for each number from Philox-4x32 of five rounds (`philox.random_halves`), rows counted
-  over batch, heads and channels;
-- in float16's normal range 13 bits of float32 have to go: 13 random bits are added below the last
-  kept one, and the rest is cut off, which is exact;
-- below 2^-14 float16 has a fixed step of 2^-24, and the distance counts in 2^-16 of a step;
-- what float16 can hold stays as it is; beyond 65,504 is infinite, NaN stays NaN.
+- each number gets 16 random bits from Philox-4x32 of five rounds (`philox.random_halves`), rows
+  counted over batch, heads and channels;
+- in float16's normal range 13 bits of float32 must be dropped: 13 random bits are added below the
+  last bit that is kept, and the rest is cut off, which is exact;
+- below 2^-14 float16 has a fixed step of 2^-24, and the distance is counted in 2^-16 of a step;
+- a number that float16 can represent does not change; beyond 65,504 is infinite, NaN stays NaN.
 
-What it saves is memory, and on a GPU traffic; a CPU spends more on the random bits than it saves.
+It saves memory, and on a GPU memory traffic; on a CPU the random bits cost more time than it saves.
 Left out: INT16 and INT8 states with block scales, which the report finds no better.
 """
 
@@ -40,13 +41,13 @@ _KEPT = ~0x1FFF  # float32's bits but the last 13
 
 
 @dataclass
-class Dither:
-    """The random bits of one layer's writes: each write has its own, the same in every repetition.
+class RoundingSeeds:
+    """The seeds of one layer's writes: a new one for each write, the same in every repetition.
 
     Attributes:
         seed: of the state; None rounds to nearest.
-        layer: its place in the model.
-        writes: so far.
+        layer: index of the layer in the model.
+        writes: number of seeds given out so far.
     """
 
     seed: int | None
@@ -54,7 +55,7 @@ class Dither:
     writes: int = 0
 
     def next(self) -> int | None:
-        """63 bits for the next write; None where it is to be rounded to nearest."""
+        """The seed of the next write, 63 bits; None where it is rounded to nearest."""
         self.writes += 1
         if self.seed is None:
             return None
@@ -63,8 +64,8 @@ class Dither:
         return word >> 1
 
 
-def round_half(x: Float32[Tensor, "*rows n"], seed: int | None) -> Float16[Tensor, "*rows n"]:
-    """x in float16, by chance with the bits of `seed` (0 to 2^63 - 1); to nearest for None.
+def round_to_float16(x: Float32[Tensor, "*rows n"], seed: int | None) -> Float16[Tensor, "*rows n"]:
+    """x in float16: stochastic rounding with `seed` (0 to 2^63 - 1), or to nearest for None.
 
     Raises:
         ValueError: a seed out of range.
@@ -73,10 +74,10 @@ def round_half(x: Float32[Tensor, "*rows n"], seed: int | None) -> Float16[Tenso
         return x.to(torch.float16)
     flat = x.reshape(-1, x.shape[-1])
     random = random_halves(seed, *flat.shape, device=x.device)
-    return stochastic_half(flat, random).view(x.shape)
+    return stochastic_round_to_float16(flat, random).view(x.shape)
 
 
-def stochastic_half(
+def stochastic_round_to_float16(
     x: Float32[Tensor, "*shape"], random: Int[Tensor, "*shape"]
 ) -> Float16[Tensor, "*shape"]:
     """x in float16: one of its neighbours, chosen by `random`, integers of 0 .. 65535."""
@@ -87,5 +88,5 @@ def stochastic_half(
     if bool(small.any()):
         steps = (size * 2.0**24 + random.float() * 2.0**-16).floor_()
         rounded = torch.where(small, torch.copysign(steps * 2.0**-24, x), rounded)
-    # A NaN with all bits set would be carried into a number.
+    # Adding random bits to a NaN with all bits set would make it a number.
     return torch.where(x.isnan(), x, rounded).to(torch.float16)

@@ -32,9 +32,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_lite.backends.cpu_linear import prefers_onednn, product
 from nemotron_lite.data.batches import Batch
-from nemotron_lite.ops.linear import prefers_onednn, product
-from nemotron_lite.ops.scan import number_documents
+from nemotron_lite.masks import number_documents
 
 SLICE_ROWS = 512  # rows of logits in memory at one time
 

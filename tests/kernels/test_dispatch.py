@@ -1,4 +1,4 @@
-"""The kernels as the package reaches them: through the one door of each operation."""
+"""How the package reaches the kernels: through `impl` of each operation."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_forced_kernel_gives_what_the_definition_gives(number: int) -> None:
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
-def test_the_router_through_its_door() -> None:
+def test_a_forced_kernel_of_the_router() -> None:
     x, weight, bias = torch.randn(9, 16), torch.randn(12, 16), torch.randn(12) * 0.1
     exact, found = _both(ops.route, x, weight, bias, top_k=3, scale=2.5)
     dense = [torch.zeros(9, 12).scatter(1, r[1], r[0]) for r in (exact, found)]
@@ -67,7 +67,7 @@ def test_the_router_through_its_door() -> None:
     torch.testing.assert_close(found[2], exact[2])
 
 
-def test_the_acceptance_rule_through_its_door() -> None:
+def test_a_forced_kernel_of_the_acceptance_rule() -> None:
     p, q = torch.rand(2, 6, 4, 50).softmax(-1)
     drafts, uniforms = torch.randint(50, (6, 3)), torch.rand(6, 4, dtype=torch.float64)
     exact, found = _both(ops.verify, p, q[:, :3].contiguous(), drafts, uniforms)
@@ -90,7 +90,7 @@ def test_a_choice_that_cannot_be_met_says_why() -> None:
     assert "runs on an NVIDIA GPU" in done.stderr and "impl='torch'" in done.stderr
 
 
-def test_a_forced_kernel_that_there_is_none_of_names_what_there_is() -> None:
+def test_an_operation_without_a_kernel_names_what_it_has() -> None:
     q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match=r"no implementation 'triton'; choose one of 'auto', 'na"):
         ops.causal_attention(q, q, q, impl="triton")
@@ -138,16 +138,19 @@ def test_auto_takes_the_kernel_on_gpus_that_can(
     monkeypatch.setattr(torch.version, "hip", hip)
     dispatch._capable.cache_clear()
 
-    def in_torch() -> None: ...
+    def plain() -> None: ...
+    def fast() -> None: ...
     def the_kernel() -> None: ...
 
-    choices = {"torch": in_torch, "triton": the_kernel}
+    choices = {"torch": plain, "cpu": fast, "triton": the_kernel}
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             chosen = dispatch.choose("op", "auto", torch.zeros(1, dtype=dtype), **choices)
-            assert chosen is (the_kernel if takes else in_torch)
-        assert dispatch.choose("op", "auto", torch.zeros(1).double(), **choices) is in_torch
+            assert chosen is (the_kernel if takes else fast)
+        assert dispatch.choose("op", "auto", torch.zeros(1).double(), **choices) is fast
     finally:
         dispatch._capable.cache_clear()
     monkeypatch.setattr(dispatch, "_on_gpu", lambda _: False)
-    assert dispatch.choose("op", "auto", torch.zeros(1), **choices) is in_torch
+    assert dispatch.choose("op", "auto", torch.zeros(1), **choices) is fast
+    untuned = {"torch": plain, "triton": the_kernel}
+    assert dispatch.choose("op", "auto", torch.zeros(1), **untuned) is plain

@@ -1,18 +1,20 @@
-"""A model on a GPU takes the kernels by itself: the whole of it, without a word about them.
+"""A model on a GPU takes the kernels by itself, in every layer.
 
-There is no GPU here, so the door is told that every tensor lies on one, and the kernels run in the
-interpreter. What comes out is held to the same model on the PyTorch path, which is what the model
-does once the door sees the CPU again.
+There is no GPU here, so `dispatch` is told that every tensor is on one, and the kernels run in the
+interpreter. The results are compared with those of the same model on the CPU forms, which it uses
+when `dispatch` sees the CPU again.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from nemotron_lite.backends import dispatch
+from nemotron_lite.backends import dispatch, triton
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.model import Nemotron
 
@@ -24,26 +26,24 @@ CONFIG = NemotronConfig(
     moe_shared_expert_intermediate_size=24, routed_scaling_factor=2.5, initializer_range=0.3,
 )  # fmt: skip
 READING = {"rms_norm", "causal_conv1d", "ssd", "gated_rms_norm", "route", "expert_mlp"}
-STEPPING = READING - {"causal_conv1d", "ssd"} | {"causal_conv1d_step", "selective_state_update"}
+STEPPING = READING - {"causal_conv1d", "ssd"} | {"causal_conv1d_step", "ssd_step"}
 
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """On a GPU, as far as the door can tell; the names of the kernels that were reached."""
+    """On a GPU, as far as `dispatch` can tell; the names of the kernels that were called."""
     found: set[str] = set()
-    importing = dispatch.import_module
 
-    def import_module(name: str) -> Any:
-        module = importing(name)
+    def watched(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            found.add(name)
+            return kernel(*given, **options)
 
-        class Watched:
-            def __getattr__(self, function: str) -> Any:
-                found.add(function)
-                return getattr(module, function)
+        return call
 
-        return Watched()
-
-    monkeypatch.setattr(dispatch, "import_module", import_module)
+    for name, kernel in vars(triton).copy().items():
+        if inspect.isfunction(kernel):
+            monkeypatch.setattr(triton, name, watched(name, kernel))
     monkeypatch.setattr(dispatch, "_on_gpu", lambda _: True)
     monkeypatch.setattr(dispatch, "_capable", lambda _: True)
     return found
@@ -66,13 +66,13 @@ def _learned(model: Nemotron, **options: Any) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach(), **grads}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
 def test_logits_and_every_gradient(
-    model: Nemotron, used: set[str], packed: bool, monkeypatch: pytest.MonkeyPatch
+    model: Nemotron, used: set[str], documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed rows too, with a number that returns."""
+    """Concatenated documents too, with a number that returns."""
     seq_idx = torch.tensor([[0] * 6 + [1] * 2 + [0] * 11, [4] * 19])
-    options = {"seq_idx": seq_idx} if packed else {}
+    options = {"seq_idx": seq_idx} if documents else {}
     on_gpu = _learned(model, **options)
     assert used == READING
     monkeypatch.setattr(dispatch, "_on_gpu", lambda _: False)

@@ -30,7 +30,7 @@ def _exact(logits, bias, k, n_group, topk_group, normalise=True, scale=1.0):
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return ops.route(
         logits, eye, bias.to(logits.dtype), top_k=k, n_group=n_group, topk_group=topk_group,
-        normalise=normalise, scale=scale, impl="naive",
+        normalize=normalise, scale=scale, impl="naive",
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 import nemotron_kernels.ssd as ssd_module
 from nemotron_kernels import ssd_common, ssd_states
 from nemotron_kernels.ssd import ssd
-from nemotron_lite.ops import _ssd_chunks, selective_scan
+from nemotron_lite.backends import cpu_ssd
+from nemotron_lite.ops import selective_scan
 from nemotron_lite.ops import ssd as torch_ssd
 
 EXACT = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
@@ -342,7 +343,7 @@ def test_the_arguments_of_the_torch_implementation() -> None:
     del v["dt_bias"]
     v["dt"] = F.softplus(v["dt"])
     arguments = (*v.values(), None, 32)
-    limits = _ssd_chunks.LIMITS
+    limits = cpu_ssd.LIMITS
     assert limits[torch.float32].low == pytest.approx(
         float(ssd_common.FLOOR.value) * 0.6931472, abs=0.1
     )

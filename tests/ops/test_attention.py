@@ -1,14 +1,15 @@
-"""Causal grouped-query attention: fast against scores written out, caches, ragged rows, packing."""
+"""Causal grouped-query attention: every form against scores written out, caches, rows."""
 
 from __future__ import annotations
-
-from importlib import import_module
 
 import pytest
 import torch
 
+from nemotron_lite.backends import cpu_attention
 from nemotron_lite.ops import causal_attention
 from tests.compare import errors
+
+FORMS = ["naive", "torch", "cpu", "gpu"]  # "gpu" runs on a CPU too
 
 
 def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = None):
@@ -22,10 +23,13 @@ def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = No
 
 
 @pytest.mark.parametrize(("h", "kv"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("t", [1, 2, 33])
-def test_fast_equals_naive(h: int, kv: int, t: int) -> None:
+# Of a single token the gradients of q and k are zero; PyTorch's kernel returns rounding noise.
+@pytest.mark.parametrize(
+    ("impl", "t"), [("torch", 2), ("torch", 33), ("cpu", 1), ("cpu", 2), ("cpu", 33)]
+)
+def test_every_form_equals_naive(impl: str, h: int, kv: int, t: int) -> None:
     found = errors(
-        lambda q, k, v: causal_attention(q, k, v, impl="torch"),
+        lambda q, k, v: causal_attention(q, k, v, impl=impl),
         lambda q, k, v: causal_attention(q, k, v, impl="naive"),
         _qkv(2, t, h, kv),
     )
@@ -42,7 +46,7 @@ def test_naive_equals_the_formula() -> None:
             torch.testing.assert_close(y[0, head, i], weights @ v[0, head // 2, : i + 1])
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("new", [1, 3, 8])
 def test_a_cache_continues(impl: str, new: int) -> None:
     q, k, v = _qkv(2, 11, s=20)  # nine keys too many: what a longer buffer holds
@@ -51,7 +55,7 @@ def test_a_cache_continues(impl: str, new: int) -> None:
     torch.testing.assert_close(part, whole[:, :, 11 - new :])
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("new", [1, 4])
 def test_rows_with_starts_of_their_own(impl: str, new: int) -> None:
     q, k, v = _qkv(3, new, s=16)
@@ -64,15 +68,31 @@ def test_rows_with_starts_of_their_own(impl: str, new: int) -> None:
         )
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
-def test_packed_documents_do_not_see_each_other(impl: str) -> None:
+@pytest.mark.parametrize("impl", FORMS)
+def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
     q, k, v = _qkv(1, 9)
-    packed = causal_attention(
+    whole = causal_attention(
         q, k, v, seq_idx=torch.tensor([[0, 0, 0, 1, 0, 0, 0, 0, 3]]), impl=impl
     )
     for a, b in [(0, 3), (3, 4), (4, 8), (8, 9)]:
         alone = causal_attention(*(x[:, :, a:b] for x in (q, k, v)), impl="naive")
-        torch.testing.assert_close(packed[:, :, a:b], alone)
+        torch.testing.assert_close(whole[:, :, a:b], alone)
+
+
+@pytest.mark.parametrize("t", [1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch", "cpu", "gpu"])
+def test_strided_inputs_in_other_dtypes(impl: str, dtype: torch.dtype, t: int) -> None:
+    """Token by token in memory, as a layer has them, and behind a cache of 5 tokens."""
+    q, k, v = (
+        x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in _qkv(2, t, s=t + 5)
+    )
+    with torch.no_grad():
+        found = causal_attention(q, k, v, starts=5, impl=impl)
+    exact = causal_attention(q.double(), k.double(), v.double(), starts=5, impl="naive")
+    assert found.dtype == dtype
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    assert (found.double() - exact).norm() / exact.norm() < limit
 
 
 def test_keys_beyond_the_cache_are_never_read() -> None:
@@ -83,7 +103,7 @@ def test_keys_beyond_the_cache_are_never_read() -> None:
     assert causal_attention(q[:, :, :1], k, v, starts=6).isfinite().all()
 
 
-def test_too_few_keys_and_packed_caches_are_refused() -> None:
+def test_too_few_keys_and_documents_behind_a_cache_are_refused() -> None:
     q, k, v = _qkv(1, 4)
     with pytest.raises(ValueError, match="4 keys do not cover starts=2"):
         causal_attention(q, k, v, starts=2)
@@ -98,12 +118,11 @@ def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
 ) -> None:
     """Against float64 on the same rounded numbers; `spread` makes scores large, where a score
     rounded to BF16 would be off by percents. Several blocks, the last one ragged."""
-    room = import_module("nemotron_lite.ops.attention")
-    monkeypatch.setattr(room, "SCORES", 16 * 300 * h // kv)
-    monkeypatch.setattr(room, "FEW_SCORES", 1)
+    monkeypatch.setattr(cpu_attention, "SCORES", 16 * 300 * h // kv)
+    monkeypatch.setattr(cpu_attention, "FEW_SCORES", 1)
     called = []
-    blocks = room._in_blocks
-    monkeypatch.setattr(room, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
+    blocks = cpu_attention._in_blocks
+    monkeypatch.setattr(cpu_attention, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
     q, k, v = _qkv(2, 263, h, kv, s=300)
     q, k, v = ((x * scale).bfloat16() for x, scale in ((q, spread), (k, spread), (v, 1)))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as the layer hands it over
@@ -120,20 +139,19 @@ def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
 @pytest.mark.parametrize(("h", "kv"), [(6, 2), (4, 4)])
 def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, kv: int) -> None:
     """On a processor that is not Intel's, wide heads: several blocks, the last one ragged."""
-    room = import_module("nemotron_lite.ops.attention")
-    monkeypatch.setattr(room, "SCORES", 16 * 300 * h // kv)
-    monkeypatch.setattr(room, "FEW_SCORES", 1)
-    monkeypatch.setattr(room, "FEW_WIDE_SCORES", 1)
-    monkeypatch.setattr(room, "prefers_onednn", lambda *_: room._ONEDNN)
+    monkeypatch.setattr(cpu_attention, "SCORES", 16 * 300 * h // kv)
+    monkeypatch.setattr(cpu_attention, "FEW_SCORES", 1)
+    monkeypatch.setattr(cpu_attention, "FEW_WIDE_SCORES", 1)
+    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: cpu_attention.HAS_ONEDNN)
     called = []
-    blocks = room._in_blocks
-    monkeypatch.setattr(room, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
+    blocks = cpu_attention._in_blocks
+    monkeypatch.setattr(cpu_attention, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
     q, k, v = (x.float() for x in _qkv(2, 263, h, kv, s=300, p=64))
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # as the layer hands it over
     k[:, :, start + 263 :] = float("nan")  # a longer buffer's rest
     with torch.inference_mode():
         found = causal_attention(q, k, v, starts=start)
-        assert called or not room._ONEDNN
+        assert called or not cpu_attention.HAS_ONEDNN
         called.clear()
         narrow = causal_attention(q[..., :16], k[..., :16], v[..., :16], starts=start)
         assert not called
@@ -146,24 +164,23 @@ def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, 
 def test_products_in_blocks_get_matrices_without_gaps(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """Without a cache a layer's keys lie token by token, heads between; oneDNN would crawl."""
-    room = import_module("nemotron_lite.ops.attention")
+    """Without a cache a layer's keys lie token by token, heads between; oneDNN would be slow."""
     for name in ("FEW_SCORES", "FEW_WIDE_SCORES"):
-        monkeypatch.setattr(room, name, 1)
-    monkeypatch.setattr(room, "prefers_onednn", lambda *_: room._ONEDNN)
-    gaps, product = [], room.product
+        monkeypatch.setattr(cpu_attention, name, 1)
+    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: cpu_attention.HAS_ONEDNN)
+    gaps, product = [], cpu_attention.product
 
     def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         gaps.append(not (b.is_contiguous() or b.t().is_contiguous()))
         return product(a, b)
 
-    monkeypatch.setattr(room, "product", watched)
+    monkeypatch.setattr(cpu_attention, "product", watched)
     q, k, v = (
         x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in _qkv(1, 70, 4, 2, p=32)
     )
     with torch.inference_mode():
         found = causal_attention(q, k, v)
-    assert (gaps and not any(gaps)) or not room._ONEDNN
+    assert (gaps and not any(gaps)) or not cpu_attention.HAS_ONEDNN
     exact = causal_attention(q.double(), k.double(), v.double(), impl="naive")
     assert (found.double() - exact).norm() / exact.norm() < (
         1e-6 if dtype == torch.float32 else 3e-3

@@ -1,4 +1,4 @@
-"""The causal convolution: fast form and step against the loop over taps, states across splits."""
+"""The causal convolution: every form and the step against the loop over taps; splits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_lite.ops import causal_conv1d, causal_conv1d_step, causal_conv1d_window
-from tests.compare import errors
+from tests.compare import errors, relative_rms
 
 
 def _inputs(b: int, t: int, c: int, k: int) -> list[torch.Tensor]:
@@ -31,8 +31,9 @@ def _with(impl: str):
 @pytest.mark.parametrize(
     ("b", "t", "c", "k"), [(1, 1, 5, 4), (2, 2, 8, 4), (3, 17, 12, 4), (2, 9, 6, 2)]
 )
-def test_fast_equals_loop(b: int, t: int, c: int, k: int) -> None:
-    found = errors(_with("torch"), _with("naive"), _inputs(b, t, c, k))
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_every_form_equals_the_loop(impl: str, b: int, t: int, c: int, k: int) -> None:
+    found = errors(_with(impl), _with("naive"), _inputs(b, t, c, k))
     assert max(found) < 1e-6, found
 
 
@@ -54,24 +55,38 @@ def test_last_tap_reads_the_present() -> None:
     torch.testing.assert_close(y[0, :, 0], expected)
 
 
-def test_strided_input_and_no_bias() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_strided_input_and_no_bias(impl: str) -> None:
     wide = torch.randn(2, 11, 20)
     x, weight = wide[..., 5:13], torch.randn(8, 4)
-    fast, _ = causal_conv1d(x, weight, impl="torch")
+    fast, _ = causal_conv1d(x, weight, impl=impl)
     naive, _ = causal_conv1d(x, weight, impl="naive")
     torch.testing.assert_close(fast, naive)
 
 
-@settings(max_examples=20, deadline=None)
-@given(t=st.integers(1, 12), split=st.integers(0, 12))
-def test_any_split_gives_the_same(t: int, split: int) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("t", [3, 33])
+def test_bfloat16(impl: str, t: int) -> None:
+    x, weight, bias, state = (v.bfloat16() for v in _inputs(2, t, 8, 4))
+    found, _ = causal_conv1d(x, weight, bias, initial_state=state, impl=impl)
+    wide = (v.double() for v in (x, weight, bias))
+    exact, _ = causal_conv1d(*wide, initial_state=state.double(), impl="naive")
+    assert found.dtype == torch.bfloat16
+    assert relative_rms(found, exact) < 8e-3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    t=st.integers(1, 12), split=st.integers(0, 12), impl=st.sampled_from(["naive", "torch", "cpu"])
+)
+def test_any_split_gives_the_same(t: int, split: int, impl: str) -> None:
     split = min(split, t)
     x, weight, bias, state = (v.float() for v in _inputs(2, t, 6, 4))
-    whole, end = causal_conv1d(x, weight, bias, initial_state=state)
+    whole, end = causal_conv1d(x, weight, bias, initial_state=state, impl=impl)
     pieces, carried = [], state
     for part in (x[:, :split], x[:, split:]):
         if part.shape[1]:
-            y, carried = causal_conv1d(part, weight, bias, initial_state=carried)
+            y, carried = causal_conv1d(part, weight, bias, initial_state=carried, impl=impl)
             pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     torch.testing.assert_close(carried, end)
@@ -95,29 +110,30 @@ def test_state_is_read_at_each_rows_own_end() -> None:
         torch.testing.assert_close(end[row], past[len(past) - 3 :])
 
 
-def test_packed_documents_do_not_see_each_other() -> None:
+def test_concatenated_documents_do_not_see_each_other() -> None:
     x, weight, bias, _ = (v.float() for v in _inputs(1, 9, 5, 4))
     seq_idx = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 3, 3]])
-    packed, _ = causal_conv1d(x, weight, bias, seq_idx=seq_idx)
+    whole, _ = causal_conv1d(x, weight, bias, seq_idx=seq_idx)
     for start, stop in [(0, 2), (2, 6), (6, 7), (7, 9)]:
         alone, _ = causal_conv1d(x[:, start:stop], weight, bias)
-        torch.testing.assert_close(packed[:, start:stop], alone)
+        torch.testing.assert_close(whole[:, start:stop], alone)
 
 
-def test_packed_rows_fast_equals_naive() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_every_form_equals_the_loop_on_concatenated_documents(impl: str) -> None:
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [5, 5, 5, 2, 5, 5, 5, 5, 5, 2]])
 
-    def packed(impl: str):
+    def rows(impl: str):
         def conv(x, weight, bias, state):
             return causal_conv1d(x, weight, bias, initial_state=state, seq_idx=seq_idx, impl=impl)
 
         return conv
 
-    found = errors(packed("torch"), packed("naive"), _inputs(2, 10, 6, 4))
+    found = errors(rows(impl), rows("naive"), _inputs(2, 10, 6, 4))
     assert max(found) < 1e-6, found
 
 
-def test_packed_gradients_against_numbers() -> None:
+def test_gradients_across_documents_against_numbers() -> None:
     x, weight, bias, _ = _inputs(1, 6, 2, 3)
     seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2]])
     leaves = [v.requires_grad_() for v in (x, weight, bias)]
@@ -129,7 +145,7 @@ def test_unknown_implementation_is_refused() -> None:
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), impl="cuda")
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", ["naive", "torch", "cpu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_window_is_the_convolution_behind_its_state(impl: str, bias: bool) -> None:
     x, weight, shift, state = _inputs(2, 5, 6, 4)

@@ -1,4 +1,4 @@
-"""Reading a draft without taking it in, and taking a part of it in: against the recurrence."""
+"""Reading a draft and accepting a part of it, against the recurrence."""
 
 from __future__ import annotations
 
@@ -32,42 +32,42 @@ def _inputs(b: int, t: int, g: int, seed: int, decay: float = 1.0) -> Drawn:
     }
 
 
-def _peek(given: Drawn, impl: str) -> torch.Tensor:
-    return ops.ssd_peek(**given, D=torch.ones(given["A"].shape[0]).double(), impl=impl)
+def _read(given: Drawn, impl: str) -> torch.Tensor:
+    return ops.ssd_read_draft(**given, D=torch.ones(given["A"].shape[0]).double(), impl=impl)
 
 
 @given(
     b=st.integers(1, 3), t=st.integers(1, 9), g=st.integers(1, 3), seed=st.integers(0, 999),
     decay=st.sampled_from([1e-3, 0.1, 5.0]),
 )  # fmt: skip
-def test_a_peek_is_the_scan_and_leaves_the_state(
+def test_reading_is_the_scan_and_leaves_the_state(
     b: int, t: int, g: int, seed: int, decay: float
 ) -> None:
     given = _inputs(b, t, g, seed, decay)
     before = given["state"].clone()
-    exact, found = _peek(given, "naive"), _peek(given, "torch")
+    exact, found = _read(given, "naive"), _read(given, "torch")
     decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
-    assert torch.equal(_peek({**given, "decays": decays}, "torch"), found)
+    assert torch.equal(_read({**given, "decays": decays}, "torch"), found)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(given["state"], before)
 
 
 @given(data=st.data(), b=st.integers(1, 3), t=st.integers(1, 9), g=st.integers(1, 3))
-def test_a_replay_is_the_scan_of_a_prefix(data: st.DataObject, b: int, t: int, g: int) -> None:
+def test_accepting_is_the_scan_of_a_prefix(data: st.DataObject, b: int, t: int, g: int) -> None:
     given = _inputs(b, t, g, data.draw(st.integers(0, 999)), data.draw(st.sampled_from([0.01, 3])))
     counts = torch.tensor(data.draw(st.lists(st.integers(0, t), min_size=b, max_size=b)))
     del given["C"]
     state = given.pop("state")
-    exact = ops.ssd_replay(state, **given, counts=counts, impl="naive")
-    found = ops.ssd_replay(state.clone(), **given, counts=counts)
+    exact = ops.ssd_accept_draft(state, **given, counts=counts, impl="naive")
+    found = ops.ssd_accept_draft(state.clone(), **given, counts=counts)
     decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
-    again = ops.ssd_replay(state.clone(), **given, counts=counts, decays=decays)
+    again = ops.ssd_accept_draft(state.clone(), **given, counts=counts, decays=decays)
     torch.testing.assert_close(again, exact, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(exact[counts == 0], state[counts == 0])
     same = int(counts[0])
     torch.testing.assert_close(
-        ops.ssd_replay(state[:1].clone(), **_first_row(given), counts=same),
+        ops.ssd_accept_draft(state[:1].clone(), **_first_row(given), counts=same),
         exact[:1], rtol=1e-9, atol=1e-9,
     )  # fmt: skip
 
@@ -82,14 +82,14 @@ def test_narrow_inputs_are_computed_in_the_dtype_of_the_state(dtype: torch.dtype
     wide = {name: v.double() for name, v in given.items()}
     given |= {name: given[name].float() for name in ("state", "dt", "A")}
     wide |= {name: given[name].double() for name in ("state", "dt", "A")}
-    found = ops.ssd_peek(**given)
+    found = ops.ssd_read_draft(**given)
     assert found.dtype == dtype
     limit = 5e-6 if dtype == torch.float32 else 4e-3
-    assert relative_rms(found, ops.ssd_peek(**wide, impl="naive")) < limit
+    assert relative_rms(found, ops.ssd_read_draft(**wide, impl="naive")) < limit
     for each in (given, wide):
         del each["C"]
-    exact = ops.ssd_replay(**wide, counts=torch.tensor([4, 6]), impl="naive")
-    after = ops.ssd_replay(**given, counts=torch.tensor([4, 6]))
+    exact = ops.ssd_accept_draft(**wide, counts=torch.tensor([4, 6]), impl="naive")
+    after = ops.ssd_accept_draft(**given, counts=torch.tensor([4, 6]))
     assert after.dtype == torch.float32
     assert relative_rms(after, exact) < 5e-6
 
@@ -98,9 +98,9 @@ def test_what_does_not_fit_is_named() -> None:
     given = _inputs(2, 3, 1, seed=0)
     thrice = {name: v.expand(-1, -1, 3, -1) for name, v in given.items() if name in "BC"}
     with pytest.raises(ValueError, match="2 heads do not split into 3 groups"):
-        ops.ssd_peek(**{**given, **thrice})
+        ops.ssd_read_draft(**{**given, **thrice})
     del given["C"]
     with pytest.raises(ValueError, match="counts from 0 to 4: expected 0 to 3"):
-        ops.ssd_replay(**given, counts=torch.tensor([0, 4]))
+        ops.ssd_accept_draft(**given, counts=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="counts from -1"):
-        ops.ssd_replay(**given, counts=-1)
+        ops.ssd_accept_draft(**given, counts=-1)

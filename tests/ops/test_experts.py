@@ -1,12 +1,11 @@
-"""Expert MLPs: sorted and pair by pair against token by token, values and gradients."""
+"""Expert MLPs: every form against token by token, values and gradients."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
 
+from nemotron_lite.backends import cpu_experts
 from nemotron_lite.ops import expert_mlp, squared_relu
 from tests.compare import errors
 
@@ -24,10 +23,11 @@ def _inputs(t: int, e: int = 6, k: int = 3, f: int = 10, latent: int = 8, busy: 
 
 @pytest.mark.parametrize("busy", [None, 3])  # 3: half of the experts get no token
 @pytest.mark.parametrize("t", [1, 2, 5, 6, 40, 150])
-def test_fast_equals_naive(t: int, busy: int | None) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_every_form_equals_naive(impl: str, t: int, busy: int | None) -> None:
     inputs, indices = _inputs(t, busy=busy)
     found = errors(
-        lambda *v: expert_mlp(*v, indices, impl="torch"),
+        lambda *v: expert_mlp(*v, indices, impl=impl),
         lambda *v: expert_mlp(*v, indices, impl="naive"),
         inputs,
     )
@@ -37,7 +37,7 @@ def test_fast_equals_naive(t: int, busy: int | None) -> None:
 @pytest.mark.parametrize("copied", [0, 3_000_000])  # 0: pairs are sorted, however few they are
 @pytest.mark.parametrize("t", [1, 5, 6, 40])
 def test_without_gradients(t: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["nemotron_lite.ops.experts"], "COPIED", copied)
+    monkeypatch.setattr(cpu_experts, "COPIED", copied)
     (z, up, down, weights), indices = _inputs(t)
     exact = expert_mlp(z, up, down, weights, indices, impl="naive")
     before = z.clone()
@@ -57,10 +57,11 @@ def test_naive_equals_the_formula() -> None:
         torch.testing.assert_close(found[token], total)
 
 
-def test_gradients_against_numbers() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_gradients_against_numbers(impl: str) -> None:
     inputs, indices = _inputs(4, f=3, latent=2)
     leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda *v: expert_mlp(*v, indices, impl="torch"), leaves)
+    assert torch.autograd.gradcheck(lambda *v: expert_mlp(*v, indices, impl=impl), leaves)
 
 
 def test_squared_relu() -> None:
@@ -68,7 +69,8 @@ def test_squared_relu() -> None:
     assert torch.equal(squared_relu(x), torch.tensor([0.0, 0.0, 9.0]))
 
 
-def test_bfloat16_tokens_with_float32_masters() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_bfloat16_tokens_with_float32_masters(impl: str) -> None:
     """Mixed precision: activations in bfloat16, weights kept in float32."""
     (z, up, down, weights), indices = _inputs(12)
     low = [
@@ -76,7 +78,7 @@ def test_bfloat16_tokens_with_float32_masters() -> None:
         up.float().requires_grad_(),
         down.float().requires_grad_(),
     ]
-    y = expert_mlp(*low, weights.float(), indices)
+    y = expert_mlp(*low, weights.float(), indices, impl=impl)
     y.sum().backward()
     exact = expert_mlp(z, up, down, weights, indices, impl="naive")
     assert y.dtype == torch.bfloat16 and low[1].grad.dtype == torch.float32

@@ -1,20 +1,17 @@
-"""BF16 prompts on a CPU: experts filled up and multiplied in batches, against float64 and in shape.
+"""BF16 prompts on a CPU: experts padded and multiplied in batches, against float64 and in shape.
 
-What must hold is that filling up changes nothing: the same products as one expert after the other,
-whatever the loads are, down to experts that nobody chose.
+Padding must change nothing: the products are those of one expert after the other, whatever the
+loads are, also with experts that no token chose.
 """
 
 from __future__ import annotations
-
-from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
+from nemotron_lite.backends import cpu_experts
 from nemotron_lite.ops import expert_mlp
-
-room = import_module("nemotron_lite.ops.experts")
 
 
 def inputs(t: int, e: int = 12, k: int = 3, busy: int | None = None, f: int = 24, latent: int = 16):
@@ -49,11 +46,11 @@ def test_batches_equal_float64_up_to_rounding(
     busy: int | None,
 ) -> None:  # fmt: skip
     (z, up, down, weights), indices = inputs(t, busy=busy)
-    monkeypatch.setattr(room, "TOGETHER", together)
+    monkeypatch.setattr(cpu_experts, "TOGETHER", together)
     exact = expert_mlp(*(x.double() for x in (z, up, down, weights)), indices, impl="naive")
     with torch.inference_mode():
         found = expert_mlp(z, up, down, weights, indices)
-        one_by_one = room._sorted_forward(z, up, down, weights, indices)[0]
+        one_by_one = cpu_experts._sorted_forward(z, up, down, weights, indices)[0]
     assert max(experts for experts, _, _ in batches) == min(
         together, busy or 12, len(indices.unique())
     )
@@ -70,11 +67,11 @@ def test_rows_come_in_multiples_so_that_few_products_are_compiled(
         with torch.inference_mode():
             expert_mlp(z, up, down, weights, indices)
     assert batches
-    assert all(rows % room.FILL == 0 for _, rows, _ in batches)
+    assert all(rows % cpu_experts.PADDED_ROWS == 0 for _, rows, _ in batches)
 
 
 @pytest.mark.parametrize("case", ["few pairs", "float32", "gradients"], ids=str)
-def test_other_calls_go_their_own_way(batches: list[tuple[int, ...]], case: str) -> None:
+def test_other_calls_take_other_forms(batches: list[tuple[int, ...]], case: str) -> None:
     (z, up, down, weights), indices = inputs(20 if case == "few pairs" else 80)
     if case == "float32":
         z, up, down, weights = (x.float() for x in (z, up, down, weights))

@@ -1,10 +1,10 @@
 """The equivalence ladder of the state-space operator, against the recurrence in float64.
 
-    recurrence = chunked = chunked otherwise = one step at a time = split anywhere
+    recurrence = plain chunks = fast chunks = other chunk lengths = one step at a time = any split
 
-for values and for every gradient; over ragged lengths, several groups, initial states, packed
-documents, contiguous and strided inputs; under weak, mixed and strong decay. The promise is a
-relative rms error of at most 1e-6 in float32.
+for values and for every gradient; over ragged lengths, several groups, initial states, concatenated
+documents, contiguous and strided inputs; under weak, mixed and strong decay. The relative rms error
+in float32 must be at most 1e-6.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_lite.masks import document_starts
 from nemotron_lite.ops import selective_scan, ssd, ssd_step
-from nemotron_lite.ops.scan import document_starts
 from tests import ladder
 from tests.compare import run
 
@@ -34,19 +34,19 @@ class Case(NamedTuple):
     tokens: int
     sizes: tuple[int, int, int, int]  # heads, head width, state size, groups
     decay: str
-    packed: bool
+    several: bool  # documents in a row
 
     def __str__(self) -> str:
         h, p, n, g = self.sizes
-        packed = "-packed" if self.packed else ""
-        return f"t{self.tokens}-h{h}p{p}n{n}g{g}-{self.decay}{packed}"
+        several = "-documents" if self.several else ""
+        return f"t{self.tokens}-h{h}p{p}n{n}g{g}-{self.decay}{several}"
 
 
 CASES = [
-    Case(tokens, sizes, decay, packed)
+    Case(tokens, sizes, decay, several)
     for tokens in LENGTHS
     for decay in ("weak", "mixed", "strong")
-    for sizes, packed in (((4, 8, 16, 2), False), ((4, 16, 8, 1), True), ((6, 4, 5, 3), True))
+    for sizes, several in (((4, 8, 16, 2), False), ((4, 16, 8, 1), True), ((6, 4, 5, 3), True))
 ]
 
 Rung = Callable[..., tuple[Tensor, Tensor]]
@@ -83,8 +83,8 @@ def inputs_of(case: Case, dtype: torch.dtype, batch: int = 2) -> dict[str, Tenso
 
 
 def documents(case: Case, batch: int = 2) -> Tensor | None:
-    """Document numbers of packed rows; other boundaries in each row, and numbers that return."""
-    if not case.packed:
+    """Document numbers; other boundaries in each row, and numbers that return."""
+    if not case.several:
         return None
     place = torch.arange(case.tokens) + torch.arange(batch).unsqueeze(1) * 11
     return place // 37 % 2
@@ -128,13 +128,13 @@ def cancellation(case: Case, dtype: torch.dtype) -> float:
     return max(1.0, float(size))
 
 
-def strided(x, dt, A, B, C, **others):  # type: ignore[no-untyped-def]
+def strided(x, dt, A, B, C, *, impl, **others):  # type: ignore[no-untyped-def]
     """`ssd` as the Mamba layer calls it: x, B and C are slices of one tensor."""
     parts = [v.flatten(2) for v in (x, B, C)]
     whole = torch.cat(parts, dim=-1).split([v.shape[-1] for v in parts], dim=-1)
     x, B, C = (v.unflatten(-1, like.shape[2:]) for v, like in zip(whole, (x, B, C), strict=True))
     assert x.shape[1] == 1 or not x.is_contiguous()
-    return ssd(x, dt, A, B, C, **others)
+    return ssd(x, dt, A, B, C, impl=impl, **others)
 
 
 def one_at_a_time(x, dt, A, B, C, *, D, initial_state, seq_idx, impl="naive"):  # type: ignore[no-untyped-def]
@@ -149,7 +149,7 @@ def one_at_a_time(x, dt, A, B, C, *, D, initial_state, seq_idx, impl="naive"):  
     return torch.stack(ys, dim=1), state
 
 
-def split_at(cut: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def split_at(cut: float, impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`ssd` in two calls, the second of which continues from the state of the first."""
 
     def call(x, dt, A, B, C, *, D, initial_state, seq_idx):  # type: ignore[no-untyped-def]
@@ -162,7 +162,7 @@ def split_at(cut: float) -> Callable[..., tuple[Tensor, Tensor]]:
                 state = state.masked_fill(fresh[:, None, None, None], 0.0)
             y, state = ssd(
                 x[:, part], dt[:, part], A, B[:, part], C[:, part],
-                D=D, initial_state=state, seq_idx=ids,
+                D=D, initial_state=state, seq_idx=ids, impl=impl,
             )  # fmt: skip
             ys.append(y)
         return torch.cat(ys, dim=1), state
@@ -171,17 +171,21 @@ def split_at(cut: float) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 RUNGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "chunked": functools.partial(ssd, impl="torch"),
-    "chunked, chunks of 16": functools.partial(ssd, impl="torch", chunk_size=16),
-    "chunked, chunks of 128": functools.partial(ssd, impl="torch", chunk_size=128),
-    "chunked, strided inputs": strided,
-    "chunked, split early": split_at(0.1),
-    "chunked, split late": split_at(0.7),
+    f"{name}{how}": rung
+    for name, impl in (("plain", "torch"), ("chunked", "cpu"))
+    for how, rung in {
+        "": functools.partial(ssd, impl=impl),
+        ", chunks of 16": functools.partial(ssd, impl=impl, chunk_size=16),
+        ", chunks of 128": functools.partial(ssd, impl=impl, chunk_size=128),
+        ", strided inputs": functools.partial(strided, impl=impl),
+        ", split early": split_at(0.1, impl),
+        ", split late": split_at(0.7, impl),
+    }.items()
 }
 
 
 def holds(found: dict[str, float], case: Case, dtype: torch.dtype, factor: float = 1.0) -> None:
-    """Fail with every quantity that is further off than promised."""
+    """Fail with every quantity whose error exceeds its tolerance."""
     factors = dict.fromkeys(found, factor) | {"dA": factor * cancellation(case, dtype)}
     off = {name: e for name, e in found.items() if e > TOLERANCE[dtype] * factors[name]}
     assert not off, off
@@ -202,14 +206,15 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (2, 65, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_other_dtypes(dtype: torch.dtype, case: Case) -> None:
-    """Half precision is a way to store inputs and outputs: what lies between is float32.
+@pytest.mark.parametrize("rung", ["plain", "chunked"])
+def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
+    """Only inputs and outputs are stored in half precision; everything between is float32.
 
     So y is off by its own rounding and the state hardly at all. The gradients start from a gradient
     of y that was rounded too, and where they are sums that cancel, that weighs more.
     """
     found = ladder.climb(
-        "ssd", "chunked", bind(ssd, case), inputs_of(case, dtype), OUTPUTS,
+        "ssd", rung, bind(RUNGS[rung], case), inputs_of(case, dtype), OUTPUTS,
         exact(case, dtype), "recurrence in float64", dtype,
     )  # fmt: skip
     if dtype == torch.bfloat16:
@@ -232,14 +237,15 @@ def test_the_definition_in_float32(rung: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (1, 65)], ids=str)
-def test_step_in_place(case: Case) -> None:
+@pytest.mark.parametrize(("rung", "impl"), [("plain step", "torch"), ("step in place", "cpu")])
+def test_fast_steps(rung: str, impl: str, case: Case) -> None:
     inputs = inputs_of(case, torch.float32)
     state = inputs.pop("initial_state")
     with torch.no_grad():
         found = one_at_a_time(
-            **inputs, initial_state=state.clone(), seq_idx=documents(case), impl="torch"
+            **inputs, initial_state=state.clone(), seq_idx=documents(case), impl=impl
         )
     for name, a, b in zip(OUTPUTS, found, exact(case, torch.float32)[0], strict=True):
         error = ladder.relative_rms(a, b)
-        ladder.keep("ssd", "step in place", "recurrence in float64", "float32", name, error)
+        ladder.keep("ssd", rung, "recurrence in float64", "float32", name, error)
         assert error < 2e-6, name

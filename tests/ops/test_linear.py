@@ -1,4 +1,4 @@
-"""Products by oneDNN against `F.linear`: values, gradients, and who answers when."""
+"""Products by oneDNN against `F.linear`: values, gradients, and which library is used when."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from nemotron_lite import ops
+from nemotron_lite.backends import cpu_linear, private_torch
 from nemotron_lite.layers import Linear
 from nemotron_lite.model import Nemotron
 from tests.compare import relative_rms
 from tests.generation.speculative.conftest import SMALL
 
-MODULE = sys.modules["nemotron_lite.ops.linear"]
-ONEDNN = pytest.mark.skipif(not MODULE._onednn(), reason="this PyTorch has no oneDNN")
+ONEDNN = pytest.mark.skipif(
+    not private_torch.HAS_ONEDNN_LINEAR, reason="this PyTorch has no oneDNN"
+)
 
 
 def _inputs(*rows: int, i: int = 24, o: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    dice = torch.Generator().manual_seed(sum(rows))
-    return torch.randn(*rows, i, generator=dice), torch.randn(o, i, generator=dice)
+    generator = torch.Generator().manual_seed(sum(rows))
+    return torch.randn(*rows, i, generator=generator), torch.randn(o, i, generator=generator)
 
 
 @ONEDNN
@@ -32,23 +34,23 @@ def test_onednn_is_the_product(rows: tuple[int, ...], strided: bool) -> None:
     if strided:
         x, weight = torch.cat([x, x], -1)[..., ::2], weight.t().contiguous().t()
     exact = F.linear(x.double(), weight.double())
-    assert ops.linear(x, weight, impl="onednn").shape == exact.shape
+    assert ops.linear(x, weight, impl="cpu").shape == exact.shape
     if exact.numel():
-        assert relative_rms(ops.linear(x, weight, impl="onednn"), exact) < 1e-6
+        assert relative_rms(ops.linear(x, weight, impl="cpu"), exact) < 1e-6
 
 
 @ONEDNN
 def test_no_product_gets_a_matrix_with_gaps() -> None:
-    """oneDNN would take a slice's numbers one by one: hundreds of times as long."""
+    """oneDNN would read a slice's numbers one by one, hundreds of times slower."""
     whole, wide = torch.randn(300, 64), torch.randn(300, 100)
-    assert MODULE._gapless(whole) is whole
-    assert MODULE._gapless(whole.t()).data_ptr() == whole.data_ptr()
+    assert cpu_linear._without_gaps(whole) is whole
+    assert cpu_linear._without_gaps(whole.t()).data_ptr() == whole.data_ptr()
     for slice_ in (wide[:, :64], wide[:, :64].t(), wide[::2]):
-        found = MODULE._gapless(slice_)
+        found = cpu_linear._without_gaps(slice_)
         assert found.is_contiguous() and torch.equal(found, slice_)
     x = torch.randn(5, 64)
     with torch.inference_mode():
-        found = MODULE.product(x, wide[:, :64])
+        found = cpu_linear.product(x, wide[:, :64])
     torch.testing.assert_close(found, F.linear(x, wide[:, :64]))
 
 
@@ -61,7 +63,7 @@ def test_gradients(which: str) -> None:
     for leaf in wanted:
         leaf.requires_grad_()
     slope = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad((ops.linear(x, weight, impl="onednn") * slope).sum(), wanted)
+    found = torch.autograd.grad((ops.linear(x, weight, impl="cpu") * slope).sum(), wanted)
     wide = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in (x, weight)]
     exact = torch.autograd.grad(
         (F.linear(*wide) * slope.double()).sum(), [leaf for leaf in wide if leaf.requires_grad]
@@ -71,9 +73,9 @@ def test_gradients(which: str) -> None:
 
 
 @ONEDNN
-def test_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large float32 products where MKL is not at home, and nothing else."""
-    monkeypatch.setattr(MODULE, "_faster_here", lambda: True)
+def test_which_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN takes large float32 products where MKL is slow, and nothing else."""
+    monkeypatch.setattr(cpu_linear, "_onednn_is_faster", lambda: True)
     large = torch.empty(1000, 1000)
     cases = {
         (1, torch.float32): True, (0, torch.float32): False, (8, torch.float64): False,
@@ -81,25 +83,25 @@ def test_who_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     for (rows, dtype), expected in cases.items():
         x = torch.empty(rows, 1000, dtype=dtype)
-        assert MODULE.prefers_onednn(x, large.to(dtype)) is expected, (rows, dtype)
+        assert cpu_linear.prefers_onednn(x, large.to(dtype)) is expected, (rows, dtype)
     small = torch.empty(100, 100)
-    assert not MODULE.prefers_onednn(torch.empty(8, 100), small)
-    assert MODULE.prefers_onednn(torch.empty(100, 100), small)
+    assert not cpu_linear.prefers_onednn(torch.empty(8, 100), small)
+    assert cpu_linear.prefers_onednn(torch.empty(100, 100), small)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not MODULE.prefers_onednn(torch.empty(8, 1000), large)
+        assert not cpu_linear.prefers_onednn(torch.empty(8, 1000), large)
         assert ops.linear(torch.zeros(8, 1000), torch.zeros(1000, 1000)).dtype == torch.bfloat16
-    monkeypatch.setattr(MODULE, "_faster_here", lambda: False)
-    assert not MODULE.prefers_onednn(torch.empty(8, 1000), large)
+    monkeypatch.setattr(cpu_linear, "_onednn_is_faster", lambda: False)
+    assert not cpu_linear.prefers_onednn(torch.empty(8, 1000), large)
 
 
 @pytest.mark.parametrize(
-    ("maker", "faster"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)]
+    ("vendor", "faster"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)]
 )
-def test_the_maker_decides(monkeypatch: pytest.MonkeyPatch, maker: str, faster: bool) -> None:
-    monkeypatch.setattr(MODULE, "_onednn", lambda: True)
+def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str, faster: bool) -> None:
+    monkeypatch.setattr(private_torch, "HAS_ONEDNN_LINEAR", True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(MODULE, "_maker", lambda: maker)
-    assert MODULE._faster_here.__wrapped__() is faster
+    monkeypatch.setattr(cpu_linear, "_vendor", lambda: vendor)
+    assert cpu_linear._onednn_is_faster() is faster
 
 
 def test_what_is_refused() -> None:
@@ -107,7 +109,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="no implementation 'mkl'"):
         ops.linear(x, weight, impl="mkl")
     with pytest.raises(ValueError, match="multiplies float32 on the CPU"):
-        ops.linear(x.double(), weight.double(), impl="onednn")
+        ops.linear(x.double(), weight.double(), impl="cpu")
 
 
 @ONEDNN
@@ -130,7 +132,7 @@ def test_a_model_that_is_laid_out_gives_the_same_logits() -> None:
 
 
 @ONEDNN
-def test_a_copy_answers_only_for_its_weight() -> None:
+def test_a_copy_is_used_only_for_its_weight() -> None:
     layer = Linear(8, 8)
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -149,10 +151,10 @@ def test_a_copy_answers_only_for_its_weight() -> None:
     check(layer)
     layer.prepare_for_decoding()
     again = copy.deepcopy(layer)
-    assert again._blocked is None and set(again.state_dict()) == {"weight"}
+    assert again._prepacked is None and set(again.state_dict()) == {"weight"}
     check(again)
     check(layer.double())
     y = layer.float()(x)
-    assert y.requires_grad, "with gradients the copy must not answer"
+    assert y.requires_grad, "with gradients the copy must not be used"
     with pytest.raises(ValueError, match="float32 on the CPU"):
         layer.double().prepare_for_decoding()

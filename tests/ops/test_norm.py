@@ -11,11 +11,12 @@ from tests.compare import errors
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 3, 16), (5, 33), (7,)])
-def test_rms_norm(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_rms_norm(impl: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(shape).double() * 3, torch.randn(shape[-1]).double()]
     found = errors(
-        lambda x, w: rms_norm(x, w, impl="torch"),
+        lambda x, w: rms_norm(x, w, impl=impl),
         lambda x, w: rms_norm(x, w, impl="naive"),
         inputs,
     )
@@ -29,7 +30,8 @@ def test_rms_norm_equals_torch() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("rows", [(1,), (2, 5)])
-def test_gated_norm(groups: int, rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_gated_norm(impl: str, groups: int, rows: tuple[int, ...]) -> None:
     torch.manual_seed(groups)
     inputs = [
         torch.randn(*rows, 24).double(),
@@ -37,7 +39,7 @@ def test_gated_norm(groups: int, rows: tuple[int, ...]) -> None:
         torch.randn(24).double(),
     ]
     found = errors(
-        lambda y, z, w: gated_rms_norm(y, z, w, groups, impl="torch"),
+        lambda y, z, w: gated_rms_norm(y, z, w, groups, impl=impl),
         lambda y, z, w: gated_rms_norm(y, z, w, groups, impl="naive"),
         inputs,
     )
@@ -58,27 +60,29 @@ def test_gate_comes_before_the_norm_and_groups_are_separate() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_inputs_are_normalised_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_low_precision_inputs_are_normalised_in_float32(impl: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, z, weight = (torch.randn(4, 64).to(dtype) for _ in range(3))
     weight = weight[0]
-    found = gated_rms_norm(x, z, weight, 2)
+    found = gated_rms_norm(x, z, weight, 2, impl=impl)
     exact = gated_rms_norm(x.double(), z.double(), weight.double(), 2)
     assert found.dtype == dtype
     # One rounding at the end: half a unit in the last place, relative.
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-7)
 
 
-def test_strided_input() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_strided_input(impl: str) -> None:
     wide = torch.randn(3, 4, 40)
     y, z, weight = wide[..., :16], wide[..., 20:36], torch.randn(16)
     torch.testing.assert_close(
-        gated_rms_norm(y, z, weight, 2), gated_rms_norm(y, z, weight, 2, impl="naive")
+        gated_rms_norm(y, z, weight, 2, impl=impl), gated_rms_norm(y, z, weight, 2, impl="naive")
     )
     before = wide.clone()
     with torch.no_grad():
-        gated_rms_norm(y, z, weight, 2)
-        rms_norm(y, weight)
+        gated_rms_norm(y, z, weight, 2, impl=impl)
+        rms_norm(y, weight, impl=impl)
     assert torch.equal(wide, before), "inputs must not be written to"
 
 

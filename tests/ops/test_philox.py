@@ -1,4 +1,4 @@
-"""Random bits in PyTorch against the published known answers and a twin in numpy."""
+"""Random bits in PyTorch against published values and a reference in numpy."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ def _dense(routing) -> torch.Tensor:  # order within a row has no meaning
     return torch.zeros_like(routing.scores).scatter(1, routing.indices, routing.weights)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n_group", "topk_group"), [(1, 1), (4, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("t", [1, 9])
-def test_fast_equals_naive(t: int, n_group: int, topk_group: int, normalise: bool) -> None:
+def test_torch_equals_naive(t: int, n_group: int, topk_group: int, normalize: bool) -> None:
     x, weight, bias = _inputs(t)
-    chosen = dict(top_k=3, n_group=n_group, topk_group=topk_group, normalise=normalise, scale=2.5)
-    fast = route(x, weight, bias, impl="torch", **chosen)
+    chosen = dict(top_k=3, n_group=n_group, topk_group=topk_group, normalize=normalize, scale=2.5)
+    found = route(x, weight, bias, impl="torch", **chosen)
     naive = route(x, weight, bias, impl="naive", **chosen)
-    assert torch.equal(fast.indices.sort().values, naive.indices.sort().values)
-    torch.testing.assert_close(_dense(fast), _dense(naive))
+    assert torch.equal(found.indices.sort().values, naive.indices.sort().values)
+    torch.testing.assert_close(_dense(found), _dense(naive))
 
 
 def test_gradients() -> None:

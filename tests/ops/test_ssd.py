@@ -1,4 +1,4 @@
-"""The state-space operator and its step: what the equivalence ladder does not look at.
+"""The state-space operator and its step: what the equivalence ladder does not test.
 
 Properties (causality, independence of rows, splits at any place), documents that cannot see each
 other, edge cases (no tokens, dt = 0, gradients of one output only), memory, and wrong input.
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemotron_lite.backends import cpu_ssd
 from nemotron_lite.ops import selective_scan, ssd, ssd_step
 from tests.compare import relative_rms
 
@@ -47,7 +48,7 @@ def test_two_tokens_by_hand() -> None:
     s1 = torch.exp(torch.tensor(d1 * a)) * s0 + d1 * x1 * b1
     s2 = torch.exp(torch.tensor(d2 * a)) * s1 + d2 * x2 * b2
     expected = torch.stack([s1 * c1 + skip * x1, s2 * c2 + skip * x2])
-    for impl in ("naive", "torch"):
+    for impl in ("naive", "torch", "cpu"):
         y, state = ssd(
             torch.tensor([x1, x2]).view(1, 2, 1, 1), torch.tensor([d1, d2]).view(1, 2, 1),
             torch.tensor([a]), torch.tensor([b1, b2]).view(1, 2, 1, 1),
@@ -58,13 +59,17 @@ def test_two_tokens_by_hand() -> None:
         torch.testing.assert_close(state.flatten(), s2.view(1))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradients_against_central_differences(packed: bool) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_gradients_against_central_differences(documents: bool, impl: str) -> None:
     inputs = make(2, 7, torch.float64)
-    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3, 3, 3, 3, 3, 3, 9]]) if packed else None
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3, 3, 3, 3, 3, 3, 9]]) if documents else None
 
     def call(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd(*values[:5], D=values[5], initial_state=values[6], seq_idx=seq_idx, chunk_size=3)
+        return ssd(
+            *values[:5], D=values[5], initial_state=values[6], seq_idx=seq_idx, chunk_size=3,
+            impl=impl,
+        )  # fmt: skip
 
     assert torch.autograd.gradcheck(call, [v.requires_grad_() for v in inputs.values()])
 
@@ -72,7 +77,7 @@ def test_gradients_against_central_differences(packed: bool) -> None:
 @settings(max_examples=25)
 @given(t=st.integers(2, 150), data=st.data())
 def test_causality(t: int, data: st.DataObject) -> None:
-    """What comes after a token changes nothing before it: not in y, not by a bit."""
+    """What comes after a token changes nothing before it, not even a bit of y."""
     at = data.draw(st.integers(1, t - 1))
     inputs = make(1, t, seed=t)
     y, _ = ssd(**inputs)
@@ -94,9 +99,10 @@ def test_rows_do_not_see_each_other(b: int, t: int, data: st.DataObject) -> None
         assert relative_rms(whole[row : row + 1], single) < 3e-7
 
 
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
 @settings(max_examples=25)
 @given(t=st.integers(2, 200), data=st.data())
-def test_split_anywhere(t: int, data: st.DataObject) -> None:
+def test_split_anywhere(impl: str, t: int, data: st.DataObject) -> None:
     """Two calls with the state carried over, forward and backward, as one."""
     at = data.draw(st.integers(1, t - 1))
     inputs = make(1, t, torch.float64, seed=t)
@@ -107,7 +113,7 @@ def test_split_anywhere(t: int, data: st.DataObject) -> None:
         state, ys = leaves["initial_state"], []
         for cut in cuts:
             tokens = (leaves[k] if k == "A" else leaves[k][:, cut] for k in NAMES)
-            y, state = ssd(*tokens, D=leaves["D"], initial_state=state)
+            y, state = ssd(*tokens, D=leaves["D"], initial_state=state, impl=impl)
             ys.append(y)
         y = torch.cat(ys, dim=1)
         loss = (y * weight).sum() + state.sum()
@@ -119,19 +125,20 @@ def test_split_anywhere(t: int, data: st.DataObject) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-def test_documents_of_a_packed_row_are_strangers() -> None:
-    """A packed row equals its documents one by one; gradients across a boundary are zero."""
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
+    """A row of documents equals them one by one; gradients across a boundary are zero."""
     lengths = (1, 70, 64, 3, 90)
     inputs = make(1, sum(lengths))
     seq_idx = torch.repeat_interleave(torch.tensor([4, 0, 0, 7, 2]) + torch.arange(5) * 10,
                                       torch.tensor(lengths)).unsqueeze(0)  # fmt: skip
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    y, last = ssd(**leaves, seq_idx=seq_idx)
+    y, last = ssd(**leaves, seq_idx=seq_idx, impl=impl)
     start = 0
     for i, length in enumerate(lengths):
         tokens = {k: inputs[k] if k == "A" else inputs[k][:, start : start + length] for k in NAMES}
         state = inputs["initial_state"] if i == 0 else None
-        alone, end = ssd(**tokens, D=inputs["D"], initial_state=state)
+        alone, end = ssd(**tokens, D=inputs["D"], initial_state=state, impl=impl)
         assert relative_rms(y[:, start : start + length].detach(), alone) < 3e-7
         start += length
     assert relative_rms(last.detach(), end) < 3e-7
@@ -139,12 +146,14 @@ def test_documents_of_a_packed_row_are_strangers() -> None:
     for name in ("x", "B", "C", "dt"):
         grad = leaves[name].grad
         assert grad[:, 71:135].any()
-        assert not grad[:, :71].any()
-        assert not grad[:, 135:].any()
+        # Autograd adds and subtracts the gradient of running sums of dt: zero up to rounding.
+        noise = 1e-12 if (impl, name) == ("torch", "dt") else 0.0
+        assert grad[:, :71].abs().max() <= noise
+        assert grad[:, 135:].abs().max() <= noise
     assert not leaves["initial_state"].grad.any()
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", ["naive", "torch", "cpu"])
 def test_dt_of_zero_leaves_the_state_alone(impl: str) -> None:
     """This is how padding to the right of a row is made harmless."""
     inputs = make(2, 100)
@@ -161,21 +170,22 @@ def test_gradient_of_a_dt_of_zero() -> None:
     inputs = make(1, 70, torch.float64)
     inputs["dt"][:, 5:9] = 0.0
     grads = []
-    for impl in ("naive", "torch"):
+    for impl in ("naive", "torch", "cpu"):
         dt = inputs["dt"].clone().requires_grad_()
         y, state = ssd(**{**inputs, "dt": dt}, impl=impl)
         (y.square().sum() + state.square().sum()).backward()
         grads.append(dt.grad)
     assert grads[0][:, 5:9].abs().min() > 0
     torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
 
 
 @pytest.mark.parametrize("wanted", ["y", "state"])
 def test_gradient_of_one_output_alone(wanted: str) -> None:
-    """Autograd hands over an expanded tensor, or none at all, for what was not used."""
+    """Autograd passes an expanded gradient, or none at all, for an output that is not used."""
     inputs = make(2, 70, torch.float64)
     found = []
-    for impl in ("naive", "torch"):
+    for impl in ("naive", "torch", "cpu"):
         leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
         outputs = dict(zip(("y", "state"), ssd(**leaves, impl=impl), strict=True))
         used = list(leaves.values())
@@ -183,27 +193,45 @@ def test_gradient_of_one_output_alone(wanted: str) -> None:
         found.append(
             [torch.zeros_like(v) if g is None else g for g, v in zip(grads, used, strict=True)]
         )
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b, c in zip(*found, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)
 
 
 def test_no_tokens() -> None:
     inputs = make(2, 0)
-    for impl in ("naive", "torch"):
+    for impl in ("naive", "torch", "cpu"):
         y, state = ssd(**inputs, impl=impl)
         assert y.shape == (2, 0, H, P)
         assert torch.equal(state, inputs["initial_state"])
 
 
 def test_many_rows_and_heads() -> None:
-    """More rows times heads than are worked on at once: rows are taken in slices."""
+    """More rows times heads than are computed together: rows are taken in slices."""
     inputs = make(7, 70, h=20)
     for a, b in zip(ssd(**inputs), selective_scan(**inputs), strict=True):
         assert relative_rms(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("sizes", [(1, 64, 300), (300, 64, 1)])
+def test_temporaries_of_any_earlier_size_serve_the_next_call(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers outlive a call; what they hold does not depend on the block size of that call."""
+    inputs = {k: v.requires_grad_() for k, v in make(3, 200).items()}
+    found = []
+    for heads in sizes:
+        monkeypatch.setattr(cpu_ssd, "BLOCK_HEADS", heads)
+        y, state = ssd(**inputs)
+        grads = torch.autograd.grad(y.square().sum() + state.sum(), list(inputs.values()))
+        found.append([y.detach(), state.detach(), *grads])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert relative_rms(a, b) < 1e-6
+
+
 def test_results_are_not_overwritten_by_the_next_call() -> None:
-    """Temporaries live in memory that is used again; results must not."""
+    """Temporaries are in memory that the next call uses again; results must not be."""
     inputs, others = make(2, 130), make(2, 130, seed=1)
     found = ssd(**inputs)
     copies = [v.clone() for v in found]
@@ -256,39 +284,45 @@ def test_what_training_keeps_is_small() -> None:
     assert sum(kept.values()) < inputs["x"].nbytes
 
 
-def test_step_overwrites_the_state_it_was_given() -> None:
+def test_the_fast_step_overwrites_the_state_it_was_given() -> None:
     inputs = make(2, 1)
     stack = torch.stack([inputs["initial_state"]] * 3, dim=2)  # not contiguous when sliced
     token = [inputs[k] if k == "A" else inputs[k][:, 0] for k in NAMES]
     expected_y, expected = ssd_step(stack[:, :, 1], *token, D=inputs["D"], impl="naive")
     assert torch.equal(stack[:, :, 1], inputs["initial_state"])
-    y, state = ssd_step(stack[:, :, 1], *token, D=inputs["D"], impl="torch")
+    plain_y, plain = ssd_step(stack[:, :, 1], *token, D=inputs["D"], impl="torch")
+    torch.testing.assert_close(plain_y, expected_y)
+    torch.testing.assert_close(plain, expected)
+    assert torch.equal(stack[:, :, 1], inputs["initial_state"])
+    y, state = ssd_step(stack[:, :, 1], *token, D=inputs["D"], impl="cpu")
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(stack[:, :, 1], expected)
     assert state.data_ptr() == stack[:, :, 1].data_ptr()
     assert torch.equal(stack[:, :, 0], inputs["initial_state"])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_bfloat16_rounds_y_and_not_the_state(packed: bool) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_bfloat16_rounds_y_and_not_the_state(documents: bool, impl: str) -> None:
     """Against float64 on the same rounded numbers; without gradients y's products are in BF16."""
     inputs = {k: v.bfloat16() if k in ("x", "B", "C") else v for k, v in make(2, 333).items()}
-    seq_idx = (torch.arange(333) // 70).expand(2, -1) if packed else None
+    seq_idx = (torch.arange(333) // 70).expand(2, -1) if documents else None
     exact_y, exact = ssd(**{k: v.double() for k, v in inputs.items()}, seq_idx=seq_idx)
     with torch.no_grad():
-        y, state = ssd(**inputs, seq_idx=seq_idx)
+        y, state = ssd(**inputs, seq_idx=seq_idx, impl=impl)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert relative_rms(y, exact_y) < 4e-3  # 2^-9 is 2e-3
     assert relative_rms(state, exact) < 1e-6
 
 
-def test_step_keeps_a_wide_state_for_half_precision_tokens() -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_step_keeps_a_wide_state_for_half_precision_tokens(impl: str) -> None:
     inputs = make(2, 1)
     half = [inputs[k].float() if k in ("A", "dt") else inputs[k].bfloat16() for k in NAMES]
     token = [v if v.ndim == 1 else v[:, 0] for v in half]
     state = inputs["initial_state"].clone()
     expected_y, expected = ssd_step(state, *token, impl="naive")
-    y, state = ssd_step(state, *token, impl="torch")
+    y, state = ssd_step(state, *token, impl=impl)
     assert y.dtype == torch.bfloat16
     assert state.dtype == torch.float32
     torch.testing.assert_close(state, expected)

@@ -1,8 +1,7 @@
-"""The acceptance rule: forms against each other, its law against enumeration, a biased rule beside.
+"""The acceptance rule: its forms against each other, and the distribution of its tokens.
 
-The law is tested at one place of a draft with 60,000 rows, and with it a rule that looks plausible
-and is wrong (after a rejection it draws from p, not from what p has more than q): the same test has
-to fail it.
+The distribution is tested at one place of a draft with 60,000 rows. The same test must reject a
+rule that looks plausible and is wrong: after a rejection it draws from p instead of from p - q.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def _case(
     b=st.integers(1, 5), k=st.integers(0, 5), v=st.integers(2, 40), seed=st.integers(0, 999),
     ragged=st.booleans(),
 )  # fmt: skip
-def test_the_fast_form_is_the_definition(b: int, k: int, v: int, seed: int, ragged: bool) -> None:
+def test_the_torch_form_is_the_definition(b: int, k: int, v: int, seed: int, ragged: bool) -> None:
     p, q, drafts, uniforms = _case(b, k, v, seed)
     lengths = torch.randint(k + 1, (b,), generator=torch.Generator().manual_seed(seed))
     lengths = lengths if ragged else None
@@ -71,7 +70,7 @@ def test_greedy_is_the_limit(impl: str) -> None:
     assert found.token.tolist() == [1, 3, 2]
 
 
-def test_a_perfect_drafter_is_always_believed() -> None:
+def test_a_perfect_drafter_is_always_accepted() -> None:
     p, _, _, uniforms = _case(500, 4, 11, seed=5)
     drafts = ops.draw(p[:, :4].reshape(-1, 11), torch.rand(2000).double()).view(500, 4)
     assert bool((ops.verify(p, p[:, :4], drafts, uniforms).accepted == 4).all())
@@ -89,8 +88,8 @@ ROWS = 60_000
 
 def _biased(p, q, drafts, uniforms):
     """The bug: the full p after a rejection."""
-    yes = uniforms[:, 0] * q[:, 0].gather(1, drafts)[:, 0] < p[:, 0].gather(1, drafts)[:, 0]
-    return torch.where(yes, drafts[:, 0], ops.draw(p[:, 0], uniforms[:, 1]))
+    accept = uniforms[:, 0] * q[:, 0].gather(1, drafts)[:, 0] < p[:, 0].gather(1, drafts)[:, 0]
+    return torch.where(accept, drafts[:, 0], ops.draw(p[:, 0], uniforms[:, 1]))
 
 
 @pytest.mark.parametrize("sharp", [0.3, 1.0, 2.5])
@@ -114,7 +113,7 @@ def test_the_first_token_is_distributed_as_p_and_a_biased_rule_s_is_not(sharp: f
 
 def test_what_does_not_fit_is_named() -> None:
     p, q, drafts, uniforms = _case(2, 3, 5, seed=0)
-    with pytest.raises(ValueError, match=r"judges q of \[2, 3, 5\]"):
+    with pytest.raises(ValueError, match=r"q has shape \[2, 2, 5\].*expected \[2, 3, 5\]"):
         ops.verify(p, q[:, :2], drafts[:, :2], uniforms)
     with pytest.raises(ValueError, match="no implementation 'cuda'"):
         ops.verify(p, q, drafts, uniforms, impl="cuda")

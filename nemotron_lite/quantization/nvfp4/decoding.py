@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
-from nemotron_lite.backends.dispatch import cast
+from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.experts import squared_relu
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.quantization.nvfp4.e2m1 import E2M1_VALUES

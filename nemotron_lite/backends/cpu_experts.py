@@ -1,0 +1,189 @@
+"""Routed experts in the order that is fastest for the number of tokens.
+
+    training                  (token, slot) pairs sorted by expert; gradient written by hand
+    few pairs (decoding)      the matrices of every pair copied side by side, one batched product
+    many rows in BF16, CPU    experts of similar load padded to the same length, in batches
+    everything else           sorted by expert, one product per expert
+
+Sorted by expert, each expert multiplies one contiguous block of rows, and the answers are read back
+in token order. For a handful of tokens the calls cost more than the arithmetic: one batched product
+is two to three times faster than a product per pair, as long as the copied matrices fit into the
+CPU's caches.
+
+BF16 products on a CPU are compiled by oneDNN for each new number of rows, and the product of a
+small expert takes less time than its call. So each expert's rows are padded to a multiple of 16,
+and small experts of similar load multiply together, as one batch.
+
+Training stores the positions of the sorted inputs and the hidden rows before the activation. The
+inputs are gathered again in the backward pass.
+
+Source: measured. Left out: second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.dtypes import cast
+
+COPIED = 3_000_000  # numbers in the matrices of all pairs up to which copying them beats sorting
+GROUP_ROWS = 128  # rows of hidden units to activate in one call
+PADDED_ROWS = 16  # BF16: rows of an expert are padded to a multiple of this
+TOGETHER = 8  # BF16: most experts in one batch; more would be padded too much
+TOGETHER_WEIGHTS = 2**19  # BF16: most weights in the matrices of a batch, which are copied
+
+
+def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """`ops.expert_mlp`."""
+    up, down, weights = (cast(part, z.dtype) for part in (up, down, weights))
+    if torch.is_grad_enabled():
+        return _SortedExperts.apply(z, up, down, weights, indices)
+    pairs = indices.numel()
+    crowded = pairs >= PADDED_ROWS * up.shape[0]  # enough rows for a product per expert
+    if not crowded and pairs * up[0].numel() <= COPIED:
+        return _pair_by_pair(z, up, down, weights, indices)
+    if crowded and z.is_cpu and z.dtype == torch.bfloat16:
+        return _in_batches(z, up, down, weights, indices)
+    return _sorted_forward(z, up, down, weights, indices)[0]
+
+
+def _pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    (tokens, k), chosen = indices.shape, indices.flatten()
+    rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
+    # A row times a matrix, not a matrix times a column: MKL's batches are twice as fast this way.
+    hidden = torch.bmm(rows, up.index_select(0, chosen).mT).relu_()
+    hidden.mul_(hidden).mul_(weights.reshape(-1, 1, 1))
+    return torch.bmm(hidden, down.index_select(0, chosen).mT).view(tokens, k, -1).sum(1)
+
+
+class _Order:
+    """(token, slot) pairs sorted by expert: where each pair is, and which rows an expert has."""
+
+    def __init__(self, indices: Int[Tensor, "t k"], experts: int) -> None:
+        flat = indices.flatten()
+        self.pairs = flat.argsort(stable=True)  # sorted position -> pair
+        self.tokens = self.pairs // indices.shape[1]
+        self.places = torch.empty_like(self.pairs)  # pair -> sorted position
+        self.places[self.pairs] = torch.arange(flat.numel(), device=flat.device)
+        counts = torch.bincount(flat, minlength=experts).tolist()
+        self.blocks = []  # (expert, first row, end)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                self.blocks.append((expert, start, start + count))
+                start += count
+
+    def groups(self) -> Iterator[list[tuple[int, int, int]]]:
+        """Adjacent blocks that are activated together: few calls, and rows still in CPU caches."""
+        group: list[tuple[int, int, int]] = []
+        for block in self.blocks:
+            group.append(block)
+            if block[2] - group[0][1] >= GROUP_ROWS:
+                yield group
+                group = []
+        if group:
+            yield group
+
+
+def _combine(answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """The sum of each token's k answers, read from their sorted positions and weighted."""
+    return torch.nn.functional.embedding_bag(
+        places.view_as(weights), answers, mode="sum", per_sample_weights=weights
+    )
+
+
+def _sorted_forward(
+    z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor, keep: bool = False
+) -> tuple[Tensor, _Order, Tensor | None]:
+    order = _Order(indices, up.shape[0])
+    rows = z[order.tokens]
+    answers = torch.empty_like(rows)
+    hidden = rows.new_empty(rows.shape[0], up.shape[1])
+    up, down = up.mT, down.mT
+    for group in order.groups():
+        first, last = group[0][1], group[-1][2]
+        for e, start, stop in group:
+            torch.mm(rows[start:stop], up[e], out=hidden[start:stop])
+        positive = hidden[first:last]
+        positive = torch.relu(positive) if keep else positive.relu_()
+        positive.mul_(positive)
+        for e, start, stop in group:
+            torch.mm(positive[start - first : stop - first], down[e], out=answers[start:stop])
+    return _combine(answers, order.places, weights), order, hidden if keep else None
+
+
+def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Experts sorted by load, a few at a time, each with as many rows as the busiest of them.
+
+    Rows of padding repeat the first token, and their answers are not read.
+    """
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=up.shape[0])
+    loads, by_load = counts.sort(descending=True)
+    busy = [load for load in loads.tolist() if load]
+    together = max(1, min(TOGETHER, TOGETHER_WEIGHTS // up[0].numel()))
+    batches, starts, total = [], [], 0
+    for first in range(0, len(busy), together):
+        chosen = by_load[first : first + min(together, len(busy) - first)]
+        rows = -(-busy[first] // PADDED_ROWS) * PADDED_ROWS
+        batches.append((chosen, total, rows))
+        starts += [total + i * rows for i in range(len(chosen))]
+        total += len(chosen) * rows
+
+    offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
+    offset[by_load[: len(starts)]] += torch.tensor(starts)
+    pairs = flat.argsort(stable=True)
+    places = torch.empty_like(flat)  # pair -> row
+    places[pairs] = offset[flat[pairs]] + torch.arange(flat.numel())
+    tokens = flat.new_zeros(total)
+    tokens[places] = torch.arange(flat.numel()) // indices.shape[1]
+
+    rows_in = z[tokens]
+    answers = torch.empty_like(rows_in)
+    for chosen, start, rows in batches:
+        # A single expert is a view; the matrices of several are copied side by side.
+        which = chosen if len(chosen) > 1 else slice(e := int(chosen), e + 1)
+        part = slice(start, start + len(chosen) * rows)
+        hidden = torch.bmm(rows_in[part].view(len(chosen), rows, -1), up[which].mT).relu_()
+        torch.bmm(
+            hidden.mul_(hidden), down[which].mT, out=answers[part].view(len(chosen), rows, -1)
+        )
+    return _combine(answers, places, weights)
+
+
+class _SortedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, up, down, weights, indices):  # type: ignore[no-untyped-def]
+        out, ctx.order, hidden = _sorted_forward(z, up, down, weights, indices, keep=True)
+        ctx.save_for_backward(z, up, down, weights, hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        z, up, down, weights, hidden = ctx.saved_tensors
+        order: _Order = ctx.order
+        pair_weights = weights.flatten()[order.pairs].unsqueeze(-1)
+        rows, grad_rows = z[order.tokens], grad[order.tokens]
+        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
+        grad_inputs = torch.empty_like(rows)
+        grad_pairs = rows.new_empty(rows.shape[0])
+        for e, start, stop in order.blocks:
+            positive = hidden[start:stop].clamp(min=0)
+            active = positive.square()
+            grad_answer = grad_rows[start:stop]
+            # <grad, W2 a> = <W2^T grad, a>: one product serves the weights' and the rows' gradient
+            grad_active = torch.mm(grad_answer, down[e])
+            torch.linalg.vecdot(grad_active, active, out=grad_pairs[start:stop])
+            scale = pair_weights[start:stop]
+            torch.mm(grad_answer.t(), active.mul_(scale), out=grad_down[e])
+            grad_hidden = grad_active.mul_(positive).mul_(scale * 2)
+            torch.mm(grad_hidden.t(), rows[start:stop], out=grad_up[e])
+            torch.mm(grad_hidden, up[e], out=grad_inputs[start:stop])
+        grad_z = _combine(grad_inputs, order.places, torch.ones_like(weights))
+        return grad_z, grad_up, grad_down, grad_pairs[order.places].view_as(weights), None

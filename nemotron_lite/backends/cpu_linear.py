@@ -1,0 +1,147 @@
+"""y = x W^T on the CPU, by the faster of two libraries: MKL or oneDNN.
+
+    y = x W^T           grad x = g W           grad W = g^T x
+
+PyTorch gives float32 products to MKL, which uses its AVX-512 kernels on Intel's CPUs only. oneDNN,
+which PyTorch carries as well, generates its kernels for what the CPU can do. On an AMD EPYC of the
+fifth generation, one core, us:
+
+    rows x matrix         512 x 1296x256    1 x 2576x512    5 x 2576x512    1 x 168x64
+    MKL                       3100              327             514             5
+    oneDNN                    1366              198             359            14
+    oneDNN, prepacked            -              141             191            14
+
+The single rows meet matrices that no CPU cache holds, as in decoding. A call of oneDNN costs 8 us
+more, so small products stay with MKL. Both sum in float32; the results differ by rounding.
+
+`prepack` copies a matrix into the layout that oneDNN reads. The product then takes half the time,
+and hardly more for eight rows than for one. The copy needs as much memory as the matrix, so it is
+made only on request (`Nemotron.lay_out`).
+
+Which library multiplies is decided by the CPU's vendor and by sizes, never by a timing: a run that
+is repeated on one machine gives the same bits.
+
+Source: measured. Left out: a bias, which no layer of the family has.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron_lite.backends import private_torch
+from nemotron_lite.backends.private_torch import onednn_linear, onednn_reorder
+
+LARGE = 250_000  # numbers in a matrix that is worth a call of oneDNN for a single row
+LEAST_WORK = 1_000_000  # multiply-adds that are worth it for any matrix
+MOST_PREPACKED_ROWS = 64  # with more rows, the layout is not what costs time
+
+
+def linear(x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "*rows o"]:
+    """x W^T by oneDNN, differentiable.
+
+    Raises:
+        ValueError: not float32 on the CPU, or a PyTorch without oneDNN.
+    """
+    if (
+        not private_torch.HAS_ONEDNN_LINEAR
+        or not x.is_cpu
+        or not x.dtype == weight.dtype == torch.float32
+    ):
+        raise ValueError(
+            f"linear with impl='cpu' multiplies float32 on the CPU, with a PyTorch that has "
+            f"oneDNN; got {x.dtype} and {weight.dtype} on {x.device}. Use impl='torch'."
+        )
+    return differentiable_product(x, weight)
+
+
+def differentiable_product(
+    x: Float[Tensor, "*rows i"], weight: Float[Tensor, "o i"]
+) -> Float[Tensor, "*rows o"]:
+    """`product` that autograd can follow, for tensors that oneDNN takes."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Linear.apply(x, weight)
+    return product(x, weight)
+
+
+def product(a: Float[Tensor, "*rows i"], b: Float[Tensor, "o i"]) -> Float[Tensor, "*rows o"]:
+    """a b^T by oneDNN, without gradients; b may be a transposed view, have gaps or be prepacked."""
+    return onednn_linear(a, _without_gaps(b))
+
+
+def _without_gaps(b: Tensor) -> Tensor:
+    """A matrix or the transpose of one, as it is; a contiguous copy of anything else.
+
+    For a slice with gaps between its rows oneDNN has no kernel, only a loop over single numbers.
+    """
+    if b.is_mkldnn or b.is_contiguous() or b.t().is_contiguous():
+        return b
+    return b.contiguous()
+
+
+def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether "auto" multiplies these with oneDNN."""
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    return (
+        (weight.numel() >= LARGE or rows * weight.numel() >= LEAST_WORK)
+        and rows > 0
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and _onednn_is_faster()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def prepack(weight: Float[Tensor, "o i"]) -> Tensor:
+    """A copy of a matrix in oneDNN's own layout, for `product`; nothing else can read it.
+
+    In a PyTorch without oneDNN it is the matrix itself, which `product` takes as well.
+
+    Raises:
+        ValueError: not float32 on the CPU.
+    """
+    if not weight.is_cpu or weight.dtype != torch.float32:
+        raise ValueError(
+            "oneDNN's own layout is for float32 on the CPU; got "
+            f"{weight.dtype} on {weight.device}. Move the model to the CPU in float32, or "
+            "leave its weights in their own layout."
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        return onednn_reorder(weight)
+
+
+def _onednn_is_faster() -> bool:
+    """Whether PyTorch would use MKL, the CPU is not Intel's, and oneDNN is there."""
+    return (
+        private_torch.HAS_ONEDNN_LINEAR
+        and torch.backends.mkl.is_available()
+        and _vendor() not in ("", "GenuineIntel")
+    )
+
+
+@lru_cache
+def _vendor() -> str:
+    return private_torch.cpu_vendor()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return grad_x, product(rows.t(), inputs.t())

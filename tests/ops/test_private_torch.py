@@ -1,0 +1,110 @@
+"""Private operators of PyTorch, and what replaces each of them where it does not exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nemotron_lite import ops
+from nemotron_lite.backends import cpu_attention, cpu_linear, private_torch
+from nemotron_lite.layers import Linear
+from tests.compare import relative_rms
+
+
+@pytest.fixture(params=[True, False], ids=["private", "fallback"])
+def exists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With the private operators, if this PyTorch has them, and as if it had none."""
+    if not request.param:
+        for name in ("HAS_FLASH", "HAS_ONEDNN_LINEAR", "HAS_ONEDNN_REORDER"):
+            monkeypatch.setattr(private_torch, name, False)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_with_its_log_denominator(
+    exists: bool, dtype: torch.dtype, is_causal: bool
+) -> None:
+    q, k, v = (torch.randn(2, 3, 9, 16).to(dtype) for _ in range(3))
+    with torch.no_grad():
+        found, log = private_torch.attention_with_log(q, k, v, is_causal=is_causal)
+    scores = q.double() @ k.double().mT / 4
+    if is_causal:
+        scores.masked_fill_(torch.ones(9, 9, dtype=torch.bool).triu_(1), -torch.inf)
+    assert found.dtype == dtype
+    limit = 8e-3 if dtype == torch.bfloat16 else 1e-6
+    assert relative_rms(found, scores.softmax(-1) @ v.double()) < limit
+    assert relative_rms(log, scores.logsumexp(-1)) < 1e-5
+
+
+def test_a_segment_behind_a_cache(exists: bool) -> None:
+    """The caller of the log-denominators: two results joined."""
+    q = torch.randn(2, 6, 5, 8)
+    k, v = torch.randn(2, 2, 2, 12, 8)
+    with torch.no_grad():
+        found = cpu_attention._cached_then_new(q, k, v, 7)
+    exact = ops.causal_attention(q, k, v, starts=7, impl="naive")
+    torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 5)])
+def test_products(exists: bool, rows: tuple[int, ...]) -> None:
+    x, weight = torch.randn(*rows, 24), torch.randn(40, 24)
+    exact = F.linear(x.double(), weight.double())
+    assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
+    turned = weight.t().contiguous().t()
+    assert relative_rms(cpu_linear.product(x, turned), exact) < 1e-6
+    assert relative_rms(cpu_linear.product(x, cpu_linear.prepack(weight)), exact) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):  # float32 stays float32
+        assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
+
+
+def test_a_layer_that_is_laid_out(exists: bool) -> None:
+    layer, x = Linear(32, 24), torch.randn(3, 32)
+    with torch.no_grad():
+        exact = F.linear(x, layer.weight)
+        layer.lay_out()
+        torch.testing.assert_close(layer(x), exact)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * exact)
+
+
+def test_without_onednn_auto_uses_pytorch_and_cpu_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(private_torch, "HAS_ONEDNN_LINEAR", False)
+    x, weight = torch.randn(8, 1000), torch.randn(1000, 1000)
+    assert not cpu_linear.prefers_onednn(x, weight)
+    assert torch.equal(ops.linear(x, weight), F.linear(x, weight))
+    with pytest.raises(ValueError, match="with a PyTorch that has oneDNN"):
+        ops.linear(x, weight, impl="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm names no vendor
+    ],
+)
+def test_the_vendor_on_linux(
+    text: str, vendor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(private_torch, "CPUINFO", tmp_path / "cpuinfo")
+    assert private_torch.cpu_vendor() == vendor
+
+
+@pytest.mark.parametrize(
+    ("words", "vendor"),
+    [("Intel64 Family 6 Model 85 Stepping 4, GenuineIntel", "GenuineIntel"), ("arm", ""), ("", "")],
+)
+def test_the_vendor_elsewhere(
+    words: str, vendor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_torch, "CPUINFO", tmp_path / "missing")
+    monkeypatch.setattr(private_torch.platform, "processor", lambda: words)
+    assert private_torch.cpu_vendor() == vendor
