@@ -183,7 +183,7 @@ class Nemotron(nn.Module):
             ssm_dtype=ssm_dtype, ssm_seed=ssm_seed,
         )  # fmt: skip
 
-    def lay_out(self, smallest: int = 80_000) -> Nemotron:
+    def prepare_for_decoding(self, smallest: int = 80_000) -> Nemotron:
         """Prepare to decode on a CPU: a copy of every projection in the layout of its kernels.
 
         One token, or a few, then cost about half of what they do without; the matrices (experts and
@@ -200,7 +200,7 @@ class Nemotron(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, Linear) and module.weight.numel() >= smallest:
-                module.lay_out()
+                module.prepare_for_decoding()
         return self
 
     def forward(

@@ -143,7 +143,7 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
 
 def laid_out(model: Nemotron) -> Nemotron:
     """Ready to decode on this CPU, for plain and speculative decoding alike."""
-    return model.lay_out() if model.device.type == "cpu" else model
+    return model.prepare_for_decoding() if model.device.type == "cpu" else model
 
 
 def poor(model: Nemotron) -> Nemotron:

@@ -1,9 +1,11 @@
 """A matrix without a bias, multiplied by `ops.linear`: every projection of the family is one.
 
 It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
-optimiser's groups) finds it; only the product goes through the door. `lay_out` keeps a second copy
-of the matrix, in the order in which few rows are multiplied fastest. The copy answers only as long
-as the weight is the one that was copied, and is neither saved nor copied along with the module.
+optimiser's groups) finds it; only the product is computed by `ops.linear`. `prepare_for_decoding`
+keeps a second copy of the matrix in the layout in which few rows are multiplied fastest. The copy
+is used only as long as the weight is unchanged. It is neither saved nor copied along with the
+module. Changes are found by the version counter that PyTorch keeps for each tensor: an in-place
+operation, an optimizer step and `load_state_dict` raise it, a write through `weight.data` does not.
 """
 
 from __future__ import annotations
@@ -32,15 +34,23 @@ class Linear(nn.Linear):
             return product(input, self._blocked)
         return ops.linear(input, self.weight)
 
-    def lay_out(self) -> None:
-        """Keep a copy for oneDNN; `ValueError` where it cannot multiply this weight."""
-        self._blocked = blocked(self.weight)
-        self._copied = (self.weight.data_ptr(), self.weight._version)
+    def prepare_for_decoding(self) -> None:
+        """Keep a copy for oneDNN, unless there is one of this weight already.
+
+        Raises:
+            ValueError: oneDNN cannot multiply this weight.
+        """
+        if self._blocked is None or not self._is_current():
+            self._blocked = blocked(self.weight)
+            self._copied = (self.weight.data_ptr(), self.weight._version)
+
+    def _is_current(self) -> bool:
+        """Whether the weight is still the one that was copied."""
+        return self._copied == (self.weight.data_ptr(), self.weight._version)
 
     def _answers(self, x: Tensor) -> bool:
-        weight = self.weight
         return (
-            self._copied == (weight.data_ptr(), weight._version)
+            self._is_current()
             and not torch.is_grad_enabled()
             and 0 < x.numel() <= MOST_BLOCKED_ROWS * x.shape[-1]
             and x.dtype == torch.float32

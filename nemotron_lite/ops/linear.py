@@ -16,7 +16,7 @@ small products stay with MKL. Both sum in float32; the results differ by roundin
 
 `blocked` lays a matrix out in the order in which oneDNN reads it: half the time again, and hardly
 more for eight rows than for one. It is a second copy, so it is made only when somebody asks for it
-(`Nemotron.lay_out`).
+(`Nemotron.prepare_for_decoding`).
 
 Which library answers is decided by the maker of the processor and by sizes, never by a clock: a
 run that is repeated on a machine gives the same bits.
