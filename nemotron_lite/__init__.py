@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nemotron_lite.checkpoint import CheckpointError, load, save
     from nemotron_lite.config import ConfigError, NemotronConfig
     from nemotron_lite.generation.decoding import generate, stream
+    from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
     from nemotron_lite.model import Nemotron
 
 __version__ = "0.1.0"
@@ -41,8 +42,10 @@ __all__ = [
     "Cache",
     "CheckpointError",
     "ConfigError",
+    "GenerationOptions",
     "Nemotron",
     "NemotronConfig",
+    "SpeculationOptions",
     "__version__",
     "generate",
     "layers",
@@ -60,10 +63,12 @@ _ROOM_OF = {
     "Nemotron": "model",
     "NemotronConfig": "config",
     "Cache": "cache",
-    "generate": "generation",
+    "GenerationOptions": "generation.options",
+    "SpeculationOptions": "generation.options",
+    "generate": "generation.decoding",
     "load": "checkpoint",
     "save": "checkpoint",
-    "stream": "generation",
+    "stream": "generation.decoding",
 }
 _ROOMS = ("layers", "ledger", "ops", "train")
 

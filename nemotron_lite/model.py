@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,6 +163,19 @@ class Nemotron(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.lm_head.weight.dtype
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Nemotron:
+        """`nemotron_lite.load` under the name that transformers gives it; the same arguments."""
+        from nemotron_lite.checkpoint import load
+
+        return load(path, **options)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """`nemotron_lite.save` under the name that transformers gives it; the same arguments."""
+        from nemotron_lite.checkpoint import save
+
+        save(self, path, **options)
 
     def num_parameters(self) -> int:
         """Weights and selection biases, MTP included."""

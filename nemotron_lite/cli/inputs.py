@@ -1,4 +1,7 @@
-"""What the commands start from: sizes, a text, a model with its tokenizer; and refusals in time."""
+"""What the commands start from: sizes, a text, a model with its tokenizer.
+
+What cannot work is refused here, before any long work starts.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,11 @@ def read_config(which: str) -> NemotronConfig:
 
 
 def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) -> Nemotron:
-    """A checkpoint that has a tokenizer, so that it can read text.
+    """A model from a checkpoint folder with a tokenizer, so that it can read text.
 
     Raises:
         CheckpointError: a folder that cannot be loaded.
-        ValueError: an unknown dtype, no tokenizer, or weights to keep packed that are not.
+        ValueError: an unknown dtype, no tokenizer, or `packed` for weights that are not quantized.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
@@ -54,13 +57,13 @@ def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) ->
     model = load(path, dtype=getattr(torch, dtype) if dtype else None, packed=packed)
     if packed and not any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError(
-            f"--packed: nothing in {path} is quantized. Leave it away, or make a quantized folder "
-            "with `nemotron-lite quantize` first."
+            f"--packed keeps quantized weights packed, and {path} has none: leave the option away, "
+            "or make a quantized folder with `nemotron-lite quantize` first."
         )
     if model.tokenizer is None:
         raise ValueError(
-            f"{path} has no tokenizer.json, so text cannot become tokens: put the model's "
-            "tokenizer there, or call nemotron_lite with token ids."
+            f"{path} has no tokenizer.json, so the prompt cannot be read: put the model's "
+            "tokenizer there, or call nemotron_lite.generate with token ids."
         )
     return model
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.generation.decoding import generate
+from nemotron_lite.generation.options import SpeculationOptions
 from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.config import TrainConfig
@@ -107,7 +108,7 @@ def write(
     for first in range(0, len(prompts), WRITING_ROWS):
         some = prompts[first : first + WRITING_ROWS]
         texts += generate(
-            model, some, length, temperature=temperature, top_p=top_p, seed=seed + first
+            model, some, length, temperature=temperature, top_p=top_p, seed=seed + first, stop=()
         )
     return Written(prompts, texts)
 
@@ -117,10 +118,10 @@ def acceptance(
     temperature: float = 0.0, seed: int = 0,
 ) -> Statistics:  # fmt: skip
     """Draft `draft_length` tokens all along, and count what is accepted."""
-    statistics = Statistics()
-    generate(
-        model, prompts, length, temperature=temperature, seed=seed, draft="mtp",
-        draft_length=draft_length, adaptive=False, statistics=statistics,
+    _, statistics = generate(
+        model, prompts, length, temperature=temperature, top_p=None, seed=seed, stop=(),
+        speculation=SpeculationOptions(draft_length=draft_length, adaptive=False),
+        return_statistics=True,
     )  # fmt: skip
     return statistics
 
