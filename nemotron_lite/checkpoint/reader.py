@@ -23,6 +23,7 @@ Source: reference sheet section 10. Left out: fetching from the hub.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,7 +61,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    mtp: Literal["require", "drop"] = "require",
+    mtp: Literal["auto", "require", "drop"] = "auto",
     packed: bool = False,
 ) -> Nemotron:
     """Read a `nemotron_h` checkpoint: `model.safetensors`, or shards with their index.
@@ -73,8 +74,9 @@ def load(
         path: the folder.
         dtype: of the weights; None takes what config.json names.
         device: where they go.
-        mtp: "require" loads the MTP module if config.json has one and fails if its weights are
-            missing; "drop" leaves it out, whatever the folder holds.
+        mtp: "auto" loads the MTP module if config.json has one, and warns and leaves it out if the
+            folder has none of its weights, as in folders that transformers has saved; "require"
+            makes that an error; "drop" leaves the module out, whatever the folder holds.
         packed: keep weights in NVFP4 and FP8 as they are stored, to be decoded when they are used;
             `save` writes the same bits again. Otherwise they become `dtype` (bfloat16 where
             neither this nor config.json names one).
@@ -90,8 +92,8 @@ def load(
     folder = Path(path)
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype={dtype} does not work: expected one of {list(_DTYPES.values())}.")
-    if mtp not in ("require", "drop"):
-        raise ValueError(f'mtp={mtp!r} does not work: expected "require" or "drop".')
+    if mtp not in ("auto", "require", "drop"):
+        raise ValueError(f'mtp={mtp!r} does not work: expected "auto", "require" or "drop".')
     _check_folder(folder)
     problems: list[str] = []
     hf = validation.read_json(folder / "config.json", problems)
@@ -100,7 +102,8 @@ def load(
     found = modelopt.gather(stored, problems)
     plain = [item.name for item in found.stored if item.name not in found.modules]
     modelopt_config.check(folder, hf, found.modules.values(), plain, problems)
-    config = _config(folder, hf, mtp, problems) if hf else None
+    absent = mtp == "auto" and _mtp_is_absent(hf, stored)
+    config = _config(folder, hf, "drop" if absent else mtp, problems) if hf else None
     dtype = dtype or _named_dtype(hf, problems)
     tokenizer = _tokenizer(folder, problems)
     if config is None or problems:
@@ -121,7 +124,23 @@ def load(
     tensors = _fill(folder, model, shapes, places, found, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = tokenizer
+    if absent:
+        warnings.warn(
+            f"{folder}: config.json has an MTP module (num_nextn_predict_layers="
+            f"{hf['num_nextn_predict_layers']}), but the files hold none of its weights; "
+            "transformers drops them when it saves. The model is loaded without it, so it cannot "
+            'draft. Give load(path, mtp="drop") to leave it out without this warning, or '
+            'mtp="require" to make it an error.',
+            stacklevel=2,
+        )
     return model.eval()
+
+
+def _mtp_is_absent(hf: Mapping[str, Any], stored: list[Stored]) -> bool:
+    """Whether config.json has an MTP module and the files have not one of its weights."""
+    if not stored or hf.get("num_nextn_predict_layers") in (None, 0):
+        return False
+    return not any(item.name.startswith("mtp.") for item in stored)
 
 
 def _check_folder(folder: Path) -> None:

@@ -41,9 +41,9 @@ class SamplingOptions:
         ValueError: a value out of range.
     """
 
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int | None = None
-    top_p: float | None = 0.95
+    top_p: float | int | None = 0.95
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

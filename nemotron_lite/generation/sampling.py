@@ -37,9 +37,9 @@ def probabilities(
 
 def distribution(
     logits: Float[Tensor, "b v"],
-    temperature: float,
+    temperature: float | int,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | int | None = None,
 ) -> Float[Tensor, "b v"]:
     """The distribution that tokens are drawn from, after temperature and filters.
 
@@ -63,7 +63,7 @@ def distribution(
     return torch.zeros_like(probabilities).scatter_(-1, places, kept)
 
 
-def _most_likely(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def _most_likely(probabilities: Tensor, top_p: float | int) -> tuple[Tensor, Tensor]:
     """Enough of each row, in falling order, to have top_p: the candidates, or all tokens."""
     if probabilities.shape[-1] > CANDIDATES:
         # One more than the candidates: a tie across their end must be cut by token number, as a

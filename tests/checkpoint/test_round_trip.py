@@ -176,7 +176,7 @@ def test_a_loaded_model_trains_writes_and_saves_again(
     tokens = torch.randint(128, (2, 20))
     assert not again.training
     assert torch.equal(model.eval()(tokens).logits, again(tokens).logits)
-    assert generate(model, tokens, 8) == generate(again, tokens, 8)
+    assert generate(model, tokens, 8, temperature=0) == generate(again, tokens, 8, temperature=0)
     assert all(p.requires_grad for p in again.parameters())
     again(tokens).logits.square().mean().backward()
     assert again.backbone.layers[0].mixer.A_log.grad is not None

@@ -23,7 +23,7 @@ def test_drafts_get_better_and_the_text_stays(model: Nemotron) -> None:
     judges = torch.randint(12, (8, 4), generator=dice).tolist()
     written = write(model, prompts, 28, temperature=0.7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    text = generate(model, judges, 20)
+    text = generate(model, judges, 20, temperature=0, stop=())
     config = TrainConfig(steps=80, batch_size=8, length=32, lr=1e-2, min_lr=1e-4, mtp_weight=1.0)
     found = heal(
         model, written, config, judges=judges, judged_length=40, draft_length=3, progress=False
@@ -33,7 +33,7 @@ def test_drafts_get_better_and_the_text_stays(model: Nemotron) -> None:
     }
     assert moved and all(name.startswith("mtp.") for name in moved)
     assert "mtp.layers.1.mixer.gate.e_score_correction_bias" not in moved
-    assert generate(model, judges, 20) == text
+    assert generate(model, judges, 20, temperature=0, stop=()) == text
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert found.written == 40 * 28
     losses = [record["mtp"][0] for record in found.result.history]

@@ -117,8 +117,8 @@ class Drafter:
             )
         if len(cache.mtp) != len(model.config.mtp_pattern):
             raise ValueError(
-                "the cache has no part for the MTP module: make it with "
-                "model.empty_cache(..., mtp=True)."
+                "the cache has no part for the MTP module: make it with mtp=True, as in "
+                "model.empty_cache(1, mtp=True)."
             )
         self.model, self.cache, self.options = model, cache, options
         self.mtp, self.embed = model.mtp, model.backbone.embed
