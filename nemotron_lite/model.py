@@ -200,8 +200,9 @@ class Nemotron(nn.Module):
     def prepare_for_decoding(self, smallest: int = 80_000) -> Nemotron:
         """Prepare to decode on a CPU: a copy of every projection in the layout of its kernels.
 
-        One token, or a few, then cost about half of what they do without; the matrices (experts and
-        embedding left out) are held twice. Copies of weights that change afterwards are not used.
+        `generate` calls it where it pays. One token, or a few, then cost about half of what they do
+        without. The matrices (without experts and embedding) are held twice. A copy is not used any
+        more when its weight changes; the next call copies it again.
 
         Args:
             smallest: numbers in a matrix that is worth it; below, a call costs more than it gains.

@@ -184,6 +184,15 @@ def test_a_loaded_model_trains_writes_and_saves_again(
     assert_same(model, load(tmp_path / "two"))
 
 
+def test_load_and_save_under_the_names_of_transformers(saved: Path, tmp_path: Path) -> None:
+    model = Nemotron.from_pretrained(saved, mtp="drop", dtype=torch.bfloat16)
+    assert model.mtp is None
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "copy", max_shard_bytes=40_000)
+    assert_same(model, load(tmp_path / "copy"))
+    assert len(list((tmp_path / "copy").glob("model-*"))) > 1
+
+
 def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)

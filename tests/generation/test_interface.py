@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +133,12 @@ def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> No
     assert generate(model, [5], 9, seed=1) == generate(
         model, [5], 9, seed=1, temperature=1.0, top_p=0.95
     )
+
+
+def test_the_command_line_reads_the_defaults_without_torch() -> None:
+    program = "import sys, nemotron_lite.generation.options; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
 
 
 def test_sampling_without_a_seed_leaves_the_random_state_alone(model: Nemotron) -> None:
