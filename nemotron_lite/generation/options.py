@@ -9,7 +9,7 @@ All are frozen dataclasses that check their values when they are made. An error 
 says what is expected.
 
 The default temperature is 1.0 with top_p 0.95, everywhere: it is what the release recommends for
-Nemotron 3, for answers with and without reasoning. A base model, or a small one, often writes
+Nemotron 3. A base model, or a small one, often writes
 better text with a lower temperature; 0 is greedy decoding, which always gives the same text.
 
 This module does not import torch, so that the command line can show the defaults at once.
@@ -94,11 +94,11 @@ class SpeculationOptions:
     """How drafts are made; see `speculative/`.
 
     Attributes:
-        drafter: who drafts; "mtp" is the model's own MTP module.
+        drafter: what drafts; "mtp" is the model's own MTP module, and the only choice so far.
         draft_length: the most tokens of a draft.
         adaptive: draft only as far as it pays; False always drafts `draft_length` tokens.
-        costs: what `adaptive` reckons with. None takes the costs that follow from the model's
-            sizes; `speculative.measure_costs` measures those of this machine.
+        costs: what `adaptive` compares the gain with. None takes the costs that follow from the
+            model's sizes; `speculative.measure_costs` measures those of this machine.
         shortlist: the only tokens to draft, for a head that is cheaper to compute
             (`speculative.shortlist` finds them); None drafts from the whole vocabulary.
 

@@ -3,10 +3,10 @@
 `Nemotron.prepare_for_decoding` copies each projection matrix into a layout that oneDNN reads
 faster. Two conditions decide whether `generate` calls it:
 
-    oneDNN is the faster library here    `prefers_onednn`: float32 on a CPU, and not one of Intel's,
-                                         where MKL multiplies single rows at least as fast
-    enough tokens will be written        the copies take the time of four to eight decoding steps of
-                                         the `lite` preset, and save up to half of each step
+    oneDNN is the faster library here    `prefers_onednn`: float32 on a CPU, and not one of Intel's.
+                                         There the copies gained nothing over MKL
+    enough tokens will be written        making the copies takes as long as four to eight decoding
+                                         steps of the `lite` preset
 
 Copies are kept with the model. Where they are up to date already, nothing is copied again.
 

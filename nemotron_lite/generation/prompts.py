@@ -6,9 +6,9 @@
     [[5, 17], [3]], `b t` tensor   the ids of several         a list of lists
 
 So what comes out is of the kind that went in. Text is read with `model.tokenizer`, whose
-tokenizer.json alone says whether a token of beginning (BOS) is put in front. An empty text becomes
-the config's `bos_token_id`, because a prompt needs at least one token. Token ids are taken as they
-are.
+tokenizer.json alone decides whether a beginning-of-text token (BOS) is put in front. An empty text
+becomes the config's `bos_token_id`, because a prompt needs at least one token. Token ids are taken
+as they are.
 
 Left out: chat templates.
 """
@@ -67,8 +67,8 @@ def encode_prompts(model: Nemotron, prompts: Prompts) -> EncodedPrompts:
     for row in rows:
         if isinstance(row, str | Integral) or not all(isinstance(token, Integral) for token in row):
             raise ValueError(
-                f"prompts hold {row!r} among others: expected one text, one list of token ids, "
-                "several texts, or several lists of token ids, and not a mixture."
+                f"the prompt {row!r} is not a list of token ids: expected one text, one list of "
+                "token ids, several texts, or several lists of token ids, and not a mixture."
             )
     if not rows or not all(len(row) for row in rows):
         raise ValueError(
@@ -100,7 +100,7 @@ class TextRow:
     def add(self, token: int | None) -> str:
         """The text that this token completes; often nothing, for a part of a character.
 
-        The last token of the row gives what is left, even where it is no whole character.
+        The last token of the row gives the rest, even if its last character is not complete.
         """
         if token is None:
             return ""

@@ -70,7 +70,7 @@ class SpeculativeDecoding:
         if model.mtp is None:
             raise ValueError(
                 "speculation needs an MTP module, and this model has none (mtp_pattern is empty): "
-                "leave speculation away, or load a checkpoint that has one."
+                "decode with speculation=None, or load a checkpoint that has one."
             )
         self.shortlist: Int[Tensor, "s"] | None = None
         if speculation.shortlist is not None:
@@ -82,9 +82,9 @@ class SpeculativeDecoding:
         self.chunk = options.prefill_chunk or segment(self.prompt)
         self.max_draft = speculation.draft_length
         self.statistics = Statistics()
-        rows, room = len(lengths), prompt.shape[1] + self.max_new_tokens + self.max_draft + 1
+        rows, capacity = len(lengths), prompt.shape[1] + self.max_new_tokens + self.max_draft + 1
         self.cache = model.empty_cache(
-            rows, room, mtp=True, ssm_dtype=options.ssm_dtype, ssm_seed=options.ssm_seed
+            rows, capacity, mtp=True, ssm_dtype=options.ssm_dtype, ssm_seed=options.ssm_seed
         )
         self.sampler = Sampler(rows, options, options.seed)
         self.draft_lengths: list[DraftLength] = _draft_lengths(model, speculation, rows)

@@ -45,7 +45,7 @@ def test_a_stream_gives_one_token_per_row_and_step(small: Nemotron, guided: Guid
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_sampling_repeats_with_a_seed_and_rows_do_not_see_their_neighbours(
+def test_sampling_repeats_with_a_seed_and_rows_do_not_depend_on_their_neighbors(
     small: Nemotron, adaptive: bool
 ) -> None:
     kind = dict(
