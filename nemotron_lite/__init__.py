@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nemotron_lite.checkpoint import CheckpointError, load, save
     from nemotron_lite.config import ConfigError, NemotronConfig
     from nemotron_lite.generation.decoding import generate, stream
+    from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
     from nemotron_lite.model import Nemotron
 
 __version__ = "0.1.0"
@@ -44,8 +45,10 @@ __all__ = [
     "Cache",
     "CheckpointError",
     "ConfigError",
+    "GenerationOptions",
     "Nemotron",
     "NemotronConfig",
+    "SpeculationOptions",
     "__version__",
     "generate",
     "layers",
@@ -63,10 +66,12 @@ _MODULE_OF = {
     "Nemotron": "model",
     "NemotronConfig": "config",
     "Cache": "cache",
-    "generate": "generation",
+    "GenerationOptions": "generation.options",
+    "SpeculationOptions": "generation.options",
+    "generate": "generation.decoding",
     "load": "checkpoint",
     "save": "checkpoint",
-    "stream": "generation",
+    "stream": "generation.decoding",
 }
 _MODULES = ("layers", "ledger", "ops", "train")
 

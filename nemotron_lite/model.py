@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -185,6 +186,19 @@ class Nemotron(nn.Module):
         """Of the weights."""
         return self.lm_head.weight.dtype
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Nemotron:
+        """`nemotron_lite.load` under the name that transformers gives it; the same arguments."""
+        from nemotron_lite.checkpoint import load
+
+        return load(path, **options)
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
+        """`nemotron_lite.save` under the name that transformers gives it; the same arguments."""
+        from nemotron_lite.checkpoint import save
+
+        save(self, path, **options)
+
     def num_parameters(self) -> int:
         """Weights and selection biases, MTP included."""
         biases = (m.e_score_correction_bias for m in self.modules() if isinstance(m, Router))
@@ -210,9 +224,9 @@ class Nemotron(nn.Module):
     def prepare_for_decoding(self, smallest: int = 80_000) -> Nemotron:
         """Make decoding on a CPU faster: copy every projection into the layout oneDNN prefers.
 
-        A step for one token, or for a few, then takes about half the time. The matrices (all but
-        experts and embedding) are kept twice. If a weight changes afterwards, its copy is no longer
-        used.
+        `generate` calls it where it pays. A step for one token, or for a few, then takes about half
+        the time. The matrices (all but experts and embedding) are kept twice. If a weight changes
+        afterwards, its copy is no longer used; the next call copies it again.
 
         Args:
             smallest: only copy matrices with at least that many numbers; for smaller ones the call

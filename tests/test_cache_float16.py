@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron_lite import generate
+from nemotron_lite import SpeculationOptions, generate
 from nemotron_lite.cache import Cache
 from nemotron_lite.layers import MambaCache
 from nemotron_lite.model import Nemotron
@@ -113,17 +113,27 @@ def test_nothing_taken_in_changes_nothing(model: Nemotron) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ssm(cache), before, strict=True))
 
 
-@pytest.mark.parametrize("draft", [None, "mtp"])
-def test_generation_with_it_can_be_repeated(draft: str | None) -> None:
+@pytest.mark.parametrize("speculation", [None, SpeculationOptions()])
+def test_generation_with_it_can_be_repeated(speculation: SpeculationOptions | None) -> None:
     model = Nemotron(SMALL, seed=0).eval()
     prompts = [[1, 2, 3, 4], [5, 6]]
     for seed in (None, 3, -3):
         runs = [
-            generate(model, prompts, 12, seed=seed, draft=draft, ssm_dtype=HALF) for _ in range(2)
+            generate(
+                model,
+                prompts,
+                12,
+                temperature=0,
+                stop=(),
+                seed=seed,
+                speculation=speculation,
+                ssm_dtype=HALF,
+            )
+            for _ in range(2)
         ]
         assert runs[0] == runs[1]
     with pytest.raises(ValueError, match=r"ssm_dtype=torch\.int8"):
-        generate(model, prompts, 12, draft=draft, ssm_dtype=torch.int8)
+        generate(model, prompts, 12, speculation=speculation, ssm_dtype=torch.int8)
 
 
 def test_other_formats_are_refused() -> None:

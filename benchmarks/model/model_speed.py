@@ -96,8 +96,7 @@ def measure_prefill(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dic
 def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """One token after another behind a context. Rows share the context and differ after it.
 
-    Our matrices are prepared for it (`Nemotron.prepare_for_decoding`), as a program that decodes
-    would do.
+    Our model is prepared for it (`Nemotron.prepare_for_decoding`), as `generate` does.
     """
     ours.prepare_for_decoding()
     for batch, context in plan.decode:

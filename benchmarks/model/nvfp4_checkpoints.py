@@ -86,12 +86,18 @@ def prepare_way(folder: Path, way: str, tokens: int) -> Callable[[], object]:
     small = peers.SIZES["tiny"]
     with tempfile.TemporaryDirectory() as trial:  # what torch sets up once is not to be counted
         save(Nemotron(small).to(torch.bfloat16), Path(trial) / "m")
-        generate(load(Path(trial) / "m", dtype=getattr(torch, dtype)), [PROMPT], 2)
+        generate(
+            load(Path(trial) / "m", dtype=getattr(torch, dtype)),
+            [PROMPT],
+            2,
+            temperature=0,
+            stop=(),
+        )
 
     def work() -> None:
         model = load(folder / name, packed=packed, dtype=getattr(torch, dtype))
         if tokens:
-            generate(model, [PROMPT], tokens)
+            generate(model, [PROMPT], tokens, temperature=0, stop=())
 
     return work
 

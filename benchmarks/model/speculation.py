@@ -14,7 +14,7 @@ nothing was trained on, one at a time (batch 1). For greedy and for sampled deco
 
     plain       token by token: the "plain" of every ratio
     fixed k     drafts of k tokens, always
-    adaptive    drafts as far as they pay, by prices measured on this machine (`calibrate`)
+    adaptive    drafts as far as they pay, by prices measured on this machine (`measure_costs`)
     poor        adaptive, with an MTP module of random weights: what drafting costs where it is
                 useless
 
@@ -41,20 +41,20 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.data import END_OF_TEXT_ID, prepare
 from nemotron_lite.generation.speculative import (
-    Costs,
+    SpeculationCosts,
+    SpeculationOptions,
     Statistics,
-    costs,
+    ledger_costs,
     shortlist,
     speedup,
 )
-from nemotron_lite.generation.speculative.measured_costs import prices_of, seconds_by_part
+from nemotron_lite.generation.speculative.measured_costs import costs_from_seconds, measure_seconds
 from nemotron_lite.train import Continuations, TrainConfig, evaluate, heal, train
 from nemotron_lite.train.healing import GENERATION_BATCH_SIZE, generate_continuations
 
@@ -72,7 +72,7 @@ class Trained:
     """A model, what drafts are made of, prompts, and how it came about."""
 
     model: Nemotron
-    shortlist: Tensor
+    shortlist: tuple[int, ...]
     prompts: list[list[int]]
     story: dict[str, Any]
 
@@ -109,13 +109,13 @@ def trained_model(seconds: float, prompts: int) -> Trained:
             "acceptance_rates_before_healing": healed.before.acceptance_rates,
             "acceptance_rates_after_healing": healed.after.acceptance_rates,
             "held_out_bits_per_byte": evaluate(model.eval(), data.held_out).bits_per_byte,
-            "shortlist": shortlist(texts, SHORTLIST).tolist(),
+            "shortlist": list(shortlist(texts, SHORTLIST)),
         }
         save(model, folder / "model", data.tokenizer)
         (folder / "story.json").write_text(json.dumps(story))
     story = json.loads((folder / "story.json").read_text())
-    tokens = torch.tensor(story.pop("shortlist"))
-    return Trained(laid_out(load(folder / "model").eval()), tokens, judges, story)
+    tokens = tuple(story.pop("shortlist"))
+    return Trained(load(folder / "model"), tokens, judges, story)
 
 
 def own_text(model: Nemotron, data: Any, until: float) -> Continuations:
@@ -147,11 +147,6 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
     return [d[:PROMPT].tolist() for d in long_enough[:count]]
 
 
-def laid_out(model: Nemotron) -> Nemotron:
-    """Ready to decode on this CPU, for plain and speculative decoding alike."""
-    return model.prepare_for_decoding() if model.device.type == "cpu" else model
-
-
 def poor(model: Nemotron) -> Nemotron:
     """The same backbone with an MTP module that knows nothing."""
     fresh = copy.deepcopy(model)
@@ -159,45 +154,54 @@ def poor(model: Nemotron) -> Nemotron:
     other = Nemotron(model.config, seed=7)
     assert other.mtp is not None
     fresh.mtp.load_state_dict(other.mtp.state_dict())
-    return laid_out(fresh.eval())
+    return fresh.eval()
 
 
 def write_all(
-    model: Nemotron, prompts: list[list[int]], tokens: int, texts: list[list[int]] | None = None,
-    **options: Any,
+    model: Nemotron, prompts: list[list[int]], tokens: int, texts: list[list[int]],
+    statistics: list[Statistics], **options: Any,
 ) -> None:  # fmt: skip
-    """Continue the prompts one after another; the texts go into `texts`."""
-    found = [generate(model, [p], tokens, seed=i, **options)[0] for i, p in enumerate(prompts)]
-    if texts is not None:
-        texts[:] = found
+    """Continue the prompts one after another; `texts` becomes what was written."""
+    texts.clear()
+    for i, prompt in enumerate(prompts):
+        text, told = generate(
+            model, prompt, tokens, seed=i, stop=(), return_statistics=True, **options
+        )
+        texts.append(text)
+        statistics.append(told)
 
 
 def measure_decoding(
     model: Nemotron, prompts: list[list[int]], tokens: int, rounds: int, temperature: float,
-    prices: dict[str, Costs], tokens_to_draft: Tensor | None = None,
+    prices: dict[str, SpeculationCosts], tokens_to_draft: tuple[int, ...] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One entry per way of drafting, each against plain decoding in the same rounds."""
-    mtp: dict[str, Any] = dict(draft="mtp", shortlist=tokens_to_draft)
-    ways: dict[str, dict[str, Any]] = {
-        f"fixed {k}": dict(mtp, draft_length=k, adaptive=False) for k in LENGTHS
+    ways = {
+        f"fixed {k}": SpeculationOptions(draft_length=k, adaptive=False, shortlist=tokens_to_draft)
+        for k in LENGTHS
     }
-    ways["adaptive"] = dict(mtp, draft_length=LONGEST, adaptive=prices["measured"])
+    ways["adaptive"] = SpeculationOptions(
+        draft_length=LONGEST, costs=prices["measured"], shortlist=tokens_to_draft
+    )
     models = dict.fromkeys(ways, model) | {"poor": poor(model)}
     ways["poor"] = ways["adaptive"]
     sampling: dict[str, Any] = dict(temperature=temperature, top_p=0.95 if temperature else None)
-    told = {name: Statistics() for name in ways}
+    told: dict[str, list[Statistics]] = {name: [] for name in ("plain", *ways)}
     texts: dict[str, list[list[int]]] = {name: [] for name in ("plain", *ways)}
     calls: dict[str, Any] = {
-        "plain": partial(write_all, model, prompts, tokens, texts["plain"], **sampling)
+        "plain": partial(
+            write_all, model, prompts, tokens, texts["plain"], told["plain"], **sampling
+        )
     }
     for name, way in ways.items():
         calls[name] = partial(
-            write_all, models[name], prompts, tokens, texts[name], statistics=told[name],
-            **sampling, **way,
+            write_all, models[name], prompts, tokens, texts[name], told[name],
+            speculation=way, **sampling,
         )  # fmt: skip
     seconds = measure.alternate(calls, rounds)
     entries = []
-    for name, statistics in told.items():
+    for name in ways:
+        statistics = sum(told[name], Statistics())
         entry = measure.compare(
             "decode", {"ours": seconds[name], "plain": seconds["plain"]}, over="plain",
             tokens=len(prompts) * tokens, aim=FLOOR if name == "poor" else AIM,
@@ -215,7 +219,7 @@ def measure_decoding(
     return entries
 
 
-def predicted(statistics: Statistics, price: Costs) -> float:
+def predicted(statistics: Statistics, price: SpeculationCosts) -> float:
     """Tokens over plain steps paid; passes without a draft cost one."""
     rounds, plain = statistics.verifications, statistics.plain
     if not rounds:
@@ -242,7 +246,7 @@ def measure_rollback(model: Nemotron, rounds: int) -> list[dict[str, Any]]:
 
 def verify_and_accept(model: Nemotron, rounds: int) -> tuple[int, int, float]:
     """With `Cache.accept`: bytes kept, bytes of the cache, time in plain steps."""
-    parts = seconds_by_part(model, 4, rounds=rounds)
+    parts = measure_seconds(model, 4, rounds=rounds)
     cache = model.empty_cache(1)
     model(model.lm_head.weight.new_zeros(1, 5).long(), cache, draft=True)
     return cache.draft_nbytes, cache.nbytes, parts["verify_all"] / parts["step"]
@@ -296,28 +300,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
     story: dict[str, Any] | None = None
-    drafted: Tensor | None = None
+    drafted: tuple[int, ...] | None = None
     if asked.quick:
         config = NemotronConfig.from_preset(
             "lite", pattern="ME*E", vocab_size=128, hidden_size=32, mtp_pattern="*E"
         )
         model, prompts = Nemotron(config, seed=0).eval(), [[1, 2, 3], [4, 5]]
-        drafted, asked.tokens, asked.rounds = torch.arange(64), 8, 2
+        drafted, asked.tokens, asked.rounds = tuple(range(64)), 8, 2
     elif asked.model:
-        model = laid_out(load(asked.model).eval())
+        model = load(asked.model)
         prompts = _beginnings(prepare(vocab_size=model.config.vocab_size), asked.prompts)
     else:
         trained = trained_model(asked.seconds, asked.prompts)
         model, drafted, prompts = trained.model, trained.shortlist, trained.prompts
         story = trained.story
         print(f"  {story}", flush=True)
-    parts = seconds_by_part(
+    parts = measure_seconds(
         model, LONGEST, context=PROMPT, rounds=3 if asked.quick else 40, shortlist=drafted
     )
     counted = None if drafted is None else len(drafted)
     prices = {
-        "ledger": costs(model.config, LONGEST, drafted_tokens=counted),
-        "measured": prices_of(parts, LONGEST),
+        "ledger": ledger_costs(model.config, LONGEST, drafted_tokens=counted),
+        "measured": costs_from_seconds(parts, LONGEST),
     }
     print(f"  prices in plain steps: {prices}", flush=True)
     results = measure_rollback(model, 3 if asked.quick else 40)

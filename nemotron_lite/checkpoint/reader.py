@@ -23,6 +23,7 @@ Source: reference sheet section 10. Left out: downloading from the hub.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,7 +66,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    mtp: Literal["require", "drop"] = "require",
+    mtp: Literal["auto", "require", "drop"] = "auto",
     packed: bool = False,
 ) -> Nemotron:
     """Read a `nemotron_h` checkpoint: `model.safetensors`, or shards with their index.
@@ -78,8 +79,9 @@ def load(
         path: the folder.
         dtype: of the weights; None takes the one that config.json names.
         device: of the weights.
-        mtp: "require" loads the MTP module if config.json has one and fails if its weights are
-            missing; "drop" leaves it out, whatever the folder holds.
+        mtp: "auto" loads the MTP module if config.json has one, and warns and leaves it out if the
+            folder has none of its weights, as in folders that transformers has saved; "require"
+            makes that an error; "drop" leaves the module out, whatever the folder holds.
         packed: keep NVFP4 and FP8 weights quantized and decode them when they are used; `save`
             then writes the same bits again. Otherwise they are decoded to `dtype` (bfloat16 if
             neither `dtype` nor config.json names one).
@@ -95,8 +97,8 @@ def load(
     folder = Path(path)
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype={dtype} does not work: expected one of {list(_DTYPES.values())}.")
-    if mtp not in ("require", "drop"):
-        raise ValueError(f'mtp={mtp!r} does not work: expected "require" or "drop".')
+    if mtp not in ("auto", "require", "drop"):
+        raise ValueError(f'mtp={mtp!r} does not work: expected "auto", "require" or "drop".')
     _check_folder(folder)
     hf, problems = validation.read_json(folder / "config.json")
     stored, header_problems = validation.read_headers(folder)
@@ -106,7 +108,8 @@ def load(
     problems += modelopt_config.check(
         folder, hf, found.modules.values(), floats, complete=not problems
     )
-    config, config_problems = _config(folder, hf, mtp) if hf else (None, [])
+    absent = mtp == "auto" and _mtp_is_absent(hf, stored)
+    config, config_problems = _config(folder, hf, "drop" if absent else mtp) if hf else (None, [])
     named_dtype, dtype_problems = _named_dtype(hf)
     dtype = dtype or named_dtype
     tokenizer, tokenizer_problems = _tokenizer(folder)
@@ -129,7 +132,23 @@ def load(
     tensors = _read_weights(folder, model, shapes, matched, found, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = tokenizer
+    if absent:
+        warnings.warn(
+            f"{folder}: config.json has an MTP module (num_nextn_predict_layers="
+            f"{hf['num_nextn_predict_layers']}), but the files hold none of its weights; "
+            "transformers drops them when it saves. The model is loaded without it, so it cannot "
+            'draft. Give load(path, mtp="drop") to leave it out without this warning, or '
+            'mtp="require" to make it an error.',
+            stacklevel=2,
+        )
     return model.eval()
+
+
+def _mtp_is_absent(hf: Mapping[str, Any], stored: list[StoredTensor]) -> bool:
+    """Whether config.json has an MTP module and the files have not one of its weights."""
+    if not stored or hf.get("num_nextn_predict_layers") in (None, 0):
+        return False
+    return not any(item.name.startswith("mtp.") for item in stored)
 
 
 def _check_folder(folder: Path) -> None:

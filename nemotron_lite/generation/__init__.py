@@ -1,11 +1,13 @@
-"""Writing text with a model: `generate` and `stream`.
+"""Writing text with a model.
 
-decoding      the loop: read the prompts, then one token at a time
-prefill       prompts of any lengths become one padded tensor, and are read into a cache
-sampling      from logits to a token
-speculative/  several tokens at a time, drafted by the MTP module and verified exactly
+options           what `generate` and `stream` can be asked for, and the defaults
+decoding          `generate` and `stream`: read the prompts, then write one token at a time
+prompts           text or token ids, one or many; and text from the tokens written
+prefill           rows of any lengths become one padded tensor and are read into a cache
+prepared_weights  copies of the weights that a CPU multiplies faster, where they pay
+sampling          from logits to a token
+speculative/      several tokens at a time, drafted by the MTP module and verified exactly
+
+The public names are in `nemotron_lite` itself: `from nemotron_lite import generate`. Nothing is
+imported here, so that the command line can read the options without waiting for torch.
 """
-
-from nemotron_lite.generation.decoding import generate, stream
-
-__all__ = ["generate", "stream"]

@@ -2,167 +2,226 @@
 
     t_{i+1} ~ p( . | t_1 .. t_i),      p = softmax(logits / temperature) after the filters
 
+    generate(model, "def mean(values):", max_new_tokens=64)              a text gives a text
+    generate(model, [[5, 17], [3]], temperature=0)                       ids give ids
+    for piece in stream(model, "def mean(values):"): print(piece, end="")
+
 Rows of a batch may have prompts of different lengths; each gives the tokens it would give alone.
 Each row draws from its own random stream, row r with `seed + r`, so this holds for sampling too.
 
-With `draft="mtp"` the MTP module proposes the next few tokens and the backbone checks them in one
-pass (speculative/). Greedy, the tokens are the same as without; sampled, their law is the same, and
-the tokens are others, since the random numbers are used differently.
+With `speculation=SpeculationOptions()` the MTP module proposes the next few tokens and the backbone
+verifies them in one pass (speculative/). Greedy decoding then writes the same tokens. Sampling
+keeps the distribution; the individual tokens differ, because the random numbers are used
+differently.
 
-Source: reference sheet 8.6 for the recommended settings (temperature 1.0, top_p 0.95). The filters
-are in sampling.py, the prompt in prompts.py. Left out: beams, repetition penalties.
+On a CPU decoding is bound by reading the projection matrices. Where it helps (see
+prepared_weights.py), `generate` and `stream` first make a copy of them in a layout that oneDNN
+reads faster. The copies take as much memory as the matrices, and stay with the model for later
+calls; products with them differ by rounding. A weight that changes afterwards is multiplied without
+its copy, and copied again by the next call. The exception are writes through `parameter.data`,
+which PyTorch does not count: avoid them, or give `prepare_weights=False`.
+
+Source: reference sheet 8.6 for the recommended temperature and top_p. Options are in options.py,
+prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition penalties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nemotron_lite.cache import Cache
-from nemotron_lite.generation.prefill import Prompts, pad_right, prefill
-from nemotron_lite.generation.sampling import Chooser, Filters
-from nemotron_lite.generation.speculative import Costs, Speculation, Statistics
+from nemotron_lite.generation.options import GenerationOptions
+from nemotron_lite.generation.prefill import pad_right, prefill
+from nemotron_lite.generation.prepared_weights import prepare_weights
+from nemotron_lite.generation.prompts import Prompts, TextRow, continuation, encode_prompts
+from nemotron_lite.generation.sampling import Sampler
+from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
+from nemotron_lite.generation.speculative.statistics import Statistics
 from nemotron_lite.model import Nemotron
-
-DRAFTS = ("mtp",)
 
 
 def generate(
     model: Nemotron,
-    tokens: Prompts,
-    max_new_tokens: int,
+    prompts: Prompts,
+    max_new_tokens: int | None = None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Collection[int] = (),
-    seed: int | None = None,
-    prefill_chunk: int | None = None,
-    draft: str | None = None,
-    draft_length: int = 4,
-    adaptive: bool | Costs = True,
-    shortlist: Int[Tensor, "s"] | None = None,
-    statistics: Statistics | None = None,
-    ssm_dtype: torch.dtype | None = None,
-) -> list[list[int]]:
+    options: GenerationOptions | None = None,
+    return_statistics: bool = False,
+    **settings: Any,
+) -> Any:
     """Continue each prompt.
 
     Args:
-        tokens: `b t` ids, or one list of ids per row, of any lengths.
-        max_new_tokens: most tokens to write per row.
-        temperature: 0 is greedy.
-        top_k, top_p: filters on the distribution; None is off.
-        stop: tokens that end a row, for instance `model.config.eos_token_ids`.
-        seed: makes sampling repeatable; None draws a fresh one.
-        prefill_chunk: tokens of prompt per pass; None lets the model choose. Any value gives the
-            same logits up to rounding.
-        draft: "mtp" lets the MTP module draft and the backbone verify; None writes token by token.
-        draft_length: most tokens of a draft.
-        adaptive: draft only as far as it pays, by the ledger's prices or by the `Costs` given
-            (`speculative.calibrate` measures them); False drafts `draft_length` tokens always.
-        shortlist: the only tokens to draft, for a cheaper head (`speculative.shortlist` counts
-            them); all of them when None.
-        statistics: filled in with what drafting did.
-        ssm_dtype: float16 halves the memory of SSM states, which are then rounded by chance, with
-            bits that follow from `seed` (0 where there is none). None is float32.
+        prompts: one text, a list of texts, the token ids of one prompt, or a list or `b t` tensor
+            of several. Text needs `model.tokenizer`.
+        max_new_tokens: the most tokens to write per row.
+        options: all options together; None takes the defaults.
+        return_statistics: also return the `Statistics`: how many passes, how much of the drafts was
+            accepted, where the time went.
+        settings: any option of `GenerationOptions` as a keyword, such as `temperature=0.8`; it
+            takes the place of the one in `options`.
 
     Returns:
-        The new tokens of each row, without the prompt; a stop token is the last of its row.
+        What was written, without the prompt: a text for a text, token ids for ids, and a list for
+        several prompts. A stop token is the last id of its row; in text it is not shown. With
+        `return_statistics`, a pair: that, and the statistics.
 
     Raises:
-        ValueError: an argument out of range, an empty prompt, a draft asked of a model without
-            an MTP module, or an `ssm_dtype` that caches do not have.
+        ValueError: an option out of range, an empty prompt, text for a model without a tokenizer,
+            speculation with a model that has no MTP module, or an `ssm_dtype` that caches do not
+            have.
+        TypeError: an option that does not exist.
     """
-    rows: list[list[int]] | None = None
-    for step in stream(
-        model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        stop=stop, seed=seed, prefill_chunk=prefill_chunk, draft=draft, draft_length=draft_length,
-        adaptive=adaptive, shortlist=shortlist, statistics=statistics, ssm_dtype=ssm_dtype,
-    ):  # fmt: skip
-        rows = rows or [[] for _ in step]
-        for row, token in zip(rows, step, strict=True):
+    run = _Run(model, prompts, _options(options, max_new_tokens, settings))
+    texts: list[list[int]] = [[] for _ in run.rows]
+    for step in run.steps():
+        for text, token in zip(texts, step, strict=True):
             if token is not None:
-                row.append(token)
-    return rows or [[] for _ in range(len(tokens))]
+                text.append(token)
+    found: list[Any] = texts
+    if run.tokenizer is not None:
+        found = [
+            continuation(run.tokenizer, prompt, text, run.stop)
+            for prompt, text in zip(run.rows, texts, strict=True)
+        ]
+    result = found[0] if run.single else found
+    return (result, run.statistics) if return_statistics else result
+
+
+class TokenStream(Iterator[Any]):
+    """What `stream` returns: the steps, and the statistics of the run so far.
+
+    Attributes:
+        statistics: counted while the run goes on; complete after the last step.
+    """
+
+    def __init__(self, steps: Iterator[Any], statistics: Statistics) -> None:
+        self._steps = steps
+        self.statistics = statistics
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._steps)
 
 
 def stream(
     model: Nemotron,
-    tokens: Prompts,
-    max_new_tokens: int,
+    prompts: Prompts,
+    max_new_tokens: int | None = None,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Collection[int] = (),
-    seed: int | None = None,
-    prefill_chunk: int | None = None,
-    draft: str | None = None,
-    draft_length: int = 4,
-    adaptive: bool | Costs = True,
-    shortlist: Int[Tensor, "s"] | None = None,
-    statistics: Statistics | None = None,
-    ssm_dtype: torch.dtype | None = None,
-) -> Iterator[list[int | None]]:
-    """`generate`, one step at a time: a token per row, None for rows that have ended.
+    options: GenerationOptions | None = None,
+    **settings: Any,
+) -> TokenStream:
+    """`generate`, one step at a time.
 
-    Arguments are checked at once; the prompt is read when the first step is asked for.
+    Each step has one token of every row. For several prompts it is a list: of token ids, with None
+    for rows that have ended; or of pieces of text, where a piece is "" as long as a character is
+    not complete, and for rows that have ended. For one prompt it is the id or the piece itself. The
+    pieces of a row, joined, are the text that `generate` returns.
+
+    The arguments are those of `generate`. They are checked at once; the prompt is read when the
+    first step is asked for.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more.")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1, or None.")
-    if draft is not None and draft not in DRAFTS:
-        raise ValueError(f"draft={draft!r}: expected one of {DRAFTS}, or None to write plainly.")
-    if isinstance(stop, int | str) or not all(isinstance(token, int) for token in stop):
-        raise ValueError(f"stop={stop!r}: expected token ids, as in model.config.eos_token_ids.")
-    filters = Filters(temperature, top_k, top_p)
-    prompt, lengths = pad_right(tokens)
-    if draft is not None:
-        return Speculation(
-            model, prompt, lengths, max_new_tokens, filters, seed=seed, stop=frozenset(stop),
-            chunk=prefill_chunk, draft_length=draft_length, adaptive=adaptive,
-            shortlist=shortlist, statistics=statistics, ssm_dtype=ssm_dtype,
-        ).steps()  # fmt: skip
-    chooser = Chooser(len(prompt), filters, seed)
-    cache = model.empty_cache(
-        len(prompt),
-        prompt.shape[1] + max_new_tokens,
-        ssm_dtype=ssm_dtype,
-        ssm_seed=(seed or 0) % 2**63,
-    )
-    return _steps(
-        model, prompt, lengths, max_new_tokens, chooser, frozenset(stop), prefill_chunk, cache
-    )
+    run = _Run(model, prompts, _options(options, max_new_tokens, settings))
+    return TokenStream(run.pieces(), run.statistics)
 
 
-def _steps(
-    model: Nemotron,
-    prompt: Int[Tensor, "b t"],
-    lengths: list[int],
-    max_new_tokens: int,
-    chooser: Chooser,
-    stop: frozenset[int],
-    prefill_chunk: int | None,
-    cache: Cache,
-) -> Iterator[list[int | None]]:
-    if max_new_tokens == 0:
-        return
-    # Inference mode must not stay on while the caller holds the iterator: it covers single calls.
-    with torch.inference_mode():
-        logits = prefill(model, prompt, lengths, cache, prefill_chunk)
-        chosen = chooser(logits)
-    ended = [False] * len(prompt)
-    for step in range(max_new_tokens):
-        if step:
+def _options(
+    options: GenerationOptions | None, max_new_tokens: int | None, settings: dict[str, Any]
+) -> GenerationOptions:
+    if max_new_tokens is not None:
+        settings = {**settings, "max_new_tokens": max_new_tokens}
+    return (options or GenerationOptions()).replace(**settings)
+
+
+class _Run:
+    """Prompts and options, checked and ready to be continued."""
+
+    def __init__(self, model: Nemotron, prompts: Prompts, options: GenerationOptions) -> None:
+        self.model, self.options = model, options
+        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
+        if options.stop is None:
+            options = options.replace(stop=model.config.eos_token_ids)
+        assert options.stop is not None
+        self.stop = frozenset(options.stop)
+        prompt, lengths = pad_right(self.rows)
+        decoding = PlainDecoding if options.speculation is None else SpeculativeDecoding
+        self.decoding = decoding(model, prompt, lengths, options)
+        self.statistics = self.decoding.statistics
+
+    def steps(self) -> Iterator[list[int | None]]:
+        """A token per row and step; None for rows that have ended."""
+        if self.options.prepare_weights:
+            prepare_weights(self.model, self.options.max_new_tokens)
+        yield from self.decoding.steps()
+
+    def pieces(self) -> Iterator[Any]:
+        """The steps as `stream` gives them."""
+        most = self.options.max_new_tokens
+        texts = [
+            TextRow(self.tokenizer, row, self.stop, most) for row in self.rows if self.tokenizer
+        ]
+        for step in self.steps():
+            found: list[Any] = step
+            if texts:
+                found = [text.add(token) for text, token in zip(texts, step, strict=True)]
+            yield found[0] if self.single else found
+
+
+class PlainDecoding:
+    """One token per row and forward pass.
+
+    Args:
+        prompt: padded on the right; `lengths` are the real tokens of each row.
+        options: how to continue; `stop` holds the tokens that end a row.
+    """
+
+    def __init__(
+        self,
+        model: Nemotron,
+        prompt: Int[Tensor, "b t"],
+        lengths: list[int],
+        options: GenerationOptions,
+    ) -> None:
+        self.model, self.prompt, self.lengths, self.options = model, prompt, lengths, options
+        self.statistics = Statistics()
+        self.sampler = Sampler(len(prompt), options, options.seed)
+        self.cache = model.empty_cache(
+            len(prompt),
+            prompt.shape[1] + options.max_new_tokens,
+            ssm_dtype=options.ssm_dtype,
+            ssm_seed=options.ssm_seed,
+        )
+
+    def steps(self) -> Iterator[list[int | None]]:
+        """A token per row and step; None for rows that have ended."""
+        stop, seconds = self.options.stop or (), self.statistics.seconds
+        ended = [False] * len(self.prompt)
+        chosen = self.prompt[:, 0]
+        for step in range(self.options.max_new_tokens):
+            started = time.perf_counter()
+            # Inference mode must not stay on while the caller holds the iterator.
             with torch.inference_mode():
-                logits = model(chosen.unsqueeze(1), cache, logits_to_keep=1).logits[:, 0]
-                chosen = chooser(logits)
-        found = chosen.tolist()
-        yield [None if over else token for token, over in zip(found, ended, strict=True)]
-        ended = [over or token in stop for token, over in zip(found, ended, strict=True)]
-        if all(ended):
-            return
+                if step == 0:
+                    chunk = self.options.prefill_chunk
+                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, chunk)
+                else:
+                    out = self.model(chosen.unsqueeze(1), self.cache, logits_to_keep=1)
+                    logits = out.logits[:, 0]
+                chosen = self.sampler(logits)
+                tokens = chosen.tolist()
+            seconds["verify" if step else "prompt"] += time.perf_counter() - started
+            if step:
+                going = [0 for over in ended if not over]
+                self.statistics.count(going, going)
+            yield [None if over else token for token, over in zip(tokens, ended, strict=True)]
+            ended = [over or token in stop for token, over in zip(tokens, ended, strict=True)]
+            if all(ended):
+                return

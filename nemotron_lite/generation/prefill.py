@@ -1,15 +1,15 @@
-"""Prompts: rows of any lengths as one tensor, read into a cache in pieces.
+"""Prefill: rows of any lengths as one tensor, read into a cache in pieces.
 
-Rows are padded on the right. A padding token changes neither the cache nor any logits of its row,
-so a row gives what it would give alone, and any cut into pieces gives the same logits up to
-rounding.
+Rows are padded on the right. A padding token changes neither the cache nor any logits of its row.
+So a row gives what it would give alone, and every way of cutting the prompt into pieces gives the
+same logits up to rounding.
 
-Left out: sharing of prompts that begin alike, and packing of several prompts into one row.
+Left out: sharing the cache of prompts that begin alike, and several prompts in one row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.model import Nemotron
-
-Prompts = Int[Tensor, "b t"] | Sequence[Sequence[int]]
 
 
 def prefill(
@@ -30,13 +28,14 @@ def prefill(
     *,
     on_hidden: Callable[[Tensor, int], None] | None = None,
 ) -> Float[Tensor, "b v"]:
-    """Take prompts into `cache`; the logits after each row's last token.
+    """Read prompts into `cache`; returns the logits after each row's last token.
 
     Args:
         prompt: padded on the right.
         lengths: real tokens per row.
         chunk: tokens per pass; None is all at once.
-        on_hidden: called after each pass with the hidden states `b s d` and the place of the first.
+        on_hidden: called after each pass with the hidden states `b s d` and the position of the
+            first.
     """
     prompt = prompt.to(model.device)
     total = prompt.shape[1]
@@ -61,24 +60,8 @@ def prefill(
     return logits
 
 
-def pad_right(tokens: Prompts) -> tuple[Int[Tensor, "b t"], list[int]]:
-    """Rows of any lengths as one tensor, padded with 0, and their lengths.
-
-    Raises:
-        ValueError: no rows, an empty one, or something else than rows of ids.
-    """
-    if not isinstance(tokens, Tensor):
-        for row in [tokens, *tokens]:
-            if isinstance(row, str):
-                raise ValueError(
-                    f"prompts are rows of token ids, and {row[:40]!r} is text: give "
-                    "[model.tokenizer.encode(text).ids]."
-                )
-            if isinstance(row, int):
-                raise ValueError("prompts are rows of token ids: a single one is [ids], not ids.")
-    rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
-    lengths = [len(row) for row in rows] if rows and isinstance(rows[0], list) else []
-    if not lengths or not min(lengths):
-        raise ValueError("prompts must be rows of at least one token; start with bos_token_id.")
+def pad_right(rows: list[list[int]]) -> tuple[Int[Tensor, "b t"], list[int]]:
+    """Rows of any lengths as one tensor, padded with 0, and their lengths."""
+    lengths = [len(row) for row in rows]
     longest = max(lengths)
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows]), lengths

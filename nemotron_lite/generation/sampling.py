@@ -1,76 +1,50 @@
 """From logits to a token: temperature, filters, and a random stream for each row.
 
-    p = softmax(logits / temperature), cut to the top_k most likely, then to the smallest set that
-    holds top_p of the probability, and renormalised
+    p = softmax(logits / temperature), cut to the top_k most likely tokens, then to the smallest set
+    that has probability top_p, and normalized again
 
 Temperature 0 is greedy: the most likely token, whatever the filters. Each row draws from its own
-random stream, row r with `seed + r`, so a row's text does not depend on its neighbours.
+random stream, row r with `seed + r`, so a row's text does not depend on its neighbors.
 
-top_p looks at the most likely tokens first: if the best `SHORTLIST` hold enough probability, the
+top_p looks at the most likely tokens first: if the best `CANDIDATES` have enough probability, the
 others are neither sorted nor read again. Sorting a whole vocabulary takes longer than a small
 model's forward pass.
 
 Source: reference sheet 8.6 for the recommended settings (temperature 1.0, top_p 0.95). Left out:
-beams, repetition penalties, min-p.
+beam search, repetition penalties, min-p.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.ops.verification import draw
 
-SHORTLIST = 256
+CANDIDATES = 256
 
 
-@dataclass(frozen=True)
-class Filters:
-    """How logits become a distribution.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy) or a number above."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for no limit.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p={self.top_p} must be above 0 and at most 1, or None for no limit."
-            )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether there is nothing to draw."""
-        return self.temperature == 0
-
-    def __call__(self, logits: Float[Tensor, "*rows v"]) -> Float[Tensor, "*rows v"]:
-        """`distribution` with these settings, for any leading axes."""
-        flat = logits.reshape(-1, logits.shape[-1])
-        return distribution(flat, self.temperature, self.top_k, self.top_p).view(logits.shape)
+def probabilities(
+    logits: Float[Tensor, "*rows v"], options: SamplingOptions
+) -> Float[Tensor, "*rows v"]:
+    """`distribution` with these options, for any leading axes."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    found = distribution(flat, options.temperature, options.top_k, options.top_p)
+    return found.view(logits.shape)
 
 
 def distribution(
     logits: Float[Tensor, "b v"],
-    temperature: float,
+    temperature: float | int,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | int | None = None,
 ) -> Float[Tensor, "b v"]:
     """The distribution that tokens are drawn from, after temperature and filters.
 
-    Ties at the top_k-th place all stay. With temperature 0 the most likely token has all of it.
+    Tokens that tie for the top_k-th place are all kept. With temperature 0 the most likely token
+    has probability 1.
     """
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
@@ -89,15 +63,15 @@ def distribution(
     return torch.zeros_like(probabilities).scatter_(-1, places, kept)
 
 
-def _most_likely(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Enough of each row, in falling order, to hold top_p: the shortlist, or everything."""
-    if probabilities.shape[-1] > SHORTLIST:
-        # One more than the list: a tie across its end must be cut by token number, as a stable
-        # sort of the whole row would.
-        values, places = probabilities.topk(SHORTLIST + 1, dim=-1)
-        enough = values[:, :SHORTLIST].sum(-1) >= top_p + 1e-4
-        if bool((enough & (values[:, SHORTLIST - 1] > values[:, SHORTLIST])).all()):
-            values, places = values[:, :SHORTLIST], places[:, :SHORTLIST]
+def _most_likely(probabilities: Tensor, top_p: float | int) -> tuple[Tensor, Tensor]:
+    """Enough of each row, in falling order, to have top_p: the candidates, or all tokens."""
+    if probabilities.shape[-1] > CANDIDATES:
+        # One more than the candidates: a tie across their end must be cut by token number, as a
+        # stable sort of the whole row would.
+        values, places = probabilities.topk(CANDIDATES + 1, dim=-1)
+        enough = values[:, :CANDIDATES].sum(-1) >= top_p + 1e-4
+        if bool((enough & (values[:, CANDIDATES - 1] > values[:, CANDIDATES])).all()):
+            values, places = values[:, :CANDIDATES], places[:, :CANDIDATES]
             places, order = places.sort(-1)
             ordered, again = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
             return ordered, places.gather(1, again)
@@ -105,11 +79,11 @@ def _most_likely(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return values, places
 
 
-class Streams:
-    """One source of uniform numbers for each row."""
+class RandomStreams:
+    """One source of uniform random numbers for each row."""
 
     def __init__(self, rows: int, seed: int | None) -> None:
-        first = torch.seed() if seed is None else seed
+        first = torch.Generator().seed() if seed is None else seed
         self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
 
     def uniforms(self, count: int, device: torch.device) -> Float[Tensor, "b count"]:
@@ -118,15 +92,32 @@ class Streams:
         return torch.stack(drawn).to(device)
 
 
-class Chooser:
-    """Picks one token per row from logits."""
+class Sampler:
+    """Chooses tokens from logits.
 
-    def __init__(self, rows: int, filters: Filters, seed: int | None) -> None:
-        self.filters = filters
-        self.streams = Streams(rows, 0 if filters.greedy else seed)
+    Args:
+        rows: of the batch.
+        options: temperature and filters.
+        seed: row r draws from a stream with seed `seed + r`; None takes a fresh seed.
+    """
+
+    def __init__(self, rows: int, options: SamplingOptions, seed: int | None) -> None:
+        self.options = options
+        self._streams = None if options.greedy else RandomStreams(rows, seed)
+
+    def uniforms(self, count: int, device: torch.device) -> Float[Tensor, "b count"] | None:
+        """`count` random numbers for each row; None for greedy decoding, which needs none."""
+        return None if self._streams is None else self._streams.uniforms(count, device)
+
+    def choose(
+        self, logits: Float[Tensor, "b v"], uniforms: Float[Tensor, "b"] | None
+    ) -> Int[Tensor, "b"]:
+        """One token per row: the most likely one without random numbers, else by `uniforms`."""
+        if uniforms is None:
+            return logits.argmax(-1)
+        return draw(probabilities(logits, self.options), uniforms)
 
     def __call__(self, logits: Float[Tensor, "b v"]) -> Int[Tensor, "b"]:
-        """One step of every row."""
-        if self.filters.greedy:
-            return logits.argmax(-1)
-        return draw(self.filters(logits), self.streams.uniforms(1, logits.device)[:, 0])
+        """One token per row, with the next random number of each row's stream."""
+        drawn = self.uniforms(1, logits.device)
+        return self.choose(logits, None if drawn is None else drawn[:, 0])

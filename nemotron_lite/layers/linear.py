@@ -2,9 +2,10 @@
 
 It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
 optimizer's groups) finds it; only the product is computed by `ops.linear`. `prepare_for_decoding`
-keeps a second copy of the matrix, in the layout in which few rows are multiplied fastest. The copy
-is used only as long as the weight has not changed since. It is not saved and not copied along with
-the module.
+keeps a second copy of the matrix in the layout in which few rows are multiplied fastest. The copy
+is used only as long as the weight is unchanged. It is neither saved nor copied along with the
+module. Changes are found by the version counter that PyTorch keeps for each tensor: an in-place
+operation, an optimizer step and `load_state_dict` raise it, a write through `weight.data` does not.
 """
 
 from __future__ import annotations
@@ -39,18 +40,22 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight)
 
     def prepare_for_decoding(self) -> None:
-        """Keep a copy in oneDNN's own layout.
+        """Keep a copy in oneDNN's own layout, unless there is one of this weight already.
 
         Raises:
             ValueError: the weight is not float32 on the CPU.
         """
-        self._prepacked = prepack(self.weight)
-        self._copied = (self.weight.data_ptr(), self.weight._version)
+        if self._prepacked is None or not self._is_current():
+            self._prepacked = prepack(self.weight)
+            self._copied = (self.weight.data_ptr(), self.weight._version)
+
+    def _is_current(self) -> bool:
+        """Whether the weight is still the one that was copied."""
+        return self._copied == (self.weight.data_ptr(), self.weight._version)
 
     def _may_use_copy(self, x: Tensor) -> bool:
-        weight = self.weight
         return (
-            self._copied == (weight.data_ptr(), weight._version)
+            self._is_current()
             and not torch.is_grad_enabled()
             and 0 < x.numel() <= MOST_PREPACKED_ROWS * x.shape[-1]
             and x.dtype == torch.float32

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.generation.decoding import generate
+from nemotron_lite.generation.options import SpeculationOptions
 from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.config import TrainConfig
@@ -119,7 +120,13 @@ def generate_continuations(
     for first in range(0, len(prompts), GENERATION_BATCH_SIZE):
         group = prompts[first : first + GENERATION_BATCH_SIZE]
         continuations += generate(
-            model, group, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed + first
+            model,
+            group,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + first,
+            stop=(),
         )
     return Continuations(prompts, continuations)
 
@@ -134,10 +141,10 @@ def measure_acceptance(
     seed: int = 0,
 ) -> Statistics:
     """Generate with drafts of exactly `draft_length` tokens, and count the accepted ones."""
-    statistics = Statistics()
-    generate(
-        model, prompts, max_new_tokens, temperature=temperature, seed=seed, draft="mtp",
-        draft_length=draft_length, adaptive=False, statistics=statistics,
+    _, statistics = generate(
+        model, prompts, max_new_tokens, temperature=temperature, top_p=None, seed=seed, stop=(),
+        speculation=SpeculationOptions(draft_length=draft_length, adaptive=False),
+        return_statistics=True,
     )  # fmt: skip
     return statistics
 

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.model import speculation
-from nemotron_lite.generation.speculative import Costs, Statistics
-from nemotron_lite.generation.speculative.measured_costs import prices_of, seconds_by_part
+from nemotron_lite.generation.speculative import SpeculationCosts, Statistics
+from nemotron_lite.generation.speculative.measured_costs import costs_from_seconds, measure_seconds
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import SMALL
 
@@ -17,7 +17,7 @@ def test_every_way_is_measured_against_plain(monkeypatch, tmp_path, capsys) -> N
     monkeypatch.setattr(record, "RECORDS", tmp_path)
     monkeypatch.setattr(speculation, "LENGTHS", (2,))
     model = Nemotron(SMALL, seed=0)
-    prices = {"measured": Costs(0.2, 0.1)}
+    prices = {"measured": SpeculationCosts(0.2, 0.1)}
     entries = speculation.measure_decoding(model, [[1, 2], [3]], 6, 2, 0.0, prices)
     assert [entry["way"] for entry in entries] == ["fixed 2", "adaptive", "poor"]
     for entry in entries:
@@ -39,23 +39,25 @@ def test_a_poor_module_is_another_one_on_the_same_backbone() -> None:
 
 def test_the_prediction_is_tokens_over_steps_paid() -> None:
     statistics = Statistics()
-    assert speculation.predicted(statistics, Costs(0.2, 0.1)) == 1.0
+    assert speculation.predicted(statistics, SpeculationCosts(0.2, 0.1)) == 1.0
     statistics.count([2], [2])
     statistics.count([0], [0])
     # three tokens for 1 + 0.1 + 2 * 0.3 steps, and one for one
-    assert speculation.predicted(statistics, Costs(0.2, 0.1, 0.1)) == pytest.approx(4 / 2.7)
+    assert speculation.predicted(statistics, SpeculationCosts(0.2, 0.1, 0.1)) == pytest.approx(
+        4 / 2.7
+    )
 
 
 def test_prices_are_measured_in_plain_steps() -> None:
     clock = iter(float(i) ** 2 for i in range(10_000))
-    parts = seconds_by_part(
+    parts = measure_seconds(
         Nemotron(SMALL, seed=0), 3, context=5, rounds=3, timer=lambda: next(clock)
     )
     assert set(parts) == {"step", "draft", "verify_two", "verify_all"}
-    found = prices_of({"step": 2.0, "draft": 0.5, "verify_two": 3.0, "verify_all": 4.0}, 3)
-    assert found == Costs(draft=0.25, verify=0.25, start=0.25)
+    found = costs_from_seconds({"step": 2.0, "draft": 0.5, "verify_two": 3.0, "verify_all": 4.0}, 3)
+    assert found == SpeculationCosts(draft=0.25, verify=0.25, start=0.25)
     with pytest.raises(ValueError, match="drafts of at least 2"):
-        seconds_by_part(Nemotron(SMALL, seed=0), 1)
+        measure_seconds(Nemotron(SMALL, seed=0), 1)
 
 
 def test_both_ways_of_going_back_are_measured(capsys) -> None:

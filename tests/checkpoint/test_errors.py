@@ -214,11 +214,22 @@ def test_experts_stacked_and_one_by_one(sharded: Path, first: str) -> None:
 
 def test_mtp_lost_by_transformers(saved: Path) -> None:
     edit_weights(saved, lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")])
-    text = message(saved)
+    text = message(saved, mtp="require")
     assert 'load(path, mtp="drop")' in text
     assert "transformers drops it" in text
+    with pytest.warns(UserWarning, match="hold none of its weights") as warned:
+        assert load(saved).mtp is None
+    assert len(warned) == 1
+    assert load(saved, mtp="drop").mtp is None
     edit_weights(saved, lambda t: t.pop("lm_head.weight"))
-    assert 'load(path, mtp="drop")' in message(saved), "also when other tensors are missing"
+    text = message(saved, mtp="require")
+    assert 'load(path, mtp="drop")' in text, "also when other tensors are missing"
+    assert "lm_head.weight" in message(saved), "without the module the others are missing still"
+
+
+def test_a_part_of_the_mtp_module_is_an_error(saved: Path) -> None:
+    edit_weights(saved, lambda t: t.pop("mtp.layers.0.eh_proj.weight"))
+    assert "mtp.layers.0.eh_proj.weight" in message(saved)
 
 
 def test_mtp_that_the_config_does_not_mention(saved: Path) -> None:

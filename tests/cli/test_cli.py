@@ -120,8 +120,9 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     assert "tokens/s" in first.stderr
     greedy = call("generate", *options, "--temperature", 0).stdout
     ids = loaded.tokenizer.encode("def f").ids
-    [new] = nemotron_lite.generate(loaded, [ids], 12, stop=[0])
+    [new] = nemotron_lite.generate(loaded, [ids], 12, temperature=0)
     assert greedy == loaded.tokenizer.decode(ids + new) + "\n"
+    assert greedy == "def f" + nemotron_lite.generate(loaded, "def f", 12, temperature=0) + "\n"
     drafted = call(
         "generate", *options, "--temperature", 0, "--draft", "mtp", "--draft-length", 2, "--fixed"
     )
@@ -129,7 +130,7 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     assert "acceptance length" in drafted.stderr
     assert "acceptance length" not in first.stderr
     wrong = call("generate", *options, "--draft", "eagle", code=1)
-    assert "draft='eagle': expected one of" in wrong.stderr
+    assert "drafter='eagle' does not exist: expected one of" in wrong.stderr
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nvfp4"])

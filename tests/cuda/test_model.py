@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save
+from nemotron_lite import (
+    Cache,
+    Nemotron,
+    NemotronConfig,
+    SpeculationOptions,
+    generate,
+    load,
+    save,
+)
 from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 from nemotron_lite.train import TrainConfig, train
@@ -112,10 +120,12 @@ def test_the_same_text(pair: tuple[Nemotron, Nemotron]) -> None:
     """Alone and beside a longer prompt, plainly and with drafts."""
     on_cpu, on_gpu = pair
     prompts = [tokens(on_cpu, 1, n, n)[0].tolist() for n in (5, 40)]
-    expected = generate(on_cpu, prompts, 48)
-    assert generate(on_gpu, prompts, 48) == expected
-    assert generate(on_gpu, prompts[:1], 48) == expected[:1]
-    assert generate(on_gpu, prompts, 48, draft="mtp", draft_length=3, adaptive=False) == expected
+    greedy = dict(temperature=0, stop=())
+    expected = generate(on_cpu, prompts, 48, **greedy)
+    assert generate(on_gpu, prompts, 48, **greedy) == expected
+    assert generate(on_gpu, prompts[:1], 48, **greedy) == expected[:1]
+    drafts = SpeculationOptions(draft_length=3, adaptive=False)
+    assert generate(on_gpu, prompts, 48, speculation=drafts, **greedy) == expected
 
 
 @pytest.mark.parametrize("way", WAYS)

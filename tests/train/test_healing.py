@@ -23,7 +23,7 @@ def test_drafts_get_better_and_the_text_stays(model: Nemotron) -> None:
     eval_prompts = torch.randint(12, (8, 4), generator=generator).tolist()
     written = generate_continuations(model, prompts, 28, temperature=0.7)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    text = generate(model, eval_prompts, 20)
+    text = generate(model, eval_prompts, 20, temperature=0, stop=())
     config = TrainConfig(steps=80, batch_size=8, seq_len=32, lr=1e-2, min_lr=1e-4, mtp_weight=1.0)
     found = heal(
         model,
@@ -39,7 +39,7 @@ def test_drafts_get_better_and_the_text_stays(model: Nemotron) -> None:
     }
     assert moved and all(name.startswith("mtp.") for name in moved)
     assert "mtp.layers.1.mixer.gate.e_score_correction_bias" not in moved
-    assert generate(model, eval_prompts, 20) == text
+    assert generate(model, eval_prompts, 20, temperature=0, stop=()) == text
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert found.generated_tokens == 40 * 28
     losses = [record["mtp"][0] for record in found.result.history]

@@ -1,41 +1,44 @@
-"""Speculative decoding: the MTP module drafts, the backbone judges, the text stays the same.
+"""Speculative decoding: the MTP module drafts, the backbone verifies, the text stays the same.
 
-    round:   draft     d_1 .. d_k        k turns of the one MTP module, each reading the last
-             verify    p_1 .. p_{k+1}    one pass of the backbone over chosen token and draft
-             accept    n <= k tokens, and one more that the backbone adds (ops/verification.py)
-             keep      the cache takes in n + 1 tokens and forgets the rest (cache.py)
+    draft     d_1 .. d_k        k steps of the one MTP module, each reading the one before
+    verify    p_1 .. p_{k+1}    one pass of the backbone over the chosen token and the draft
+    accept    n <= k tokens, and one more that the backbone adds (ops/verification.py)
+    keep      the cache keeps n + 1 tokens and forgets the rest (cache.py)
 
-Decoding one token reads every weight once, and so does verifying k + 1. A round writes n + 1 tokens
-for a pass and k small ones: it pays where drafts are right and the module is small.
+Decoding one token reads every weight once, and so does verifying k + 1. Each pass of the backbone
+writes n + 1 tokens, for the cost of that pass and k small ones: it pays where drafts are often
+right and the module is small.
 
-    generate(model, prompts, 200, draft="mtp", draft_length=4)
+    generate(model, prompts, 200, speculation=SpeculationOptions(draft_length=4))
 
-drafting.py      the MTP module as a writer, and its memory
-rounds.py        the loop above, for rows that accept differently
-adaptive.py      how far a draft is worth going; no draft where none is
-prediction.py    what a round costs by the ledger, and the gain to be expected
-calibration.py   the same prices, measured on this machine
-statistics.py    what happened, as data
+drafter.py         the MTP module as a drafter, and its cache
+loop.py            the loop above, for rows that accept different numbers of tokens
+draft_length.py    how far a draft is worth going; no draft where none is
+cost_model.py      what drafts and verifications cost by the ledger, and the gain to be expected
+measured_costs.py  the same costs, measured on this machine
+statistics.py      what happened, as data
 
 Source: reference sheet section 5; Leviathan et al. 2023 (arXiv 2211.17192). Left out: trees of
 drafts (Nemotron's deployments draft chains), other models as drafters.
 """
 
-from nemotron_lite.generation.speculative.cost_model import Costs, costs, speedup
-from nemotron_lite.generation.speculative.draft_length import Adaptive
+from nemotron_lite.generation.options import SpeculationCosts, SpeculationOptions
+from nemotron_lite.generation.speculative.cost_model import ledger_costs, speedup
+from nemotron_lite.generation.speculative.draft_length import AdaptiveDraftLength
 from nemotron_lite.generation.speculative.drafter import Drafter, shortlist
-from nemotron_lite.generation.speculative.loop import Speculation
-from nemotron_lite.generation.speculative.measured_costs import calibrate
+from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
+from nemotron_lite.generation.speculative.measured_costs import measure_costs
 from nemotron_lite.generation.speculative.statistics import Statistics
 
 __all__ = [
-    "Adaptive",
-    "Costs",
+    "AdaptiveDraftLength",
     "Drafter",
-    "Speculation",
+    "SpeculationCosts",
+    "SpeculationOptions",
+    "SpeculativeDecoding",
     "Statistics",
-    "calibrate",
-    "costs",
+    "ledger_costs",
+    "measure_costs",
     "shortlist",
     "speedup",
 ]

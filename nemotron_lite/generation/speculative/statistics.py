@@ -1,33 +1,38 @@
-"""What a run of speculative decoding did: how much was accepted, and where the time went.
+"""What a run of `generate` did: how much of the drafts was accepted, and where the time went.
 
-    acceptance length    tokens per verification, the one that the backbone adds included
-    acceptance rate j    of the drafts at position j whose predecessors were all accepted, the share
-                         that was accepted too
-    tokens per pass      of the backbone, passes without a draft included: 1 is plain decoding
+    acceptance length    tokens per verification, including the one that the backbone adds
+    acceptance rate j    of the drafted tokens at position j before which everything was accepted,
+                         the share that was accepted too
+    tokens per pass      of the backbone, including passes without a draft: 1 is plain decoding
 
-Whether the added token counts differs between reports; the usual convention counts it, and so does
-this one (reference sheet 5.4): 1.0 means that drafting gained nothing. Times are those of the
-calling thread; work that a GPU still has queued is not waited for.
+Reports differ in whether the added token counts. The usual convention counts it, and so does this
+one (reference sheet 5.4): 1.0 means that drafting gained nothing. Times are those of the calling
+thread; work that a GPU still has queued is not waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 
 @dataclass
 class Statistics:
-    """Counts over all rows, filled in while a run goes on.
+    """Counts over all rows; those of several runs can be added with `+`.
 
     Attributes:
-        tried: entry j counts the drafts at position j+1 that were judged: all before it accepted.
+        tried: entry j counts the drafted tokens at position j+1 that were verified: everything
+            before them was accepted.
         accepted: entry j counts those of them that were accepted.
-        verifications: rows judged, once per row and pass; `added` tokens came with them.
-        plain: tokens written without a draft, the first one after the prompt left out.
+        verifications: drafts verified, one per row and pass.
+        verified_tokens: tokens written by them, including those that the backbone added.
+        plain: tokens written without a draft, apart from the first one after the prompt.
         passes: of the backbone after the prompt.
-        seconds: spent reading the prompt, drafting, verifying (acceptance included).
+        drafted: tokens drafted.
+        seconds: spent on reading the prompt, on drafting, and on verifying with the acceptance;
+            steps without a draft count as verifying.
     """
 
     tried: list[int] = field(default_factory=list)
@@ -41,8 +46,20 @@ class Statistics:
         default_factory=lambda: {"prompt": 0.0, "draft": 0.0, "verify": 0.0}
     )
 
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(
+            tried=_add(self.tried, other.tried),
+            accepted=_add(self.accepted, other.accepted),
+            verifications=self.verifications + other.verifications,
+            verified_tokens=self.verified_tokens + other.verified_tokens,
+            plain=self.plain + other.plain,
+            passes=self.passes + other.passes,
+            drafted=self.drafted + other.drafted,
+            seconds={part: self.seconds[part] + other.seconds[part] for part in self.seconds},
+        )
+
     def count(self, lengths: Iterable[int], accepted: Iterable[int]) -> None:
-        """Add one pass: drafted and accepted tokens of each row that is still being written."""
+        """Add one pass: drafted and accepted tokens of each row that has not ended."""
         self.passes += 1
         for length, kept in zip(lengths, accepted, strict=True):
             if length == 0:
@@ -60,31 +77,31 @@ class Statistics:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per verification, the added one included; 1 before the first."""
+        """Tokens per verification, including the added one; 1 before the first."""
         return self.verified_tokens / self.verifications if self.verifications else 1.0
 
     @property
     def acceptance_rates(self) -> list[float]:
-        """By position in the draft, given that everything before it was accepted."""
+        """By position in the draft, where everything before it was accepted."""
         return [a / n if n else 0.0 for a, n in zip(self.accepted, self.tried, strict=True)]
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens that a row got from one pass of the backbone, on average."""
-        judged = self.verifications + self.plain
-        return (self.verified_tokens + self.plain) / judged if judged else 1.0
+        """Tokens that a row gets from one pass of the backbone, on average."""
+        row_passes = self.verifications + self.plain
+        return (self.verified_tokens + self.plain) / row_passes if row_passes else 1.0
 
     @property
     def mean_draft(self) -> float:
-        """Drafted tokens per row and pass, passes without a draft included."""
-        judged = self.verifications + self.plain
-        return self.drafted / judged if judged else 0.0
+        """Drafted tokens per row and pass, including passes without a draft."""
+        row_passes = self.verifications + self.plain
+        return self.drafted / row_passes if row_passes else 0.0
 
     @property
     def draft_share(self) -> float:
-        """Of the time after the prompt, the share that drafting took."""
-        both = self.seconds["draft"] + self.seconds["verify"]
-        return self.seconds["draft"] / both if both else 0.0
+        """The share of drafting in the time after the prompt."""
+        total = self.seconds["draft"] + self.seconds["verify"]
+        return self.seconds["draft"] / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for records."""
@@ -107,3 +124,7 @@ class Statistics:
             f" pass), accepted by position: {rates}; drafting took {self.draft_share:.0%} of the"
             " time"
         )
+
+
+def _add(one: list[int], other: list[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(one, other, fillvalue=0)]

@@ -1,9 +1,9 @@
 """Small models for the tests of speculation, and a drafter that is right as often as a test wants.
 
-The MTP module of a random model guesses no better than chance, so that hardly any draft would be
-accepted and nothing that happens after an acceptance would be tested. `guided` mends that: where it
-is used the drafter proposes the text that plain decoding writes, except for a share of tokens that
-it changes at random. Everything else, its memory included, works as it does without.
+The MTP module of a random model predicts no better than chance, so hardly any draft would be
+accepted and nothing that happens after an acceptance would be tested. `guided` corrects this. With
+it the drafter proposes the text that plain decoding writes, except for a share of tokens that it
+changes at random. Everything else, its cache included, works as it does without.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SMALL = NemotronConfig(
     mtp_pattern="*E", mtp_depths=2, initializer_range=0.5,
 )  # fmt: skip
 
+GREEDY = dict(temperature=0, stop=())
+
 Guided = Callable[[Nemotron, list[list[int]], list[list[int]], float], AbstractContextManager[None]]
 
 
@@ -44,18 +46,18 @@ def guided(monkeypatch: pytest.MonkeyPatch) -> Guided:
         model: Nemotron, prompts: list[list[int]], texts: list[list[int]], wrong: float
     ) -> Iterator[None]:
         truth = [p + t for p, t in zip(prompts, texts, strict=True)]
-        dice = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         choose = Drafter._choose
 
-        def oracle(self, logits, streams, j):
-            _, law, sure = choose(self, logits, streams, j)
+        def oracle(self, logits, uniforms, j):
+            _, q, confidence = choose(self, logits, uniforms, j)
             tokens = []
             for row, start in enumerate(self.cache.lengths.tolist()):
                 place = start + 1 + j
                 known = truth[row][place] if place < len(truth[row]) else 0
-                miss = torch.rand(1, generator=dice).item() < wrong
+                miss = torch.rand(1, generator=generator).item() < wrong
                 tokens.append((known + miss) % model.config.vocab_size)
-            return torch.tensor(tokens), law, sure
+            return torch.tensor(tokens), q, confidence
 
         with monkeypatch.context() as patch:
             patch.setattr(Drafter, "_choose", oracle)

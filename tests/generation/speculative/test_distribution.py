@@ -1,4 +1,4 @@
-"""Sampled speculation: the joint law of the next three tokens, against exact enumeration.
+"""Sampled speculation: the joint distribution of three tokens, against exact enumeration.
 
 A model with five tokens has 125 continuations of length three, and their probabilities can be
 written down: p(a) p(b | a) p(c | a b), each after temperature and filters. Thousands of rows with
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_lite import generate, ops
+from nemotron_lite import SpeculationOptions, generate, ops
 from nemotron_lite.generation.sampling import distribution
 from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron
@@ -36,47 +36,42 @@ def five() -> Nemotron:
 
 def _enumerate(model: Nemotron, temperature: float, top_k: int | None, top_p: float | None):
     """Probabilities of the V^3 continuations."""
-    words = torch.tensor([PROMPT + list(w) for w in itertools.product(range(V), repeat=3)])
+    texts = torch.tensor([PROMPT + list(w) for w in itertools.product(range(V), repeat=3)])
     with torch.no_grad():
-        logits = model(words).logits[:, len(PROMPT) - 1 : -1]
-    laws = distribution(logits.flatten(0, 1), temperature, top_k, top_p).view(len(words), 3, V)
-    each = laws.double().gather(2, words[:, len(PROMPT) :, None])[..., 0]
+        logits = model(texts).logits[:, len(PROMPT) - 1 : -1]
+    found = distribution(logits.flatten(0, 1), temperature, top_k, top_p).view(len(texts), 3, V)
+    each = found.double().gather(2, texts[:, len(PROMPT) :, None])[..., 0]
     return each.prod(1)
 
 
-def _counts(model: Nemotron, setting, **options) -> Tensor:
+def _counts(model: Nemotron, setting, **options) -> tuple[Tensor, Statistics]:
     temperature, top_k, top_p = setting
-    rows = generate(
+    rows, statistics = generate(
         model, [PROMPT] * ROWS, 3, temperature=temperature, top_k=top_k, top_p=top_p, seed=11,
-        draft="mtp", draft_length=2, **options,
+        stop=(), speculation=SpeculationOptions(draft_length=2, **options), return_statistics=True,
     )  # fmt: skip
     a, b, c = torch.tensor(rows).T
-    return torch.bincount(a * V * V + b * V + c, minlength=V**3)
+    return torch.bincount(a * V * V + b * V + c, minlength=V**3), statistics
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_joint_law_of_three_tokens(five: Nemotron, setting) -> None:
-    statistics = Statistics()
-    counts = _counts(five, setting, adaptive=False, statistics=statistics)
+def test_the_joint_distribution_of_three_tokens(five: Nemotron, setting) -> None:
+    counts, statistics = _counts(five, setting, adaptive=False)
     value, cells = chi_square(counts, _enumerate(five, *setting))
     assert cells > 3
     assert value < critical_value(cells - 1)
     assert 0.05 < statistics.acceptance_rates[0] < 0.99, "both answers must occur"
 
 
-def test_a_draft_that_stops_when_it_does_not_pay_changes_no_law(five: Nemotron) -> None:
-    statistics = Statistics()
-    counts = _counts(five, SETTINGS[1], adaptive=True, statistics=statistics)
+def test_adaptive_drafts_keep_the_distribution(five: Nemotron) -> None:
+    counts, statistics = _counts(five, SETTINGS[1], adaptive=True)
     value, cells = chi_square(counts, _enumerate(five, *SETTINGS[1]))
     assert value < critical_value(cells - 1)
     assert statistics.verifications > 0 and statistics.mean_draft < 2
 
 
-def test_a_shortlist_of_drafts_changes_no_law(five: Nemotron) -> None:
-    statistics = Statistics()
-    counts = _counts(
-        five, SETTINGS[1], adaptive=False, statistics=statistics, shortlist=torch.tensor([0, 2, 3])
-    )
+def test_a_shortlist_of_drafts_keeps_the_distribution(five: Nemotron) -> None:
+    counts, statistics = _counts(five, SETTINGS[1], adaptive=False, shortlist=(0, 2, 3))
     value, cells = chi_square(counts, _enumerate(five, *SETTINGS[1]))
     assert value < critical_value(cells - 1)
     assert 0.05 < statistics.acceptance_rates[0] < 0.99
@@ -106,6 +101,6 @@ def test_a_biased_rule_fails_the_same_test(
         verify = staticmethod(rule)
 
     monkeypatch.setattr(loop, "ops", Biased)
-    counts = _counts(five, setting, adaptive=False)
+    counts, _ = _counts(five, setting, adaptive=False)
     value, cells = chi_square(counts, _enumerate(five, *setting))
     assert value > critical_value(cells - 1)

@@ -1,4 +1,4 @@
-"""The controller drafts where it pays and stops where it does not; prices come from the ledger."""
+"""Adaptive drafting where it pays and not elsewhere; costs by the ledger."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ import torch
 
 from nemotron_lite import ledger
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.generation.options import SpeculationCosts
 from nemotron_lite.generation.speculative.cost_model import (
-    Costs,
-    costs,
-    expected_length,
-    pass_weights,
+    expected_acceptance_length,
+    ledger_costs,
     speedup,
+    weights_read,
 )
-from nemotron_lite.generation.speculative.draft_length import Adaptive
+from nemotron_lite.generation.speculative.draft_length import AdaptiveDraftLength
 
-PRICES = Costs(draft=0.15, verify=0.2, start=0.1)
+COSTS = SpeculationCosts(draft=0.15, verify=0.2, start=0.1)
 
 
 def _simulate(
-    rate: float, confidence: float, tokens: int = 2000, longest: int = 6, costs: Costs = PRICES
+    rate: float,
+    confidence: float,
+    tokens: int = 2000,
+    longest: int = 6,
+    costs: SpeculationCosts = COSTS,
 ) -> tuple[float, float]:
     """(tokens per plain step, mean draft) of a drafter that is right with probability `rate`."""
-    dice = torch.Generator().manual_seed(1)
-    controller = Adaptive(longest, costs)
-    written, spent, drafted, rounds = 0, 0.0, 0, 0
+    generator = torch.Generator().manual_seed(1)
+    chooser = AdaptiveDraftLength(longest, costs)
+    written, spent, drafted, passes = 0, 0.0, 0, 0
     while written < tokens:
-        trail: list[float] = []
-        while len(trail) < longest and controller.wants(trail):
-            trail.append(confidence)
+        draft: list[float] = []
+        while len(draft) < longest and chooser.wants_more(draft):
+            draft.append(confidence)
         kept = 0
-        while kept < len(trail) and torch.rand(1, generator=dice).item() < rate:
+        while kept < len(draft) and torch.rand(1, generator=generator).item() < rate:
             kept += 1
-        controller.learn(trail, kept)
-        written, spent = written + kept + 1, spent + costs.round(len(trail))
-        drafted, rounds = drafted + len(trail), rounds + 1
-    return written / spent, drafted / rounds
+        chooser.update(draft, kept)
+        written, spent = written + kept + 1, spent + costs.of_pass(len(draft))
+        drafted, passes = drafted + len(draft), passes + 1
+    return written / spent, drafted / passes
 
 
 @pytest.mark.parametrize("confidence", [0.05, 0.9])
@@ -56,66 +60,68 @@ def test_good_drafts_are_long_and_pay() -> None:
 
 @pytest.mark.parametrize("rate", [0.5, 0.6, 0.7, 0.8, 0.9])
 def test_nearly_as_good_as_the_best_fixed_length(rate: float) -> None:
-    best = max([1.0] + [speedup(expected_length([rate] * k), k, PRICES) for k in range(1, 7)])
+    best = max(
+        [1.0] + [speedup(expected_acceptance_length([rate] * k), k, COSTS) for k in range(1, 7)]
+    )
     assert _simulate(rate, rate, tokens=4000)[0] > 0.93 * best
 
 
 def test_short_texts() -> None:
     """Nothing is known at the first token, and there are few to learn from."""
-    dear = Costs(draft=0.13, verify=0.11, start=0.62)
-    best = max(speedup(expected_length([0.9] * k), k, dear) for k in range(1, 7))
-    assert _simulate(0.9, 0.9, tokens=128, costs=dear)[0] > 0.9 * best
-    assert _simulate(0.0, 0.05, tokens=128, costs=dear)[0] > 0.96
-    assert Adaptive(4, dear).wants([])
+    expensive = SpeculationCosts(draft=0.13, verify=0.11, start=0.62)
+    best = max(speedup(expected_acceptance_length([0.9] * k), k, expensive) for k in range(1, 7))
+    assert _simulate(0.9, 0.9, tokens=128, costs=expensive)[0] > 0.9 * best
+    assert _simulate(0.0, 0.05, tokens=128, costs=expensive)[0] > 0.96
+    assert AdaptiveDraftLength(4, expensive).wants_more([])
 
 
 def test_a_text_that_becomes_predictable_is_noticed() -> None:
-    controller = Adaptive(4, PRICES)
+    chooser = AdaptiveDraftLength(4, COSTS)
     for _ in range(60):
-        controller.learn([0.3] if controller.wants([]) else [], 0)
-    assert not controller.pays
+        chooser.update([0.3] if chooser.wants_more([]) else [], 0)
+    assert not chooser.drafting_pays
     drafts = 0
     for _ in range(400):
-        on = controller.wants([])
-        controller.learn([0.9] if on else [], int(on))
+        on = chooser.wants_more([])
+        chooser.update([0.9] if on else [], int(on))
         drafts += on
-    assert controller.pays
+    assert chooser.drafting_pays
     assert drafts > 200
 
 
 def test_confidence_decides_inside_a_draft() -> None:
-    controller = Adaptive(4, PRICES)
+    chooser = AdaptiveDraftLength(4, COSTS)
     for _ in range(50):
-        controller.learn([0.95, 0.95], 2)
-        controller.learn([0.1], 0)
-    assert controller.wants([]) and controller.wants([0.95])
-    assert controller.wants([]) and not controller.wants([0.1])
+        chooser.update([0.95, 0.95], 2)
+        chooser.update([0.1], 0)
+    assert chooser.wants_more([]) and chooser.wants_more([0.95])
+    assert chooser.wants_more([]) and not chooser.wants_more([0.1])
 
 
-def test_the_ledger_s_prices() -> None:
+def test_costs_by_the_ledger() -> None:
     config = NemotronConfig.from_preset("super")
-    one = pass_weights(config, 1)
+    one = weights_read(config, 1)
     state = 2 * config.mamba_inner_size * config.ssm_state_size * config.pattern.count("M")
     assert one == pytest.approx(ledger.parameters(config).active_without_embedding + state)
-    # Few tokens wake nearly disjoint experts; very many wake all of them, once.
-    two = pass_weights(config, 2) - one
+    # Few tokens use nearly disjoint experts; very many use all of them, each read once.
+    two = weights_read(config, 2) - one
     routed = sum(
         r.active for r in ledger.parameters(config).rows if r.name == "experts" and not r.mtp
     )
     assert 0.9 * routed < two < routed
-    assert pass_weights(config, 10_000) < one + 25 * routed
-    found = costs(config, 3)
+    assert weights_read(config, 10_000) < one + 25 * routed
+    found = ledger_costs(config, 3)
     assert 0 < found.draft < 0.3 and 0 < found.verify < 1
-    dense = costs(config.replace(n_routed_experts=22, num_experts_per_tok=22), 3)
+    dense = ledger_costs(config.replace(n_routed_experts=22, num_experts_per_tok=22), 3)
     assert dense.verify == pytest.approx(0.0)
 
 
-def test_arithmetic_of_a_round() -> None:
-    assert expected_length([0.5, 0.5]) == 1.75
-    assert PRICES.round(0) == 1.0
-    assert PRICES.round(2) == pytest.approx(1.8)
-    assert speedup(2.7, 2, PRICES) == pytest.approx(1.5)
+def test_arithmetic_of_a_pass() -> None:
+    assert expected_acceptance_length([0.5, 0.5]) == 1.75
+    assert COSTS.of_pass(0) == 1.0
+    assert COSTS.of_pass(2) == pytest.approx(1.8)
+    assert speedup(2.7, 2, COSTS) == pytest.approx(1.5)
     with pytest.raises(ValueError, match="no MTP module"):
-        costs(NemotronConfig.from_preset("nano"))
+        ledger_costs(NemotronConfig.from_preset("nano"))
     with pytest.raises(ValueError, match="draft_length=0"):
-        costs(NemotronConfig.from_preset("super"), 0)
+        ledger_costs(NemotronConfig.from_preset("super"), 0)

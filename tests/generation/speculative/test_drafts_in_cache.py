@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemotron_lite.cache import Cache
-from nemotron_lite.generation.sampling import Filters
-from nemotron_lite.generation.speculative import Drafter, Speculation
+from nemotron_lite.generation.options import (
+    GenerationOptions,
+    SamplingOptions,
+    SpeculationOptions,
+)
+from nemotron_lite.generation.speculative import Drafter, SpeculativeDecoding
 from nemotron_lite.layers import KVCache, MambaCache
 from nemotron_lite.model import Nemotron
 from tests.cache_oracles import WAYS, rollback, snapshot
@@ -90,23 +94,24 @@ def test_the_mtp_module_s_cache_after_a_whole_run(
 ) -> None:
     """As if it had read the final text at once, whatever was drafted and thrown away."""
     prompt = _tokens(len(lengths), 8)
-    run = Speculation(
-        MODEL, prompt, lengths, most, Filters(1.5), seed=0, chunk=chunk, draft_length=k,
-        adaptive=adaptive,
+    options = GenerationOptions(
+        max_new_tokens=most, temperature=1.5, top_p=None, stop=(), seed=0, prefill_chunk=chunk,
+        speculation=SpeculationOptions(draft_length=k, adaptive=adaptive),
     )  # fmt: skip
-    for _ in run.rounds():
+    run = SpeculativeDecoding(MODEL, prompt, lengths, options)
+    for _ in run.passes():
         pass
     with torch.inference_mode():
-        run.drafter._absorb_waiting()
+        run.drafter._read_pending()
     for row, (n, text) in enumerate(zip(lengths, run.texts, strict=True)):
         have = int(run.cache.lengths[row])
         whole = (prompt[row, :n].tolist() + text + [0] * k)[: have + 1]
         if have + 1 > n + len(text):  # accepted behind the end and thrown away: not in the text
             continue
         fresh = MODEL.empty_cache(1, mtp=True)
-        drafter = Drafter(MODEL, fresh, Filters())
+        drafter = Drafter(MODEL, fresh, SamplingOptions(0))
         hidden = MODEL(torch.tensor([whole]), fresh).hidden
-        drafter.read_prompt(hidden, torch.tensor([whole]), [len(whole)], 0)
+        drafter.add_prompt(hidden, torch.tensor([whole]), [len(whole)], 0)
         entries = int(fresh.mtp_lengths[0])
         assert int(run.cache.mtp_lengths[row]) == entries == have
         kept, new = run.cache.mtp[0], fresh.mtp[0]
@@ -118,12 +123,12 @@ def test_the_mtp_module_s_cache_after_a_whole_run(
 def test_drafting_leaves_no_entries_behind(small: Nemotron) -> None:
     """A draft that nobody verified leaves the module's cache as it was."""
     cache = small.empty_cache(1, mtp=True)
-    drafter = Drafter(small, cache, Filters())
+    drafter = Drafter(small, cache, SamplingOptions(0))
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.inference_mode():
         hidden = small(tokens, cache).hidden
-        drafter.read_prompt(hidden, tokens, [4], 0)
-        drafter.start(torch.tensor([5]))
+        drafter.add_prompt(hidden, tokens, [4], 0)
+        drafter.add_first_token(torch.tensor([5]))
         before = cache.mtp_lengths.tolist()
         draft = drafter.draft(None, [_Always()], [6])
     assert draft is not None
@@ -133,10 +138,10 @@ def test_drafting_leaves_no_entries_behind(small: Nemotron) -> None:
 
 
 class _Always:
-    def wants(self, confidences: list[float]) -> bool:
+    def wants_more(self, confidences: list[float]) -> bool:
         return True
 
-    def learn(self, confidences: list[float], accepted: int) -> None:
+    def update(self, confidences: list[float], accepted: int) -> None:
         raise AssertionError("nothing was verified")
 
 
@@ -179,16 +184,16 @@ def test_mistakes_are_named(small: Nemotron) -> None:
         cache.accept(torch.tensor([0, 1, 2]))
     cache.accept(0)
     with pytest.raises(ValueError, match="make it with mtp=True"):
-        Drafter(small, cache, Filters())
+        Drafter(small, cache, SamplingOptions(0))
     with pytest.raises(ValueError, match="cannot be cut back"):
         cache.truncate_mtp(torch.tensor([1, 0]))
 
 
 def test_clones_and_files_hold_the_mtp_module_s_cache_too(small: Nemotron, tmp_path) -> None:
     cache = small.empty_cache(1, mtp=True)
-    drafter = Drafter(small, cache, Filters())
+    drafter = Drafter(small, cache, SamplingOptions(0))
     tokens = torch.tensor([[1, 2, 3, 4]])
-    drafter.read_prompt(small(tokens, cache).hidden, tokens, [4], 0)
+    drafter.add_prompt(small(tokens, cache).hidden, tokens, [4], 0)
     taken, copy = snapshot(cache), cache.clone()
     small(tokens, cache, draft=True)
     cache.advance_mtp(2)

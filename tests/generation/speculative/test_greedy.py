@@ -4,7 +4,7 @@
 and drafts of 1 to 7 tokens, with drafters that are mostly right, sometimes right, and left as they
 are. In exact arithmetic the tokens are equal; in floating point the verification of several tokens
 rounds differently from a step, and where the two best logits nearly tie it may choose the other.
-Such a row is set aside: at the first difference the two tokens' logits must be closer than rounding
+Such a row is excluded: at the first difference the two tokens' logits must be closer than rounding
 explains. Ties are counted, and there may be few.
 """
 
@@ -13,11 +13,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_lite import generate
-from nemotron_lite.generation.speculative import Statistics
+from nemotron_lite import GenerationOptions, SpeculationOptions, generate
 from nemotron_lite.model import Nemotron
 from tests.cache_oracles import WAYS
-from tests.generation.speculative.conftest import SMALL, Guided
+from tests.generation.speculative.conftest import GREEDY, SMALL, Guided
 
 LENGTH = 12
 TIE = {torch.float64: 1e-11, torch.float32: 1e-4}  # of logits with a spread of about one
@@ -36,10 +35,10 @@ def _is_tie(
 
 
 def _prompts(seed: int) -> list[list[int]]:
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     rows = 8 if seed % 6 == 0 else 1
-    sizes = torch.randint(1, 10, (rows,), generator=dice).tolist()
-    return [torch.randint(SMALL.vocab_size, (n,), generator=dice).tolist() for n in sizes]
+    sizes = torch.randint(1, 10, (rows,), generator=generator).tolist()
+    return [torch.randint(SMALL.vocab_size, (n,), generator=generator).tolist() for n in sizes]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -49,13 +48,12 @@ def test_the_same_tokens(guided: Guided, dtype: torch.dtype) -> None:
         config = SMALL.replace(pattern=PATTERNS[seed % 4])
         model = Nemotron(config, seed=seed, dtype=dtype)
         prompts, k = _prompts(seed), seed % 7 + 1
-        plain = generate(model, prompts, LENGTH)
-        statistics = Statistics()
+        plain = generate(model, prompts, LENGTH, **GREEDY)
+        speculation = SpeculationOptions(draft_length=k, adaptive=seed % 5 == 0)
         with guided(model, prompts, plain, (0.1, 0.5)[seed % 2]):
-            found = generate(
-                model, prompts, LENGTH, draft="mtp", draft_length=k, adaptive=seed % 5 == 0,
-                statistics=statistics,
-            )  # fmt: skip
+            found, statistics = generate(
+                model, prompts, LENGTH, speculation=speculation, return_statistics=True, **GREEDY
+            )
         for prompt, a, b in zip(prompts, plain, found, strict=True):
             rows += 1
             if a != b:
@@ -64,22 +62,22 @@ def test_the_same_tokens(guided: Guided, dtype: torch.dtype) -> None:
         accepted += sum(statistics.accepted)
         cases += 1
     assert cases == CASES
-    assert accepted > 2 * rows, "hardly anything was accepted: the test tests nothing"
+    assert accepted > 2 * rows, "hardly anything was accepted, so the test shows nothing"
     most = 0 if dtype == torch.float64 else rows // 50
-    assert ties <= most, f"{ties} of {rows} rows were set aside for a tie"
+    assert ties <= most, f"{ties} of {rows} rows were excluded because of a tie"
 
 
-def test_left_alone_the_module_drafts_without_changing_the_text() -> None:
-    """No help for the drafter: the module's own guesses, of which a few are right here."""
+def test_without_help_the_module_drafts_and_the_text_is_the_same() -> None:
+    """The module's own predictions, of which a few are right here."""
     accepted = 0
     for seed in range(20):
         model = Nemotron(SMALL.replace(vocab_size=6), seed=seed, dtype=torch.float64)
         prompts = [[token % 6 for token in row] for row in _prompts(seed)]
-        statistics = Statistics()
-        found = generate(
-            model, prompts, 15, draft="mtp", draft_length=3, adaptive=False, statistics=statistics
+        speculation = SpeculationOptions(draft_length=3, adaptive=False)
+        found, statistics = generate(
+            model, prompts, 15, speculation=speculation, return_statistics=True, **GREEDY
         )
-        assert found == generate(model, prompts, 15)
+        assert found == generate(model, prompts, 15, **GREEDY)
         accepted += sum(statistics.accepted)
     assert accepted > 20
 
@@ -88,7 +86,7 @@ def test_a_wrong_acceptance_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above would see a rule that believes one draft too many."""
     from nemotron_lite.generation.speculative import loop
 
-    honest = loop._greedy
+    honest = loop._verify_greedy
 
     def gullible(logits, drafts, lengths):
         accepted, _ = honest(logits, drafts, lengths)
@@ -97,22 +95,25 @@ def test_a_wrong_acceptance_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return more, [int(best[row, n]) for row, n in enumerate(more)]
 
     model = Nemotron(SMALL, seed=0, dtype=torch.float64)
-    plain = generate(model, [[1, 2, 3]], LENGTH)
-    monkeypatch.setattr(loop, "_greedy", gullible)
-    assert generate(model, [[1, 2, 3]], LENGTH, draft="mtp", adaptive=False) != plain
+    plain = generate(model, [[1, 2, 3]], LENGTH, **GREEDY)
+    monkeypatch.setattr(loop, "_verify_greedy", gullible)
+    speculation = SpeculationOptions(adaptive=False)
+    assert generate(model, [[1, 2, 3]], LENGTH, speculation=speculation, **GREEDY) != plain
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_both_ways_of_going_back_write_the_same(small: Nemotron, guided: Guided, way: str) -> None:
     from nemotron_lite.generation.prefill import pad_right
-    from nemotron_lite.generation.sampling import Filters
-    from nemotron_lite.generation.speculative import Speculation
+    from nemotron_lite.generation.speculative import SpeculativeDecoding
 
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    plain = generate(small, prompts, 20)
+    plain = generate(small, prompts, 20, **GREEDY)
+    options = GenerationOptions(
+        max_new_tokens=20, speculation=SpeculationOptions(adaptive=False), **GREEDY
+    )
     with guided(small, prompts, plain, 0.3), WAYS[way]():
-        run = Speculation(small, *pad_right(prompts), 20, Filters(), draft_length=4, adaptive=False)
-        for _ in run.rounds():
+        run = SpeculativeDecoding(small, *pad_right(prompts), options)
+        for _ in run.passes():
             pass
     assert run.texts == plain
     assert run.statistics.acceptance_length > 2

@@ -1,0 +1,189 @@
+"""`generate` and `stream` for their callers: kinds of prompts and results, options and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_lite import GenerationOptions, SpeculationOptions, generate, stream
+from nemotron_lite.cli.generate import generate as generate_command
+from nemotron_lite.data.tokenizer import train_tokenizer
+from nemotron_lite.generation import prepared_weights
+from nemotron_lite.generation.options import SamplingOptions
+from nemotron_lite.model import Nemotron
+from tests.generation.speculative.conftest import GREEDY, SMALL
+
+TEXT = "for value in values: total = total + value  # naïve, but exact\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> Nemotron:
+    """A random model that reads and writes text, some of it in characters of several bytes."""
+    model = Nemotron(SMALL.replace(vocab_size=272), seed=1)
+    model.tokenizer = train_tokenizer([TEXT] * 3, vocab_size=272)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bare() -> Nemotron:
+    return Nemotron(SMALL, seed=1)
+
+
+def test_what_comes_out_is_of_the_kind_that_went_in(model: Nemotron) -> None:
+    texts = ["for value", "total"]
+    ids = [model.tokenizer.encode(text).ids for text in texts]
+    rows = generate(model, ids, 9, **GREEDY)
+    assert [len(row) for row in rows] == [9, 9]
+    assert generate(model, ids[0], 9, **GREEDY) == rows[0]
+    assert generate(model, torch.tensor(ids[0]), 9, **GREEDY) == rows[0]
+    assert generate(model, torch.tensor([ids[0]] * 2), 9, **GREEDY) == [rows[0]] * 2
+    assert generate(model, tuple(map(tuple, ids)), 9, **GREEDY) == rows
+    written = [model.tokenizer.decode(row) for row in rows]
+    assert generate(model, texts, 9, **GREEDY) == written
+    assert generate(model, texts[1], 9, **GREEDY) == written[1]
+    assert generate(model, texts[:1], 9, **GREEDY) == written[:1]
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationOptions(draft_length=3)])
+def test_a_stream_gives_the_same_in_pieces(
+    model: Nemotron, speculation: SpeculationOptions | None
+) -> None:
+    kind: dict[str, Any] = dict(temperature=1.5, top_p=None, seed=4, speculation=speculation)
+    texts = ["for value", "total", "é"]
+    steps = list(stream(model, texts, 25, **kind))
+    joined = ["".join(pieces) for pieces in zip(*steps, strict=True)]
+    assert joined == generate(model, texts, 25, **kind)
+    assert "".join(stream(model, "for", 25, **kind)) == generate(model, "for", 25, **kind)
+    assert list(stream(model, [3, 4], 9, **kind)) == generate(model, [3, 4], 9, **kind)
+
+
+def test_rows_end_at_the_end_of_text_of_the_config(model: Nemotron) -> None:
+    prompts = [[9], [10], [11]]
+    free = generate(model, prompts, 12, seed=0, stop=())
+    ends = (free[0][3], free[1][5])
+    other = Nemotron(model.config.replace(eos_token_id=ends), seed=1)
+    for row, whole in zip(generate(other, prompts, 12, seed=0), free, strict=True):
+        first = min((whole.index(token) for token in ends if token in whole), default=11)
+        assert row == whole[: first + 1]
+
+
+def test_the_stop_token_is_an_id_but_no_text(model: Nemotron) -> None:
+    ids = model.tokenizer.encode("for value").ids
+    free = generate(model, ids, 20, **GREEDY)
+    stop = [free[5]]
+    row = generate(model, ids, 20, temperature=0, stop=stop)
+    assert row[-1] == stop[0] and len(row) <= 6
+    shown = generate(model, "for value", 20, temperature=0, stop=stop)
+    assert shown == model.tokenizer.decode(row[:-1])
+    assert "".join(stream(model, "for value", 20, temperature=0, stop=stop)) == shown
+
+
+def test_an_empty_text_starts_with_bos(model: Nemotron) -> None:
+    bos = [model.config.bos_token_id]
+    assert generate(model, "", 5, **GREEDY) == model.tokenizer.decode(
+        generate(model, bos, 5, **GREEDY)
+    )
+
+
+@pytest.mark.parametrize("prompts", ["text", ["text"]])
+def test_text_needs_a_tokenizer(bare: Nemotron, prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"'text' is text, but this model has no tokenizer.*give"):
+        generate(bare, prompts, 3)
+
+
+@pytest.mark.parametrize("prompts", [["a", [1]], [[1], "a"], [[1], 2], [[1.5]], [["a"]]])
+def test_a_mixture_is_refused(model: Nemotron, prompts: Any) -> None:
+    from nemotron_lite.generation.prompts import encode_prompts
+
+    plain = getattr(encode_prompts, "__wrapped__", encode_prompts)  # without the check of types
+    with pytest.raises(ValueError, match="and not a mixture"):
+        plain(model, prompts)
+
+
+def test_options_as_keywords_and_together(model: Nemotron) -> None:
+    options = GenerationOptions(max_new_tokens=6, temperature=0.7, seed=3, stop=())
+    found = generate(model, [5], options=options)
+    assert len(found) == 6
+    assert found == generate(model, [5], max_new_tokens=6, temperature=0.7, seed=3, stop=())
+    assert found[:4] == generate(model, [5], 4, options=options)
+    assert found == generate(model, [5], options=GenerationOptions(stop=()).replace(
+        max_new_tokens=6, temperature=0.7, seed=3
+    ))  # fmt: skip
+    with pytest.raises(TypeError, match="no option 'temprature'; its options are temperature"):
+        generate(model, [5], temprature=0.7)
+    assert GenerationOptions(stop=[3, 4]) == GenerationOptions(stop=(3, 4))
+    assert hash(options) == hash(dataclasses.replace(options))
+
+
+def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> None:
+    """Temperature 1.0 and top_p 0.95, in the API and on the command line."""
+    assert (SamplingOptions().temperature, SamplingOptions().top_p) == (1.0, 0.95)
+    command = inspect.signature(generate_command).parameters
+    for name in ("max_new_tokens", "temperature", "top_p", "top_k", "prepare_weights"):
+        assert command[name].default == getattr(GenerationOptions(), name)
+    for name in ("draft_length", "adaptive"):
+        assert command[name].default == getattr(SpeculationOptions(), name)
+    assert generate(model, [5], 9, seed=1) == generate(
+        model, [5], 9, seed=1, temperature=1.0, top_p=0.95
+    )
+
+
+def test_the_command_line_reads_the_defaults_without_torch() -> None:
+    program = "import sys, nemotron_lite.generation.options; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
+
+
+def test_sampling_without_a_seed_leaves_the_random_state_alone(model: Nemotron) -> None:
+    before = torch.get_rng_state()
+    generate(model, [5], 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_weights_are_prepared_where_it_pays(
+    bare: Nemotron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[Nemotron] = []
+    monkeypatch.setattr(Nemotron, "prepare_for_decoding", lambda self: prepared.append(self))
+    most = prepared_weights.MIN_TOKENS
+    faster = False
+    monkeypatch.setattr(prepared_weights, "prefers_onednn", lambda x, weight: faster)
+    generate(bare, [1], most, **GREEDY)
+    assert not prepared, "MKL is as fast here"
+    faster = True
+    generate(bare, [1], most - 1, **GREEDY)
+    generate(bare, [1], most, prepare_weights=False, **GREEDY)
+    assert not prepared
+    steps = stream(bare, [1], most, **GREEDY)
+    assert not prepared, "the first step has not been asked for"
+    next(steps)
+    assert prepared == [bare]
+    generate(bare, [1], most, **GREEDY)
+    assert prepared == [bare, bare]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_a_prepared_model_writes_the_same_and_follows_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Text of weights that change between two calls is that of a model that was never prepared."""
+    monkeypatch.setattr(prepared_weights, "prefers_onednn", lambda x, weight: True)
+    whole = Nemotron.prepare_for_decoding
+    monkeypatch.setattr(Nemotron, "prepare_for_decoding", lambda self: whole(self, smallest=1))
+    one, other = Nemotron(SMALL, seed=1), Nemotron(SMALL, seed=1)
+    for _ in range(2):
+        assert generate(one, [3, 4], 40, **GREEDY) == generate(
+            other, [3, 4], 40, prepare_weights=False, **GREEDY
+        )
+        assert one.lm_head._prepacked is not None and other.lm_head._prepacked is None
+        for model in (one, other):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.3)
