@@ -4,7 +4,7 @@ Super: 10,240 convolution channels, 8,192 gated channels in 8 groups, 128 heads 
 of 128, model width 4,096. Nano: 6,144 channels, 4,096 gated in 8 groups, 64 heads. Reference sheet
 sections 1.1 and 1.3.
 
-Inputs stand where the model has them: xBC and z are slices of one input projection.
+Inputs have the strides that they have in the model: xBC and z are slices of one input projection.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels import (
     causal_conv1d,
     causal_conv1d_step,
