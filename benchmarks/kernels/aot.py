@@ -161,7 +161,7 @@ def write_snapshot(
     lines[-1] = lines[-1].removesuffix(",")
     fresh = path.with_suffix(".tmp")
     fresh.write_text("{\n" + "\n".join(lines) + "\n}\n")
-    fresh.replace(path)  # in one step: nobody reads half a snapshot
+    fresh.replace(path)  # at once: nobody reads half a snapshot
 
 
 def main() -> None:

@@ -40,18 +40,18 @@ def _widths(model: str) -> tuple[int, int, int]:
     return inner, conv, inner + conv + heads
 
 
-def _conv_inputs(model: str, packed: bool) -> Callable[..., Any]:
+def _conv_inputs(model: str, documents: bool) -> Callable[..., Any]:
     inner, conv, projection = _widths(model)
 
     def inputs(draw: Draw) -> Inputs:
         t = draw.tokens(TOKENS)
         wide = draw.normal(1, t, projection)
-        document = draw.integers(0, 2, 1, t).cumsum(1) // 256 if packed else None
+        document = draw.integers(0, 2, 1, t).cumsum(1) // 256 if documents else None
         return {
             "x": wide[..., inner : inner + conv],
             "weight": draw.normal(conv, 4, scale=0.5),
             "bias": draw.normal(conv),
-            **({"seq_idx": document} if packed else {}),
+            **({"seq_idx": document} if documents else {}),
         }
 
     return inputs
@@ -216,17 +216,18 @@ def _cases(model: str) -> list[Case]:
     cases = []
     for backward in (False, True):
         name = "backward" if backward else "forward"
-        for packed in (False, True):
+        for documents in (False, True):
+            variant = name + (", documents" if documents else "")
             cases.append(
                 Case(
-                    op="causal_conv1d", name=name + (", packed" if packed else ""), shape=shape,
-                    inputs=_conv_inputs(model, packed), run=_conv, exact=_conv_exact,
+                    op="causal_conv1d", name=variant, shape=shape,
+                    inputs=_conv_inputs(model, documents), run=_conv, exact=_conv_exact,
                     tolerance=4e-3, bytes=element * conv * (3 if backward else 2),
                     leaves=("x", "weight", "bias") if backward else (), backward=backward,
-                    peers={} if packed else {
+                    peers={} if documents else {
                         "fla": _conv_fla, "torch": _conv_torch, "compiled": _compile(_conv_torch),
                     },
-                    key=f"causal_conv1d {name}" + (", packed" if packed else ""),
+                    key=f"causal_conv1d {variant}",
                 )
             )  # fmt: skip
         cases.append(

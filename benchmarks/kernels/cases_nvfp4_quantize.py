@@ -5,9 +5,6 @@ rows; x and dy along the columns after a Hadamard transform; the weight in squar
 stochastic rounding. The activations have 8,192 tokens of width 4,096; the weight is the shared
 expert's matrix of 5,376 by 4,096.
 
-In the names of the cases "turned" means after a Hadamard transform and "by chance" means with
-stochastic rounding: the records use these names, and catalogue.py writes the field's terms.
-
 Tolerances are zero: codes, scales and values must have exactly the bits of the definition, which
 runs on the device in PyTorch. The lower bound of the time counts x twice, because the largest
 magnitude must be known before the first block is scaled, and 67 MB of x do not stay in the L2
@@ -82,7 +79,7 @@ def _case(
         return q.codes, q.scales.view(torch.uint8), q.scale
 
     words = ["columns" if columns else "square tiles" if square else "rows"]
-    words += ["turned"] * hadamard + ["by chance"] * stochastic
+    words += ["Hadamard"] * hadamard + ["stochastic"] * stochastic
     op, name = f"nvfp4_{'fake_' * fake}quantize", ", ".join(words)
     peers = {}
     if not fake and not (hadamard or stochastic or square):

@@ -1,8 +1,8 @@
 """The chunked scan at the shapes of Super and Nano: forward, backward, documents, float32.
 
 Super has 128 heads of 64 with states of 128 and 8 groups, Nano 64 heads. x, B, C and dt are
-slices of a wider tensor, as in the model. The kernels apply the bias of dt and softplus. "packed"
-in a case's name (and in the records) means that a row holds concatenated documents.
+slices of a wider tensor, as in the model. The kernels apply the bias of dt and softplus. The cases
+"documents" have rows of concatenated documents.
 
 The exact answer is the chunked PyTorch implementation in float64. The recurrence itself would store
 a state per token for its gradient, 70 GB here; tests/ops/test_ladder.py shows that the two agree.
@@ -39,7 +39,9 @@ FLOAT32 = (5e-6, 5e-6), (2e-6, 2e-5, 3e-4, 2e-6, 2e-6, 2e-6, 2e-5)
 FUSED, THREE_PASSES = "fused", "three"
 
 
-def _inputs(heads: int, tokens: int, dtype: torch.dtype, packed: bool) -> Callable[[Draw], Inputs]:
+def _inputs(
+    heads: int, tokens: int, dtype: torch.dtype, documents: bool
+) -> Callable[[Draw], Inputs]:
     """A dry run uses all tokens too: the number of heads per program depends on them."""
 
     def inputs(draw: Draw) -> Inputs:
@@ -55,7 +57,7 @@ def _inputs(heads: int, tokens: int, dtype: torch.dtype, packed: bool) -> Callab
             "D": draw.normal(heads, dtype=torch.float32),
             "dt_bias": draw.normal(heads, dtype=torch.float32) - 4,
         }
-        if packed:
+        if documents:
             given["seq_idx"] = draw.integers(0, 2, 1, tokens).cumsum(1) // 256
         return given
 
@@ -110,7 +112,7 @@ def _torch(x, dt, A, B, C, D, dt_bias, seq_idx=None):
 
 def _case(
     model: str, name: str, run: Callable[..., Any], *, key: str, tokens: int = 8192,
-    dtype: torch.dtype = torch.bfloat16, packed: bool = False, backward: bool = False,
+    dtype: torch.dtype = torch.bfloat16, documents: bool = False, backward: bool = False,
     peers: dict[str, Callable[..., Any]] | None = None,
 ) -> Case:  # fmt: skip
     heads, e = HEADS[model], dtype.itemsize
@@ -121,7 +123,7 @@ def _case(
         op="ssd",
         name=name,
         shape=f"{model}, {tokens} tokens",
-        inputs=_inputs(heads, tokens, dtype, packed),
+        inputs=_inputs(heads, tokens, dtype, documents),
         run=run,
         exact=_exact,
         tolerance=tolerances[backward],
@@ -144,13 +146,13 @@ def _cases(model: str) -> list[Case]:
     ]
     for backward in (False, True):
         name = "backward" if backward else "forward"
-        packed = f"{name}, packed"
+        several = f"{name}, documents"
         peers = {**mamba, "torch": _torch}
         if backward:
             cases.append(_case(model, name, _run(), key=f"ssd {name}", backward=True, peers=peers))
         cases.append(
             _case(
-                model, packed, _run(), key=f"ssd {packed}", packed=True, backward=backward,
+                model, several, _run(), key=f"ssd {several}", documents=True, backward=backward,
                 peers=peers,
             )
         )  # fmt: skip

@@ -29,19 +29,6 @@ CONSTRAINTS = ROOT / "constraints.txt"
 Snapshot = dict[str, dict[str, Any]]  # Triton version -> architecture -> case -> kernels
 BEGIN, END = "<!-- written by benchmarks/kernels/catalogue.py -->", "<!-- end -->"
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.3e12, 788e12
-# Names of cases stay as the records have them; the tables use the field's terms.
-TERMS = {
-    "packed": "concatenated documents",
-    "turned": "Hadamard",
-    "by chance": "stochastic rounding",
-}
-
-
-def in_plain_words(name: str) -> str:
-    """The name of a case, its private words replaced by the field's terms."""
-    for word, term in TERMS.items():
-        name = re.sub(rf"\b{word}\b", term, name)
-    return name
 
 
 def lower_bound(case: Case) -> tuple[float, str]:
@@ -83,7 +70,7 @@ def table_of_cases(cases: list[Case]) -> list[str]:
             continue
         microseconds, reason = lower_bound(case)
         lines.append(
-            f"| `{case.op}` | {in_plain_words(case.name)}, {case.shape} | {microseconds:.3g} us "
+            f"| `{case.op}` | {case.name}, {case.shape} | {microseconds:.3g} us "
             f"| {reason} | {measured(case)} |"
         )
     return lines
@@ -117,7 +104,7 @@ def table_of_resources(snapshot: Snapshot) -> list[str]:
         units = [unit for kernel in kernels.values() if kernel for unit in kernel["matrix"]]
         name = next(kernel["kernel"] for kernel in kernels.values() if kernel)
         kinds = ", ".join(dict.fromkeys(units)) or "–"
-        lines.append(f"| {in_plain_words(case)} | `{name}` | {' | '.join(cells)} | {kinds} |")
+        lines.append(f"| {case} | `{name}` | {' | '.join(cells)} | {kinds} |")
     return lines
 
 
@@ -143,7 +130,7 @@ def table_of_spills(snapshot: Snapshot) -> list[str]:
     for (case, _, name), row in sorted(stacks.items()):
         if any(map(any, row.values())):
             cells = [" / ".join(map(str, row[v])) if v in row else "–" for v in versions]
-            lines.append(f"| {in_plain_words(case)} | `{name}` | {' | '.join(cells)} |")
+            lines.append(f"| {case} | `{name}` | {' | '.join(cells)} |")
     return lines
 
 

@@ -77,7 +77,7 @@ class Case:
 
     Attributes:
         op: the public function, such as "causal_conv1d".
-        name: the variant, such as "forward" or "backward, packed". "forward: Q 64, 8 warps" is
+        name: the variant, such as "forward" or "backward, documents". "forward: Q 64, 8 warps" is
             "forward" in another configuration; the catalogue leaves such cases out.
         shape: the model and size in words, such as "Super, 8192 tokens".
         inputs: makes fresh inputs, by name.
