@@ -352,6 +352,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         if not options.check:
             payload = {
+                "path": "the public functions of nemotron_kernels",
                 "gpu": {"name": gpu, "capability": f"{major}.{minor}"},
                 "ceilings": ceilings,
                 "peers": peers,

@@ -1,16 +1,16 @@
-"""What drafting with the MTP module brings: plain and speculative decoding, taking turns.
+"""Speculative decoding with the MTP module beside plain decoding, run alternately.
 
     python -m benchmarks speculation                    trains for ten minutes first, then measures
     python -m benchmarks speculation --model runs/lite  a model that is there already
     python -m benchmarks speculation --quick            a tiny untrained model, no record
 
-The model is the `lite` preset, trained by the project's own recipe on Python's standard library and
-kept in runs/. The time of training is shared: most of it goes to the whole model; then the
-backbone, frozen, continues pieces of its training text, and the MTP module alone is healed on that
-(train/healing.py), held to the backbone's own distributions (train/distillation.py). All of it, the
-writing included, fits into the seconds asked for. Drafts are made of the `SHORTLIST` tokens that
-are most frequent in what the backbone wrote. Prompts are the beginnings of held-out files, which
-nothing was trained on, one at a time (batch 1). For greedy and for sampled decoding:
+The model is the `lite` preset, trained on Python's standard library and kept in runs/. Most of the
+training time goes to the whole model. Then the backbone is frozen and continues pieces of its
+training text, and the MTP module alone is trained on that text (train/healing.py), with the
+backbone's own distributions as the target (train/distillation.py). All steps together take the
+given seconds. Drafts use only the `SHORTLIST` tokens that are most frequent in the backbone's text.
+Prompts are the beginnings of held-out files, one at a time (batch 1). For greedy and for sampled
+decoding:
 
     plain       token by token: the "plain" of every ratio
     fixed k     drafts of k tokens, always
@@ -57,7 +57,7 @@ from nemotron_lite.generation.speculative.measured_costs import prices_of, secon
 from nemotron_lite.train import TrainConfig, Written, evaluate, heal, train
 from nemotron_lite.train.healing import WRITING_ROWS, write
 
-RUNS = Path(__file__).resolve().parents[1] / "runs"
+RUNS = measure.ROOT / "runs"
 AIM, FLOOR = 1.6, 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
 PROMPT = 96  # tokens of a prompt that is measured
@@ -77,7 +77,7 @@ class Trained:
 
 
 def trained_model(seconds: float, prompts: int) -> Trained:
-    """The model of the project's recipe, trained once and kept."""
+    """The `lite` model, trained once and stored in runs/."""
     data = prepare()
     folder, judges = RUNS / f"speculation-{seconds:.0f}", _beginnings(data, prompts)
     if not (folder / "story.json").is_file():
@@ -118,9 +118,9 @@ def trained_model(seconds: float, prompts: int) -> Trained:
 
 
 def own_text(model: Nemotron, data: Any, until: float) -> Written:
-    """What the backbone writes behind pieces of training text: half greedy, half sampled.
+    """The backbone's continuations of training text, half greedy and half sampled.
 
-    As many rounds as fit before the clock shows `until`; at least one.
+    As many rounds as fit before the time `until`; at least one.
     """
     model.eval()
     prompts: list[list[int]] = []
@@ -147,7 +147,7 @@ def laid_out(model: Nemotron) -> Nemotron:
 
 
 def poor(model: Nemotron) -> Nemotron:
-    """The same backbone with an MTP module that knows nothing."""
+    """The same backbone with an MTP module of random weights."""
     fresh = copy.deepcopy(model)
     assert fresh.mtp is not None
     other = Nemotron(model.config, seed=7)
@@ -291,6 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.quick:
         payload = {
             "model": "lite" if not asked.model else asked.model.name,
+            "path": "`generate` for every text, with and without speculation",
             "training": story,
             "shortlist": counted,
             "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": asked.tokens,

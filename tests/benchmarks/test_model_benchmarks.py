@@ -1,4 +1,4 @@
-"""The model benchmarks compare one model in two programs, and refuse to compare two."""
+"""The model benchmarks compare two programs with one model, and never two models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_routing_is_spread_out(pair):
 
 
 @pytest.mark.parametrize("who", ["ours", "peer"])
-def test_a_widened_memory_is_that_of_equal_rows(pair, who):
+def test_a_widened_cache_is_that_of_equal_rows(pair, who):
     model = pair[0] if who == "ours" else pair[1]
     config = peers.SIZES["tiny"]
     prompt, tokens = peers.random_tokens(config, 1, 37), peers.random_tokens(config, 3, 4, seed=5)
@@ -131,6 +131,7 @@ def test_a_record_of_every_part(records, monkeypatch):
     written = json.loads(path.read_text())
     assert written["parameters"] == growth.ledger.parameters(peers.SIZES["tiny"]).total
     assert written["largest_logit_difference"] < 1e-4
+    assert set(written["path"]) == {"prefill", "decode", "train"}
     entries = written["measurements"]
     assert [entry["what"] for entry in entries] == [
         "prefill", "decode", "decode", "train", "train memory", "prefill memory",
@@ -157,7 +158,7 @@ def test_agreement_of_logits():
     assert other["same_first_choice"] < 0.2
 
 
-def test_turns_alternate():
+def test_calls_alternate():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     seconds = measure.alternate(calls, 3, warmup=1)
@@ -165,7 +166,7 @@ def test_turns_alternate():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_ratios_are_taken_between_neighbours():
+def test_ratios_are_taken_within_a_round():
     entry = measure.compare(
         "work", {"ours": [1.0, 4.0, 2.0], "peer": [3.0, 4.0, 4.0]}, tokens=8, aim=2.5, batch=1
     )
@@ -201,7 +202,7 @@ def test_growth_and_its_drawing(pair, records, tmp_path):
     states = [entry["state_bytes"] for entry in results]
     assert [s["kv"] for s in states] == [states[0]["kv"] * k for k in (1, 2, 4)]
     assert states[0]["ssm"] == states[2]["ssm"] == 4 * 16 * 16 * 4
-    path = record.write_record("growth", {"size": "tiny", "results": results})
+    path = record.write_record("growth", {"size": "tiny", "path": "prefill", "results": results})
     with pytest.raises(FileNotFoundError, match="python -m benchmarks growth"):
         plot.draw(tmp_path / "none.json")
     chromium.required()
@@ -281,7 +282,7 @@ def test_the_command_knows_its_benchmarks(monkeypatch):
         monkeypatch.setattr(module, "main", lambda options, m=module: called.append((m, options)))
     command.main(["growth", "--quick"])
     assert called == [(growth, ["--quick"])]
-    with pytest.raises(SystemExit, match="no benchmark 'speed'; there are ssd_operator"):
+    with pytest.raises(SystemExit, match="no benchmark 'speed'; expected one of ssd_operator"):
         command.main(["speed"])
     with pytest.raises(SystemExit, match="name the benchmark first"):
         command.main(["--size", "S"])
