@@ -18,7 +18,7 @@ decoding:
     poor        adaptive, with an MTP module of random weights: what drafting costs where it is
                 useless
 
-Asked for: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
+Aims: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
 texts must be those of plain decoding; prompts whose text differs (a near tie of two logits, rounded
 otherwise by the longer pass) are counted in `texts_that_differ`.
 
@@ -61,7 +61,7 @@ RUNS = measure.ROOT / "runs"
 AIM, FLOOR = 1.6, 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
 PROMPT = 96  # tokens of a prompt that is measured
-LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone writes behind it
+LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone adds to it
 BACKBONE, WRITING = 0.6, 0.1  # shares of the time; the rest heals
 SHORTLIST = 1024  # tokens of 4,096 that drafts are made of
 
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of training")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=192, help="written behind each prompt")
+    parser.add_argument("--tokens", type=int, default=192, help="generated after each prompt")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
