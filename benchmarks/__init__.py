@@ -1,1 +1,1 @@
-"""Measurements against the best peers, each of which leaves a record; `python -m benchmarks`."""
+"""Measurements beside the best peers; each writes a record. Run them by `python -m benchmarks`."""

@@ -5,11 +5,12 @@
     python -m benchmarks model_speed --size S --only decode
     python -m benchmarks growth --peer-limit 8192
     python -m benchmarks gpu_model                    on a GPU, by name only
-    python -m benchmarks figures                      README's figures from the records
+    python -m benchmarks figures                      figures of docs/benchmarks.md and README.md
 
-Each writes records under benchmarks/records (machine, versions, command, n, median, spread); once
-all are measured, the README's figures are written anew from them. On a machine that others use, the
-ratios between programs that took turns can be trusted further than the seconds.
+Each writes records under benchmarks/records (machine, versions, command, n, median, spread). After
+all of them the figures of docs/benchmarks.md and README.md are written from the records. On a
+machine that others use too, trust the ratios between programs that ran alternately more than the
+seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BENCHMARKS = (
     "nvfp4_training",
     "nvfp4_checkpoints",
 )
-BY_NAME = ("gpu_model", "figures")  # not part of a run of all
+BY_NAME = ("gpu_model", "figures")  # only run by name
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +35,8 @@ def main(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         name, *options = arguments
         if name not in (*BENCHMARKS, *BY_NAME):
-            sys.exit(f"no benchmark {name!r}; there are {', '.join((*BENCHMARKS, *BY_NAME))}.")
+            known = ", ".join((*BENCHMARKS, *BY_NAME))
+            sys.exit(f"there is no benchmark {name!r}; expected one of {known}.")
         names: tuple[str, ...] = (name,)
     elif set(arguments) & {"-h", "--help"}:
         print(__doc__)
@@ -42,7 +44,9 @@ def main(arguments: list[str]) -> None:
     else:
         names, options = BENCHMARKS, arguments
         if set(options) - {"--quick"}:
-            sys.exit(f"{' '.join(options)}: name the benchmark first; all of them take --quick.")
+            sys.exit(
+                f"{' '.join(options)}: name the benchmark first; without a name only --quick works."
+            )
         names = names if options else (*names, "figures")
     for name in names:
         started = time.perf_counter()

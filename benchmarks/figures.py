@@ -1,13 +1,18 @@
-"""Write the figures of the README's "How fast" from the records; nobody copies them by hand.
+"""Write the figures of docs/benchmarks.md and README.md from the records; nobody copies them.
 
     python -m benchmarks figures           after measuring; `make bench` does it at its end
 
-The block between two comments in README.md is what `block` says; a test of the house compares the
-two, so a record that changes without the README, or the other way round, is found. Ratios are
-medians, with two decimals. A part of the model benchmark that was measured again on its own (a
-record `model_speed_S-decode.json`, say) counts where it is the newer one.
+The figures stand between comments, in a text that people write:
 
-Left out: figures of speculation and of quantized weights, which stand in paragraphs of their own.
+    <!-- figures: operator -->
+    ...
+    <!-- end of figures -->
+
+Each name is a function of this module. README has one block without a name, the three most
+important figures. A test compares both files with the records, so a record that changes without
+them, or the other way round, is found. Ratios are medians, with two decimals. If one part of the
+model benchmark was measured again alone (a record `model_speed_S-decode.json`, say), the newer
+record counts.
 """
 
 from __future__ import annotations
@@ -15,47 +20,83 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
 
-README = record.RECORDS.parents[1] / "README.md"
-START, END = "<!-- figures: python -m benchmarks figures -->", "<!-- end of figures -->"
+ROOT = record.RECORDS.parents[1]
+README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+BLOCK = re.compile(r"<!-- figures(?:: ([\w ]+))? -->\n(.*?)<!-- end of figures -->", re.S)
 SIZES = ("S", "M")
 WIDTH = 100
 
 
-def rewrite(text: str, records: Path) -> str:
-    """A README with its figures replaced by those of the records.
+def rewrite(text: str, blocks: dict[str, str]) -> str:
+    """A text with the content of its blocks replaced.
+
+    Args:
+        text: a Markdown file.
+        blocks: content by name; "" is the block without a name.
 
     Raises:
-        ValueError: the two comments are not there, once each and in order.
+        ValueError: the blocks of the text are not exactly these, each once.
     """
-    pattern = re.compile(re.escape(START) + r"\n.*?" + re.escape(END), re.S)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"expected one stretch of text between {START!r} and {END!r}.")
-    return pattern.sub(lambda _: f"{START}\n{block(records)}{END}", text)
+    found = [match[1] or "" for match in BLOCK.finditer(text)]
+    if sorted(found) != sorted(blocks):
+        raise ValueError(
+            f"the text has blocks of figures named {sorted(found)}, expected {sorted(blocks)}, "
+            "each once: <!-- figures: NAME --> ... <!-- end of figures -->."
+        )
+
+    def new(match: re.Match[str]) -> str:
+        start = match[0].partition("\n")[0]
+        return f"{start}\n{blocks[match[1] or '']}\n<!-- end of figures -->"
+
+    return BLOCK.sub(new, text)
 
 
-def block(records: Path) -> str:
-    """What stands between the comments."""
-    speeds = {size: _newest(records, f"model_speed_{size}") for size in SIZES}
-    paragraphs = [
-        _wrapped(_whole_model(speeds)),
-        _table(speeds),
-        _wrapped(_quality(_read(records / "bf16_quality.json"))),
-        _wrapped(_operator(_read(records / "ssd_operator.json"))),
+def for_document(records: Path) -> dict[str, str]:
+    """The blocks of docs/benchmarks.md, by name."""
+    functions: dict[str, Callable[[Path], str]] = {
+        "model": model, "bfloat16": bfloat16, "operator": operator, "growth": growth, "gpu": gpu,
+        "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
+        "training": training, "speculation": speculation,
+    }  # fmt: skip
+    return {name: function(records) for name, function in functions.items()}
+
+
+def for_readme(records: Path) -> dict[str, str]:
+    """The block of README.md: three figures, each with its record and where to read more."""
+    large = _newest(records, "model_speed_M")
+    (prefill,) = large.of("prefill", length=8192)
+    (decode,) = large.of("decode", batch=1, context=512)
+    ratio = _operator_ratios(_read(records / "ssd_operator.json"))
+    size = _read(records / "nvfp4_checkpoints_size.json")
+    on_disk = {e["folder"]: e["bytes"] for e in size["results"] if e["what"] == "on disk"}
+
+    def links(file: str, section: str) -> str:
+        return f"([record](benchmarks/records/{file}), [details](docs/benchmarks.md#{section}))"
+
+    items = [
+        f"Prefill of 8K tokens is {prefill['times_faster']['median']:.2f} times as fast as in "
+        f"transformers, decoding {decode['times_faster']['median']:.2f} times: one row, "
+        f"{large.parameters / 1e6:.0f} million parameters, float32, on a CPU "
+        + links(large.source["decode"], "the-whole-model-on-a-cpu"),
+        f"A checkpoint of that model has {on_disk['nvfp4'] / 1e6:.0f} MB in NVFP4, "
+        f"{on_disk['bf16'] / 1e6:.0f} MB in BF16 "
+        + links("nvfp4_checkpoints_size.json", "checkpoints-in-four-bits"),
+        f"The state-space operator is {ratio['forward']:.2f} times as fast as the best of "
+        f"{ratio['peers']:.0f} PyTorch implementations by others "
+        + links("ssd_operator.json", "the-state-space-operator"),
     ]
-    for file in sorted(records.glob("gpu_model_*.json")):
-        found = _read(file)
-        paragraphs += [_wrapped(_gpu(found, file.name)), _gpu_table(found)]
-    return "\n\n".join(paragraphs) + "\n"
+    return {"": "\n".join(_wrapped(f"- {item}", "  ") for item in items)}
 
 
 class Entries:
-    """The measurements of one size by what was done, each from the newest record that has it."""
+    """The measurements of one model size by what was done, each from the newest record with it."""
 
     def __init__(self, found: Iterable[tuple[str, dict[str, Any]]]) -> None:
         self.parameters = 0
@@ -72,7 +113,7 @@ class Entries:
             self.source |= dict.fromkeys(groups, name)
 
     def of(self, what: str, **labels: int) -> list[dict[str, Any]]:
-        """All entries of one kind, in order; those with these labels only.
+        """All entries of one kind, in order; with labels, only those that have them.
 
         Raises:
             ValueError: there are none.
@@ -91,132 +132,135 @@ class Entries:
         return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
-def _newest(records: Path, stem: str) -> Entries:
-    files = [*records.glob(f"{stem}.json"), *records.glob(f"{stem}-*.json")]
-    return Entries((file.name, _read(file)) for file in files)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
-
-
-def _link(text: str, file: str) -> str:
-    return f"[{text}](benchmarks/records/{file})"
-
-
-def _whole_model(speeds: dict[str, Entries]) -> str:
-    told = []
+def model(records: Path) -> str:
+    """The whole model beside transformers, at both sizes."""
+    speeds = {size: _newest(records, f"model_speed_{size}") for size in SIZES}
+    sizes = []
     for size, entries in speeds.items():
         files: dict[str, list[str]] = {}
         for what, file in entries.source.items():
             files.setdefault(file, []).append(what)
         whole = max(files, key=lambda file: len(files[file]))
         links = ", ".join(
-            _link("record" if file == whole else file.partition("-")[2][: -len(".json")], file)
+            _link(file, "record" if file == whole else file.partition("-")[2][: -len(".json")])
             for file in files
         )
-        told.append(
-            f"at size {size} with {entries.parameters / 1e6:.0f} million parameters ({links})"
-        )
+        sizes.append(f"size {size} has {entries.parameters / 1e6:.0f} million parameters ({links})")
     processors = sorted(set.union(*(entries.processors for entries in speeds.values())))
-    return (
-        f"The whole model, {' and '.join(told)}, as multiples of transformers' speed. Processor: "
-        f"{', '.join(processors)}."
-    )
+    text = f"Here {' and '.join(sizes)}. Processor: {', '.join(processors)}."
 
-
-def _table(speeds: dict[str, Entries]) -> str:
-    rows: list[tuple[str, Sequence[str]]] = []
+    rows: list[Sequence[str]] = []
 
     def row(name: str, what: str, **labels: int) -> None:
-        rows.append((name, [entries.times(what, **labels) for entries in speeds.values()]))
+        rows.append([name, *(entries.times(what, **labels) for entries in speeds.values())])
 
     first = speeds[SIZES[0]]
     row(f"prefill of {_lengths(first.of('prefill'), 'length')} tokens", "prefill")
     for batch, rows_named in ((1, "one row"), (8, "eight rows")):
         behind = _lengths(first.of("decode", batch=batch), "context")
-        row(f"decoding {rows_named}, behind {behind} tokens", "decode", batch=batch)
-    rows.append((
-        "training step, four rows of 512 tokens",
-        [
-            f"{entries.times('train')}, with {100 * share['share_of_peer']:.0f} % of the memory"
-            for entries in speeds.values()
-            for share in entries.of("train memory")
-        ],
-    ))  # fmt: skip
+        row(f"decoding {rows_named} after {behind} tokens", "decode", batch=batch)
+    shares = [
+        f"{entries.times('train')}, with {100 * share['share_of_peer']:.0f} % of the memory"
+        for entries in speeds.values()
+        for share in entries.of("train memory")
+    ]
+    rows.append(["training step, four rows of 512 tokens", *shares])
     narrow = _lengths(first.of("bf16"), "length")
     row(f"prefill of {narrow} tokens, both in bfloat16", "bf16 against the peer's")
     row("the same, our bfloat16 against transformers' float32", "bf16 against the peer's float32")
     row("the same, our bfloat16 against our float32", "bf16")
-    row("one bare product of ours, bfloat16 against float32", "bf16 bare product")
-    lines = [f"| work | {' | '.join(speeds)} |", "| --- " * (1 + len(speeds)) + "|"]
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
-    return "\n".join(lines)
+    row("one matrix product of ours, bfloat16 against float32", "bf16 bare product")
+    return f"{_wrapped(text)}\n\n{_table(['work', *speeds], rows)}"
 
 
-def _lengths(entries: Iterable[dict[str, Any]], label: str) -> str:
-    """The lengths of some entries, as "512 / 2K"."""
-    values = (entry[label] for entry in entries)
-    return " / ".join(f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in values)
-
-
-def _quality(found: dict[str, Any]) -> str:
+def bfloat16(records: Path) -> str:
+    """Quality in bfloat16."""
+    found = _read(records / "bf16_quality.json")
     bits = found["bits_per_byte"]
-    return (
-        f"What bfloat16 costs in quality ({_link('record', 'bf16_quality.json')}): the model "
-        f"{found['model']}, codes held-out text in {bits['bfloat16']:.4f} bits per byte, and in "
+    return _wrapped(
+        f"Quality in bfloat16 ({_link('bf16_quality.json')}): the model {found['model']}, needs "
+        f"{bits['bfloat16']:.4f} bits per byte of held-out text in bfloat16 and "
         f"{bits['float32']:.4f} in float32."
     )
 
 
-def _operator(found: dict[str, Any]) -> str:
-    best, tokens, peers = {}, 0, 0
+def _operator_ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Speed over the fastest peer by what was done; the number of peers and of tokens."""
+    ratios: dict[str, float] = {}
     for result in found["results"]:
         if result["what"] in ("forward", "forward + backward"):
-            ratios = [ratio["median"] for ratio in result["times_faster"].values()]
-            best[result["what"]], peers, tokens = min(ratios), len(ratios), result["tokens"]
+            medians = [ratio["median"] for ratio in result["times_faster"].values()]
+            ratios |= {"peers": len(medians), "tokens": result["tokens"]}
+            ratios[result["what"]] = min(medians)
+    return ratios
+
+
+def operator(records: Path) -> str:
+    """The state-space operator beside other implementations."""
+    found = _read(records / "ssd_operator.json")
+    ratios = _operator_ratios(found)
     (worst,) = (
         max(result["errors"]["ours"].values()) for result in found["results"]
         if result["what"] == "relative rms error against float64" and result["decay"] == "strong"
     )  # fmt: skip
     error = f"{worst:.0e}".replace("e-0", "e-")
-    others = f"the best of {peers} peers" if peers > 1 else "transformers' form of it"
-    return (
-        f"The state-space operator alone, {tokens:,} tokens "
-        f"({_link('record', 'ssd_operator.json')}): {best['forward']:.2f} times as fast as "
-        f"{others} forward, and {best['forward + backward']:.2f} times forward and "
-        f"backward, with a relative rms error of at most {error} in every value and gradient under "
-        "strong decay."
+    peers = ratios["peers"]
+    others = f"the best of {peers:.0f} peers" if peers > 1 else "transformers' implementation"
+    return _wrapped(
+        f"With {ratios['tokens']:,.0f} tokens ({_link('ssd_operator.json')}) our operator is "
+        f"{ratios['forward']:.2f} times as fast as {others} forward, and "
+        f"{ratios['forward + backward']:.2f} times forward and backward. Its relative rms error is "
+        f"at most {error} in the result and in every gradient, with strong decay."
     )
 
 
-def _gpu(found: dict[str, Any], file: str) -> str:
-    layers = " and ".join(
-        f"the first {len(part['pattern'])} layers of {name.title()}"
-        for name, part in found["slices"].items()
-    )
-    return (
-        f"On an {found['machine']['gpu']} ({_link('record', file)}; kernel by kernel in the "
-        f"[catalogue](kernels/README.md)): {layers}, at full width, with embeddings and head, in "
-        "bfloat16. Beside them transformers on the same weights, without its optional CUDA "
-        "packages, and what the hardware allows: the ledger's FLOPs, or the bytes of the weights "
-        "and memories, at the speed of a large product and copy. For each new number of keys "
-        "transformers has cuDNN plan its attention; who is measured later finds plans made."
-    )
+def growth(records: Path) -> str:
+    """Time and cache by the length of a prompt: the table behind docs/growth.svg."""
+    found = _read(records / "growth.json")
+    rows = []
+    for result in found["results"]:
+        times = result["microseconds_per_token"]
+        cache = result["state_bytes"]
+        rows.append([
+            f"{result['length'] // 1024}K",
+            f"{times['ours']['median']:.0f}",
+            f"{times['peer']['median']:.0f}" if "peer" in times else "–",
+            f"{sum(cache.values()) / 1e6:.1f} MB",
+            f"{(cache['conv'] + cache['ssm']) / 1e6:.1f} MB",
+            f"{result['all_attention_bytes'] / 1e6:.1f} MB",
+        ])  # fmt: skip
+    heads = [
+        "tokens", "us per token", "transformers", "cache", "of it Mamba layers",
+        "if all were attention",
+    ]  # fmt: skip
+    text = f"Size {found['size']}, prefill in float32 ({_link('growth.json')}):"
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
 
 
-def _gpu_table(found: dict[str, Any]) -> str:
-    lines = [
-        "| layers of | work | tokens a second | times transformers | of what is possible |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def gpu(records: Path) -> str:
+    """The first layers of large models on each GPU that has a record."""
+    parts = []
+    for file in sorted(records.glob("gpu_model_*.json")):
+        found = _read(file)
+        layers = " and ".join(
+            f"the first {len(part['pattern'])} layers of {name.title()}"
+            for name, part in found["slices"].items()
+        )
+        text = f"On an {found['machine']['gpu']} ({_link(file.name)}): {layers}."
+        heads = ["layers of", "work", "tokens per second", "times transformers", "of the limit"]
+        parts.append(f"{_wrapped(text)}\n\n{_table(heads, _gpu_rows(found))}")
+    return "\n\n".join(parts)
+
+
+def _gpu_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
     for name, part in found["slices"].items():
         for what, entries in itertools.groupby(part["measurements"], lambda entry: entry["what"]):
             for batch, group in itertools.groupby(entries, lambda entry: entry.get("batch", 1)):
                 row = list(group)
                 lengths = _lengths(row, "context" if what == "decode" else "length")
                 work = {
-                    "decode": f"decoding {batch} row{'s' * (batch > 1)}, behind {lengths} tokens",
+                    "decode": f"decoding {batch} row{'s' * (batch > 1)} after {lengths} tokens",
                     "prefill": f"prefill of {lengths} tokens",
                     "train": f"forward and backward, {batch} x {lengths} tokens",
                 }[what]
@@ -228,29 +272,196 @@ def _gpu_table(found: dict[str, Any]) -> str:
                     ],
                     [f"{entry['share_of_floor']:.0%}" for entry in row],
                 ]
-                told = " | ".join(" / ".join(values) for values in cells)
-                lines.append(f"| {name.title()} | {work} | {told} |")
-    return "\n".join(lines)
+                rows.append([name.title(), work, *(" / ".join(values) for values in cells)])
+    return rows
 
 
-def _wrapped(paragraph: str) -> str:
-    """Lines of at most WIDTH characters."""
-    lines, line = [], ""
-    for word in paragraph.split(" "):
-        if line and len(line) + 1 + len(word) > WIDTH:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}" if line else word
-    return "\n".join([*lines, line])
+def checkpoints(records: Path) -> str:
+    """Size, memory and speed of a checkpoint in NVFP4."""
+    found = _read(records / "nvfp4_checkpoints_size.json")
+    results = found["results"]
+    disk = {entry["folder"]: entry for entry in results if entry["what"] == "on disk"}
+    bits = disk["nvfp4"]["routed_experts"]["bits_a_weight"]
+    peaks = {e["way"]: e["peak_bytes"] for e in results if e["what"] == "peak of memory"}
+    speeds = {
+        (entry["way"], entry["rows"]): entry["times_faster"]["median"]
+        for entry in results
+        if entry["what"] == "decode"
+    }
+    names = {
+        "bf16": "BF16", "packed": "NVFP4, kept packed", "unpacked": "NVFP4, decoded to BF16",
+        "packed, float32": "NVFP4, kept packed, computing in float32",
+        "float32": "BF16, decoded to float32",
+    }  # fmt: skip
+    rows = [
+        [
+            names[way],
+            *(f"{peak[what] / 1e6:.0f} MB" for what in ("load", "load_and_generate")),
+            *(f"{speeds[way, n]:.2f}" if way != "bf16" else "1" for n in (1, 8)),
+        ]
+        for way, peak in peaks.items()
+    ]
+    text = (
+        f"Size {found['size']} ({_link('nvfp4_checkpoints_size.json')}): the folder has "
+        f"{disk['nvfp4']['bytes'] / 1e6:.0f} MB instead of {disk['bf16']['bytes'] / 1e6:.0f} MB in "
+        f"BF16, and the routed experts {bits:.2f} bits per weight."
+    )
+    heads = [
+        "loaded from", "peak while loading", "and generating", "speed, one row", "eight rows"
+    ]  # fmt: skip
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
+
+
+def loss_of_checkpoints(records: Path) -> str:
+    """Change of held-out loss by format."""
+    found = _read(records / "nvfp4_checkpoints_loss.json")
+    names = {
+        "bf16 for all": "BF16", "fp8 for all": "FP8", "nvfp4 for all": "NVFP4",
+        "nvfp4 for all, scales by rule": "NVFP4, scales without search",
+    }  # fmt: skip
+    rows = []
+    for entry in found["results"]:
+        if "weights" in entry:
+            rows.append([
+                names.get(entry["as"], entry["as"]), f"{entry['bits_a_weight']:.2f}",
+                *(_percent(entry[w]["change_percent"]) for w in ("weights", "weights and inputs")),
+            ])  # fmt: skip
+    groups = found["results"][0]["nats_per_token"]["n"]
+    text = (
+        f"Change of held-out loss in percent, for the model `{found['model']}` after "
+        f"{found['training_seconds']:.0f} seconds of training "
+        f"({_link('nvfp4_checkpoints_loss.json')}): median, smallest and largest of {groups} "
+        "groups of held-out files."
+    )
+    heads = ["format", "bits per weight", "weights quantized", "weights and inputs"]
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
+
+
+def training(records: Path) -> str:
+    """What emulated training in NVFP4 costs in time and in loss."""
+    times = _read(records / "nvfp4_training_times.json")["results"]
+    ratios = " and ".join(
+        f"{entry['times_bf16']['median']:.2f} times a BF16 step for {entry['batch_size']} x "
+        f"{entry['length']} tokens"
+        for entry in times
+    )
+    text = f"A step takes {ratios} ({_link('nvfp4_training_times.json')})."
+    rows = []
+    for name in ("lite", "small"):
+        file = f"nvfp4_training_{name}.json"
+        found = _read(records / file)
+        scale = found["scale"]
+        size = f"{name}, {scale['parameters'] / 1e6:.1f} million parameters, {scale['steps']} steps"
+        for variant, entry in found["variants"].items():
+            if variant != "bf16":
+                gap = _percent(entry["held_out_nats_gap_percent"])
+                rows.append([f"{size} ({_link(file)})", variant, gap, str(len(entry["seeds"]))])
+    heads = ["model", "variant", "held-out loss against BF16, percent", "seeds"]
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
+
+
+def speculation(records: Path) -> str:
+    """Speculative decoding beside plain decoding."""
+    found = _read(records / "speculation.json")
+    story = found["training"]
+    names = {
+        "adaptive": "adaptive, at most 6", "poor": "adaptive, MTP module with random weights"
+    }  # fmt: skip
+    names |= {f"fixed {k}": f"drafts of {k}" for k in (1, 2, 3, 4, 6)}
+    by_way: dict[str, list[str]] = {}
+    differ = 0
+    for entry in found["results"]:
+        if entry["what"] == "decode":
+            ratio = entry["times_faster"]
+            predicted = entry["predicted_times_faster"]
+            by_way.setdefault(entry["way"], [names[entry["way"]]]).extend([
+                f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+                f"{predicted['ledger']:.2f} / {predicted['measured']:.2f}",
+                f"{entry['statistics']['acceptance_length']:.2f}",
+            ])  # fmt: skip
+            differ += entry.get("texts_that_differ", 0)
+    text = (
+        f"Record: {_link('speculation.json', 'speculation.json')}. The model `{found['model']}` "
+        f"was trained with {story['threads']} thread{'s' * (story['threads'] > 1)}: "
+        f"{story['backbone']['seconds']:.0f} seconds for the whole model "
+        f"({story['backbone']['tokens']:,} tokens, {story['held_out_bits_per_byte']:.2f} bits per "
+        f"byte of held-out text), {story['writing']['seconds']:.0f} seconds in which the backbone "
+        f"continues pieces of its training text, and {story['healing']['seconds']:.0f} seconds of "
+        "training the MTP module on that text. This last step raised the acceptance length of "
+        "drafts of four on held-out prompts from "
+        f"{story['acceptance_length_before_healing']:.2f} to "
+        f"{story['acceptance_length_after_healing']:.2f}. Drafts use the {found['shortlist']:,} "
+        f"tokens that the backbone writes most often. {found['prompts']} prompts of "
+        f"{found['prompt_tokens']} tokens, {found['new_tokens']} new tokens each. Greedy texts "
+        f"that differ from those of plain decoding: {differ}."
+    )
+    heads = [
+        "drafts", "greedy", "predicted", "acceptance length", "temperature 0.7", "predicted",
+        "acceptance length",
+    ]  # fmt: skip
+    held = [entry for entry in found["results"] if entry["what"] == "rollback"]
+    rollback = ", ".join(
+        f"{entry['bytes_kept']:,} bytes and "
+        f"{entry['verify_and_keep_over_a_plain_step']:.2f} plain steps with "
+        f"{ROLLBACK.get(entry['hold'], entry['hold'])}"
+        for entry in held
+    )
+    after = (
+        f"While a draft of {held[0]['draft_length']} tokens is verified, the cache stores what it "
+        "needs to roll back. Bytes stored, and time of verifying and accepting the draft: "
+        f"{rollback}."
+    )
+    return f"{_wrapped(text)}\n\n{_table(heads, list(by_way.values()))}\n\n{_wrapped(after)}"
+
+
+# How the record names the two ways of rolling a cache back, and what they do.
+ROLLBACK = {"replay": "the inputs of each token", "snapshots": "a copy of the state per token"}
+
+
+def _percent(summary: dict[str, float]) -> str:
+    """A change in percent: "+0.05 (-0.04 to +0.10)"."""
+    return f"{summary['median']:+.2f} ({summary['min']:+.2f} to {summary['max']:+.2f})"
+
+
+def _newest(records: Path, stem: str) -> Entries:
+    files = [*records.glob(f"{stem}.json"), *records.glob(f"{stem}-*.json")]
+    return Entries((file.name, _read(file)) for file in files)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def _link(file: str, text: str = "record") -> str:
+    """A link to a record, as seen from docs/."""
+    return f"[{text}](../benchmarks/records/{file})"
+
+
+def _lengths(entries: Iterable[dict[str, Any]], label: str) -> str:
+    """The lengths of some entries, as "512 / 2K"."""
+    values = (entry[label] for entry in entries)
+    return " / ".join(f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in values)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _wrapped(paragraph: str, indent: str = "") -> str:
+    """Lines of at most WIDTH characters, broken only at spaces."""
+    return textwrap.fill(
+        paragraph, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rewrite README.md in place."""
-    text = README.read_text()
-    new = rewrite(text, record.RECORDS)
-    README.write_text(new)
-    print("README.md: figures", "as they were" if new == text else "written anew")
+    """Rewrite both files in place."""
+    for file, blocks in ((DOCUMENT, for_document), (README, for_readme)):
+        text = file.read_text()
+        new = rewrite(text, blocks(record.RECORDS))
+        file.write_text(new)
+        print(f"{file.relative_to(ROOT)}: figures", "unchanged" if new == text else "rewritten")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Time and memory, measured so that two programs can be compared on a machine that others use too.
 
-Times. The programs take turns, in an order that flips each round (A B, B A, ...), so that a slow
-minute of the machine falls on both. What is reported is the median and the spread; the ratio is
-taken round by round, between neighbours in time, and has a median and a spread of its own.
+Times. The programs run alternately, and the order changes each round (A B, B A, ...), so that a
+slow minute of the machine affects both. The record has the median and the spread. The ratio is
+computed for each round, between measurements next to each other in time, and has its own median and
+spread.
 
-Memory. A process remembers how much it ever held, so each measurement has a process to itself: it
-builds the model, resets the high-water mark (`/proc/self/clear_refs`), does the work and reports
-how far above the model the mark has risen. Linux only; elsewhere `peak_memory` returns None.
+Memory. The operating system keeps the peak of a process, so each measurement has its own process.
+It builds the model, resets the peak (`/proc/self/clear_refs`), does the work and reports how far
+the peak is above the model. Linux only; elsewhere `peak_above` returns None.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
         ValueError: nothing was measured.
     """
     if not values:
-        raise ValueError("no measurements to summarise: run at least one round.")
+        raise ValueError("no measurements to summarize: run at least one round.")
     return {
         "n": len(values),
         "median": statistics.median(values),
@@ -44,7 +45,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def alternate(
     calls: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` of each, taking turns in an order that flips each round."""
+    """Seconds of every call, `rounds` of each; they alternate, in another order each round."""
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1.")
     names = list(calls)
@@ -52,8 +53,8 @@ def alternate(
         for name in names:
             calls[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
             gc.collect()
             start = time.perf_counter()
             calls[name]()
@@ -75,9 +76,9 @@ def compare(
     Args:
         what: what was done, e.g. "prefill".
         seconds: lists of the same length, from `alternate`.
-        tokens: tokens that one call took in or wrote, all rows together.
-        aim: the ratio asked for.
-        labels: sizes that tell this entry from others.
+        tokens: tokens that one call reads or generates, all rows together.
+        aim: the ratio that is required.
+        labels: sizes that distinguish this entry from others.
     """
     ratios = [b / a for a, b in zip(seconds["ours"], seconds[over], strict=True)]
     entry: dict[str, Any] = {"what": what, **labels, "seconds": {}, "tokens_per_second": {}}
@@ -92,17 +93,17 @@ def compare(
 
 
 def describe(entry: Mapping[str, Any]) -> str:
-    """One line of progress: what was done, and what came out."""
+    """One line of progress: what was measured, and the result."""
     speeds = entry.get("tokens_per_second", {})
-    told = [f"{name} {speed:,.0f} tokens/s" for name, speed in speeds.items()]
+    parts = [f"{name} {speed:,.0f} tokens/s" for name, speed in speeds.items()]
     if "times_faster" in entry:
         ratio = entry["times_faster"]
-        told.append(f"{ratio['median']:.2f} times faster ({ratio['min']:.2f}-{ratio['max']:.2f})")
-    told += [f"{k} {_plain(v)}" for k, v in entry.items() if k not in _TOLD_APART]
-    return f"{entry['what']}: " + ", ".join(told)
+        parts.append(f"{ratio['median']:.2f} times faster ({ratio['min']:.2f}-{ratio['max']:.2f})")
+    parts += [f"{k} {_plain(v)}" for k, v in entry.items() if k not in _SHOWN]
+    return f"{entry['what']}: " + ", ".join(parts)
 
 
-_TOLD_APART = {"what", "seconds", "tokens_per_second", "times_faster"}
+_SHOWN = {"what", "path", "seconds", "tokens_per_second", "times_faster"}
 
 
 def _plain(value: Any) -> str:
@@ -116,14 +117,14 @@ def _plain(value: Any) -> str:
 def peak_above(prepare: Callable[[], Callable[[], object]]) -> int | None:
     """Bytes by which resident memory rises above what `prepare` leaves, while its result runs.
 
-    Call this in a process of its own. None where the system has no resettable high-water mark.
+    Call this in a separate process. None where the system has no peak that can be reset.
     """
     work = prepare()
     gc.collect()
-    mark = Path("/proc/self/clear_refs")
-    if not mark.exists():
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
         return None
-    mark.write_text("5")
+    peak.write_text("5")
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
@@ -140,7 +141,7 @@ def in_own_process(module: str, *arguments: str) -> Any:
     """What `python -m module arguments` prints as JSON on its last line.
 
     Raises:
-        RuntimeError: the process failed; the message holds what it said.
+        RuntimeError: the process failed; the message has the end of its error output.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

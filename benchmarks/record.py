@@ -1,15 +1,15 @@
-"""A figure is worth something when one knows where it came from: the record of a measurement.
+"""The record of a measurement: a figure is only useful if one knows where it comes from.
 
-`write_record` puts a benchmark's results into `benchmarks/records/<name>.json`, together with the
-machine, the versions, the command and the date. No text of this project quotes a speed or a memory
-figure that does not stand in such a file, so each measurement has to bring its own context: how
-many times it was taken (n), the median, and the spread.
+`write_record` writes the results of a benchmark to `benchmarks/records/<name>.json`, with the
+machine, the versions, the command and the date. Every speed or memory figure in the texts of this
+project comes from such a file. So each measurement states how often it was taken (n), the median
+and the spread, and each record says which calls were measured (`path`).
 
-The file is written beside its final place and then renamed, so that a run cut short leaves the old
-record whole.
+The file is written under another name and then renamed, so that an interrupted run leaves the old
+record complete.
 
-Left out: the load that neighbours put on a shared machine, except for the load average before the
-record is written. Compare programs inside one record, not across records.
+Left out: the load of other programs on a shared machine, except for the load average at the time of
+writing. Compare programs inside one record, not across records.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nemotron_lite.files import atomic_file
 
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "einops")
-SPREADS = ({"min", "max"}, {"q1", "q3"})  # either pair tells how far the measurements scatter
+SPREADS = ({"min", "max"}, {"q1", "q3"})  # either pair gives the spread
 
 
 def write_record(name: str, payload: dict[str, Any]) -> Path:
@@ -40,18 +40,21 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
 
     Args:
         name: the record's file name without ".json".
-        payload: results, as JSON allows them. Wherever a dictionary has a "median" it must have
-            "n" and a spread ("min" and "max", or "q1" and "q3") beside it.
+        payload: results, as JSON allows them. "path" says in words which calls are measured, so
+            that a reader can tell whether they are the ones a user makes. A dictionary with a
+            "median" must also have "n" and a spread ("min" and "max", or "q1" and "q3").
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: a name that is no plain file name, a median without its n or spread, or a
-            number that is not finite; says where in the payload.
+        ValueError: a name that is no plain file name, a payload without "path", a median without
+            its n or spread, or a number that is not finite; the message says where.
     """
     if not name or Path(name).name != name:
         raise ValueError(f"{name!r} is not the name of a record: expected a plain file name.")
+    if not payload.get("path"):
+        raise ValueError(f"{name} has no 'path': say in words which calls were measured.")
     faults = list(_faults(payload, name))
     if faults:
         raise ValueError("\n".join(faults))
@@ -102,14 +105,14 @@ def versions() -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command line as it was typed, without the folders of this machine."""
+    """The command line as typed, without the folders of this machine."""
     home = str(RECORDS.parents[1]) + os.sep
     words = ["python", *(word.replace(home, "") for word in sys.orig_argv[1:])]
     return shlex.join(f".../{Path(w).name}" if Path(w).is_absolute() else w for w in words)
 
 
 def _faults(value: Any, place: str) -> Iterator[str]:
-    """What makes a payload unfit for a record, and where it stands."""
+    """What is wrong in a payload, and where."""
     if isinstance(value, Mapping):
         keys = set(value)
         if "median" in keys and not ("n" in keys and any(pair <= keys for pair in SPREADS)):
@@ -123,7 +126,7 @@ def _faults(value: Any, place: str) -> Iterator[str]:
         for i, item in enumerate(value):
             yield from _faults(item, f"{place}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{place} is {value}: a record holds finite numbers; write None for what failed."
+        yield f"{place} is {value}: expected a finite number; write None for what failed."
 
 
 def _first(file: str, field: str) -> str | None:

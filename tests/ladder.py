@@ -106,5 +106,7 @@ def write() -> Path:
         for (operation, rung, below, dtype, quantity), errors in sorted(_errors.items())
     ]  # fmt: skip
     what = "relative rms error of each form of an operation against the one below it"
-    payload = {"what": what, "environment": "NEMOTRON_LADDER=write", "pairs": pairs}
+    path = "the public functions of nemotron_lite.ops, with each `impl`"
+    environment = "NEMOTRON_LADDER=write"
+    payload = {"what": what, "path": path, "environment": environment, "pairs": pairs}
     return write_record("equivalence_ladder", payload)

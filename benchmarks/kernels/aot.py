@@ -1,15 +1,16 @@
-"""Compile every case for every GPU and keep what it takes: registers, spills, memory, instructions.
+"""Compile every case for every GPU; record its registers, spills, memory and instructions.
 
-    python benchmarks/kernels/aot.py                 compare with the committed snapshot
-    python benchmarks/kernels/aot.py --write         write it anew (after looking at the changes)
-    python benchmarks/kernels/aot.py --arch 90       one architecture
-    python benchmarks/kernels/aot.py --only conv     cases whose name matches "conv"
-    python benchmarks/kernels/aot.py --write --only conv   write those, leave the others as they are
+    python -m benchmarks.kernels.aot                 compare with the committed snapshot
+    python -m benchmarks.kernels.aot --write         write a new snapshot
+    python -m benchmarks.kernels.aot --arch 90       one architecture
+    python -m benchmarks.kernels.aot --only conv     cases whose name matches "conv"
+    python -m benchmarks.kernels.aot --write --only conv    write only those cases
 
-No GPU is needed. The snapshot is kept per Triton version, because another compiler gives another
-result: what spills nothing with one spills kilobytes with the next. A kernel may take less than the
-snapshot says, never more; and it has to keep its matrix instructions. Cases that no longer exist
-are dropped only by `--write` without `--only`.
+No GPU is needed. The snapshot, benchmarks/records/kernels_aot.json, has a part for each Triton
+version, because each compiler gives another result: a kernel that spills nothing with one version
+may spill kilobytes with the next. A kernel may use less than the snapshot says, never more, and it
+has to keep its matrix instructions. Only `--write` without `--only` drops cases that no longer
+exist. Look at the differences before you commit a new snapshot.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this proc
 
 import torch
 import triton
-from dry_run import SHARED_LIMIT, compile_only, resources
-from registry import ROOT, Case, Draw, all_cases, gradients, outputs_of
 
+from benchmarks.kernels import ROOT
+from benchmarks.kernels.dry_run import SHARED_LIMIT, compile_only, resources
+from benchmarks.kernels.registry import Case, Draw, all_cases, gradients, outputs_of
 from nemotron_lite.files import atomic_file
 
-SNAPSHOT = ROOT / "kernels" / "aot_snapshot.json"
+SNAPSHOT = ROOT / "benchmarks" / "records" / "kernels_aot.json"
 ARCHS = tuple(SHARED_LIMIT)
 GROWS = ("registers", "stack", "shared")
 
@@ -40,21 +42,25 @@ Report = dict[str, list[dict[str, Any]]]
 
 
 def compile_case(case: Case, arch: int) -> list[dict[str, Any]]:
-    """Resources of every kernel that one case launches on `arch`."""
+    """Resources of every kernel that one case launches on `arch`.
+
+    Raises:
+        RuntimeError: the case launches no kernel, or one that leaves fused multiply-add open.
+    """
     draw = Draw("cpu", dry=True)
     with compile_only(arch) as compiled:
         inputs = case.with_leaves(case.inputs(draw))
         found = outputs_of(case.run(**inputs))
         if case.backward:
-            compiled.clear()  # the forward kernels belong to the forward case
+            compiled.clear()  # the forward case reports the forward kernels
             gradients(found, [inputs[name] for name in case.leaves], draw)
     if not compiled:
         raise RuntimeError(f"{case}: no Triton kernel was launched.")
     for kernel in compiled:
         if "enable_fp_fusion" not in kernel.asked:
             raise RuntimeError(
-                f"{kernel.metadata.name} leaves fused multiply-add to Triton's default, which is "
-                "another one from version to version; pass enable_fp_fusion."
+                f"{kernel.metadata.name} leaves fused multiply-add to Triton's default, which "
+                "differs between versions; pass enable_fp_fusion at the launch."
             )
     kernels: dict[str, dict[str, Any]] = {}
     for kernel in compiled:
@@ -75,7 +81,7 @@ def compile_all(arch: int, only: str = "") -> Report:
 
 
 def over_the_limit(report: Report, arch: int) -> list[str]:
-    """Kernels that no block of this GPU has the shared memory for."""
+    """Kernels that need more shared memory than a block of this GPU has."""
     return [
         f"{case}: {kernel['kernel']} takes {kernel['shared']} bytes of shared memory; "
         f"sm_{arch} has {SHARED_LIMIT[arch]}."
@@ -86,7 +92,7 @@ def over_the_limit(report: Report, arch: int) -> list[str]:
 
 
 def worse(found: Report, kept: Report) -> list[str]:
-    """What has grown or gone missing since the snapshot was written."""
+    """What has grown, and what is missing, since the snapshot was written."""
     faults = []
     for case, kernels in found.items():
         if case not in kept:
@@ -113,7 +119,7 @@ def worse(found: Report, kept: Report) -> list[str]:
 
 
 def _numbered(kernels: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Kernels by name and by which of that name: one function may be compiled in several ways."""
+    """Kernels by (name, number): one function may be compiled with several sets of constants."""
     seen: dict[str, int] = {}
     numbered = {}
     for kernel in kernels:
@@ -131,10 +137,10 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, dict[str, Report]]:
 def write_snapshot(
     reports: dict[int, Report], path: Path = SNAPSHOT, *, merge: bool = False
 ) -> None:
-    """Write this Triton version's part of the snapshot; one kernel a line, for readable diffs.
+    """Write this Triton version's part of the snapshot, one kernel per line, for readable diffs.
 
-    An architecture's report replaces the one before it. With `merge` it is a part of the cases:
-    those are replaced or added, and the others stay.
+    The report of an architecture replaces the earlier one. With `merge` the report holds only some
+    of the cases: these are replaced or added, and the others stay.
     """
     kept = read_snapshot(path)
     archs = kept.setdefault(triton.__version__, {})

@@ -4,7 +4,7 @@ Super: 10,240 convolution channels, 8,192 gated channels in 8 groups, 128 heads 
 of 128, model width 4,096. Nano: 6,144 channels, 4,096 gated in 8 groups, 64 heads. Reference sheet
 sections 1.1 and 1.3.
 
-Inputs stand where the model has them: xBC and z are slices of one input projection.
+Inputs have the strides that they have in the model: xBC and z are slices of one input projection.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels import (
     causal_conv1d,
     causal_conv1d_step,
@@ -40,18 +40,18 @@ def _widths(model: str) -> tuple[int, int, int]:
     return inner, conv, inner + conv + heads
 
 
-def _conv_inputs(model: str, packed: bool) -> Callable[..., Any]:
+def _conv_inputs(model: str, documents: bool) -> Callable[..., Any]:
     inner, conv, projection = _widths(model)
 
     def inputs(draw: Draw) -> Inputs:
         t = draw.tokens(TOKENS)
         wide = draw.normal(1, t, projection)
-        document = draw.integers(0, 2, 1, t).cumsum(1) // 256 if packed else None
+        document = draw.integers(0, 2, 1, t).cumsum(1) // 256 if documents else None
         return {
             "x": wide[..., inner : inner + conv],
             "weight": draw.normal(conv, 4, scale=0.5),
             "bias": draw.normal(conv),
-            **({"seq_idx": document} if packed else {}),
+            **({"seq_idx": document} if documents else {}),
         }
 
     return inputs
@@ -216,17 +216,18 @@ def _cases(model: str) -> list[Case]:
     cases = []
     for backward in (False, True):
         name = "backward" if backward else "forward"
-        for packed in (False, True):
+        for documents in (False, True):
+            variant = name + (", documents" if documents else "")
             cases.append(
                 Case(
-                    op="causal_conv1d", name=name + (", packed" if packed else ""), shape=shape,
-                    inputs=_conv_inputs(model, packed), run=_conv, exact=_conv_exact,
+                    op="causal_conv1d", name=variant, shape=shape,
+                    inputs=_conv_inputs(model, documents), run=_conv, exact=_conv_exact,
                     tolerance=4e-3, bytes=element * conv * (3 if backward else 2),
                     leaves=("x", "weight", "bias") if backward else (), backward=backward,
-                    peers={} if packed else {
+                    peers={} if documents else {
                         "fla": _conv_fla, "torch": _conv_torch, "compiled": _compile(_conv_torch),
                     },
-                    key=f"causal_conv1d {name}" + (", packed" if packed else ""),
+                    key=f"causal_conv1d {variant}",
                 )
             )  # fmt: skip
         cases.append(

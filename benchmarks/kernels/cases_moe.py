@@ -1,15 +1,15 @@
 """The router, the sort and the experts at the shapes of Super and Nano.
 
-Super: 512 experts, 22 a token, width 2,688 on a latent of 1,024. Nano: 128 experts, 6 a token,
-width 1,856 on the token itself, 2,688 wide. Reference sheet section 1.1. Gradients at Super's
-widths are taken on an eighth of it, as expert parallelism over eight GPUs would leave there: the
-whole in float64, with its gradients, fits no GPU.
+Super: 512 experts, 22 per token, width 2,688 on a latent of 1,024. Nano: 128 experts, 6 per token,
+width 1,856, directly on the token of width 2,688. Reference sheet section 1.1. Gradients at Super's
+widths are measured on an eighth of its experts, the share of one GPU under expert parallelism over
+eight: the whole layer in float64, with its gradients, does not fit on a GPU.
 
-The definition here is the sorted PyTorch path in float64, itself tested against token by token:
-token by token, 8,192 of them take minutes.
+The definition here is the sorted PyTorch path in float64, which has its own test against the loop
+over tokens. The loop would take minutes for 8,192 tokens.
 
-Floors count each matrix of an expert with tokens once, and no hidden rows: those could stay on the
-chip.
+The lower bound of the time counts the matrices of each expert that has tokens once. It does not
+count the hidden rows, because a kernel could keep them on the chip.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels.experts import expert_mlp, few_pairs
 from nemotron_kernels.grouped import tile_rows
 from nemotron_kernels.routing import route_logits
@@ -57,12 +57,12 @@ def _route(model: MoE) -> dict[str, Any]:
 
 
 def _route_inputs(model: MoE) -> Callable[[Draw], Inputs]:
-    """Scores and biases of which no two of a token come near each other.
+    """Scores and biases whose sums differ clearly, for any two experts of a token.
 
-    With 512 experts and 8192 tokens, some neighbours in rank would differ by less than float32 can
-    tell, and kernel and definition choose differently, both rightly. Here scores are a shuffled
-    grid, and biases lift each expert to a place of its own between its points: sums lie at least
-    1 / experts^2 apart.
+    With random scores, 512 experts and 8192 tokens, some sums would differ by less than float32
+    resolves. Kernel and definition would then choose different experts, and both would be right.
+    Here the scores are a shuffled grid, and the bias moves each expert to its own position between
+    two grid points, so that sums differ by at least 1 / experts^2.
     """
     e = model.experts
 
@@ -98,7 +98,7 @@ def _route_cases(model: MoE) -> list[Case]:
             op="route", name="backward" if backward else "forward",
             shape=f"{model.name}, {TOKENS} tokens", inputs=_route_inputs(model), run=run,
             exact=eager, tolerance=1e-6,
-            # Weights and scores out; back: logits, both gradients and the indices in.
+            # Forward writes weights and scores; backward reads logits, both gradients, indices.
             bytes=3 * table + 12 * chosen if backward else 2 * table + 12 * chosen,
             leaves=("logits",) if backward else (), backward=backward,
             peers={"torch": eager, "compiled": compiled},
@@ -121,7 +121,8 @@ def _sort_case(model: MoE) -> Case:
 def _expert_inputs(model: MoE, tokens: int) -> Callable[[Draw], Inputs]:
     _, e, k, f, width, dtype, _ = model
 
-    # The number of tokens chooses the tiles, so a dry run takes all of them: they cost no memory.
+    # The number of tokens decides the tile size, so a dry run uses all tokens; empty tensors on the
+    # CPU cost no memory until they are written.
     return lambda draw: {
         "z": draw.normal(tokens, width, dtype=dtype),
         "up": draw.normal(e, f, width, dtype=dtype, scale=width**-0.5),
@@ -136,7 +137,7 @@ def _torch(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
 
 
 def _grouped_mm(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """What torch has for this: its grouped product, between a sort and a gather."""
+    """The same with torch's grouped product, between a sort and a gather."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     places = torch.empty_like(order)
@@ -151,7 +152,8 @@ def _grouped_mm(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
 def _expert_case(model: MoE, tokens: int, backward: bool = False) -> Case:
     _, e, k, f, width, dtype, _ = model
     pairs, word = tokens * k, dtype.itemsize
-    busy = round(e * (1 - (1 - 1 / e) ** pairs))  # experts that uniform choices are expected to hit
+    # How many experts have at least one token, if choices are uniform.
+    busy = round(e * (1 - (1 - 1 / e) ** pairs))
     sorted_pairs = backward or pairs > few_pairs(e, k)
     matrices = busy * 2 * f * width * word
     rows = tokens * width * word
@@ -162,7 +164,7 @@ def _expert_case(model: MoE, tokens: int, backward: bool = False) -> Case:
         op="expert_mlp", name=name, shape=f"{model.name}, {tokens} tokens",
         inputs=_expert_inputs(model, tokens), run=expert_mlp, exact=_torch,
         tolerance=1e-6 if dtype == torch.float32 else 8e-3,
-        # Back: matrices in and their gradients out, the squared hidden rows, z, dy and dz.
+        # Backward reads the matrices, the squared hidden rows, z, dy; writes dz, dup and ddown.
         bytes=2 * matrices + pairs * f * word + 3 * rows if backward else matrices + 2 * rows,
         flops=(8 if backward else 4) * pairs * f * width,
         leaves=("z", "up", "down", "weights") if backward else (), backward=backward,

@@ -1,13 +1,14 @@
-"""Products with packed weights at the shapes of Super, next to cuBLAS on it in bfloat16.
+"""Products with packed weights at the shapes of Super, beside cuBLAS in bfloat16.
 
 Mamba's in_proj is 4,096 to 18,560 (two gates of 8,192, B and C of 8 groups of 128, 128 steps), the
 shared expert 4,096 to 5,376 and back, the routed experts 512 of 1,024 to 2,688 and back. Reference
 sheet section 1.1.
 
 The definition is the product with the decoded matrix in float64. Peers get that matrix in bfloat16,
-so they read 3.6 times the bytes: W4A16 has to win with few rows, and with many it can at best draw,
-since both end at the same tensor cores. Floors count packed bytes, and FLOPs at the speed of
-bfloat16, which a Blackwell exceeds with packed x.
+so they read 3.6 times as many bytes. W4A16 should therefore be faster with few rows. With many rows
+it can be equally fast at best, since both use the same tensor cores. The lower bound of the time
+counts packed bytes, and FLOPs at the speed of bfloat16; a Blackwell GPU exceeds that speed when x
+is packed too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels.experts import expert_mlp, few_pairs
 from nemotron_kernels.grouped import tile_rows
 from nemotron_kernels.nvfp4_experts import nvfp4_expert_mlp
@@ -31,7 +32,7 @@ BITS = 4.5
 
 
 class Both(NamedTuple):
-    """One matrix, or a stack: packed, and for the peers in bfloat16. Numbers of the packed one."""
+    """One matrix, or a stack of them: packed, and the same decoded values in bfloat16 for peers."""
 
     packed: nvfp4.QuantizedTensor
     dense: Tensor
@@ -87,7 +88,7 @@ def _case(tokens: int, what: str, matrix: tuple[int, int], packed: bool = False)
     return Case(
         op="nvfp4_matmul", name=form, shape=f"{what} of Super, {tokens} tokens",
         inputs=_inputs(tokens, matrix, packed), run=_run, exact=_exact,
-        tolerance=4e-3,  # that of a result in bfloat16; tests hold float32 to 1e-6
+        tolerance=4e-3,  # of a result in bfloat16; tests require 1e-6 of float32
         bytes=round(numbers * BITS / 8 + x_bytes + 2 * tokens * matrix[0]),
         flops=2 * tokens * numbers, peers={"cuBLAS bfloat16": _cublas},
         key=f"nvfp4_matmul {form}, {kernel}",
@@ -118,7 +119,7 @@ def _bfloat16(z: Tensor, up: Both, down: Both, weights: Tensor, indices: Tensor)
 
 def _expert_case(tokens: int) -> Case:
     pairs = tokens * TOP_K
-    busy = round(EXPERTS * (1 - (1 - 1 / EXPERTS) ** pairs))  # by uniform choices
+    busy = round(EXPERTS * (1 - (1 - 1 / EXPERTS) ** pairs))  # if choices are uniform
     few = pairs <= few_pairs(EXPERTS, TOP_K)
     tiles = "few tokens" if few else f"tiles of {tile_rows(pairs, EXPERTS, torch.bfloat16)}"
     return Case(

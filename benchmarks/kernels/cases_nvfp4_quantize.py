@@ -1,17 +1,19 @@
-"""Quantizing to NVFP4 and back at the shapes of Super, next to torchao's quantizer compiled.
+"""Quantizing to NVFP4 and back at the shapes of Super, beside torchao's compiled quantizer.
 
-The five operands of a layer in training (reference sheet 6.3), in bfloat16: x and dy along the rows
-and, turned by Hadamard, along the columns, dy by chance; the weight in square tiles. 8,192 tokens
-of the model's width of 4,096; the shared expert's matrix of 5,376 by 4,096.
+The five operands of a layer in training (reference sheet 6.3), in bfloat16: x and dy along the
+rows; x and dy along the columns after a Hadamard transform; the weight in square tiles. dy uses
+stochastic rounding. The activations have 8,192 tokens of width 4,096; the weight is the shared
+expert's matrix of 5,376 by 4,096.
 
-Tolerances are zero: codes, scales and values have the bits of the definition, which runs on the
-device in PyTorch. Floors count x twice, because the largest magnitude has to be known before the
-first block is scaled, and 67 MB of x do not stay in the cache. Its instructions take about as long
-(tests/kernels/test_nvfp4_quantize_listing.py counts them).
+Tolerances are zero: codes, scales and values must have exactly the bits of the definition, which
+runs on the device in PyTorch. The lower bound of the time counts x twice, because the largest
+magnitude must be known before the first block is scaled, and 67 MB of x do not stay in the L2
+cache. The instructions take about as long as the bytes (tests/kernels/
+test_nvfp4_quantize_listing.py counts them).
 
-torchao's `nvfp4_quantize` takes rows, to nearest, and sets its scales in another order of
-operations: the same work, slightly other bits. For columns it gets a copy that is turned over. It
-is looked for in `.peers` as the others are: `pip install --no-deps --target .peers torchao`.
+torchao's `nvfp4_quantize` takes rows, rounds to nearest, and computes its scales in another order
+of operations: the same work, slightly different bits. For columns it gets a transposed copy. Like
+the other peers it is looked for in `.peers`: `pip install --no-deps --target .peers torchao`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels import (
     nvfp4_amax,
     nvfp4_dequantize,
@@ -51,12 +53,12 @@ def _torchao(x: Tensor) -> Outputs:
 
 
 def _case(
-    operand: str, *, columns: bool = False, hadamard: bool = False, chance: bool = False,
+    operand: str, *, columns: bool = False, hadamard: bool = False, stochastic: bool = False,
     square: bool = False, fake: bool = False,
 ) -> Case:  # fmt: skip
     rows = HIDDEN if square else TOKENS
     block = "16x16" if square else "1x16"
-    seed = SEED if chance else None
+    seed = SEED if stochastic else None
     how = {"block": block, "hadamard": hadamard}
 
     def inputs(draw: Draw) -> Inputs:
@@ -70,17 +72,17 @@ def _case(
         return nvfp4_quantize(x, amax, **how, seed=seed)
 
     def exact(x: Tensor) -> Outputs:
-        x = (x.mT if columns else x).bfloat16()  # the numbers came as float64
-        q = nvfp4.quantize(x, **how, stochastic=chance, seed=seed, impl="naive")
+        x = (x.mT if columns else x).bfloat16()  # `device.wide` made them float64
+        q = nvfp4.quantize(x, **how, stochastic=stochastic, seed=seed, impl="naive")
         if fake:
             return (q.dequantize(torch.bfloat16, impl="torch"),)
         return q.codes, q.scales.view(torch.uint8), q.scale
 
     words = ["columns" if columns else "square tiles" if square else "rows"]
-    words += ["turned"] * hadamard + ["by chance"] * chance
+    words += ["Hadamard"] * hadamard + ["stochastic"] * stochastic
     op, name = f"nvfp4_{'fake_' * fake}quantize", ", ".join(words)
     peers = {}
-    if not fake and not (hadamard or chance or square):
+    if not fake and not (hadamard or stochastic or square):
         peers = {"torchao, compiled": lambda x: _torchao(x.mT.contiguous() if columns else x)}
     return Case(
         op=op, name=name, shape=f"{operand} of Super", inputs=inputs, run=run, exact=exact,
@@ -110,13 +112,13 @@ CASES = [
     _case("x"),
     _case("x", columns=True),
     _case("x", columns=True, hadamard=True),
-    _case("dy", chance=True),
-    _case("dy", columns=True, hadamard=True, chance=True),
+    _case("dy", stochastic=True),
+    _case("dy", columns=True, hadamard=True, stochastic=True),
     _case("shared up", square=True),
     _case("x", fake=True),
     _case("x", columns=True, hadamard=True, fake=True),
-    _case("dy", chance=True, fake=True),
-    _case("dy", columns=True, hadamard=True, chance=True, fake=True),
+    _case("dy", stochastic=True, fake=True),
+    _case("dy", columns=True, hadamard=True, stochastic=True, fake=True),
     _case("shared up", square=True, fake=True),
     Case(
         op="nvfp4_dequantize", name="to bfloat16", shape="shared up of Super", inputs=_packed,

@@ -1,14 +1,14 @@
 """The acceptance rule at Super's vocabulary: drafts of four tokens.
 
-The definition here is the PyTorch form in float64. q is p with noise on its logits and drafts are
-drawn from q, as by a draft model: some sequences are accepted whole and draw from the bonus row,
-most draw from a residual. Only the thousand likeliest tokens have any probability, as after top-p.
-That makes the same tokens a fair demand: with all 131,072 of them in play, the rounding of a
-float32 sum would settle a draw in every few hundred sequences.
+The definition here is the PyTorch form in float64. q is p with noise on its logits, and drafts are
+sampled from q, as a draft model would do. Some sequences are accepted completely and sample from
+the bonus row; most sample from a residual distribution. Only the thousand most likely tokens have a
+probability above zero, as after top-p. With all 131,072 tokens, the rounding of a float32 sum would
+change the sampled token in one of a few hundred sequences, and equal tokens could not be required.
 
-The floor is one reading of the row pair that a sequence draws from. The kernel sweeps it once for
-the sum and on average half a time for the token; whether the second sweep comes from the cache is
-what the measured share of the floor tells.
+The lower bound of the time is one reading of the pair of rows that a sequence samples from. The
+kernel reads the pair once for the sum, and on average half of it again to find the token. The
+measured share of the lower bound shows whether the second reading comes from the L2 cache.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels.verification import verify
 from nemotron_lite import ops
 
 VOCABULARY, DRAFT = 131_072, 4
-LIKELY, NOISE = 1024, 0.5
+LIKELY, NOISE = 1024, 0.5  # tokens with a probability above zero; noise on q's logits
 
 
 def _likely(logits: Tensor) -> Tensor:
-    """Probabilities of the likeliest tokens, zero elsewhere."""
+    """Probabilities of the most likely tokens, zero elsewhere."""
     least = logits.topk(LIKELY).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
 

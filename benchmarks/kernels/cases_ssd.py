@@ -1,17 +1,18 @@
-"""The chunked scan at the shapes of Super and Nano: forward, backward, packed, float32.
+"""The chunked scan at the shapes of Super and Nano: forward, backward, documents, float32.
 
-Super has 128 heads of 64 with states of 128 and 8 groups, Nano 64 heads. x, B, C and dt stand where
-the model has them, as slices of a wider tensor; softplus and the bias of dt are the kernels' work.
+Super has 128 heads of 64 with states of 128 and 8 groups, Nano 64 heads. x, B, C and dt are
+slices of a wider tensor, as in the model. The kernels apply the bias of dt and softplus. The cases
+"documents" have rows of concatenated documents.
 
-The exact answer is the chunked PyTorch implementation in float64. The recurrence itself would keep
-a state per token for its gradient, 70 GB here; that the two agree is what tests/ops/test_ladder.py
-shows.
+The exact answer is the chunked PyTorch implementation in float64. The recurrence itself would store
+a state per token for its gradient, 70 GB here; tests/ops/test_ladder.py shows that the two agree.
 
-The floor counts each input and output once. Its FLOPs are those of chunks of 64 tokens:
+The lower bound of the time counts each input and output once, and the FLOPs of chunks of 64 tokens:
 T [H (2 Q P + 4 N P) + 2 G Q N] forward, and 2.5 times as many backward.
 
-Each alternative configuration of ssd_common.ALTERNATIVES is a case too, so that a GPU can say
-whether it is right and faster. They are not compiled in the dry run: their key is the default's.
+Each alternative configuration of ssd_common.ALTERNATIVES is a case too, so that a run on a GPU
+shows whether it is correct and faster. The dry run does not compile these cases: they have the key
+of the default configuration.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from registry import Case, Draw, Inputs
 from torch import Tensor
 
+from benchmarks.kernels.registry import Case, Draw, Inputs
 from nemotron_kernels import ssd_common
 from nemotron_kernels._compat import Config
 from nemotron_kernels.ssd import ssd
@@ -35,11 +36,13 @@ LEAVES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 DEFAULT = dict(ssd_common.CONFIGS)
 BF16 = 8e-3, 1e-2  # outputs, gradients
 FLOAT32 = (5e-6, 5e-6), (2e-6, 2e-5, 3e-4, 2e-6, 2e-6, 2e-6, 2e-5)
-WALKING, THREE_PASSES = "fused", "three"
+FUSED, THREE_PASSES = "fused", "three"
 
 
-def _inputs(heads: int, tokens: int, dtype: torch.dtype, packed: bool) -> Callable[[Draw], Inputs]:
-    """All tokens also in a dry run: how many heads a program takes depends on them."""
+def _inputs(
+    heads: int, tokens: int, dtype: torch.dtype, documents: bool
+) -> Callable[[Draw], Inputs]:
+    """A dry run uses all tokens too: the number of heads per program depends on them."""
 
     def inputs(draw: Draw) -> Inputs:
         xBC = draw.normal(1, tokens, heads * P + 2 * G * N, dtype=dtype)
@@ -54,7 +57,7 @@ def _inputs(heads: int, tokens: int, dtype: torch.dtype, packed: bool) -> Callab
             "D": draw.normal(heads, dtype=torch.float32),
             "dt_bias": draw.normal(heads, dtype=torch.float32) - 4,
         }
-        if packed:
+        if documents:
             given["seq_idx"] = draw.integers(0, 2, 1, tokens).cumsum(1) // 256
         return given
 
@@ -62,7 +65,7 @@ def _inputs(heads: int, tokens: int, dtype: torch.dtype, packed: bool) -> Callab
 
 
 def _run(kernel: str = "", config: Config | None = None, **options: Any) -> Callable[..., Any]:
-    """`ssd`, with one kernel's configuration replaced until the next case sets its own."""
+    """`ssd` with `config` for one kernel; each call first restores the default configurations."""
 
     def run(**given: Tensor) -> tuple[Tensor, Tensor]:
         ssd_common.CONFIGS.update(DEFAULT)
@@ -92,7 +95,7 @@ def _mamba(chunk: int) -> Callable[..., Any]:
 
 
 def _fla(x, dt, A, B, C, D, dt_bias):
-    """Mamba-2 as gated linear attention: one key and query per head, dt folded into the values."""
+    """Mamba-2 as gated linear attention: one key and query per head, values multiplied by dt."""
     from fla.ops.simple_gla import chunk_simple_gla as peer
 
     steps = F.softplus(dt.float() + dt_bias)
@@ -109,7 +112,7 @@ def _torch(x, dt, A, B, C, D, dt_bias, seq_idx=None):
 
 def _case(
     model: str, name: str, run: Callable[..., Any], *, key: str, tokens: int = 8192,
-    dtype: torch.dtype = torch.bfloat16, packed: bool = False, backward: bool = False,
+    dtype: torch.dtype = torch.bfloat16, documents: bool = False, backward: bool = False,
     peers: dict[str, Callable[..., Any]] | None = None,
 ) -> Case:  # fmt: skip
     heads, e = HEADS[model], dtype.itemsize
@@ -120,7 +123,7 @@ def _case(
         op="ssd",
         name=name,
         shape=f"{model}, {tokens} tokens",
-        inputs=_inputs(heads, tokens, dtype, packed),
+        inputs=_inputs(heads, tokens, dtype, documents),
         run=run,
         exact=_exact,
         tolerance=tolerances[backward],
@@ -136,20 +139,20 @@ def _case(
 def _cases(model: str) -> list[Case]:
     mamba = {"mamba_ssm": _mamba(128), "mamba_ssm, chunks of 256": _mamba(256)}
     outside = {**mamba, "fla": _fla, "torch": _torch}
-    fused = _run(variant=WALKING)
+    fused = _run(variant=FUSED)
     cases = [
         _case(model, "forward", _run(), key="ssd forward", peers=outside),
         _case(model, "forward, fused", fused, key="ssd forward, fused"),
     ]
     for backward in (False, True):
         name = "backward" if backward else "forward"
-        packed = f"{name}, packed"
+        several = f"{name}, documents"
         peers = {**mamba, "torch": _torch}
         if backward:
             cases.append(_case(model, name, _run(), key=f"ssd {name}", backward=True, peers=peers))
         cases.append(
             _case(
-                model, packed, _run(), key=f"ssd {packed}", packed=True, backward=backward,
+                model, several, _run(), key=f"ssd {several}", documents=True, backward=backward,
                 peers=peers,
             )
         )  # fmt: skip
@@ -170,8 +173,8 @@ def _alternatives() -> list[Case]:
     cases = []
     for kernel, configs in ssd_common.ALTERNATIVES.items():
         backward = kernel.startswith("grad")
-        variant = THREE_PASSES if kernel in ("states", "scan") else WALKING
-        default = "ssd forward, fused" if variant == WALKING else "ssd forward"
+        variant = THREE_PASSES if kernel in ("states", "scan") else FUSED
+        default = "ssd forward, fused" if variant == FUSED else "ssd forward"
         for config in configs:
             blocks = " ".join(f"{k} {v}" for k, v in config.blocks.items())
             how = f"{kernel} {blocks}, {config.num_warps} warps, {config.num_stages} stages"

@@ -1,30 +1,34 @@
-"""On a GPU: check every case against float64, twice, and only then time it; write a record.
+"""On a GPU: check every case against float64, twice, then time it, and write a record.
 
-    python benchmarks/kernels/device.py                  everything
-    python benchmarks/kernels/device.py --check          no timing
-    python benchmarks/kernels/device.py --only "norm|conv"   cases whose name matches
-    python benchmarks/kernels/device.py --minutes 9      as far as one gets in nine minutes
-    python benchmarks/kernels/device.py --rounds 30      more measurements of each
-    python benchmarks/kernels/device.py --begin 40       from the 41st case on
+    python -m benchmarks.kernels.device                  everything
+    python -m benchmarks.kernels.device --check          no timing
+    python -m benchmarks.kernels.device --only "norm|conv"   cases whose name matches
+    python -m benchmarks.kernels.device --minutes 9      as many cases as fit into nine minutes
+    python -m benchmarks.kernels.device --rounds 30      more measurements of each
+    python -m benchmarks.kernels.device --begin 40       start at the 41st case
 
-1. Everything is compiled, on all processors at once (warm.py), peers included.
-2. Ceilings of this machine: copying, and a bfloat16 matrix product, on random data.
-3. Each case on fresh random inputs, uninitialised memory filled with NaN: every output, or
-   gradient, within its tolerance of the definition in float64; a second run gives the same bits.
-4. Each case that passed is timed: a CUDA graph of calls on inputs that rotate through more memory
-   than the L2 cache holds, so that nothing is found warm; its peers take turns with it.
+1. Everything is compiled, on all cores at once (warm.py), including the peers.
+2. Limits of this machine: the speed of a copy and of a bfloat16 matrix product, on random data.
+3. Each case runs on random inputs, with uninitialized memory filled with NaN. Every output, or
+   gradient, must be within its tolerance of the definition in float64, and a second run must give
+   the same bits.
+4. Each case that passed is timed: a CUDA graph of calls whose inputs rotate through more memory
+   than the L2 cache holds, so that no call finds its inputs in the cache. The peers run alternately
+   with it.
 
-What the models run comes first, and only then the other configurations that it might run. With
-`--minutes` no case is begun after that time; the cases that were not reached are named.
+The cases that the models run come first, then the alternative configurations. With `--minutes` no
+case starts after that time; the record names the cases that were not reached.
 
-The record is benchmarks/records/kernels_<gpu>.json, written anew after each case, so that a run
-that is cut short leaves what it had. A case that fails is in it with its errors and without a time,
-and the exit status is 1; after an illegal access, which no process survives, a new one goes on
-behind it. Cases of earlier runs with the same versions stay, each with its date: a
-borrowed GPU's ten minutes are enough for a part, and `--only` takes the next.
+The record is benchmarks/records/kernels_<gpu>.json. It is written again after each case, so that an
+interrupted run keeps what it has measured. A case that fails is recorded with its errors and
+without a time, and the exit status is 1. After an illegal memory access CUDA is unusable in this
+process, so a new process continues with the next case. Cases of earlier runs with the same versions
+stay in the record, each with its date: ten minutes of a rented GPU are enough for one part, and
+`--only` measures the next.
 
-Peers that are not installed are left out, by name and reason; peers.py says how they get here. Left
-out: clocks are not locked, as a borrowed machine does not allow it; the spread tells.
+Peers that are not installed are left out; the record names them and the reason. peers.py says how
+to install them. Left out: locked clocks, since a rented machine does not allow them; the spread
+shows how much the times vary.
 """
 
 from __future__ import annotations
@@ -42,15 +46,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import use_peers
-from registry import HERE, Case, Draw, Inputs, all_cases, gradients, outputs_of
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.kernels import ROOT
+from benchmarks.kernels.peers import use_peers
+from benchmarks.kernels.registry import Case, Draw, Inputs, all_cases, gradients, outputs_of
 
 Call = Callable[[], Any]
 DEVICE = "cuda"
-COPIED, SQUARE = 2**29, 8192  # floats of a copy, and sides of a product, that find the ceilings
+COPIED, SQUARE = 2**29, 8192  # floats of the copy, side of the product: see measure_ceilings
 
 
 def relative_rms(found: Tensor, exact: Tensor) -> float:
@@ -62,7 +67,7 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
 
 
 def evaluate(case: Case, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
-    """Outputs, or gradients for a fixed random gradient of the outputs; inputs stay as they are."""
+    """Outputs, or gradients for a fixed random gradient of the outputs; does not change inputs."""
     own = {k: v.clone() if k in case.in_place else v for k, v in inputs.items()}
     own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in own.items()}
     with torch.set_grad_enabled(case.backward):
@@ -75,7 +80,7 @@ def evaluate(case: Case, function: Callable[..., Any], inputs: Inputs) -> list[T
 
 
 def wide(inputs: Inputs) -> Inputs:
-    """The same rounded numbers in float64."""
+    """The inputs with all floats converted to float64."""
     return {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in inputs.items()
@@ -83,7 +88,7 @@ def wide(inputs: Inputs) -> Inputs:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """Errors of every output and whether two runs give the same bits."""
+    """Errors of every output, and whether two runs give the same bits."""
     inputs = case.inputs(Draw(DEVICE))
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
@@ -107,7 +112,7 @@ def check(case: Case) -> dict[str, Any]:
 
 
 def calls(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> list[Call]:
-    """One call for each set of inputs; for a backward case the forward pass is already done."""
+    """One call per set of inputs; for a backward case the forward pass runs here, before timing."""
     prepared: list[Call] = []
     for inputs in sets:
         own = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -127,11 +132,11 @@ def calls(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> list[
 
 
 def graph_of(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> tuple[Call, str]:
-    """All calls as one launch, so that only the GPU's time counts; in a row where that fails.
+    """All calls as one CUDA graph, so that only GPU time counts; one by one if capturing fails.
 
-    Everything happens on one stream of its own: autograd runs a backward pass on the stream of its
-    forward pass, and a capture sees nothing but its own stream. What a replay reads lives as long
-    as the replay: a graph knows addresses, and keeps none of what stands there.
+    Everything runs on one separate stream: autograd runs a backward pass on the stream of its
+    forward pass, and a capture records only its own stream. The returned call keeps the tensors
+    alive that a replay reads: a graph stores addresses only and does not own the memory.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -151,7 +156,7 @@ def graph_of(case: Case, function: Callable[..., Any], sets: list[Inputs]) -> tu
 
 
 def microseconds(replay: Call, count: int) -> float:
-    """Time on the GPU of one of `count` calls."""
+    """GPU time of one of the `count` calls of a replay."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     replay()
@@ -167,14 +172,17 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def rotating_inputs(case: Case) -> list[Inputs]:
-    """Sets of inputs that together are larger than twice the cache; at least three."""
+    """Sets of inputs that together are larger than twice the L2 cache; at least three."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(3, min(64, 2 * cache // max(1, case.bytes) + 1))
     return [case.inputs(Draw(DEVICE, seed=seed)) for seed in range(count)]
 
 
 def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Times of the kernel and of each peer, in turns; ratios between neighbours in time."""
+    """Times of the kernel and of each peer, run alternately; ratios within each round.
+
+    `floor_us` is the lower bound of the time: bytes or FLOPs at the limits of this machine.
+    """
     sets = rotating_inputs(case)
     replays, result, skipped = {}, {}, {}
     for name, function in {"kernel": case.run, **case.peers}.items():
@@ -187,13 +195,13 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
                 raise
             skipped[name] = f"{type(error).__name__}: {error}"[:200]
     times: dict[str, list[float]] = {name: [] for name in replays}
-    for turn in range(rounds + 1):
-        names = list(replays) if turn % 2 == 0 else list(reversed(replays))
+    for round_number in range(rounds + 1):
+        names = list(replays) if round_number % 2 == 0 else list(reversed(replays))
         for name in names:
             took = microseconds(replays[name], len(sets))
-            if turn:  # the first warms up
+            if round_number:  # the first is a warm-up
                 times[name].append(took)
-    floor = max(case.bytes / ceilings["bytes_per_s"], case.flops / ceilings["flops_per_s"]) * 1e6
+    bound = max(case.bytes / ceilings["bytes_per_s"], case.flops / ceilings["flops_per_s"]) * 1e6
     own = times.pop("kernel")
     peers = {
         name: {
@@ -206,8 +214,8 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
     return {
         **result["kernel"],
         "time_us": summary(own),
-        "floor_us": floor,
-        "share_of_floor": floor / statistics.median(own),
+        "floor_us": bound,
+        "share_of_floor": bound / statistics.median(own),
         "input_sets": len(sets),
         "peers": peers,
         "peers_skipped": skipped,
@@ -215,7 +223,7 @@ def measure(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, An
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes a second of a copy of 2 GiB and FLOP/s of an 8192^3 bfloat16 product; best of ten."""
+    """Bytes per second of a 2 GiB copy, FLOP/s of an 8192^3 bfloat16 product; best of ten."""
     source = torch.randn(COPIED, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -231,7 +239,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def judge(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Check one case, and time it if it passed and there are ceilings; what failed, in words."""
+    """Check one case; time it if it passed and there are `ceilings`. Errors go into the result."""
     try:
         result = check(case)
         if result["passed"] and ceilings:
@@ -242,7 +250,7 @@ def judge(case: Case, rounds: int, ceilings: dict[str, float]) -> dict[str, Any]
 
 
 def broken() -> bool:
-    """Whether a kernel has broken CUDA for this process: then nothing else can run in it."""
+    """Whether a kernel has made CUDA unusable for this process."""
     try:
         torch.cuda.synchronize()
         return False
@@ -251,40 +259,46 @@ def broken() -> bool:
 
 
 def warm(arch: int, only: str) -> str:
-    """Compile everything in processes of their own (warm.py); what they say."""
-    command = [sys.executable, str(HERE / "warm.py"), "--arch", str(arch), "--only", only]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Compile everything beforehand (warm.py, in a subprocess); returns its output."""
+    command = [sys.executable, "-m", "benchmarks.kernels.warm"]
+    command += ["--arch", str(arch), "--only", only]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return (done.stdout + done.stderr).strip()
 
 
 def in_order(only: str) -> list[Case]:
-    """What the models run first, then the other configurations; each in the order of the files."""
+    """Cases of the models first, then alternative configurations, in the order of the files."""
     cases = [case for case in all_cases() if re.search(only, str(case))]
     return sorted(cases, key=lambda case: ": " in case.name)
 
 
 def earlier(name: str) -> dict[str, Any]:
-    """Cases in the record of that name, if it was made with the versions that run now."""
+    """Cases of the existing record, if it was made with the versions that run now."""
     path = record.RECORDS / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     return found["cases"] if found.get("versions") == record.versions() else {}
 
 
 def line(case: Case, result: dict[str, Any]) -> str:
-    """One case for the screen."""
+    """One line of progress."""
     took = "not timed"
     if "time_us" in result:
-        took = f"{result['time_us']['median']:.1f} us, {result['share_of_floor']:.0%} of the floor"
+        took = f"{result['time_us']['median']:.1f} us, "
+        took += f"{result['share_of_floor']:.0%} of the possible speed"
         for name, peer in result["peers"].items():
             took += f", {peer['ratio']['median']:.2f}x {name}"
     found = result.get("errors", result.get("error"))
     return f"{'ok  ' if result['passed'] else 'FAIL'} {case}: {took}; errors {found}"
 
 
-def go_on(options: argparse.Namespace, began: float, done: int, failed: list[str]) -> None:
-    """Become a new process that begins behind the cases of this one."""
-    print("the GPU's context is broken; a new process goes on", flush=True)
-    command = [sys.executable, __file__, "--cold", "--only", options.only]
+def continue_in_a_new_process(
+    options: argparse.Namespace, began: float, done: int, failed: list[str]
+) -> None:
+    """Replace this process by a new one that continues after the cases of this one."""
+    print("CUDA is unusable in this process; a new process continues", flush=True)
+    os.chdir(ROOT)  # where `-m` finds this module
+    command = [sys.executable, "-m", "benchmarks.kernels.device"]
+    command += ["--cold", "--only", options.only]
     command += ["--rounds", str(options.rounds), "--begin", str(options.begin + done)]
     command += ["--check"] if options.check else []
     if options.minutes is not None:
@@ -299,20 +313,24 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check only, write nothing")
     parser.add_argument("--only", default="", help="cases whose name matches (regex)")
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each case")
-    parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument("--minutes", type=float, help="start no case after this time")
     parser.add_argument("--cold", action="store_true", help="do not compile everything beforehand")
-    parser.add_argument("--begin", type=int, default=0, help="leave out as many cases")
-    parser.add_argument("--failed", action="append", default=[], help="what failed before --begin")
+    parser.add_argument("--begin", type=int, default=0, help="skip this many cases")
+    parser.add_argument(
+        "--failed", action="append", default=[], help="cases that failed before --begin"
+    )
     options = parser.parse_args()
-    os.environ.pop("TRITON_INTERPRET", None)  # triton is imported with the cases
+    os.environ.pop("TRITON_INTERPRET", None)  # before all_cases() imports triton
     began = time.monotonic()
     cases = in_order(options.only)[options.begin :]
     if options.rounds < 4:
-        sys.exit(f"--rounds {options.rounds}: expected at least 4, for a median and quartiles.")
+        sys.exit(
+            f"--rounds {options.rounds}: expected at least 4, for the median and the quartiles."
+        )
     if not cases:
-        sys.exit(f"--only {options.only} --begin {options.begin}: no case is left.")
+        sys.exit(f"--only {options.only} --begin {options.begin}: no case matches.")
     if not torch.cuda.is_available():
-        sys.exit("There is no CUDA GPU here. benchmarks/kernels/aot.py needs none.")
+        sys.exit("There is no CUDA GPU here. `python -m benchmarks.kernels.aot` needs none.")
     peers = use_peers()
     print("\n".join(f"{name}: {found}" for name, found in peers.items()), flush=True)
     gpu = torch.cuda.get_device_name()
@@ -334,6 +352,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         if not options.check:
             payload = {
+                "path": "the public functions of nemotron_kernels",
                 "gpu": {"name": gpu, "capability": f"{major}.{minor}"},
                 "ceilings": ceilings,
                 "peers": peers,
@@ -343,7 +362,7 @@ def main() -> None:
             path = record.write_record(name, payload)
         if dead and late[1:]:
             failed = options.failed + [k for k, v in results.items() if not v["passed"]]
-            go_on(options, began, len(results), failed)
+            continue_in_a_new_process(options, began, len(results), failed)
     if not options.check and results:
         print(path)
     failed = options.failed + [k for k, result in results.items() if not result["passed"]]

@@ -1,15 +1,15 @@
-"""Compile what an ordinary launcher would launch, for any NVIDIA GPU, on a machine that has none.
+"""Compile what an ordinary call would launch, for any NVIDIA GPU, on a machine without a GPU.
 
-Triton asks its driver which GPU there is. A driver that answers "sm_90" and is asked for nothing
-else is enough to specialise each kernel exactly as for a real launch (alignment, arguments that are
-one, block sizes) and to compile it down to machine code; `warmup` makes the launch stop there.
+Triton asks its driver which GPU there is. A fake driver that answers "sm_90" is enough: Triton then
+specializes each kernel exactly as for a real launch (alignment, arguments equal to 1, block sizes)
+and compiles it to machine code. With `warmup=True` the launch stops there.
 
     with compile_only(90) as compiled:
         causal_conv1d(torch.empty(...), ...)          # CPU tensors
     for kernel in compiled: print(resources(kernel))
 
-TRITON_INTERPRET must be unset in the process. Source: tried with triton 3.6.0, 3.7.1 and 3.9.0.
-Left out: kernels chosen by reading a tensor's values; there are none to read.
+TRITON_INTERPRET must be unset in the process. Tried with Triton 3.6.0, 3.7.1 and 3.9.0. Left out:
+kernels that are chosen by reading the values of a tensor; the tensors of a dry run have none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import registry  # noqa: F401  finds nemotron_kernels in a checkout
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,16 +32,16 @@ from triton.runtime.jit import JITFunction
 
 from nemotron_kernels import _compat
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block
-# What the matrix units are asked to do, by the head of the PTX instruction.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per block
+# Matrix instructions, by the beginning of the PTX instruction.
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\S*?\.(m\d+n\d+k\d+|kind::\w+)\S*")
 TYPES = re.compile(r"\.(tf32|bf16|f16|e4m3|e5m2|e2m1|s8)\b")
-# Operands with a scale a block: mxf4nvf4 is NVFP4, the others are the MX formats.
+# Operands with one scale per block: mxf4nvf4 is NVFP4, the others are the MX formats.
 SCALED = re.compile(r"\bkind::(mx\w+)")
 
 
 class _Driver:
-    """As much of a driver as compiling needs."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -56,7 +55,8 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # compiled kernels are kept per device; so each architecture has its own
+        # Triton caches compiled kernels per device, so each architecture is a device.
+        return self.arch
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -77,13 +77,13 @@ class _Driver:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a GPU."""
+    """What one compiled kernel uses of a GPU."""
 
     kernel: str
     warps: int
-    registers: int  # a thread
-    stack: int  # bytes a thread: spilled registers and local arrays
-    shared: int  # bytes a block
+    registers: int  # per thread
+    stack: int  # bytes per thread: spilled registers and local arrays
+    shared: int  # bytes per block
     matrix: tuple[str, ...]  # kinds of matrix instructions
     wide: bool  # whether global memory is read 16 bytes at a time somewhere
 
@@ -94,10 +94,10 @@ class Resources:
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list[Any]]:
-    """Inside, Triton launches compile for `arch` and return; the list collects what was compiled.
+    """In this context a Triton launch only compiles for `arch`; the list collects the kernels.
 
     Raises:
-        RuntimeError: the process interprets kernels.
+        RuntimeError: TRITON_INTERPRET is set, so this process interprets kernels.
     """
     if _compat.INTERPRET:
         raise RuntimeError("TRITON_INTERPRET is set: this process cannot compile. Unset it first.")
@@ -107,7 +107,7 @@ def compile_only(arch: int) -> Iterator[list[Any]]:
     def compile_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         kernel = kernel.result() if hasattr(kernel, "result") else kernel
-        kernel.asked = kwargs  # constants and options, as the launcher named them
+        kernel.asked = kwargs  # constants and options of the launch
         compiled.append(kernel)
         return kernel
 

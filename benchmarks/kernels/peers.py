@@ -1,10 +1,11 @@
-"""Other people's kernels to measure ours against: where they are looked for, and what is there.
+"""The peers of the kernel benchmarks: where they are looked for, and which are installed.
 
-Neither of the two needs a compiler, so both can be carried to a machine that fetches nothing. They
-go into `.peers` at the root of the checkout, which git ignores:
+Neither of the two needs a compiler, so both can be copied to a machine without network. They go
+into `.peers` in the root of the checkout, which git ignores:
 
-- mamba_ssm: the folder `mamba_ssm` of its source distribution. The package's own `__init__` wants a
-  compiled extension; its Triton kernels do not. So an empty package stands before them.
+- mamba_ssm: the folder `mamba_ssm` of its source distribution. The package's own `__init__` imports
+  a compiled extension, which its Triton kernels do not need. So an empty package replaces that
+  `__init__`.
 
       MAMBA_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-build-isolation mamba-ssm
       tar xzf mamba_ssm-*.tar.gz --strip-components=1 -C .peers --wildcards '*/mamba_ssm/*'
@@ -13,9 +14,10 @@ go into `.peers` at the root of the checkout, which git ignores:
 
       pip install --no-deps --target .peers fla-core
 
-(The first wants torch where pip runs.) Both need einops, which comes with neither. A peer that is
-not there is left out of the measurements, by name and with the reason. Tried: mamba_ssm 2.3.2 and
-fla-core 0.6.0, compiled with Triton 3.6.0, 3.7.1 and 3.9.0 without a GPU (warm.py).
+(The first needs torch in the environment of pip.) Both need einops, which neither brings. A peer
+that cannot be imported is left out of the measurements; the record names it and the reason. Tried:
+mamba_ssm 2.3.2 and fla-core 0.6.0, compiled with Triton 3.6.0, 3.7.1 and 3.9.0 without a GPU
+(warm.py).
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ import re
 import sys
 import types
 
-from registry import ROOT
+from benchmarks.kernels import ROOT
 
 FOLDER = ROOT / ".peers"
-# What a peer is measured by: importing the package alone would prove nothing.
+# The module that is measured: that the package imports would not prove that its kernels do.
 MODULES = {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", "fla": "fla.ops.simple_gla"}
 
 
 def use_peers() -> dict[str, str]:
-    """Make what lies in .peers importable.
+    """Make the packages in .peers importable.
 
     Returns:
         For each peer its version, or why it cannot be used.
@@ -49,7 +51,7 @@ def use_peers() -> dict[str, str]:
         try:
             importlib.import_module(module)
             found[peer] = _version(peer)
-        except Exception as error:  # a peer may fail in any way, and is then not a peer
+        except Exception as error:  # whatever fails, the peer is left out
             found[peer] = f"left out: {type(error).__name__}: {error}"[:200]
     return found
 

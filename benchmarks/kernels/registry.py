@@ -1,6 +1,6 @@
-"""The list of cases: what is compiled for every GPU, and on one checked and timed.
+"""The list of cases: each is compiled for every GPU, and checked and timed on one.
 
-A case is one public function at one shape of a real model. `cases_*.py` beside this file each hold
+A case is one public function at one shape of a real model. Each `cases_*.py` beside this file holds
 a list `CASES`; three programs read them:
 
 - aot.py compiles every case for sm_80, 90, 100 and 120 on a machine without a GPU, and compares
@@ -8,14 +8,13 @@ a list `CASES`; three programs read them:
 - device.py, on a GPU, checks every case twice against its exact definition and then times it;
 - catalogue.py writes the tables of kernels/README.md.
 
-A case draws its inputs through `Draw`, so that a dry run gets tensors that cost nothing. With
-`backward=True` the gradients of all `leaves` are what is checked and timed.
+A case makes its inputs through `Draw`, so that a dry run gets uninitialized tensors. With
+`backward=True` the gradients of all `leaves` are checked and timed.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-# A checkout that was not installed works as well.
-sys.path[:0] = [str(p) for p in (ROOT / "kernels", ROOT, HERE) if str(p) not in sys.path]
-
 
 @dataclass
 class Draw:
-    """Random tensors on one device; uninitialised ones in a dry run, which reads none of them.
-
-    `tokens` is the number of tokens the case should take: its own on a GPU, few in a dry run.
-    """
+    """Random tensors on one device; uninitialized ones in a dry run, which reads no values."""
 
     device: str
     seed: int = 0
@@ -46,7 +37,7 @@ class Draw:
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def tokens(self, count: int) -> int:
-        """`count`, but at most 512 in a dry run: the kernels that are compiled stay the same."""
+        """`count`; in a dry run at most 512, for which the same kernels are compiled."""
         return min(count, 512) if self.dry else count
 
     def normal(
@@ -69,7 +60,7 @@ class Draw:
     def integers(
         self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64
     ) -> Tensor:
-        """Uniform integers, `high` left out; `low` everywhere in a dry run."""
+        """Uniform integers in [low, high); in a dry run all are `low`."""
         if self.dry:
             return torch.full(shape, low, dtype=dtype, device=self.device)
         return torch.randint(
@@ -86,23 +77,23 @@ class Case:
 
     Attributes:
         op: the public function, such as "causal_conv1d".
-        name: what of it, such as "forward" or "backward, packed". "forward: Q 64, 8 warps" is
-            "forward" in another configuration: compiled, checked and timed, not in the catalogue.
+        name: the variant, such as "forward" or "backward, documents". "forward: Q 64, 8 warps" is
+            "forward" in another configuration; the catalogue leaves such cases out.
         shape: the model and size in words, such as "Super, 8192 tokens".
         inputs: makes fresh inputs, by name.
         run: the kernel: takes the inputs by name, returns its float outputs.
-        exact: the definition in float64; takes the same inputs (as float64 where they are floats)
-            and returns the same outputs.
+        exact: the definition; takes the same inputs (floats converted to float64) and returns
+            the same outputs.
         tolerance: largest relative rms error of the outputs, or of the gradients if `backward`;
-            one for all, or one for each.
-        bytes: the least that has to be read and written.
-        flops: multiplications and additions that matter, 0 where memory is the only limit.
-        leaves: inputs whose gradients are wanted; needed with `backward`.
+            one number for all of them, or one for each.
+        bytes: the smallest number of bytes that has to be read and written.
+        flops: multiplications and additions; 0 where memory is the only limit.
+        leaves: inputs whose gradients are computed; needed with `backward`.
         backward: check and time the backward pass alone.
-        in_place: inputs that `run` overwrites; each call gets them back as they were.
-        peers: other implementations: name -> function with the arguments of `run`. One that is
-            not installed raises ImportError when called.
-        key: cases with the same key compile the same kernels; the dry run takes the first.
+        in_place: inputs that `run` overwrites; each checked call gets a fresh copy of them.
+        peers: other implementations: name -> function with the arguments of `run`. A peer that
+            is not installed raises ImportError when called.
+        key: cases with the same key compile the same kernels; the dry run compiles the first.
     """
 
     op: str
@@ -129,7 +120,7 @@ class Case:
         return self.key or str(self)
 
     def with_leaves(self, inputs: Inputs) -> Inputs:
-        """The inputs, with gradients asked for where this case wants them."""
+        """The inputs; those in `leaves` require gradients."""
         return {k: v.requires_grad_() if k in self.leaves else v for k, v in inputs.items()}
 
 
@@ -141,8 +132,8 @@ def outputs_of(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def gradients(outputs: list[Tensor], leaves: list[Tensor], draw: Draw) -> list[Tensor]:
     """Gradients of the leaves, for random gradients of the outputs.
 
-    These have bfloat16's digits whatever the dtype of the outputs, so that a kernel and its
-    definition in float64 are given the same numbers.
+    The random gradients are rounded to bfloat16, whatever the dtype of the outputs, so that a
+    kernel and its definition in float64 get the same numbers.
     """
     given = [draw.normal(*y.shape).to(y.dtype) for y in outputs]
     return list(torch.autograd.grad(outputs, leaves, given, retain_graph=True))
@@ -156,11 +147,13 @@ def all_cases() -> list[Case]:
     """
     cases = [
         case
-        for path in sorted(HERE.glob("cases_*.py"))
-        for case in importlib.import_module(path.stem).CASES
+        for path in sorted(Path(__file__).parent.glob("cases_*.py"))
+        for case in importlib.import_module(f"benchmarks.kernels.{path.stem}").CASES
     ]
     names = [str(case) for case in cases]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"several cases are called {sorted(twice)}; each name stands in a record.")
+        raise ValueError(
+            f"several cases are called {sorted(twice)}; the records identify cases by name."
+        )
     return cases

@@ -1,18 +1,18 @@
-"""Compile everything a device run will launch, ours and the peers', on all processors at once.
+"""Compile all that a device run will launch, our kernels and the peers', on all cores at once.
 
-    python benchmarks/kernels/warm.py                    for the GPU of this machine
-    python benchmarks/kernels/warm.py --arch 90          for another one; no GPU is needed
-    python benchmarks/kernels/warm.py --only ssd --workers 4
+    python -m benchmarks.kernels.warm                    for the GPU of this machine
+    python -m benchmarks.kernels.warm --arch 90          for another one; no GPU is needed
+    python -m benchmarks.kernels.warm --only ssd --workers 4
 
-A compiler works on one processor. Hundreds of kernels, one after another, would take most of a
-borrowed GPU's ten minutes: mamba_ssm's autotuner alone tries about ten configurations of each of
-its kernels. So device.py runs this first: the cases are dealt out to as many processes as there are
-processors, each compiles its share for this GPU and launches nothing (dry_run.py), and what comes
-out lies in Triton's cache, where the real launches find it. That they do depends on the same
-compiler and the same specialisation; a launch that differs is compiled when it comes.
+The compiler uses one core. Compiling hundreds of kernels one after another would take most of ten
+minutes on a rented GPU: mamba_ssm's autotuner alone tries about ten configurations of each of its
+kernels. So device.py runs this module first. It starts one process per core; each compiles its
+share of the cases for this GPU and launches nothing (dry_run.py). The results go to Triton's cache
+on disk, where the real launches find them. A launch with another specialization is not found and is
+compiled when it happens.
 
-It is a rehearsal too: on a machine without a GPU it shows whether each peer still takes the
-arguments that the cases give it.
+On a machine without a GPU this also shows whether each peer still accepts the arguments that the
+cases pass.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ import sys
 import time
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: this process compiles
 
 import torch
-from dry_run import SHARED_LIMIT, compile_only
-from peers import MODULES, use_peers
-from registry import Case, Draw, all_cases, gradients, outputs_of
+
+from benchmarks.kernels import ROOT
+from benchmarks.kernels.dry_run import SHARED_LIMIT, compile_only
+from benchmarks.kernels.peers import MODULES, use_peers
+from benchmarks.kernels.registry import Case, Draw, all_cases, gradients, outputs_of
 
 
 def work() -> Iterator[tuple[Case, str]]:
-    """Each distinct thing to compile: a case's own kernel, and its peers made of Triton."""
+    """Each distinct thing to compile: the kernel of a case, and its peers written in Triton."""
     seen = set()
     for case in all_cases():
         if ": " in case.name or case.compiled_as not in seen:  # ": " is another configuration
@@ -48,7 +49,7 @@ def work() -> Iterator[tuple[Case, str]]:
 
 @contextlib.contextmanager
 def _peers_see_a_gpu() -> Iterator[None]:
-    """What peers ask torch about the GPU of their tensors, which lie on the CPU here."""
+    """Fake answers to what the peers ask torch about their GPU; the tensors are on the CPU here."""
     properties = types.SimpleNamespace(multi_processor_count=132, warp_size=32, major=9, minor=0)
     asked = {
         "device": lambda *_: contextlib.nullcontext(),
@@ -65,7 +66,7 @@ def _peers_see_a_gpu() -> Iterator[None]:
 
 
 def compile_one(case: Case, name: str, arch: int) -> int:
-    """Compile what one case, or one of its peers, launches; how many kernels that were."""
+    """Compile what one case, or one of its peers, launches; returns the number of kernels."""
     draw = Draw("cpu", dry=True)
     function = case.run if name == "kernel" else case.peers[name]
     with compile_only(arch) as compiled, _peers_see_a_gpu():
@@ -78,7 +79,7 @@ def compile_one(case: Case, name: str, arch: int) -> int:
 
 
 def compile_share(arch: int, only: str, share: int, shares: int) -> list[str]:
-    """Every `shares`-th piece of work from `share` on; what failed, in words."""
+    """Compile every `shares`-th piece of work, starting at `share`; returns error messages."""
     missing = {name for name, found in use_peers().items() if found.startswith("left out")}
     failed = []
     for i, (case, name) in enumerate(w for w in work() if re.search(only, str(w[0]))):
@@ -97,12 +98,13 @@ def compile_share(arch: int, only: str, share: int, shares: int) -> list[str]:
 
 
 def compile_in_parallel(arch: int, only: str = "", workers: int | None = None) -> list[str]:
-    """Deal the work out to processes of this script; what failed, in words."""
+    """Compile all in `workers` processes of this module; returns error messages."""
     workers = workers or os.cpu_count() or 1
-    command = [sys.executable, str(Path(__file__).resolve()), "--arch", str(arch), "--only", only]
+    command = [sys.executable, "-m", "benchmarks.kernels.warm"]
+    command += ["--arch", str(arch), "--only", only]
     running = [
         subprocess.Popen(
-            [*command, "--share", str(share), str(workers)],
+            [*command, "--share", str(share), str(workers)], cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for share in range(workers)
@@ -118,17 +120,17 @@ def compile_in_parallel(arch: int, only: str = "", workers: int | None = None) -
 def this_gpu() -> int:
     """Compute capability of the GPU here, as 80, 90, ..."""
     if not torch.cuda.is_available():
-        sys.exit("There is no CUDA GPU here; say which one to compile for with --arch.")
+        sys.exit("There is no CUDA GPU here; name the architecture to compile for with --arch.")
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
 
 def main() -> None:
-    """Compile, and say what took how long and what failed."""
+    """Compile; print the times and the errors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, help=f"such as {', '.join(map(str, SHARED_LIMIT))}")
     parser.add_argument("--only", default="", help="cases whose name matches (regex)")
-    parser.add_argument("--workers", type=int, help="processes; as many as processors")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), help="one worker's part")
     options = parser.parse_args()
     arch = options.arch or this_gpu()

@@ -3,20 +3,20 @@
     python -m benchmarks gpu_model
     python -m benchmarks gpu_model --slice super --only decode
 
-All of Nano fills a GPU and Super four of them, so the model is a slice: the first layers of the
-pattern, up to the first attention layer and the mixture behind it, with embeddings and head. Layers
-repeat, so what is true of a slice's layers is true of the model's; only the head weighs too much.
-Weights are random, in bfloat16, the router spread out (`peers`), the kernels those that the model
-chooses by itself.
+All of Nano fills a GPU and Super fills four, so the model is a slice: the first layers of the
+pattern, up to the first attention layer and the MoE layer after it, with embeddings and head. The
+pattern repeats, so the layers of a slice stand for those of the model; only the head has too large
+a share. Weights are random, in bfloat16, with tokens spread over the experts (`peers`), and the
+model chooses its kernels itself.
 
-Two yardsticks. What the hardware could do: the ledger's FLOPs over the speed of a large product, or
-the bytes of the weights that a token needs over the speed of a copy, whichever takes longer. And
-transformers' NemotronH on the same weights, in the same memory, taking turns, without its optional
-CUDA packages; operation by operation, benchmarks/kernels/device.py compares with mamba_ssm's
-kernels. transformers decodes with cuDNN's attention, which plans anew for each number of keys, and
-keeps its plans: whatever has the same heads and is measured later does without that cost.
+Two comparisons. The limit of the hardware: the ledger's FLOPs at the speed of a large product, or
+the bytes of the weights that a token needs at the speed of a copy, whichever takes longer. And
+transformers' NemotronH with the same weights (the same tensors), run alternately, without its
+optional CUDA packages; benchmarks/kernels/device.py compares single operations with mamba_ssm's
+kernels. transformers decodes with cuDNN's attention, which plans again for each number of keys and
+keeps its plans. So a model with the same heads that is measured later does not pay for them.
 
-Super's slice has 26 GB of weights, Nano's 9.5.
+The slice of Super has 26 GB of weights, that of Nano 9.5 GB.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ SLICES = ("nano", "super")
 WORKS = ("prefill", "decode", "train")
 PREFILL = {512: 7, 2048: 7, 8192: 5, 32768: 3}  # length: rounds
 DECODE = ((1, 512), (8, 512), (32, 512), (1, 32768))  # (batch, context)
-COPIED, SQUARE = 2**28, 8192  # floats of a copy, and sides of a product, that find the ceilings
+COPIED, SQUARE = 2**28, 8192  # floats of the copy, side of the product: see measure_ceilings
 STEPS, DECODE_ROUNDS = 8, 5
 TRAIN = (1, 2048)  # batch, length
-TRAIN_SLICES = ("nano",)  # gradients of Super's experts need as much again as the experts
+TRAIN_SLICES = ("nano",)  # the gradients of Super's experts do not fit
 
 
 def slice_of(preset: str) -> NemotronConfig:
@@ -56,22 +56,22 @@ def slice_of(preset: str) -> NemotronConfig:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes a second of a large copy, FLOP/s of a large bfloat16 product; best of ten."""
+    """Bytes per second of a large copy, FLOP/s of a large bfloat16 product; best of ten."""
     source = torch.randn(COPIED, device=DEVICE)
     target = torch.empty_like(source)
     a, b = (torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     calls: dict[str, Callable[[], object]] = {
         "copy": partial(target.copy_, source), "product": partial(torch.matmul, a, b)
     }  # fmt: skip
-    best = {name: min(values) for name, values in turns(calls, 10).items()}
+    best = {name: min(values) for name, values in alternate(calls, 10).items()}
     return {
         "bytes_per_s": 2 * source.nbytes / best["copy"],
         "flops_per_s": 2 * SQUARE**3 / best["product"],
     }
 
 
-def turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """`measure.alternate`, each call until the GPU is done."""
+def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """`measure.alternate`; each call waits until the GPU has finished."""
 
     def waited(call: Callable[[], object]) -> None:
         call()
@@ -81,7 +81,7 @@ def turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
 
 
 def fits(call: Callable[[], object]) -> bool:
-    """Whether a call can be made at all in this GPU's memory."""
+    """Whether a call runs in the memory of this GPU."""
     try:
         call()
         return True
@@ -93,22 +93,22 @@ def fits(call: Callable[[], object]) -> bool:
 
 
 def entry(
-    what: str, calls: dict[str, Callable[[], object]], rounds: int, tokens: int, floor: float,
+    what: str, calls: dict[str, Callable[[], object]], rounds: int, tokens: int, bound: float,
     **labels: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Ours against the peer, if it fits, and against `floor` seconds."""
+    """Ours beside the peer, if it fits, and beside `bound`, the shortest possible seconds."""
     if "peer" in calls and not fits(calls["peer"]):
         del calls["peer"]
     if "peer" not in calls:
         labels["peer"] = "out of memory"
-    seconds = turns(calls, rounds)
+    seconds = alternate(calls, rounds)
     if "peer" in seconds:
         found = measure.compare(what, seconds, tokens=tokens, **labels)
     else:
         summaries = {name: measure.summary(values) for name, values in seconds.items()}
         speeds = {name: tokens / s["median"] for name, s in summaries.items()}
         found = {"what": what, **labels, "seconds": summaries, "tokens_per_second": speeds}
-    found["share_of_floor"] = floor / found["seconds"]["ours"]["median"]
+    found["share_of_floor"] = bound / found["seconds"]["ours"]["median"]
     return found
 
 
@@ -123,14 +123,14 @@ def measure_prefill(
             for who, model in (("ours", ours), ("peer", peer))
         }
         work = ledger.flops(ours.config, length, logits_to_keep=1).per_token * length
-        floor = max(
+        bound = max(
             work / ceilings["flops_per_s"], weight_bytes(ours, length) / ceilings["bytes_per_s"]
         )
-        yield entry("prefill", calls, rounds, length, floor, length=length)
+        yield entry("prefill", calls, rounds, length, bound, length=length)
 
 
 def weight_bytes(model: Nemotron, tokens: int) -> float:
-    """Bytes of the weights that `tokens` tokens need, if each chooses its experts by chance."""
+    """Bytes of the weights that `tokens` tokens read, if experts are chosen at random."""
     config, parts = model.config, ledger.parameters(model.config)
     unread = parts.by_part["moe"] - parts.active_by_part["moe"]  # by one token
     share = (1 - config.num_experts_per_tok / config.n_routed_experts) ** (tokens - 1)
@@ -141,7 +141,7 @@ def weight_bytes(model: Nemotron, tokens: int) -> float:
 def measure_decode(
     ours: Nemotron, peer: nn.Module, ceilings: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """One token after another behind a context; rows share it and differ after it."""
+    """One token after another after a context; rows share it and differ after it."""
     for batch, context in DECODE:
         prompt = peers.random_tokens(ours.config, 1, context).to(ours.device)
         inputs = peers.random_tokens(ours.config, batch, STEPS, seed=2).to(ours.device)
@@ -153,16 +153,16 @@ def measure_decode(
             calls[who] = partial(peers.decode, who, model, kept, inputs)
         cache = ledger.cache(ours.config, context)
         moved = weight_bytes(ours, batch) + batch * (cache.kv + 2 * cache.ssm)
-        floor = STEPS * moved / ceilings["bytes_per_s"]
+        bound = STEPS * moved / ceilings["bytes_per_s"]
         yield entry(
-            "decode", calls, DECODE_ROUNDS, batch * STEPS, floor, batch=batch, context=context
+            "decode", calls, DECODE_ROUNDS, batch * STEPS, bound, batch=batch, context=context
         )
 
 
 def measure_train(
     ours: Nemotron, peer: nn.Module, ceilings: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Forward and backward pass, without the optimiser; and the most memory it takes."""
+    """Forward and backward pass without the optimizer, and their peak memory."""
     batch, length = TRAIN
     tokens = peers.random_tokens(ours.config, batch, length).to(ours.device)
     models = {"ours": ours.train(), "peer": peer.train()}
@@ -193,7 +193,7 @@ def measure_train(
 def measure_slice(
     name: str, works: list[str], ceilings: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Everything asked for of one slice; all of it so far, after each measurement."""
+    """All `works` of one slice; after each measurement, everything measured so far."""
     config = slice_of(name)
     with torch.device(DEVICE):
         peer = peers.build_peer(config, dtype=torch.bfloat16)
@@ -217,7 +217,7 @@ def measure_slice(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what is asked for. Writes `gpu_model_<gpu>.json`."""
+    """Measure. Writes `gpu_model_<gpu>.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu_model", allow_abbrev=False)
     parser.add_argument("--slice", default=",".join(SLICES), help="nano, super or both")
     parser.add_argument("--only", default=",".join(WORKS), help="parts, separated by commas")
@@ -227,14 +227,17 @@ def main(arguments: list[str] | None = None) -> None:
         if value not in known:
             parser.error(f"{value!r} is not one of {', '.join(known)}")
     if not torch.cuda.is_available():
-        sys.exit("There is no CUDA GPU here; benchmarks that need none: python -m benchmarks -h")
+        sys.exit(
+            "There is no CUDA GPU here; `python -m benchmarks -h` lists benchmarks that need none."
+        )
     gpu = "".join(c if c.isalnum() else "_" for c in torch.cuda.get_device_name().lower())
     ceilings = measure_ceilings()
     found: dict[str, Any] = {}
     for name in slices:
         for so_far in measure_slice(name, works, ceilings):
             found[name] = so_far
-            path = write_record(f"gpu_model_{gpu}", {"ceilings": ceilings, "slices": found})
+            payload = {"path": peers.PATHS, "ceilings": ceilings, "slices": found}
+            path = write_record(f"gpu_model_{gpu}", payload)
         gc.collect()
         torch.cuda.empty_cache()
     print(path)

@@ -1,14 +1,14 @@
-"""How a prompt's cost grows with its length, from 1K to 64K tokens: time, and what is remembered.
+"""How the cost of a prompt grows with its length, from 1K to 64K tokens: time and cache.
 
-    python -m benchmarks growth            size S, transformers beside us up to 32K
+    python -m benchmarks growth            size S; transformers up to 32K tokens
 
-A hybrid promises two things. Its Mamba layers take the same time for every token and remember the
-same number of bytes however long the text was; only the few attention layers look back at all of it
-and keep all of it. This benchmark measures both, and with them the record behind docs/growth.svg:
+The Mamba layers of a hybrid take the same time for every token, and their cache has the same size
+for every length of text. Only the few attention layers read all earlier tokens and store keys and
+values for each. This benchmark measures both and writes the record behind docs/growth.svg:
 
-    seconds    of one prefill, ours and transformers', taking turns
+    seconds    of one prefill, ours and transformers', run alternately
     bytes      of the cache afterwards, by kind: keys and values, convolution, SSM
-    floor      of the cache if every layer were attention with the same heads (by arithmetic)
+    all_attention_bytes    of a cache if every Mamba layer were an attention layer (computed)
 """
 
 from __future__ import annotations
@@ -27,18 +27,16 @@ from nemotron_lite import Cache, Nemotron, NemotronConfig, ledger
 from nemotron_lite.layers import KVCache, MambaCache
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-PEER_LIMIT = (
-    32768  # beyond it transformers takes minutes and gigabytes; it is left out, not guessed
-)
+PEER_LIMIT = 32768  # with longer prompts transformers takes minutes and gigabytes
 
 
 def rounds_for(length: int) -> int:
-    """Fewer where one round takes long."""
+    """Fewer rounds for long prompts."""
     return 5 if length <= 4096 else 3 if length <= 16384 else 2
 
 
 def state_bytes(cache: Cache, length: int) -> dict[str, int]:
-    """Bytes of a cache that hold something: keys and values up to `length`, the rest as it is."""
+    """Bytes of a cache that are in use: keys and values up to `length`, and all other caches."""
     found = {"kv": 0, "conv": 0, "ssm": 0}
     for memory in cache.layers:
         if isinstance(memory, KVCache):
@@ -50,7 +48,7 @@ def state_bytes(cache: Cache, length: int) -> dict[str, int]:
 
 
 def all_attention_bytes(config: NemotronConfig, length: int) -> int:
-    """Keys and values in float32 if every Mamba layer were one more attention layer."""
+    """Bytes of keys and values in float32 if every Mamba layer were an attention layer."""
     attention = config.replace(pattern=config.pattern.replace("M", "*"))
     return ledger.cache(attention, length, kv_dtype="float32").kv
 
@@ -58,7 +56,7 @@ def all_attention_bytes(config: NemotronConfig, length: int) -> int:
 def measure_length(
     ours: Nemotron, peer: nn.Module | None, length: int, rounds: int
 ) -> dict[str, Any]:
-    """Time of one prefill and size of what it leaves behind."""
+    """Time of one prefill and size of its cache."""
     tokens = peers.random_tokens(ours.config, 1, length)
     kept: list[Cache] = []
 
@@ -104,7 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
         results.append(measure_length(ours, beside, length, rounds))
         print(measure.describe(results[-1]), flush=True)
     if not asked.quick:
-        payload = {"size": size, "largest_logit_difference": difference, "results": results}
+        payload = {
+            "size": size, "path": peers.PATHS["prefill"],
+            "largest_logit_difference": difference, "results": results,
+        }  # fmt: skip
         path = write_record("growth", payload)
         print(path)
         print(plot.draw(path))

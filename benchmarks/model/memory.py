@@ -1,10 +1,9 @@
-"""Peak memory of one program doing one thing, above the model itself. A process of its own each.
+"""Peak memory of one program doing one thing, above the model itself, in a separate process.
 
     python -m benchmarks.model.memory ours train S      bytes, or null where it cannot be measured
 
-What is counted is everything that comes on top of the weights: activations, gradients, optimizer
-state, caches. Each program is built alone, with weights drawn as in `peers`, so that nothing of the
-other is in the way.
+Everything besides the weights counts: activations, gradients, optimizer state, caches. Each process
+builds only one program, with weights drawn as in `peers`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def prepare(who: str, work: str, size: str, length: int) -> Callable[[], object]
     model: torch.nn.Module
     if who == "ours":
         model = Nemotron(config, seed=0).eval()
-        peers.randomise(model, config)
+        peers.randomize(model, config)
     else:
         model = peers.build_peer(config)
     if work == "train":

@@ -2,19 +2,20 @@
 
     python -m benchmarks model_speed --size S --only prefill,decode --quick
 
-Both programs hold the same weights in one process and take turns (`peers`, `measure`); they must
-agree on logits before anything is timed. What is asked of us, in float32 on two cores:
+Both programs have the same weights in one process and run alternately (`peers`, `measure`). They
+must agree on logits before anything is timed. The aims, in float32 on two cores:
 
     prefill   1.3 times transformers at 512 tokens, 1.4 at 2K, 1.6 at 8K, 2.5 at 32K
-    decode    2 times at batch 1, 1.5 times at batch 8; cost per token that hardly grows
+    decode    2 times at batch 1, 1.5 times at batch 8, almost independent of the context
     training  1.5 times (batch 4, length 512), with at most 70 % of its peak memory
-    bfloat16  1.7 times our own float32 prefill, with no loss of quality (where a bare product gains
-              as much: "bf16 bare product" tells), and with it 1.7 times the above in float32
+    bfloat16  1.7 times our own float32 prefill without loss of quality, on a processor where one
+              matrix product gains as much ("bf16 bare product"); 1.7 times the prefill aims above
+              when compared with transformers in float32
 
-Quality in bfloat16 has two readings. On the random model, whose routing is a coin toss where scores
-nearly tie, the share of tokens whose first choice stays and the divergence from the float32 logits,
-beside the same figures for transformers in bfloat16. On a small model trained for a minute, what
-counts: bits per byte of held-out text in both precisions.
+Quality in bfloat16 is measured in two ways. On the random model: the share of tokens whose most
+likely next token stays the same, and the divergence from the float32 logits, beside the same
+figures for transformers in bfloat16. (Its routing changes where two scores are almost equal.) On a
+small model trained for a minute: bits per byte of held-out text in both precisions.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class Plan:
     memory_length: int
     bf16: dict[int, int]  # length: rounds
     quality_seconds: float  # of training the small model; 0 leaves it out
-    aims: bool = True  # what is asked for holds at sizes S and M
+    aims: bool = True  # the aims are meant for sizes S and M
 
     def aim(self, ratio: float | None) -> float | None:
-        """The ratio asked for, where one is."""
+        """The required ratio, if this plan has aims."""
         return ratio if self.aims else None
 
 
@@ -78,7 +79,7 @@ QUICK = Plan(
 
 
 def measure_prefill(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Read prompts of growing length; logits of the last token, and a memory to go on from."""
+    """Read prompts of growing length: logits of the last token, and a cache."""
     for length, rounds in plan.prefill.items():
         tokens = peers.random_tokens(ours.config, 1, length)
         seconds = measure.alternate(
@@ -87,18 +88,15 @@ def measure_prefill(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dic
                 "peer": partial(peers.prefill, "peer", peer, tokens),
             },
             rounds,
-            warmup=1 if length <= 8192 else 0,  # the lengths before have warmed everything up
+            warmup=1 if length <= 8192 else 0,  # the shorter lengths were a warm-up
         )
         aim = plan.aim(PREFILL_AIMS.get(length))
         yield measure.compare("prefill", seconds, tokens=length, aim=aim, length=length)
 
 
 def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
-    """One token after another behind a context. Rows share the context and differ after it.
-
-    Our model is prepared for it (`Nemotron.prepare_for_decoding`), as `generate` does.
-    """
-    ours.prepare_for_decoding()
+    """One token after another after a context. Rows share the context and differ after it."""
+    peers.prepare_as_generate_does(ours)
     for batch, context in plan.decode:
         prompt = peers.random_tokens(ours.config, 1, context)
         inputs = peers.random_tokens(ours.config, batch, plan.decode_steps, seed=2)
@@ -114,7 +112,7 @@ def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict
 
 
 def measure_train(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Forward, backward and AdamW, on copies: the models of the other measurements stay as is."""
+    """Forward, backward and AdamW, on copies: the other measurements need the models unchanged."""
     batch, length = plan.train
     tokens = peers.random_tokens(ours.config, batch, length)
     mine, theirs = copy.deepcopy(ours).train(), copy.deepcopy(peer).train()
@@ -131,8 +129,8 @@ def measure_train(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[
     seconds = measure.alternate({who: partial(step, who) for who in steps}, plan.train_rounds)
     if abs(losses["ours"][0] - losses["peer"][0]) > 1e-3:
         raise RuntimeError(
-            f"the first losses are {losses['ours'][0]:.4f} and {losses['peer'][0]:.4f}: the two "
-            "programs do not train on the same thing."
+            f"the first losses are {losses['ours'][0]:.4f} and {losses['peer'][0]:.4f}, expected "
+            "a difference of at most 1e-3: the two programs do not train on the same task."
         )
     entry = measure.compare(
         "train", seconds, tokens=batch * length, aim=plan.aim(TRAIN_AIM), batch=batch, length=length
@@ -141,7 +139,7 @@ def measure_train(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[
 
 
 def measure_memory(size: str, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Peak bytes above the model, each program in its own process."""
+    """Peak memory above the model in bytes, each program in its own process."""
     for work, length in (("train", plan.train[1]), ("prefill", plan.memory_length)):
         peaks = {who: memory.peak(who, work, size, length) for who in ("ours", "peer")}
         entry: dict[str, Any] = {"what": f"{work} memory", "length": length, "bytes": peaks}
@@ -189,11 +187,11 @@ def measure_bf16(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[s
 
 
 def measure_products(config: NemotronConfig, rows: int = 1024) -> dict[str, Any]:
-    """What bfloat16 is worth in a bare matrix product of this model's size, on this processor.
+    """How much faster bfloat16 makes one matrix product of this model's size on this processor.
 
-    Against the float32 product that our layers make (`ops.linear`: oneDNN's where that is the
-    faster library), and beside it torch's own, which transformers' layers make. No program around
-    the products gains more than they do. Read the aim for bfloat16 beside this figure.
+    It is compared with the float32 product of our layers (`ops.linear`, which uses oneDNN where
+    that is faster) and with torch's, which transformers' layers use. A model cannot gain more than
+    its products do, so read the aim for bfloat16 together with this figure.
     """
     shape = (config.hidden_size, config.mamba_in_proj_size)
     wide = torch.randn(rows, shape[0]), torch.randn(shape[1], shape[0])
@@ -214,7 +212,7 @@ def measure_products(config: NemotronConfig, rows: int = 1024) -> dict[str, Any]
 
 
 def agreement(exact: Tensor, other: Tensor) -> dict[str, float]:
-    """How far logits `b t v` are from exact ones: mean KL in nats, share of equal first choices."""
+    """How far logits `b t v` are from exact ones: mean KL in nats, share of equal argmax."""
     p, q = (F.log_softmax(logits.double(), -1).flatten(0, 1) for logits in (exact, other))
     return {
         "mean_kl": F.kl_div(q, p, log_target=True, reduction="batchmean").item(),
@@ -231,6 +229,7 @@ def measure_quality(seconds: float) -> dict[str, Any]:
     rounded = evaluate(model.to(torch.bfloat16), data.held_out)
     return {
         "what": "bf16 quality",
+        "path": "`train`, then `evaluate` in float32 and after model.to(torch.bfloat16)",
         "model": f"lite, trained for {seconds:.0f} seconds",
         "bits_per_byte": {"float32": exact.bits_per_byte, "bfloat16": rounded.bits_per_byte},
         "held_out_bytes": exact.num_bytes,
@@ -239,10 +238,11 @@ def measure_quality(seconds: float) -> dict[str, Any]:
 
 
 def measure_size(size: str, works: Collection[str], plan: Plan) -> dict[str, Any]:
-    """Everything asked for at one size, each result told as it comes; the payload of a record."""
+    """All `works` at one size, printed one by one; the payload of a record."""
     ours, peer = peers.build_pair(size)
     found: dict[str, Any] = {
         "size": size,
+        "path": peers.PATHS,
         "parameters": ours.num_parameters(),
         "largest_logit_difference": peers.check_same_model(ours, peer),
         "router": peers.router_spread(ours),
@@ -268,9 +268,9 @@ def measure_size(size: str, works: Collection[str], plan: Plan) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what is asked for. Writes `model_speed_S.json` and so on, and `bf16_quality.json`.
+    """Measure. Writes `model_speed_S.json`, `model_speed_M.json` and `bf16_quality.json`.
 
-    A run of some parts only writes records whose names end in these parts.
+    A run of some parts writes records whose names end with these parts.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks model_speed", allow_abbrev=False)
     parser.add_argument("--size", default="S,M", help="S, M or both")

@@ -1,24 +1,24 @@
-"""Checkpoints in 4 and 8 bits: what they weigh, how fast they write, and what they cost in loss.
+"""Checkpoints in 4 and 8 bits: their size, the speed of generating, and the change of the loss.
 
     python -m benchmarks nvfp4_checkpoints                       trains for two minutes first
     python -m benchmarks nvfp4_checkpoints --model runs/lite     a trained model that is there
     python -m benchmarks nvfp4_checkpoints --only size
 
-**Size and speed**, of a model of size M (106 million random weights, like `model_speed`), saved in
-BF16 and packed in NVFP4: bytes on disk, bits a weight of the routed experts, the peak of memory
-while a folder is loaded and while it is loaded and writes (a process of its own for each), and
-tokens per second of the same folders, taking turns. "unpacked" is the NVFP4 folder decoded to BF16
-on the way in.
+**Size and speed** of a model of size M (106 million random weights, as in `model_speed`), saved in
+BF16 and packed in NVFP4: bytes on disk, bits per weight of the routed experts, peak memory of
+loading a folder, and of loading it and generating (each in a separate process), and tokens per
+second of the same folders, run alternately. "unpacked" is the NVFP4 folder, decoded to BF16 while
+loading.
 
-**Loss**, of a trained model: BF16, FP8 and NVFP4 for all modules, NVFP4 with the rule's block
-scales instead of searched ones, and the mix of least estimated cost under 4.75 bits a weight.
-Held-out loss is measured with plain inputs ("weights"), and with inputs rounded to the format of
-each weight as Blackwell's tensor cores read them ("weights and inputs"). The held-out documents are
-cut into groups; the change is given for each, because a change of a hundredth of a percent may be
-chance. Nothing is tuned on these documents.
+**Loss** of a trained model: BF16, FP8 and NVFP4 for all modules, NVFP4 with block scales from the
+largest magnitude instead of searched ones, and the mix of least estimated cost under 4.75 bits per
+weight. Held-out loss is measured with plain inputs ("weights"), and with inputs rounded to the
+format of each weight, as Blackwell's tensor cores need them ("weights and inputs"). The held-out
+documents are divided into groups, and the change is given for each group, because a change of a
+hundredth of a percent may be random. Nothing is tuned on these documents.
 
-A CPU has no instructions for these formats: decoding costs time that BF16 does not pay. What packed
-weights save here is memory.
+A CPU has no instructions for these formats: decoding takes time that BF16 does not need. On a CPU
+packed weights save memory only.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ from nemotron_lite.quantization import (  # fmt: skip
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from nemotron_lite.train import TrainConfig, evaluate, train
 
-RUNS = Path(__file__).resolve().parents[1] / "runs"
+RUNS = measure.ROOT / "runs"
 BUDGET = 4.75  # bits a weight
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
-# Folder, packed, dtype: the ways of having one model in memory.
+# Folder, packed, dtype: the ways to load the model.
 WAYS: dict[str, tuple[str, bool, str]] = {
     "bf16": ("bf16", False, "bfloat16"),
     "packed": ("nvfp4", True, "bfloat16"),
@@ -70,21 +70,21 @@ WAYS: dict[str, tuple[str, bool, str]] = {
 
 
 def write_folders(config: NemotronConfig, folder: Path) -> None:
-    """One model twice: in BF16, and with every unit in NVFP4."""
+    """One model twice: in BF16, and with every module in NVFP4."""
     torch.manual_seed(0)
     model = Nemotron(config, seed=0).eval()
-    peers.randomise(model, config)
+    peers.randomize(model, config)
     save(model.to(torch.bfloat16), folder / "bf16")
-    # Scales of least error take longer to find and are of the same size.
+    # A search for better scales would take longer and would not change the size.
     quantize_model(model, single_format(quantizable_modules(model), "nvfp4"), search=False)
     save(model, folder / "nvfp4")
 
 
 def prepare_way(folder: Path, way: str, tokens: int) -> Callable[[], object]:
-    """A call that loads a folder and writes some tokens (0: only loads)."""
+    """A call that loads a folder and generates some tokens (0: only loads)."""
     name, packed, dtype = WAYS[way]
     small = peers.SIZES["tiny"]
-    with tempfile.TemporaryDirectory() as trial:  # what torch sets up once is not to be counted
+    with tempfile.TemporaryDirectory() as trial:  # memory that torch allocates once does not count
         save(Nemotron(small).to(torch.bfloat16), Path(trial) / "m")
         generate(
             load(Path(trial) / "m", dtype=getattr(torch, dtype)),
@@ -103,7 +103,7 @@ def prepare_way(folder: Path, way: str, tokens: int) -> Callable[[], object]:
 
 
 def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict[str, Any]]:
-    """Bytes on disk, bits a weight, and peaks of memory."""
+    """Bytes on disk, bits per weight, and peak memory."""
     found: list[dict[str, Any]] = []
     for name in ("bf16", "nvfp4"):
         experts = [held for held in storage_summary(folder / name) if held.role == "experts"]
@@ -130,7 +130,7 @@ def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict
 
 
 def measure_speed(folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Tokens per second of every way, beside BF16 in the same rounds."""
+    """Tokens per second of every way, compared with BF16 in the same rounds."""
     models = {
         way: load(folder / name, packed=packed, dtype=getattr(torch, dtype))
         for way, (name, packed, dtype) in WAYS.items()
@@ -154,7 +154,7 @@ def measure_speed(folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]
 
 
 def trained_model(seconds: float) -> tuple[Nemotron, TextData]:
-    """The model of the project's recipe, trained once and kept."""
+    """The `lite` model, trained once and stored in runs/."""
     data, folder = prepare(), RUNS / f"nvfp4_checkpoints-{seconds:.0f}"
     if not folder.is_dir():
         config = NemotronConfig.from_preset(
@@ -177,7 +177,7 @@ def groups_of(held_out: HeldOut, count: int, most: int) -> list[HeldOut]:
 
 
 def losses(model: Nemotron, groups: list[HeldOut]) -> list[float]:
-    """Nats per token of each group."""
+    """Loss of each group in nats per token."""
     return [evaluate(model, group).nats_per_token for group in groups]
 
 
@@ -202,7 +202,7 @@ def assignments(
 def measure_loss(
     model: Nemotron, data: TextData, *, bits: float, prompts: int, length: int, most: int
 ) -> list[dict[str, Any]]:
-    """Held-out loss of every assignment, beside that of the model as it was."""
+    """Held-out loss of every assignment of formats, and of the model before quantizing."""
     parts = data.train.tokens, data.train.starts
     documents = [part for part in _split(*parts) if len(part) >= length]
     batches = list(sample_windows(documents, prompts, length).split(4))
@@ -276,7 +276,10 @@ def main(arguments: list[str] | None = None) -> None:
             write_folders(peers.SIZES[size], Path(folder))
             results = measure_size(peers.SIZES[size], Path(folder), tokens)
             results += measure_speed(Path(folder), tokens, rounds)
-        payload = {"size": size, "prompt_tokens": len(PROMPT), "new_tokens": tokens}
+        payload = {
+            "size": size, "path": "`load(folder, packed=...)`, then `generate`",
+            "prompt_tokens": len(PROMPT), "new_tokens": tokens,
+        }  # fmt: skip
         if not asked.quick:
             print(write_record("nvfp4_checkpoints_size", {**payload, "results": results}))
     if "loss" not in works:
@@ -292,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, data = trained_model(asked.seconds)
     results = measure_loss(model, data, bits=BUDGET, prompts=32, length=256, most=512)
     payload = {
+        "path": "`evaluate` of the quantized model in float32",
         "model": "lite", "training_seconds": None if asked.model else asked.seconds,
         "calibration": {"passages": 32, "tokens": 256},
     }  # fmt: skip
@@ -299,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def child(folder: str, way: str, tokens: str) -> None:
-    """Print the peak of memory of one way above an empty process, as JSON."""
+    """Print the peak memory of one way above an empty process, as JSON."""
     print(json.dumps(measure.peak_above(partial(prepare_way, Path(folder), way, int(tokens)))))
 
 

@@ -1,4 +1,4 @@
-"""What training in NVFP4 costs in loss, which ingredient matters, and what a step of it takes.
+"""Training in emulated NVFP4: its loss, its ingredients, and the time of a step.
 
     python -m benchmarks nvfp4_training                       the small scale, then step times
     python -m benchmarks nvfp4_training --scale lite --minutes 20
@@ -7,22 +7,23 @@
 Every variant starts from the same weights and reads the same batches as the BF16 run of its seed,
 so its gap to that run is a paired difference. The variants:
 
-    bf16, fp32            the yardstick, and what rounding noise alone does to a run of this length
+    bf16, fp32            the reference, and the effect of rounding alone on a run of this length
     nvfp4                 the recipe of Nemotron 3 Super
     nvfp4 without ...     one ingredient less: stochastic rounding, Hadamard, square weight blocks,
-                          the tail of BF16 layers
+                          the last layers in BF16
 
 Reported per run: the training loss over the last tenth of the updates, held-out loss in the run's
-own arithmetic, and held-out loss of the same weights with BF16 products. Further the share of
-gradient elements that are exactly zero, for each matrix, over the last tenth of the updates;
-experts that no token reached are counted apart.
+own precision, and held-out loss of the same weights with BF16 products. Also the share of gradient
+elements that are exactly zero, for each matrix, over the last tenth of the updates; experts that no
+token reached are counted separately.
 
-These are runs of minutes. They can show that something is broken, and whether an ingredient matters
-at this length; the papers' gaps are measured over trillions of tokens, where small biases add up.
+These runs take minutes. They can show that something is broken, and whether an ingredient matters
+at this length. The gaps in the papers are measured over trillions of tokens, where small biases add
+up.
 
-A finished run is kept under runs/nvfp4_training and not repeated, and the record is written anew
-after each, so a benchmark that was cut short goes on where it stopped. `--minutes` starts no
-further run after that time.
+A finished run is stored under runs/nvfp4_training and not repeated, and the record is written again
+after each run. So an interrupted benchmark continues where it stopped. `--minutes` starts no run
+after that time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +47,7 @@ from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
 from nemotron_lite.train import TrainConfig, evaluate, loop, train
 
-KEPT = Path(__file__).resolve().parents[1] / "runs" / "nvfp4_training"
+KEPT = measure.ROOT / "runs" / "nvfp4_training"
 LITE = NemotronConfig.from_preset("lite")
 SMALL = LITE.replace(
     pattern="MEMEM*EME", vocab_size=1024, hidden_size=128,
@@ -73,7 +73,7 @@ class Scale:
     held_out_bytes: int
 
     def recipe(self, variant: str, seed: int) -> TrainConfig:
-        """The run of a variant; everything but the precision is the same for all."""
+        """The configuration of a variant's run; only the precision differs between variants."""
         return TrainConfig(
             steps=self.steps, batch_size=self.batch_size, seq_len=self.length,
             bias_rate=0.02, precision=self.variants[variant], seed=seed,
@@ -130,7 +130,7 @@ class Zeros:
 
 
 def one_run(scale: Scale, variant: str, seed: int, data: TextData) -> dict[str, Any]:
-    """Train one variant and look at what came out."""
+    """Train one variant and measure its losses."""
     model = Nemotron(scale.config, seed=seed)
     zeros, last = Zeros(model), max(1, scale.steps // 10)
 
@@ -155,7 +155,7 @@ def one_run(scale: Scale, variant: str, seed: int, data: TextData) -> dict[str, 
 
 
 def kept_runs(name: str, scale: Scale) -> dict[tuple[str, int], dict[str, Any]]:
-    """Finished runs of this very scale, from earlier calls; others are left alone."""
+    """Finished runs of exactly this scale, from earlier calls."""
     folder, found = KEPT / name, {}
     for file in sorted(folder.glob("*.json")):
         saved = json.loads(file.read_text())
@@ -165,7 +165,7 @@ def kept_runs(name: str, scale: Scale) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def keep(name: str, scale: Scale, run: dict[str, Any]) -> None:
-    """Remember a finished run."""
+    """Store a finished run."""
     folder = KEPT / name
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run['variant'].replace(' ', '-')}-{run['seed']}.json"
@@ -175,14 +175,14 @@ def keep(name: str, scale: Scale, run: dict[str, Any]) -> None:
 
 
 def _identity(scale: Scale, variant: str) -> Any:
-    """What a run depends on, as JSON gives it back."""
+    """What a run depends on, as JSON returns it."""
     if variant not in scale.variants:
         return None
     parts = asdict(scale) | {"variants": asdict(scale.variants[variant]), "seeds": None}
     return json.loads(json.dumps(parts))
 
 
-def summarise(name: str, scale: Scale, runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def summarize(name: str, scale: Scale, runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The record's payload: by variant, over seeds, with gaps to the BF16 run of the same seed."""
     by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
@@ -201,6 +201,7 @@ def summarise(name: str, scale: Scale, runs: Iterable[dict[str, Any]]) -> dict[s
     config, tokens = scale.config, scale.batch_size * scale.length
     return {
         "what": "training in emulated NVFP4: loss gaps to BF16 on the same weights and batches",
+        "path": "`train`, then `evaluate`, with the precision of the variant",
         "scale": {
             "name": name, "pattern": config.pattern, "hidden_size": config.hidden_size,
             "routed_experts": config.n_routed_experts, "vocab_size": config.vocab_size,
@@ -246,16 +247,16 @@ def measure_runs(name: str, minutes: float, record: bool = True) -> dict[str, An
             )  # fmt: skip
             if record:
                 keep(name, scale, run)
-                write_record(f"nvfp4_training_{name}", summarise(name, scale, runs.values()))
+                write_record(f"nvfp4_training_{name}", summarize(name, scale, runs.values()))
     if record and runs:
-        write_record(f"nvfp4_training_{name}", summarise(name, scale, runs.values()))
-    return summarise(name, scale, runs.values())
+        write_record(f"nvfp4_training_{name}", summarize(name, scale, runs.values()))
+    return summarize(name, scale, runs.values())
 
 
 def step_times(
     config: NemotronConfig, data: TextData, shapes: Sequence[tuple[int, int]], rounds: int
 ) -> list[dict[str, Any]]:
-    """Seconds of one update in each precision, taking turns; ratios between neighbours in time."""
+    """Seconds of one update in each precision, run alternately; ratios within each round."""
     results = []
     for batch_size, length in shapes:
         updates = {}
@@ -309,7 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif "times" in works:
         data = prepare(vocab_size=LITE.vocab_size)
         results = step_times(LITE, data, [(2, 256), (4, 512)], 5)
-        print(write_record("nvfp4_training_times", {"size": "lite", "results": results}))
+        payload = {"size": "lite", "path": "one update of `train`", "results": results}
+        print(write_record("nvfp4_training_times", payload))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""The peer of the model benchmarks: transformers' NemotronH with the very same weights.
+"""The peer of the model benchmarks: transformers' NemotronH with the same weights.
 
-A comparison is worth something when both sides do the same work. So:
+A comparison is only fair if both programs do the same work. So:
 
-- the peer draws the weights and ours copies them, after which both must give the same logits
+- our model copies the weights of the peer, and both must then give the same logits
   (`check_same_model` runs before anything is timed);
 - the peer has its best settings: SDPA attention, grouped expert products, a cache in prefill, and
   logits for the last token only;
-- routing is spread out. Freshly initialized routers are flat and a few experts take most tokens,
+- our model is called as a user calls it (`PATHS`);
+- tokens are spread over all experts. A newly initialized router sends most tokens to a few experts,
   which no trained router does. Router rows are drawn with standard deviation 1/sqrt(d), so that
-  logits have variance 1; `router_spread` reports what came out.
+  logits have variance 1; `router_spread` reports the result.
 
-One known difference is switched off: transformers clamps dt at `time_step_min` in prefill (not in
-decode), Nemotron 3 does not. The peer gets a `time_step_min` too small to matter.
+One known difference is removed: transformers clamps dt at `time_step_min` in prefill (not in
+decoding), Nemotron 3 does not. The peer gets a `time_step_min` that is too small to matter.
 
 Sizes S and M have Super's shape at two widths, with 11 and 106 million parameters.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemotron_lite import Cache, Nemotron, NemotronConfig
+from nemotron_lite import Cache, Nemotron, NemotronConfig, generate
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.layers import KVCache
 from nemotron_lite.layers.mamba import MambaCache
@@ -50,7 +51,7 @@ SIZES: dict[str, NemotronConfig] = {
         moe_latent_size=256, moe_intermediate_size=384, moe_shared_expert_intermediate_size=1024,
         **_SHAPE,
     ),
-    # For the tests of the benchmark code: every kind of layer, no time to speak of.
+    # For the tests of the benchmarks: every kind of layer, little time.
     "tiny": NemotronConfig(
         pattern="ME*E", vocab_size=128, hidden_size=32,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -64,26 +65,23 @@ SIZES: dict[str, NemotronConfig] = {
 def build_peer(
     config: NemotronConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """transformers' NemotronHForCausalLM, every parameter random, router spread out.
-
-    It is made on torch's default device.
-    """
+    """transformers' NemotronHForCausalLM with random parameters, on torch's default device."""
     from transformers import NemotronHConfig, NemotronHForCausalLM, logging
 
-    logging.set_verbosity_error()  # it says at length that its CUDA kernels are not for CPUs
+    logging.set_verbosity_error()  # it warns that its CUDA kernels are not available
     fields = dict(config.to_hf()) | {"time_step_min": 1e-12}
     torch.manual_seed(seed)
     peer = NemotronHForCausalLM._from_config(
         NemotronHConfig(**fields), attn_implementation="sdpa", experts_implementation="grouped_mm",
         dtype=dtype,
     )  # fmt: skip
-    randomise(peer, config)
+    randomize(peer, config)
     return peer.eval()
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, config: NemotronConfig) -> None:
-    """Draw every parameter and selection bias of either program from torch's global generator."""
+def randomize(model: nn.Module, config: NemotronConfig) -> None:
+    """Draw every parameter and selection bias of a model from torch's global generator."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         _draw(name, value, config)
 
@@ -100,12 +98,12 @@ def _draw(name: str, value: Tensor, config: NemotronConfig) -> None:
     elif name.endswith(("norm.weight", "norm_f.weight", ".D")):
         value.uniform_(0.5, 1.5)
     elif value.ndim > 1 and "conv1d" not in name:
-        # Variance 1/fan_in keeps the residual stream alive, so that errors would show in logits.
+        # Variance 1/fan_in keeps activations at their size, so that errors show in the logits.
         value.normal_(0, 1.0 if "embeddings" in name else value.shape[-1] ** -0.5)
 
 
 def build_ours(config: NemotronConfig, peer: nn.Module, *, share: bool = False) -> Nemotron:
-    """Our model with the peer's weights: copies, or the same memory on the same device."""
+    """Our model with the peer's weights: copies, or with `share` the same tensors."""
     weights = {
         f"backbone.{name.removeprefix('model.')}" if name.startswith("model.") else name: value
         for name, value in peer.state_dict().items()
@@ -116,13 +114,13 @@ def build_ours(config: NemotronConfig, peer: nn.Module, *, share: bool = False) 
 
 
 def build_pair(size: str, seed: int = 0) -> tuple[Nemotron, nn.Module]:
-    """(ours, the peer): one set of weights in two programs, in float32."""
+    """(our model, the peer) with the same weights, in float32."""
     peer = build_peer(SIZES[size], seed)
     return build_ours(SIZES[size], peer), peer
 
 
 def random_tokens(config: NemotronConfig, batch: int, length: int, seed: int = 1) -> Tensor:
-    """Uniform tokens `b t`: the worst case for a router, which text makes easier."""
+    """Uniform random tokens `b t`: they use more experts than text does, the worst case."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
@@ -133,8 +131,9 @@ def check_same_model(
 ) -> float:
     """The largest difference of logits over a prompt and eight cached steps.
 
-    Two experts whose scores are equal to the last bit may swap, and then a whole token differs. So
-    one token in a hundred may be off; the worst of the others is what is returned.
+    If the scores of two experts are almost equal, the programs may choose different experts, and
+    the logits of that token differ. So one token in a hundred is ignored; the largest difference of
+    the others is returned.
 
     Raises:
         RuntimeError: the models disagree, so timing them against each other would mean nothing.
@@ -154,14 +153,14 @@ def check_same_model(
     if not error <= tolerance:
         raise RuntimeError(
             f"logits differ by {error:.2e}, expected at most {tolerance:.0e}: the two models are "
-            "not the same model. Compare them layer by layer before timing anything."
+            "not the same model. Find the difference layer by layer before timing anything."
         )
     return error
 
 
 @torch.inference_mode()
 def router_spread(ours: Nemotron, length: int = 2048) -> dict[str, float]:
-    """How evenly experts are used: the share of experts in use, the largest load over the mean."""
+    """How evenly experts are used: share of experts with tokens, largest load over the mean."""
     tokens = random_tokens(ours.config, 1, length).to(ours.device)
     used, worst = [], []
     for stats in ours(tokens, router_stats=True).router:
@@ -172,7 +171,7 @@ def router_spread(ours: Nemotron, length: int = 2048) -> dict[str, float]:
 
 
 def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW in one pass over the parameters, the fastest form on both sides."""
+    """Fused AdamW, the fastest implementation, for both programs."""
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 
 
@@ -207,9 +206,27 @@ def gradients_peer(model: Any, tokens: Tensor) -> Tensor:
     return loss.detach()
 
 
+# Which calls of ours are measured. They are those that a user's call makes.
+PATHS = {
+    "prefill": "one forward pass over the prompt with an empty cache and logits of the last token, "
+    "as `generate` reads a prompt",
+    "decode": "after one call of `generate`, which prepares the weights where that pays: one "
+    "forward pass and argmax per token, as greedy `generate` does",
+    "train": "forward_hidden, token_loss, backward and fused AdamW, as `train` does",
+}
+
+
+def prepare_as_generate_does(model: Nemotron) -> None:
+    """Call `generate` once: it prepares the weights for decoding, where that pays.
+
+    It does so for 32 new tokens or more, and the preparation stays with the model.
+    """
+    generate(model, [[0]], 32, temperature=0.0, stop=())
+
+
 @torch.inference_mode()
 def prefill(who: str, model: Any, tokens: Tensor) -> tuple[Tensor, Any]:
-    """Read a prompt: (logits of its last token `b 1 v`, the memory to go on from)."""
+    """Read a prompt: (logits of its last token `b 1 v`, the cache)."""
     if who == "ours":
         cache = model.empty_cache(tokens.shape[0], capacity=tokens.shape[1] + 1)
         return model(tokens, cache, logits_to_keep=1).logits, cache
@@ -219,10 +236,10 @@ def prefill(who: str, model: Any, tokens: Tensor) -> tuple[Tensor, Any]:
 
 @torch.inference_mode()
 def decode(who: str, model: Any, memory: Any, tokens: Tensor) -> Tensor:
-    """Greedy steps behind a memory: the tokens written, `b steps`; `tokens` `b steps` go in.
+    """Greedy decoding steps: reads `tokens` `b steps`, returns the tokens chosen, `b steps`.
 
     The next input is given, not taken from the output, so that both programs do the same work even
-    where they would choose differently.
+    if they choose different tokens.
     """
     written = []
     for column in tokens.split(1, dim=1):
@@ -235,7 +252,7 @@ def decode(who: str, model: Any, memory: Any, tokens: Tensor) -> Tensor:
 
 
 def widen(who: str, memory: Any, rows: int) -> Any:
-    """One sequence's memory, copied to `rows` rows: a long context without reading it again."""
+    """The cache of one sequence, copied to `rows` rows: a long context is read only once."""
     if who == "peer":
         memory.reorder_cache(torch.zeros(rows, dtype=torch.long))
         return memory

@@ -1,16 +1,16 @@
-"""What drafting with the MTP module brings: plain and speculative decoding, taking turns.
+"""Speculative decoding with the MTP module beside plain decoding, run alternately.
 
     python -m benchmarks speculation                    trains for ten minutes first, then measures
     python -m benchmarks speculation --model runs/lite  a model that is there already
     python -m benchmarks speculation --quick            a tiny untrained model, no record
 
-The model is the `lite` preset, trained by the project's own recipe on Python's standard library and
-kept in runs/. The time of training is shared: most of it goes to the whole model; then the
-backbone, frozen, continues pieces of its training text, and the MTP module alone is healed on that
-(train/healing.py), held to the backbone's own distributions (train/distillation.py). All of it, the
-writing included, fits into the seconds asked for. Drafts are made of the `SHORTLIST` tokens that
-are most frequent in what the backbone wrote. Prompts are the beginnings of held-out files, which
-nothing was trained on, one at a time (batch 1). For greedy and for sampled decoding:
+The model is the `lite` preset, trained on Python's standard library and kept in runs/. Most of the
+training time goes to the whole model. Then the backbone is frozen and continues pieces of its
+training text, and the MTP module alone is trained on that text (train/healing.py), with the
+backbone's own distributions as the target (train/distillation.py). All steps together take the
+given seconds. Drafts use only the `SHORTLIST` tokens that are most frequent in the backbone's text.
+Prompts are the beginnings of held-out files, one at a time (batch 1). For greedy and for sampled
+decoding:
 
     plain       token by token: the "plain" of every ratio
     fixed k     drafts of k tokens, always
@@ -18,7 +18,7 @@ nothing was trained on, one at a time (batch 1). For greedy and for sampled deco
     poor        adaptive, with an MTP module of random weights: what drafting costs where it is
                 useless
 
-Asked for: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
+Aims: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
 texts must be those of plain decoding; prompts whose text differs (a near tie of two logits, rounded
 otherwise by the longer pass) are counted in `texts_that_differ`.
 
@@ -58,11 +58,11 @@ from nemotron_lite.generation.speculative.measured_costs import costs_from_secon
 from nemotron_lite.train import Continuations, TrainConfig, evaluate, heal, train
 from nemotron_lite.train.healing import GENERATION_BATCH_SIZE, generate_continuations
 
-RUNS = Path(__file__).resolve().parents[1] / "runs"
+RUNS = measure.ROOT / "runs"
 AIM, FLOOR = 1.6, 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
 PROMPT = 96  # tokens of a prompt that is measured
-LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone writes behind it
+LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone adds to it
 BACKBONE, WRITING = 0.6, 0.1  # shares of the time; the rest heals
 SHORTLIST = 1024  # tokens of 4,096 that drafts are made of
 
@@ -78,7 +78,7 @@ class Trained:
 
 
 def trained_model(seconds: float, prompts: int) -> Trained:
-    """The model of the project's recipe, trained once and kept."""
+    """The `lite` model, trained once and stored in runs/."""
     data = prepare()
     folder, judges = RUNS / f"speculation-{seconds:.0f}", _beginnings(data, prompts)
     if not (folder / "story.json").is_file():
@@ -119,9 +119,9 @@ def trained_model(seconds: float, prompts: int) -> Trained:
 
 
 def own_text(model: Nemotron, data: Any, until: float) -> Continuations:
-    """What the backbone writes behind pieces of training text: half greedy, half sampled.
+    """The backbone's continuations of training text, half greedy and half sampled.
 
-    As many rounds as fit before the clock shows `until`; at least one.
+    As many rounds as fit before the time `until`; at least one.
     """
     model.eval()
     prompts: list[list[int]] = []
@@ -148,7 +148,7 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
 
 
 def poor(model: Nemotron) -> Nemotron:
-    """The same backbone with an MTP module that knows nothing."""
+    """The same backbone with an MTP module of random weights."""
     fresh = copy.deepcopy(model)
     assert fresh.mtp is not None
     other = Nemotron(model.config, seed=7)
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of training")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
     parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=192, help="written behind each prompt")
+    parser.add_argument("--tokens", type=int, default=192, help="generated after each prompt")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
@@ -332,6 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.quick:
         payload = {
             "model": "lite" if not asked.model else asked.model.name,
+            "path": "`generate` for every text, with and without speculation",
             "training": story,
             "shortlist": counted,
             "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": asked.tokens,

@@ -1,16 +1,16 @@
-"""The state-space operator against the best PyTorch forms of it that others have written.
+"""The state-space operator beside the best PyTorch implementations of it by others.
 
-    python -m benchmarks.model.ssd_operator --peers DIR      (DIR: see ssd_peers; optional)
+    python -m benchmarks ssd_operator --peers DIR      (DIR: see ssd_peers; optional)
 
-What is asked of us on two CPU cores, in float32, with 1 row, 8 heads of 64, states of 128, 1 group:
+The aims, on two CPU cores, in float32, with 1 row, 8 heads of 64, states of 128, 1 group:
 
     speed      twice as fast as the best peer at 4096 tokens, forward and forward + backward
     length     the same cost per token from 1K to 64K tokens
     exactness  relative rms error of at most 1e-6 of y and of every gradient, under strong decay too
 
-All programs hold the same inputs in one process and take turns (`measure`). Each peer runs with the
-chunk length, of 64, 128 and 256, that was fastest for it in a trial beforehand. Errors are against
-our form in float64, which is first held against the recurrence itself.
+All programs get the same inputs in one process and run alternately (`measure`). Each peer runs with
+the chunk length (64, 128 or 256) that was fastest for it in a trial. Errors are relative to our
+implementation in float64, which is first compared with the recurrence itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNKS = (64, 128, 256)
 
 
 def inputs_of(tokens: int, decay: str, seed: int = 0) -> list[Tensor]:
-    """x, dt, A, B, C as a Mamba layer hands them over: x, B and C are slices of one tensor.
+    """x, dt, A, B, C as a Mamba layer passes them: x, B and C are slices of one tensor.
 
     Args:
         tokens: t.
@@ -68,13 +68,13 @@ def values_and_gradients(call: Callable[..., Tensor], inputs: list[Tensor]) -> l
 
 @functools.cache
 def _gradient(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Drawn once: it would be a tenth of what is timed."""
+    """The gradient of y, drawn once: drawing it takes a tenth of the time that is measured."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
 
 
 def ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Our operator with its defaults, y alone."""
+    """Our operator with its defaults; only y."""
     return ssd(x, dt, A, B, C)[0]
 
 
@@ -94,7 +94,10 @@ def measure_errors(calls: Mapping[str, Callable[..., Tensor]], tokens: int) -> l
         exact = values_and_gradients(ours, wide)
         check = max(relative_rms(a, b) or 0.0 for a, b in zip(exact, scan, strict=True))
         if check > 1e-11:
-            raise AssertionError(f"float64 form is {check:.1e} off the recurrence ({decay} decay).")
+            raise AssertionError(
+                f"in float64 ours differs by {check:.1e} from the recurrence ({decay} decay), "
+                "expected at most 1e-11."
+            )
         inputs = inputs_of(tokens, decay)
         exact = values_and_gradients(ours, [v.double() for v in inputs])
         errors: dict[str, dict[str, float | None]] = {}
@@ -114,13 +117,13 @@ def measure_errors(calls: Mapping[str, Callable[..., Tensor]], tokens: int) -> l
 
 
 def forward(call: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-    """Without a graph."""
+    """Without recording gradients."""
     with torch.no_grad():
         return call(*inputs)
 
 
 def best_chunk(peer: Peer, inputs: list[Tensor]) -> int:
-    """The chunk length that is fastest for this peer, forward and backward."""
+    """The chunk length with which this peer is fastest, forward and backward."""
     seconds = {}
     for chunk in CHUNKS:
         call = functools.partial(peer, chunk=chunk)
@@ -159,7 +162,7 @@ def measure_speed(
 def measure_length(
     calls: Mapping[str, Callable[..., Tensor]], lengths: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Microseconds per token of the forward pass, length by length; the lengths take turns."""
+    """Microseconds per token of the forward pass by length; the lengths alternate."""
     inputs = {tokens: inputs_of(tokens, "mixed") for tokens in lengths}
     curves: dict[str, dict[str, Any]] = {}
     for name, call in calls.items():
@@ -214,8 +217,12 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{k} {'not finite' if e is None else f'{e:.1e}'}" for k, e in errors.items()
             )
             print(f"{entry['decay']:<7} {name}: {found}")
+    payload = {
+        "path": "`nemotron_lite.ops.ssd` with its default arguments",
+        "sizes": SIZES, "chunks": chunks, "results": entries,
+    }  # fmt: skip
     if not asked.quick:
-        print(write_record("ssd_operator", {"sizes": SIZES, "chunks": chunks, "results": entries}))
+        print(write_record("ssd_operator", payload))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other people's PyTorch forms of the state-space operator, behind one signature.
+"""PyTorch implementations of the state-space operator by others, with one signature.
 
     call(x, dt, A, B, C, chunk) -> y        without D, which two of them do not have
 
@@ -7,9 +7,9 @@
 - mamba_ssm, "chunk_scan_ref": the reference that its Triton kernels are tested against.
 - fla, "naive_chunk_simple_gla": gated linear attention with one gate per head, the same recurrence.
 
-The last three need checkouts of the peers' repositories, given by `--peers DIR`; nothing of them
-is kept here. Their packages import GPU kernels on the way in, so the functions are taken out of
-their files as they stand and compiled alone.
+The last three need checkouts of the peers' repositories, given by `--peers DIR`; this project has
+no copy of their code. Their packages import GPU kernels, so the functions are read from their files
+unchanged and compiled alone.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FLA = "flash-linear-attention/fla"
 
 
 def find_peers(checkouts: Path | None) -> dict[str, Peer]:
-    """Every peer that can be had, by name.
+    """Every available peer, by name.
 
     Args:
         checkouts: a folder with clones of state-spaces/mamba as `mamba` and of
-            fla-org/flash-linear-attention as `flash-linear-attention`; without it there is
-            transformers alone.
+            fla-org/flash-linear-attention as `flash-linear-attention`; without it the only peer
+            is transformers.
 
     Raises:
         FileNotFoundError: a file is missing from the checkouts.
@@ -52,7 +52,7 @@ def find_peers(checkouts: Path | None) -> dict[str, Peer]:
 def _transformers(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
     from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
-    # It always works out the last state; asking for it costs nothing.
+    # It always computes the last state; returning it costs nothing.
     y, _ = mamba2_chunk_scan(x, dt, A, B, C, chunk_size=chunk, return_final_states=True)
     return y
 
@@ -103,7 +103,7 @@ def _simple_gla(checkouts: Path) -> Peer:
 def _functions(
     file: Path, names: tuple[str, ...], known: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Compile the named functions of a file, without the rest of it.
+    """Compile the named functions of a file, without the rest of the file.
 
     Args:
         known: functions of other files that they call.
@@ -114,7 +114,9 @@ def _functions(
         if isinstance(node, ast.FunctionDef) and node.name in names
     ]
     if len(wanted) != len(names):
-        raise FileNotFoundError(f"{file} does not define all of {names}: another version?")
+        raise FileNotFoundError(
+            f"{file} does not define all of {names}: use a version of the peer that does."
+        )
     space: dict[str, Any] = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
     space |= known or {}
     exec(compile(ast.Module(wanted, type_ignores=[]), str(file), "exec"), space)

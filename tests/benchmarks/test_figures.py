@@ -1,15 +1,17 @@
-"""The README's figures are those of the records, to the last digit."""
+"""The figures of README.md and docs/benchmarks.md are those of the records, to the last digit."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as door
+from benchmarks import __main__ as command
 from benchmarks import figures, record
 
 
@@ -28,21 +30,55 @@ def change(file: Path, what: str, ratio: float, **more: object) -> None:
     file.write_text(json.dumps(found))
 
 
-def test_the_readme_says_what_the_records_say() -> None:
-    text = figures.README.read_text()
-    assert figures.rewrite(text, record.RECORDS) == text, "run python -m benchmarks figures"
+@pytest.fixture
+def block(records: Path) -> Callable[[], str]:
+    """All figures of the document, from the records as they are when it is called."""
+    return lambda: "\n".join(figures.for_document(records).values())
 
 
-def test_a_changed_record_changes_the_readme_and_nothing_around(records: Path) -> None:
-    text = figures.README.read_text()
+@pytest.mark.parametrize(
+    ("file", "blocks"),
+    [(figures.README, figures.for_readme), (figures.DOCUMENT, figures.for_document)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_the_text_says_what_the_records_say(file: Path, blocks: Callable) -> None:
+    text = file.read_text()
+    new = figures.rewrite(text, blocks(record.RECORDS))
+    assert new == text, "run python -m benchmarks figures"
+
+
+def test_the_readme_has_three_figures_each_with_its_record(records: Path) -> None:
+    (text,) = figures.for_readme(records).values()
+    items = text.split("\n- ")
+    assert len(items) == 3
+    assert all("[record](benchmarks/records/" in item for item in items)
+    assert all("(docs/benchmarks.md#" in item for item in items)
+    sections = re.findall(r"^## (.*)$", figures.DOCUMENT.read_text(), re.M)
+    anchors = {title.lower().replace(" ", "-") for title in sections}
+    assert set(re.findall(r"benchmarks\.md#([\w-]+)", text)) <= anchors
+    change(records / "model_speed_M.json", "decode", 4.321)
+    (new,) = figures.for_readme(records).values()
+    assert "4.32 times" in new and "4.32 times" not in text
+
+
+def test_links_of_the_document_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", figures.DOCUMENT.read_text())
+    assert len(links) > 10
+    assert [link for link in links if not (figures.DOCUMENT.parent / link).exists()] == []
+
+
+def test_a_changed_record_changes_its_figure_and_nothing_around(records: Path) -> None:
+    text = figures.DOCUMENT.read_text()
     change(records / "model_speed_S.json", "train", 7.654)
-    new = figures.rewrite(text, records)
+    new = figures.rewrite(text, figures.for_document(records))
     before, after = set(text.splitlines()), set(new.splitlines())
     assert len(before - after) == len(after - before) == 1
     assert "| 7.65, with " in (after - before).pop()
 
 
-def test_of_two_records_the_newer_one_counts_part_by_part(records: Path) -> None:
+def test_of_two_records_the_newer_one_counts_part_by_part(
+    records: Path, block: Callable[[], str]
+) -> None:
     for file in records.glob("model_speed_S-*decode*.json"):
         file.unlink()
     whole, part = records / "model_speed_S.json", records / "model_speed_S-decode.json"
@@ -50,16 +86,16 @@ def test_of_two_records_the_newer_one_counts_part_by_part(records: Path) -> None
     kept = [entry for entry in found["measurements"] if entry["what"] == "decode"]
     part.write_text(json.dumps(found | {"measurements": copy.deepcopy(kept)}))
     change(part, "decode", 8.5, date="2100-01-01T00:00:00+00:00")
-    block = figures.block(records)
-    assert "behind 512 / 4K tokens | 8.50 / 8.50 |" in block
-    assert "[decode](benchmarks/records/model_speed_S-decode.json)" in block
+    text = block()
+    assert "after 512 / 4K tokens | 8.50 / 8.50 |" in text
+    assert "[decode](../benchmarks/records/model_speed_S-decode.json)" in text
     change(part, "decode", 8.5, date="1900-01-01T00:00:00+00:00")
-    block = figures.block(records)
-    assert "8.50" not in block
-    assert "model_speed_S-decode.json" not in block
+    text = block()
+    assert "8.50" not in text
+    assert "model_speed_S-decode.json" not in text
 
 
-def test_ratios_and_errors_stand_as_measured(records: Path) -> None:
+def test_ratios_and_errors_are_those_measured(records: Path) -> None:
     file = records / "ssd_operator.json"
     found = json.loads(file.read_text())
     for result in found["results"]:
@@ -69,26 +105,26 @@ def test_ratios_and_errors_stand_as_measured(records: Path) -> None:
         if result.get("decay") == "strong" and "errors" in result:
             result["errors"]["ours"]["dA"] = 3.2e-5
     file.write_text(json.dumps(found))
-    block = figures.block(records).replace("\n", " ")
-    assert "5.00 times as fast as the best of 4 peers forward" in block
-    assert "error of at most 3e-5 in every value" in block
+    text = figures.operator(records).replace("\n", " ")
+    assert "5.00 times as fast as the best of 4 peers forward" in text
+    assert "error is at most 3e-5 in the result" in text
     for result in found["results"]:
         if "times_faster" in result:
             result["times_faster"] = {"transformers": result["times_faster"]["transformers"]}
     file.write_text(json.dumps(found))
-    block = figures.block(records).replace("\n", " ")
-    assert "5.00 times as fast as transformers' form of it forward" in block
+    text = figures.operator(records).replace("\n", " ")
+    assert "5.00 times as fast as transformers' implementation forward" in text
 
 
-def test_what_cannot_be_written_is_said(records: Path) -> None:
-    with pytest.raises(ValueError, match="one stretch of text between"):
-        figures.rewrite("no comments here", records)
+def test_a_missing_block_or_measurement_is_an_error(records: Path) -> None:
+    with pytest.raises(ValueError, match=r"named \[\], expected \[''\]"):
+        figures.rewrite("no comments here", {"": "figures"})
     for file in records.glob("model_speed_M*.json"):
         found = json.loads(file.read_text())
         found["measurements"] = [e for e in found["measurements"] if e["what"] != "train"]
         file.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"no record has 'train'.*run model_speed first"):
-        figures.block(records)
+        figures.model(records)
 
 
 def test_all_benchmarks_end_with_the_figures(
@@ -96,9 +132,35 @@ def test_all_benchmarks_end_with_the_figures(
 ) -> None:
     called = []
     module = type("Module", (), {"main": staticmethod(called.append)})
-    monkeypatch.setattr(door, "import_module", lambda name: called.append(name) or module)
-    door.main([])
+    monkeypatch.setattr(command, "import_module", lambda name: called.append(name) or module)
+    command.main([])
     assert called[-2] == "benchmarks.figures"
     called.clear()
-    door.main(["--quick"])
+    command.main(["--quick"])
     assert "benchmarks.figures" not in called
+
+
+def test_every_kind_of_figure_follows_its_record(records: Path) -> None:
+    """One changed number of each record shows in the text."""
+
+    def set_everywhere(value: object, key: str, number: float) -> object:
+        if isinstance(value, dict):
+            return {
+                k: number if k == key else set_everywhere(v, key, number) for k, v in value.items()
+            }
+        return [set_everywhere(v, key, number) for v in value] if isinstance(value, list) else value
+
+    for name, key, number, function, shown in (
+        ("growth", "median", 77.4, figures.growth, "| 77 | 77 |"),
+        ("bf16_quality", "float32", 1.23456, figures.bfloat16, "1.2346 in float32"),
+        ("gpu_model_nvidia_h200", "share_of_floor", 0.123, figures.gpu, "| 12% |"),
+        ("nvfp4_checkpoints_size", "bits_a_weight", 4.321, figures.checkpoints, "4.32 bits"),
+        ("nvfp4_checkpoints_loss", "median", 0.654, figures.loss_of_checkpoints, "| +0.65 ("),
+        ("nvfp4_training_times", "median", 3.219, figures.training, "3.22 times a BF16 step"),
+        ("nvfp4_training_lite", "median", 0.777, figures.training, "| +0.78 ("),
+        ("speculation", "acceptance_length", 3.339, figures.speculation, "| 3.34 |"),
+    ):
+        file = records / f"{name}.json"
+        assert shown not in function(records), name
+        file.write_text(json.dumps(set_everywhere(json.loads(file.read_text()), key, number)))
+        assert shown in function(records), name

@@ -1,4 +1,4 @@
-"""The GPU benchmark, every line of it, on a GPU of paper and models that take no time."""
+"""Every line of the GPU benchmark, on a fake GPU with tiny models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nemotron_lite import Nemotron
 
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Everything is on the CPU and says it is a GPU; the record that is written."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The CPU reports itself as a GPU; returns the path of the record."""
     fakes: dict[str, Any] = {
-        "is_available": lambda: True, "get_device_name": lambda: "Paper GPU 100",
+        "is_available": lambda: True, "get_device_name": lambda: "Fake GPU 100",
         "synchronize": lambda: None, "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 100,
         "max_memory_allocated": lambda: 700,
@@ -31,12 +31,12 @@ def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(gpu_model, name, value)
     monkeypatch.setattr(gpu_model, "slice_of", lambda _: peers.SIZES["tiny"])
     monkeypatch.setattr(record, "RECORDS", tmp_path / "benchmarks" / "records")
-    return record.RECORDS / "gpu_model_paper_gpu_100.json"
+    return record.RECORDS / "gpu_model_fake_gpu_100.json"
 
 
-def test_a_whole_run(paper: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run(fake_gpu: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_model.main([])
-    found = json.loads(paper.read_text())
+    found = json.loads(fake_gpu.read_text())
     assert list(found["slices"]) == ["nano", "super"]
     nano, larger = ([e["what"] for e in part["measurements"]] for part in found["slices"].values())
     assert nano == ["prefill", "prefill", "decode", "decode", "train"]
@@ -49,7 +49,9 @@ def test_a_whole_run(paper: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "decode: ours" in capsys.readouterr().out
 
 
-def test_a_peer_that_does_not_fit_is_left_out(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_fit_is_left_out(
+    fake_gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefill = peers.prefill
 
     def full(who: str, *arguments: Any) -> Any:
@@ -59,7 +61,7 @@ def test_a_peer_that_does_not_fit_is_left_out(paper: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(peers, "prefill", full)
     gpu_model.main(["--slice", "nano", "--only", "prefill,decode"])
-    for entry in json.loads(paper.read_text())["slices"]["nano"]["measurements"]:
+    for entry in json.loads(fake_gpu.read_text())["slices"]["nano"]["measurements"]:
         assert set(entry["seconds"]) == {"ours"} and "times_faster" not in entry
         assert entry["peer"] == "out of memory"
 
@@ -71,7 +73,7 @@ def test_slices_end_behind_the_first_attention_layer() -> None:
 
 
 def test_bytes_of_weights_grow_from_the_active_ones_to_all() -> None:
-    """One token reads what the ledger calls active; many read every expert, by chance."""
+    """One token reads the active weights of the ledger; many tokens read every expert."""
     config = gpu_model.slice_of("super")
     model = Nemotron(config, device="meta", dtype=torch.bfloat16)
     one, many = (gpu_model.weight_bytes(model, tokens) for tokens in (1, 100_000))

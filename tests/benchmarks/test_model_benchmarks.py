@@ -1,4 +1,4 @@
-"""The model benchmarks compare one model in two programs, and refuse to compare two."""
+"""The model benchmarks compare two programs with one model, and never two models."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__ as door
+from benchmarks import __main__ as command
 from benchmarks import measure, plot, record
 from benchmarks.model import growth, memory, model_speed, peers
+from tests.browser import chromium
 
 PLAN = dataclasses.replace(
     model_speed.QUICK, prefill={40: 2}, decode=((1, 20), (8, 20)), train=(2, 24)
 )
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def test_routing_is_spread_out(pair):
 
 
 @pytest.mark.parametrize("who", ["ours", "peer"])
-def test_a_widened_memory_is_that_of_equal_rows(pair, who):
+def test_a_widened_cache_is_that_of_equal_rows(pair, who):
     model = pair[0] if who == "ours" else pair[1]
     config = peers.SIZES["tiny"]
     prompt, tokens = peers.random_tokens(config, 1, 37), peers.random_tokens(config, 3, 4, seed=5)
@@ -127,6 +131,7 @@ def test_a_record_of_every_part(records, monkeypatch):
     written = json.loads(path.read_text())
     assert written["parameters"] == growth.ledger.parameters(peers.SIZES["tiny"]).total
     assert written["largest_logit_difference"] < 1e-4
+    assert set(written["path"]) == {"prefill", "decode", "train"}
     entries = written["measurements"]
     assert [entry["what"] for entry in entries] == [
         "prefill", "decode", "decode", "train", "train memory", "prefill memory",
@@ -153,7 +158,7 @@ def test_agreement_of_logits():
     assert other["same_first_choice"] < 0.2
 
 
-def test_turns_alternate():
+def test_calls_alternate():
     order = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     seconds = measure.alternate(calls, 3, warmup=1)
@@ -161,7 +166,7 @@ def test_turns_alternate():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_ratios_are_taken_between_neighbours():
+def test_ratios_are_taken_within_a_round():
     entry = measure.compare(
         "work", {"ours": [1.0, 4.0, 2.0], "peer": [3.0, 4.0, 4.0]}, tokens=8, aim=2.5, batch=1
     )
@@ -197,26 +202,53 @@ def test_growth_and_its_drawing(pair, records, tmp_path):
     states = [entry["state_bytes"] for entry in results]
     assert [s["kv"] for s in states] == [states[0]["kv"] * k for k in (1, 2, 4)]
     assert states[0]["ssm"] == states[2]["ssm"] == 4 * 16 * 16 * 4
-    path = record.write_record("growth", {"size": "tiny", "results": results})
-    drawing = plot.draw(path, tmp_path / "docs" / "growth.svg")
-    root = ET.fromstring(drawing.read_text())
-    words = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"nemotron_lite", "transformers", "this hybrid", "its Mamba layers", "256"} <= {*words}
-    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.get("points").split()) for line in lines] == [3, 2, 3, 3, 3]
-    assert root.get("role") == "img"
-    for line in lines:
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert 0 < x < plot.WIDTH
-            assert plot.TOP <= y <= plot.BOTTOM
+    path = record.write_record("growth", {"size": "tiny", "path": "prefill", "results": results})
     with pytest.raises(FileNotFoundError, match="python -m benchmarks growth"):
         plot.draw(tmp_path / "none.json")
+    chromium.required()
+    drawing = plot.draw(path, tmp_path / "docs" / "growth.svg")
+    root = ET.fromstring(drawing.read_text())
+    assert root.get("role") == "img"
+    words = {e.text.strip() for e in root.iter(SVG + "text") if e.text}
+    assert {"nemotron_lite", "transformers", "this hybrid", "its Mamba layers", "256"} <= words
+    assert {"microseconds per token", "bytes", "length of the prompt (tokens)"} <= words
+    assert root.find(SVG + "desc").text == plot.summary(json.loads(path.read_text()))
+    lines = [e for e in root.iter(SVG + "g") if e.get("class", "").startswith("trace scatter")]
+    points = [[e.get("class") for e in line.iter()].count("point") for line in lines]
+    assert points == [3, 2, 3, 3, 3]
 
 
-def test_colours_can_be_read_on_light_and_dark():
-    def luminance(colour: str) -> float:
-        parts = (int(h, 16) / 255 for h in re.findall("..", colour[1:]))
+def test_the_drawing_has_the_numbers_of_its_record():
+    found = json.loads(plot.RECORD.read_text())
+    results = found["results"]
+    lines = {line.name: line for line in plot.figure(found).data}
+    for name, who in (("nemotron_lite", "ours"), ("transformers", "peer")):
+        times = [r["microseconds_per_token"] for r in results]
+        measured = [t[who] for t in times if who in t]
+        line = lines[name]
+        assert list(line.y) == [t["median"] for t in measured]
+        assert list(line.x) == [r["length"] for r in results][: len(measured)]
+        highs = [m + e for m, e in zip(line.y, line.error_y.array, strict=True)]
+        lows = [m - e for m, e in zip(line.y, line.error_y.arrayminus, strict=True)]
+        assert highs == pytest.approx([t["max"] for t in measured])
+        assert lows == pytest.approx([t["min"] for t in measured])
+    attention = lines["if all were attention"].y
+    assert list(attention) == [r["all_attention_bytes"] for r in results]
+    assert list(lines["this hybrid"].y) == [sum(r["state_bytes"].values()) for r in results]
+    assert len(lines) == 5
+
+
+def test_the_committed_drawing_is_that_of_the_record():
+    root = ET.fromstring(plot.DRAWING.read_text())
+    found = json.loads(plot.RECORD.read_text())
+    assert root.find(SVG + "desc").text == plot.summary(found), "run python -m benchmarks.plot"
+    words = {e.text.strip() for e in root.iter(SVG + "text") if e.text}
+    assert {line.name for line in plot.figure(found).data} <= words
+
+
+def test_colors_can_be_read_on_the_background():
+    def luminance(color: str) -> float:
+        parts = (int(h, 16) / 255 for h in re.findall("..", color[1:]))
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -224,22 +256,33 @@ def test_colours_can_be_read_on_light_and_dark():
         high, low = sorted((luminance(a), luminance(b)), reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    for page in ("#ffffff", "#0d1117"):
-        assert contrast(plot.TEXT, page) >= 4
-        assert all(contrast(colour, page) >= 3.5 for colour in plot.COLOURS.values())
+    assert contrast(plot.TEXT, plot.BACKGROUND) >= 4.5
+    looks = (plot.OURS, plot.PEER, plot.PART)
+    assert all(contrast(look["color"], plot.BACKGROUND) >= 3.5 for look in looks)
+    for part in ("color", "dash", "symbol"):
+        assert len({look[part] for look in looks}) == 3
 
 
 def test_names_at_the_ends_of_lines_do_not_overlap():
-    assert plot._apart([100, 102, 50]) == [100, 115, 50]
+    """Names of one plot start at the same place; the lines of the record end apart."""
+    root = ET.fromstring(plot.DRAWING.read_text())
+    for panel in (("nemotron_lite", "transformers"), ("if all", "this hybrid", "its Mamba")):
+        heights = sorted(
+            float(e.get("y"))
+            for e in root.iter(SVG + "text")
+            if e.text and e.text.strip().startswith(panel)
+        )
+        assert len(heights) == len(panel)
+        assert min(b - a for a, b in pairwise(heights)) >= 15
 
 
-def test_the_door_knows_its_benchmarks(monkeypatch):
+def test_the_command_knows_its_benchmarks(monkeypatch):
     called: list[tuple[object, list[str]]] = []
     for module in (growth, model_speed):
         monkeypatch.setattr(module, "main", lambda options, m=module: called.append((m, options)))
-    door.main(["growth", "--quick"])
+    command.main(["growth", "--quick"])
     assert called == [(growth, ["--quick"])]
-    with pytest.raises(SystemExit, match="no benchmark 'speed'; there are ssd_operator"):
-        door.main(["speed"])
+    with pytest.raises(SystemExit, match="no benchmark 'speed'; expected one of ssd_operator"):
+        command.main(["speed"])
     with pytest.raises(SystemExit, match="name the benchmark first"):
-        door.main(["--size", "S"])
+        command.main(["--size", "S"])

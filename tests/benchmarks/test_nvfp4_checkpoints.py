@@ -89,7 +89,7 @@ def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch)
     monkeypatch.setattr(record, "RECORDS", tmp_path)
     torch.manual_seed(0)
     model = Nemotron(TINY.replace(vocab_size=300), seed=0).eval()
-    peers.randomise(model, model.config)
+    peers.randomize(model, model.config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = bench.measure_loss(model, data, bits=6.0, prompts=4, length=32, most=256)
     by_name = {entry["as"]: entry for entry in found}
@@ -110,7 +110,7 @@ def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch)
     assert sum(mixed["by_role"].values()) == sum(mixed["formats"].values())
     now = model.state_dict()
     assert all(torch.equal(now[name], value) for name, value in before.items()), "left as it was"
-    record.write_record("trial", {"results": found})
+    record.write_record("trial", {"path": "load", "results": found})
 
 
 def test_groups_share_the_documents() -> None:

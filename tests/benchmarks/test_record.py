@@ -1,4 +1,4 @@
-"""A record says where its figures came from, refuses bare ones, and is whole or absent."""
+"""A record says where its figures come from, and is either complete or not written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def test_a_record_carries_its_provenance(folder: Path, monkeypatch: pytest.Monke
     home = folder.parents[1]
     command = ["/usr/bin/python3.11", "-m", "benchmarks", f"{home}/notes.txt", "/elsewhere/peers"]
     monkeypatch.setattr(sys, "orig_argv", command)
-    path = record.write_record("speed", {"result": {"n": 3, "median": 2.0, "min": 1.0, "max": 4.0}})
+    path = record.write_record(
+        "speed", {"path": "ours", "result": {"n": 3, "median": 2.0, "min": 1.0, "max": 4.0}}
+    )
     assert path == folder / "speed.json"
     found = json.loads(path.read_text())
     assert found["command"] == "python -m benchmarks notes.txt .../peers"
@@ -40,9 +42,9 @@ def test_a_record_carries_its_provenance(folder: Path, monkeypatch: pytest.Monke
         ({"a": {"b": float("nan")}}, r"speed\.a\.b is nan"),
     ],
 )
-def test_a_bare_figure_is_refused(folder: Path, payload: dict, message: str) -> None:
+def test_a_figure_without_its_spread_is_an_error(folder: Path, payload: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        record.write_record("speed", payload)
+        record.write_record("speed", {"path": "ours", **payload})
     assert not folder.exists()
 
 
@@ -52,10 +54,16 @@ def test_a_name_is_a_file_name(folder: Path, name: str) -> None:
         record.write_record(name, {})
 
 
+def test_a_record_says_which_calls_were_measured(folder: Path) -> None:
+    with pytest.raises(ValueError, match="speed has no 'path': say in words which calls"):
+        record.write_record("speed", {"value": 1})
+    assert not folder.exists()
+
+
 def test_a_failed_write_leaves_the_old_record(folder: Path) -> None:
-    path = record.write_record("speed", {"value": 1})
+    path = record.write_record("speed", {"path": "ours", "value": 1})
     before = path.read_text()
     with pytest.raises(TypeError):
-        record.write_record("speed", {"value": object()})
+        record.write_record("speed", {"path": "ours", "value": object()})
     assert path.read_text() == before
     assert [p.name for p in folder.iterdir()] == ["speed.json"]

@@ -1,13 +1,12 @@
-"""Every kernel compiles for four generations of GPUs, and takes no more than it did.
+"""Every kernel compiles for four generations of GPUs, and uses no more resources than before.
 
-Each architecture compiles in a Python of its own, because this one interprets. Growth has to be
-looked at: `python benchmarks/kernels/aot.py --write` accepts it.
+Each architecture compiles in a subprocess, because this process interprets kernels. If a kernel
+uses more, look at the change; `python -m benchmarks.kernels.aot --write` accepts it.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import subprocess
@@ -17,9 +16,10 @@ from pathlib import Path
 import pytest
 import triton
 
+from benchmarks.kernels import dry_run, registry
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "kernels" / "benchmarks"
-SNAPSHOT = json.loads((ROOT / "kernels" / "aot_snapshot.json").read_text())
+SNAPSHOT = json.loads((ROOT / "benchmarks" / "records" / "kernels_aot.json").read_text())
 ARCHS = (80, 90, 100, 120)
 
 known = pytest.mark.skipif(
@@ -31,7 +31,7 @@ known = pytest.mark.skipif(
 def _python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=SCRIPTS, env=environment, capture_output=True, text=True, timeout=540,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
 
 
@@ -40,14 +40,14 @@ def _python(environment: dict[str, str], *arguments: str) -> subprocess.Complete
 def test_every_kernel_compiles_and_nothing_has_grown(
     arch: int, compiling_environment: dict[str, str]
 ) -> None:
-    run = _python(compiling_environment, "aot.py", "--arch", str(arch))
+    run = _python(compiling_environment, "-m", "benchmarks.kernels.aot", "--arch", str(arch))
     assert run.returncode == 0, run.stderr[-4000:]
     assert f"sm_{arch} causal_conv1d" in run.stdout
 
 
 @known
 def test_the_snapshot_holds_what_the_kernels_promise() -> None:
-    """What reads rows reads 16 bytes at a time; what is bound by memory spills nothing."""
+    """Kernels that read rows read 16 bytes at a time; kernels bound by memory spill nothing."""
     archs = SNAPSHOT[triton.__version__]
     assert set(archs) == {str(arch) for arch in ARCHS}
     bound_by_memory = ("causal_conv1d", "gated_rms_norm", "rms_norm", "selective_state", "verify")
@@ -60,7 +60,7 @@ def test_the_snapshot_holds_what_the_kernels_promise() -> None:
                     assert kernel["stack"] == 0, (case, kernel)
 
 
-# The kernels made of matrix products, and what makes these on each architecture.
+# The kernels made of matrix products, and the matrix instruction of each architecture.
 PRODUCTS = (
     "fused_kernel", "scan_kernel", "states_kernel", "grad_bc_kernel", "grad_x_kernel", "_grouped_",
 )  # fmt: skip
@@ -69,9 +69,9 @@ UNITS = {"80": "mma bf16", "90": "wgmma bf16", "100": "tcgen05 f16", "120": "mma
 
 @known
 def test_products_of_16_bits_run_on_matrix_units_and_those_of_float32_are_exact() -> None:
-    """Float32 on the units would be tf32, which nobody asked for. (NVFP4: test_nvfp4_listing.py.)
+    """Matrix units would compute float32 products in tf32. (NVFP4: test_nvfp4_listing.py.)
 
-    wgmma and tcgen05 want 64 rows, so that small tiles get the older mma everywhere.
+    wgmma and tcgen05 need 64 rows, so small tiles use the older mma on every architecture.
     """
     seen = dict.fromkeys(PRODUCTS, 0)
     for arch, report in SNAPSHOT[triton.__version__].items():
@@ -86,10 +86,10 @@ def test_products_of_16_bits_run_on_matrix_units_and_those_of_float32_are_exact(
 
 
 def test_only_the_scan_spills_and_within_its_budget() -> None:
-    """The snapshot holds each kernel to its own bytes; this holds the snapshot.
+    """The snapshot limits each kernel to its own bytes; this test limits the snapshot.
 
-    Float32 products, exact and so without tensor cores, hold whole rows of operands in registers.
-    (Other versions of Triton spill elsewhere; kernels/README.md has the table.)
+    Exact float32 products do not use tensor cores and keep whole rows of operands in registers.
+    (Other versions of Triton spill in other kernels; kernels/README.md has the table.)
     """
     pinned = re.search(r"^triton==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
@@ -104,13 +104,13 @@ def test_only_the_scan_spills_and_within_its_budget() -> None:
 
 @known
 def test_the_catalogue_shows_the_snapshot(compiling_environment: dict[str, str]) -> None:
-    run = _python(compiling_environment, "catalogue.py", "--check")
+    run = _python(compiling_environment, "-m", "benchmarks.kernels.catalogue", "--check")
     assert run.returncode == 0, run.stderr
 
 
 COMPARE = """
 import json, sys
-import aot
+from benchmarks.kernels import aot
 found, kept = json.load(sys.stdin)
 print(json.dumps([aot.worse(found, kept), aot.over_the_limit(found, 120)]))
 """
@@ -128,7 +128,7 @@ def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
     grown["fresh"] = [{**kernel, "registers": 32}]
     del grown["left"]
     run = subprocess.run(
-        [sys.executable, "-c", COMPARE], cwd=SCRIPTS, env=compiling_environment,
+        [sys.executable, "-c", COMPARE], cwd=ROOT, env=compiling_environment,
         input=json.dumps([grown, kept]), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -151,7 +151,7 @@ def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
 WRITE = """
 import json, sys
 from pathlib import Path
-import aot
+from benchmarks.kernels import aot
 path, whole, part, last = Path(sys.argv[1]), *json.loads(sys.argv[2])
 path.write_text(json.dumps({"0.0": {"80": {"old version": []}}}))
 read = lambda: aot.read_snapshot(path)[aot.triton.__version__]
@@ -192,11 +192,7 @@ NVFP4 = "kind::mxf4nvf4.block_scale.scale_vec::4X"
         ("wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {}", "wgmma tf32"),
     ],
 )
-def test_matrix_instructions_are_named_by_unit_and_format(
-    ptx: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    dry_run = importlib.import_module("dry_run")
+def test_matrix_instructions_are_named_by_unit_and_format(ptx: str, kind: str) -> None:
     assert [dry_run._matrix_kind(found) for found in dry_run.MATRIX.finditer(ptx)] == [kind]
 
 
@@ -234,14 +230,11 @@ def test_without_triton_the_error_says_how_to_get_it(compiling_environment: dict
     assert "impl='torch'" in run.stdout
 
 
-def test_every_public_name_is_there_and_has_a_row_in_the_catalogue(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_public_name_is_there_and_has_a_row_in_the_catalogue() -> None:
     import nemotron_kernels
 
-    monkeypatch.syspath_prepend(SCRIPTS)
-    shown = {case.op for case in importlib.import_module("registry").all_cases()}
-    # The same kernels under another name, or from another start.
+    shown = {case.op for case in registry.all_cases()}
+    # These call the same kernels under another name or with other inputs.
     shown |= {"mamba_chunk_scan_combined", "rmsnorm_fn", "route_logits"}
     for name in nemotron_kernels.__all__:
         assert callable(getattr(nemotron_kernels, name)), name

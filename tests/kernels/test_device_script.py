@@ -1,8 +1,8 @@
-"""The device run: it passes what is right, fails what is not, and times what passed.
+"""The device run: correct kernels pass, wrong ones fail, and those that passed are timed.
 
-On small cases, on the CPU, with kernels in the interpreter. The clock is one of paper: a call takes
-what the test says, and a graph takes again what its capture took. So every line runs, and the
-figures that come out are known; what only a GPU can show, its times, is left to a GPU.
+The tests use small cases on the CPU, with kernels in the interpreter, and a fake GPU whose clock
+the test sets: a call takes the time that the test says, and replaying a graph takes the time of its
+capture. So every line runs and the expected figures are known. Real times need a real GPU.
 """
 
 from __future__ import annotations
@@ -24,31 +24,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels import device as device_script
+from benchmarks.kernels import peers
+from benchmarks.kernels.registry import Case, Draw
 from nemotron_kernels import rms_norm, selective_state_update
 from nemotron_lite import ops
-from tests.kernels.paper_gpu import PaperGpu
+from tests.kernels.fake_gpu import FakeGpu
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    script = importlib.import_module("device")
+    script = device_script
     monkeypatch.setattr(script, "DEVICE", "cpu")
-    # `main` unsets it, as whoever has a GPU wants; the tests after this one interpret.
+    # `main` unsets the variable, because a GPU run compiles; later tests interpret.
     monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
-    # The tests' own poison stands in for torch's, which would have to undo its warnings.
+    # conftest.py fills fresh memory with NaN already; torch's way to do it would also warn.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
     return script
 
 
-def _case(**fields: Any) -> Any:
-    return importlib.import_module("registry").Case(**fields)
-
-
 def _norm(backward: bool):
-    return _case(
+    return Case(
         op="rms_norm", name="backward" if backward else "forward", shape="small",
         inputs=lambda draw: {
             "x": draw.normal(5, 24, dtype=torch.float16),
@@ -100,7 +98,7 @@ def test_a_state_that_is_overwritten_starts_the_same_both_times(device: ModuleTy
     def exact(state, x, dt, A, B, C):
         return ops.ssd_step(state, x, F.softplus(dt), A, B, C, impl="naive")
 
-    case = _case(
+    case = Case(
         op="selective_state_update", name="float32", shape="small",
         inputs=lambda draw: {
             "state": draw.normal(2, 4, 8, 16, dtype=torch.float32),
@@ -121,17 +119,17 @@ def test_the_shares_and_ratios_of_a_summary(device: ModuleType) -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> PaperGpu:
-    paper = PaperGpu()
-    paper.install(monkeypatch)
-    return paper
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    fake = FakeGpu()
+    fake.install(monkeypatch)
+    return fake
 
 
 CEILINGS = {"bytes_per_s": 1e9, "flops_per_s": 1e12}
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_times_floors_and_ratios(device: ModuleType, gpu: PaperGpu, backward: bool) -> None:
+def test_times_lower_bounds_and_ratios(device: ModuleType, gpu: FakeGpu, backward: bool) -> None:
     def needs_the_host(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if gpu.capturing:
             raise RuntimeError("not in a graph")
@@ -178,16 +176,16 @@ def test_times_floors_and_ratios(device: ModuleType, gpu: PaperGpu, backward: bo
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_what_a_graph_reads_lives_as_long_as_the_graph(
-    device: ModuleType, gpu: PaperGpu, backward: bool, monkeypatch: pytest.MonkeyPatch
+    device: ModuleType, gpu: FakeGpu, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Freed, it was read all the same: an illegal access once the allocator had given it back."""
+    """A graph reads addresses. If their tensors were freed, that was an illegal memory access."""
     given: list[weakref.ref[torch.Tensor]] = []
     alike = torch.randn_like
     monkeypatch.setattr(
         torch, "randn_like", lambda y: given.append(weakref.ref(z := alike(y))) or z
     )
     case = replace(_norm(backward), run=gpu.takes(1, rms_norm))
-    sets = [case.inputs(importlib.import_module("registry").Draw("cpu")) for _ in range(2)]
+    sets = [case.inputs(Draw("cpu")) for _ in range(2)]
     replay, how = device.graph_of(case, case.run, sets)
     gc.collect()
     assert how == "CUDA graph" and len(given) == 2 * backward
@@ -197,7 +195,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(
     assert all(reference() is None for reference in given)
 
 
-def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: PaperGpu) -> None:
+def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: FakeGpu) -> None:
     for size, sets in ((1, 64), (50, 11), (10_000, 3)):
         case = replace(_norm(False), bytes=size)
         drawn = device.rotating_inputs(case)
@@ -207,7 +205,7 @@ def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: Pape
 
 @pytest.fixture
 def whole_run(
-    device: ModuleType, gpu: PaperGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    device: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[str | None, dict[str, Any] | None]]:
     """`main` with a command line, on three small cases: what it exits with, and the record."""
     case = replace(_norm(False), run=gpu.takes(2, rms_norm), bytes=100)
@@ -238,7 +236,7 @@ def whole_run(
             seen, warmed[:] = list(warmed), []
         only = arguments[1] if "--only" in arguments else ""
         assert seen == ([] if "--cold" in arguments else [(90, only)])
-        written = tmp_path / "kernels_paper_gpu_100.json"
+        written = tmp_path / "kernels_fake_gpu_100.json"
         return said, json.loads(written.read_text()) if written.exists() else None
 
     return run
@@ -247,7 +245,7 @@ def whole_run(
 def test_a_whole_run_and_its_record(whole_run: Callable[..., Any], capsys: Any) -> None:
     said, record = whole_run("--rounds", "4")
     assert said == "1 of 3 cases failed: rms_norm wrong, small"
-    assert record["gpu"] == {"name": "Paper GPU 100", "capability": "9.0"}
+    assert record["gpu"] == {"name": "Fake GPU 100", "capability": "9.0"}
     # 64 floats read and written in 4 ms; 2 * 8^3 operations in 1 ms.
     assert record["ceilings"]["bytes_per_s"] == pytest.approx(2 * 64 * 4 / 4e-3)
     assert record["ceilings"]["flops_per_s"] == pytest.approx(2 * 8**3 / 1e-3)
@@ -263,16 +261,16 @@ def test_a_whole_run_and_its_record(whole_run: Callable[..., Any], capsys: Any) 
     assert "ok   rms_norm forward, small: 2000.0 us, " in printed
 
 
-def test_a_new_process_goes_on_behind_a_kernel_that_broke_the_gpu(
+def test_a_new_process_continues_after_a_kernel_that_broke_the_gpu(
     whole_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`execv` is where this process would end; the command it is given is run here instead."""
+    """`execv` would replace this process; the test runs the command that it gets instead."""
     commands: list[list[str]] = []
 
     class Replaced(BaseException): ...
 
     def execv(program: str, command: list[str]) -> None:
-        commands.append(command[2:])
+        commands.append(command[3:])
         raise Replaced
 
     answers = iter([False, RuntimeError("an illegal memory access was encountered")])
@@ -344,8 +342,6 @@ def test_command_lines_that_make_no_sense(
 def test_peers_behind_an_empty_package_or_left_out_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    peers = importlib.import_module("peers")
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     before = [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", "fla")]
     for name in before:
@@ -372,8 +368,11 @@ def test_everything_is_compiled_beforehand_in_several_processes(
     compiling_environment: dict[str, str],
 ) -> None:
     run = subprocess.run(
-        [sys.executable, "warm.py", "--arch", "90", "--only", "conv1d_step", "--workers", "2"],
-        cwd=SCRIPTS, env=compiling_environment, capture_output=True, text=True, timeout=300,
+        [
+            sys.executable, "-m", "benchmarks.kernels.warm",
+            "--arch", "90", "--only", "conv1d_step", "--workers", "2",
+        ],
+        cwd=ROOT, env=compiling_environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("compiled for sm_90 in ")

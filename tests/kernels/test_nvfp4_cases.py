@@ -1,29 +1,25 @@
-"""The quantizer's cases for a device, small and interpreted: with a tolerance of zero they pass.
+"""The quantizer's benchmark cases, small and interpreted, pass with a tolerance of zero.
 
-And they can fail: a kernel whose codes differ in one place does not.
+A kernel with one wrong code fails.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+from benchmarks.kernels import cases_nvfp4_quantize, device
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    device = importlib.import_module("device")
     monkeypatch.setattr(device, "DEVICE", "cpu")
-    # The tests' own poison stands in for torch's, which would have to undo its warnings.
+    # conftest.py fills fresh memory with NaN already; torch's way to do it would also warn.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
-    cases = importlib.import_module("cases_nvfp4_quantize")
+    cases = cases_nvfp4_quantize
     for name, size in (("TOKENS", 64), ("WIDTH", 96), ("HIDDEN", 48)):
         monkeypatch.setattr(cases, name, size)
     return device, cases

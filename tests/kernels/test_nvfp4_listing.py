@@ -1,7 +1,8 @@
-"""Packed times packed is issued as one block-scaled FP4 instruction where a GPU has it.
+"""A product of packed operands uses the block-scaled FP4 instruction on GPUs that have it.
 
-Read from PTX and machine code, compiled here through the public function. That the instruction is
-there is proven; that each scale meets its block in it, only a Blackwell can show.
+The test compiles through the public function and reads PTX and machine code. It shows that the
+instruction is there. Whether the instruction applies each scale to its own block can only be shown
+on a Blackwell GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 COMPILE = """
 import json, re, sys
 import torch
-from dry_run import compile_only
+from benchmarks.kernels.dry_run import compile_only
 from nemotron_kernels import nvfp4_matmul
 from nemotron_lite.quantization.nvfp4 import QuantizedTensor
 
@@ -44,7 +45,7 @@ print(json.dumps(listing))
 
 SCALED = "_nvfp4_packed_scaled"
 DECODED = "_nvfp4_packed_decoded"
-# Architecture: kernel, PTX and machine code of every matrix instruction with many rows of x.
+# Architecture -> kernel, PTX and machine code of its matrix instructions, for many rows of x.
 EXPECTED = {
     90: (DECODED, r"wgmma\.mma_async.*\.f32\.f16\.f16", r"HGMMA\."),
     100: (SCALED, r"tcgen05\.mma.*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)", "UTCOMMA"),
@@ -60,7 +61,7 @@ EXPECTED = {
 @pytest.mark.parametrize("arch", EXPECTED)
 def test_the_instruction_is_issued(arch: int, compiling_environment: dict[str, str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], cwd=SCRIPTS, env=compiling_environment,
+        [sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=compiling_environment,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
@@ -71,6 +72,6 @@ def test_the_instruction_is_issued(arch: int, compiling_environment: dict[str, s
         assert found["name"] == name
         assert found["ptx"] and all(re.match(ptx, one) for one in found["ptx"]), found
         assert found["sass"] and all(re.match(sass, one) for one in found["sass"]), found
-    few = listing["16 1024"]  # a tile of 16 rows is decoded on every one of them
+    few = listing["16 1024"]  # tiles of 16 rows are decoded on every architecture
     assert few["name"] == DECODED and all("f16.f16" in one for one in few["ptx"])
     assert not any(found["flushes"] for found in listing.values())

@@ -1,13 +1,13 @@
-"""What the quantizer is compiled to: nothing that changes a bit, and few instructions a number.
+"""The compiled quantizer: the compiler changes no bit, and it uses few instructions per number.
 
-Rounding by addition goes wrong where a product is fused into the addition, where small numbers are
-flushed to zero, and where a quotient is not the nearest. The interpreter does none of these, so it
-cannot show them; the listing can.
+Rounding by addition gives wrong bits if a product is fused into the addition, if small numbers are
+flushed to zero, or if a quotient is not correctly rounded. The interpreter does none of these, so
+only the compiled code can show them.
 
-Quantizing is bound by instructions as much as by memory: 132 multiprocessors of 128 lanes at 1.755
-GHz issue 31 for each number in the time that 4.3 TB/s take to read it twice in 16 bits and write it
-in 4.5 (reference sheet kernels, 1c). So they are counted: the whole machine code of a kernel, its
-beginning and end included, over the numbers of a thread.
+The time of quantizing depends on instructions as much as on memory. An H200 (132 multiprocessors,
+128 lanes, 1.755 GHz) issues 31 instructions per number in the time in which 4.3 TB/s read the
+number twice in 16 bits and write it in 4.5 bits. So the test counts instructions: the whole machine
+code of a kernel, including its beginning and end, divided by the numbers per thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 
 COMPILE = r"""
 import json, re, sys
 import torch
-from dry_run import compile_only
+from benchmarks.kernels.dry_run import compile_only
 from nemotron_kernels import nvfp4_amax, nvfp4_fake_quantize, nvfp4_quantize
 from nemotron_kernels.nvfp4_quantizer import ACROSS, ALONG
 
@@ -33,10 +33,10 @@ x, amax = torch.empty(1024, 4096, dtype=torch.bfloat16), torch.empty(())
 runs = {
     "amax": lambda: nvfp4_amax(x),
     "rows": lambda: nvfp4_quantize(x, amax),
-    "rows by chance": lambda: nvfp4_quantize(x, amax, seed=1),
+    "rows stochastic": lambda: nvfp4_quantize(x, amax, seed=1),
     "columns": lambda: nvfp4_quantize(x.mT, amax),
-    "columns turned": lambda: nvfp4_quantize(x.mT, amax, hadamard=True),
-    "columns turned by chance": lambda: nvfp4_quantize(x.mT, amax, hadamard=True, seed=1),
+    "columns Hadamard": lambda: nvfp4_quantize(x.mT, amax, hadamard=True),
+    "columns Hadamard stochastic": lambda: nvfp4_quantize(x.mT, amax, hadamard=True, seed=1),
     "square": lambda: nvfp4_fake_quantize(x, amax, block="16x16"),
 }
 listing = {}
@@ -58,25 +58,25 @@ for name, run in runs.items():
         "machine": "F2FP.SATFINITE.E2M1" in kernel.asm["sass"],
         "fusion": kernel.metadata.enable_fp_fusion,
         "numbers": config["ROWS"] * config["COLUMNS"],
-        "a number": len(code) * threads / (config["ROWS"] * config["COLUMNS"]),
+        "per number": len(code) * threads / (config["ROWS"] * config["COLUMNS"]),
         "code": len(code),
     }
 print(json.dumps(listing))
 """
 
 # Measured with Triton 3.7.1: on sm_90 7.2, 31.2, 43.7, 22.6, 29.4; on sm_100, which has an
-# instruction for two codes, 7.2, 19.0, 38.5, 10.5, 17.7. (The disassembler stops at 4,096 lines, so
-# the longest kernel has no figure here.)
+# instruction for two codes, 7.2, 19.0, 38.5, 10.5, 17.7. (The disassembler stops after 4,096 lines,
+# so the longest kernel is not listed here.)
 MOST = {
-    90: {"amax": 8, "rows": 33, "rows by chance": 46, "columns": 24, "columns turned": 31},
-    100: {"amax": 8, "rows": 21, "rows by chance": 41, "columns": 12, "columns turned": 19},
+    90: {"amax": 8, "rows": 33, "rows stochastic": 46, "columns": 24, "columns Hadamard": 31},
+    100: {"amax": 8, "rows": 21, "rows stochastic": 41, "columns": 12, "columns Hadamard": 19},
 }
 
 
 @lru_cache
 def _compiled(arch: int, environment: frozenset[tuple[str, str]]) -> dict[str, dict]:
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], cwd=SCRIPTS, env=dict(environment),
+        [sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=dict(environment),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
@@ -97,7 +97,7 @@ def listing(arch: int, compiling_environment: dict[str, str]) -> dict[str, dict]
 def test_no_bit_is_changed_by_the_compiler(listing: dict[str, dict]) -> None:
     for name, kernel in listing.items():
         assert kernel["fused"] == 0 and not kernel["fusion"], name
-        # The floor flushes; what it is given is a multiple of 2^-41 (see by_chance).
+        # floor() flushes small numbers; its input is a multiple of 2^-41, so none is lost.
         assert set(kernel["flushes"]) <= {"cvt.rmi.ftz.f32.f32"}, name
         assert kernel["divisions"] == ([] if name == "amax" else ["div.rn.f32"]), name
 
@@ -116,10 +116,10 @@ def test_memory_is_read_16_bytes_at_a_time(listing: dict[str, dict]) -> None:
     assert all(kernel["wide"] for kernel in listing.values())
 
 
-def test_few_instructions_a_number(arch: int, listing: dict[str, dict]) -> None:
+def test_few_instructions_per_number(arch: int, listing: dict[str, dict]) -> None:
     for name, most in MOST[arch].items():
         assert listing[name]["code"] < 4096, name
-        assert listing[name]["a number"] < most, (name, listing[name]["a number"])
+        assert listing[name]["per number"] < most, (name, listing[name]["per number"])
 
 
 def test_a_profile_shows_which_kernel_runs(listing: dict[str, dict]) -> None:

@@ -1,4 +1,4 @@
-"""A GPU of paper, for the tests of the device run: its clock moves when a test says so."""
+"""A fake GPU for the tests of the device run; the tests move its clock."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 
-class PaperGpu:
-    """As much of torch.cuda as timing asks for; `now` in milliseconds moves when a test says so."""
+class FakeGpu:
+    """The part of torch.cuda that timing uses. `now` is the clock in milliseconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -21,7 +21,7 @@ class PaperGpu:
         self.forward_on: Any = None
 
     def takes(self, milliseconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, at a price."""
+        """`function`, which takes this long on the fake clock."""
 
         def call(*args: Any, **options: Any) -> Any:
             self.now += milliseconds
@@ -61,7 +61,7 @@ class PaperGpu:
         @contextlib.contextmanager
         def capture(graph: Graph, stream: Stream) -> Iterator[None]:
             start, gpu.capturing = gpu.now, True
-            assert stream is gpu.forward_on, "autograd would leave the capture's stream"
+            assert stream is gpu.forward_on, "autograd would run on another stream than the capture"
             try:
                 yield
             finally:
@@ -72,7 +72,7 @@ class PaperGpu:
             "Event": Event, "CUDAGraph": Graph, "graph": capture,
             "Stream": Stream, "stream": on, "current_stream": lambda: gpu.stream,
             "synchronize": lambda: None, "empty_cache": lambda: None, "is_available": lambda: True,
-            "get_device_name": lambda: "Paper GPU 100", "get_device_capability": lambda: (9, 0),
+            "get_device_name": lambda: "Fake GPU 100", "get_device_capability": lambda: (9, 0),
             "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=250),
         }  # fmt: skip
         for name, fake in fakes.items():
