@@ -35,6 +35,16 @@ def piece(test: str) -> str:
     return file if file.endswith(BY_FILE) or file.startswith(SHARED_FIXTURES) else test
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the cells of a chapter in their order when pytest-random-order shuffles the tests.
+
+    The plugin shuffles the files, and the tests inside each file. Conftest hooks run before it.
+    """
+    for item in items:
+        if item.path.name.endswith(BY_FILE):
+            item.add_marker(pytest.mark.random_order(disabled=True))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Deal out the pieces, unless another way was asked for on the command line."""

@@ -114,7 +114,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor made once: small calls spend their time on making it anew."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

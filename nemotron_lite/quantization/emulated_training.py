@@ -13,7 +13,7 @@ names in a checkpoint and the model's `state_dict` notice nothing. Outside, the 
 The bits of stochastic rounding depend on the seed, the number of the micro-batch and the place in
 the model, on nothing before. A run that is resumed at micro-batch i goes on with the same losses.
 
-Left out: switching formats during a run (`6.4` of the reference sheet: BF16 in the forward pass for
+Left out: switching formats during a run (reference sheet 6.4: BF16 in the forward pass for
 the last stretch halves the gap). Train on with another recipe for that.
 """
 

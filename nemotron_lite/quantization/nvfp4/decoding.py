@@ -41,6 +41,7 @@ from nemotron_lite.quantization.nvfp4.elements import E2M1_VALUES
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 STRIPE = 2**17  # weights decoded at once: half a MiB in float32
+MOST_KEPT = 2**18  # numbers in the buffer that a thread keeps: a stripe with its padding
 FEW_PAIRS = 40  # (token, slot) pairs that each get their own copy of a small expert
 FEW_ROWS = 8  # of x, up to which float32 is at least as fast as 16 bits
 
@@ -181,25 +182,30 @@ def _pair_by_pair(z: Tensor, up: Stored, down: Stored, weights: Tensor, indices:
 
 
 class _Scratch(threading.local):
-    """Memory that each thread keeps for the next stripe."""
+    """One float32 buffer per device, kept by each thread for the stripes of its next call.
+
+    The buffer grows to the largest stripe that was asked for, and never beyond `MOST_KEPT` numbers:
+    a larger request gets memory of its own, so that one large matrix does not stay.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[torch.device, Tensor] = {}
 
     def __call__(self, shape: tuple[int, ...], device: torch.device) -> Float32[Tensor, "*shape"]:
-        """A tensor of any content, which the next call may give away again.
+        """Uninitialized memory that the next call overwrites.
 
-        Where gradients are recorded the memory is new each time, and for more than `STRIPE`
-        numbers, so that one large matrix does not stay.
+        While gradients are recorded the memory is new each time, because the graph may keep it.
         """
-        numbers = math.prod(shape)
-        if torch.is_grad_enabled() or numbers > 2 * STRIPE:
+        count = math.prod(shape)
+        if torch.is_grad_enabled() or count > MOST_KEPT:
             return torch.empty(shape, dtype=torch.float32, device=device)
-        if device not in self.kept:
+        buffer = self.kept.get(device)
+        if buffer is None or buffer.numel() < count:
             # An inference tensor could not be written to outside of inference mode.
             with torch.inference_mode(False):
-                self.kept[device] = torch.empty(2 * STRIPE, dtype=torch.float32, device=device)
-        return self.kept[device][:numbers].view(shape)
+                buffer = torch.empty(count, dtype=torch.float32, device=device)
+            self.kept[device] = buffer
+        return buffer[:count].view(shape)
 
 
 scratch = _Scratch()

@@ -132,3 +132,27 @@ def test_a_stripe_of_inference_serves_outside_of_it() -> None:
         inside = multiply(x, w).clone()
     with torch.no_grad():
         assert torch.equal(multiply(x, w), inside)
+
+
+def test_the_buffer_follows_what_is_asked_for() -> None:
+    """It grows to the largest stripe so far, and a request beyond the limit leaves it alone."""
+    cpu, scratch = torch.device("cpu"), decoding._Scratch()
+    with torch.inference_mode():
+        sizes = []
+        for count in (7, 300, 40, decoding.MOST_KEPT, decoding.MOST_KEPT + 1):
+            assert scratch((count,), cpu).shape == (count,)
+            sizes.append(scratch.kept[cpu].numel())
+    assert sizes == [7, 300, 300, decoding.MOST_KEPT, decoding.MOST_KEPT]
+
+
+def test_a_stripe_of_another_size_does_not_outlive_its_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a thread keeps after small stripes does not limit the next, larger ones."""
+    w, x = stored("nvfp4", 61, 48), torch.randn(2, 48)
+    expected = x @ by_definition(w).mT
+    monkeypatch.setattr(decoding, "scratch", decoding._Scratch())
+    for stripe in (48, 7 * 48, decoding.STRIPE):
+        monkeypatch.setattr(decoding, "STRIPE", stripe)
+        with torch.inference_mode():
+            assert relative_rms(multiply(x, w), expected) < 1e-6
