@@ -148,7 +148,7 @@ def test_the_figures_in_the_picture_are_those_of_the_config() -> None:
         f"causal conv, {config.conv_kernel} taps",
         f"{config.num_attention_heads} × q",
         f"{config.num_key_value_heads} × k",
-        f"{config.n_routed_experts} experts, {config.num_experts_per_tok} at work",
+        f"{config.n_routed_experts} experts, {config.num_experts_per_tok} chosen",
         f"top {config.num_experts_per_tok} of s + b",
         f"{d} → {latent}",
         f"{latent} → {config.moe_intermediate_size} → {latent}",

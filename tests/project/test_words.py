@@ -25,7 +25,7 @@ BANNED = {
     r"\brooms?\b(?! for\b| to\b)": "file, folder or package",
     r"\bthe house\b|\bhouse (?:rules?|tests?|style)\b": "the project, the repository",
     r"\bthe town\b": "the repository",
-    r"(?<!scaling )(?<!power )\blaws?\b": "distribution, or rule",
+    r"(?<!scaling\s)(?<!power\s)\blaws?\b": "distribution, or rule",
     r"\bby chance\b": "at random, by stochastic rounding",
     r"\bfill(?:ed|ing|s)? up\b": "padded",
     r"\bturn(?:ed|ing|s)? over\b": "name the operation: flipped, transposed, reversed",
@@ -34,7 +34,8 @@ BANNED = {
     r"\bpacked (?:documents?|sequences?)\b": "concatenated documents; packed is four-bit storage",
     r"\b(?:de|re|un)?quantis\w+": "quantize, with z",
 }
-PATTERN = re.compile("|".join(f"({words})" for words in BANNED), re.I)
+# Words may stand on two lines.
+PATTERN = re.compile("|".join(f"({words})" for words in BANNED).replace(" ", r"\s+"), re.I)
 
 # Folders and files that still hold such words.
 PENDING: tuple[str, ...] = (
@@ -126,7 +127,7 @@ def banned(pieces: list[tuple[int, str]]) -> list[str]:
     """Every banned word with its line and the words to write instead."""
     found = []
     for first, text in pieces:
-        for match in PATTERN.finditer(re.sub(r"\n( *)(# )?", lambda m: " " * len(m[0]), text)):
+        for match in PATTERN.finditer(text):
             instead = list(BANNED.values())[match.lastindex - 1]
             line = first + text.count("\n", 0, match.start())
             found.append(f"line {line}: {match[0]!r}; write: {instead}")
