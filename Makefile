@@ -4,6 +4,8 @@
 #   PYTHON       the interpreter to build .venv with, 3.11 or newer (default: python3)
 #   TORCH_INDEX  another package index for the torch step alone, for example PyTorch's CPU wheels
 #   SUBMISSIONS  what `make grade` grades
+#   ORDER        `make test ORDER=random` shuffles the tests and prints the seed; ORDER=<seed> repeats
+#   WORKERS      processes of `make test` and `make check` (default: 2)
 #   ARGS         passed on:  make run ARGS="--max-seconds 60"   make test ARGS="-k ssd -x"
 
 PYTHON ?= python3
@@ -11,12 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 WORKERS ?= 2
+ORDERED = $(if $(ORDER),--random-order $(patsubst %,--random-order-seed=%,$(filter-out random,$(ORDER))))
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks grade bench lint clean
+.PHONY: help setup run test check lab notebooks grade bench lint clean
 
 help:  ## list the targets
 	@echo "make TARGET [ARGS=\"...\"]"
@@ -28,9 +31,12 @@ run: $(STAMP)  ## assemble a small Nemotron 3 Super, train it on text of this ma
 	$(BIN)/nemotron-lite run $(ARGS)
 
 # Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.
-test: export GOMP_SPINCOUNT ?= 2000
-test: $(STAMP)  ## run every test, on WORKERS processes (2)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+test check: export GOMP_SPINCOUNT ?= 2000
+test: $(STAMP)  ## run every test, on WORKERS processes (2); ORDER=random shuffles them
+	$(BIN)/python -m pytest -n $(WORKERS) $(ORDERED) $(ARGS)
+
+check: $(STAMP) lint  ## lint, and the fast tests: under three minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests $(ORDERED) $(ARGS)
 
 lab: $(STAMP)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
@@ -46,13 +52,14 @@ grade: $(STAMP)  ## grade a folder of submitted coursework: SUBMISSIONS=folder
 bench: $(STAMP)  ## measure, and write records under benchmarks/records
 	$(BIN)/python -m benchmarks $(ARGS)
 
-lint: $(STAMP)  ## style of code and notebooks, and types
+lint: $(STAMP)  ## style of code and notebooks, types, and which module imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP):

@@ -1,13 +1,15 @@
-"""What every test stands on: shapes checked on each call, few threads, fixed seeds, no network.
+"""The setup of every test: shapes checked on each call, few threads, fixed seeds, no network.
 
 The import hook rewrites `nemotron_lite` as it is imported, so that jaxtyping and beartype compare
-each argument and result with its annotation. Users never pay for it. It has to be in place before
-anything imports the package, which is why it stands at the top of this file.
+each argument and result with its annotation. Users never pay for it. The hook has to be installed
+before anything imports the package, which is why it comes first in this file.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import random
 
 # Before torch is imported: it reads these once. Two workers on two cores get one thread each.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -23,6 +25,7 @@ from jaxtyping import install_import_hook
 install_import_hook("nemotron_lite", "beartype.beartype")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -30,12 +33,36 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A shared two-core machine is too uneven for deadlines. In CI the examples are the same each time.
 hypothesis.settings.register_profile(
-    "house", deadline=None, derandomize="CI" in os.environ, print_blob=True
+    "project", deadline=None, derandomize="CI" in os.environ, print_blob=True
 )
-hypothesis.settings.load_profile("house")
+hypothesis.settings.load_profile("project")
+
+TIMING_TRIES = 3
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test starts from the same random numbers, alone or among others."""
+    """Every test starts from the same random numbers, alone or among others, in any order."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `timing` up to three times, until it passes.
+
+    Such a test depends on the machine's clock or memory allocator, and another process may have
+    been in the way. A real fault fails every time. The last try is pytest's own.
+    """
+    if pyfuncitem.get_closest_marker("timing") is None:
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    for _ in range(TIMING_TRIES - 1):
+        try:
+            pyfuncitem.obj(**arguments)
+        except AssertionError:
+            continue
+        return True
+    return None

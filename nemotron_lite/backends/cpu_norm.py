@@ -57,7 +57,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor, made once: making it at every call would cost more than using it."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")  # not the default device
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,7 @@ def test_an_expected_error_is_refused_too(tmp_path: Path) -> None:
         publish.execute(notebook, tmp_path)
 
 
+@pytest.mark.timing
 def test_a_cell_that_never_ends_is_stopped(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(publish.PublishError, match="ran longer than 2 s"):
@@ -196,6 +197,7 @@ def test_the_command_publishes_and_says_what_is_left(
     assert publish.main(["--folder", str(tmp_path), "07"]) == 2
 
 
+@pytest.mark.timing
 def test_a_figure_becomes_a_small_picture() -> None:
     chromium.required()
     with publish.FigureRenderer() as draw:

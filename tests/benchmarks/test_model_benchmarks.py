@@ -178,6 +178,7 @@ def test_ratios_are_taken_within_a_round():
         measure.summary([])
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_is_what_was_touched_above_the_model():
     def prepare():
@@ -187,6 +188,7 @@ def test_peak_memory_is_what_was_touched_above_the_model():
     assert measure.peak_above(prepare) == pytest.approx(32e6, rel=0.2)
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_memory_is_measured_in_a_process_of_its_own():
     weights = 4 * growth.ledger.parameters(peers.SIZES["tiny"]).total

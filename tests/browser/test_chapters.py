@@ -40,6 +40,7 @@ def test_every_slider_does_something_and_one_moves_a_figure(seen: Any) -> None:
     assert seen.moved_figures > 0
 
 
+@pytest.mark.timing
 def test_half_of_the_sliders_answer_in_a_fifth_of_a_second(seen: Any) -> None:
     """From the key to the picture, kernel and browser included; all of them on a quiet machine."""
     assert all(seconds > 0 for seconds in seen.answers.values()), seen.answers

@@ -16,7 +16,10 @@ import pytest
 
 from nemotron_lite.checkpoint.reader import REOPEN_AFTER
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
+    pytest.mark.timing,
+]
 
 MIB = 2**20
 # Allocator and headers: saving grew by 0.4 MiB, loading stayed within what REOPEN_AFTER allows.

@@ -10,6 +10,7 @@ from nemotron_lite.generation.decoding import generate, stream
 from nemotron_lite.generation.prefill import prefill
 from nemotron_lite.generation.sampling import distribution
 from nemotron_lite.model import Nemotron
+from tests.chi_square import chi_square, critical_value
 from tests.test_model import TINY, _tokens
 
 GREEDY = dict(temperature=0, stop=())
@@ -62,17 +63,12 @@ def test_sampling_follows_the_distribution(model: Nemotron) -> None:
     """Chi-square of 4,000 first tokens, 1 in 10,000 false alarms; and a wrong temperature fails."""
     prompt = _tokens(1, 4)[0].tolist()
     draws = generate(model, [prompt] * 4000, 1, temperature=0.8, top_k=6, top_p=None, seed=0)
-    counts = torch.bincount(torch.tensor(draws)[:, 0], minlength=61).double()
+    counts = torch.bincount(torch.tensor(draws)[:, 0], minlength=61)
     logits = model(torch.tensor([prompt])).logits[:, -1].detach()
-
-    def chi_square(temperature: float) -> float:
-        expected = distribution(logits, temperature, 6)[0] * 4000
-        assert counts[expected == 0].sum() == 0
-        kept = expected > 0
-        return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
-
-    assert chi_square(0.8) < 25.74  # chi-square with 5 degrees of freedom, 0.9999
-    assert chi_square(1.2) > 25.74
+    right, cells = chi_square(counts, distribution(logits, 0.8, 6))
+    wrong, _ = chi_square(counts, distribution(logits, 1.2, 6))
+    assert cells == 6
+    assert right < critical_value(cells - 1) < wrong
 
 
 def test_filters() -> None:

@@ -89,3 +89,11 @@ def test_strided_input(impl: str) -> None:
 def test_channels_must_split_into_groups() -> None:
     with pytest.raises(ValueError, match="10 channels do not split into 4 groups"):
         gated_rms_norm(torch.zeros(1, 10), torch.zeros(1, 10), torch.ones(10), 4)
+
+
+def test_the_default_device_of_a_call_is_not_kept() -> None:
+    """The constant that the CPU form keeps lies on the CPU, wherever new tensors are made."""
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    with torch.device("meta"):
+        inside = rms_norm(x, weight, 0.0371)
+    torch.testing.assert_close(rms_norm(x, weight, 0.0371), inside)

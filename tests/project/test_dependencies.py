@@ -29,8 +29,8 @@ PIP_PART = ["-c constraints.txt", "-e .[lab,dev]"]
 PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist", "PIL": "pillow"}
 # What comes with a package that is declared: JupyterLab is nothing without these two.
 BROUGHT_BY = {"IPython": "jupyterlab", "traitlets": "jupyterlab"}
-# Rooms that need more than the core: what a chapter uses comes with `lab`, and the tools that
-# publish, check and grade chapters with `dev`. Nothing else in the package may import either.
+# Packages that may import more than the core: what a chapter uses comes with `lab`, and the tools
+# that publish, check and grade chapters come with `dev`.
 EXTRAS_OF = {"course": {"lab"}, "authoring": {"lab", "dev"}, "coursework": {"lab", "dev"}}
 
 
@@ -113,7 +113,7 @@ def without_a_reason(pyproject: str) -> list[str]:
     listed = re.findall(r'^    "([\w-]+[^"]*)",(.*)$', pyproject.partition("[tool.")[0], re.M)
     names = set(declared(pyproject))
     found = {Requirement(r).name: c for r, c in listed if re.match(r"[\w-]+", r)[0] in names}
-    assert set(found) == names, "one requirement a line, so that each has room for its reason"
+    assert set(found) == names, "one requirement a line, because each line ends with its reason"
     return sorted(name for name, comment in found.items() if not re.search(r"# \w{2}", comment))
 
 
@@ -134,7 +134,7 @@ def test_every_dependency_has_a_reason() -> None:
     sorted((ROOT / "nemotron_lite").rglob("*.py")),
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_each_room_imports_only_what_it_may(path: Path) -> None:
+def test_each_file_imports_only_what_it_may(path: Path) -> None:
     allowed = allowed_in(str(path.relative_to(ROOT / "nemotron_lite")), PYPROJECT)
     assert undeclared_imports(path.read_text(), allowed) == []
 
@@ -225,7 +225,7 @@ def test_an_undeclared_import_and_a_missing_reason_are_found() -> None:
 def test_only_the_course_may_use_the_lab_and_only_its_tools_more() -> None:
     assert "plotly" not in allowed_in("ops/ssd.py", PYPROJECT)
     assert "plotly" in allowed_in("course/plotting/theme.py", PYPROJECT)
-    assert "nbclient" not in allowed_in("course/lessons.py", PYPROJECT)
+    assert "nbclient" not in allowed_in("course/exercises.py", PYPROJECT)
     assert {"nbclient", "plotly", "torch"} <= allowed_in("authoring/publish.py", PYPROJECT)
     assert undeclared_imports("import IPython", allowed_in("course/x.py", PYPROJECT)) == []
     assert undeclared_imports("import IPython", allowed_in("ops/x.py", PYPROJECT)) == ["IPython"]

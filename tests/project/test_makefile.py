@@ -1,4 +1,4 @@
-"""The Makefile keeps its promises: it lists itself, sets up once, and says what is missing.
+"""The Makefile lists its targets, sets up once, and says what is missing.
 
 Nothing is installed here. Each test runs make in an empty folder that holds the three files its
 rules read.
@@ -50,8 +50,33 @@ def stamp(folder: Path) -> Path:
 
 def test_make_alone_lists_every_target(clone: Path) -> None:
     listed = make(clone).stdout
-    for target in ("run", "test", "lab", "notebooks", "grade", "bench", "lint", "clean"):
+    for target in ("run", "test", "check", "lab", "notebooks", "grade", "bench", "lint", "clean"):
         assert f"\n  {target} " in listed
+
+
+def planned(clone: Path, *words: str) -> str:
+    """What make would run in a clone that is set up."""
+    if not (clone / ".venv").exists():
+        done = stamp(clone)
+        done.parent.mkdir()
+        done.touch()
+    return make(clone, "-n", *words).stdout
+
+
+def test_tests_run_in_their_order_or_in_a_random_one(clone: Path) -> None:
+    assert "random" not in planned(clone, "test")
+    shuffled = planned(clone, "test", "ORDER=random")
+    assert "--random-order" in shuffled.split()
+    assert "seed" not in shuffled
+    repeated = planned(clone, "test", "ORDER=42")
+    assert {"--random-order", "--random-order-seed=42"} <= set(repeated.split())
+
+
+def test_check_is_lint_and_the_fast_tests(clone: Path) -> None:
+    plan = planned(clone, "check")
+    for command in ("ruff check", "mypy", "lint-imports", '-m "not slow" tests'):
+        assert command in plan
+    assert "slow" not in planned(clone, "test")
 
 
 def test_chapters_named_reach_the_publisher(clone: Path) -> None:

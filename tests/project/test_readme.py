@@ -1,4 +1,4 @@
-"""The README tells the truth: its links lead somewhere, its commands exist, its code runs.
+"""The README is true: its links lead somewhere, its commands exist, its code runs.
 
 The figures in the picture are compared with the config and the ledger, and a speed may only be
 quoted in the section that names the record behind it.
@@ -18,12 +18,10 @@ from nemotron_lite import NemotronConfig, ledger
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    ROOT / name
-    for name in (
-        "README.md", "CONTRIBUTING.md", "notebooks/README.md", "exercises/README.md",
-        "kernels/README.md",
-    )
-]  # fmt: skip
+    *(ROOT / folder / "README.md" for folder in (".", "notebooks", "exercises", "kernels")),
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 README = PAGES[0].read_text()
 PICTURE = (ROOT / "docs" / "architecture.svg").read_text()
 
@@ -113,14 +111,16 @@ def test_python_blocks_run_as_they_stand(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(checkpoint.parents[1])
-    blocks = fenced(README, "python")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = fenced(README, "python") + fenced(contributing, "python")
     assert len(blocks) == 3
     printed = []
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, python block {number}", "exec"), {})
+        exec(compile(block, f"python block {number}", "exec"), {})
         printed.append(capsys.readouterr().out)
     assert printed[0].startswith("120,668,707,840 parameters")
-    assert float(re.search(r"tensor\(([\d.e-]+)\)", printed[1])[1]) < 1e-4
+    assert printed[1].strip(), "the text that the model wrote"
+    assert float(re.search(r"tensor\(([\d.e-]+)\)", printed[2])[1]) < 1e-4
     assert (checkpoint.parent / "copy" / "config.json").exists()
     again = nemotron_lite.load(checkpoint.parent / "copy")
     before = nemotron_lite.load(checkpoint)
@@ -148,7 +148,7 @@ def test_the_figures_in_the_picture_are_those_of_the_config() -> None:
         f"causal conv, {config.conv_kernel} taps",
         f"{config.num_attention_heads} × q",
         f"{config.num_key_value_heads} × k",
-        f"{config.n_routed_experts} experts, {config.num_experts_per_tok} at work",
+        f"{config.n_routed_experts} experts, {config.num_experts_per_tok} chosen",
         f"top {config.num_experts_per_tok} of s + b",
         f"{d} → {latent}",
         f"{latent} → {config.moe_intermediate_size} → {latent}",

@@ -42,6 +42,7 @@ from nemotron_lite.quantization.nvfp4.e2m1 import E2M1_VALUES
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 STRIPE = 2**17  # weights decoded at once: half a MiB in float32
+MOST_KEPT = 2**18  # numbers in the buffer that a thread keeps: a stripe with its padding
 FEW_PAIRS = 40  # up to this many (token, slot) pairs each get their own copy of a small expert
 FEW_ROWS = 8  # up to this many rows of x, float32 is at least as fast as 16 bits
 
@@ -184,27 +185,30 @@ def _multiply_pairs(
 
 
 class _ScratchBuffers(threading.local):
-    """A buffer per device that each thread keeps for its next stripe."""
+    """One float32 buffer per device, kept by each thread for the stripes of its next call.
+
+    The buffer grows to the largest stripe that was asked for, and never beyond `MOST_KEPT` numbers:
+    a larger request gets memory of its own, so that one large matrix does not stay.
+    """
 
     def __init__(self) -> None:
-        self.buffers: dict[torch.device, Tensor] = {}
+        self.kept: dict[torch.device, Tensor] = {}
 
     def __call__(self, shape: tuple[int, ...], device: torch.device) -> Float32[Tensor, "*shape"]:
-        """A tensor of undefined content, which the next call may return again.
+        """Uninitialized memory that the next call overwrites.
 
-        It is newly allocated where gradients are recorded, and for tensors larger than two stripes
-        (one large matrix should not stay in memory).
+        While gradients are recorded the memory is new each time, because the graph may keep it.
         """
-        numbers = math.prod(shape)
-        if torch.is_grad_enabled() or numbers > 2 * STRIPE:
+        count = math.prod(shape)
+        if torch.is_grad_enabled() or count > MOST_KEPT:
             return torch.empty(shape, dtype=torch.float32, device=device)
-        buffer = self.buffers.get(device)
-        if buffer is None or len(buffer) < numbers:
+        buffer = self.kept.get(device)
+        if buffer is None or buffer.numel() < count:
             # An inference tensor could not be written to outside of inference mode.
             with torch.inference_mode(False):
-                buffer = torch.empty(2 * STRIPE, dtype=torch.float32, device=device)
-            self.buffers[device] = buffer
-        return buffer[:numbers].view(shape)
+                buffer = torch.empty(count, dtype=torch.float32, device=device)
+            self.kept[device] = buffer
+        return buffer[:count].view(shape)
 
 
 scratch = _ScratchBuffers()

@@ -45,6 +45,7 @@ def test_the_figure_that_was_given_is_not_changed() -> None:
     np.testing.assert_array_equal(figure.data[0].y, np.exp(-TIME))
 
 
+@pytest.mark.timing
 def test_an_update_is_faster_than_the_eye() -> None:
     view = explore(
         curves(), decay, dt=slider("step dt", 0.0, 2.0, value=1.0), rows=slider("rows", 1, 4)

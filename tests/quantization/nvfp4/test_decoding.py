@@ -134,11 +134,25 @@ def test_a_buffer_made_in_inference_mode_works_outside_of_it() -> None:
         assert torch.equal(multiply(x, w), inside)
 
 
-def test_a_buffer_grows_with_the_stripe(monkeypatch: pytest.MonkeyPatch) -> None:
-    w, x = random_matrix("nvfp4", 61, 40), torch.randn(1, 40)
-    expected = x @ by_definition(w).mT
-    decoding.scratch.buffers.clear()
+def test_the_buffer_follows_what_is_asked_for() -> None:
+    """It grows to the largest stripe so far, and a request beyond the limit leaves it alone."""
+    cpu, scratch = torch.device("cpu"), decoding._ScratchBuffers()
     with torch.inference_mode():
-        for stripe in (7 * 40, decoding.STRIPE, 7 * 40):
-            monkeypatch.setattr(decoding, "STRIPE", stripe)
+        sizes = []
+        for count in (7, 300, 40, decoding.MOST_KEPT, decoding.MOST_KEPT + 1):
+            assert scratch((count,), cpu).shape == (count,)
+            sizes.append(scratch.kept[cpu].numel())
+    assert sizes == [7, 300, 300, decoding.MOST_KEPT, decoding.MOST_KEPT]
+
+
+def test_a_stripe_of_another_size_does_not_outlive_its_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a thread keeps after small stripes does not limit the next, larger ones."""
+    w, x = random_matrix("nvfp4", 61, 48), torch.randn(2, 48)
+    expected = x @ by_definition(w).mT
+    monkeypatch.setattr(decoding, "scratch", decoding._ScratchBuffers())
+    for stripe in (48, 7 * 48, decoding.STRIPE):
+        monkeypatch.setattr(decoding, "STRIPE", stripe)
+        with torch.inference_mode():
             assert relative_rms(multiply(x, w), expected) < 1e-6

@@ -108,6 +108,7 @@ def test_atlas_keeps_one_kind_strong() -> None:
         figures.atlas(SUPER, kind="X")
 
 
+@pytest.mark.timing
 def test_atlas_widget_changes_with_each_control_and_in_time() -> None:
     view = figures.atlas_widget()
     fig = view.figure
@@ -127,6 +128,7 @@ def test_atlas_widget_changes_with_each_control_and_in_time() -> None:
     assert fastest < BUDGET
 
 
+@pytest.mark.timing
 def test_ledger_widget_follows_the_ledger_and_in_time() -> None:
     view = figures.ledger_widget()
     for control, value in (("context", 65_536), ("width", 2048), ("anchors", 20)):

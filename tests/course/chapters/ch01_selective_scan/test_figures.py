@@ -118,6 +118,7 @@ def test_every_figure_has_a_text_and_the_theme() -> None:
         assert fig.layout.paper_bgcolor in (None, theme.CARD)
 
 
+@pytest.mark.timing
 def test_the_explorer_follows_its_sliders_in_time() -> None:
     view, still = figures.explorer()
     before = np.asarray(view.figure.data[2].y).copy()

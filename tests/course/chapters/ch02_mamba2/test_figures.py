@@ -107,6 +107,7 @@ def test_multiply_adds_are_those_of_the_ledger(chunk: int) -> None:
     np.testing.assert_allclose(mine, scan)
 
 
+@pytest.mark.timing
 def test_sliders_move_blocks_colours_and_words_in_time() -> None:
     view, still = figures.explore_chunks(STEPS, SCORES, p=32, n=64, chunk=8)
     assert rectangles(view.figure, figures.INSIDE) == rectangles(still, figures.INSIDE)

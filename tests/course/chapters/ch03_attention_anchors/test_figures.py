@@ -66,6 +66,7 @@ def test_mistakes_are_where_another_answer_wins() -> None:
     assert (rows.tolist(), columns.tolist()) == ([1], [2])
 
 
+@pytest.mark.timing
 def test_the_crowding_widget_redraws_both_maps_in_time() -> None:
     widget = figures.crowding_widget(32, 8)
     before = np.array(widget.figure.data[0].z)
@@ -80,6 +81,7 @@ def test_the_crowding_widget_redraws_both_maps_in_time() -> None:
     assert widget.figure.layout.xaxis2.range == (-0.5, 63.5)
 
 
+@pytest.mark.timing
 def test_the_memory_widget_says_what_the_ledger_says() -> None:
     widget = figures.memory_widget(SUPER)
     assert "8 anchors" in widget.words.value
