@@ -41,7 +41,7 @@ notebooks: $(STAMP)  ## execute chapters and clean them to be committed: ARGS="0
 grade: $(STAMP)  ## grade a folder of submitted coursework: SUBMISSIONS=folder
 	@test -n "$(SUBMISSIONS)" || { \
 	  echo "Say which: make grade SUBMISSIONS=folder (exercises/README.md shows its layout)"; exit 1; }
-	$(BIN)/python -m nemotron_lite.coursework.grade "$(SUBMISSIONS)" $(ARGS)
+	$(BIN)/python -m nemotron_lite.coursework.grade "$(SUBMISSIONS)" --out exercises/grades $(ARGS)
 
 bench: $(STAMP)  ## measure, and write records under benchmarks/records
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from nemotron_lite.files import atomic_file
+
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "einops")
 SPREADS = ({"min", "max"}, {"q1", "q3"})  # either pair tells how far the measurements scatter
@@ -62,9 +64,8 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     path = RECORDS / f"{name}.json"
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
 

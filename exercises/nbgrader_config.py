@@ -1,8 +1,8 @@
-"""nbgrader's settings for this coursework, read by `nbgrader` in this folder.
+"""nbgrader's settings for this coursework; `nbgrader` reads them when it runs in this folder.
 
-One assignment a chapter: source/chapter_NN is made from the exercises of the package, and
-release/chapter_NN is what nbgrader makes of it (`python -m nemotron_lite.coursework.make`). What
-nbgrader writes while grading (submitted/, autograded/, feedback/, gradebook.db) stays out of git.
+There is one assignment for each chapter. `python -m nemotron_lite.coursework.make` makes
+source/chapter_NN from the exercises of the package, and nbgrader makes release/chapter_NN from it.
+What nbgrader writes while grading (submitted/, autograded/, feedback/, gradebook.db) is not in git.
 """
 
 import os

@@ -1,25 +1,28 @@
-"""Nemotron 3 Super in rooms small enough to read: build it, train it, load it, write with it.
+"""Nemotron 3 Super in files small enough to read: build it, train it, load it, generate with it.
 
     from nemotron_lite import Nemotron, NemotronConfig, generate
 
     model = Nemotron(NemotronConfig.from_preset("lite"))
 
-The public names below are the whole front door; everything else is a room behind it:
+The names below are the public interface. What the modules are for, from the ground up:
 
-    config, hf_config   what a model is, and its `config.json`
-    ledger              the arithmetic of a config: parameters, FLOPs, cache bytes
-    ops                 pure functions, one idea a file
+    config, hf_config   the sizes of a model, and its `config.json`
+    backends            fast implementations of the operations, and the choice between them
+    ops                 the operations as pure functions, one idea a file
     layers              modules over ops
-    model, state        the stack of layers, and what a sequence remembers
-    arguments           what a call of the model must look like
-    generation          writing text; prompts, sampling: what it starts from and how it chooses
-    speculative         drafts of several tokens, exactly accepted
-    checkpoint          Hugging Face files in and out, ModelOpt's quantized ones too
-    quantize            a trained model in 4 and 8 bits a weight
-    train, cli          the training loop and the commands
+    ledger              the arithmetic of a config: parameters, FLOPs, cache bytes
+    model, cache        the stack of layers, and what a sequence remembers
+    input_checks        checks of the arguments of a call of the model
+    checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too
+    quantization        a trained model in 4 and 8 bits per weight
+    generation          writing text: prompts, sampling, speculative decoding
+    data, train         corpora and batches; the training loop
+    course, coursework  what the chapters call; handing out and grading exercises
+    authoring           publishing and checking the chapters
+    cli                 the commands
 
-Names are imported when they are first used (PEP 562), so `import nemotron_lite` costs next to
-nothing and a reader who wants a config's arithmetic does not wait for torch.
+A name is imported when it is first used (PEP 562). So `import nemotron_lite` takes next to no time,
+and a program that only reads a config does not wait for torch.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ __all__ = [
     "train",
 ]
 
-_ROOM_OF = {
+_MODULE_OF = {
     "CheckpointError": "checkpoint",
     "ConfigError": "config",
     "Nemotron": "model",
@@ -65,15 +68,15 @@ _ROOM_OF = {
     "save": "checkpoint",
     "stream": "generation",
 }
-_ROOMS = ("layers", "ledger", "ops", "train")
+_MODULES = ("layers", "ledger", "ops", "train")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use; afterwards it is an ordinary attribute."""
-    if name in _ROOMS:
+    if name in _MODULES:
         return import_module(f"{__name__}.{name}")
-    if name in _ROOM_OF:
-        value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"nemotron_lite has no {name!r}; its public names are {__all__}.")

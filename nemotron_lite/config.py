@@ -1,16 +1,16 @@
-"""What a Nemotron model is: every size, validated once, with the presets the course uses.
+"""The config of a Nemotron model: all sizes, validated once, and the presets of the course.
 
-A model is a string of layers. Each character of `pattern` is one residual layer with one mixer:
+A model is a stack of layers. Each character of `pattern` is one residual layer with one mixer:
 
     M  Mamba-2        E  mixture of experts (LatentMoE when `moe_latent_size` is set)
     *  attention      -  dense MLP
 
-Sizes keep the names of the published `config.json`, so a reader can move between the two, and the
-letters of the course in the comments below: d, h, p, n, g, k, e, f, l, v.
+Sizes have the names of the published `config.json`. The comments below give the letters that the
+course uses for them: d, h, p, n, g, k, e, f, l, v.
 
 Sources: Nemotron 3 Super technical report (arXiv 2604.12374) Table 1 and section 2; the Nano report
-(arXiv 2512.20848) Table 1; NVIDIA's own miniature for `tiny-super`. Left out: biases on the linear
-layers, tied embeddings and rotary positions, which no Nemotron 3 model has.
+(arXiv 2512.20848) Table 1; NVIDIA's own small test model for `tiny-super`. Left out: biases on the
+linear layers, tied embeddings and rotary positions, which no Nemotron 3 model has.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ULTRA_PATTERN = (
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be built. The message names the field and what would fit."""
+    """A config that no model can be built from. The message names the field and valid values."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class NemotronConfig:
     """Sizes of one model. Immutable; `replace(field=value)` gives a changed, re-validated copy.
 
     Raises:
-        ConfigError: a field has a value that no model can be built from.
+        ConfigError: a field has an invalid value.
     """
 
     pattern: str
@@ -60,7 +60,7 @@ class NemotronConfig:
     conv_kernel: int = 4  # k
     chunk_size: int = 128  # q
     use_conv_bias: bool = True
-    time_step_min: float = 0.001  # range of the first step sizes; initialization only
+    time_step_min: float = 0.001  # range of the initial step sizes; for initialization only
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: tuple[float, float] = (0.0, math.inf)  # clamp of dt; Nemotron 3 has none
@@ -69,7 +69,7 @@ class NemotronConfig:
     n_routed_experts: int = 16  # e
     num_experts_per_tok: int = 2  # k
     moe_intermediate_size: int = 384  # f
-    moe_latent_size: int | None = None  # l; None is a plain mixture at width d
+    moe_latent_size: int | None = None  # l; None is a mixture of experts at width d
     n_shared_experts: int = 1
     moe_shared_expert_intermediate_size: int = 768
     n_group: int = 1  # expert groups of group-limited routing
@@ -82,7 +82,7 @@ class NemotronConfig:
 
     # multi-token prediction: one module of this pattern, applied once per depth with shared weights
     mtp_pattern: str = ""
-    mtp_depths: int = 0  # depths trained; 2 for Super
+    mtp_depths: int = 0  # number of trained depths; 2 for Super
 
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -169,7 +169,9 @@ class NemotronConfig:
             return
         per_group = self.n_routed_experts // self.n_group
         if per_group < 2:
-            self._fail("n_group", "groups of 2 experts or more: a group is scored by its best two")
+            self._fail(
+                "n_group", "groups of 2 experts or more: a group's score is that of its best two"
+            )
         if self.num_experts_per_tok > per_group * self.topk_group:
             self._fail(
                 "num_experts_per_tok",
@@ -199,12 +201,12 @@ class NemotronConfig:
 
     @property
     def expert_size(self) -> int:
-        """Width at which routed experts read and write: l with a latent, d without."""
+        """Input and output width of routed experts: l with a latent, d without."""
         return self.moe_latent_size or self.hidden_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text, always as a tuple."""
+        """The tokens that end a text, as a tuple even if there is only one."""
         eos = self.eos_token_id
         return (eos,) if isinstance(eos, int) else tuple(eos)
 
@@ -225,7 +227,7 @@ class NemotronConfig:
         """One of the named models, with optional changes.
 
         Raises:
-            ConfigError: an unknown name or an impossible change.
+            ConfigError: an unknown name or an invalid change.
         """
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
@@ -250,7 +252,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    """A whole number of 0 or above; True is none."""
+    """A whole number of at least 0; a bool does not count as one."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -262,8 +264,8 @@ _SUPER_MTP: dict[str, Any] = dict(mtp_pattern="*E", mtp_depths=2)
 
 PRESETS: dict[str, NemotronConfig] = {
     # Super's proportions at a width that two CPU cores train in minutes: d_inner = 2d, latent d/4,
-    # expert width 0.656d, shared expert 1.3125d, sixteen query heads to one at the same ratio of
-    # anchors, MTP *E used twice. Fewer experts and a smaller state than Super: those set the time.
+    # expert width 0.656d, shared expert 1.3125d, MTP *E used twice. It has fewer experts and a
+    # smaller state than Super, because these take most of the time.
     "lite": NemotronConfig(
         pattern="MEMEM*EMEMEM*E", vocab_size=4096, hidden_size=256,
         num_attention_heads=8, num_key_value_heads=2, head_dim=32,
@@ -273,7 +275,7 @@ PRESETS: dict[str, NemotronConfig] = {
         routed_scaling_factor=2.5, initializer_range=0.056,  # Super's 0.014 grown by 1/sqrt(d)
         bos_token_id=0, eos_token_id=0, pad_token_id=0, **_SUPER_MTP,
     ),
-    # NVIDIA's own miniature, used to test the plumbing of the official recipe.
+    # NVIDIA's own small model, which tests the official recipe.
     "tiny-super": NemotronConfig(
         pattern="MEM*EME", vocab_size=131_072, hidden_size=256,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64,

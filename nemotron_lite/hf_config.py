@@ -1,7 +1,7 @@
-"""config.json: reading and writing the sizes of a model as Hugging Face keeps them.
+"""config.json: reading and writing the sizes of a model in Hugging Face's format.
 
-The same model has been spelled several ways since its first release, and readers disagree about
-which keys count. This room knows the spellings, so that `NemotronConfig` has one:
+The same model has had several spellings since its first release, and programs disagree about which
+keys they read. This module knows all spellings, so that `NemotronConfig` needs only one:
 
     layers      "MEM*E" (`hybrid_override_pattern`, the hub) or a list of names
                 (`layers_block_type`, transformers 5), old names (mamba, attention) or new ones
@@ -10,23 +10,23 @@ which keys count. This room knows the spellings, so that `NemotronConfig` has on
     infinity    bare `Infinity` (the hub) or `{"__float__": "Infinity"}` (transformers 5)
     mamba_*     the names of Mamba-2 before Nemotron (`mamba_d_conv`, `mamba_n_groups`, ...)
 
-What decides:
+Rules:
 
-* A key that is absent has the value transformers gives it, because that is what the writer of the
-  file relied on. Pattern, vocabulary and width have no such value and must be there.
-* A key that asks for something no Nemotron 3 has (biases, tied embeddings, a sliding window,
-  another activation) is refused. All such keys are named in one error.
-* Two spellings of one thing must agree.
-* A key that changes nothing (`rope_theta`, `expand`, `use_cache`, ...) is skipped.
+* A missing key has the default value of transformers, because the program that wrote the file
+  relied on it. Pattern, vocabulary and width have no default and are required.
+* A key that requires something that no Nemotron 3 model has (biases, tied embeddings, a sliding
+  window, another activation) is an error. One error names all such keys.
+* Two spellings of the same key must agree.
+* A key that has no effect (`rope_theta`, `expand`, `use_cache`, ...) is ignored.
 
-Two traps. `time_step_min` belongs to the initialization: it never limits dt here, while
-transformers (5.23) clamps dt with it in prefill and not in decode; see `without_dt_clamp`. And
-`num_nextn_predict_layers` counts the MTP modules in the file, which is 1 for Super, while Super was
-trained to look two tokens ahead through that one module. The second number has no key of its own on
-the hub: we write `mtp_depths` and assume 2 where it is missing.
+Two keys are easy to misunderstand. `time_step_min` belongs to the initialization. It never limits
+dt here, while transformers (5.23) clamps dt with it in prefill and not in decode; see
+`without_dt_clamp`. And `num_nextn_predict_layers` is the number of MTP modules in the file. It is 1
+for Super, which was trained to predict two more tokens with this one module. The number of depths
+has no key on the hub: we write `mtp_depths`, and assume 2 if it is missing.
 
 Sources: reference sheet 1.2, 1.3, 2.4, 10.2; transformers 5.23 `NemotronHConfig`. Left out: the
-weights' number format (`dtype`, `quantization_config`), which is the business of `checkpoint`.
+dtype of the weights (`dtype`, `quantization_config`), which `checkpoint` reads.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ LAYER_LETTERS = {
     "mlp": "-",
 }  # fmt: skip
 
-# Trained depths of a file that holds an MTP module and does not say: Super's (report 2.1.2).
+# The MTP depths of a file that has an MTP module but no `mtp_depths`: Super's (report 2.1.2).
 DEFAULT_MTP_DEPTHS = 2
 
-# What transformers must be told so that its prefill does not clamp. Not 0: it takes the logarithm.
+# With this `time_step_min`, transformers does not clamp in prefill. Not 0: it takes the logarithm.
 NO_CLAMP = 1e-30
 
-# Our field: its spellings, the one we write first, and the value of a file that has none of them.
+# Field: (its spellings in config.json, starting with the one we write; the default value).
 _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "num_attention_heads": (("num_attention_heads",), 32),
     "num_key_value_heads": (("num_key_value_heads",), 8),
@@ -83,7 +83,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "pad_token_id": (("pad_token_id",), 0),
 }
 
-# What every Nemotron 3 has in common and this package builds; the first value is what we write.
+# Keys that have the same value in every Nemotron 3 model; the first value is the one we write.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -106,11 +106,13 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
         config: the parsed file, or `NemotronHConfig.to_dict()`.
 
     Raises:
-        ConfigError: keys that are missing, contradict each other or ask for something this package
-            does not build (every one is listed), or sizes that fit no model.
+        ConfigError: keys that are missing, contradict each other or require something that is not
+            supported (all of them are listed), or sizes that do not fit together.
     """
     if not isinstance(config, Mapping):
-        raise ConfigError(f"expected the dict of a config.json, not {type(config).__name__}.")
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected the dict of a config.json."
+        )
     config = {key: _plain_floats(value) for key, value in config.items()}
     problems: list[str] = []
     kind = config.get("model_type", "nemotron_h")
@@ -128,7 +130,7 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     values["moe_latent_size"] = config.get("moe_latent_size")
     values["eos_token_id"] = _eos(config, problems)
     values["time_step_limit"] = _limit(config, problems)
-    # Written by `without_dt_clamp`: the real value, where time_step_min had to say "no clamp".
+    # `without_dt_clamp` writes the real value here, because time_step_min then means "no clamp".
     values["time_step_min"] = _read(
         config, ("time_step_init_min",), values["time_step_min"], problems
     )
@@ -136,14 +138,14 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     for key, supported in _FIXED.items():
         if key in config and config[key] not in supported:
             wanted = " or ".join(repr(value) for value in supported)
-            problems.append(f"{key} is {config[key]!r}; only {wanted} is built here")
+            problems.append(f"{key} is {config[key]!r}; only {wanted} is supported")
     if problems:
         raise ConfigError(
-            "this config.json describes no model that nemotron_lite builds:\n  - "
+            "this config.json describes a model that nemotron_lite does not support:\n  - "
             + "\n  - ".join(problems)
-            + "\nBuilt are nemotron_h models without biases (but the convolution's), with untied"
-            " embeddings, squared-ReLU experts and full attention without positions. If the file"
-            " is wrong about its weights, correct these keys in it."
+            + "\nSupported are nemotron_h models without biases (except the convolution's), with"
+            " untied embeddings, squared-ReLU experts and full attention without positional"
+            " encoding. If the file does not describe its weights correctly, correct these keys."
         )
     return NemotronConfig(**values)
 
@@ -151,14 +153,13 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
 def to_hf(config: NemotronConfig) -> dict[str, Any]:
     """The contents of a `config.json`, spelled as on the hub.
 
-    The hub's spelling is the one that every reader takes: transformers 5 converts the pattern
-    itself, while readers older than the list of names (remote code, serving engines) know only the
-    pattern and compute the list from it. `time_step_limit` is left out when it limits nothing, as
-    in the release; otherwise it is written and may hold `inf`, for which `json.dumps` writes
-    `Infinity`.
+    All programs can read the hub's spelling: transformers 5 converts the pattern itself, while
+    older programs (remote code, serving engines) know only the pattern. `time_step_limit` is
+    omitted when it limits nothing, as in the release. Otherwise it is written and may contain
+    `inf`, for which `json.dumps` writes `Infinity`.
 
-    One thing has no spelling that transformers understands: `n_shared_experts=0`, which it ignores
-    and makes up a random shared expert for.
+    transformers ignores `n_shared_experts=0` and creates a shared expert with random weights. No
+    spelling avoids this.
     """
     hf: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],
@@ -170,7 +171,7 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
     }
     for field, (keys, _) in _FIELDS.items():
         hf[keys[0]] = getattr(config, field)
-    hf["norm_eps"] = config.norm_eps  # readers use either of the two names
+    hf["norm_eps"] = config.norm_eps  # some programs read this name, some the other
     hf["moe_latent_size"] = config.moe_latent_size
     eos = config.eos_token_id
     hf["eos_token_id"] = eos if isinstance(eos, int) else list(eos)
@@ -182,7 +183,7 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
         hf["mtp_depths"] = config.mtp_depths
     for key, supported in _FIXED.items():
         hf[key] = supported[0]
-    # dtype of the SSM state in other programs' caches; ours follows it.
+    # The dtype of the SSM state in the caches of other programs.
     hf["mamba_ssm_cache_dtype"] = "float32"
     return hf
 
@@ -192,8 +193,8 @@ def without_dt_clamp(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5.23 reads `time_step_min` as a lower limit of dt, in prefill only (reference sheet
     2.4). With the published 0.001 a trained model gives other logits there, and prefill disagrees
-    with decode. So the file says the limit that we really apply, none by default, and keeps the
-    published number under `time_step_init_min`, where `from_hf` finds it.
+    with decode. So `time_step_min` is written as the limit that we really apply, which is none by
+    default. The published number is written as `time_step_init_min`, which `from_hf` reads.
     """
     low = hf.get("time_step_limit", (0.0,))[0]
     start = hf.get("time_step_init_min", hf["time_step_min"])
@@ -201,7 +202,7 @@ def without_dt_clamp(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_floats(value: Any) -> Any:
-    """Undo transformers' spelling of numbers that JSON does not know."""
+    """Convert transformers' spelling of infinity and NaN, which JSON cannot represent."""
     if isinstance(value, Mapping) and set(value) == {"__float__"}:
         return float(value["__float__"])
     if isinstance(value, (list, tuple)):
@@ -210,14 +211,14 @@ def _plain_floats(value: Any) -> Any:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of `kind`: true is not 1, but 1 will do for 1.0."""
+    """Whether a JSON value is of `kind`. A bool is not an int; an int is accepted as a float."""
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _read(config: dict[str, Any], keys: tuple[str, ...], default: Any, problems: list[str]) -> Any:
-    """The value of one field from whichever of its spellings are there; null counts as absent."""
+    """The value of a field from any of its spellings; null counts as missing."""
     found = {key: config[key] for key in keys if config.get(key) is not None}
     for key, value in found.items():
         if not _is_a(value, type(default)):
@@ -225,13 +226,13 @@ def _read(config: dict[str, Any], keys: tuple[str, ...], default: Any, problems:
             return default
     if len(set(found.values())) > 1:
         both = ", ".join(f"{key}={value!r}" for key, value in found.items())
-        problems.append(f"{both} are spellings of one thing and must agree")
+        problems.append(f"{both} are spellings of the same key and must agree")
     value = next(iter(found.values()), default)
     return float(value) if isinstance(default, float) else value
 
 
 def _string(config: dict[str, Any], key: str, problems: list[str]) -> str:
-    """A pattern; which letters it may have is for the config to say."""
+    """A pattern; `NemotronConfig` checks its letters."""
     value = config[key]
     if not isinstance(value, str):
         like = "'*E'" if key.startswith("mtp") else "'MEM*E'"
@@ -257,7 +258,7 @@ def _layers(config: dict[str, Any], problems: list[str]) -> str:
         if config.get(key) is not None:
             found[key] = _letters(key, config[key], problems)
     if not found:
-        problems.append("neither hybrid_override_pattern nor layers_block_type says which layers")
+        problems.append("neither hybrid_override_pattern nor layers_block_type gives the layers")
         return ""
     pattern = next(iter(found.values()))
     if len(set(found.values())) > 1:
@@ -274,7 +275,8 @@ def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
     modules = config.get("num_nextn_predict_layers") or 0
     if modules not in (0, 1):
         problems.append(
-            f"num_nextn_predict_layers is {modules!r}; one MTP module shared by all depths is built"
+            f"num_nextn_predict_layers is {modules!r}; only one MTP module, shared by all depths,"
+            " is supported"
         )
     if not modules:
         return "", 0
@@ -309,7 +311,7 @@ def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
 
 
 def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
-    """The clamp of dt: none, unless the file says `time_step_limit`."""
+    """The clamp of dt: none, unless the file has `time_step_limit`."""
     found = [config[k] for k in ("time_step_limit", "mamba_dt_limit") if config.get(k) is not None]
     limit = found[0] if found else (0.0, math.inf)
     try:

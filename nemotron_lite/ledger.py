@@ -1,9 +1,12 @@
-"""The arithmetic of a model: what it stores, what a token costs, what a conversation remembers.
+"""The arithmetic of a model: what it stores, what a token costs, what a sequence keeps.
 
 Nothing here builds a tensor. Each number is a row with the formula that gives it, in the letters of
-the course, and the formula shown is the one evaluated:
+the course. The formula that is shown is the one that is evaluated:
 
     in_proj    d * (2*h*p + 2*g*n + h)    4096 * (2*128*64 + 2*8*128 + 128)    76,021,760
+
+The formulas of a layer stand with its mixer (`stored`, `operations` and `cached` in layers/). Here
+they are counted over the layers of a config, and embedding, final norm and head are added.
 
 Three questions:
 
@@ -28,26 +31,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
+from nemotron_lite.layers import MIXERS, MTP, Block, Line
 
 Number = int | float
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BYTES |= {"float8_e4m3fn": 1, "float8_e5m2": 1}
-
-# Which field of the config each letter stands for, in the formulas of one part.
-_LETTERS = {
-    "mamba": dict(
-        h="mamba_num_heads", p="mamba_head_dim", n="ssm_state_size", g="n_groups", k="conv_kernel"
-    ),
-    "attention": dict(h="num_attention_heads", p="head_dim", j="num_key_value_heads"),
-    "moe": dict(
-        e="n_routed_experts", k="num_experts_per_tok", f="moe_intermediate_size",
-        l="expert_size", s="moe_shared_expert_intermediate_size",
-    ),
-    "mlp": dict(f="intermediate_size"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers stored. The router's selection bias is counted: it is learnt, without a gradient."""
+    """Numbers stored. The router's selection bias is counted: it is learned, without a gradient."""
 
     rows: tuple[Row, ...]
     layers: tuple[Layer, ...]
@@ -162,7 +155,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheBytes:
     """Bytes that `batch` sequences keep after `context` tokens each."""
 
     kv_per_token: int  # one sequence, all attention layers
@@ -182,16 +175,17 @@ def parameters(config: NemotronConfig) -> Parameters:
     >>> parameters(NemotronConfig.from_preset("super")).backbone
     120668707840
     """
-    rows = [_row(config, "embedding", "weight", "v * d")]
-    for kind, count in _counts(config.pattern).items():
-        rows += [_row(config, kind, *line, count=count) for line in _tensors(config, kind)]
-    rows += [_row(config, "norm", "norm_f", "d"), _row(config, "head", "weight", "v * d")]
+    rows = [_row(config, "embedding", Line("weight", "v * d"))]
+    for letter, count in _counts(config.pattern).items():
+        for line in Block.stored(config, letter):
+            rows.append(_row(config, letter, line, count=count))
+    rows.append(_row(config, "norm", Line("norm_f", "d")))
+    rows.append(_row(config, "head", Line("weight", "v * d")))
     if config.mtp_pattern:
-        own = (("enorm, hnorm", "2 * d"), ("eh_proj", "2 * d * d"), ("final_layernorm", "d"))
-        rows += [_row(config, "mtp", *line, mtp=True) for line in own]
-        for kind, count in _counts(config.mtp_pattern).items():
-            for line in _tensors(config, kind):
-                rows.append(_row(config, kind, *line, count=count, mtp=True))
+        rows += [_row(config, "mtp", line, mtp=True) for line in MTP.stored()]
+        for letter, count in _counts(config.mtp_pattern).items():
+            for line in Block.stored(config, letter):
+                rows.append(_row(config, letter, line, count=count, mtp=True))
     layers = []
     for index, letter in enumerate(config.pattern):
         kind = LAYER_KINDS[letter]
@@ -208,7 +202,7 @@ def flops(
     *,
     chunk: int | None = None,
     mtp_depths: int | None = None,
-    last_only: bool = False,
+    logits_to_keep: int = 0,
 ) -> Flops:
     """FLOPs per token.
 
@@ -219,10 +213,12 @@ def flops(
             prefill: the backward pass makes two products for each one of the forward pass).
         chunk: chunk length of the scan; the config's by default.
         mtp_depths: how often the MTP module runs; 0 by default, the config's depths in "train".
-        last_only: count the head for the last token of the prompt only.
+        logits_to_keep: count the head for that many last tokens of the prompt; 0 for all of them.
+            Does not change "decode", which has one token.
 
     Raises:
-        ValueError: context or chunk below 1, an unknown mode, MTP depths without a module.
+        ValueError: context or chunk below 1, an unknown mode, MTP depths without a module, or more
+            logits than tokens.
     """
     if mode not in ("prefill", "decode", "train"):
         raise ValueError(f"mode={mode!r}: expected 'prefill', 'decode' or 'train'.")
@@ -242,23 +238,30 @@ def flops(
         inside = full * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
         chunks = full + (rest > 0)
         extra = {"a": (context + 1) / 2, "t": context, "w": inside / context, "c": chunks}
-    head = "2*d*v / t" if last_only and mode != "decode" else "2*d*v"
+    head = "2*d*v"
+    if logits_to_keep and mode != "decode":
+        if not 0 < logits_to_keep <= context:
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep}: expected 0 (all) to {context}, the tokens of "
+                "the prompt."
+            )
+        head = f"{logits_to_keep} * 2*d*v / t"
     times = "3 * ({})" if mode == "train" else "{}"
 
-    def row(part: str, name: str, formula: str, count: int = 1, mtp: bool = False) -> Row:
-        formula = times.format(formula)
-        return _row(config, part, name, formula, extra=extra, count=count, mtp=mtp)
+    def row(part: str, line: Line, count: int = 1, mtp: bool = False) -> Row:
+        line = Line(line.name, times.format(line.formula))
+        return _row(config, part, line, extra=extra, count=count, mtp=mtp)
 
     rows = []
-    for kind, count in _counts(config.pattern).items():
-        rows += [row(kind, *line, count) for line in _operations(config, kind, mode)]
-    rows.append(row("head", "logits", head))
+    for letter, count in _counts(config.pattern).items():
+        rows += [row(letter, line, count) for line in MIXERS[letter].operations(config, mode)]
+    rows.append(row("head", Line("logits", head)))
     if mtp_depths:
-        rows.append(row("mtp", "eh_proj", "4*d*d", mtp_depths, True))
-        for kind, count in _counts(config.mtp_pattern).items():
-            for line in _operations(config, kind, mode):
-                rows.append(row(kind, *line, count * mtp_depths, True))
-        rows.append(row("head", "logits", head, mtp_depths, True))
+        rows += [row("mtp", line, mtp_depths, True) for line in MTP.operations()]
+        for letter, count in _counts(config.mtp_pattern).items():
+            for line in MIXERS[letter].operations(config, mode):
+                rows.append(row(letter, line, count * mtp_depths, True))
+        rows.append(row("head", Line("logits", head), mtp_depths, True))
     return Flops(tuple(rows), mode, context)
 
 
@@ -271,8 +274,8 @@ def cache(
     conv_dtype: object = "bfloat16",
     ssm_dtype: object = "float32",
     mtp: bool = False,
-) -> Cache:
-    """Bytes remembered after `context` tokens.
+) -> CacheBytes:
+    """Bytes that are kept after `context` tokens.
 
         KV    attention layers * 2 (K and V) * j * p * t
         conv  Mamba layers * (k-1) * (h*p + 2*g*n)
@@ -281,7 +284,7 @@ def cache(
     Args:
         context, batch: tokens t of each sequence, and how many sequences.
         kv_dtype, conv_dtype, ssm_dtype: names of dtypes, or torch dtypes. The defaults are those of
-            the published model; a running state in float32 keeps rounding from piling up.
+            the published model; a state in float32 keeps its rounding errors from adding up.
         mtp: count the MTP module's own attention layers too (speculative decoding).
 
     Raises:
@@ -291,13 +294,20 @@ def cache(
         raise ValueError(f"context={context}: expected a number of tokens of at least 0.")
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 sequence.")
+    width = {"kv": bytes_of(kv_dtype), "conv": bytes_of(conv_dtype), "ssm": bytes_of(ssm_dtype)}
     pattern = config.pattern + (config.mtp_pattern if mtp else "")
-    kv_values = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim
-    mambas = pattern.count("M")
-    per_token = kv_values * bytes_of(kv_dtype)
-    conv = mambas * (config.conv_kernel - 1) * config.conv_dim * bytes_of(conv_dtype)
-    ssm = mambas * config.mamba_inner_size * config.ssm_state_size * bytes_of(ssm_dtype)
-    return Cache(per_token, batch * context * per_token, batch * conv, batch * ssm)
+
+    def bytes_after(tokens: int) -> dict[str, int]:
+        """Of one sequence, by the name of the line."""
+        kept = dict.fromkeys(width, 0)
+        for letter, count in _counts(pattern).items():
+            for line in MIXERS[letter].cached(config):
+                row = _row(config, letter, line, extra={"t": tokens}, count=count)
+                kept[line.name] += int(row.total) * width[line.name]
+        return kept
+
+    kept = {name: batch * size for name, size in bytes_after(context).items()}
+    return CacheBytes(bytes_after(1)["kv"], kept["kv"], kept["conv"], kept["ssm"])
 
 
 def bytes_of(dtype: object) -> int:
@@ -308,87 +318,39 @@ def bytes_of(dtype: object) -> int:
     return BYTES[name]
 
 
-def _tensors(config: NemotronConfig, kind: str) -> list[tuple[str, ...]]:
-    """(tensor, formula, and formula of the active share where it differs) of one layer."""
-    if kind == "mamba":
-        conv = "(k + 1) * (h*p + 2*g*n)" if config.use_conv_bias else "k * (h*p + 2*g*n)"
-        return [
-            ("prenorm", "d"), ("in_proj", "d * (2*h*p + 2*g*n + h)"), ("conv1d", conv),
-            ("A_log, D, dt_bias", "3 * h"), ("norm", "h*p"), ("out_proj", "h*p * d"),
-        ]  # fmt: skip
-    if kind == "attention":
-        return [
-            ("prenorm", "d"), ("q_proj, o_proj", "2 * d * h*p"), ("k_proj, v_proj", "2 * d * j*p"),
-        ]  # fmt: skip
-    if kind == "mlp":
-        return [("prenorm", "d"), ("up_proj, down_proj", "2 * d * f")]
-    rows = [
-        ("prenorm", "d"), ("router", "e * d"), ("router selection bias", "e"),
-        ("experts", "2 * e * f * l", "2 * k * f * l"),
-    ]  # fmt: skip
-    if config.moe_latent_size is not None:
-        rows.append(("latent projections", "2 * d * l"))
-    if config.n_shared_experts:
-        rows.append(("shared expert", "2 * d * s"))
-    return rows
-
-
-def _operations(config: NemotronConfig, kind: str, mode: str) -> list[tuple[str, str]]:
-    """(operation, FLOPs per token) of one layer."""
-    if kind == "mamba":
-        scan = [
-            ("scan: within chunks", "2*(g*n + h*p) * w"),
-            ("scan: write and read states", "2*h*p*n + 2*h*p*n"),
-            ("scan: carry states", "2*h*p*n * c/t"),
-        ]
-        if mode == "decode":
-            # Decay, outer product and sum are three; the product with C is a multiply-add.
-            scan = [("scan: one step", "3*h*p*n + 2*h*p*n")]
-        return [
-            ("in_proj", "2*d * (2*h*p + 2*g*n + h)"), ("conv1d", "2*k * (h*p + 2*g*n)"),
-            *scan, ("out_proj", "2*h*p * d"),
-        ]  # fmt: skip
-    if kind == "attention":
-        return [
-            ("q_proj, o_proj", "2 * 2*d * h*p"), ("k_proj, v_proj", "2 * 2*d * j*p"),
-            ("scores and values", "2 * 2*h*p * a"),
-        ]  # fmt: skip
-    if kind == "mlp":
-        return [("up_proj, down_proj", "2 * 2*d * f")]
-    rows = [("router", "2*d * e"), ("experts", "k * 2 * 2*f*l")]
-    if config.moe_latent_size is not None:
-        rows.append(("latent projections", "2 * 2*d * l"))
-    if config.n_shared_experts:
-        rows.append(("shared expert", "2 * 2*d * s"))
-    return rows
-
-
 def _row(
     config: NemotronConfig,
     part: str,
-    name: str,
-    formula: str,
-    active: str | None = None,
+    line: Line,
     *,
     extra: Mapping[str, Number] | None = None,
     count: int = 1,
     mtp: bool = False,
 ) -> Row:
-    names = {"d": "hidden_size", "v": "vocab_size", **_LETTERS.get(part, {})}
+    """Evaluate one line. `part` is the letter of a kind of layer, or the name of another part."""
+    names = {"d": "hidden_size", "v": "vocab_size"}
+    if part in MIXERS:
+        names |= MIXERS[part].LETTERS
     letters = {letter: getattr(config, name) for letter, name in names.items()} | dict(extra or {})
-    each = _value(formula, letters)
-    active_each = each if active is None else _value(active, letters)
-    return Row(part, name, formula, letters, each, count, active_each, mtp)
+    each = _value(line.formula, letters)
+    active = each if line.active is None else _value(line.active, letters)
+    part = LAYER_KINDS.get(part, part)
+    return Row(part, line.name, line.formula, letters, each, count, active, mtp)
 
 
 def _value(formula: str, letters: Mapping[str, Number]) -> Number:
-    # Only constants of this file are evaluated: the formula shown and its number are one thing.
-    return eval(formula, {"__builtins__": {}}, dict(letters))
+    # Only constants of this package are evaluated: the number cannot differ from the formula shown.
+    return eval(_compiled(formula), {"__builtins__": {}}, dict(letters))
+
+
+@lru_cache(maxsize=256)
+def _compiled(formula: str) -> CodeType:
+    return compile(formula, "<formula>", "eval")
 
 
 def _counts(pattern: str) -> dict[str, int]:
-    """Layers of each kind present, in the order of `LAYER_KINDS`."""
-    return {kind: pattern.count(c) for c, kind in LAYER_KINDS.items() if c in pattern}
+    """Layers of each kind that is present, by letter, in the order of `LAYER_KINDS`."""
+    return {letter: pattern.count(letter) for letter in LAYER_KINDS if letter in pattern}
 
 
 def _by_part(rows: Iterable[Row], field: str) -> dict[str, Number]:

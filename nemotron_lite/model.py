@@ -2,12 +2,14 @@
 
     x = Emb(tokens);   x = x + Mixer_l(RMSNorm_l(x))  for each layer l;   logits = W RMSNorm_f(x)
 
-Which mixer stands where is the pattern string of the config. There are no positions anywhere: order
-is known through the Mamba layers and the causal mask. Embedding and head are separate matrices.
-Parameters carry the names of published checkpoints (`backbone.layers.0.mixer.in_proj.weight`).
+The pattern string of the config says which layer has which mixer. There are no position encodings:
+the model knows the order of tokens from the Mamba layers and the causal mask. Embedding and head
+are separate matrices. Parameters have the names of published checkpoints
+(`backbone.layers.0.mixer.in_proj.weight`).
 
-Without gradients a long input is taken in segments, each continuing the memory of the one before.
-The result is the same, and the working memory no longer grows with the length.
+Without gradients a long input is read in segments, each of which continues the cache of the one
+before. The result is the same up to rounding, and the memory needed for activations no longer grows
+with the length.
 
 Source: Nemotron 3 Super report section 2; reference sheet 1.4 and 1.6. Left out: dropout, tied
 embeddings and logit caps, which the family does not use.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -26,41 +28,37 @@ from torch import Tensor, nn
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.input_checks import check_call, check_hold
+from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep
 from nemotron_lite.layers import (
-    MLP,
     MTP,
-    Attention,
     Block,
-    Experts,
     ForwardContext,
-    GatedRMSNorm,
     LayerCache,
     Linear,
-    Mamba2,
-    MoE,
     RMSNorm,
     Router,
     RouterStats,
+    run_layers,
 )
 
-SEGMENT = 2048  # tokens per row and pass of a long prefill
-GPU_SEGMENT = 8192  # on a GPU: 512 experts share the rows, and each wants a tile full of them
+# Prefill segments: tokens per row that one pass of a long input without gradients reads.
+SEGMENT = 2048
+GPU_SEGMENT = 8192  # larger on a GPU: the rows are spread over 512 experts, and each needs many
 
 
 def segment(tokens: Tensor) -> int:
-    """Tokens per row that one pass takes, where `tokens` lie."""
+    """Length of a prefill segment on the device of `tokens`."""
     return GPU_SEGMENT if tokens.is_cuda else SEGMENT
 
 
 @dataclass
 class Hidden:
-    """What the model knows before the head.
+    """The model's output before the head.
 
     Attributes:
         hidden: after the final norm, `b t d`.
         mtp_hidden: entry k-1 is depth k, `b t-k d`; its row i predicts token i+k+1.
-        router: statistics of every mixture layer, backbone first; empty unless asked for.
+        router: statistics of every mixture of experts, backbone first; empty unless asked for.
     """
 
     hidden: Float[Tensor, "b t d"]
@@ -73,7 +71,7 @@ class Output(Hidden):
     """`Hidden` with the head applied.
 
     Attributes:
-        logits: float32 (float64 for a float64 model), `b t v`, or `b 1 v` with `last_only`.
+        logits: float32 (float64 for a float64 model), `b t v`, or `b n v` with `logits_to_keep=n`.
         mtp_logits: entry k-1 is depth k, `b t-k v`; its row i predicts token i+k+1.
     """
 
@@ -92,6 +90,13 @@ class Backbone(nn.Module):
         )
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
+    def init_weights(self, std: float, depth: float) -> None:
+        """Fresh weights (see `layers.Mixer.init_weights`)."""
+        nn.init.normal_(self.embeddings.weight, std=std)
+        for layer in self.layers:
+            cast(Block, layer).init_weights(std, depth)
+        self.norm_f.init_weights()
+
     def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """Look tokens up.
 
@@ -109,14 +114,13 @@ class Backbone(nn.Module):
     def forward(
         self,
         tokens: Int[Tensor, "b t"],
-        cache: Sequence[LayerCache] | None,
+        cache: Sequence[LayerCache | None] | None,
         context: ForwardContext,
-    ) -> Float[Tensor, "b t d"]:
-        """The residual stream after the final norm."""
-        x = self.embed(tokens)
-        for layer, memory in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x = layer(x, memory, context)
-        return self.norm_f(x)
+        router_stats: bool = False,
+    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
+        """The residual stream after the final norm, and the router statistics if asked for."""
+        x, stats = run_layers(self.layers, self.embed(tokens), cache, context, router_stats)
+        return self.norm_f(x), stats
 
 
 class Nemotron(nn.Module):
@@ -139,7 +143,7 @@ class Nemotron(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
-        with torch.device("meta"):  # no memory and no random numbers until `initialize`
+        with torch.device("meta"):  # no memory and no random numbers until `init_weights`
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
             self.mtp = MTP(config) if config.mtp_pattern else None
@@ -149,9 +153,27 @@ class Nemotron(nn.Module):
             with torch.random.fork_rng(enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                initialize(self)
+                self.init_weights()
         if dtype is not None:
             self.to(dtype)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw fresh weights from torch's global generator.
+
+        Each layer initializes itself. Matrices are normal with `initializer_range`; those that
+        write into the residual stream are divided by sqrt(layers), so that the sum of all layers
+        has the scale of a single one.
+
+        Source: reference sheet 1.6.
+        """
+        std = self.config.initializer_range
+        scaled = self.config.rescale_prenorm_residual
+        depth = math.sqrt(self.config.num_layers) if scaled else 1.0
+        self.backbone.init_weights(std, depth)
+        self.lm_head.init_weights(std)
+        if self.mtp is not None:
+            self.mtp.init_weights(std, depth)
 
     @property
     def device(self) -> torch.device:
@@ -178,29 +200,33 @@ class Nemotron(nn.Module):
         ssm_seed: int | None = 0,
     ) -> Cache:
         """`Cache.empty` for this model's sizes, device and dtype."""
-        return Cache.empty(
+        cache = Cache.empty(
             self.config, batch, capacity=capacity, mtp=mtp, device=self.device, dtype=self.dtype,
             ssm_dtype=ssm_dtype, ssm_seed=ssm_seed,
         )  # fmt: skip
+        cache.checked_for = (self.config, self.dtype)
+        return cache
 
-    def lay_out(self, smallest: int = 80_000) -> Nemotron:
-        """Prepare to decode on a CPU: a copy of every projection in the layout of its kernels.
+    def prepare_for_decoding(self, smallest: int = 80_000) -> Nemotron:
+        """Make decoding on a CPU faster: copy every projection into the layout oneDNN prefers.
 
-        One token, or a few, then cost about half of what they do without; the matrices (experts and
-        embedding left out) are held twice. Copies of weights that change afterwards are not used.
+        A step for one token, or for a few, then takes about half the time. The matrices (all but
+        experts and embedding) are kept twice. If a weight changes afterwards, its copy is no longer
+        used.
 
         Args:
-            smallest: numbers in a matrix that is worth it; below, a call costs more than it gains.
+            smallest: only copy matrices with at least that many numbers; for smaller ones the call
+                of oneDNN costs more than it saves.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: weights that are not float32 on the CPU, or a PyTorch without oneDNN.
+            ValueError: weights that are not float32 on the CPU.
         """
         for module in self.modules():
             if isinstance(module, Linear) and module.weight.numel() >= smallest:
-                module.lay_out()
+                module.prepare_for_decoding()
         return self
 
     def forward(
@@ -212,25 +238,29 @@ class Nemotron(nn.Module):
         seq_idx: Int[Tensor, "b t"] | None = None,
         mtp_depths: int = 0,
         router_stats: bool = False,
-        last_only: bool = False,
-        hold: str | None = None,
+        logits_to_keep: int = 0,
+        draft: bool = False,
     ) -> Output:
-        """Logits for every token, or for the last one of each row.
+        """Logits for every token, or for the last ones of each row.
 
         Args:
             tokens: ids; rows that are shorter than t are padded on the right with anything.
             cache: what came before; advanced in place. With a cache no gradients are recorded.
             lengths: real tokens in each row; all t when None.
-            seq_idx: documents of packed rows: nothing is carried from one to the next.
+            seq_idx: the document of each token, in rows of concatenated documents: nothing is
+                carried from one document to the next.
             mtp_depths: how often to apply the MTP module (Super trains 2).
             router_stats: return each router's scores and choices.
-            last_only: logits of the last real token only; what prefill needs.
-            hold: read a draft without advancing the cache; `cache.keep(counts)` then takes in its
-                first tokens. "replay" or "snapshots": what is kept for that (see cache.py).
+            logits_to_keep: compute logits for the last n real tokens of each row only; 0 for all
+                tokens. Prefill needs 1. The logits of a row end with its last real token. A row
+                with fewer than n real tokens repeats the logits of its first token before them.
+            draft: read a draft without advancing the cache. `cache.accept(counts)` then takes in
+                its first `counts` tokens.
 
         Raises:
             ValueError: arguments that do not fit together; the message says which.
         """
+        check_logits_to_keep(logits_to_keep, tokens)
         found = self.forward_hidden(
             tokens,
             cache,
@@ -238,19 +268,13 @@ class Nemotron(nn.Module):
             seq_idx=seq_idx,
             mtp_depths=mtp_depths,
             router_stats=router_stats,
-            hold=hold,
+            draft=draft,
         )
-        hidden = found.hidden
-        if last_only and lengths is not None:
-            last = (lengths.to(hidden.device) - 1).clamp(min=0)
-            hidden = hidden[torch.arange(len(last), device=hidden.device), last].unsqueeze(1)
-        elif last_only:
-            hidden = hidden[:, -1:]
         return Output(
             found.hidden,
             found.mtp_hidden,
             found.router,
-            logits=self.head(hidden),
+            logits=self.head(_last_tokens(found.hidden, lengths, logits_to_keep)),
             mtp_logits=[self.head(h) for h in found.mtp_hidden],
         )
 
@@ -263,73 +287,77 @@ class Nemotron(nn.Module):
         seq_idx: Int[Tensor, "b t"] | None = None,
         mtp_depths: int = 0,
         router_stats: bool = False,
-        hold: str | None = None,
+        draft: bool = False,
     ) -> Hidden:
-        """`forward` without the head, for a loss that applies it piece by piece."""
+        """`forward` without the head, for a loss that applies the head piece by piece."""
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
-        check_hold(hold, cache, lengths)
-        router: list[RouterStats] | None = [] if router_stats else None
-        if cache is not None and hold is not None:
+        if draft:
+            check_draft(cache, lengths)
+        if cache is not None and draft:
             with torch.no_grad():
-                context = ForwardContext(cache.starts, router=router, hold=hold)
-                hidden = self.backbone(tokens, cache.layers, context)
-            cache.held = tokens.shape[1]
+                context = ForwardContext(cache.starts, draft=True)
+                hidden, stats = self.backbone(tokens, cache.layers, context, router_stats)
+            cache.draft_length = tokens.shape[1]
         elif cache is not None:
             with torch.no_grad():
-                hidden = self._continue(tokens, cache, lengths, router)
+                hidden, stats = self._continue(tokens, cache, lengths, router_stats)
         elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= segment(tokens):
-            context = ForwardContext(lengths=lengths, seq_idx=seq_idx, router=router)
-            hidden = self.backbone(tokens, None, context)
+            context = ForwardContext(lengths=lengths, seq_idx=seq_idx)
+            hidden, stats = self.backbone(tokens, None, context, router_stats)
         else:
             cache = self.empty_cache(*tokens.shape)
-            hidden = self._continue(tokens, cache, lengths, router)
+            hidden, stats = self._continue(tokens, cache, lengths, router_stats)
         depths: list[Tensor] = []
         if mtp_depths:
-            depths = self._look_ahead(hidden, tokens, seq_idx, mtp_depths, router)
-        return Hidden(hidden, depths, router or [])
+            depths, more = self._apply_mtp(hidden, tokens, seq_idx, mtp_depths, router_stats)
+            stats += more
+        return Hidden(hidden, depths, stats)
 
     def _continue(
         self,
         tokens: Int[Tensor, "b t"],
         cache: Cache,
         lengths: Int[Tensor, "b"] | None,
-        router: list[RouterStats] | None,
-    ) -> Float[Tensor, "b t d"]:
-        """Take tokens in behind a cache, segment by segment."""
+        router_stats: bool,
+    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
+        """Read tokens behind a cache, segment by segment; in one pass for router statistics."""
         total, longest = tokens.shape[1], segment(tokens)
-        if total > longest and router is None:
+        if total > longest and not router_stats:
             parts = []
             for start in range(0, total, longest):
                 part = tokens[:, start : start + longest]
                 real = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
-                parts.append(self._continue(part, cache, real, None))
-            return torch.cat(parts, dim=1)
-        hidden = self.backbone(
-            tokens, cache.layers, ForwardContext(cache.starts, lengths, None, router)
-        )
+                parts.append(self._continue(part, cache, real, False)[0])
+            return torch.cat(parts, dim=1), []
+        context = ForwardContext(cache.starts, lengths)
+        hidden, stats = self.backbone(tokens, cache.layers, context, router_stats)
         cache.advance(total if lengths is None else lengths)
-        return hidden
+        return hidden, stats
 
-    def _look_ahead(
+    def _apply_mtp(
         self,
         hidden: Float[Tensor, "b t d"],
         tokens: Int[Tensor, "b t"],
         seq_idx: Int[Tensor, "b t"] | None,
         depths: int,
-        router: list[RouterStats] | None,
-    ) -> list[Tensor]:
+        router_stats: bool,
+    ) -> tuple[list[Tensor], list[RouterStats]]:
         """Apply the MTP module `depths` times; each depth has one position fewer."""
         assert self.mtp is not None
-        embedded, found = self.backbone.embed(tokens), []
+        embedded = self.backbone.embed(tokens)
+        found: list[Tensor] = []
+        stats: list[RouterStats] = []
         for depth in range(1, depths + 1):
-            where = None if seq_idx is None else seq_idx[:, : tokens.shape[1] - depth]
-            hidden = self.mtp(
-                hidden[:, : tokens.shape[1] - depth],
-                embedded[:, depth:],
-                context=ForwardContext(seq_idx=where, router=router),
-            )
+            count = tokens.shape[1] - depth
+            context = ForwardContext(seq_idx=None if seq_idx is None else seq_idx[:, :count])
+            hidden, later = hidden[:, :count], embedded[:, depth:]
+            if router_stats:
+                hidden, more = self.mtp.forward_with_stats(hidden, later, context)
+                stats += more
+            else:
+                hidden = self.mtp(hidden, later, context=context)
             found.append(hidden)
-        return found
+        return found, stats
 
     def head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits in float32 (float64 for a float64 model)."""
@@ -337,50 +365,14 @@ class Nemotron(nn.Module):
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-@torch.no_grad()
-def initialize(model: Nemotron) -> None:
-    """Fresh weights from torch's global generator.
-
-    Matrices are normal with `initializer_range`; those that write into the residual stream are
-    divided by sqrt(layers), so that the sum of all layers starts at the scale of one. A is uniform
-    in [1, 16]; dt_bias puts the first step sizes log-uniformly in [time_step_min, time_step_max].
-
-    Source: reference sheet 1.6.
-    """
-    config = model.config
-    std = config.initializer_range
-    depth = math.sqrt(config.num_layers) if config.rescale_prenorm_residual else 1.0
-    for module in model.modules():
-        if isinstance(module, (RMSNorm, GatedRMSNorm)):
-            module.weight.fill_(1)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, Router):
-            nn.init.normal_(module.weight, std=std)
-            module.e_score_correction_bias.zero_()
-        elif isinstance(module, Experts):
-            nn.init.normal_(module.up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=std / (1.0 if config.moe_latent_size else depth))
-        elif isinstance(module, Mamba2):
-            module.A_log.uniform_(1, 16).log_()
-            module.D.fill_(1)
-            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-            dt = module.dt_bias.uniform_(low, high).exp_().clamp_(min=config.time_step_floor)
-            dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-            module.conv1d.reset_parameters()
-    for module in model.modules():
-        for writer in _residual_writers(module):
-            writer.weight.div_(depth)
-
-
-def _residual_writers(module: nn.Module) -> list[nn.Linear]:
-    """The matrices of a mixer whose output is added to the residual stream."""
-    if isinstance(module, Mamba2):
-        return [module.out_proj]
-    if isinstance(module, Attention):
-        return [module.o_proj]
-    if isinstance(module, MLP):
-        return [module.down_proj]
-    if isinstance(module, MoE) and module.latent:
-        return [module.fc2_latent_proj]
-    return []
+def _last_tokens(
+    hidden: Float[Tensor, "b t d"], lengths: Int[Tensor, "b"] | None, count: int
+) -> Float[Tensor, "b n d"]:
+    """The last `count` real tokens of each row (see `logits_to_keep`); all t tokens for 0."""
+    if not count:
+        return hidden
+    if lengths is None:
+        return hidden[:, -count:]
+    ends = lengths.to(hidden.device)[:, None]
+    places = (ends - count + torch.arange(count, device=hidden.device)).clamp(min=0)
+    return hidden[torch.arange(len(places), device=hidden.device)[:, None], places]

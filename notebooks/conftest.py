@@ -1,11 +1,11 @@
-"""How chapters are tested: every cell runs, and what it says is compared with what is stored.
+"""How chapters are tested: every cell runs, and its output is compared with the stored output.
 
-nbval makes a test of each code cell. Three things are settled here:
+nbval makes a test of each code cell. This file adds two things:
 
-- what is not compared: stderr, pictures, plotly's JSON and HTML, where measured values live. Text
-  and stdout are compared, and sanitize.cfg lets nothing but addresses pass. A figure's numbers are
-  therefore asserted in the cell that draws it.
-- a cell that was never run fails. nbval itself would compare nothing in it and pass.
+- Some outputs are not compared: stderr, pictures, plotly's JSON, and HTML, which has the measured
+  values. Plain text and stdout are compared; sanitize.cfg only removes addresses. So the cell that
+  draws a figure also asserts its numbers.
+- A cell that was never run fails. nbval itself would compare nothing in it and pass.
 
 All cells of a chapter share one kernel; the conftest.py of the project keeps them in one process.
 `pytest notebooks` runs the chapters alone; `make test` runs them among the other tests.
@@ -27,7 +27,7 @@ NOT_COMPARED = (
 
 
 def pytest_collectstart(collector: Any) -> None:
-    """Leave out of the comparison what differs between machines."""
+    """Do not compare what differs between machines."""
     if type(collector).__name__ == "IPyNbFile":
         collector.skip_compare += NOT_COMPARED
         collector.config.option.nbval_sanitize_with = str(Path(__file__).with_name("sanitize.cfg"))
@@ -35,7 +35,7 @@ def pytest_collectstart(collector: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: Any) -> None:
-    """Refuse a cell that was committed without having been run."""
+    """Fail a cell that was committed without being run."""
     if type(item).__name__ == "IPyNbCell":
         cell = item.cell
         if cell.source.strip() and cell.get("execution_count") is None:

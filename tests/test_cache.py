@@ -1,4 +1,4 @@
-"""Cache: snapshots and rollback give back the same future; files are whole or absent; sizes."""
+"""Cache: copies and rollback continue the same; files are whole or absent; sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import KVCache
 from nemotron_lite.model import Nemotron
+from tests.cache_oracles import rollback, snapshot
 from tests.test_model import TINY, _tokens
 
 
@@ -19,41 +20,44 @@ def model() -> Nemotron:
     return Nemotron(TINY, dtype=torch.float64, seed=1)
 
 
-def test_rollback_returns_to_the_same_future(model: Nemotron) -> None:
+def test_rollback_by_snapshots_continues_the_same(model: Nemotron) -> None:
     tokens = _tokens(2, 20)
     cache = model.empty_cache(2, capacity=4)
     model(tokens[:, :8], cache)
-    taken = cache.snapshot()
+    taken = snapshot(cache)
     for _ in range(2):
         model(_tokens(2, 5), cache)  # a draft that is thrown away
         model(_tokens(2, 1), cache)
-        cache.rollback(taken)
+        rollback(cache, taken)
         assert cache.lengths.tolist() == [8, 8]
     out = model(tokens[:, 8:], cache).logits
     torch.testing.assert_close(out, model(tokens).logits[:, 8:], rtol=1e-9, atol=1e-9)
 
 
-def test_snapshots_that_a_rollback_undid_are_refused(model: Nemotron) -> None:
-    cache = model.empty_cache(1)
-    model(_tokens(1, 3), cache)
-    early = cache.snapshot()
-    model(_tokens(1, 3), cache)
-    late = cache.snapshot()
-    cache.rollback(early)
-    with pytest.raises(ValueError, match="not in the past"):
-        cache.rollback(late)
-    cache.rollback(early)
-    other = model.empty_cache(1)
-    with pytest.raises(ValueError, match="another cache"):
-        other.rollback(early)
+def test_a_clone_continues_the_same_whatever_the_other_does(model: Nemotron) -> None:
+    tokens = _tokens(2, 20)
+    cache = model.empty_cache(2, capacity=4)
+    model(tokens[:, :8], cache, lengths=torch.tensor([8, 5]))
+    early = cache.clone()
+    model(_tokens(2, 5), cache)  # overwrites states, grows keys and values
+    late = cache.clone()
+    assert early.lengths.tolist() == [8, 5] and late.lengths.tolist() == [13, 10]
+    futures = [model(tokens[:, 8:], early.clone()).logits for _ in range(2)]
+    assert torch.equal(*futures)
+    for row, n in enumerate((8, 5)):
+        text = torch.cat([tokens[row : row + 1, :n], tokens[row : row + 1, 8:]], 1)
+        exact = model(text).logits[0, n:]
+        torch.testing.assert_close(futures[0][row], exact, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model(tokens[:, 8:], late).logits, model(tokens[:, 8:], cache).logits)
+    assert early.nbytes < late.nbytes == cache.nbytes
 
 
 def test_a_snapshot_does_not_grow_with_the_context(model: Nemotron) -> None:
     cache = model.empty_cache(1)
     model(_tokens(1, 3), cache)
-    short = cache.snapshot().nbytes
+    short = snapshot(cache).nbytes
     model(_tokens(1, 300), cache)
-    assert cache.snapshot().nbytes == short > 0
+    assert snapshot(cache).nbytes == short > 0
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -91,7 +95,7 @@ def test_a_failed_save_keeps_the_old_file(
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_files_that_are_no_state(tmp_path: Path) -> None:
+def test_files_that_are_no_cache(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     with pytest.raises(FileNotFoundError, match="no cache file"):
@@ -114,6 +118,6 @@ def test_sizes_of_super() -> None:
     assert sum(m.conv.nbytes for m in rest) == 2_457_600
 
 
-def test_a_state_needs_rows() -> None:
+def test_a_cache_needs_rows() -> None:
     with pytest.raises(ValueError, match="batch=0"):
         Cache.empty(TINY, 0)

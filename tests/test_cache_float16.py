@@ -1,4 +1,4 @@
-"""A `Cache` with SSM states in float16: half the bytes, repeatable, and true to its past."""
+"""A `Cache` with SSM states in float16: half the bytes, repeatable, and close to float32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nemotron_lite import generate
-from nemotron_lite.cache import HOLDS, Cache
+from nemotron_lite.cache import Cache
 from nemotron_lite.layers import MambaCache
 from nemotron_lite.model import Nemotron
+from tests.cache_oracles import WAYS, rollback, snapshot
 from tests.generation.speculative.conftest import SMALL
 from tests.test_model import TINY, _tokens
 
@@ -38,10 +39,10 @@ def test_half_the_bytes(model: Nemotron) -> None:
     saved = sum(part.nbytes for part in ssm(half))
     assert sum(part.nbytes for part in ssm(wide)) == 2 * saved > 0
     assert wide.nbytes - half.nbytes == saved
-    assert wide.snapshot().nbytes - half.snapshot().nbytes == saved
+    assert snapshot(wide).nbytes - snapshot(half).nbytes == saved
 
 
-def test_prefill_and_steps_write_it_rounded_and_answer_nearly_alike(model: Nemotron) -> None:
+def test_prefill_and_steps_round_the_state_and_give_nearly_the_same(model: Nemotron) -> None:
     tokens = _tokens(2, 40)
     cache, wide = model.empty_cache(2, ssm_dtype=HALF), model.empty_cache(2)
     found, exact = write(model, cache, tokens, 20), write(model, wide, tokens, 20)
@@ -64,38 +65,41 @@ def test_the_seed_decides(model: Nemotron) -> None:
     assert not torch.equal(runs[0], runs[None])
 
 
-def test_snapshots_and_files_have_the_same_future(model: Nemotron, tmp_path: Path) -> None:
+def test_snapshots_clones_and_files_continue_the_same(model: Nemotron, tmp_path: Path) -> None:
     tokens = _tokens(2, 24)
     cache = model.empty_cache(2, ssm_dtype=HALF, ssm_seed=7)
     write(model, cache, tokens[:, :12], 8)
-    taken = cache.snapshot()
+    taken, copy = snapshot(cache), cache.clone()
     cache.save(tmp_path / "cache")
     expected = write(model, cache, tokens[:, 12:], 4)
-    cache.rollback(taken)
+    rollback(cache, taken)
     assert torch.equal(write(model, cache, tokens[:, 12:], 4), expected)
-    cache.rollback(taken)
+    rollback(cache, taken)
     assert torch.equal(write(model, cache, tokens[:, 12:], 4), expected), "a second time as well"
+    assert torch.equal(write(model, copy, tokens[:, 12:], 4), expected)
     loaded = Cache.load(tmp_path / "cache")
     assert all(part.dtype == HALF for part in ssm(loaded))
     assert torch.equal(write(model, loaded, tokens[:, 12:], 4), expected)
 
 
-@pytest.mark.parametrize("hold", HOLDS)
-def test_a_kept_draft_leaves_a_rounded_state(model: Nemotron, hold: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_accepted_draft_leaves_a_rounded_state(model: Nemotron, way: str) -> None:
     tokens = _tokens(2, 20)
     futures = []
     for _ in range(2):
         cache = model.empty_cache(2, ssm_dtype=HALF)
         model(tokens[:, :10], cache)
-        model(tokens[:, 10:15], cache, hold=hold)
-        cache.keep(torch.tensor([3, 0]))
+        with WAYS[way]():
+            model(tokens[:, 10:15], cache, draft=True)
+        cache.accept(torch.tensor([3, 0]))
         assert all(part.dtype == HALF for part in ssm(cache))
         futures.append(model(tokens[:, 15:], cache).logits)
     assert torch.equal(*futures)
     wide = model.empty_cache(2)
     model(tokens[:, :10], wide)
-    model(tokens[:, 10:15], wide, hold=hold)
-    wide.keep(torch.tensor([3, 0]))
+    with WAYS[way]():
+        model(tokens[:, 10:15], wide, draft=True)
+    wide.accept(torch.tensor([3, 0]))
     exact = model(tokens[:, 15:], wide).logits.detach()
     torch.testing.assert_close(futures[0], exact, atol=0.02 * float(exact.abs().max()), rtol=0)
 
@@ -104,8 +108,8 @@ def test_nothing_taken_in_changes_nothing(model: Nemotron) -> None:
     cache = model.empty_cache(2, ssm_dtype=HALF)
     model(_tokens(2, 10), cache)
     before = [part.clone() for part in ssm(cache)]
-    model(_tokens(2, 4), cache, hold="replay")
-    cache.keep(0)
+    model(_tokens(2, 4), cache, draft=True)
+    cache.accept(0)
     assert all(torch.equal(a, b) for a, b in zip(ssm(cache), before, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The ledger against published totals, against hand counts and against the model itself."""
+"""The ledger against published totals, counts by hand and the model itself."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_cache_dtypes_batch_and_mtp():
 
 
 @pytest.mark.parametrize("name", ["lite", "tiny-super"])
-def test_cache_is_what_a_state_holds(name):
+def test_cache_is_what_a_cache_object_holds(name):
     from nemotron_lite.cache import Cache
 
     config = PRESETS[name]
-    held = Cache.empty(config, 3, capacity=64).nbytes
+    found = Cache.empty(config, 3, capacity=64).nbytes
     count = ledger.cache(config, 64, batch=3, kv_dtype=torch.float32, conv_dtype=torch.float32)
-    assert held == count.total
+    assert found == count.total
 
 
 def _brute_force(config: NemotronConfig, t: int, chunk: int) -> int:
@@ -176,7 +176,7 @@ def test_prefill_is_what_a_running_model_multiplies(name):
 
     config, t = VARIANTS[name].replace(mtp_pattern="", mtp_depths=0, vocab_size=300), 384
     tokens = torch.randint(300, (1, t))
-    onednn = torch.ops.mkldnn._linear_pointwise  # what `ops.linear` calls on some processors
+    onednn = torch.ops.mkldnn._linear_pointwise  # what `ops.linear` calls on some CPUs
     counts = {onednn: lambda x, weight, *_, out_shape: 2 * math.prod(x) * weight[0]}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counts) as counter:
         Nemotron(config)(tokens)
@@ -195,8 +195,10 @@ def test_prefill_is_what_a_running_model_multiplies(name):
 
 def test_the_head_of_a_prompt_can_be_counted_once():
     every = ledger.flops(SUPER, 1000)
-    last = ledger.flops(SUPER, 1000, last_only=True)
+    last = ledger.flops(SUPER, 1000, logits_to_keep=1)
     assert every.total - last.total == pytest.approx(999 * 2 * 4096 * 131_072)
+    ten = ledger.flops(SUPER, 1000, logits_to_keep=10)
+    assert every.total - ten.total == pytest.approx(990 * 2 * 4096 * 131_072)
 
 
 def test_decode_grows_with_the_context_in_attention_only():
@@ -234,11 +236,12 @@ def test_training_costs_three_forward_passes_with_mtp():
         (lambda: ledger.flops(NANO, 8, "prefil"), "mode='prefil'"),
         (lambda: ledger.flops(NANO, 8, mtp_depths=1), "no MTP module"),
         (lambda: ledger.flops(NANO, 8, chunk=0), "chunk=0"),
+        (lambda: ledger.flops(NANO, 8, logits_to_keep=9), r"logits_to_keep=9: expected .* to 8"),
         (lambda: ledger.cache(NANO, -1), "context=-1"),
         (lambda: ledger.cache(NANO, 1, batch=0), "batch=0"),
         (lambda: ledger.cache(NANO, 1, kv_dtype="int7"), "dtype='int7'.*bfloat16"),
     ],
 )
-def test_wrong_questions_get_an_answer_that_helps(call, message):
+def test_errors_name_the_value_that_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()

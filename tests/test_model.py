@@ -1,8 +1,9 @@
-"""The whole model: caches, splits, ragged and packed rows, MTP, precision, initialization."""
+"""The whole model: caches, splits, ragged rows, documents, MTP, precision, initialization."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 
 import pytest
@@ -91,7 +92,7 @@ def test_ragged_rows_equal_each_row_alone(model: Nemotron) -> None:
     for i, n in enumerate(lengths):
         padded[i, :n] = rows[i][:n]
     cache = model.empty_cache(3)
-    out = model(padded, cache, lengths=torch.tensor(lengths), last_only=True)
+    out = model(padded, cache, lengths=torch.tensor(lengths), logits_to_keep=1)
     found = [out.logits]
     for step in range(after):
         new = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])
@@ -103,27 +104,43 @@ def test_ragged_rows_equal_each_row_alone(model: Nemotron) -> None:
         torch.testing.assert_close(found[i], alone, rtol=1e-9, atol=1e-9)
 
 
+def test_only_the_last_logits_are_kept(model: Nemotron) -> None:
+    tokens, lengths = _tokens(3, 9), torch.tensor([9, 4, 1])
+    whole = model(tokens, lengths=lengths).logits
+    assert torch.equal(model(tokens, logits_to_keep=0).logits, model(tokens).logits)
+    for n in (1, 2, 9):
+        last = model(tokens, logits_to_keep=n).logits
+        torch.testing.assert_close(last, model(tokens).logits[:, -n:])
+        kept = model(tokens, lengths=lengths, logits_to_keep=n).logits
+        assert kept.shape == (3, n, 61)
+        for row, length in enumerate(lengths.tolist()):
+            real = min(n, length)
+            torch.testing.assert_close(kept[row, n - real :], whole[row, length - real : length])
+            # Before the first token of a short row stand copies of its logits.
+            torch.testing.assert_close(kept[row, : n - real], whole[row, :1].expand(n - real, -1))
+
+
 def test_rows_without_new_tokens_stay_as_they_are(model: Nemotron) -> None:
     tokens = _tokens(2, 11)
     cache = model.empty_cache(2)
     model(tokens[:, :5], cache)
     model(tokens[:, 5:8], cache, lengths=torch.tensor([3, 0]))
-    out = model(tokens[:, 8:], cache, lengths=torch.tensor([3, 2]), last_only=True).logits
+    out = model(tokens[:, 8:], cache, lengths=torch.tensor([3, 2]), logits_to_keep=1).logits
     torch.testing.assert_close(out[0, 0], model(tokens[:1]).logits[0, -1])
     alone = torch.cat([tokens[1:, :5], tokens[1:, 8:10]], 1)
     torch.testing.assert_close(out[1, 0], model(alone).logits[0, -1])
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (4, 1, 4)], ids=["counted", "returning"])
-def test_packed_documents_equal_each_alone(model: Nemotron, numbers: tuple[int, ...]) -> None:
+def test_concatenated_documents_equal_each_alone(model: Nemotron, numbers: tuple[int, ...]) -> None:
     tokens = _tokens(1, 14)
     one, two, three = numbers
     seq_idx = torch.tensor([[one] * 5 + [two] * 2 + [three] * 7])
-    packed = model(tokens, seq_idx=seq_idx, mtp_depths=1)
+    together = model(tokens, seq_idx=seq_idx, mtp_depths=1)
     for a, b in [(0, 5), (5, 7), (7, 14)]:
         alone = model(tokens[:, a:b], mtp_depths=1)
-        torch.testing.assert_close(packed.logits[:, a:b], alone.logits)
-        torch.testing.assert_close(packed.mtp_logits[0][:, a : b - 1], alone.mtp_logits[0])
+        torch.testing.assert_close(together.logits[:, a:b], alone.logits)
+        torch.testing.assert_close(together.mtp_logits[0][:, a : b - 1], alone.mtp_logits[0])
 
 
 def test_long_inputs_go_in_segments_with_the_same_result() -> None:
@@ -131,8 +148,8 @@ def test_long_inputs_go_in_segments_with_the_same_result() -> None:
     tokens = _tokens(1, 2 * SEGMENT + 37)
     with_gradients = model(tokens).logits.detach()
     with torch.no_grad():
-        in_segments = model(tokens, last_only=False).logits
-        last = model(tokens, last_only=True).logits
+        in_segments = model(tokens, logits_to_keep=0).logits
+        last = model(tokens, logits_to_keep=1).logits
     torch.testing.assert_close(in_segments, with_gradients, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(last, in_segments[:, -1:])
 
@@ -214,7 +231,42 @@ def test_same_seed_same_weights_and_the_global_stream_is_left_alone() -> None:
     assert not torch.equal(a.lm_head.weight, Nemotron(TINY, seed=4).lm_head.weight)
 
 
-def test_initialisation_follows_the_sheet() -> None:
+DRAWN = {
+    "mixed": (TINY, "3a6a67073589e59a", 0.8866295218467712),
+    "not scaled": (
+        TINY.replace(rescale_prenorm_residual=False), "b31323b52e4b1912", 0.8866295218467712,
+    ),
+    "dense": (
+        NemotronConfig(pattern="M-*-", vocab_size=96, hidden_size=48, n_groups=2),
+        "3dea40dc42c9dee8", 0.6788182258605957,
+    ),
+    "no latent space": (
+        NemotronConfig(
+            pattern="ME*E", vocab_size=96, hidden_size=48, n_shared_experts=0, use_conv_bias=False
+        ),
+        "718c2d3e0369e8a8", 0.9777711629867554,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_seed_draws_the_same_weights_as_ever(name: str) -> None:
+    """Bit for bit, and as many random numbers: the next one is the same too.
+
+    The numbers were taken when one function of the model drew the weights of all layers.
+    """
+    config, digest, following = DRAWN[name]
+    found = hashlib.sha256()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for key, tensor in Nemotron(config).state_dict().items():
+            found.update(key.encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+        assert float(torch.rand(())) == following
+    assert found.hexdigest()[:16] == digest
+
+
+def test_initialization_follows_the_sheet() -> None:
     config = NemotronConfig.from_preset("lite")
     model = Nemotron(config, seed=0)
     model.requires_grad_(False)
@@ -242,6 +294,8 @@ def test_the_meta_device_builds_without_memory() -> None:
         (lambda m: m(torch.tensor([[3, 61]])), "vocabulary has 61 entries"),
         (lambda m: m(torch.zeros(2, 0, dtype=torch.int64)), "not empty"),
         (lambda m: m(_tokens(1, 2), mtp_depths=2), "needs more than 2 tokens"),
+        (lambda m: m(_tokens(1, 2), logits_to_keep=3), r"logits_to_keep=3: expected 0 .* to 2"),
+        (lambda m: m(_tokens(1, 2), logits_to_keep=-1), "logits_to_keep=-1"),
         (lambda m: m(_tokens(2, 2), m.empty_cache(1)), "2 rows of tokens, but a cache of 1"),
         (lambda m: m(_tokens(1, 2), lengths=torch.tensor([3])), "must be 0 to 2"),
         (
@@ -280,10 +334,13 @@ def test_bad_input_is_named(model: Nemotron, call, message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(lengths=torch.tensor([3])), r"lengths has shape \[1\]; 2 rows need as many"),
+        (
+            dict(lengths=torch.tensor([3])),
+            r"lengths has shape \[1\]; expected \[2\], one length per row",
+        ),
         (
             dict(seq_idx=torch.zeros(2, 5).long()),
-            r"seq_idx has shape \[2, 5\], but tokens \[2, 9\]",
+            r"seq_idx has shape \[2, 5\]; expected that of tokens, \[2, 9\]",
         ),
         (dict(tokens=torch.zeros(2, 9)), "ids, whole numbers; got torch.float32"),
     ],
@@ -297,10 +354,10 @@ def test_what_the_shapes_of_the_signature_say_is_also_said_without_a_checker(
         check_call(TINY, torch.float32, **{**call, **wrong})
 
 
-def test_a_state_is_looked_at_again_when_the_model_has_been_cast(model: Nemotron) -> None:
+def test_a_cache_is_checked_again_when_the_model_has_been_cast(model: Nemotron) -> None:
     cast = copy.deepcopy(model)
     cache = cast.empty_cache(1)
     cast(_tokens(1, 3), cache)
     cast.bfloat16()
-    with pytest.raises(ValueError, match="was the model cast after it"):
+    with pytest.raises(ValueError, match="was the model cast after the cache was made"):
         cast(_tokens(1, 3), cache)

@@ -29,6 +29,8 @@ import triton
 from dry_run import SHARED_LIMIT, compile_only, resources
 from registry import ROOT, Case, Draw, all_cases, gradients, outputs_of
 
+from nemotron_lite.files import atomic_file
+
 SNAPSHOT = ROOT / "kernels" / "aot_snapshot.json"
 ARCHS = tuple(SHARED_LIMIT)
 GROWS = ("registers", "stack", "shared")
@@ -152,9 +154,8 @@ def write_snapshot(
         lines[-1] = lines[-1].removesuffix(",")
         lines.append(" },")
     lines[-1] = lines[-1].removesuffix(",")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("{\n" + "\n".join(lines) + "\n}\n")
-    fresh.replace(path)  # at once: nobody reads half a snapshot
+    with atomic_file(path) as temporary:
+        temporary.write_text("{\n" + "\n".join(lines) + "\n}\n")
 
 
 def main() -> None:

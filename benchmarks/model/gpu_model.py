@@ -122,7 +122,7 @@ def measure_prefill(
             who: partial(peers.prefill, who, model, tokens)
             for who, model in (("ours", ours), ("peer", peer))
         }
-        work = ledger.flops(ours.config, length, last_only=True).per_token * length
+        work = ledger.flops(ours.config, length, logits_to_keep=1).per_token * length
         floor = max(
             work / ceilings["flops_per_s"], weight_bytes(ours, length) / ceilings["bytes_per_s"]
         )

@@ -24,7 +24,7 @@ from benchmarks import measure, plot
 from benchmarks.model import peers
 from benchmarks.record import write_record
 from nemotron_lite import Cache, Nemotron, NemotronConfig, ledger
-from nemotron_lite.layers import KVCache
+from nemotron_lite.layers import KVCache, MambaCache
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 PEER_LIMIT = (
@@ -43,7 +43,7 @@ def state_bytes(cache: Cache, length: int) -> dict[str, int]:
     for memory in cache.layers:
         if isinstance(memory, KVCache):
             found["kv"] += memory.k[:, :, :length].nbytes + memory.v[:, :, :length].nbytes
-        elif memory is not None:
+        elif isinstance(memory, MambaCache):
             found["conv"] += memory.conv.nbytes
             found["ssm"] += memory.ssm.nbytes
     return found

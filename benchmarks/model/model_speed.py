@@ -96,9 +96,10 @@ def measure_prefill(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dic
 def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
     """One token after another behind a context. Rows share the context and differ after it.
 
-    Our matrices are laid out for it (`Nemotron.lay_out`), as a program that decodes would do.
+    Our matrices are prepared for it (`Nemotron.prepare_for_decoding`), as a program that decodes
+    would do.
     """
-    ours.lay_out()
+    ours.prepare_for_decoding()
     for batch, context in plan.decode:
         prompt = peers.random_tokens(ours.config, 1, context)
         inputs = peers.random_tokens(ours.config, batch, plan.decode_steps, seed=2)

@@ -41,19 +41,19 @@ from benchmarks import measure
 from benchmarks.model import peers
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.checkpoint import storage_report, weight_bytes
-from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, passages, prepare
+from nemotron_lite.checkpoint import storage_summary, weight_bytes
+from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, prepare, sample_windows
 from nemotron_lite.quantization import (  # fmt: skip
     Calibration,
-    assign,
+    allocate_bits,
     bits_per_weight,
     calibrate,
-    pack,
+    measure_sensitivity,
     quantizable_modules,
-    sensitivity,
-    uniform,
+    quantize_model,
+    single_format,
 )
-from nemotron_lite.quantization.packed_layers import Packed
+from nemotron_lite.quantization.packed_layers import PackedWeight
 from nemotron_lite.train import TrainConfig, evaluate, train
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
@@ -76,7 +76,7 @@ def write_folders(config: NemotronConfig, folder: Path) -> None:
     peers.randomise(model, config)
     save(model.to(torch.bfloat16), folder / "bf16")
     # Scales of least error take longer to find and are of the same size.
-    pack(model, uniform(quantizable_modules(model), "nvfp4"), search=False)
+    quantize_model(model, single_format(quantizable_modules(model), "nvfp4"), search=False)
     save(model, folder / "nvfp4")
 
 
@@ -100,7 +100,7 @@ def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict
     """Bytes on disk, bits a weight, and peaks of memory."""
     found: list[dict[str, Any]] = []
     for name in ("bf16", "nvfp4"):
-        experts = [held for held in storage_report(folder / name) if held.role == "experts"]
+        experts = [held for held in storage_summary(folder / name) if held.role == "experts"]
         found.append({
             "what": "on disk", "folder": name, "bytes": weight_bytes(folder / name),
             "routed_experts": {
@@ -179,13 +179,14 @@ def assignments(
     model: Nemotron, batches: list[Tensor], found: Calibration, bits: float
 ) -> dict[str, tuple[dict[str, str], bool, float]]:
     """By name: format of each unit, whether scales are searched, and the estimate of its cost."""
-    costs = sensitivity(model, batches, found)
-    nats = dict(zip([unit.path for unit in costs.units], costs.nats, strict=True))
+    costs = measure_sensitivity(model, batches, found)
+    nats = dict(zip([unit.path for unit in costs.modules], costs.nats, strict=True))
     chosen: dict[str, tuple[dict[str, str], bool]] = {
-        f"{form} for all": (uniform(costs.units, form), True) for form in ("bf16", "fp8", "nvfp4")
+        f"{form} for all": (single_format(costs.modules, form), True)
+        for form in ("bf16", "fp8", "nvfp4")
     }
-    chosen["nvfp4 for all, scales by rule"] = (uniform(costs.units, "nvfp4"), False)
-    chosen[f"mixed, {bits} bits"] = (assign(costs, bits), True)
+    chosen["nvfp4 for all, scales by rule"] = (single_format(costs.modules, "nvfp4"), False)
+    chosen[f"mixed, {bits} bits"] = (allocate_bits(costs, bits), True)
     return {
         name: (formats, search, sum(nats[path][form] for path, form in formats.items()))
         for name, (formats, search) in chosen.items()
@@ -198,7 +199,7 @@ def measure_loss(
     """Held-out loss of every assignment, beside that of the model as it was."""
     parts = data.train.tokens, data.train.starts
     documents = [part for part in _split(*parts) if len(part) >= length]
-    batches = list(passages(documents, prompts, length).split(4))
+    batches = list(sample_windows(documents, prompts, length).split(4))
     groups = groups_of(data.held_out, 8, most)
     calibration, base = calibrate(model, batches), losses(model, groups)
     plain = {name: value.clone() for name, value in model.state_dict().items()}
@@ -207,7 +208,7 @@ def measure_loss(
     for name, (formats, search, estimate) in assignments(model, batches, calibration, bits).items():
         other = Nemotron(config)
         other.load_state_dict(plain)
-        pack(other.eval(), formats, calibration, search=search)
+        quantize_model(other.eval(), formats, calibration, search=search)
         # What is not quantized is stored in BF16; the arithmetic is float32 for all.
         other.to(torch.bfloat16).float()
         entry: dict[str, Any] = {
@@ -223,8 +224,8 @@ def measure_loss(
             )
         for label, rounds in (("weights", False), ("weights and inputs", True)):
             for layer in other.modules():
-                if isinstance(layer, Packed):
-                    layer.rounds_inputs = rounds
+                if isinstance(layer, PackedWeight):
+                    layer.quantize_inputs = rounds
             now = losses(other, groups)
             changes = [100 * (after / before - 1) for after, before in zip(now, base, strict=True)]
             entry[label] = {

@@ -42,7 +42,8 @@ from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig
 from nemotron_lite.data import TextData, prepare
-from nemotron_lite.quantization.emulated_training import Arithmetic
+from nemotron_lite.files import atomic_file
+from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
 from nemotron_lite.train import TrainConfig, evaluate, loop, train
 
@@ -74,7 +75,7 @@ class Scale:
     def recipe(self, variant: str, seed: int) -> TrainConfig:
         """The run of a variant; everything but the precision is the same for all."""
         return TrainConfig(
-            steps=self.steps, batch_size=self.batch_size, length=self.length,
+            steps=self.steps, batch_size=self.batch_size, seq_len=self.length,
             bias_rate=0.02, precision=self.variants[variant], seed=seed,
         )  # fmt: skip
 
@@ -140,7 +141,7 @@ def one_run(scale: Scale, variant: str, seed: int, data: TextData) -> dict[str, 
     losses = [record["ce"] for record in result.history]
     held_out = {}
     for name, recipe in (("own", scale.variants[variant]), ("bf16", RECIPES["bf16"])):
-        with Arithmetic(model.eval(), recipe, seed) as arithmetic, arithmetic.products():
+        with EmulatedPrecision(model.eval(), recipe, seed) as precision, precision.autocast():
             held_out[name] = evaluate(model, data.held_out, window=2 * scale.length).nats_per_token
     return {
         "variant": variant, "seed": seed,
@@ -169,8 +170,8 @@ def keep(name: str, scale: Scale, run: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{run['variant'].replace(' ', '-')}-{run['seed']}.json"
     content = {"scale": _identity(scale, run["variant"]), "run": run}
-    file.with_suffix(".partial").write_text(json.dumps(content))
-    file.with_suffix(".partial").replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _identity(scale: Scale, variant: str) -> Any:
@@ -260,7 +261,7 @@ def step_times(
         updates = {}
         for name in ("bf16", "nvfp4", "fp32"):
             recipe = TrainConfig(
-                steps=10_000, batch_size=batch_size, length=length, precision=name
+                steps=10_000, batch_size=batch_size, seq_len=length, precision=name
             )  # fmt: skip
             updates[name] = _update(loop._Run(Nemotron(config, seed=0).train(), data, recipe, None))
         seconds = measure.alternate(updates, rounds)
@@ -283,7 +284,7 @@ def step_times(
 
 def _update(run: loop._Run) -> Any:
     def call() -> None:
-        with run.arithmetic:
+        with run.precision:
             run._update()
 
     return call

@@ -212,7 +212,7 @@ def prefill(who: str, model: Any, tokens: Tensor) -> tuple[Tensor, Any]:
     """Read a prompt: (logits of its last token `b 1 v`, the memory to go on from)."""
     if who == "ours":
         cache = model.empty_cache(tokens.shape[0], capacity=tokens.shape[1] + 1)
-        return model(tokens, cache, last_only=True).logits, cache
+        return model(tokens, cache, logits_to_keep=1).logits, cache
     found = model(tokens, use_cache=True, logits_to_keep=1)
     return found.logits, found.past_key_values
 
@@ -227,7 +227,7 @@ def decode(who: str, model: Any, memory: Any, tokens: Tensor) -> Tensor:
     written = []
     for column in tokens.split(1, dim=1):
         if who == "ours":
-            logits = model(column, memory, last_only=True).logits
+            logits = model(column, memory, logits_to_keep=1).logits
         else:
             logits = model(column, past_key_values=memory, use_cache=True, logits_to_keep=1).logits
         written.append(logits.argmax(-1))

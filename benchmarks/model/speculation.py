@@ -23,8 +23,9 @@ texts must be those of plain decoding; prompts whose text differs (a near tie of
 otherwise by the longer pass) are counted in `texts_that_differ`.
 
 Beside each measured ratio stand two predictions, acceptance length over the price of a round: with
-the ledger's prices, which count bytes, and with prices measured part by part. And for going back,
-both ways: bytes kept for a draft, and seconds of verifying and keeping it.
+the ledger's prices, which count bytes, and with prices measured part by part. And for going back
+after a draft: bytes kept for it, and the time of verifying it and taking in what stays, with
+`Cache.accept` and with a copy of the whole cache (`Cache.clone`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,7 +46,6 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.cache import HOLDS
 from nemotron_lite.data import END_OF_TEXT_ID, prepare
 from nemotron_lite.generation.speculative import (
     Costs,
@@ -54,8 +55,8 @@ from nemotron_lite.generation.speculative import (
     speedup,
 )
 from nemotron_lite.generation.speculative.measured_costs import prices_of, seconds_by_part
-from nemotron_lite.train import TrainConfig, Written, evaluate, heal, train
-from nemotron_lite.train.healing import WRITING_ROWS, write
+from nemotron_lite.train import Continuations, TrainConfig, evaluate, heal, train
+from nemotron_lite.train.healing import GENERATION_BATCH_SIZE, generate_continuations
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
 AIM, FLOOR = 1.6, 0.95
@@ -90,18 +91,18 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
         wrote = time.perf_counter() - began - whole.seconds
         how = TrainConfig(
-            max_seconds=max(1.0, seconds - whole.seconds - wrote), length=LEAD + WRITTEN,
+            max_seconds=max(1.0, seconds - whole.seconds - wrote), seq_len=LEAD + WRITTEN,
             mtp_weight=1.0, mtp_target="backbone",
         )  # fmt: skip
         # Judging is not training, and stands outside the time: other held-out files than those
         # that are measured later.
         others = _beginnings(data, prompts + 6)[prompts:] or judges
-        healed = heal(model, written, how, judges=others, judged_length=64)
+        healed = heal(model, written, how, eval_prompts=others, eval_tokens=64)
         texts = [row[LEAD:] for row in written.tokens.tolist()]
         story = {
             "threads": torch.get_num_threads(),
             "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
-            "writing": {"seconds": wrote, "tokens": healed.written},
+            "writing": {"seconds": wrote, "tokens": healed.generated_tokens},
             "healing": {"seconds": healed.result.seconds, "steps": healed.result.step},
             "acceptance_length_before_healing": healed.before.acceptance_length,
             "acceptance_length_after_healing": healed.after.acceptance_length,
@@ -117,7 +118,7 @@ def trained_model(seconds: float, prompts: int) -> Trained:
     return Trained(laid_out(load(folder / "model").eval()), tokens, judges, story)
 
 
-def own_text(model: Nemotron, data: Any, until: float) -> Written:
+def own_text(model: Nemotron, data: Any, until: float) -> Continuations:
     """What the backbone writes behind pieces of training text: half greedy, half sampled.
 
     As many rounds as fit before the clock shows `until`; at least one.
@@ -127,13 +128,18 @@ def own_text(model: Nemotron, data: Any, until: float) -> Written:
     texts: list[list[int]] = []
     while not prompts or time.perf_counter() < until:
         pieces = data.batch(
-            len(prompts), batch_size=2 * WRITING_ROWS, length=LEAD, seed=2
+            len(prompts), batch_size=2 * GENERATION_BATCH_SIZE, seq_len=LEAD, seed=2
         ).tokens.tolist()
-        for part, temperature in ((pieces[:WRITING_ROWS], 0.0), (pieces[WRITING_ROWS:], 0.7)):
-            made = write(model, part, WRITTEN, temperature=temperature, seed=len(prompts))
+        for part, temperature in (
+            (pieces[:GENERATION_BATCH_SIZE], 0.0),
+            (pieces[GENERATION_BATCH_SIZE:], 0.7),
+        ):
+            made = generate_continuations(
+                model, part, WRITTEN, temperature=temperature, seed=len(prompts)
+            )
             prompts += part
             texts += made.tokens[:, LEAD:].tolist()
-    return Written(prompts, texts)
+    return Continuations(prompts, texts)
 
 
 def _beginnings(data: Any, count: int) -> list[list[int]]:
@@ -143,7 +149,7 @@ def _beginnings(data: Any, count: int) -> list[list[int]]:
 
 def laid_out(model: Nemotron) -> Nemotron:
     """Ready to decode on this CPU, for plain and speculative decoding alike."""
-    return model.lay_out() if model.device.type == "cpu" else model
+    return model.prepare_for_decoding() if model.device.type == "cpu" else model
 
 
 def poor(model: Nemotron) -> Nemotron:
@@ -220,20 +226,51 @@ def predicted(statistics: Statistics, price: Costs) -> float:
 
 
 def measure_rollback(model: Nemotron, rounds: int) -> list[dict[str, Any]]:
-    """Bytes and seconds of both ways of going back, for a draft of four tokens."""
+    """Bytes and seconds of going back after a draft of four tokens, of which the first stays."""
     found = []
-    for hold in HOLDS:
-        parts = seconds_by_part(model, 4, rounds=rounds, hold=hold)
-        cache = model.empty_cache(1)
-        model(model.lm_head.weight.new_zeros(1, 5).long(), cache, hold=hold)
+    for way, measured in (("accept", verify_and_accept), ("clone", verify_and_clone)):
+        bytes_kept, state_bytes, ratio = measured(model, rounds)
         entry = {
-            "what": "rollback", "hold": hold, "draft_length": 4,
-            "bytes_kept": cache.held_nbytes, "state_bytes": cache.nbytes,
-            "verify_and_keep_over_a_plain_step": parts["verify_all"] / parts["step"],
+            "what": "rollback", "way": way, "draft_length": 4,
+            "bytes_kept": bytes_kept, "state_bytes": state_bytes,
+            "verify_and_keep_over_a_plain_step": ratio,
         }  # fmt: skip
         found.append(entry)
         print(f"  {entry}", flush=True)
     return found
+
+
+def verify_and_accept(model: Nemotron, rounds: int) -> tuple[int, int, float]:
+    """With `Cache.accept`: bytes kept, bytes of the cache, time in plain steps."""
+    parts = seconds_by_part(model, 4, rounds=rounds)
+    cache = model.empty_cache(1)
+    model(model.lm_head.weight.new_zeros(1, 5).long(), cache, draft=True)
+    return cache.draft_nbytes, cache.nbytes, parts["verify_all"] / parts["step"]
+
+
+@torch.inference_mode()
+def verify_and_clone(model: Nemotron, rounds: int) -> tuple[int, int, float]:
+    """The same with a copy: read the draft, return to the copy, read the token that stays."""
+    tokens = model.lm_head.weight.new_zeros(1, 128).long()
+    before = model.empty_cache(1, capacity=128 + 8 * 4)
+    model(tokens, before)
+    seconds: dict[str, list[float]] = {"step": [], "verify": []}
+    for turn in range(rounds + 2):
+        cache = before.clone()
+        started = time.perf_counter()
+        model(tokens[:, :1], cache).logits.argmax(-1).tolist()
+        stepped = time.perf_counter() - started
+        cache = before.clone()
+        started = time.perf_counter()
+        kept = cache.clone()
+        model(tokens[:, :5], cache).logits.argmax(-1).tolist()
+        model(tokens[:, :1], kept)
+        verified = time.perf_counter() - started
+        if turn > 1:  # the first two warm up
+            seconds["step"].append(stepped)
+            seconds["verify"].append(verified)
+    ratio = median(seconds["verify"]) / median(seconds["step"])
+    return before.nbytes, before.nbytes, ratio
 
 
 def describe(entry: dict[str, Any]) -> str:

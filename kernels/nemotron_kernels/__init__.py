@@ -1,15 +1,14 @@
-"""Triton kernels for the Nemotron 3 backbone: the last rung of the ladder.
+"""Triton kernels for the Nemotron 3 backbone: the fastest implementation of each operation.
 
 Every kernel here computes what a function of `nemotron_lite.ops` defines, and is tested against
-that definition in float64. The catalogue with floors, registers and measured times is
+that definition in float64. The catalogue with memory bounds, registers and measured times is
 kernels/README.md.
 
-Names are looked up when they are first used, so importing this package costs nothing and needs no
-triton; using a kernel without triton is an error that says how to get it. The scan has the name of
-its file, `nemotron_kernels.ssd.ssd`, so it is imported from there.
+Names are imported when they are first used, so importing this package is cheap and needs no triton.
+Using a kernel without triton raises an error that says how to install it. The scan has the same
+name as its file, so import it as `nemotron_kernels.ssd.ssd`.
 
-This package does not import nemotron_lite: the import runs the other way, through the one door of
-each operation.
+This package does not import nemotron_lite. nemotron_lite imports it, only in its `backends`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What every kernel of this package shares: where it runs, with which blocks, on which inputs.
+"""Code that all kernels of this package share: devices, block sizes, and checks of inputs.
 
 Three ways to run the same launcher:
 
-- on a GPU: the usual one;
+- on a GPU, as usual;
 - in Triton's interpreter (`TRITON_INTERPRET=1` before Python starts): numpy runs each program, one
-  after another, on CPU tensors. Slow, exact, and what the tests do;
-- as a dry run: every kernel is compiled for a chosen GPU and none is launched, on a machine with
-  no GPU at all (benchmarks/kernels/dry_run.py).
+  after another, on CPU tensors. It is slow and exact, and the tests use it;
+- as a dry run: every kernel is compiled for a chosen GPU and none is launched. This needs no GPU
+  (benchmarks/kernels/dry_run.py).
 
-Rules that the kernels follow, each of which has broken somebody's kernel before:
+Rules that the kernels follow, because breaking them has caused errors:
 
 - Offsets into tensors are 64-bit: an index is widened *before* it is multiplied by a stride.
   A million tokens times Ultra's 18,432 convolution channels is more than 2^31 elements.
@@ -19,7 +19,7 @@ Rules that the kernels follow, each of which has broken somebody's kernel before
 - No block pointers (gone in Triton 3.9), and no mask that joins a block with a scalar (refused by
   3.9's interpreter); scalars go into the bound instead.
 
-Source: Triton 3.6 to 3.9. Left out: AMD and Intel GPUs, on which nothing here was tried.
+Source: Triton 3.6 to 3.9. Left out: AMD and Intel GPUs, on which nothing here was tested.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` with neighbours along its last axis: a copy only if they are apart."""
+    """`x`, contiguous along its last axis; copied only if it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -1,26 +1,25 @@
-"""Causal depthwise convolution, SiLU, and the inputs it remembers: forward, backward, one token.
+"""Causal depthwise convolution with SiLU, and its cache of inputs: forward, backward, one token.
 
-    u_t = bias + sum_j w_j * x_{t-3+j}      j = 0 .. 3, taps that lie in another document left out
+    u_t = bias + sum_j w_j * x_{t-3+j}      j = 0 .. 3, without taps in another document
     y_t = u_t * sigmoid(u_t)
 
 Four taps, as in every Mamba-2 model; shorter filters are padded with zeros in front. Both
-directions are bound by memory: the floor is 4 bytes a token and channel forward (read x, write y,
-16 bit) and 6 backward (read x and dy, write dx).
+directions are bound by memory traffic: at least 4 bytes per token and channel forward (read x,
+write y, 16 bit) and 6 backward (read x and dy, write dx).
 
 Forward: a program takes a tile of tokens and channels and loads it four times, shifted by one token
-each time; three of the four come from the cache. The program of the first tokens also writes the
-final state, so that it costs no launch.
+each time; three of the four come from the GPU's cache. The program of the first tokens also writes
+the final state, so this needs no launch of its own.
 
-Backward: a program walks along time over a stretch of tokens with its channels in registers. Each
-x and dy is loaded once, u is computed anew, and dx_t is written as soon as the last of the four
-outputs that read x_t has been seen, three tokens later. Shifted tiles, as in the forward pass,
-would need four sigmoids per element and be bound by arithmetic. The gradients of the filter are
-summed in registers, written once per program, and added up by torch in a fixed order, so that two
-runs give the same bits.
+Backward: a program loops over a range of tokens with its channels in registers. Each x and dy is
+loaded once, and u is computed again. dx_t is written three tokens later, after the last of the four
+outputs that depend on x_t. Shifted tiles, as in the forward pass, would need four sigmoids per
+element and would be bound by arithmetic. The gradients of the filter are summed in registers,
+written once per program, and summed by torch in a fixed order, so that two runs give the same bits.
 
-Inputs may be strided (xBC is a slice of the input projection); channels must be neighbours, or are
-made so by a copy. Source: the definition in nemotron_lite/ops/conv.py. Left out: more than four
-taps, outputs without SiLU.
+Inputs may be strided (xBC is a slice of the input projection). Channels must be contiguous;
+otherwise the input is copied. Source: the definition in nemotron_lite/ops/conv.py. Left out: more
+than four taps, outputs without SiLU.
 """
 
 from __future__ import annotations
@@ -337,7 +336,7 @@ def causal_conv1d(
     """`nemotron_lite.ops.causal_conv1d` as one kernel; differentiable in all float inputs.
 
     Args:
-        x: inputs in float32, bfloat16 or float16; strided is fine while channels are neighbours.
+        x: inputs in float32, bfloat16 or float16; may be strided if channels are contiguous.
         weight: taps, oldest first, 2 to 4 of them.
         bias: added before the SiLU.
         initial_state: the k-1 inputs before x; zeros when None.

@@ -3,11 +3,13 @@
     u = bias + sum_{j<3} w_j * state_j + w_3 * x        y = u * sigmoid(u)
     state <- state_1, state_2, x
 
-A program takes the channels of one sequence. The floor is memory again: per channel it reads the
-three remembered inputs and x, and writes three inputs and y, 16 bytes in 16 bit. Next to the state
-of the scan (p * n numbers for each p channels) that is little, and what counts is one launch.
+A program takes the channels of one sequence. It is bound by memory traffic: per channel it reads
+the three cached inputs and x, and writes three inputs and y, which is 16 bytes in 16 bit. Compared
+with the state of the scan (p * n numbers for each p channels) that is little, so the time is that
+of one launch.
 
-The state may be its own output: every remembered input is read before its place is overwritten.
+The new state may be written to the memory of the old one: all inputs are read before any is
+overwritten.
 
 Source: the definition in nemotron_lite/ops/conv.py. Left out: gradients (a decoding step has none),
 a circular buffer.

@@ -1,26 +1,26 @@
-"""Routed experts: each token is read by its k experts and their answers are added, weighted.
+"""Routed experts: each token goes to its k experts, and their weighted outputs are summed.
 
     a_i = relu(W1_e z_t)^2          for each pair i = (token t, slot) with expert e
     o_t = sum_i p_i W2_e a_i        over the k pairs of token t
 
 Many tokens: sort the pairs by expert (`sorting`), two grouped products (`grouped`), and one kernel
-that adds each token's k answers in the order of its slots. Activation and router weight are applied
-while the values are in registers. The answers make one round trip through memory; adding them into
+that sums each token's k outputs in the order of its slots. Activation and router weight are applied
+while the values are in registers. The outputs are written to memory and read once. Adding them to
 the tokens directly would need atomics, whose order, and so the last bits, change from run to run.
 
-Few tokens (decoding): sorting would only say that every expert has one row. One program per pair
-and tile of rows reads the expert's matrix once, straight from where it lies. It stops paying when
-pairs share experts: the sorted form reads a matrix once for all of them. The switch is at a quarter
-as many pairs as experts, where with uniform choices 12 % of the pairs repeat an expert; the place
-of the switch is reckoned, not measured.
+Few tokens (decoding): almost every expert has one row, so sorting is not worth its cost. One
+program per pair and tile of rows reads the expert's matrix. When pairs share experts, the sorted
+form is better, because it reads a matrix once for all of them. It is used from a quarter as many
+pairs as experts; with uniform choices, 12 % of the pairs then repeat an expert. This threshold is
+calculated, not measured.
 
 Backward, from g = dL/do, with r = relu(h) = sqrt(a) so that only `a` is kept:
 
     u_i  = W2_e^T g_t            dp_i  = u_i . a_i            dh_i = 2 p_i u_i r_i
     dz_t = sum_i W1_e^T dh_i     dW1_e = sum_i dh_i z_t^T     dW2_e = sum_i p_i g_t a_i^T
 
-Keeping `a` instead of h costs nothing in the type it is stored in: a square's relative rounding
-error halves under the root. In float16, a overflows where relu(h) > 256, as it does in PyTorch.
+Keeping `a` instead of h loses no precision: the square root halves the relative rounding error of
+the square. In float16, a overflows where relu(h) > 256, as it does in PyTorch.
 
 Source: reference sheet 4.1 (Nemotron 3 Super report 2.1.1). Left out: capacity limits, expert
 parallelism, quantized weights.

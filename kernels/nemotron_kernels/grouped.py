@@ -3,23 +3,24 @@
     rows:     C[i] = A[i] B_e            for the rows i of expert e      (`grouped_rows`)
     weights:  C_e  = sum_i S[i]^T G[i]   over the rows i of expert e     (`grouped_outer`)
 
-`grouped_rows` serves the two products of the forward pass and the two of the backward pass that
-end in rows; what they do with the result while it is still in registers is their *stage*:
+`grouped_rows` is used for the two products of the forward pass, and for the two of the backward
+pass whose result is rows. Its *stage* is what it does with the result while it is in registers:
 
     PLAIN       C = A B
     ACTIVATE    C = relu(A B)^2
     BACKWARD    C = 2 w sqrt(a) (A B),  and  sum over columns of a (A B), the weight's gradient,
-                where a = relu(h)^2 was kept: its root is relu(h)
+                where a = relu(h)^2 was kept, so sqrt(a) = relu(h)
 
-Rows are read where they lie: a row of A is either the sorted row itself or the token it came from,
-so no sorted copy of the tokens is ever written. `grouped_outer` does the same for G, and can scale
-each row of G by its router weight.
+Rows are read without a copy: a row of A is either a sorted row or the token it came from, so no
+sorted copy of the tokens is written. `grouped_outer` does the same for G, and can scale each row of
+G by its router weight.
 
 Accumulation is in float32. For float32 operands `precision` says how the product is formed: "ieee"
-is exact and runs without tensor cores; "tf32" (10 bits of mantissa) and "tf32x3" do not, and are
-never chosen here.
+is exact and runs without tensor cores; "tf32" (10 bits of mantissa) and "tf32x3" use tensor
+cores, and are never the default.
 
-Each program owns its part of the result, so there are no atomics and every run gives the same bits.
+Each program writes its own part of the result, so there are no atomics, and every run gives the
+same bits.
 Source: the grouped products of MegaBlocks and of Triton's tutorial 8, for a tile map that never
 leaves the device. Left out: tensor memory accelerator, persistent programs.
 """

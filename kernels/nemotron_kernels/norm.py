@@ -1,19 +1,20 @@
-"""Root-mean-square normalisation, plain and gated, in groups: forward and backward.
+"""Root-mean-square normalization, plain and gated, in groups: forward and backward.
 
     a = y * silu(z)   (a = x in the plain form)
     s = 1 / sqrt(mean over the group of a^2 + eps)          n = a s          out = w n
 
-and backwards, with m = d(out) * w:
+and backward, with m = d(out) * w:
 
     da = s (m - n mean(m n))     dy = da silu(z)     dz = da y silu'(z)     dw = sum of d(out) n
 
-The gate comes before the norm and each group of channels has its own s. A program holds whole
-groups in registers, so each input is read once and nothing but the inputs is kept for the backward
-pass: s is found anew on the way. The floor is memory: 6 bytes a token and channel forward (y, z,
-out in 16 bit; 4 in the plain form) and 10 backward (y, z, d(out), dy, dz).
+The gate is applied before the norm, and each group of channels has its own s. A program holds whole
+groups in registers, so each input is read once. Only the inputs are kept for the backward pass,
+which computes s again. The kernels are bound by memory traffic: 6 bytes per token and channel
+forward (y, z, out in 16 bit; 4 in the plain form) and 10 backward (y, z, d(out), dy, dz).
 
-A tile is several rows of one group, so that narrow groups fill a program. The gradient of the
-weight is summed over a program's rows in registers and over programs by torch, in a fixed order.
+A tile is several rows of one group, so that a program has enough work with narrow groups too. The
+gradient of the weight is summed over a program's rows in registers, and over programs by torch, in
+a fixed order.
 
 Arithmetic is in float32. Source: the definition in nemotron_lite/ops/norm.py. Left out: norm before
 gate, biases, groups of more than 32,768 channels.

@@ -1,24 +1,25 @@
-"""NVFP4 back to numbers, in registers: what a product does right before it multiplies.
+"""Decode NVFP4 in registers: a matrix product does this right before it multiplies.
 
-Two codes lie in a byte, the even column in the low half. E2M1 has the bits s ee m, and float16 has
-s eeeee mmmmmmmmmm, so a code is a float16 with its upper bits in place: `s 000ee m000000000` is the
-value times 2^-14, zeros and the subnormal 0.5 included. Both codes of a byte go there at once, by
-two multiplications and two masks:
+A byte has two codes, the even column in its low 4 bits. E2M1 has the bits s ee m, and float16 has
+s eeeee mmmmmmmmmm. With its bits at the same positions, `s 000ee m000000000`, a code is a float16
+that is the value times 2^-14; this includes zeros and the subnormal 0.5. Both codes of a byte are
+moved at once, by two multiplications and two masks:
 
     byte       hhhh llll           h: odd column, l: even column
     byte * (2^0 + 2^12)            l at bits 0..3, h at bits 16..19: the two halves of 32 bits
     << 9  & 0x0e000e00             exponent and mantissa of both
     << 12 & 0x80008000             signs of both
 
-An E4M3 scale is s eeee mmm, and at the upper bits of a float16 it is the scale times 2^-8. The
-tile is their product in float16, times 2^-9: six significant bits from 2^-19 to 5.25, exact, as it
-is in bfloat16 and float32. `UNIT` = 2^9 puts the power of two back, in the float32 sum.
+An E4M3 scale is s eeee mmm. As the upper bits of a float16 it is the scale times 2^-8. The decoded
+tile is the product of both in float16, times 2^-9. It has six significant bits and values from
+2^-19 to 5.25, so it is exact, also in bfloat16 and float32. The float32 sum is multiplied by `UNIT`
+= 2^9, which restores the factor.
 
 A scale of NaN (0x7f) makes its block NaN. In float16 the smallest values are subnormal, which
-float16 arithmetic and tensor cores keep; nothing here may be compiled to flush them.
+float16 arithmetic and tensor cores keep. They must not be flushed to zero by a compiler option.
 
 Source: OCP Microscaling formats 1.0, 5.3.3; reference sheet 6.1. Left out: the conversion
-instruction of sm_100, whose result nobody could check without one.
+instruction of sm_100, whose result could not be checked without such a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Packed(Protocol):
 
 
 def packed_parts(w: Packed) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
-    """Codes and scales as bytes with neighbours along the rows, and their strides.
+    """Codes and scales as bytes contiguous along the rows, and their strides.
 
     The strides are those of matrix and row, first of the codes and then of the scales; 0 where
     there is one matrix. A stack that lies apart is read where it lies.

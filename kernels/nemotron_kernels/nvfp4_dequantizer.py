@@ -1,10 +1,11 @@
-"""NVFP4 back to numbers in memory: 0.5625 bytes read and 2 or 4 written for each.
+"""Decode NVFP4 into memory: 0.5625 bytes read and 2 or 4 written per value.
 
-    value = e2m1(code) * (c * s_dec)        in float32, rounded once to the dtype asked for
+    value = e2m1(code) * (c * s_dec)        in float32, rounded once to the requested dtype
 
-This is for what has to exist as a matrix: a checkpoint that is unpacked, a backward pass. Products
-read packed matrices themselves (`nvfp4_gemm`) and round s_dec into nothing but the sum; here it is
-rounded into each value, in the order of the definition, whose bits these are.
+This is for decoded matrices that must exist in memory: a checkpoint that is decoded, or a backward
+pass. Matrix products read packed matrices themselves (`nvfp4_gemm`) and multiply only the sum by
+s_dec. Here each value is multiplied by s_dec, in the order of the definition, and has the same bits
+as there.
 
 Source: reference sheet 6.1. Left out: scales in the 128 x 4 order of tensor cores.
 """
@@ -104,6 +105,6 @@ def nvfp4_dequantize(w: Packed, dtype: torch.dtype = torch.float32) -> Float[Ten
 
 
 def _rows(part: Tensor) -> Tensor:
-    """Bytes as a matrix with neighbours along its rows; a copy only if they lie otherwise."""
+    """Bytes as a matrix that is contiguous along its rows; copied only if it is not."""
     flat = part.reshape(-1, part.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

@@ -1,17 +1,17 @@
-"""Routed experts whose matrices stay packed in NVFP4: the few that are chosen are all that is read.
+"""Routed experts with matrices packed in NVFP4: only the matrices of chosen experts are read.
 
     a_i = relu(W1_e z_t)^2          for each pair i = (token t, slot) with expert e
     o_t = sum_i p_i W2_e a_i        over the k pairs of token t
 
-As in `experts`, many pairs are sorted by expert and go through two grouped products, and a few
-(decoding) go straight to the bytes of their experts, each pair for itself. Either way a matrix is
-decoded in registers and never written anywhere: 4.5 bits a weight are read instead of 16, which is
-what decoding tokens waits for. The hidden rows are kept in the type of z.
+As in `experts`, many pairs are sorted by expert and go through two grouped products. With few pairs
+(decoding), each pair reads the matrix of its own expert. In both cases a matrix is decoded in
+registers and not written to memory, so 4.5 bits per weight are read instead of 16. This traffic
+limits the speed of decoding. The hidden rows are kept in the dtype of z.
 
-When many tokens share an expert the tiles of its matrix are decoded once for each tile of rows.
+When many tokens share an expert, the tiles of its matrix are decoded once for each tile of rows.
 
-Source: reference sheet 4.1 and 10.3. Left out: hidden rows packed as well, gradients (the package's
-door computes them in PyTorch).
+Source: reference sheet 4.1 and 10.3. Left out: hidden rows packed as well, gradients
+(nemotron_lite computes them in PyTorch).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""y = x W^T with W packed in NVFP4, decoded in registers or multiplied as it is.
+"""y = x W^T with W packed in NVFP4, decoded in registers or multiplied directly in NVFP4.
 
     y = (sum_k x_k e2m1(code_k) c_k) s_dec        c: the block's scale, s_dec: the tensor's
 
-A code times its block's scale is exact in 16 bits (`nvfp4_decode`), so the products are those of
-ordinary tensor cores with float32 sums, and s_dec is applied once, to the sum. Which kernel runs:
+A code times its block's scale is exact in 16 bits (`nvfp4_decode`). So ordinary tensor cores with
+float32 sums compute the products, and s_dec is applied once, to the sum. Which kernel runs:
 
     x float, one row           `nvfp4_matvec`: W read once, no tensor cores
     x float                    `_rows_kernel`: tiles of W decoded in registers, `tl.dot` in the type
@@ -13,17 +13,19 @@ ordinary tensor cores with float32 sums, and s_dec is applied once, to the sum. 
                                decode W again
     x packed, sm_80 to sm_90   `_packed_kernel`: both decoded, `tl.dot` in float16
     x packed, from sm_100      `_packed_kernel` with `tl.dot_scaled`: Blackwell's tensor cores read
-                               codes and scales as they are. Up to 16 rows it decodes there as well.
+                               codes and scales directly. Up to 16 rows it decodes there too.
 
 `tl.dot_scaled` with E4M3 scales does not compile for sm_90 with Triton 3.6, and the interpreter is
-silently wrong (it takes the scale for a power of two). So the interpreter has SCALED false, as
-sm_90 has: addresses, masks and sums are tested, the instruction itself is not. That it is issued
-stands in the listing (tests/kernels/test_nvfp4_listing.py: `tcgen05.mma ... mxf4nvf4.block_scale`,
-`mma.sync ... mxf4nvf4`). What only a Blackwell can show: that its result is right, above all that
-each scale meets its block. W is packed along k, as sm_120 asks, and each sum has one dot.
+silently wrong (it takes the scale for a power of two). So SCALED is false in the interpreter, as on
+sm_90: addresses, masks and sums are tested, but not the instruction itself. A test checks that the
+compiled code contains the instruction (tests/kernels/test_nvfp4_listing.py:
+`tcgen05.mma ... mxf4nvf4.block_scale`, `mma.sync ... mxf4nvf4`). Only a Blackwell GPU can show that
+its result is right, above all that each scale is applied to its block. W is packed along k, as
+sm_120 requires, and each sum has one dot.
 
-float32 x is multiplied exactly without tensor cores ("ieee"), or with "tf32" or "tf32x3" on demand.
-Rows of x past the last are read as zeros. No bias, as no layer of the family has one.
+float32 x is multiplied exactly without tensor cores ("ieee"), or on request with "tf32" or
+"tf32x3". Rows beyond the last row of x are read as zeros. There is no bias, because no layer of
+these models has one.
 
 Source: reference sheet 6 and 10.3; Triton's tutorial 10 for `dot_scaled`. Left out: scales in the
 128 x 4 order that tensor cores read fastest (a checkpoint has them row by row), gradients.

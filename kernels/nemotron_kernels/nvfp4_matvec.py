@@ -1,18 +1,18 @@
-"""One row times a packed matrix: decoding a token, where reading the matrix is all there is.
+"""One row times a packed matrix, for decoding a token: its time is that of reading the matrix.
 
     y   = (sum_k x_k e2m1(code_k) c_k) s_dec
     y_i = W_e x                                   for each pair i = (token, slot) of experts
 
-A program takes a tile of W's rows and reads it once, 4.5 bits a number, along the whole of k. There
-is no tensor core: each weight takes one multiplication and one addition, and its decoding costs
-more than they do. Both columns of a byte stay in their thread, so x is split into even and odd
-columns instead, and nothing of W is exchanged before the sum at the end.
+A program takes a tile of W's rows and reads it once, 4.5 bits per weight, along all of k. It uses
+no tensor core: each weight needs one multiplication and one addition, and decoding it costs more
+than that. Both columns of a byte stay in the same thread. For this, x is split into even and odd
+columns, and threads exchange nothing before the final sum.
 
-With a second row tensor cores are better off: `nvfp4_gemm`, with a tile of 16 rows. That is
-reckoned, not measured, from the instructions of sm_90: 7.1 a weight here (8.5 with two rows, when
-this was written for them too), 8.0 there for up to 16 rows.
+From two rows on, tensor cores are faster: `nvfp4_gemm`, with a tile of 16 rows. This is calculated,
+not measured, from the instructions of sm_90: 7.1 per weight here (8.5 with two rows, in an earlier
+version), and 8.0 there for up to 16 rows.
 
-`chosen_matvec` is the same for experts: every pair reads the bytes of its own expert and no others.
+`chosen_matvec` is the same for experts: every pair reads only the matrix of its own expert.
 Source: reference sheet 4.1. Left out: splitting k over programs for matrices with few rows.
 """
 

@@ -1,28 +1,29 @@
-"""Numbers to NVFP4: the scale of each block, and four bits for each number, in one pass.
+"""Quantize to NVFP4: the scale of each block, and four bits per number, in one pass.
 
-    amax   = max |x| over the tensor           `nvfp4_amax`, a pass of its own: it comes first
+    amax   = max |x| over the tensor           `nvfp4_amax`, a separate pass before this one
     c      = e4m3( amax_block * (s_enc * fl(1/6)) )
-    code   = e2m1( x * 1 / (c * s_dec) )       to nearest, or up or down by chance
+    code   = e2m1( x * 1 / (c * s_dec) )       rounded to nearest, or stochastically
 
-in the order of operations of `nemotron_lite/quantization/nvfp4/scaling.py`, and with its bits. A
-program
-takes a tile of the quantized tensor, so each number is read once here and once for amax: 2 + 2 +
-0.5625 bytes a number in 16 bits. `nvfp4_fake_quantize` writes the values instead of the codes: what
-training in emulation multiplies, the same numbers without ever packing them.
+The order of operations is that of `nemotron_lite/quantization/nvfp4/scaling.py`, and so are the
+bits. A program takes a tile of the quantized tensor, so each number is read once here and once for
+amax: 2 + 2 + 0.5625 bytes per number in 16 bits. `nvfp4_fake_quantize` writes the decoded values
+instead of the codes, for emulated training: the same numbers, but never packed.
 
-**Rows and columns.** Blocks lie along the last dimension of what is given. For blocks along columns
-(gradients of weights sum over tokens) pass `x.mT`: nothing is copied, and memory is read along the
-dimension that lies close (`nvfp4_tile`).
+**Rows and columns.** Blocks lie along the last dimension of the input. For blocks along columns
+(gradients of weights are summed over tokens) give `x.mT`: it is not copied, and memory is read
+along its contiguous dimension (`nvfp4_tile`).
 
-**Square tiles** (16 x 16) for weights: a maximum over 16 rows more, the scale stored for each row.
+**Blocks of 16 x 16** for weights: the maximum is also taken over 16 rows, and the scale is stored
+for each row.
 
-**Hadamard**: the tile is turned before it is looked at, in the amax pass as well, and rounded to
-the dtype of x, as in the definition. **Chance**: Philox bits by the number's place.
+**Hadamard transform**: it is applied to the tile first, in the amax pass too, and rounded to the
+dtype of x, as in the definition. **Stochastic rounding**: Philox bits depend on the number's
+position.
 
-NaN and infinity have no code. `nvfp4_amax` shows them (it compares magnitudes as integers, in which
-NaN is largest); refusing them is the caller's, who has to wait for the device to know.
+NaN and infinity have no code. `nvfp4_amax` reports them (it compares magnitudes as integers, in
+which NaN is largest). The caller has to check this, because the check must wait for the device.
 
-Source: reference sheet 6.2 and 6.3; Transformer Engine, whose order of operations this is. Left
+Source: reference sheet 6.2 and 6.3; the order of operations is that of Transformer Engine. Left
 out: rows and columns of one tensor in one launch, which would read x once less, and scales in the
 128 x 4 order of tensor cores.
 """
@@ -113,9 +114,9 @@ def nvfp4_quantize(
         x: float32, bfloat16 or float16; finite.
         amax: one number, or one for each tensor of a batch along the leading dimensions; finite.
         block: "1x16", or "16x16" for matrices.
-        hadamard: turn each 16 first.
-        seed: round by chance: 64 bits, or a tensor of them that is read on the device.
-        bits: round by chance: 0 .. 65535 for each number; m is n, or n filled up to a multiple
+        hadamard: apply the Hadamard transform to each 16 values first.
+        seed: for stochastic rounding: 64 bits, or a tensor of them that is read on the device.
+        bits: for stochastic rounding: 0 .. 65535 for each number; m is n, or n padded to a multiple
             of 16.
 
     Returns:

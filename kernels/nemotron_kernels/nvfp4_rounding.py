@@ -1,8 +1,8 @@
-"""Rounding to the three grids of NVFP4 in registers: block scales, codes, and the turn before them.
+"""Rounding for NVFP4 in registers: block scales, codes, and the Hadamard transform before them.
 
-All of it is integer arithmetic on the bits of float32, or an addition whose rounding does the work,
-so every GPU and the interpreter give the same bits as PyTorch (whose casts to 8-bit floats Triton's
-interpreter gets wrong, and which sm_80 does not have):
+All of it is integer arithmetic on the bits of float32, or an addition that rounds. So every GPU and
+the interpreter give the same bits as PyTorch. (Casts to 8-bit floats are wrong in Triton's
+interpreter, and sm_80 does not have them.)
 
     E4M3, from 2^-6      keep 3 bits of the mantissa: add half of the last one kept (a little less
                          if that is even), cut off, subtract the difference of the two biases
@@ -10,20 +10,22 @@ interpreter gets wrong, and which sm_80 does not have):
     E2M1, from 1         keep 1 bit of the mantissa, in the same way
     E2M1, below          the step is 1/2, as float32's at 2^22
 
-Ties go to even in each. By chance it is the floor of the distance in steps plus a dither.
+Ties go to even in each. Stochastic rounding takes the floor of the value in steps plus a random
+number in [0, 1).
 
-Two things would break this, and launchers switch both off or never turn them on: a multiplication
-fused into the addition that rounds (`enable_fp_fusion=False`), and arithmetic that flushes
-subnormal numbers to zero.
+Two compiler options would break this, so the launchers do not use them: fusing a multiplication
+into the addition that rounds (hence `enable_fp_fusion=False`), and flushing subnormal numbers to
+zero.
 
-Divisions are `div_rn`, rounded to the nearest; `/` on a GPU is not.
+Divisions are `div_rn`, rounded to nearest; `/` on a GPU is not.
 
-From sm_100 on one instruction rounds two numbers to E2M1 and packs them (`encode_pair`); that it is
-issued stands in the listing, that its result is this one, only a Blackwell can show.
+From sm_100 on, one instruction rounds two numbers to E2M1 and packs them (`encode_pair`). A test
+checks that the compiled code contains it. Only a Blackwell GPU can show that its result is the
+same.
 
 Source: nemotron_lite/quantization/nvfp4, which is the definition; reference sheet 6.2; Philox as in
-`state_update`. Left out: `cvt.rs`, which rounds by chance with 8 random bits a number: other bits
-than anywhere else, and sm_120 has none.
+`state_update`. Left out: `cvt.rs`, stochastic rounding with 8 random bits per number: its
+results differ from all other implementations, and sm_120 does not have it.
 """
 
 from __future__ import annotations

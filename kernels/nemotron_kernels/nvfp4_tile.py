@@ -1,13 +1,14 @@
 """The two kernels of `nvfp4_quantizer`: the largest magnitude of a tile, and a tile in NVFP4.
 
-m counts rows of the quantized tensor and k its columns, sixteen of which share a scale. Where
-memory lies close along k (TURNED false) a tile is `ROWS, COLUMNS`, and two or four threads share a
-block. Where it lies close along m, as for the transpose of a matrix, it is `COLUMNS, ROWS`: read
-in long runs, with sixteen rows of memory in each thread, so that no block needs its neighbours. The
-values are never turned over; only the bytes of codes are, which are a quarter as many.
+m is the row index of the quantized tensor and k its column index; sixteen columns share a scale.
+If memory is contiguous along k (TURNED false), a tile is `ROWS, COLUMNS`, and two or four threads
+share a block. If it is contiguous along m, as for the transpose of a matrix, a tile is
+`COLUMNS, ROWS`: it is read in long contiguous runs, and each thread has all sixteen values of its
+blocks. The values are not transposed; only the bytes of codes are, which are a quarter as many.
 
-Square tiles take a maximum over 16 of m more. Hadamard's sums and differences are taken where the
-sixteen are. Random bits go by the place of a number and not by tiles, so both forms throw the same.
+For blocks of 16 x 16, the maximum is also taken over 16 rows m. The Hadamard transform works along
+the sixteen values of a block. Random bits depend on the position of a number in the tensor and not
+on tiles, so both forms use the same ones.
 """
 
 from __future__ import annotations

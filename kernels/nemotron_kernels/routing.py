@@ -4,21 +4,22 @@
     I   = the k experts with the largest s + b
     p_i = scale * s_i / (sum_{j in I} s_j + 1e-20)     for i in I
 
-What has to be right here is a *choice*: one rounding error in a score can send a token to another
-expert. Three decisions follow.
+The result is a *choice*, so one rounding error in a score can send a token to another expert. Three
+design decisions follow from that.
 
-- The exponential is arithmetic only (argument reduction and a polynomial) and the quotient is
-  rounded correctly, with no fused multiply-add. So the interpreter and every GPU compute the same
-  bits, and what the tests prove about the choice on a CPU holds on the device. The hardware's
-  `ex2.approx` is an approximation that the interpreter does not share.
-- An expert's biased score and its number are packed into one 64-bit integer: the score's bits in an
-  order that integers share, then the number, reversed. The k largest are then k integer maxima;
-  ties go to the lower number, and a NaN or an infinity cannot make two slots pick the same expert.
-- The backward pass starts from the logits again. 1 - s computed from s has no digits left when s is
-  close to 1; sigmoid(-x) has all of them.
+- The exponential uses arithmetic only (argument reduction and a polynomial), and the quotient is
+  rounded correctly, without fused multiply-add. So the interpreter and every GPU compute the same
+  bits, and what the tests show about the choice on a CPU also holds on the GPU. The hardware's
+  `ex2.approx` is an approximation that the interpreter does not have.
+- An expert's biased score and its index are combined in one 64-bit integer: the score's bits,
+  changed so that they sort as integers, then the index, reversed. The k largest are then k integer
+  maxima; ties go to the lower index, and a NaN or an infinity cannot make two slots pick the same
+  expert.
+- The backward pass starts from the logits again. 1 - s computed from s has lost its digits when s
+  is close to 1; sigmoid(-x) has all of them.
 
-With `n_group > 1` the experts are first cut to the `topk_group` best groups, each scored by the sum
-of its two largest s + b. The product W x is a matrix product in float32 and stays with torch.
+With `n_group > 1` only experts in the `topk_group` best groups can be chosen. A group's score is
+the sum of its two largest s + b. The product W x is a float32 matrix product in torch.
 
 Source: Nemotron 3 Super report 2.1.1; the polynomial is exp's Taylor series to degree 7, with ln 2
 split in two as in Cephes. Left out: token dropping, softmax routers.

@@ -1,22 +1,22 @@
-"""Sort (token, slot) pairs by expert, and cut the result into tiles of one expert each.
+"""Sort (token, slot) pairs by expert, and divide the result into tiles of one expert each.
 
     counts[e] = number of pairs of expert e
     starts[e] = counts[0] + ... + counts[e-1]
     places[i] = starts[e_i] + number of pairs j < i with e_j = e_i
 
-A counting sort: stable, so the order of rows and hence every sum over them is the same in each run,
-with no atomics. And it stays on the device: the host never learns a count, so nothing waits and the
-launches can be captured in a CUDA graph. In four kernels:
+This is a counting sort. It is stable and uses no atomics, so the order of rows, and with it every
+sum over them, is the same in each run. It runs on the device only: the host never reads a count, so
+nothing waits, and the launches can be captured in a CUDA graph. It has four kernels:
 
 1. each program counts its block of pairs per expert;
 2. along the blocks of each expert, counts become offsets (and their total is `counts`);
 3. `starts`, and the tile map: which expert a tile of rows belongs to, and where it begins;
-4. each program gives its pairs their places; within the block the rank of a pair is the number of
-   earlier equal ones.
+4. each program computes the places of its pairs; the rank of a pair within the block is the number
+   of earlier pairs with the same expert.
 
 A matrix product per expert then runs one program per tile. How many tiles there are depends on the
-counts, so as many programs are started as there could be (`tile_bound`), and the spare ones find
-expert -1 and stop.
+counts, so the largest possible number of programs is started (`tile_bound`), and those without a
+tile find expert -1 and stop.
 
 Source: counting sort; the tile map is the usual one of grouped matrix products. Left out: dropping
 tokens over a capacity. Pairs are numbered in 32 bits: at most 2^31 - 1 of them (97 million tokens
@@ -157,7 +157,7 @@ def tile_bound(pairs: int, experts: int, tile_rows: int) -> int:
 
 
 def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 64) -> Order:
-    """Sort the (token, slot) pairs of `indices` by expert, stably, without a word to the host.
+    """Sort the (token, slot) pairs of `indices` by expert, stably and without the host.
 
     Args:
         indices: int32 or int64, each from 0 to `experts` - 1. Looking at the values would make the

@@ -2,21 +2,21 @@
 
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t (outer) B_t,      y_t = S_t C_t + D x_t
 
-`ssd` has the arguments of `nemotron_lite.ops.ssd`, and two more for measurements: which way through
-the sequence, and how float32 is multiplied. The bias and the softplus of dt can be left to the
-kernels, which saves a pass over dt in each direction. `mamba_chunk_scan_combined` has the arguments
-of mamba_ssm, so that its users can swap.
+`ssd` has the arguments of `nemotron_lite.ops.ssd`, and two more for measurements: the variant
+(fused or in passes), and how float32 is multiplied. The kernels can also apply the bias and the
+softplus of dt, which saves a pass over dt in each direction. `mamba_chunk_scan_combined` has the
+arguments of mamba_ssm, so that it can replace that function.
 
-Where things are: ssd_common.py holds the decays, the configurations and the rule that picks a way
-through the sequence, ssd_states.py the states between chunks, ssd_forward.py the outputs and
-ssd_backward.py the gradients.
+The other files: ssd_common.py has the decays, the configurations and the rule that selects the
+variant, ssd_states.py the states between chunks, ssd_forward.py the outputs, and ssd_backward.py
+the gradients.
 
-Kept for the backward pass are the inputs, nothing else; the states are computed again. The backward
-pass needs room for two states per chunk, b*h*p*n numbers each in the dtype of x: for one million
+Only the inputs are kept for the backward pass; the states are computed again. The backward pass
+needs memory for two states per chunk, b*h*p*n numbers each in the dtype of x: for one million
 tokens of Super in chunks of 64, 66 GB in bfloat16. The forward pass needs one of the two, or none
-when it is fused; a long prompt comes in segments, so that there are few chunks at a time.
+when it is fused. A long prompt is read in segments, so that there are few chunks at a time.
 
-Left out: float64 (there is nothing to gain on a GPU; use impl="torch"), second derivatives, and
+Left out: float64 (a kernel would not be faster; use impl="torch"), second derivatives, and
 inside the kernels D per channel and dt_limit.
 """
 

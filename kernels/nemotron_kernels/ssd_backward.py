@@ -1,8 +1,8 @@
 """SSD backward in Triton: every gradient of the chunked scan.
 
 The forward pass keeps nothing but its inputs. The states before each chunk, S, are computed again,
-and the gradients of the states after each chunk, gS', by the same walk from the other end
-(ssd_states.py). With M the q x q mix of one head and chunk and gradients written g:
+and the gradients of the states after each chunk, gS', by the same recurrence from the last chunk to
+the first (ssd_states.py). M is the q x q matrix of one head and chunk, and g marks gradients:
 
     y  = M x + exp(s) (C S^T)         M_lr = (C_l . B_r) L_lr dt_r + D [l = r]
     S' = exp(s_q) S + sum_r w_r x_r (outer) B_r
@@ -13,13 +13,13 @@ and the gradients of the states after each chunk, gS', by the same walk from the
     gx = M^T gy + w (B gS'^T)         gD = sum of gy * x                   (`grad_x_kernel`)
 
 B and C belong to a group of heads. A program of `grad_bc_kernel` takes the heads of a group one
-after another and keeps the sums; nothing is added atomically, so results repeat bit for bit.
+after another and keeps the sums. There are no atomic additions, so results repeat bit for bit.
 
 The gradient of s needs care. Let P = gM * scores * L * dt, the gradient of the exponents. Entry
-(l, r) depends on exactly the steps a_t with r < t <= l. On the diagonal there is none, yet it is by
-far the largest entry under strong decay; the textbook form, a running sum of (row sum minus column
-sum), adds it and takes it away again, and leaves its rounding error in dA. Here the entries that
-span a step are added up:
+(l, r) depends on exactly the steps a_t with r < t <= l. Diagonal entries depend on none, but under
+strong decay they are by far the largest. The textbook form, a running sum of (row sum minus column
+sum), adds and subtracts them, and their rounding error remains in dA. Here only the entries that
+depend on a step are summed:
 
     ga_t  = sum_{l >= t > r} P_lr + sum_{l >= t} read_l + sum_{r < t} write_r + exp(s_q) (S . gS')
     gdt_t = A ga_t + (sum_l P_lt) / dt_t + exp(s_q - s_t) (x_t . gS' B_t)
@@ -29,7 +29,7 @@ span a step are added up:
 tile, which one warp holds. It runs last and finishes gdt (through softplus) with what
 `grad_bc_kernel` left in `reads`.
 
-Left out: second derivatives. Everything here is computed whether or not it is asked for.
+Left out: second derivatives, and computing only the gradients that are needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the SSD kernels share: decays, tiles, configurations and the rules that choose them.
+"""Code that the SSD kernels share: decays, tiles, and the selection of configurations.
 
 Decays. Everything about time is float32. s, the running sum of a_t = dt_t A inside a chunk, is kept
 in units of log 2, so that a decay is one exp2. An exponent is masked before exp2, never after:
@@ -7,7 +7,7 @@ exactly zero; their products would be subnormal. A document start is a mask as w
 other only inside one document.
 
 softplus(v) = max(v, 0) + log(1 + e), e = exp(-|v|), is summed as 2 atanh(e / (2 + e)): on a GPU the
-fast log loses three digits next to 1, which is where small steps live.
+fast log loses three digits near 1, where it is needed for small steps.
 
 Offsets are 64-bit up to the corner of a tile and 32-bit inside it. Operands of matrix products are
 rounded to the dtype of x; sums are float32.

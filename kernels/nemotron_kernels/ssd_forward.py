@@ -6,14 +6,14 @@ the state before the chunk and S' the one after it:
     y_l = sum_{r <= l} (C_l . B_r) exp(s_l - s_r) dt_r x_r  +  exp(s_l) S C_l  +  D x_l
     S'  = exp(s_q) S + sum_r exp(s_q - s_r) dt_r x_r (outer) B_r
 
-Two ways through the sequence, the same arithmetic:
+There are two variants with the same arithmetic:
 
-- fused over chunks: one program per row, head and block of p walks all chunks with the state in
-  registers. Each input is read once and no state is ever in memory, but chunks wait for each other;
-- three passes: what each chunk adds to the state and the walk from chunk to chunk (ssd_states.py),
-  then the outputs. All chunks at once, at the price of writing and reading states.
+- fused: one program per row, head and block of p loops over all chunks with the state in registers.
+  Each input is read once and no state is written to memory, but chunks are computed one by one;
+- three passes: what each chunk adds to the state, the recurrence from chunk to chunk
+  (ssd_states.py), then the outputs. All chunks run in parallel, but states are written and read.
 
-`ssd._variant` is the rule of choice.
+`ssd._variant` selects one.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The states at the borders of the chunks, forwards, and their gradients, backwards.
+"""The states between chunks, in the forward pass, and their gradients, in the backward pass.
 
 With S the state before a chunk of q tokens, S' the one after it and gS, gS' their gradients:
 
     S'  = exp(s_q) S   + sum_r exp(s_q - s_r) dt_r x_r (outer) B_r        first chunk to last
     gS  = exp(s_q) gS' + sum_l exp(s_l) gy_l (outer) C_l                  last chunk to first
 
-One recurrence, two directions; so these kernels take a direction. And two ways to run it: walking,
-where one program takes all chunks in turn (`states_kernel` alone), or first what every chunk adds,
-all at once, and then the recurrence element by element (`states_kernel`, then `pass_kernel`).
-`walks` in ssd_common.py is the rule of choice.
+Both are the same recurrence in two directions, so these kernels take a direction. There are two
+ways to run it: one program loops over all chunks (`states_kernel` alone), or the additions of all
+chunks are computed in parallel, followed by the recurrence element by element (`states_kernel`,
+then `pass_kernel`). `walks` in ssd_common.py selects one.
 
-Sums are float32. What is stored is rounded to the dtype of x, as the operand it will become.
+Sums are float32. Stored states are rounded to the dtype of x, because they are operands of matrix
+products.
 """
 
 from __future__ import annotations

@@ -2,29 +2,29 @@
 
     S <- exp(dt A) S + dt x (outer) B          y = S C + D x          y * silu(z) when z is given
 
-A program takes a few rows of one head's p x n state. The floor is the state itself, read and
-written once: 8 bytes a number in float32, 4 in float16. Everything else (x, B, C, y) is p + 2n
-numbers beside p * n.
+A program takes a few rows of one head's p x n state. It is bound by the traffic of the state, which
+is read and written once: 8 bytes per number in float32, 4 in float16. Everything else (x, B, C, y)
+is p + 2n numbers, compared with p * n.
 
-**A state in float16** halves the traffic and the memory, but a state is rounded again at every
-token. Rounding to nearest always errs the same way for the same numbers: a small write into a large
-state is lost each time, and the errors add up. Stochastic rounding goes up with the probability of
-the distance to the number below, so the expected state is the exact one. Nemotron 3's report finds
-that float16 rounded to nearest makes answers a third longer, and stochastic rounding does not
-(reference sheet 6.7). It is chosen here by giving a `seed`:
+**A state in float16** halves the traffic and the memory, but the state is rounded again at every
+token. Rounding to nearest always makes the same error for the same numbers: a small update of a
+large state is lost each time, and the errors accumulate. Stochastic rounding rounds up with a
+probability equal to the distance to the number below, so the expected state is the exact one.
+Nemotron 3's report finds that float16 with rounding to nearest makes answers a third longer, and
+stochastic rounding does not (reference sheet 6.7). Giving a `seed` selects it:
 
 - The bits come from Philox-4x32, a counter turned into random bits by a few rounds (5, as in the
-  report): no state to keep, the same seed gives the same bits whatever the blocks of the kernel.
+  report). It keeps no state, and the same seed gives the same bits for all block sizes.
   The counter of number n in row r of the state is r * ceil(n_total / 8) + n // 8; its four words of
   32 bits serve eight numbers, the low half for the even one.
-- In float16's normal range 13 bits of float32 have to go: 13 random bits are added below the last
-  kept one and the rest is cut off, which is exact. Below 2^-14 float16 has a fixed step of 2^-24;
-  there the distance counts in 2^-16 of a step.
+- In float16's normal range 13 bits of float32 are removed: 13 random bits are added below the last
+  kept bit, and the rest is truncated, which is exact. Below 2^-14 float16 has a fixed step of
+  2^-24; there the distance counts in 2^-16 of a step.
 - Beyond 65,504 the result is infinite, as in any conversion; NaN stays NaN.
 
-y is read from the state before rounding. Source: mamba_ssm's `selective_state_update`, whose names
-and order of arguments these are, so that its users can swap. Left out: gradients (a step has none),
-Mamba-1's A with a rate per state number, bfloat16 states.
+y is read from the state before rounding. Source: mamba_ssm's `selective_state_update`, with the
+same names and order of arguments, so that this can replace it. Left out: gradients (a step has
+none), Mamba-1's A with a rate per state number, bfloat16 states.
 """
 
 from __future__ import annotations

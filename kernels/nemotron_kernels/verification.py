@@ -1,24 +1,24 @@
-"""The acceptance rule of speculative decoding: reads what it must, writes two numbers a sequence.
+"""The acceptance rule of speculative decoding: few reads, and two numbers written per sequence.
 
     accept d_j while u_j q_j(d_j) < p_j(d_j);  then draw from max(p_j - q_j, 0), or from p_{k+1}
 
-A program is one sequence. The drafted places cost two numbers each, p and q at the drafted token,
-up to the first rejection. After that one pair of rows is read, twice at most: once for the sum of
-the residual, and once more, up to the place where the cumulative sum passes the target. The
-residual is never stored. The floor is those rows: 2 x 2 x v x 4 bytes per sequence that rejects,
-1.5 sweeps on average instead of 2, since the second one stops where the token is found.
+A program handles one sequence. Each drafted position up to the first rejection needs two numbers, p
+and q at the drafted token. Then one pair of rows is read at most twice: once for the sum of the
+residual, and once to the position where the cumulative sum passes the target. The residual is not
+stored. The traffic is that of these rows: at most 2 x 2 x v x 4 bytes per sequence that rejects. On
+average it is 1.5 passes instead of 2, because the second one stops where the token is found.
 
 The draw is the inverse of the cumulative sum, as in the definition. Sums of a block are in float32,
-the sum over blocks in float64, which a few numbers can afford: a vocabulary has 131,072 terms, and
-an error of 1e-6 of the sum is a token drawn wrongly once in a million. Against the definition,
+the sum over blocks is in float64, which costs little for a few numbers. A vocabulary has 131,072
+terms, and an error of 1e-6 of the sum means one wrong token in a million. Against the definition,
 which sums in float64 throughout, tokens differ only where the target falls that close to a
 boundary.
 
-Rounding may put the target behind the last term; then the last token with any weight is taken, and
-never one without.
+Rounding may put the target beyond the last term. Then the last token with a nonzero weight is
+taken.
 
 Source: the definition in nemotron_lite/ops/verification.py. Left out: several programs for one
-sequence, which a single sequence on a large GPU would want; the softmax and the filters before.
+sequence, which would help a single sequence on a large GPU; the softmax and the filters before.
 """
 
 from __future__ import annotations

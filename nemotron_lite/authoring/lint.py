@@ -1,17 +1,17 @@
-"""The rules of a chapter, as functions of a notebook: what a reader may rely on, checked.
+"""Check that a chapter keeps the rules of the course.
 
-A notebook rots in quiet ways: a cell nobody ran again, an output from another version, a figure
-without words, a number typed from memory, a copy of the package that drifts. Each rule here is a
-pure function from a notebook node (and what it is compared with) to a list of faults, one sentence
-each, and each has a small bad notebook in the tests that it must catch.
+A notebook goes wrong unnoticed: a cell that was not run again, an output of an older version, a
+figure without alt text, a number typed from memory, a copy of code that no longer equals the
+package. Each rule is a function that takes a notebook (and what it is compared with) and returns a
+list of problems, one sentence each. The tests have a small bad notebook for each rule.
 
-    hygiene_cells   what is stored: executed, no errors, pictures and words, sections, sizes
-    hygiene_words   what is said: no copies of the package, no figure by hand, predictions that are
-                    measured, exercises as they are defined, objectives that are kept,
-                    a header to plan by
+    lint_cells   what is stored: executed, no errors, pictures with alt text, sections, sizes
+    lint_text    what is written: no copies of the package, no numbers typed by hand, predictions
+                 that are measured, exercises as they are defined, objectives with recap and quiz,
+                 a header with times and requirements
 
-`faults` reads all rules over one notebook; `check_file` over a chapter on disk. What no rule can
-see is whether the chapter is true and worth reading: open it and read it.
+`lint_notebook` applies all rules to one notebook, `lint_file` to a chapter on disk. No rule can see
+whether the chapter is correct and worth reading: open it and read it.
 """
 
 from __future__ import annotations
@@ -26,80 +26,82 @@ import nbformat
 from nbformat import NotebookNode
 
 from nemotron_lite.authoring import lint_cells as cells
-from nemotron_lite.authoring import lint_text as words
-from nemotron_lite.authoring.lint_cells import CHAPTER_SECONDS, errors
+from nemotron_lite.authoring import lint_text as text
+from nemotron_lite.authoring.lint_cells import CHAPTER_SECONDS
 from nemotron_lite.course import exercises, quizzes
 from nemotron_lite.course.exercises import Exercise
 
-__all__ = ["CHAPTER_SECONDS", "Surroundings", "check_file", "errors", "faults", "surroundings"]
+__all__ = ["CHAPTER_SECONDS", "LintContext", "lint_context", "lint_file", "lint_notebook"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PUBLIC_ROOMS = (
+PUBLIC_FOLDERS = (
     "checkpoint", "course", "course/plotting", "data", "generation", "layers", "ops",
     "quantization", "train",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a chapter is compared with.
+class LintContext:
+    """What the rules compare a chapter with.
 
-    public: name → where the package exports it. facts: key → ways to write it. exercises: those of
-    the chapter. asked: the objective of each question of its quiz. root: the repository, for links
-    to records.
+    public_names: name → the module that exports it.
+    fact_spellings: key of a fact → the ways to write it.
+    exercises: the exercises of the chapter.
+    quiz_objectives: the objective of each question of its quiz.
+    root: the repository, for links to records.
     """
 
-    public: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    public_names: Mapping[str, str] = field(default_factory=dict)
+    fact_spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     exercises: tuple[Exercise, ...] = ()
-    asked: tuple[str, ...] = ()
+    quiz_objectives: tuple[str, ...] = ()
     root: Path = PACKAGE.parent
 
 
-def faults(notebook: NotebookNode, chapter: str, around: Surroundings) -> list[str]:
-    """Everything that is wrong with one chapter.
+def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) -> list[str]:
+    """All problems of one chapter.
 
     Args:
         notebook: version 4.
         chapter: its two digits.
-        around: what it is compared with.
+        context: what the chapter is compared with.
     """
     return [
-        *cells.not_run(notebook),
-        *cells.errors(notebook),
-        *cells.without_words(notebook),
-        *cells.without_picture(notebook),
-        *cells.sections(notebook, chapter),
-        *cells.leftovers(notebook),
+        *cells.not_executed(notebook),
+        *cells.stored_errors(notebook),
+        *cells.figures_without_text(notebook),
+        *cells.figures_without_picture(notebook),
+        *cells.section_problems(notebook, chapter),
+        *cells.volatile_content(notebook),
         *cells.too_long(notebook),
         *cells.too_large(notebook),
-        *cells.not_compared(notebook),
-        *cells.foreign(notebook),
-        *words.redefined(notebook, around.public),
-        *words.quoted_facts(notebook, around.facts),
-        *words.claims(notebook, around.root),
-        *words.predictions(notebook),
-        *words.exercises(notebook, around.exercises),
-        *words.header(notebook, around.exercises),
-        *words.objectives(notebook, around.exercises, around.asked),
+        *cells.uncompared_cells(notebook),
+        *cells.outside_references(notebook),
+        *text.redefined_names(notebook, context.public_names),
+        *text.typed_facts(notebook, context.fact_spellings),
+        *text.claims_without_record(notebook, context.root),
+        *text.unmatched_predictions(notebook),
+        *text.changed_exercises(notebook, context.exercises),
+        *text.header_problems(notebook, context.exercises),
+        *text.objective_problems(notebook, context.exercises, context.quiz_objectives),
     ]
 
 
-def check_file(path: Path) -> list[str]:
-    """Everything that is wrong with the chapter in `path`, whose name starts with its digits."""
+def lint_file(path: Path) -> list[str]:
+    """All problems of the chapter in `path`, whose file name starts with its two digits."""
     chapter = path.name[:2]
-    return faults(nbformat.read(path, as_version=4), chapter, surroundings(chapter))
+    return lint_notebook(nbformat.read(path, as_version=4), chapter, lint_context(chapter))
 
 
-def surroundings(chapter: str) -> Surroundings:
-    """What a chapter of this repository is compared with, read from the package."""
-    asked = tuple(question.objective for question in quizzes.load_quiz(chapter))
-    return Surroundings(public_names(), fact_spellings(), exercises.exercises(chapter), asked)
+def lint_context(chapter: str) -> LintContext:
+    """The context of a chapter of this repository, read from the package."""
+    objectives = tuple(question.objective for question in quizzes.load_quiz(chapter))
+    return LintContext(public_names(), fact_spellings(), exercises.exercises(chapter), objectives)
 
 
 @cache
 def public_names() -> dict[str, str]:
-    """Functions and classes that a chapter must import and not write again → their module."""
+    """Name of each function and class that a chapter must import and not define → its module."""
     found: dict[str, str] = {}
     for path in _public_files():
         module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
@@ -112,14 +114,14 @@ def public_names() -> dict[str, str]:
 def _public_files() -> Iterator[Path]:
     yield from sorted(p for p in PACKAGE.glob("*.py") if not p.name.startswith("_"))
     yield PACKAGE / "__init__.py"
-    for room in PUBLIC_ROOMS:
-        for path in sorted((PACKAGE / room).glob("*.py")):
+    for folder in PUBLIC_FOLDERS:
+        for path in sorted((PACKAGE / folder).glob("*.py")):
             if not path.name.startswith("_") or path.name == "__init__.py":
                 yield path
 
 
 def _exported(tree: ast.Module) -> list[str]:
-    """`__all__` where a module has one, else its public functions and classes."""
+    """`__all__` if the module has one, else its public functions and classes."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
@@ -129,8 +131,8 @@ def _exported(tree: ast.Module) -> list[str]:
 
 @cache
 def fact_spellings() -> dict[str, tuple[str, ...]]:
-    """Fact → the ways to write it that can hardly mean anything else."""
-    from nemotron_lite.course.factsheet import every_fact
+    """Key of a fact → the ways to write it that hardly mean anything else."""
+    from nemotron_lite.course.factsheet import all_facts
 
-    spelled = {key: words.spellings(fact.value, fact.unit) for key, fact in every_fact().items()}
+    spelled = {key: text.spellings(fact.value, fact.unit) for key, fact in all_facts().items()}
     return {key: ways for key, ways in spelled.items() if ways}

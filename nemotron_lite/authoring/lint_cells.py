@@ -1,11 +1,12 @@
-"""Rules about what a chapter stores: executed cells, pictures with words, sections, sizes.
+"""Rules about what a chapter stores: executed cells, pictures with alt text, sections, sizes.
 
-Why each: nbval compares nothing in a cell that was never run, so an un-run chapter would pass; a
-widget's saved state weighs 5 MB and shows an error when its model is gone; a screen reader and a
-test both need a figure's words; a path of the author's machine means nothing to the reader.
+The reasons: nbval compares nothing in a cell that was never run, so a chapter that was not run
+would pass. The saved state of a widget has 5 MB and shows an error when no kernel runs. Screen
+readers and tests need the alt text of a figure. A path of the author's machine is useless to the
+reader.
 
-All functions take a notebook node and return faults, one sentence each, cells counted from 0 as
-nbformat and jq count them.
+Each function takes a notebook and returns problems, one sentence each. Cells are counted from 0, as
+in nbformat and jq.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from nemotron_lite.course.display import PLOTLY, SHORTEST_ALT, WIDGET
+
 MOST_BYTES = 500_000
 MOST_CELLS = 64
 MOST_LINES = 15  # of code in one cell; a stub may be longer
 MOST_IGNORED = 2  # cells whose output is not compared
 CHAPTER_SECONDS = 75  # alone on two quiet cores; the tests run each chapter twice
-SHORTEST_ALT = 40
 
-PLOTLY = "application/vnd.plotly.v1+json"
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-# The sections of a chapter, in order. Those in REPEATED may come again later; an exercise stands
-# wherever it belongs after the intuition.
+# The sections of a chapter, in order. Those in REPEATED may come again later; an exercise can be
+# anywhere after the intuition.
 SECTIONS = (
     "header", "setup", "objectives", "map", "demo", "predict", "intuition", "widget", "math",
     "rung1", "rung2", "rung3", "measure", "break", "integrate", "fullscale", "recap", "quiz",
@@ -43,7 +42,7 @@ _IGNORING = re.compile(r"NBVAL_(?:IGNORE_OUTPUT|SKIP|RAISES_EXCEPTION)")
 _IGNORING_TAGS = {
     "nbval-ignore-output", "nbval-skip", "nbval-raises-exception", "raises-exception"
 }  # fmt: skip
-_PLACE = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var/folders)/[\w.-]+")
+_LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:work|root|home|Users|tmp|var/folders)/[\w.-]+")
 _FETCH = re.compile(
     r"""(?:<(?:script|img|link|iframe)\b[^>]*?(?:src|href)\s*=\s*["']?|!\[[^\]]*\]\(|@import\s+["']|"""
     r"""url\(["']?)\s*(https?:)?//[^\s"')>]+"""
@@ -51,33 +50,33 @@ _FETCH = re.compile(
 
 
 def code_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
-    """Code cells that hold something, with their place."""
+    """Index and cell of each code cell that is not empty."""
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and cell.source.strip():
             yield index, cell
 
 
 def markdown_cells(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
-    """Markdown cells, with their place."""
+    """Index and cell of each markdown cell."""
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             yield index, cell
 
 
 def outputs(notebook: NotebookNode) -> Iterator[tuple[int, NotebookNode]]:
-    """All outputs, with the place of their cell."""
+    """Index of the cell and output, for each output."""
     for index, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", ()):
             yield index, output
 
 
 def tags(cell: NotebookNode) -> list[str]:
-    """The section tags of a cell, without their `nl:`."""
+    """The section tags of a cell, without `nl:`."""
     return [t.removeprefix("nl:") for t in cell.metadata.get("tags", ()) if t.startswith("nl:")]
 
 
-def not_run(notebook: NotebookNode) -> list[str]:
-    """Cells that were not executed, once each, from the first to the last."""
+def not_executed(notebook: NotebookNode) -> list[str]:
+    """Cells that were not executed exactly once, from the first to the last."""
     counts = [(index, cell.execution_count) for index, cell in code_cells(notebook)]
     for expected, (index, count) in enumerate(counts, start=1):
         if count is None:
@@ -86,13 +85,13 @@ def not_run(notebook: NotebookNode) -> list[str]:
             return [f"cell {index} has count {count}, expected {expected}: cells were run out of "
                     "order; run `make notebooks`."]  # fmt: skip
     if not counts:
-        return ["there is no code cell."]
+        return ["there is no code cell; a chapter has some."]
     empty = [i for i, c in enumerate(notebook.cells) if not c.source.strip()]
-    return [f"cell {index} is empty." for index in empty]
+    return [f"cell {index} is empty; delete it." for index in empty]
 
 
-def errors(notebook: NotebookNode) -> list[str]:
-    """Stored tracebacks."""
+def stored_errors(notebook: NotebookNode) -> list[str]:
+    """Cells with a stored traceback."""
     return [
         f"cell {index} ended in {output.ename}: {output.evalue}."
         for index, output in outputs(notebook)
@@ -100,8 +99,8 @@ def errors(notebook: NotebookNode) -> list[str]:
     ]
 
 
-def without_words(notebook: NotebookNode) -> list[str]:
-    """Figures and images that a reader who cannot see them is told nothing about."""
+def figures_without_text(notebook: NotebookNode) -> list[str]:
+    """Figures and images without a text for readers who cannot see them."""
     found = []
     for index, output in outputs(notebook):
         data = output.get("data", {})
@@ -136,8 +135,8 @@ def _alt(figure: dict[str, Any]) -> str:
     return str(meta.get("alt", "")) if isinstance(meta, dict) else ""
 
 
-def without_picture(notebook: NotebookNode) -> list[str]:
-    """Figures that a viewer without plotly cannot draw."""
+def figures_without_picture(notebook: NotebookNode) -> list[str]:
+    """Figures without a picture for viewers that cannot draw plotly figures."""
     return [
         f"cell {index} has a figure without its PNG; run `make notebooks`."
         for index, output in outputs(notebook)
@@ -145,8 +144,8 @@ def without_picture(notebook: NotebookNode) -> list[str]:
     ]
 
 
-def sections(notebook: NotebookNode, chapter: str) -> list[str]:
-    """Sections that are missing, out of order, twice, unknown, or on the wrong kind of cell."""
+def section_problems(notebook: NotebookNode, chapter: str) -> list[str]:
+    """Sections that are missing, out of order, repeated, unknown, or in the wrong kind of cell."""
     places: dict[str, list[int]] = {}
     found = []
     for index, cell in enumerate(notebook.cells):
@@ -163,13 +162,13 @@ def sections(notebook: NotebookNode, chapter: str) -> list[str]:
     present = [tag for tag in SECTIONS if tag in places]
     for before, after in pairwise(present):
         if places[before][0] >= places[after][0]:
-            found.append(f"nl:{after} (cell {places[after][0]}) stands before nl:{before} "
+            found.append(f"nl:{after} (cell {places[after][0]}) comes before nl:{before} "
                          f"(cell {places[before][0]}).")  # fmt: skip
     exercises = places.get("exercise", [])
     if len(exercises) < LEAST_EXERCISES:
         found.append(f"{len(exercises)} exercises; expected at least {LEAST_EXERCISES}.")
     elif exercises[0] < places.get("intuition", [0])[0]:
-        found.append(f"nl:exercise (cell {exercises[0]}) stands before nl:intuition.")
+        found.append(f"nl:exercise (cell {exercises[0]}) comes before nl:intuition.")
     return found + _opening(notebook, chapter, places)
 
 
@@ -177,16 +176,16 @@ def _opening(notebook: NotebookNode, chapter: str, places: dict[str, list[int]])
     found = []
     first = notebook.cells[0] if notebook.cells else None
     if first is None or "header" not in tags(first) or not first.source.startswith("# "):
-        found.append("the first cell is not an nl:header that opens with `# title`.")
+        found.append("the first cell is not an nl:header that begins with `# title`.")
     for index in places.get("setup", ()):
         if not re.search(rf"""\bsetup\(\s*["']{chapter}["']""", notebook.cells[index].source):
             found.append(f'cell {index} with nl:setup does not call setup("{chapter}").')
     return found
 
 
-def leftovers(notebook: NotebookNode) -> list[str]:
-    """State of widgets, stderr and volatile metadata."""
-    found = [] if "widgets" not in notebook.metadata else ["metadata.widgets is still there."]
+def volatile_content(notebook: NotebookNode) -> list[str]:
+    """Widget state, stderr, and metadata that change from run to run."""
+    found = [] if "widgets" not in notebook.metadata else ["metadata.widgets is stored."]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("the kernel is not named python3.")
     for index, cell in enumerate(notebook.cells):
@@ -194,10 +193,12 @@ def leftovers(notebook: NotebookNode) -> list[str]:
             found.append(f"cell {index} has metadata.{key}.")
     for index, output in outputs(notebook):
         if WIDGET in output.get("data", {}):
-            found.append(f"cell {index} still links to a widget that lives no longer.")
+            found.append(
+                f"cell {index} still links to a widget, which does not exist without its kernel."
+            )
         if output.output_type == "stream" and output.name == "stderr":
             found.append(f"cell {index} has stderr in its output.")
-    return [f"{fault} Run `make notebooks`." for fault in found]
+    return [f"{problem} Run `make notebooks`." for problem in found]
 
 
 def too_long(notebook: NotebookNode) -> list[str]:
@@ -205,7 +206,7 @@ def too_long(notebook: NotebookNode) -> list[str]:
     found = []
     if len(notebook.cells) > MOST_CELLS:
         found.append(f"{len(notebook.cells)} cells; at most {MOST_CELLS}.")
-    stubs = {index for _, index, _ in stub_cells(notebook)}
+    stubs = {index for _, index, _ in exercise_cells(notebook)}
     for index, cell in code_cells(notebook):
         lines = sum(1 for line in cell.source.splitlines() if line.strip())
         if lines > MOST_LINES and index not in stubs:
@@ -213,8 +214,8 @@ def too_long(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def stub_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:
-    """For each exercise: place of its task, of its stub (the next code cell), and its id."""
+def exercise_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:
+    """For each exercise: index of its task, index of its stub (the next code cell), and its id."""
     for index, cell in enumerate(notebook.cells):
         if "exercise" not in tags(cell):
             continue
@@ -224,7 +225,7 @@ def stub_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:
 
 
 def too_large(notebook: NotebookNode) -> list[str]:
-    """A file that takes too long to fetch and to show."""
+    """A file that is too large to load quickly."""
     size = len(nbformat.writes(notebook).encode())
     if size <= MOST_BYTES:
         return []
@@ -236,8 +237,8 @@ def too_large(notebook: NotebookNode) -> list[str]:
     return [f"{size // 1000} kB; at most {MOST_BYTES // 1000} kB ({heavy})."]
 
 
-def not_compared(notebook: NotebookNode) -> list[str]:
-    """Too many cells whose output the notebook test ignores, or cells that it skips."""
+def uncompared_cells(notebook: NotebookNode) -> list[str]:
+    """Cells that the notebook test skips, or too many cells whose output it ignores."""
     ignored, found = [], []
     for index, cell in code_cells(notebook):
         marks = set(_IGNORING.findall(cell.source)) | _IGNORING_TAGS & set(
@@ -245,20 +246,22 @@ def not_compared(notebook: NotebookNode) -> list[str]:
         )
         ignored += [index] * bool(marks)
         if marks - {"NBVAL_IGNORE_OUTPUT", "nbval-ignore-output"}:
-            found.append(f"cell {index} is marked {sorted(marks)}; a chapter's cells all run.")
+            found.append(
+                f"cell {index} is marked {sorted(marks)}; every cell of a chapter must run."
+            )
     if len(ignored) > MOST_IGNORED:
         found.append(f"cells {ignored} are not compared; at most {MOST_IGNORED} may be.")
     return found
 
 
-def foreign(notebook: NotebookNode) -> list[str]:
-    """Paths of the author's machine, and things that would be fetched from outside."""
+def outside_references(notebook: NotebookNode) -> list[str]:
+    """Paths of the author's machine, and content that would be loaded from the internet."""
     found = []
     for index, text in _texts(notebook):
-        for place in dict.fromkeys(_PLACE.findall(text)):
-            found.append(f"cell {index} names the place {place} of one machine.")
+        for place in dict.fromkeys(_LOCAL_PATH.findall(text)):
+            found.append(f"cell {index} has the path {place} of one machine.")
         for match in _FETCH.finditer(text):
-            found.append(f"cell {index} fetches {match[0][-60:]!r} from outside.")
+            found.append(f"cell {index} loads {match[0][-60:]!r} from the internet.")
     return found
 
 

@@ -1,13 +1,14 @@
-"""Rules about what a chapter says: no copy of the package, no figure by hand, kept promises.
+"""Rules about the text of a chapter: no copy of the package, no number typed by hand.
 
-A number in a markdown cell is dead text: nobody notices when the thing it speaks of changes. So
-figures about NVIDIA's models come from `facts.toml` (`tell`, `facts_table`), what was measured
-comes from the cell that measures it, and a speed that stands in prose links to its record. Where a
-number is neither (a mask of 50 %, a step of a recipe), the cell says so in its metadata:
+Nobody notices when a number in a markdown cell is no longer true. So numbers about NVIDIA's models
+come from `facts.toml` (`tell`, `facts_table`), a measured number comes from the cell that measures
+it, and a speed in the text links to its record. If a number is none of these (a mask of 50 %, a
+step of a recipe), the cell gives the reason in its metadata:
 
     "nl_figures": "the share is chosen two cells below, not measured"
 
-All functions take a notebook node and what it is compared with, and return faults.
+There are also rules about predictions, exercises, the header and the objectives. Each function
+takes a notebook and what it is compared with, and returns problems, one sentence each.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from nemotron_lite.authoring.lint_cells import code_cells, markdown_cells, stub_cells, tags
+from nemotron_lite.authoring.lint_cells import code_cells, exercise_cells, markdown_cells, tags
 from nemotron_lite.course.exercises import Exercise
 
 SHORTEST_REASON = 15  # characters
-MINUTES_OFF = 0.2  # the part by which a header may round the time for the exercises
+MINUTES_TOLERANCE = 0.2  # how far a header may round the time for the exercises
 
 _CLAIM = re.compile(
     r"\d[\d.,]*\s?(?:"
@@ -45,14 +46,14 @@ _WRITTEN = (
 
 
 def prose(source: str) -> str:
-    """Markdown without code, formulas, comments and link targets; paragraphs stay apart."""
+    """Markdown without code, formulas, comments and link targets; paragraphs are kept."""
     for pattern in _WRITTEN:
         source = re.sub(pattern, "]" if pattern.startswith(r"\]") else " ", source, flags=re.S)
     return source
 
 
-def redefined(notebook: NotebookNode, public: Mapping[str, str]) -> list[str]:
-    """Functions and classes written in the chapter under a name that the package exports.
+def redefined_names(notebook: NotebookNode, public: Mapping[str, str]) -> list[str]:
+    """Functions and classes that a chapter defines under a name that the package exports.
 
     Args:
         notebook: the chapter.
@@ -64,12 +65,12 @@ def redefined(notebook: NotebookNode, public: Mapping[str, str]) -> list[str]:
             for name in _defined(node):
                 if name in public:
                     found.append(f"cell {index} redefines {name}; import it from {public[name]}, "
-                                 "or call yours something else.")  # fmt: skip
+                                 "or choose another name.")  # fmt: skip
     return found
 
 
 def _defined(node: ast.AST) -> list[str]:
-    """Names that a statement binds to a function or a class; plain values are free."""
+    """Names that a statement binds to a function or a class, and not to a plain value."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
@@ -78,10 +79,10 @@ def _defined(node: ast.AST) -> list[str]:
 
 
 def spellings(value: Any, unit: str) -> tuple[str, ...]:
-    """The ways to write a fact that can hardly mean anything else; none for a common number.
+    """The ways to write a fact that hardly mean anything else; none for a common number.
 
-    A number is distinctive with three significant digits, unless it is a power of two (they are
-    everyday sizes here). Two digits are enough together with the unit.
+    A number is distinctive if it has three significant digits, unless it is a power of two, which
+    is a common size here. With its unit, two digits are enough.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ()
@@ -90,15 +91,15 @@ def spellings(value: Any, unit: str) -> tuple[str, ...]:
     else:
         plain = {f"{int(value)}", f"{int(value):,}"}
     digits = re.sub(r"\D", "", f"{value:.15g}").strip("0")
-    everyday = float(value).is_integer() and value > 0 and int(value) & (int(value) - 1) == 0
-    found = set(plain) if len(digits) >= 3 and not everyday else set()
-    if unit and (len(digits) >= 2 or everyday) and re.match(r"\w", unit):
+    power_of_two = float(value).is_integer() and value > 0 and int(value) & (int(value) - 1) == 0
+    found = set(plain) if len(digits) >= 3 and not power_of_two else set()
+    if unit and (len(digits) >= 2 or power_of_two) and re.match(r"\w", unit):
         found |= {f"{way} {unit}" for way in plain}
     return tuple(sorted(found))
 
 
-def quoted_facts(notebook: NotebookNode, facts: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Figures of the facts file that stand in markdown, typed by hand.
+def typed_facts(notebook: NotebookNode, facts: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Numbers of the facts file that are typed into markdown.
 
     Args:
         notebook: the chapter.
@@ -109,14 +110,14 @@ def quoted_facts(notebook: NotebookNode, facts: Mapping[str, tuple[str, ...]]) -
         for key, ways in facts.items():
             for way in ways:
                 if re.search(rf"(?<![\w.,]){re.escape(way)}(?![\w]|[.,]\d)", text):
-                    found.append(f"cell {index} types {way!r}, which is the fact {key}; let "
-                                 f'tell("… {{{key}}} …") say it.')  # fmt: skip
+                    found.append(f"cell {index} types {way!r}, which is the fact {key}; use "
+                                 f'tell("… {{{key}}} …") instead.')  # fmt: skip
                     break
     return found
 
 
-def claims(notebook: NotebookNode, root: Path) -> list[str]:
-    """Speeds, sizes and shares in markdown, in a paragraph without a link to their record.
+def claims_without_record(notebook: NotebookNode, root: Path) -> list[str]:
+    """Speeds, sizes and shares in markdown, in a paragraph that does not link to a record.
 
     Args:
         notebook: the chapter.
@@ -129,7 +130,9 @@ def claims(notebook: NotebookNode, root: Path) -> list[str]:
         for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", cell.source, flags=re.S)):
             records = _RECORD.findall(paragraph)
             missing = [r for r in records if not (root / r).is_file()]
-            found += [f"cell {index} links to {record}, which is not there." for record in missing]
+            found += [
+                f"cell {index} links to {record}, which does not exist." for record in missing
+            ]
             claim = _CLAIM.search(prose(paragraph))
             if claim and len(missing) == len(records):
                 found.append(f"cell {index} says {claim[0]!r} without a record: measure it in a "
@@ -139,7 +142,7 @@ def claims(notebook: NotebookNode, root: Path) -> list[str]:
 
 
 def _free_prose(notebook: NotebookNode) -> Iterator[tuple[int, str]]:
-    """Prose of the markdown cells that give no reason for their figures."""
+    """Prose of the markdown cells whose metadata give no reason for their numbers."""
     for index, cell in markdown_cells(notebook):
         if not _reason(cell):
             yield index, prose(cell.source)
@@ -149,8 +152,8 @@ def _reason(cell: NotebookNode) -> bool:
     return len(str(cell.metadata.get("nl_figures", ""))) >= SHORTEST_REASON
 
 
-def predictions(notebook: NotebookNode) -> list[str]:
-    """Measurements that nobody predicted before, and predictions that are never measured."""
+def unmatched_predictions(notebook: NotebookNode) -> list[str]:
+    """Measurements without a prediction before them, and predictions that are never measured."""
     asked: dict[str, int] = {}
     answered: dict[str, int] = {}
     found = []
@@ -161,14 +164,14 @@ def predictions(notebook: NotebookNode) -> list[str]:
             if name not in ("predict", "measured"):
                 continue
             if not call.args or not isinstance(call.args[0], ast.Constant):
-                found.append(f"cell {index}: the key of {name}(…) is not written out.")
+                found.append(f"cell {index}: the key of {name}(…) is not a literal string.")
                 continue
             key = str(call.args[0].value)
             (asked if name == "predict" else answered).setdefault(key, index)
             if name == "measured" and asked.get(key, index + 1) > index:
                 found.append(f"cell {index} measures {key!r} before it was predicted.")
     if not asked:
-        found.append("nothing is predicted.")
+        found.append("nothing is predicted; a chapter asks for at least one prediction.")
     found += [
         f"cell {index} asks to predict {key!r}, which is never measured."
         for key, index in asked.items()
@@ -177,11 +180,11 @@ def predictions(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
-    """Exercises that are missing, unknown, or no longer what their definition says.
+def changed_exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
+    """Exercises that are missing, unknown, or different from their definition.
 
-    The definition in `course/exercises/` is the only one: the chapter repeats its task word for
-    word, and may lead up to it in the same cell.
+    The `exercises.py` of the chapter defines an exercise. The notebook repeats the task word for
+    word; the same cell may introduce it.
 
     Args:
         notebook: the chapter.
@@ -189,7 +192,7 @@ def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
     """
     by_id = {exercise.id: exercise for exercise in defined}
     found, seen = [], []
-    for task, index, name in stub_cells(notebook):
+    for task, index, name in exercise_cells(notebook):
         seen.append(name)
         if name not in by_id:
             found.append(f"the exercise at cell {task} has nl_exercise {name!r}; expected one of "
@@ -199,7 +202,8 @@ def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
         if not notebook.cells[task].source.rstrip().endswith(exercise.text):
             found.append(f"cell {task} does not end in the text of {name}; it is what "
                          f'exercises.exercise("{name}").text gives.')  # fmt: skip
-        if _squeezed(notebook.cells[index].source) != _squeezed(exercise.cell):
+        stub = notebook.cells[index].source
+        if _without_blank_lines(stub) != _without_blank_lines(exercise.cell):
             found.append(f"cell {index} is not the untouched stub of {name} followed by "
                          f'check("{name}", {exercise.function_name}).')  # fmt: skip
     found += [f"exercise {name} has no cell." for name in by_id if name not in seen]
@@ -207,8 +211,8 @@ def exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
     return found
 
 
-def header(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
-    """Headers that do not say what a reader plans by, or not what the exercises add up to.
+def header_problems(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
+    """A header without a required row, or with another time than the exercises add up to.
 
     Args:
         notebook: the chapter.
@@ -220,27 +224,27 @@ def header(notebook: NotebookNode, defined: Sequence[Exercise]) -> list[str]:
         for row in ("Time", "Machine", "You know")
         if f"| **{row}** |" not in first
     ]
-    said = re.search(r"(\d+) minutes to read, (\d+) for the exercises", first)
+    times = re.search(r"(\d+) minutes to read, (\d+) for the exercises", first)
     minutes = sum(exercise.minutes for exercise in defined)
-    if said is None:
-        found.append("nl:header does not say … minutes to read, … for the exercises.")
-    elif abs(int(said[2]) - minutes) > MINUTES_OFF * minutes:
-        found.append(f"nl:header gives {said[2]} minutes to exercises that take {minutes}.")
+    if times is None:
+        found.append("nl:header does not have the text … minutes to read, … for the exercises.")
+    elif abs(int(times[2]) - minutes) > MINUTES_TOLERANCE * minutes:
+        found.append(f"nl:header says {times[2]} minutes for exercises that take {minutes}.")
     return found
 
 
-def objectives(
-    notebook: NotebookNode, defined: Sequence[Exercise], asked: Sequence[str]
+def objective_problems(
+    notebook: NotebookNode, defined: Sequence[Exercise], quiz_objectives: Sequence[str]
 ) -> list[str]:
-    """Objectives that the recap or the quiz forgets, and exercises and questions about none.
+    """Objectives that are missing in the recap or the quiz, and exercises without an objective.
 
-    A chapter lists its objectives as `- **O1** …`, comes back to each in the recap, and asks for
-    each in the quiz. An exercise serves one of them; not every objective needs an exercise.
+    A chapter lists its objectives as `- **O1** …`. The recap repeats each of them, and the quiz has
+    a question for each. An exercise serves one of them; not every objective needs an exercise.
 
     Args:
         notebook: the chapter.
         defined: the exercises of the chapter.
-        asked: the objective of each question of the quiz.
+        quiz_objectives: the objective of each question of the quiz.
     """
     listed, kept = (_objectives_in(notebook, section) for section in ("objectives", "recap"))
     expected = [f"O{n}" for n in range(1, len(listed) + 1)]
@@ -248,11 +252,14 @@ def objectives(
     if not listed or listed != expected:
         found.append(f"nl:objectives lists {listed}; expected - **O1** …, - **O2** … and so on.")
     if kept != listed:
-        found.append(f"nl:recap comes back to {kept}, the objectives are {listed}.")
-    if set(asked) != set(listed):
-        found.append(f"the quiz asks for {sorted(set(asked))}, the objectives are {listed}.")
+        found.append(f"nl:recap has {kept}; expected the objectives {listed}.")
+    if set(quiz_objectives) != set(listed):
+        found.append(
+            f"the quiz has questions for {sorted(set(quiz_objectives))}; expected the objectives "
+            f"{listed}."
+        )
     found += [
-        f"exercise {e.id} serves {e.objective[:2]}, which is no objective of the chapter."
+        f"exercise {e.id} serves {e.objective[:2]}, which is not an objective of the chapter."
         for e in defined
         if e.objective[:2] not in listed
     ]
@@ -264,16 +271,16 @@ def _objectives_in(notebook: NotebookNode, section: str) -> list[str]:
     return re.findall(r"^- \*\*(O\d+)\*\* ", "\n".join(cells), re.M)
 
 
-def _squeezed(source: str) -> str:
-    """Without blank lines and trailing spaces, which editors change."""
+def _without_blank_lines(source: str) -> str:
+    """Source without blank lines and trailing spaces, which editors change."""
     return "\n".join(line.rstrip() for line in source.splitlines() if line.strip())
 
 
 def _trees(notebook: NotebookNode) -> Iterator[tuple[int, ast.Module]]:
-    """Syntax trees of the code cells; magics and shell lines are left out."""
+    """Syntax trees of the code cells, without magics and shell lines."""
     for index, cell in code_cells(notebook):
         lines = ["" if re.match(r"\s*[%!]", line) else line for line in cell.source.splitlines()]
         try:
             yield index, ast.parse("\n".join(lines))
-        except SyntaxError:  # not_run and errors speak about such a cell
+        except SyntaxError:  # not_executed and stored_errors report such a cell
             continue

@@ -1,24 +1,25 @@
-"""Execute the chapters and make them fit to be committed: `make notebooks`.
+"""Execute the chapters and prepare them to be committed: `make notebooks`.
 
     make notebooks                  every chapter
     make notebooks ARGS="01 03"     these two
 
 A chapter is committed executed, because most people read it without running it, and because the
-tests compare what a fresh run says with what is stored. What a run leaves behind is not yet what a
-reader needs, so each chapter passes through three steps:
+tests compare the output of a fresh run with the stored output. Three steps make a chapter:
 
-    execute  a fresh kernel in the chapter's folder, cell by cell. An error ends it, and the file
-             stays as it was.
-    clean    out go: the widgets' state (5 MB of plotly's own JavaScript), the link to a widget that
-             lives no longer (JupyterLab would show an error in its place), what was written to
-             stderr, times of execution, and every other trace that differs from run to run.
-    draw     each plotly figure also gets a PNG, for viewers that draw neither widgets nor plotly.
-             JupyterLab too shows it first, at one pixel of the picture a pixel of the page whatever
-             the metadata say, so it is drawn no wider than an output beside an open side bar. A
-             flat drawing needs few colours: a palette of 64 keeps it small.
+    execute  runs every cell in a fresh kernel, in the chapter's folder. If a cell fails, the file
+             is not changed.
+    clean    removes the state of the widgets (5 MB of plotly's JavaScript), links to widgets
+             (JupyterLab would show an error, because the kernel has ended), stderr, execution
+             times, and everything else that differs from run to run.
+    draw     adds a PNG to each plotly figure, for viewers that show neither widgets nor plotly.
+             JupyterLab shows it too, until the cell is run. It shows one pixel of the picture as
+             one pixel of the page and ignores the metadata, so the picture is no wider than an
+             output beside an open side bar. A palette of 64 colors keeps the file small.
 
-`clean` of a clean notebook changes nothing, and a file is replaced in one step. At the end the
-rules of `hygiene` are read over each chapter, and what they find is printed.
+Cleaning a notebook twice changes nothing, and a file is replaced in one step. At the end `lint`
+checks each chapter, and the problems are printed.
+
+This runs in a checkout. `--folder` names another folder with chapters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import argparse
 import base64
 import copy
 import io
-import os
 import re
 import sys
 import time
@@ -38,24 +38,24 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from nemotron_lite.authoring import lint
+from nemotron_lite.authoring import lint, lint_cells
+from nemotron_lite.course.display import PLOTLY, WIDGET
+from nemotron_lite.files import atomic_file
 
 CHAPTERS = Path("notebooks")
 CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
-PLOTLY = "application/vnd.plotly.v1+json"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURE_WIDTH, PICTURE_HEIGHT = 820, 380
-COLOURS = 64
+COLORS = 64
 
-# What may stay. Everything else (execution times, scrolling, an editor's own notes) is volatile.
-KEPT_OF_CELL = {"tags", "editable", "deletable", "jupyter", "slideshow"}
+# Everything else (execution times, scrolling, notes of an editor) differs from run to run.
+KEPT_CELL_METADATA = {"tags", "editable", "deletable", "jupyter", "slideshow"}
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 LANGUAGE = {
     "name": "python", "file_extension": ".py", "mimetype": "text/x-python",
     "pygments_lexer": "ipython3",
 }  # fmt: skip
 
-Draw = Callable[[dict[str, Any]], bytes]
+Render = Callable[[dict[str, Any]], bytes]
 
 
 class PublishError(RuntimeError):
@@ -63,22 +63,27 @@ class PublishError(RuntimeError):
 
 
 def chapters(names: Iterable[str] = (), folder: Path = CHAPTERS) -> list[Path]:
-    """The notebooks of `folder` that are chapters, all or those named.
+    """The chapters in `folder`: all of them, or those named.
 
     Args:
         names: "01", "01_selective_scan", or a path.
-        folder: where they lie.
+        folder: the folder of the notebooks.
 
     Raises:
-        PublishError: a name that fits no chapter.
+        PublishError: there is no chapter, or none with a given name.
     """
     every = sorted(folder.glob("[0-9]*.ipynb"))
+    if not every:
+        raise PublishError(
+            f"{folder.resolve()} has no chapters. Run this in the root of a checkout, or name the "
+            "folder of the chapters with --folder."
+        )
     chosen = []
     for name in names:
         stem = Path(name).name.removesuffix(".ipynb")
         found = [path for path in every if path.stem == stem or path.stem.startswith(f"{stem}_")]
         if not found:
-            known = ", ".join(path.stem for path in every) or "none"
+            known = ", ".join(path.stem for path in every)
             raise PublishError(f"no chapter {name!r} in {folder}; there are: {known}.")
         chosen += found
     return chosen or every
@@ -110,13 +115,13 @@ def execute(
         raise PublishError(f"a cell ran longer than {seconds:g} s: {error}") from error
     except (CellExecutionError, DeadKernelError) as error:
         raise PublishError(re.sub(r"\x1b\[[\d;]*m", "", str(error))) from error
-    if found := lint.errors(fresh):
+    if found := lint_cells.stored_errors(fresh):
         raise PublishError(f"{found[0]} A chapter shows an error by catching and printing it.")
     return fresh
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """A copy without anything that differs from run to run or that a reader cannot use."""
+    """A copy without what differs from run to run and what a reader cannot use."""
     tidy = copy.deepcopy(notebook)
     tidy.metadata = NotebookNode(
         {k: v for k, v in sorted(tidy.metadata.items()) if k.startswith("nl")},
@@ -127,7 +132,11 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     for position, cell in enumerate(tidy.cells):
         cell.id = cell.get("id") or f"cell-{position}"
         cell.metadata = NotebookNode(
-            {k: v for k, v in cell.metadata.items() if k in KEPT_OF_CELL or k.startswith("nl")}
+            {
+                k: v
+                for k, v in cell.metadata.items()
+                if k in KEPT_CELL_METADATA or k.startswith("nl")
+            }
         )
         if cell.cell_type != "code":
             continue
@@ -157,7 +166,7 @@ def _clean_output(output: NotebookNode) -> NotebookNode | None:
 
 
 def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Pieces of stdout as one: where a kernel flushes differs from run to run."""
+    """Consecutive pieces of stdout as one: where a kernel flushes differs from run to run."""
     merged: list[NotebookNode] = []
     for output in outputs:
         if merged and output.output_type == "stream" == merged[-1].output_type:
@@ -167,8 +176,8 @@ def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return merged
 
 
-def illustrate(notebook: NotebookNode, draw: Draw) -> int:
-    """Put a PNG beside every plotly figure, in place; returns how many."""
+def add_pictures(notebook: NotebookNode, draw: Render) -> int:
+    """Add a PNG to every plotly figure of the notebook itself; returns their number."""
     drawn = 0
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
@@ -179,10 +188,10 @@ def illustrate(notebook: NotebookNode, draw: Draw) -> int:
     return drawn
 
 
-class Drawer:
-    """plotly figures to PNG, by one browser for all of them (kaleido; needs a chromium)."""
+class FigureRenderer:
+    """Draws plotly figures as PNG, all in one browser (kaleido; needs a chromium)."""
 
-    def __enter__(self) -> Draw:
+    def __enter__(self) -> Render:
         import kaleido
 
         kaleido.start_sync_server(silence_warnings=True)
@@ -195,7 +204,7 @@ class Drawer:
 
     @staticmethod
     def draw(figure: dict[str, Any]) -> bytes:
-        """One figure's JSON as a PNG with a palette."""
+        """The PNG of a figure's JSON, with few colors."""
         import kaleido
 
         layout = figure.get("layout", {})
@@ -204,42 +213,39 @@ class Drawer:
         )
         content = {"data": figure.get("data", []), "layout": layout}
         opts = dict(format="png", scale=1, **size)
-        return with_palette(kaleido.calc_fig_sync(content, opts=opts))
+        return reduce_colors(kaleido.calc_fig_sync(content, opts=opts))
 
 
-def with_palette(png: bytes) -> bytes:
-    """The same picture in at most 64 colours, without dithering."""
+def reduce_colors(png: bytes) -> bytes:
+    """The same picture with at most 64 colors, without dithering."""
     from PIL import Image
 
-    flat = Image.open(io.BytesIO(png)).convert("RGB")
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
     small = io.BytesIO()
-    flat.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+    picture.quantize(COLORS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
         small, "PNG", optimize=True
     )
     return min(small.getvalue(), png, key=len)
 
 
-def write(notebook: NotebookNode, path: Path) -> int:
-    """Write a valid notebook in one step, so that a killed run leaves the old one; its bytes."""
+def write_notebook(notebook: NotebookNode, path: Path) -> int:
+    """Validate a notebook and write it in one step, so that a killed run keeps the old file.
+
+    Returns:
+        Its size in bytes.
+    """
     nbformat.validate(notebook)
     content = (nbformat.writes(notebook).rstrip("\n") + "\n").encode()
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
     return len(content)
 
 
-def publish(path: Path, draw: Draw) -> str:
-    """Execute, clean and illustrate one chapter, and write it; a line about it.
+def publish(path: Path, draw: Render) -> str:
+    """Execute and clean one chapter, add its pictures and write it; returns a line about it.
 
     Raises:
-        PublishError: it did not run to its end without an error; the file is as it was.
+        PublishError: a cell failed; the file is not changed.
     """
     start = time.perf_counter()
     try:
@@ -248,17 +254,17 @@ def publish(path: Path, draw: Draw) -> str:
         raise PublishError(f"{path.name} was not written.\n{error}") from error
     ran = time.perf_counter() - start
     notebook = clean(notebook)
-    figures = illustrate(notebook, draw)
-    size = write(notebook, path)
+    figures = add_pictures(notebook, draw)
+    size = write_notebook(notebook, path)
     slow = f" (over {lint.CHAPTER_SECONDS} s)" if ran > lint.CHAPTER_SECONDS else ""
     return f"{path.name}: ran {ran:.1f} s{slow}, {figures} figures, {size / 1000:.0f} kB"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 0 when every chapter was published and keeps the rules."""
+    """The command; returns 0 if every chapter was published and keeps the rules."""
     parser = argparse.ArgumentParser(prog="make notebooks", description="Publish chapters.")
-    parser.add_argument("chapters", nargs="*", help="such as 01 03; all, if none is named")
-    parser.add_argument("--folder", type=Path, default=CHAPTERS, help="where the chapters lie")
+    parser.add_argument("chapters", nargs="*", help="such as 01 03; none means all")
+    parser.add_argument("--folder", type=Path, default=CHAPTERS, help="the folder of the chapters")
     chosen = parser.parse_args(arguments)
     failed = 0
     try:
@@ -266,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PublishError as error:
         print(error, file=sys.stderr)
         return 2
-    with Drawer() as draw:
+    with FigureRenderer() as draw:
         for path in paths:
             try:
                 print(publish(path, draw), flush=True)
@@ -274,9 +280,10 @@ def main(arguments: list[str] | None = None) -> int:
                 print(error, file=sys.stderr)
                 failed += 1
                 continue
-            for fault in (faults := lint.check_file(path)):
-                print(f"  {fault}")
-            failed += bool(faults)
+            problems = lint.lint_file(path)
+            for problem in problems:
+                print(f"  {problem}")
+            failed += bool(problems)
     return int(failed > 0)
 
 

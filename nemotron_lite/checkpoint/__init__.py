@@ -1,18 +1,19 @@
-"""Weights on disk, in the layout of Hugging Face's `nemotron_h`: `load`, `save`, `contents`.
+"""Weights on disk, in the layout of Hugging Face's `nemotron_h`: `load` and `save`.
 
-The rooms behind them:
+    names            the names of a tensor on disk and in the model
+    validation       reads headers and finds all problems of a folder before weights are read
+    modelopt         how NVIDIA's ModelOpt stores quantized weights
+    modelopt_config  what ModelOpt's config files say about them
+    reader           load: one tensor at a time, into a model that had no memory until then
+    writer           save: the hub's layout, in shards
+    storage          how many bytes the weights take in which format
 
-    names       what a tensor is called on disk and in the model
-    inventory   what a folder holds, and everything that is wrong with it, before anything is read
-    reader      load: one tensor at a time into a model that had no memory until then
-    writer      save: the hub's layout, in shards
-    atomic      a folder that appears whole or not at all
-    contents    what a folder holds in which format, in how many bytes
+Saving is atomic: `nemotron_lite/files.py` replaces a folder as a whole.
 """
 
 from nemotron_lite.checkpoint.reader import load
-from nemotron_lite.checkpoint.storage import StoredGroup, storage_report, weight_bytes
+from nemotron_lite.checkpoint.storage import StorageRow, storage_summary, weight_bytes
 from nemotron_lite.checkpoint.validation import CheckpointError
 from nemotron_lite.checkpoint.writer import save
 
-__all__ = ["CheckpointError", "StoredGroup", "load", "save", "storage_report", "weight_bytes"]
+__all__ = ["CheckpointError", "StorageRow", "load", "save", "storage_summary", "weight_bytes"]

@@ -1,24 +1,24 @@
-"""What a tensor is called: in the model, on the hub, and in files written elsewhere.
+"""The names of a tensor: in the model, on the hub, and in files that other programs wrote.
 
-The model's own names are the hub's, so most tensors need no table:
+The model uses the hub's names, so most tensors have the same name everywhere but for a prefix:
 
     backbone.layers.3.mixer.in_proj.weight        the hub, and here
     model.layers.3.mixer.in_proj.weight           transformers 5, in memory
-    model.backbone.layers.3.mixer.in_proj.weight  wrapped once more by a trainer
+    model.backbone.layers.3.mixer.in_proj.weight  wrapped in one more module by a training program
 
-Routed experts are the exception. The hub keeps two matrices per expert, 2 x 512 small tensors in
-every mixture layer of Super; a program that multiplies wants one stacked tensor:
+Routed experts are the exception. The hub stores two matrices per expert, which are 2 x 512 small
+tensors in every mixture layer of Super. To multiply them, one stacked tensor is better:
 
     disk     backbone.layers.1.mixer.experts.{e}.up_proj.weight     [f l] each
     model    backbone.layers.1.mixer.experts.up_proj                [e f l]
 
-transformers 5 stacks them in memory under the same name, and can be told to save them so. Both are
-read here; the hub's is written. A packed stack is a module with several tensors, each of which goes
-to disk expert by expert: `experts.up_proj.weight_scale` as `experts.{e}.up_proj.weight_scale`.
-`mtp.*` and `lm_head.weight` carry no prefix anywhere.
+transformers 5 stacks them in memory under the same name, and can save them like that. Here both are
+read, and the hub's names are written. A quantized (packed) stack is a module with several tensors.
+Each of them is stored expert by expert: `experts.up_proj.weight_scale` becomes
+`experts.{e}.up_proj.weight_scale`. `mtp.*` and `lm_head.weight` have no prefix in any spelling.
 
 Source: reference sheet 10.1; the conversion table of transformers 5.23. Left out: the names inside
-vLLM and Megatron, which never reach the disk in this format.
+vLLM and Megatron, which do not save this format.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ _PACKED_EXPERTS = re.compile(
 )
 
 
-class Place(NamedTuple):
-    """Where a tensor of a file belongs: a tensor of the model, or one expert's slice of it."""
+class Destination(NamedTuple):
+    """Where a tensor of a file is loaded to: a tensor of the model, or one expert's slice of it."""
 
     name: str  # key of the model's state_dict
     expert: int | None = None
 
 
-def place_of(disk_name: str) -> Place:
-    """The place in the model of a tensor called `disk_name` in a file, under any known spelling.
+def destination_of(disk_name: str) -> Destination:
+    """Where a tensor called `disk_name` in a file is loaded to, for all spellings above.
 
-    A name that fits no spelling comes back as it is; whether the model has such a tensor is for the
-    caller to see.
+    An unknown name is returned unchanged. The caller has to check that the model has this tensor.
     """
     name = disk_name
     for prefix in PREFIXES:
@@ -56,8 +55,8 @@ def place_of(disk_name: str) -> Place:
             name = "backbone." + name.removeprefix(prefix)
             break
     if match := _ONE_EXPERT.fullmatch(name):
-        return Place(f"{match[1]}.{match[3]}", int(match[2]))
-    return Place(name)
+        return Destination(f"{match[1]}.{match[3]}", int(match[2]))
+    return Destination(name)
 
 
 def is_stack_of_experts(name: str) -> bool:
@@ -66,14 +65,14 @@ def is_stack_of_experts(name: str) -> bool:
 
 
 def hub_names(name: str, experts: int) -> Iterator[tuple[str, int | None]]:
-    """The names under which the hub keeps the model's tensor `name`.
+    """The names under which the hub stores the model's tensor `name`.
 
     Args:
         name: key of the model's state_dict.
-        experts: length of the tensor's first axis; used where it counts experts.
+        experts: length of the tensor's first axis; used only if this axis is the experts.
 
     Yields:
-        (disk name, expert whose slice it is, or None for the whole tensor).
+        (disk name, expert): one slice per expert, or expert None for the whole tensor.
     """
     if packed := _PACKED_EXPERTS.fullmatch(name):
         for expert in range(experts):

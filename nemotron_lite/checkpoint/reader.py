@@ -1,24 +1,24 @@
-"""load: a Hugging Face folder becomes a model, without ever holding the weights twice.
+"""load: read a Hugging Face folder into a model, without holding the weights in memory twice.
 
-    1. read config.json and the headers of the weight files; compare; report all faults at once
-    2. build the model on the meta device: shapes and names, no memory
-    3. for each stored tensor: take it from the file, cast or decode it, write it where it belongs
-    4. hand the filled tensors to the model
+    1. read config.json and the headers of the weight files, compare them, report all problems
+    2. create the model on the meta device: it has shapes and names, but no memory
+    3. for each stored tensor: read it, cast or decode it, and copy it into the model's tensor
+    4. assign these tensors to the model
 
-The usual way, a model with random weights beside a dict of stored ones, needs twice the memory.
-Here the peak is the model plus `REOPEN` bytes of file (or one tensor, if that is larger): a
-safetensors file is mapped into memory, and pages that were read count as used until the file is
-closed, so it is closed and opened again every so often.
+The usual way needs twice the memory: a model with random weights, and a dict of the stored ones.
+Here the peak is the model plus `REOPEN_AFTER` bytes of the file (or one tensor, if it is larger). A
+safetensors file is mapped into memory, and pages that were read count as used memory until the file
+is closed. Therefore it is closed and opened again after every `REOPEN_AFTER` bytes.
 
-Number format: with `dtype=None` the model gets the one that config.json names (`torch_dtype` or
-`dtype`), and where it names none, every tensor stays as stored. The router's selection bias is
-float32 in any case: published biases are near 2^6 and differ by less than 2^-2, which BF16 cannot
-tell apart.
+The dtype: with `dtype=None` the model gets the dtype that config.json names (`torch_dtype` or
+`dtype`). If it names none, every tensor keeps its stored dtype. The router's selection bias is
+always float32: published biases are near 2^6 and differ by less than 2^-2, which BF16 cannot
+represent.
 
-Quantized weights in ModelOpt's layout (`modelopt`) are decoded on the way, or with `packed=True`
-kept as they are in layers that decode them when they are used.
+Quantized weights in ModelOpt's layout (`modelopt`) are decoded while they are loaded. With
+`packed=True` they stay quantized, in layers that decode them when they are used.
 
-Source: reference sheet section 10. Left out: fetching from the hub.
+Source: reference sheet section 10. Left out: downloading from the hub.
 """
 
 from __future__ import annotations
@@ -34,16 +34,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
-from nemotron_lite.checkpoint.modelopt import FORM_OF, Gathered
-from nemotron_lite.checkpoint.names import Place, place_of
-from nemotron_lite.checkpoint.validation import CheckpointError, Stored
+from nemotron_lite.checkpoint.modelopt import FORM_OF, GroupedTensors
+from nemotron_lite.checkpoint.names import Destination, destination_of
+from nemotron_lite.checkpoint.validation import CheckpointError, StoredTensor
 from nemotron_lite.config import ConfigError, NemotronConfig
 from nemotron_lite.hf_config import from_hf
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.packed_layers import ScaledLinear, decode, install
+from nemotron_lite.quantization.packed_layers import (
+    LinearWithKVScale,
+    decode_weight,
+    empty_packed_layer,
+    install_packed_layer,
+)
 
-REOPEN = 64 * 2**20  # bytes of a mapped file after which it is closed and opened again
-STAYS_FLOAT32 = "e_score_correction_bias"
+REOPEN_AFTER = 64 * 2**20  # bytes read from a mapped file before it is opened again
+ALWAYS_FLOAT32 = "e_score_correction_bias"
 
 _DTYPES = {
     "float64": torch.float64,
@@ -52,7 +57,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "FP8": 1, "NVFP4": 0.5625}
-Parts = dict[str, Tensor]
+QuantizedTensors = dict[str, Tensor]  # weight, weight_scale, ... of one module
 
 
 def load(
@@ -66,26 +71,26 @@ def load(
     """Read a `nemotron_h` checkpoint: `model.safetensors`, or shards with their index.
 
     Names may have the prefix `backbone.` or `model.`, and experts may be stored one by one or
-    stacked. `generation_config.json`, where it is there, decides the end-of-sequence ids: released
-    chat models list one more there than in `config.json`.
+    stacked. If there is a `generation_config.json`, the end-of-sequence ids are taken from it,
+    because released chat models list one more id there than in `config.json`.
 
     Args:
         path: the folder.
-        dtype: of the weights; None takes what config.json names.
-        device: where they go.
+        dtype: of the weights; None takes the one that config.json names.
+        device: of the weights.
         mtp: "require" loads the MTP module if config.json has one and fails if its weights are
             missing; "drop" leaves it out, whatever the folder holds.
-        packed: keep weights in NVFP4 and FP8 as they are stored, to be decoded when they are used;
-            `save` writes the same bits again. Otherwise they become `dtype` (bfloat16 where
-            neither this nor config.json names one).
+        packed: keep NVFP4 and FP8 weights quantized and decode them when they are used; `save`
+            then writes the same bits again. Otherwise they are decoded to `dtype` (bfloat16 if
+            neither `dtype` nor config.json names one).
 
     Returns:
         The model in eval mode. `model.tokenizer` is the `tokenizers.Tokenizer` of the folder's
         tokenizer.json, or None.
 
     Raises:
-        CheckpointError: everything that is wrong with the folder, in one message.
-        ValueError: `dtype` or `mtp` is none of the possible ones.
+        CheckpointError: all problems of the folder, in one message.
+        ValueError: `dtype` or `mtp` has an unknown value.
     """
     folder = Path(path)
     if dtype is not None and dtype not in _DTYPES.values():
@@ -93,16 +98,19 @@ def load(
     if mtp not in ("require", "drop"):
         raise ValueError(f'mtp={mtp!r} does not work: expected "require" or "drop".')
     _check_folder(folder)
-    problems: list[str] = []
-    hf = validation.read_json(folder / "config.json", problems)
-    files, weight_map = validation.find_files(folder, problems)
-    stored = validation.read_headers(files, weight_map, problems)
-    found = modelopt.gather(stored, problems)
-    plain = [item.name for item in found.stored if item.name not in found.modules]
-    modelopt_config.check(folder, hf, found.modules.values(), plain, problems)
-    config = _config(folder, hf, mtp, problems) if hf else None
-    dtype = dtype or _named_dtype(hf, problems)
-    tokenizer = _tokenizer(folder, problems)
+    hf, problems = validation.read_json(folder / "config.json")
+    stored, header_problems = validation.read_headers(folder)
+    found = modelopt.group_quantized(stored)
+    problems += header_problems + found.problems
+    floats = [item.name for item in found.stored if item.name not in found.modules]
+    problems += modelopt_config.check(
+        folder, hf, found.modules.values(), floats, complete=not problems
+    )
+    config, config_problems = _config(folder, hf, mtp) if hf else (None, [])
+    named_dtype, dtype_problems = _named_dtype(hf)
+    dtype = dtype or named_dtype
+    tokenizer, tokenizer_problems = _tokenizer(folder)
+    problems += config_problems + dtype_problems + tokenizer_problems
     if config is None or problems:
         raise CheckpointError(folder, problems)
 
@@ -112,13 +120,13 @@ def load(
     stored = found.stored
     if mtp == "drop":
         stored = [item for item in stored if not item.name.startswith("mtp.")]
-    places = validation.match(shapes, stored, problems)
-    _check_cache_scales(found, shapes, problems)
+    matched, problems = validation.match_tensors(shapes, stored)
+    problems += _check_cache_scales(found, shapes)
     if packed:
-        _install(model, places, found, problems)
+        problems += _install_packed_layers(model, matched, found)
     if problems:
         raise CheckpointError(folder, problems)
-    tensors = _fill(folder, model, shapes, places, found, dtype, torch.device(device))
+    tensors = _read_weights(folder, model, shapes, matched, found, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = tokenizer
     return model.eval()
@@ -128,182 +136,193 @@ def _check_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     if folder.exists():
-        way_out = f"it is a file; give the folder that holds it, {folder.parent}"
+        problem = f"it is a file; give the folder that holds it, {folder.parent}"
     elif left := sorted(folder.absolute().parent.glob(f".{folder.name}.old-*")):
-        way_out = f"it is missing, but an interrupted save left the last one beside it: {left[-1]}"
+        problem = (
+            f"it is missing, but an interrupted save left the old one as {left[-1]}: rename it"
+        )
     else:
-        way_out = (
-            "there is no such folder. Models are read from disk; fetch one first, for instance "
+        problem = (
+            "there is no such folder. Models are read from disk: download one first, for example "
             f"with `hf download {folder} --local-dir DIR`"
         )
-    raise CheckpointError(folder, [way_out])
+    raise CheckpointError(folder, [problem])
 
 
 def _config(
-    folder: Path, hf: Mapping[str, Any], mtp: str, problems: list[str]
-) -> NemotronConfig | None:
-    """The sizes, with the end-of-sequence ids of generation_config.json."""
+    folder: Path, hf: Mapping[str, Any], mtp: str
+) -> tuple[NemotronConfig | None, list[str]]:
+    """The sizes, with the end-of-sequence ids of generation_config.json; and the problems."""
     if mtp == "drop":
         hf = {**hf, "num_nextn_predict_layers": 0}
-    generation = {}
+    generation: dict[str, Any] = {}
+    problems: list[str] = []
     if (folder / "generation_config.json").exists():
-        generation = validation.read_json(folder / "generation_config.json", problems)
+        generation, problems = validation.read_json(folder / "generation_config.json")
     if generation.get("eos_token_id") is not None:
         hf = {**hf, "eos_token_id": generation["eos_token_id"]}
     try:
-        return from_hf(hf)
+        return from_hf(hf), problems
     except ConfigError as error:
-        problems.append(str(error))
-        return None
+        return None, [*problems, str(error)]
 
 
-def _named_dtype(hf: Mapping[str, Any], problems: list[str]) -> torch.dtype | None:
-    """What config.json says the weights should be."""
+def _named_dtype(hf: Mapping[str, Any]) -> tuple[torch.dtype | None, list[str]]:
+    """The dtype that config.json names, if any; and the problems."""
     name = hf.get("torch_dtype") or hf.get("dtype")
     if name is None:
-        return None
+        return None, []
     dtype = _DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None:
-        problems.append(
-            f"config.json names dtype {name!r}; expected one of {', '.join(_DTYPES)}. Correct it,"
-            " or say which: load(path, dtype=...)"
-        )
-    return dtype
+    if dtype is not None:
+        return dtype, []
+    return None, [
+        f"config.json names dtype {name!r}; expected one of {', '.join(_DTYPES)}. Correct it, or"
+        " give the dtype: load(path, dtype=...)"
+    ]
 
 
-def _tokenizer(folder: Path, problems: list[str]) -> Tokenizer | None:
+def _tokenizer(folder: Path) -> tuple[Tokenizer | None, list[str]]:
     file = folder / "tokenizer.json"
     if not file.exists():
-        return None
+        return None, []
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file)), []
     except Exception as error:  # the library raises bare Exception
-        problems.append(f"tokenizer.json is unreadable ({error}); download or copy it again")
-        return None
+        return None, [f"tokenizer.json is unreadable ({error}); download or copy it again"]
 
 
-def _check_cache_scales(
-    found: Gathered, shapes: Mapping[str, tuple[int, ...]], problems: list[str]
-) -> None:
-    """Scales of keys and values belong to a projection that makes them."""
+def _check_cache_scales(found: GroupedTensors, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The problem with scales of keys and values whose projection is not in the model, if any."""
     lost = [
-        name for name in found.cache_scales
-        if f"{_place_of_scale(name)[0]}.weight" not in shapes and not name.startswith("mtp.")
-    ]  # fmt: skip
-    if lost:
-        problems.append(f"scales of keys or values without a projection: {validation.some(lost)}")
+        name
+        for name in found.cache_scales
+        if f"{_module_and_scale(name)[0]}.weight" not in shapes and not name.startswith("mtp.")
+    ]
+    if not lost:
+        return []
+    return [f"scales of keys or values without a projection: {validation.shorten(lost)}"]
 
 
-def _place_of_scale(name: str) -> tuple[str, str]:
-    module, _, part = place_of(name).name.rpartition(".")
-    return module, part
+def _module_and_scale(name: str) -> tuple[str, str]:
+    """The projection that a stored cache scale belongs to, and `k_scale` or `v_scale`."""
+    module, _, scale = destination_of(name).name.rpartition(".")
+    return module, scale
 
 
-def _install(
-    model: Nemotron, places: Mapping[Place, Stored], found: Gathered, problems: list[str]
-) -> None:
-    """Packed layers for the weights that are stored packed, and places for the caches' scales."""
+def _install_packed_layers(
+    model: Nemotron, matched: Mapping[Destination, StoredTensor], found: GroupedTensors
+) -> list[str]:
+    """Replace layers by packed ones where the weight is stored quantized; add cache scales.
+
+    Returns:
+        The problems: stacks of experts that are not all stored in the same format.
+    """
+    problems = []
     kinds: dict[str, set[tuple[str, bool]]] = {}
-    for place, item in places.items():
+    for destination, item in matched.items():
         stored = found.modules.get(item.name)
-        calibrated = stored is not None and "input_scale" in stored.parts
-        kinds.setdefault(place.name, set()).add((item.dtype, calibrated))
+        calibrated = stored is not None and "input_scale" in stored.tensors
+        kinds.setdefault(destination.name, set()).add((item.dtype, calibrated))
     for name, kind in kinds.items():
         if not any(dtype in FORM_OF for dtype, _ in kind):
             continue
         if len(kind) > 1:
             problems.append(
-                f"{name}: its experts are stored in different ways ({sorted(kind)}), which one "
-                "packed stack cannot hold. Load this checkpoint without packed=True"
+                f"{name}: its experts are stored in different formats ({sorted(kind)}), but a "
+                "packed layer has one format. Load this checkpoint without packed=True"
             )
             continue
         dtype, calibrated = kind.pop()
-        install(model, name, FORM_OF[dtype], calibrated=calibrated)
+        layer = empty_packed_layer(model, name, FORM_OF[dtype], calibrated=calibrated)
+        install_packed_layer(model, name, layer)
     for name in found.cache_scales:
-        module, part = _place_of_scale(name)
+        module, part = _module_and_scale(name)
         above, _, leaf = module.rpartition(".")
         try:
             parent = model.get_submodule(above)
-        except AttributeError:  # of a module that is left out
+        except AttributeError:  # this module is left out (MTP)
             continue
         linear = getattr(parent, leaf, None)
         if isinstance(linear, torch.nn.Linear):
-            setattr(parent, leaf, ScaledLinear.over(linear, part))
+            setattr(parent, leaf, LinearWithKVScale.from_linear(linear, part))
+    return problems
 
 
-def _fill(
+def _read_weights(
     folder: Path,
     model: Nemotron,
     shapes: Mapping[str, tuple[int, ...]],
-    places: Mapping[Place, Stored],
-    found: Gathered,
+    matched: Mapping[Destination, StoredTensor],
+    found: GroupedTensors,
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The model's tensors, with the stored values in them."""
-    # What packed layers and the caches' scales are called and look like; empty without them.
-    everything = model.state_dict()
-    own = everything.keys() - shapes.keys()
+    """The model's tensors with the stored values, by name."""
+    # The tensors that `_install_packed_layers` added: of packed layers, and scales of the cache.
+    state = model.state_dict()
+    added = state.keys() - shapes.keys()
     tensors: dict[str, Tensor] = {}
-    wrong: list[str] = []
+    invalid: list[str] = []
 
-    def put(
-        name: str, shape: tuple[int, ...], kept: torch.dtype, place: Place, value: Tensor
+    def copy_into(
+        name: str, shape: tuple[int, ...], dtype: torch.dtype, expert: int | None, value: Tensor
     ) -> None:
         if name not in tensors:
-            tensors[name] = torch.empty(shape, dtype=kept, device=device)
-        target = tensors[name] if place.expert is None else tensors[name][place.expert]
+            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+        target = tensors[name] if expert is None else tensors[name][expert]
         target.copy_(value.view(target.shape))
 
-    for place, item, source in _stream(folder, places, found):
+    for (name, expert), item, source in _stream(folder, matched, found):
         if isinstance(source, Tensor):
-            kept = torch.float32 if place.name.endswith(STAYS_FLOAT32) else dtype or source.dtype
-            if place.name in shapes:
-                put(place.name, shapes[place.name], kept, place, source)
+            kept = torch.float32 if name.endswith(ALWAYS_FLOAT32) else dtype or source.dtype
+            if name in shapes:
+                copy_into(name, shapes[name], kept, expert, source)
             continue
-        wrong += modelopt.wrong_values(item.name.removesuffix(".weight"), source)
-        module = place.name.removesuffix(".weight")
-        if f"{module}.weight_scale" in own:
+        invalid += modelopt.invalid_values(item.name.removesuffix(".weight"), source)
+        module = name.removesuffix(".weight")
+        if f"{module}.weight_scale" in added:
             for part, value in source.items():
-                meta = everything[f"{module}.{part}"]
-                put(f"{module}.{part}", tuple(meta.shape), meta.dtype, place, value)
+                meta = state[f"{module}.{part}"]
+                copy_into(f"{module}.{part}", tuple(meta.shape), meta.dtype, expert, value)
         else:
-            shape = shapes[place.name]
-            numbers = decode(FORM_OF[item.dtype], source, shape[-2:], torch.float32)
-            put(place.name, shape, dtype or torch.bfloat16, place, numbers)
-    if wrong:
-        raise CheckpointError(folder, [f"scales that no number has: {validation.some(wrong)}"])
-    for name, item in found.cache_scales.items():
-        place = Place(".".join(_place_of_scale(name)))
-        if place.name in own:
+            shape = shapes[name]
+            weight = decode_weight(FORM_OF[item.dtype], source, shape[-2:], torch.float32)
+            copy_into(name, shape, dtype or torch.bfloat16, expert, weight)
+    if invalid:
+        raise CheckpointError(
+            folder, [f"invalid values: {validation.shorten(invalid)}; copy the files again"]
+        )
+    for disk_name, item in found.cache_scales.items():
+        name = ".".join(_module_and_scale(disk_name))
+        if name in added:
             with safe_open(item.file, framework="pt") as handle:
-                put(place.name, (), torch.float32, place, handle.get_tensor(name))
+                copy_into(name, (), torch.float32, None, handle.get_tensor(disk_name))
     return tensors
 
 
 def _stream(
-    folder: Path, places: Mapping[Place, Stored], found: Gathered
-) -> Iterator[tuple[Place, Stored, Tensor | Parts]]:
-    """Each place with what is stored for it, in file order, a limited stretch of file at a time."""
-    batch: list[tuple[Place, Stored]] = []
+    folder: Path, matched: Mapping[Destination, StoredTensor], found: GroupedTensors
+) -> Iterator[tuple[Destination, StoredTensor, Tensor | QuantizedTensors]]:
+    """Each destination with its stored values, in file order; files are reopened now and then."""
+    batch: list[tuple[Destination, StoredTensor]] = []
     size = 0.0
-    for place, item in places.items():
-        if batch and (item.file != batch[0][1].file or size >= REOPEN):
+    for destination, item in matched.items():
+        if batch and (item.file != batch[0][1].file or size >= REOPEN_AFTER):
             yield from _read(folder, batch, found)
             batch, size = [], 0.0
-        batch.append((place, item))
+        batch.append((destination, item))
         size += _BYTES[item.dtype] * max(1, torch.Size(item.shape).numel())
     yield from _read(folder, batch, found)
 
 
 def _read(
-    folder: Path, batch: list[tuple[Place, Stored]], found: Gathered
-) -> Iterator[tuple[Place, Stored, Tensor | Parts]]:
+    folder: Path, batch: list[tuple[Destination, StoredTensor]], found: GroupedTensors
+) -> Iterator[tuple[Destination, StoredTensor, Tensor | QuantizedTensors]]:
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
 
-        def get(item: Stored) -> Tensor:
-            # A weight and its scales may lie in two shards.
+        def get(item: StoredTensor) -> Tensor:
+            # A weight and its scales may be in different shards.
             try:
                 if item.file not in handles:
                     opened = safe_open(item.file, framework="pt")
@@ -313,9 +332,9 @@ def _read(
                 problem = f"{item.file.name} could not be read to its end: {error}"
                 raise CheckpointError(folder, [problem]) from error
 
-        for place, item in batch:
+        for destination, item in batch:
             if item.name in found.modules:
-                parts = found.modules[item.name].parts
-                yield place, item, {name: get(part) for name, part in parts.items()}
+                parts = found.modules[item.name].tensors
+                yield destination, item, {name: get(part) for name, part in parts.items()}
             else:
-                yield place, item, get(item)
+                yield destination, item, get(item)

@@ -1,15 +1,18 @@
-"""What a checkpoint folder holds, and everything that is wrong with it.
+"""Checks of a checkpoint folder: everything that is wrong with it, before any weight is read.
 
-A file in the safetensors format begins with eight bytes that give the length of a JSON header; the
-header names each tensor with dtype, shape and byte range; the bytes follow. So a folder of hundreds
-of gigabytes can be compared with what its config promises by reading a few kilobytes per file. All
-of it is compared before a single weight is read, and one `CheckpointError` reports all that is
-wrong: whoever downloads for an hour should not learn of the faults one at a time.
+A file in the safetensors format begins with eight bytes that give the length of a JSON header. The
+header has the dtype, shape and byte range of each tensor, and the bytes of the tensors follow. So a
+folder of hundreds of gigabytes can be compared with its config by reading a few kilobytes per file.
+The whole folder is compared before a single weight is read, and one `CheckpointError` reports all
+problems. Otherwise a user would download again and again, and find one problem each time.
 
-What counts as wrong: files that are missing, cut short or no safetensors; an index that names what
-is not there; tensors that are missing, that the config has no place for, that have another shape or
-that come twice; number formats that are not read. Nothing is skipped quietly, not even tensors that
-look harmless, with one exception the caller can ask for: the MTP module.
+These are problems: files that are missing, truncated or not safetensors; an index that names
+tensors or files that do not exist; tensors that are missing, that the config does not expect, that
+have another shape, or that occur twice; dtypes that are not supported. No tensor is skipped
+silently, even if it looks harmless. The only exception is the MTP module, which the caller can
+leave out.
+
+Functions that can find several problems return them as a list of sentences.
 
 Source: reference sheet section 10; the safetensors format. Left out: pickle files, which can run
 code when they are opened.
@@ -24,108 +27,123 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from nemotron_lite.checkpoint.names import Place, is_stack_of_experts, place_of
+from nemotron_lite.checkpoint.names import Destination, destination_of, is_stack_of_experts
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Number formats that are read, by the format's own codes.
+# The supported dtypes of weights, as the safetensors format names them.
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What `modelopt` made one entry of: a weight with its scales.
+# Quantized weights: `modelopt` makes one entry of a weight and its scales.
 QUANTIZED = ("NVFP4", "FP8")
-NVFP4_ROWS = 16  # rows of NVFP4 are filled up to a multiple of this
+NVFP4_BLOCK = 16  # rows of NVFP4 are padded to a multiple of this
 
 
 class CheckpointError(ValueError):
     """A folder that cannot be loaded, or a model that cannot be saved.
 
     Attributes:
-        problems: everything that is wrong, one sentence each.
+        problems: all that is wrong, one sentence each.
     """
 
-    def __init__(self, where: Path, problems: Iterable[str]) -> None:
+    def __init__(self, folder: Path, problems: Iterable[str]) -> None:
         self.problems = list(problems)
         count = len(self.problems)
-        header = f"{where}: {count} problem{'s' if count > 1 else ''}"
+        header = f"{folder}: {count} problem{'s' if count > 1 else ''}"
         indented = (problem.replace("\n", "\n    ") for problem in self.problems)
         super().__init__("\n  - ".join([header, *indented]))
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor in a file."""
 
     file: Path
-    name: str  # as the file spells it
+    name: str  # as it is spelled in the file
     shape: tuple[int, ...]
-    dtype: str  # code of the format, such as BF16
+    dtype: str  # as the safetensors format names it, such as BF16
 
 
-def find_files(folder: Path, problems: list[str]) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a folder, and the index's tensor-to-file map (empty for a single file).
+class WeightFiles(NamedTuple):
+    """The weight files of a folder.
 
-    `model.safetensors` is preferred to an index, as by transformers.
+    Attributes:
+        files: those that exist.
+        weight_map: the index's map from tensor to file name; empty without an index.
+        problems: what is wrong with them.
     """
+
+    files: list[Path]
+    weight_map: dict[str, str]
+    problems: list[str]
+
+
+def find_files(folder: Path) -> WeightFiles:
+    """The weight files of a folder. `model.safetensors` is preferred, as in transformers."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS], {}
+        return WeightFiles([folder / WEIGHTS], {}, [])
     if not (folder / INDEX).is_file():
-        problems.append(f"there is neither {WEIGHTS} nor {INDEX}{_what_else(folder)}")
-        return [], {}
-    index = read_json(folder / INDEX, problems)
+        problem = f"there is neither {WEIGHTS} nor {INDEX}{_other_weight_files(folder)}"
+        return WeightFiles([], {}, [problem])
+    index, problems = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
-    named = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
-    if not named or not weight_map:
+    valid = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
+    if not valid or not weight_map:
         problems.append(f"{INDEX} has no weight_map; download or copy it again")
-        return [], {}
+        return WeightFiles([], {}, problems)
     names = sorted(set(weight_map.values()))
-    # A name with a path in it would reach outside the checkpoint's folder.
-    odd = [name for name in names if Path(name).name != name]
-    absent = [name for name in names if name not in odd and not (folder / name).is_file()]
-    if odd:
-        problems.append(f"{INDEX} names files outside the folder: {some(odd)}")
-    if absent:
+    # A name that contains a path would read files outside the folder.
+    outside = [name for name in names if Path(name).name != name]
+    missing = [n for n in names if n not in outside and not (folder / n).is_file()]
+    if outside:
+        problems.append(f"{INDEX} names files outside the folder: {shorten(outside)}")
+    if missing:
         problems.append(
-            f"{INDEX} names {len(absent)} of {len(names)} files that are not in the folder: "
-            f"{some(absent)}; download or copy them"
+            f"{INDEX} names {len(missing)} of {len(names)} files that are not in the folder: "
+            f"{shorten(missing)}; download or copy them"
         )
-    usable = [folder / name for name in names if name not in odd and name not in absent]
-    return usable, weight_map
+    files = [folder / name for name in names if name not in outside and name not in missing]
+    return WeightFiles(files, weight_map, problems)
 
 
-def _what_else(folder: Path) -> str:
+def _other_weight_files(folder: Path) -> str:
+    """The end of an error message: weight files under other names, and what to do."""
     shards = sorted(folder.glob("*.safetensors"))
     if shards:
-        return f", but {some(s.name for s in shards)}: the index is missing, download or copy it"
+        names = shorten(file.name for file in shards)
+        return f", but there is {names}: the index is missing, download or copy it"
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
+        names = shorten(file.name for file in pickles)
         return (
-            f", but {some(p.name for p in pickles)}: pickle files are not read. Open the model with"
-            " the program that wrote it and save it with safe_serialization=True"
+            f", but there is {names}: pickle files are not supported. Open the model with the"
+            " program that wrote it and save it with safe_serialization=True"
         )
     return "; download or copy the weights"
 
 
-def read_headers(
-    files: Iterable[Path], weight_map: Mapping[str, str], problems: list[str]
-) -> list[Stored]:
-    """Name, shape and dtype of every tensor in `files`."""
-    stored: list[Stored] = []
+def read_headers(folder: Path) -> tuple[list[StoredTensor], list[str]]:
+    """Name, shape and dtype of every tensor in a folder's weight files, and the problems found."""
+    files, weight_map, problems = find_files(folder)
+    stored: list[StoredTensor] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118, a handle is no mapping
-                    part = handle.get_slice(name)
-                    stored.append(Stored(file, name, tuple(part.get_shape()), part.get_dtype()))
+                    tensor = handle.get_slice(name)
+                    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                    stored.append(StoredTensor(file, name, shape, dtype))
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name} {_why_unreadable(file, error)}")
     if weight_map and not problems:
-        there = {(item.name, item.file.name) for item in stored}
-        absent = [n for n, file in weight_map.items() if (n, file) not in there]
-        if absent:
+        found = {(item.name, item.file.name) for item in stored}
+        missing = [name for name, file in weight_map.items() if (name, file) not in found]
+        if missing:
             problems.append(
-                f"{INDEX} promises what is not in the files it names: {_listed(absent)}; index and"
-                " files are not of one checkpoint"
+                f"{INDEX} lists tensors that are not in the files it names: "
+                f"{_count_and_names(missing)}; the index and the files belong to different"
+                " checkpoints"
             )
-    return stored
+    return stored, problems
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:
@@ -138,105 +156,117 @@ def _why_unreadable(file: Path, error: Exception) -> str:
         if len(start) == 8 and length < size:
             try:
                 header = json.loads(handle.read(length))
-                needed = 8 + length + max(
-                    entry["data_offsets"][1]
-                    for name, entry in header.items() if name != "__metadata__"
-                )  # fmt: skip
+                header.pop("__metadata__", None)
+                expected = 8 + length + max(v["data_offsets"][1] for v in header.values())
             except (ValueError, KeyError, TypeError, AttributeError):
-                needed = 0
-            if needed > size:
-                return f"is cut short: {size:,} of {needed:,} bytes; download or copy it again"
+                expected = 0
+            if expected > size:
+                return (
+                    f"is truncated: it has {size:,} of {expected:,} bytes; download or copy it"
+                    " again"
+                )
     return f"is no readable safetensors file ({size:,} bytes; {error}); download or copy it again"
 
 
-def read_json(file: Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object; an empty one, and a problem, where the file holds none."""
+def read_json(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The JSON object in a file, and no problems; or an empty one, and what is wrong."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(f"{file.name} is missing; copy it from where the weights are from")
-        return {}
+        return {}, [f"{file.name} is missing; copy it from where the weights are from"]
     except (ValueError, OSError) as error:
-        problems.append(f"{file.name} is no readable JSON ({error}); download or copy it again")
-        return {}
+        return {}, [f"{file.name} is no readable JSON ({error}); download or copy it again"]
     if not isinstance(value, dict):
-        problems.append(
-            f"{file.name} holds {type(value).__name__}, not an object; download or copy it again"
-        )
-        return {}
-    return value
+        return {}, [
+            f"{file.name} holds a {type(value).__name__}, expected an object; download or copy it"
+            " again"
+        ]
+    return value, []
 
 
-def match(
-    expected: Mapping[str, tuple[int, ...]], stored: Iterable[Stored], problems: list[str]
-) -> dict[Place, Stored]:
-    """Which stored tensor fills which place of the model.
+def match_tensors(
+    expected: Mapping[str, tuple[int, ...]], stored: Iterable[StoredTensor]
+) -> tuple[dict[Destination, StoredTensor], list[str]]:
+    """Which stored tensor belongs to which tensor of the model.
 
     Args:
-        expected: the model's tensors and their shapes.
-        stored: what the files hold.
-        problems: receives all that does not fit.
+        expected: the shapes of the model's tensors, by name.
+        stored: the tensors in the files.
+
+    Returns:
+        The stored tensor of each destination, and the problems: tensors that are missing,
+        unexpected, stored twice, or of a wrong shape or dtype.
     """
-    filled: dict[Place, Stored] = {}
-    first: dict[str, Stored] = {}  # of each name: tells a stack from experts one by one
-    useless: set[Place] = set()  # stored but wrong: not to be reported as missing as well
-    unexpected, shapes, twice, formats = [], [], [], []
+    matched: dict[Destination, StoredTensor] = {}
+    first: dict[str, StoredTensor] = {}  # the first tensor of each name: a stack or one expert
+    wrong: set[Destination] = set()  # stored, but not usable: not to be reported as missing too
+    unexpected, shapes, duplicates, dtypes = [], [], [], []
     for item in stored:
-        place = place_of(item.name)
-        stacked = place.expert is None
-        shape = expected.get(place.name)
-        if shape is not None and place.expert is not None:
-            # An index beyond the last expert has no place either.
-            shape = shape[1:] if place.expert < shape[0] else None
+        destination = destination_of(item.name)
+        stacked = destination.expert is None
+        shape = expected.get(destination.name)
+        if shape is not None and destination.expert is not None:
+            # The model has no tensor for an expert number that is too large.
+            shape = shape[1:] if destination.expert < shape[0] else None
         if shape is None:
             unexpected.append(item.name)
-        elif item.shape != _in_file(shape, item.dtype):
+        elif item.shape != _stored_shape(shape, item.dtype):
             shapes.append(f"{item.name} {list(item.shape)} for {list(shape)}")
-            useless.add(place)
+            wrong.add(destination)
         elif item.dtype not in FLOATS + QUANTIZED:
-            formats.append(f"{item.name} ({item.dtype})")
-            useless.add(place)
-        elif place in filled:
-            twice.append(_twice(item, filled[place]))
-        elif stacked != (place_of(first.setdefault(place.name, item).name).expert is None):
-            twice.append(_twice(item, first[place.name]))
+            dtypes.append(f"{item.name} ({item.dtype})")
+            wrong.add(destination)
+        elif destination in matched:
+            duplicates.append(_duplicate(item, matched[destination]))
+        elif stacked != _is_stacked(first.setdefault(destination.name, item)):
+            duplicates.append(_duplicate(item, first[destination.name]))
         else:
-            filled[place] = item
-    for missing in _by_module(_unfilled(expected, {*filled, *useless})):
-        problems.append(f"missing: {_listed(missing)}{_about_missing(missing)}")
-    for extra in _by_module(unexpected):
-        way_out = _about_unexpected(extra)
-        problems.append(f"without a place in the model of config.json: {_listed(extra)}{way_out}")
+            matched[destination] = item
+    problems = []
+    for names in _backbone_and_mtp(_missing_names(expected, {*matched, *wrong})):
+        problems.append(f"missing: {_count_and_names(names)}{_advice_for_missing(names)}")
+    for names in _backbone_and_mtp(unexpected):
+        problems.append(
+            "not in the model that config.json describes: "
+            f"{_count_and_names(names)}{_advice_for_unexpected(names)}"
+        )
     for label, found in (
         ("of another shape than config.json says (stored for expected)", shapes),
-        ("there twice", twice),
-        (f"of a type that is not read ({', '.join(FLOATS)} are)", formats),
+        ("stored twice", duplicates),
+        (f"of a dtype that is not supported (expected {', '.join(FLOATS)})", dtypes),
     ):
         if found:
-            problems.append(f"{label}: {_listed(found)}. Take files that were saved together")
-    return filled
+            problems.append(
+                f"{label}: {_count_and_names(found)}. Take files that were saved together"
+            )
+    return matched, problems
 
 
-def _in_file(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+def _is_stacked(item: StoredTensor) -> bool:
+    return destination_of(item.name).expert is None
+
+
+def _stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+    """The shape in the file of a tensor that has `shape` in the model: NVFP4 pads rows."""
     if dtype != "NVFP4" or not shape:
         return shape
-    return (*shape[:-1], -(-shape[-1] // NVFP4_ROWS) * NVFP4_ROWS)
+    return (*shape[:-1], -(-shape[-1] // NVFP4_BLOCK) * NVFP4_BLOCK)
 
 
-def _twice(one: Stored, other: Stored) -> str:
+def _duplicate(one: StoredTensor, other: StoredTensor) -> str:
     if one.name == other.name:
         return f"{one.name} (in {other.file.name} and {one.file.name})"
     return f"{one.name} (also as {other.name})"
 
 
-def _unfilled(expected: Mapping[str, tuple[int, ...]], seen: set[Place]) -> list[str]:
-    """Names of the places that nothing was stored for, experts one by one where some are there."""
+def _missing_names(expected: Mapping[str, tuple[int, ...]], found: set[Destination]) -> list[str]:
+    """Names of the model's tensors that are not stored; if some experts are, the others' names."""
     missing = []
     for name, shape in expected.items():
-        if Place(name) in seen:
+        if Destination(name) in found:
             continue
         experts = range(shape[0]) if is_stack_of_experts(name) else ()
-        absent = [e for e in experts if Place(name, e) not in seen]
+        absent = [e for e in experts if Destination(name, e) not in found]
         if not experts or len(absent) == shape[0]:
             missing.append(name)
         else:
@@ -245,26 +275,26 @@ def _unfilled(expected: Mapping[str, tuple[int, ...]], seen: set[Place]) -> list
     return missing
 
 
-def _by_module(names: list[str]) -> list[list[str]]:
-    """Names of the backbone and names of MTP, which go missing for different reasons."""
+def _backbone_and_mtp(names: list[str]) -> list[list[str]]:
+    """The names of the backbone and those of MTP, without empty lists; their causes differ."""
     mtp = [name for name in names if name.startswith("mtp.")]
     rest = [name for name in names if not name.startswith("mtp.")]
     return [group for group in (rest, mtp) if group]
 
 
-def _about_missing(names: list[str]) -> str:
-    """A way out, where the names tell which accident this is."""
+def _advice_for_missing(names: list[str]) -> str:
+    """What to do about missing tensors, if their names show the cause."""
     if not names[0].startswith("mtp."):
         return ". Copy the files again, or take the config.json that belongs to them"
     return (
         ". config.json says that there is an MTP module (num_nextn_predict_layers); transformers"
-        " drops it when it saves. Load the original files, or go on without it:"
+        " drops it when it saves. Load the original files, or load without it:"
         ' load(path, mtp="drop")'
     )
 
 
-def _about_unexpected(names: list[str]) -> str:
-    """A way out, where the names tell which accident this is."""
+def _advice_for_unexpected(names: list[str]) -> str:
+    """What to do about unexpected tensors, if their names show the cause."""
     if names[0].startswith("mtp."):
         return (
             ". If they are an MTP module that config.json does not mention, set"
@@ -276,15 +306,15 @@ def _about_unexpected(names: list[str]) -> str:
             ". config.json says n_shared_experts is 0, which transformers ignores: set it to 1 if"
             " the weights were trained with a shared expert"
         )
-    return ". Take the config.json that belongs to the weights, or write them again without these"
+    return ". Take the config.json that belongs to the weights, or save them again without these"
 
 
-def _listed(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {some(names)}"
+def _count_and_names(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {shorten(names)}"
 
 
-def some(names: Iterable[str], limit: int = 8) -> str:
-    """The first few of a list that may have thousands of entries."""
+def shorten(names: Iterable[str], limit: int = 8) -> str:
+    """The first few names of a list that may have thousands."""
     names = list(names)
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,7 +1,7 @@
-"""What the commands share: the application, the two consoles, options, and how mistakes are told.
+"""Code that the commands share: the application, two consoles, options, and error messages.
 
-Every command does its work inside `plain_errors`: a wrong size, a missing file or a damaged
-checkpoint ends in one message and exit code 1, and a bug keeps its traceback.
+Every command runs inside `plain_errors`: a wrong size, a missing file or a damaged checkpoint ends
+in one message and exit code 1. A bug still shows its traceback.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.markup import escape
 
 from nemotron_lite.quantization.recipe import RECIPES
 
-# Read by OpenMP when torch is imported: its idle threads give their core back at once. Where others
-# use the machine too, spinning ones make training several times slower.
+# OpenMP reads this when torch is imported. It limits how long idle threads spin. On a machine that
+# other programs use too, spinning threads make training several times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 app = typer.Typer(
-    help="A small Nemotron 3 Super: build it, train it, load it, shrink it, write with it.",
+    help="A small Nemotron 3 Super: train it, load it, quantize it, generate text with it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 settings = SimpleNamespace(traceback=False)
@@ -33,12 +33,12 @@ err = Console(stderr=True, highlight=False)
 
 DTYPES = ("float32", "bfloat16")
 
-ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or a config.json")]
+ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or the path of a config.json")]
 Text = Annotated[
-    Path | None, typer.Option(help="folder of .py files; the standard library if none")
+    Path | None, typer.Option(help="folder of .py files; the standard library if not given")
 ]
-Seed = Annotated[int, typer.Option(help="of weights, data order and sampling")]
-Precision = Annotated[str, typer.Option(help=f"of matrix products: {', '.join(RECIPES)}")]
+Seed = Annotated[int, typer.Option(help="seed of weights, data order and sampling")]
+Precision = Annotated[str, typer.Option(help=f"precision of matrix products: {', '.join(RECIPES)}")]
 
 
 @app.callback()
@@ -52,22 +52,22 @@ def _options(
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Mistakes become one message and exit code 1."""
+    """Print an error of the user as one message, and exit with code 1."""
     try:
         yield
     except Exception as error:
-        if settings.traceback or not _is_mistake(error):
+        if settings.traceback or not _is_user_error(error):
             raise
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
 
 
-def title(step: int, words: str) -> None:
-    """The heading of one part of a command's story."""
-    out.print(f"\n[bold]{step}. {escape(words)}[/]")
+def title(step: int, text: str) -> None:
+    """Print the heading of one step of a command."""
+    out.print(f"\n[bold]{step}. {escape(text)}[/]")
 
 
-def _is_mistake(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return isinstance(error, ValueError | OSError | FloatingPointError)
     from nemotron_lite.data import CorpusError

@@ -1,7 +1,7 @@
-"""`nemotron-lite info`: what a model stores, costs and remembers, and what runs in what.
+"""`nemotron-lite info`: parameters, FLOPs and cache size of a model, and the format of each matrix.
 
-Of a preset everything follows from its sizes, and torch is not needed. Of a checkpoint's folder the
-files' headers are read as well: which matrices are stored in which format, in how many bytes.
+For a preset all of it is computed from the sizes, without torch. For a checkpoint folder the
+headers of the files are read too. They give the format and the size of the stored matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import Precision, app, out, plain_errors
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
-from nemotron_lite.quantization.recipe import recipe
+from nemotron_lite.quantization.recipe import get_recipe
 
 Which = Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}; or a folder with config.json")]
 
@@ -24,18 +24,18 @@ Which = Annotated[str, typer.Argument(help=f"{', '.join(PRESETS)}; or a folder w
 @app.command()
 def info(
     model: Which = "lite",
-    at: Annotated[int, typer.Option("--context", help="tokens of context")] = 8192,
+    at: Annotated[int, typer.Option("--context", help="context length in tokens")] = 8192,
     layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
     precision: Precision = "nvfp4",
 ) -> None:
-    """Show a model's arithmetic: parameters, FLOPs, bytes remembered, and what runs in what."""
+    """Show the parameters, FLOPs and cache size of a model, and the format of each matrix."""
     with plain_errors():
-        config, chosen = read_config(model), recipe(precision)
+        config, chosen = read_config(model), get_recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):
-            from nemotron_lite.checkpoint import storage_report
+            from nemotron_lite.checkpoint import storage_summary
 
-            out.print(tables.stored_table(storage_report(model)))
+            out.print(tables.stored_table(storage_summary(model)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))

@@ -1,4 +1,4 @@
-"""What the commands start from: sizes, a text, a model with its tokenizer; and refusals in time."""
+"""The inputs of the commands: sizes, a text, a model with its tokenizer; with early checks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from nemotron_lite.data import TextData
     from nemotron_lite.model import Nemotron
 
-TRAINING_BYTES = 16  # per parameter in float32: weight, gradient and AdamW's two moments
+TRAINING_BYTES = 16  # per parameter, in float32: weight, gradient and AdamW's two moments
 
 
 def read_config(which: str) -> NemotronConfig:
-    """The sizes named by a preset, by a config.json or by a folder that holds one.
+    """The config of a preset, of a config.json or of a folder that has one.
 
     Raises:
-        ConfigError: a preset that does not exist, or sizes that do not fit.
-        ValueError: a file that is not JSON.
+        ConfigError: an unknown preset, or sizes that do not fit together.
+        ValueError: the file is missing or not JSON.
     """
     path = Path(which)
     if which in PRESETS or not path.exists():
         return NemotronConfig.from_preset(which)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no config.json in {path}: point at a checkpoint folder or a preset.")
+        raise ValueError(f"no config.json in {path}: give a checkpoint folder or a preset.")
     try:
         return NemotronConfig.from_hf(json.loads(file.read_text()))
     except json.JSONDecodeError as error:
@@ -38,29 +38,29 @@ def read_config(which: str) -> NemotronConfig:
 
 
 def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) -> Nemotron:
-    """A checkpoint that has a tokenizer, so that it can read text.
+    """Load a checkpoint that has a tokenizer, so that the model can read text.
 
     Raises:
-        CheckpointError: a folder that cannot be loaded.
-        ValueError: an unknown dtype, no tokenizer, or weights to keep packed that are not.
+        CheckpointError: the folder cannot be loaded.
+        ValueError: an unknown dtype, no tokenizer, or `packed` without quantized weights.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}.")
     import torch
 
     from nemotron_lite.checkpoint import load
-    from nemotron_lite.quantization.packed_layers import Packed
+    from nemotron_lite.quantization.packed_layers import PackedWeight
 
     model = load(path, dtype=getattr(torch, dtype) if dtype else None, packed=packed)
-    if packed and not any(isinstance(module, Packed) for module in model.modules()):
+    if packed and not any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(
-            f"--packed: nothing in {path} is quantized. Leave it away, or make a quantized folder "
-            "with `nemotron-lite quantize` first."
+            f"--packed: nothing in {path} is quantized. Omit this option, or make a quantized "
+            "folder with `nemotron-lite quantize` first."
         )
     if model.tokenizer is None:
         raise ValueError(
-            f"{path} has no tokenizer.json, so text cannot become tokens: put the model's "
-            "tokenizer there, or call nemotron_lite with token ids."
+            f"{path} has no tokenizer.json, so text cannot be encoded: copy the model's tokenizer "
+            "there, or call nemotron_lite from Python with token ids."
         )
     return model
 
@@ -76,23 +76,23 @@ def for_our_tokenizer(config: NemotronConfig, vocab_size: int | None = None) -> 
 
 
 def check_memory(config: NemotronConfig) -> None:
-    """Refuse to train what cannot fit, before hours are spent swapping.
+    """Check that the training state fits into memory.
 
     Raises:
-        ValueError: weights, gradients and AdamW's moments alone exceed this machine's memory.
+        ValueError: weights, gradients and AdamW's moments need more memory than the machine has.
     """
     needed = ledger.parameters(config).total * TRAINING_BYTES
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > have:
         raise ValueError(
-            f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and "
-            f"AdamW's moments alone, and this machine has {have / 2**30:,.0f} GiB: choose a "
-            "smaller one, such as lite."
+            f"training this model needs {needed / 2**30:,.0f} GiB for weights, gradients and "
+            f"AdamW's moments, but this machine has {have / 2**30:,.0f} GiB: choose a smaller "
+            "model, such as lite."
         )
 
 
 def prepare_text(config: NemotronConfig, text: Path | None) -> TextData:
-    """The text to train on, with a tokenizer of the model's vocabulary."""
+    """The text to train on, with a tokenizer of the model's vocabulary size."""
     from nemotron_lite.data import prepare
 
     with err.status("reading files, training a tokenizer, measuring gzip and n-grams"):

@@ -1,13 +1,13 @@
-"""`nemotron-lite quantize`: a trained model in 4 and 8 bits a weight, and what that costs.
+"""`nemotron-lite quantize`: a trained model in 4 and 8 bits a weight, and the loss that this adds.
 
-    1. read the model, and a text in its own tokens
-    2. note how large inputs, keys and values get on some of the text
-    3. choose a format for each module: one for all, or the mix of least cost under a budget
-    4. pack, write the folder in ModelOpt's layout, whole or not at all
-    5. score both on text that neither training nor calibration has seen
+    1. read the model, and encode a text with its tokenizer
+    2. calibrate: find how large inputs, keys and values get on some of the text
+    3. choose a format for each module: one for all, or the mix of least cost within a budget
+    4. quantize the weights and write the folder in ModelOpt's layout, completely or not at all
+    5. score both models on text that neither training nor calibration has seen
 
-What is not quantized becomes BF16. Everything is measured in float32 arithmetic, whatever the files
-hold, so the two losses differ by the stored weights alone.
+Weights that are not quantized are stored in BF16. Both losses are computed in float32, whatever the
+files store, so they differ by the stored weights alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nemotron_lite.train import Evaluation
 
 BUDGET = 4.75  # bits a weight, as in the release of Super in NVFP4
-ROWS = 4  # passages per batch
+BATCH_SIZE = 4  # pieces of text
 
 
 @app.command()
@@ -46,13 +46,13 @@ def quantize(
         float | None,
         typer.Option(help=f"mix formats within these bits a weight; {BUDGET} without --format"),
     ] = None,
-    form: Annotated[
+    format: Annotated[
         str | None, typer.Option("--format", help="one format for all: nvfp4, fp8, bf16")
     ] = None,
     choices: Annotated[
         str, typer.Option(help="of a mix: any; or report, as in the report's table 7")
     ] = "any",
-    prompts: Annotated[int, typer.Option(help="pieces of text to calibrate on")] = 32,
+    pieces: Annotated[int, typer.Option("--prompts", help="pieces of text to calibrate on")] = 32,
     tokens: Annotated[int, typer.Option(help="in each piece")] = 256,
     cache: Annotated[bool, typer.Option("--cache", help="store FP8 scales of the cache")] = False,
     held_out_bytes: Annotated[
@@ -61,40 +61,42 @@ def quantize(
     text: Text = None,
     seed: Seed = 0,
 ) -> None:
-    """Quantize a trained model: one format for all, or the best mix under a budget of bits."""
+    """Quantize a trained model: one format for all, or the best mix within a budget of bits."""
     with plain_errors():
         import torch
 
-        from nemotron_lite.checkpoint import save, storage_report, weight_bytes
-        from nemotron_lite.data import passages
-        from nemotron_lite.quantization import bits_per_weight, calibrate, pack
+        from nemotron_lite.checkpoint import save, storage_summary, weight_bytes
+        from nemotron_lite.data import sample_windows
+        from nemotron_lite.quantization import bits_per_weight, calibrate, quantize_model
         from nemotron_lite.train import evaluate
 
-        check(model, save_to, bits, form, choices)
+        check_options(model, save_to, bits, format, choices)
         title(1, "Read")
         loaded = read_model(model, "float32")
         documents, held_out = read_text(loaded, text, held_out_bytes)
-        batches = passages(documents, prompts, tokens, seed=seed).split(ROWS)
+        batches = sample_windows(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
         before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
         out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
 
-        title(2, f"Calibrate on {prompts} pieces of {tokens} tokens")
-        found = calibrate(loaded, batches)
+        title(2, f"Calibrate on {pieces} pieces of {tokens} tokens")
+        calibration = calibrate(loaded, batches)
 
-        title(3, f"Choose: {form} for all" if form else f"Choose within {bits or BUDGET} bits")
-        parts, chosen = choose(loaded, batches, found, None if form else bits or BUDGET,
-                               form or "bf16", choices)  # fmt: skip
-        count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(chosen.values()).items()))
+        budget = None if format else bits or BUDGET
+        title(3, f"Choose: {format} for all" if format else f"Choose within {budget} bits")
+        modules, formats = choose_formats(
+            loaded, batches, calibration, budget, format or "bf16", choices
+        )
+        count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(formats.values()).items()))
         out.print(
-            f"{len(parts)} modules can be quantized: {count}; "
-            f"{bits_per_weight(parts, chosen):.4f} bits a weight"
+            f"{len(modules)} modules can be quantized: {count}; "
+            f"{bits_per_weight(modules, formats):.4f} bits a weight"
         )
 
         title(4, "Write")
-        pack(loaded, chosen, found, cache=cache).to(torch.bfloat16)
+        quantize_model(loaded, formats, calibration, cache=cache).to(torch.bfloat16)
         save(loaded, save_to)
-        out.print(tables.stored_table(storage_report(save_to)))
+        out.print(tables.stored_table(storage_summary(save_to)))
 
         if held_out and before is not None:
             title(5, f"Score on {held_out.num_bytes:,} bytes it has never seen")
@@ -104,47 +106,51 @@ def quantize(
             ]  # fmt: skip
             out.print(tables.loss_table(lines))
         out.print(
-            f"The model is in {escape(str(save_to))}. Keep it small in memory as well:\n"
+            f"The model is in {escape(str(save_to))}. To keep its weights packed in memory too:\n"
             f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} --packed "
             '--prompt "class Tree:"',
             soft_wrap=True,
         )
 
 
-def check(model: Path, save_to: Path, bits: float | None, form: str | None, choices: str) -> None:
-    """Refuse before anything long begins.
+def check_options(
+    model: Path, save_to: Path, bits: float | None, format: str | None, choices: str
+) -> None:
+    """Refuse wrong options before any long computation begins.
 
     Raises:
-        ValueError: two wishes at once, an unknown one, an output that would replace the model, or
-            a model that is quantized already.
+        ValueError: both a budget and a format, an unknown format or set of choices, an output that
+            would replace the model, or a model that is quantized already.
     """
-    from nemotron_lite.checkpoint import storage_report
+    from nemotron_lite.checkpoint import storage_summary
     from nemotron_lite.quantization.quantizable import CHOICES, FORMATS
 
-    if bits is not None and form is not None:
-        raise ValueError(f"--bits {bits} and --format {form}: a budget or one format, not both.")
-    if form is not None and form not in FORMATS:
-        raise ValueError(f"--format {form}: expected one of {', '.join(FORMATS)}.")
+    if bits is not None and format is not None:
+        raise ValueError(
+            f"--bits {bits} and --format {format}: a budget or one format, not both. Drop one."
+        )
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"--format {format}: expected one of {', '.join(FORMATS)}.")
     if choices not in CHOICES:
         raise ValueError(f"--choices {choices}: expected one of {', '.join(CHOICES)}.")
     if save_to.resolve() == model.resolve():
         raise ValueError(
-            f"--out {save_to} is the model itself, and quantizing cannot be undone: name another "
+            f"--out {save_to} is the model itself, and quantizing cannot be undone. Name another "
             "folder."
         )
 
-    forms = {held.format for held in storage_report(model)} & {"NVFP4", "FP8"}
-    if forms:
+    quantized = {group.format for group in storage_summary(model)} & {"NVFP4", "FP8"}
+    if quantized:
         raise ValueError(
-            f"{model} is quantized already ({', '.join(sorted(forms))}): start from the original, "
-            "whose weights are not rounded yet."
+            f"{model} is quantized already ({', '.join(sorted(quantized))}). Start from the "
+            "original, whose weights are not rounded yet."
         )
 
 
 def read_text(
     model: Nemotron, text: Path | None, held_out_bytes: int
 ) -> tuple[list[np.ndarray], HeldOut | None]:
-    """Documents to calibrate on and others to score, in the model's own tokens.
+    """Documents to calibrate on, and others to score, as token ids of the model's tokenizer.
 
     Raises:
         CorpusError: no text, or too little.
@@ -168,19 +174,24 @@ def read_text(
     return sides[0], held_out
 
 
-def choose(
+def choose_formats(
     model: Nemotron,
     batches: Sequence[Tensor],
-    found: Calibration,
-    bits: float | None,
-    form: str,
+    calibration: Calibration,
+    budget: float | None,
+    format: str,
     choices: str,
 ) -> tuple[list[QuantizableModule], dict[str, str]]:
-    """What can be quantized, and the format of each: `form` for all where there is no budget."""
-    from nemotron_lite.quantization import assign, quantizable_modules, sensitivity, uniform
+    """The quantizable modules, and the format of each; `format` for all if there is no budget."""
+    from nemotron_lite.quantization import (
+        allocate_bits,
+        measure_sensitivity,
+        quantizable_modules,
+        single_format,
+    )
 
-    if bits is None:
-        parts = quantizable_modules(model)
-        return parts, uniform(parts, form)
-    costs = sensitivity(model, batches, found, choices=choices)
-    return costs.units, assign(costs, bits)
+    if budget is None:
+        modules = quantizable_modules(model)
+        return modules, single_format(modules, format)
+    sensitivity = measure_sensitivity(model, batches, calibration, choices=choices)
+    return sensitivity.modules, allocate_bits(sensitivity, budget)

@@ -53,7 +53,7 @@ def run(
         how = TrainConfig(max_seconds=max_seconds, bias_rate=0.02, precision=precision, seed=seed)
         check_memory(config)
         title(1, f"Assemble: {config.pattern}")
-        out.print(tables.brief_table(config, how.length))
+        out.print(tables.brief_table(config, how.seq_len))
         built = Nemotron(config, seed=seed)
 
         title(2, "Read: Python source on this machine")

@@ -1,8 +1,8 @@
-"""What the commands print: the ledger and the score as tables of rich.
+"""The tables that the commands print with rich: the ledger, formats and scores.
 
-Each table is made from the ledger's rows as they are: the formula in the course's letters, the same
-formula with numbers, and what it comes to. Numbers keep three or four digits, because people
-compare them; exact ones are a call of `ledger` away.
+A row of the ledger shows the formula in the letters of the course, the same formula with numbers,
+and the result. Numbers have three or four digits, so that they are easy to compare; `ledger` gives
+the exact ones.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from rich.table import Table
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
-from nemotron_lite.quantization.recipe import OPERANDS, ROLES, Placement, Recipe, placements
+from nemotron_lite.quantization.recipe import OPERANDS, ROLES, ModuleFormat, Recipe, module_formats
 
 if TYPE_CHECKING:
-    from nemotron_lite.checkpoint import StoredGroup
+    from nemotron_lite.checkpoint import StorageRow
     from nemotron_lite.data.baselines import Baselines
     from nemotron_lite.train import Evaluation
 
-WIDE = 130  # characters that a table with every column takes
+WIDE = 130  # characters that a table with all columns needs
 CONTEXTS = (1024, 8192, 65_536, 1_048_576)
 
 
 def brief_table(config: NemotronConfig, context: int) -> Table:
-    """One line per part: what is stored, what a token uses, what it costs."""
+    """One line per part: its parameters, those that a token uses, and FLOPs per token."""
     stored = ledger.parameters(config)
     cost = ledger.flops(config, context, mtp_depths=config.mtp_depths).by_part
     table = _table("part", "layers", "parameters", "a token uses", "FLOPs per token")
@@ -63,7 +63,7 @@ def parameter_table(config: NemotronConfig, width: int = WIDE) -> Table:
 
 
 def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Table:
-    """FLOPs per token: reading a prompt, and writing behind it."""
+    """FLOPs per token of prefill, decode and training."""
     prefill = ledger.flops(config, context)
     decode = ledger.flops(config, context, "decode")
     title = f"FLOPs per token, prefill of {context:,} tokens"
@@ -72,7 +72,7 @@ def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Tabl
     _rows(table, prefill.rows, width)
     train = ledger.flops(config, context, "train")
     for name, cost in (
-        (f"reading {context:,} tokens", prefill), (f"writing behind {context:,}", decode),
+        (f"prefill of {context:,} tokens", prefill), (f"decode after {context:,}", decode),
         ("training (MTP included)", train),
     ):  # fmt: skip
         _total(table, name, "", cost.per_token, width)
@@ -80,9 +80,9 @@ def flops_table(config: NemotronConfig, context: int, width: int = WIDE) -> Tabl
 
 
 def cache_table(config: NemotronConfig, context: int) -> Table:
-    """Bytes a sequence remembers, for growing contexts: only keys and values grow."""
+    """Size of the cache of one sequence by context length; only keys and values grow."""
     table = _table("tokens", "keys and values", "convolution", "SSM states", "all")
-    table.title = "Memory of one sequence (bfloat16, SSM states in float32)"
+    table.title = "Cache of one sequence (bfloat16, SSM states in float32)"
     for tokens in sorted({*CONTEXTS, context}):
         held = ledger.cache(config, tokens)
         table.add_row(f"{tokens:,}", *(size(n) for n in (held.kv, held.conv, held.ssm, held.total)))
@@ -90,43 +90,48 @@ def cache_table(config: NemotronConfig, context: int) -> Table:
 
 
 def layer_table(config: NemotronConfig, recipe: Recipe) -> Table:
-    """Every layer of the pattern in order, and the formats that its matrices run in."""
+    """Every layer of the pattern in order, and the formats of its matrices."""
     table = _table(
         "layer", "kind", f"runs in ({recipe.name})", "parameters", "a token uses", left=3
     )
     table.title = "Layers"
-    found = placements(config, recipe)
+    modules = module_formats(config, recipe)
     for layer in ledger.parameters(config).layers:
-        forms = {place.format for place in found if place.layer == layer.index}
-        names = ", ".join(form.upper() for form in sorted(forms, key=_bits))
+        formats = {module.format for module in modules if module.layer == layer.index}
+        names = ", ".join(format.upper() for format in sorted(formats, key=_bits))
         counts = f"{layer.total:,}", f"{layer.active:,}"
         table.add_row(str(layer.index), layer.kind, names, *counts)
     return table
 
 
 def precision_table(config: NemotronConfig, recipe: Recipe) -> Table:
-    """The recipe's map of this model: what runs in what, and how much of the weights that is."""
-    found = placements(config, recipe)
+    """The recipe applied to this model: each format's matrices, and their share of the weights."""
+    modules = module_formats(config, recipe)
     table = _table("runs in", "matrices", "layers", "parameters", "share", left=3)
     tail = recipe.tail_layers(config.num_layers)
     table.title = f"Precision: {recipe.name}"
     table.caption = "norms, softmax, convolution and scan as in BF16 training; master weights FP32"
     if tail:
         table.caption += f"; tail of BF16 from layer {config.num_layers - tail}"
-    total = sum(place.parameters for place in found)
-    for form in dict.fromkeys(sorted((p.format for p in found), key=lambda f: -_bits(f))):
-        mine = [place for place in found if place.format == form]
-        for name, some in _by_role(mine):
-            count = sum(place.parameters for place in some)
-            table.add_row(form.upper(), name, _ranges(some), number(count), f"{count / total:.1%}")
-        count = sum(place.parameters for place in mine)
-        table.add_row("", f"[bold]{form.upper()} in all", "", number(count), f"{count / total:.1%}")
+    total = sum(module.parameters for module in modules)
+    widest_first = sorted((m.format for m in modules), key=lambda f: -_bits(f))
+    for format in dict.fromkeys(widest_first):
+        of_format = [module for module in modules if module.format == format]
+        for name, group in _by_role(of_format):
+            count = sum(module.parameters for module in group)
+            table.add_row(
+                format.upper(), name, _ranges(group), number(count), f"{count / total:.1%}"
+            )
+        count = sum(module.parameters for module in of_format)
+        table.add_row(
+            "", f"[bold]{format.upper()} in all", "", number(count), f"{count / total:.1%}"
+        )
         table.add_section()
     return table
 
 
 def gemm_table(recipe: Recipe) -> Table:
-    """How the operands of an NVFP4 layer's three products are quantized."""
+    """How the operands of the three matrix products of an NVFP4 layer are quantized."""
     table = _table("operand", "read by", "block", "Hadamard", "rounding", left=5)
     table.title = "NVFP4 products: y = x W^T, dx = dy W, dW = dy^T x"
     for name, used in OPERANDS.items():
@@ -137,57 +142,70 @@ def gemm_table(recipe: Recipe) -> Table:
     return table
 
 
-def _bits(form: str) -> int:
-    return {"fp32": 32, "bf16": 16, "mxfp8": 8, "nvfp4": 4}[form]
+def _bits(format: str) -> int:
+    return {"fp32": 32, "bf16": 16, "mxfp8": 8, "nvfp4": 4}[format]
 
 
-def _by_role(found: list[Placement]) -> list[tuple[str, list[Placement]]]:
-    """The placements of one format, by name of their role; what the tail decided stands apart."""
-    groups: dict[str, list[Placement]] = {}
-    for place in found:
-        groups.setdefault("the last layers" if place.tail else ROLES[place.role], []).append(place)
+def _by_role(modules: list[ModuleFormat]) -> list[tuple[str, list[ModuleFormat]]]:
+    """Modules of one format, grouped by role; modules of the BF16 tail are a group of their own."""
+    groups: dict[str, list[ModuleFormat]] = {}
+    for module in modules:
+        group = "the last layers" if module.in_tail else ROLES[module.role]
+        groups.setdefault(group, []).append(module)
     return list(groups.items())
 
 
-def _ranges(found: list[Placement]) -> str:
-    """Layers in few words: how many, and the first and the last of them."""
-    layers = sorted({place.layer for place in found if place.layer is not None})
+def _ranges(modules: list[ModuleFormat]) -> str:
+    """The layers of these modules: how many, and the first and the last of them."""
+    layers = sorted({module.layer for module in modules if module.layer is not None})
     if not layers:
         return ""
     return f"{len(layers)}: {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"1: {layers[0]}"
 
 
-def stored_table(held: Iterable[StoredGroup]) -> Table:
+def stored_table(groups: Iterable[StorageRow]) -> Table:
     """What a checkpoint's files hold: which matrices in which format, and in how many bytes."""
-    held = list(held)
+    groups = list(groups)
     table = _table("format", "matrices", "modules", "weights", "bits each", "bytes", left=2)
     table.title = "Files"
-    for one in held:
-        words = ROLES.get(one.role, "norms and the rest")
-        table.add_row(one.format, words, f"{one.modules:,}", number(one.weights),
-                      f"{one.bits:.3f}", size(one.num_bytes))  # fmt: skip
+    for group in groups:
+        table.add_row(
+            group.format,
+            ROLES.get(group.role, "norms and the rest"),
+            f"{group.modules:,}",
+            number(group.weights),
+            f"{group.bits:.3f}",
+            size(group.num_bytes),
+        )
     table.add_section()
-    weights, stored = sum(one.weights for one in held), sum(one.num_bytes for one in held)
-    table.add_row("[bold]in all", "", "", number(weights), f"{8 * stored / weights:.3f}",
-                  f"[bold]{size(stored)}")  # fmt: skip
+    weights, stored = sum(g.weights for g in groups), sum(g.num_bytes for g in groups)
+    table.add_row(
+        "[bold]in all", "", "", number(weights), f"{8 * stored / weights:.3f}",
+        f"[bold]{size(stored)}",
+    )  # fmt: skip
     return table
 
 
 def loss_table(lines: Iterable[tuple[str, Evaluation, int]]) -> Table:
-    """Held-out loss and bytes on disk of several forms of one model; the first is the yardstick."""
+    """Held-out loss and bytes on disk of versions of one model; changes are against the first."""
     lines = list(lines)
     table = _table("model", "nats a token", "bits a byte", "change", "on disk")
     (_, base, before), *_ = lines
     for name, score, stored in lines:
         change = f"{score.nats_per_token / base.nats_per_token - 1:+.2%}"
         share = f"{size(stored)} ({stored / before:.0%})"
-        table.add_row(name, f"{score.nats_per_token:.4f}", f"{score.bits_per_byte:.4f}",
-                      "" if score is base else change, share)  # fmt: skip
+        table.add_row(
+            name,
+            f"{score.nats_per_token:.4f}",
+            f"{score.bits_per_byte:.4f}",
+            "" if score is base else change,
+            share,
+        )
     return table
 
 
 def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
-    """Ours among what it has to beat, best first."""
+    """The model's score and the baselines, best first."""
     table = _table("model", "bits per byte", "what it has seen", left=1)
     lines = [
         (bits_per_byte, "[bold]this Nemotron", "the training text"),
@@ -201,7 +219,7 @@ def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
 
 
 def number(value: int | float) -> str:
-    """Four digits and a unit: 120.7 B, 23.04 M."""
+    """A number with four digits and a unit: 120.7 B, 23.04 M."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= scale:
             return f"{value / scale:.4g} {unit}"
@@ -217,7 +235,7 @@ def size(value: int) -> str:
 
 
 def _ledger_table(title: str, what: str, width: int) -> Table:
-    """A terminal narrower than `WIDE` gets no column of worked numbers."""
+    """An empty table of ledger rows; without the "in numbers" column if narrower than `WIDE`."""
     numbers = ["in numbers"] if width >= WIDE else []
     table = _table("part", what, "formula", *numbers, "layers", "all", left=3 + len(numbers))
     table.title = title

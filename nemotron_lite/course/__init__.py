@@ -1,6 +1,6 @@
-"""What a chapter uses: predict before you measure, read the live source, have your answer graded.
+"""What a chapter calls: predict before you measure, read the source, have your answer graded.
 
-A chapter opens with two lines and then speaks in these verbs:
+A chapter begins with the first two lines below, and then calls these functions:
 
     from nemotron_lite.course import check, facts_table, measured, predict, setup, show, show_source
 
@@ -8,19 +8,17 @@ A chapter opens with two lines and then speaks in these verbs:
     predict("crossover", "From which length on is the scan faster?", guess=None, unit="tokens")
     measured("crossover", 740, low=16, high=65_536)   # the guess and the measurement, side by side
     show_source(ops.scan.selective_scan)              # the package's own code, never a copy
-    show(slider_box, figure)                          # live widget; picture and words at rest
+    show(slider_box, figure)                          # live widget; later a picture and its text
     check("01.discretise", discretise)                # grades the function that is passed in
-    hint("01.discretise")                             # one step of a ladder of three
-    quiz("01")                                        # answers, right and wrong, get a reason
-    tell("Super has {super.layers} layers.")          # figures from facts.toml, with their source
+    hint("01.discretise")                             # the next of three hints
+    quiz("01")                                        # every answer gets a reason
+    tell("Super has {super.layers} layers.")          # numbers from facts.toml, with their source
 
-Why a room of its own: notebooks are read far more often than they are run. Each verb therefore
-leaves two things behind. What a live reader sees may hold times and widgets; what stays in the
-committed file (`text/plain`) is the same on every machine, so that the stored output can be
-compared when the chapters are tested. A measured value appears in the first and never in the
-second.
+Most people read a notebook without running it. So each function writes two outputs. The live one
+may have measured times and widgets. The plain text (`text/plain`) is the same on every machine, so
+that the tests of the chapters can compare it; it never contains a measured value.
 
-The rooms:
+The modules:
 
     session      setup: seeds, threads, device, versions
     predictions  predict, measured
@@ -29,10 +27,12 @@ The rooms:
     factsheet    facts, tell, facts_table, over facts.toml
     quizzes      quiz, over the quiz.toml of a chapter
     exercises    Exercise, Check, check, hint, over the exercises.py of a chapter
-    compare      what a check says when two results differ
+    compare      comparisons for the checks, with messages that help
+    plotting     the theme, figures with alt text, sliders
+    chapters     one folder for each chapter
 
 Names are imported when they are first used. plotly, ipywidgets and IPython belong to the `lab`
-extra: importing this package needs none of them, and the verb that does says so.
+extra. Importing this package needs none of them; a function that does says so if they are missing.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ __all__ = [
     "tell",
 ]
 
-_ROOM_OF = {
+_MODULE_OF = {
     "Check": "exercises",
     "CheckResult": "exercises",
     "Exercise": "exercises",
@@ -96,8 +96,8 @@ _ROOM_OF = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use; afterwards it is an ordinary attribute."""
-    if name in _ROOM_OF:
-        value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
     raise AttributeError(f"nemotron_lite.course has no {name!r}; its public names are {__all__}.")

@@ -1,12 +1,12 @@
-"""What the checks of an exercise say when two results differ, in words a learner can act on.
+"""Comparisons for the checks of an exercise; their messages tell the learner what to change.
 
-"Tensors are not close" sends nobody in the right direction. Each helper here names the thing that
-was compared, then the first reason that applies: no result, the wrong type or shape, a value that
-is not finite, and only then the largest difference with its place and both values. Figures are
-printed to four digits, so that the same mistake reads the same on every machine.
+"Tensors are not close" does not help a learner. Each helper here names the thing that was compared,
+then the first problem that it finds: no result, the wrong type or shape, a value that is not
+finite, and only then the largest difference with its position and both values. Numbers are printed
+with four digits, so that the same mistake gives the same message on every machine.
 
-Gradients are compared under one random weighting of the outputs. A wrong gradient escapes it only
-when it is orthogonal to that weighting, which does not happen by accident.
+Gradients are those of one randomly weighted sum of all outputs. A wrong gradient could pass only if
+its error cancelled in that sum, which does not happen by accident.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def close(
     Args:
         actual: what the learner's function gave.
         expected: what it should have given.
-        what: how the message calls it, such as "the state after the last token".
+        what: its name in the message, such as "the state after the last token".
         rtol, atol: |actual - expected| <= atol + rtol * |expected|.
-        dtype: also ask for the dtype of `expected`.
+        dtype: also compare the dtype.
 
     Raises:
-        AssertionError: saying what differs.
+        AssertionError: the message says what differs.
     """
     if actual is None or actual is Ellipsis:
         raise AssertionError(f"{what} is {actual}: is a `return` missing?")
@@ -73,11 +73,11 @@ def gradients(
         reference: called with the same arguments.
         inputs: arguments in order, or by name. Floating-point tensors are differentiated, the rest
             is passed on.
-        what: the case, such as "5 tokens"; it stands before the message.
+        what: the case, such as "5 tokens"; the message begins with it.
         rtol, atol: of the gradients.
 
     Raises:
-        AssertionError: saying which gradient differs, or that there is none.
+        AssertionError: the message says which gradient differs or does not exist.
     """
     before = f"{what}: " if what else ""
     mine, mine_out = _differentiated(function, inputs)
@@ -129,7 +129,7 @@ def keeps_inputs(function: Callable[..., Any], *args: Any, what: str = "the func
     """Call the function, assert that it left its tensors as they were, and return its result.
 
     Raises:
-        AssertionError: naming the argument that was changed in place.
+        AssertionError: the message names the argument that was changed in place.
     """
     before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
     result = function(*args)
@@ -183,11 +183,11 @@ def _close_tensors(
     if actual.numel() == 0:
         return
     mine, theirs = actual.detach().double(), expected.detach().double()
-    odd = ~torch.isfinite(mine) & torch.isfinite(theirs)
-    if odd.any():
-        place = odd.nonzero()[0].tolist()
+    not_finite = ~torch.isfinite(mine) & torch.isfinite(theirs)
+    if not_finite.any():
+        place = not_finite.nonzero()[0].tolist()
         raise AssertionError(
-            f"{what} has {int(odd.sum())} values that are not finite, the first at {place}."
+            f"{what} has {int(not_finite.sum())} values that are not finite, the first at {place}."
         )
     wrong = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if not wrong.any():
@@ -209,7 +209,7 @@ def _close_tensors(
 def _differentiated(
     function: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]
 ) -> tuple[dict[str, Tensor | None], Any]:
-    """Gradients of a fixed random weighting of the outputs, by input; and the outputs."""
+    """Gradients of a sum of the outputs with fixed random weights, by input; and the outputs."""
     by_name = isinstance(inputs, Mapping)
     named = dict(inputs) if by_name else {f"argument {i}": v for i, v in enumerate(inputs, 1)}
     leaves = {}
@@ -219,20 +219,22 @@ def _differentiated(
         leaves[name] = value.detach().requires_grad_() if floating else value
     result = function(**leaves) if by_name else function(*leaves.values())
     outputs = result if isinstance(result, tuple | list) else [result]
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     total = None
     for output in outputs:
         if not isinstance(output, Tensor):
             continue
-        weight = torch.randn(output.shape, generator=chance, dtype=torch.float64)
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         if output.requires_grad:
             part = (output * weight.to(output)).sum()
             total = part if total is None else total + part
-    asked = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+    inputs_with_gradient = {
+        n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad
+    }
     if total is None:
-        return dict.fromkeys(asked), result
-    found = torch.autograd.grad(total, list(asked.values()), allow_unused=True)
-    return dict(zip(asked, found, strict=True)), result
+        return dict.fromkeys(inputs_with_gradient), result
+    found = torch.autograd.grad(total, list(inputs_with_gradient.values()), allow_unused=True)
+    return dict(zip(inputs_with_gradient, found, strict=True)), result
 
 
 def _kind(value: Any) -> str:

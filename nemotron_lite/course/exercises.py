@@ -1,8 +1,8 @@
-"""`check` and `hint`: an exercise that grades the function it is handed, and says what to do next.
+"""`check` and `hint`: grade the function that a learner wrote, and say what to do next.
 
 An exercise is data: a task, a stub, a reference solution, three hints that grow stronger, and
-checks. `exercises/chapter_NN.py` holds a chapter's `EXERCISES`; the notebook cell, the coursework
-and the tests of the graders are all made from it.
+checks. The `exercises.py` of a chapter defines `EXERCISES`; the notebook cell, the coursework and
+the tests of the graders are all made from it.
 
     Exercise(
         id="01.discretise", title="Discretise", objective="O1: …", minutes=10, difficulty=2,
@@ -14,13 +14,13 @@ and the tests of the graders are all made from it.
     )
 
 A check is a function that takes the learner's function and raises AssertionError when the answer
-is wrong (`comparing` has the helpers: close, gradients, raises, keeps_inputs, strided). It runs
-under a seed of its own, so its inputs are the same each time and the notebook's random numbers are
-left alone. It never looks the function up by name: what is passed in is what is graded.
+is wrong (`compare` has the helpers: close, gradients, raises, keeps_inputs, strided). It runs with
+its own seed, so its inputs are the same each time and the notebook's random numbers do not change.
+It never looks the function up by name: the function that is passed in is the one that is graded.
 
-Stub and solution see the names of `PRELUDE` and whatever their own first lines import.
+Stub and solution can use the names of `PRELUDE` and what their own first lines import.
 
-Left out: protection from a learner who wants to cheat. The checks stand in the open.
+Left out: protection from a learner who wants to cheat. Anybody can read the checks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from nemotron_lite.course import _learners, _output
+from nemotron_lite.course import learner_code, output
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
 
@@ -69,14 +69,14 @@ _HINTS_READ: dict[str, int] = {}
 
 
 class ExerciseError(ValueError):
-    """An exercise that does not exist, or whose definition does not hold together."""
+    """An exercise that does not exist, or whose definition is not valid."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is tested: `run(function)` raises AssertionError when it does not hold.
+    """One test of an answer: `run(function)` raises AssertionError if the answer is wrong.
 
-    `hint` is the number of the hint that helps when this check fails.
+    `hint` is the number of the hint to read when this check fails.
     """
 
     name: str
@@ -117,20 +117,21 @@ class Exercise:
         ):  # fmt: skip
             if wrong:
                 raise ExerciseError(f"Exercise {self.id!r} needs {expected}.")
-        if _defined(self.stub) != _defined(self.solution):
+        in_stub, in_solution = _defined_name(self.stub), _defined_name(self.solution)
+        if in_stub != in_solution:
             raise ExerciseError(
-                f"Exercise {self.id!r}: the stub defines {_defined(self.stub)!r}, the solution "
-                f"{_defined(self.solution)!r}."
+                f"Exercise {self.id!r}: the stub defines {in_stub!r}, the solution "
+                f"{in_solution!r}; both must define the same name."
             )
 
     @property
     def function_name(self) -> str:
         """The last function or class that the stub defines; it is what `check` is given."""
-        return _defined(self.stub)
+        return _defined_name(self.stub)
 
     @property
     def text(self) -> str:
-        """The task as a chapter words it, in the last lines of the markdown cell above the stub."""
+        """The task as a chapter shows it: the last lines of the markdown cell above the stub."""
         return (
             f"### Exercise · {self.title}\n\n"
             f"*{self.objective} About {self.minutes} minutes, difficulty {self.difficulty} of 5, "
@@ -140,11 +141,11 @@ class Exercise:
 
     @property
     def cell(self) -> str:
-        """The code cell of the notebook: the stub, and the call that grades it."""
+        """The code cell of the notebook: the stub and the call that grades it."""
         return f'{self.stub.rstrip()}\n\n\ncheck("{self.id}", {self.function_name})'
 
     def build(self, source: str | None = None) -> Any:
-        """Run a source (the solution unless another is given) and return what it defines."""
+        """Run source code (the solution, if None) and return the function or class it defines."""
         text = self.solution if source is None else source
         imports = [
             node for node in ast.parse(self.stub).body
@@ -153,19 +154,19 @@ class Exercise:
         space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
         exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
         name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
-        # Tracebacks and inspect.getsource find the text here.
+        # Tracebacks and inspect.getsource look the text up here.
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
         exec(compile(text, name, "exec"), space)
         return space[self.function_name]
 
     @cached_property
-    def _untouched(self) -> set[tuple[Any, ...]]:
-        return _learners.bodies(self.build(self.stub))
+    def _stub_bodies(self) -> set[tuple[Any, ...]]:
+        return learner_code.compiled_bodies(self.build(self.stub))
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """How it went. `hint` is the number of the hint to read next, None when all checks pass."""
+    """The result of `check`. `hint` is the number of the hint to read next, None if all pass."""
 
     passed: bool
     points: int
@@ -174,20 +175,20 @@ class CheckResult:
     exercise_id: str = ""
     hint: int | None = None
     failed: tuple[str, ...] = ()
-    shown_at: int | None = field(default=None, repr=False, compare=False)
+    shown_in_cell: int | None = field(default=None, repr=False, compare=False)
 
     def _ipython_display_(self) -> None:
-        """`check` has spoken already, so a cell that ends in it adds nothing."""
-        if _output.moment() != self.shown_at:
-            _output.emit(self.message)
+        """Show nothing in the cell that ran `check`: `check` has shown its message there."""
+        if output.cell_number() != self.shown_in_cell:
+            output.show_output(self.message)
 
 
 def check(exercise_id: str, function: Any) -> CheckResult:
-    """Grade the function that is passed in, and say how it went.
+    """Grade the function that is passed in, and show the result.
 
     Args:
         exercise_id: such as "01.discretise".
-        function: the learner's own object, not its name.
+        function: the function or class itself, not its name.
 
     Returns:
         The result; a wrong answer is a result, not an error.
@@ -197,7 +198,7 @@ def check(exercise_id: str, function: Any) -> CheckResult:
         TypeError: `function` cannot be called.
     """
     result = grade(exercise(exercise_id), function)
-    _output.emit(result.message, _drawn(result))
+    output.show_output(result.message, _result_html(result))
     return result
 
 
@@ -212,16 +213,16 @@ def hint(exercise_id: str, n: int | None = None) -> None:
     if n is None:
         n = min(_HINTS_READ.get(exercise_id, 0) + 1, 3)
     if n not in (1, 2, 3):
-        raise ValueError(f"n is {n!r}; an exercise has the hints 1, 2 and 3.")
+        raise ValueError(f"n is {n!r}; expected 1, 2 or 3: an exercise has three hints.")
     _HINTS_READ[exercise_id] = n
     text = found.hints[n - 1].strip()
     last = " (the last one)" if n == 3 else ""
     title = f"Hint {n} of 3{last} · {exercise_id}"
-    _output.emit(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})
+    output.show_output(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})
 
 
-def forget() -> None:
-    """Start the ladders of hints again; `setup` does it."""
+def reset_hints() -> None:
+    """Show the first hint of each exercise again; `setup` calls this."""
     _HINTS_READ.clear()
 
 
@@ -247,7 +248,7 @@ def exercise(exercise_id: str) -> Exercise:
     """
     known = {e.id: e for e in exercises(exercise_id.partition(".")[0])}
     if exercise_id not in known:
-        raise ExerciseError(f"There is no exercise {exercise_id!r}; there are {list(known)}.")
+        raise ExerciseError(f"There is no exercise {exercise_id!r}; choose one of {list(known)}.")
     return known[exercise_id]
 
 
@@ -257,21 +258,23 @@ def grade(found: Exercise, function: Any) -> CheckResult:
         raise TypeError(
             f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
         )
-    codes = _learners.bodies(function)
-    if codes and (codes == found._untouched or all(_learners.does_nothing(code) for code in codes)):
+    codes = learner_code.compiled_bodies(function)
+    empty = all(learner_code.does_nothing(code) for code in codes)
+    if codes and (empty or codes == found._stub_bodies):
         return _not_done(found)
     wrong: dict[str, str] = {}
     for test in found.checks:
         try:
-            with _own_random_numbers(f"{found.id}/{test.name}"):
+            with _seeded(f"{found.id}/{test.name}"):
                 test.run(function)
         except Exception as error:
-            if isinstance(error, NotImplementedError) and _learners.raised_in(function, error):
+            if isinstance(error, NotImplementedError) and learner_code.raised_by(function, error):
                 return _not_done(found)
-            if isinstance(error, AssertionError) and not _learners.raised_in(function, error):
-                wrong[test.name] = _learners.sentence(str(error)) or "the answer is not right."
+            if isinstance(error, AssertionError) and not learner_code.raised_by(function, error):
+                message = learner_code.with_full_stop(str(error))
+                wrong[test.name] = message or "the answer is not right."
             else:
-                wrong[test.name] = _learners.what_it_raised(function, error)
+                wrong[test.name] = learner_code.describe_error(function, error)
     return _summary(found, wrong)
 
 
@@ -280,65 +283,66 @@ def _not_done(found: Exercise) -> CheckResult:
         f"{found.id}: not done yet. Fill in {found.function_name} and run the cell again; "
         f'hint("{found.id}") helps.'
     )
-    return CheckResult(False, 0, found.points, message, found.id, 1, shown_at=_output.moment())
+    cell = output.cell_number()
+    return CheckResult(False, 0, found.points, message, found.id, 1, shown_in_cell=cell)
 
 
 def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
     points = sum(test.points for test in found.checks if test.name not in wrong)
     passing = _count(len(found.checks) - len(wrong), len(found.checks), "check")
     score = f"{passing}, {_count(points, found.points, 'point')}."
+    cell = output.cell_number()
     if not wrong:
         message = f"{found.id}: right. {score}"
-        return CheckResult(True, points, found.points, message, found.id, shown_at=_output.moment())
+        return CheckResult(True, points, found.points, message, found.id, shown_in_cell=cell)
     lines = [f"{found.id}: not right yet. {score}"]
     lines += [f"  {'✗' if test.name in wrong else '✓'} {test.name}" for test in found.checks]
     first = next(test for test in found.checks if test.name in wrong)
     lines.append(f"{first.name}: {wrong[first.name]}")
     lines.append(f'Read hint("{found.id}", {first.hint}) next.')
     return CheckResult(
-        False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong),
-        _output.moment(),
-    )  # fmt: skip
+        False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong), cell
+    )
 
 
-def _drawn(result: CheckResult) -> str:
-    """The message as a card: its first line in bold, code as code.
+def _result_html(result: CheckResult) -> str:
+    """The message in a box, its first line in bold and its code in a code font.
 
-    A line is a `div`: nbgrader's feedback pages print `<br>` as text.
+    Each line is a `div`, because nbgrader's feedback pages print `<br>` as text.
     """
-    edge = _output.RIGHT if result.passed else _output.WRONG if result.failed else _output.ACCENT
+    edge = output.RIGHT if result.passed else output.WRONG if result.failed else output.ACCENT
     head, *rest = html.escape(result.message, quote=False).splitlines()
     lines = [f"<b>{head}</b>", *(line.replace("  ", "&emsp;", 1) for line in rest)]
     text = "".join(f"<div>{line}</div>" for line in lines)
     text = re.sub(r'hint\("[^)]*\)', r"<code>\g<0></code>", text)
     text = re.sub(r"(?<=Your line: )(.*?)(?=</div>)", r"<code>\1</code>", text)
-    return _output.card(text, edge=edge)
+    return output.box(text, edge=edge)
 
 
 def _count(number: int, of: int, what: str) -> str:
     return f"{number} of {of} {what}{'' if of == 1 else 's'}"
 
 
-def _defined(source: str) -> str:
-    """The last function or class that a source defines."""
+def _defined_name(source: str) -> str:
+    """The name of the last function or class that some source code defines."""
     names = [
         node.name for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     ]  # fmt: skip
     if not names:
-        raise ExerciseError(f"No function or class in {source[:60]!r}.")
+        raise ExerciseError(f"{source[:60]!r} defines no function or class; it must define one.")
     return names[-1]
 
 
 @contextmanager
-def _own_random_numbers(name: str) -> Iterator[None]:
-    """Seed by name inside, and give back outside what was there; gradients are on."""
+def _seeded(name: str) -> Iterator[None]:
+    """Use a seed made from `name` and switch gradients on; restore both afterwards."""
     seed = zlib.crc32(name.encode())
-    was = random.getstate()
+    state_before = random.getstate()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         random.seed(seed)
         try:
             yield
         finally:
-            random.setstate(was)
+            random.setstate(state_before)

@@ -1,9 +1,9 @@
-"""`predict`, then `measured`: commit to a number before you see it.
+"""`predict`, then `measured`: guess a number before you see it.
 
-A guess that was written down teaches more than a result that was only read: the surprise has a
-size. `predict` shows the question and keeps the guess; `measured` puts guess, measurement and
-their ratio side by side, and checks that the measurement lies where the chapter's text says it
-lies. A guess of None is recorded as "no guess" and costs nothing.
+A learner who wrote down a guess learns more from a result than one who only reads it. `predict`
+shows the question and stores the guess. `measured` shows guess, measurement and their ratio, and
+checks that the measurement is within the bounds that the chapter's text states. A guess of None is
+shown as "no guess".
 
 The measurement is shown in HTML only, because it differs between machines. Pass `exact=True` for a
 number that does not, such as a count of parameters.
@@ -16,18 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_lite.course import _output
+from nemotron_lite.course import output
 
 Bound = float | int | None
 
 
 class PredictionError(LookupError):
-    """A measurement that nobody was asked to predict, or a guess that cannot be one."""
+    """A measurement without a prediction, or a guess that is not valid."""
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What was asked under one key, and the answer; None where the reader did not commit."""
+    """The question under one key, and the guess; None if the reader made none."""
 
     question: str
     value: float | int | str | None
@@ -38,8 +38,8 @@ class Guess:
 _GUESSES: dict[str, Guess] = {}
 
 
-def forget() -> None:
-    """Drop every guess; `setup` does it."""
+def reset_guesses() -> None:
+    """Delete all guesses; `setup` calls this."""
     _GUESSES.clear()
 
 
@@ -51,7 +51,7 @@ def predict(
     unit: str = "",
     options: Sequence[str] = (),
 ) -> None:
-    """Ask for a number, or for one of some options, and keep the answer under `key`.
+    """Ask for a number, or for one of some options, and store the guess under `key`.
 
     Raises:
         PredictionError: a guess that is neither a number nor one of `options`.
@@ -64,16 +64,16 @@ def predict(
             f"guess is {guess!r}; expected a finite number{f' of {unit}' if unit else ''}, or None."
         )
     _GUESSES[key] = Guess(question, guess, unit, choices)
-    answer = _worded(_GUESSES[key])
+    answer = _guess_text(_GUESSES[key])
     choose = f"\nOptions: {' | '.join(choices)}" if choices else ""
     invite = f" Write yours into <code>predict({key!r}, …, guess=…)</code> and run the cell again."
-    rich = f"<b>Predict.</b> {_output.inline(question)}"
+    rich = f"<b>Predict.</b> {output.inline_html(question)}"
     if choices:
-        rich += "<br>Options: " + " · ".join(_output.inline(choice) for choice in choices)
-    rich += f"<br>Your guess: <b>{_output.inline(answer)}</b>."
-    _output.emit(
+        rich += "<br>Options: " + " · ".join(output.inline_html(choice) for choice in choices)
+    rich += f"<br>Your guess: <b>{output.inline_html(answer)}</b>."
+    output.show_output(
         f"Predict: {question}{choose}\nYour guess: {answer}",
-        _output.card(rich + (invite if guess is None else "")),
+        output.box(rich + (invite if guess is None else "")),
     )
 
 
@@ -87,22 +87,22 @@ def measured(
     high: Bound = None,
     exact: bool = False,
 ) -> None:
-    """Show the guess beside the measurement, and hold the measurement to its bounds.
+    """Show the guess beside the measurement, and check that the measurement is within bounds.
 
     Args:
-        key: the one that `predict` was given.
+        key: the key of the prediction.
         value: a number (a tensor with one element will do), or one of the options.
-        unit: of the value; the one from `predict` unless said otherwise.
-        digits: how many the display shows.
-        low, high: where the chapter says the value lies, ends included.
-        exact: the value is the same on every machine; keep it in the committed text.
+        unit: of the value; "" takes the unit of the prediction.
+        digits: significant digits to show.
+        low, high: bounds that the chapter's text states, both included.
+        exact: the value is the same on every machine; show it in the compared text too.
 
     Raises:
         PredictionError: nothing was predicted under `key`.
         AssertionError: the value is not finite, or outside its bounds.
     """
     if key not in _GUESSES:
-        known = f"Predicted so far: {_output.listed(_GUESSES)}." if _GUESSES else ""
+        known = f"Predicted so far: {output.some_names(_GUESSES)}." if _GUESSES else ""
         raise PredictionError(
             f"measured({key!r}) has no prediction. Run the cell with predict({key!r}, …) first. "
             f"{known}".rstrip()
@@ -111,12 +111,12 @@ def measured(
     if hasattr(value, "item"):
         value = value.item()
     unit = unit or guess.unit
-    shown = _output.with_unit(_output.number(value, digits), unit)
-    _output.emit(
+    shown = output.with_unit(output.format_number(value, digits), unit)
+    output.show_output(
         f"measured: {key} = {shown}" if exact else f"measured: {key}",
         _side_by_side(guess, value, shown),
     )
-    _hold(key, value, low, high, unit)
+    _check_bounds(key, value, low, high, unit)
 
 
 def _is_number(value: Any) -> bool:
@@ -124,46 +124,46 @@ def _is_number(value: Any) -> bool:
     return is_number and math.isfinite(value)
 
 
-def _worded(guess: Guess) -> str:
+def _guess_text(guess: Guess) -> str:
     if guess.value is None:
         return "no guess"
-    return _output.with_unit(_output.number(guess.value), "" if guess.options else guess.unit)
+    return output.with_unit(output.format_number(guess.value), "" if guess.options else guess.unit)
 
 
-def _hold(key: str, value: Any, low: Bound, high: Bound, unit: str) -> None:
+def _check_bounds(key: str, value: Any, low: Bound, high: Bound, unit: str) -> None:
     if isinstance(value, str):
         return
     if not math.isfinite(value):
-        raise AssertionError(f"measured({key!r}) is {value}: something went wrong before it.")
+        raise AssertionError(f"measured({key!r}) is {value}; expected a finite number.")
     if (low is not None and value < low) or (high is not None and value > high):
         between = f"from {low} to {high}"
         if low is None or high is None:
             between = f"at most {high}" if low is None else f"at least {low}"
         raise AssertionError(
             f"measured({key!r}) is {value:.6g}{f' {unit}' if unit else ''}; the chapter expects "
-            f"{between}. A busy machine can do this to a time: run the cell once more. If it "
-            "stays, the text around this cell does not hold here, and that is worth a report."
+            f"{between}. A busy machine can change a measured time: run the cell once more. If "
+            "the value stays, the text around this cell is wrong on this machine: report it."
         )
 
 
 def _side_by_side(guess: Guess, value: Any, shown: str) -> str:
-    verdict = _verdict(guess, value)
+    verdict = _compared_with_guess(guess, value)
     cells = (
-        ("you predicted", _output.inline(_worded(guess))),
-        ("measured", _output.inline(shown)),
-        ("", _output.inline(verdict)),
+        ("you predicted", output.inline_html(_guess_text(guess))),
+        ("measured", output.inline_html(shown)),
+        ("", output.inline_html(verdict)),
     )
     columns = "".join(
         f'<td style="text-align: left; padding-right: 24px; vertical-align: top">'
-        f'<span style="color: {_output.FAINT}">{name or "&nbsp;"}</span><br>'
+        f'<span style="color: {output.FAINT}">{name or "&nbsp;"}</span><br>'
         f'<span style="font-size: 125%">{text}</span></td>'
         for name, text in cells
     )
     table = f'<table style="margin: 4px 0 0 0"><tbody><tr>{columns}</tr></tbody></table>'
-    return _output.card(_output.inline(guess.question) + table, edge=_output.RIGHT)
+    return output.box(output.inline_html(guess.question) + table, edge=output.RIGHT)
 
 
-def _verdict(guess: Guess, value: Any) -> str:
+def _compared_with_guess(guess: Guess, value: Any) -> str:
     if guess.value is None:
         return "no guess to compare with"
     if guess.options or isinstance(value, str):
@@ -172,7 +172,7 @@ def _verdict(guess: Guess, value: Any) -> str:
     if expected == value:
         return "exactly"
     if value * expected <= 0:
-        return f"off by {_output.number(value - expected)}"
+        return f"off by {output.format_number(value - expected)}"
     ratio = value / expected
     if 0.95 <= ratio <= 1.05:
         return "within 5 %"

@@ -1,10 +1,10 @@
-"""`quiz`: a few questions at the end of a chapter, each answer met with its reason.
+"""`quiz`: a few questions at the end of a chapter; each answer gets a reason.
 
-A quiz is a file, `quizzes/NN.toml`:
+A quiz is the file `quiz.toml` of a chapter:
 
     [[questions]]
     objective = "O2"
-    question = "What does a large dt do to the state?"
+    question = "What does a large dt do to the answers?"
 
     [[questions.options]]
     text = "It forgets faster."
@@ -16,12 +16,13 @@ A quiz is a file, `quizzes/NN.toml`:
     right = false
     reason = "The other way round: look at exp(dt * A) with A < 0."
 
-Exactly one option is right, and every option has a reason: a wrong answer is where the learning is.
-The objective is one of those that the chapter opens with, so that a wrong answer says where to read
-again; the rules of `hygiene` see to it that each of them is asked for.
-In a running notebook these are radio buttons and the reason appears at once. In the committed file
-and in a terminal stand the questions and the options, without the answers, which live in the
-package. Nothing is sent anywhere.
+Exactly one option is right, and every option has a reason, because a learner learns most from a
+wrong answer. The objective is one of those at the start of the chapter, so a wrong answer says what
+to read again; `authoring.lint` checks that every objective has a question.
+
+In a running notebook the options are radio buttons, and the reason appears at once. The committed
+file and a terminal show the questions and options without the answers, which stay in the package.
+Nothing is sent anywhere.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_lite.course import _output
+from nemotron_lite.course import output
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.display import WIDGET, widget_view
 
 
 class QuizError(ValueError):
-    """A quiz file that is missing or does not hold together."""
+    """A quiz file that is missing or not valid."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One answer to choose, and what is said when it is chosen."""
+    """One answer to choose, and the reason that is shown when it is chosen."""
 
     text: str
     right: bool
@@ -52,7 +53,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the objective it asks for, and its options, exactly one of them right."""
+    """A question, the objective it tests, and its options, exactly one of them right."""
 
     objective: str
     question: str
@@ -63,29 +64,29 @@ def quiz(chapter: str) -> None:
     """Show the quiz of a chapter.
 
     Raises:
-        QuizError: the chapter has none, or its file is not a quiz.
+        QuizError: the chapter has none, or its file is not valid.
     """
     questions = load_quiz(chapter)
-    if not _output.in_notebook():
-        _output.emit(at_rest(questions))
+    if not output.in_notebook():
+        output.show_output(static_text(questions))
         return
-    _output.emit(at_rest(questions), more={WIDGET: widget_view(quiz_widget(questions))})
+    output.show_output(static_text(questions), more={WIDGET: widget_view(quiz_widget(questions))})
 
 
 def load_quiz(chapter: str) -> tuple[Question, ...]:
     """Read and validate the `quiz.toml` of a chapter."""
     folders = chapter_folders()
     if chapter not in folders:
-        raise QuizError(f"There is no quiz {chapter!r}; quizzes exist for {list(folders)}.")
+        raise QuizError(f"There is no quiz {chapter!r}; choose one of {list(folders)}.")
     path = folders[chapter] / "quiz.toml"
-    return read_quiz(path.read_text(), f"{folders[chapter].name}/quiz.toml")
+    return parse_quiz(path.read_text(), f"{folders[chapter].name}/quiz.toml")
 
 
-def read_quiz(text: str, name: str = "quiz") -> tuple[Question, ...]:
-    """Questions out of the text of a file.
+def parse_quiz(text: str, name: str = "quiz") -> tuple[Question, ...]:
+    """Questions from the text of a file.
 
     Raises:
-        QuizError: naming the question and what is wrong with it.
+        QuizError: the message names the question and the problem.
     """
     try:
         tree = tomllib.loads(text)
@@ -96,7 +97,7 @@ def read_quiz(text: str, name: str = "quiz") -> tuple[Question, ...]:
     return tuple(_question(f"{name}, question {i}", q) for i, q in enumerate(tree["questions"], 1))
 
 
-def at_rest(questions: Sequence[Question]) -> str:
+def static_text(questions: Sequence[Question]) -> str:
     """Questions and options in plain text, without the answers."""
     blocks = []
     for position, asked in enumerate(questions, 1):
@@ -107,24 +108,25 @@ def at_rest(questions: Sequence[Question]) -> str:
 
 def quiz_widget(questions: Sequence[Question]) -> Any:
     """The live quiz: an ipywidgets box."""
-    widgets = _output.lab("ipywidgets")
+    widgets = output.import_lab("ipywidgets")
     score = widgets.HTML()
-    state: dict[int, bool] = {}
+    answers: dict[int, bool] = {}
     blocks = []
     for position, asked in enumerate(questions):
-        blocks.append(_block(widgets, position, asked, state, score, len(questions)))
+        blocks.append(_question_widget(widgets, position, asked, answers, score, len(questions)))
     return widgets.VBox([*blocks, score])
 
 
-def _block(
-    widgets: Any, position: int, asked: Question, state: dict[int, bool], score: Any, of: int
+def _question_widget(
+    widgets: Any, position: int, asked: Question, answers: dict[int, bool], score: Any, of: int
 ) -> Any:
     title = widgets.HTML(
-        f'<div style="line-height: 1.5"><b>{position + 1}.</b> {_output.inline(asked.question)} '
-        f'<span style="color: {_output.FAINT}">{asked.objective}</span></div>'
+        f'<div style="line-height: 1.5"><b>{position + 1}.</b> '
+        f"{output.inline_html(asked.question)} "
+        f'<span style="color: {output.FAINT}">{asked.objective}</span></div>'
     )
     buttons = widgets.RadioButtons(
-        options=[(_plain(option.text), i) for i, option in enumerate(asked.options)],
+        options=[(_without_markup(option.text), i) for i, option in enumerate(asked.options)],
         value=None,
         layout={"width": "auto", "margin": "0 0 0 16px"},
     )
@@ -134,17 +136,17 @@ def _block(
         if change["new"] is None:
             return
         chosen = asked.options[change["new"]]
-        state[position] = chosen.right
-        word, edge = ("Right.", _output.RIGHT) if chosen.right else ("Not quite.", _output.WRONG)
-        reply.value = _output.card(f"<b>{word}</b> {_output.inline(chosen.reason)}", edge=edge)
-        score.value = f"{sum(state.values())} of {of} right, {len(state)} answered"
+        answers[position] = chosen.right
+        word, edge = ("Right.", output.RIGHT) if chosen.right else ("Not quite.", output.WRONG)
+        reply.value = output.box(f"<b>{word}</b> {output.inline_html(chosen.reason)}", edge=edge)
+        score.value = f"{sum(answers.values())} of {of} right, {len(answers)} answered"
 
     buttons.observe(answer, names="value")
     return widgets.VBox([title, buttons, reply], layout={"margin": "0 0 12px 0"})
 
 
-def _plain(text: str) -> str:
-    """Radio buttons show no markup: `*` in code stays, *slanted* and **bold** lose their stars."""
+def _without_markup(text: str) -> str:
+    """Text for radio buttons, which show no markup: *italic* and **bold** lose their stars."""
     pieces = text.split("`")
     for position in range(0, len(pieces), 2):
         pieces[position] = re.sub(
@@ -161,13 +163,13 @@ def _question(where: str, entry: Mapping[str, Any]) -> Question:
     if not re.fullmatch(r"O\d", asked.objective):
         raise QuizError(f"{where} has the objective {asked.objective!r}; expected one like 'O1'.")
     if not asked.question:
-        raise QuizError(f"{where} asks nothing.")
+        raise QuizError(f"{where} has an empty question.")
     if len(options) < 2:
-        raise QuizError(f"{where} has {len(options)} option; a choice needs two.")
+        raise QuizError(f"{where} has {len(options)} option; expected two or more.")
     if sum(option.right for option in options) != 1:
         raise QuizError(f"{where} has {sum(o.right for o in options)} right options; expected 1.")
     if len({option.text for option in options}) != len(options):
-        raise QuizError(f"{where} has the same option twice.")
+        raise QuizError(f"{where} has the same option twice; options must differ.")
     return asked
 
 
@@ -177,6 +179,6 @@ def _option(where: str, entry: Mapping[str, Any]) -> Option:
     text, right, reason = entry["text"].strip(), entry["right"], entry["reason"].strip()
     if not text or not reason or not isinstance(right, bool):
         raise QuizError(
-            f"{where}: option {text!r} needs text, a reason, and right = true or false."
+            f"{where}: option {text!r} must have text, a reason, and right = true or false."
         )
     return Option(text, right, reason)

@@ -1,12 +1,12 @@
-"""`setup`: one call at the top of a chapter, so that two runs of it see the same numbers.
+"""`setup`: one call at the top of a chapter, so that two runs of it use the same random numbers.
 
-It seeds torch, numpy and random, settles how many threads torch uses, picks the device, and asks
-Triton for its interpreter where there is no GPU, which has to happen before anybody imports
-triton. What it found (device, versions) is shown in HTML only: it differs between machines, and the
-line that stays in the file must not.
+It seeds torch, numpy and random, sets the number of threads, and chooses the device. Without a GPU
+it also switches on Triton's interpreter, which has to happen before triton is imported. Device and
+versions are shown in HTML only, because they differ between machines and the plain text in the
+committed notebook must not.
 
-It does not promise the same bits on two machines: sums run in another order there. Chapters print
-rounded numbers, or compare within bounds.
+Two machines need not give the same bits, because they add numbers in different orders. So chapters
+print rounded numbers, or compare within bounds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from nemotron_lite.course import _output
+from nemotron_lite.course import output
 
 if TYPE_CHECKING:
     import torch
 
-# JupyterLab breaks long lines of code in mid-word; with this they scroll. And it shows the picture
-# of a plotly figure at its full size, cut off where the window is narrower; with this it shrinks.
-LOOK = (
+# JupyterLab breaks long lines of code in the middle of a word; with this style they scroll. It also
+# cuts the picture of a plotly figure off in a narrow window; with this style the picture shrinks.
+NOTEBOOK_STYLE = (
     "<style>.jp-RenderedMarkdown pre, .jp-RenderedMarkdown pre code "
     "{ white-space: pre; overflow-x: auto; } "
     ".jp-RenderedPlotly img { max-width: 100%; height: auto; }</style>"
@@ -37,11 +37,11 @@ LOOK = (
 
 @dataclass(frozen=True)
 class Session:
-    """What `setup` settled.
+    """The settings that `setup` made.
 
     device: "cuda" where torch sees a GPU, else "cpu".
-    generator: a seeded generator on the CPU. Draw there and move the tensor, then a GPU run
-        starts from the same numbers as a laptop.
+    generator: a seeded generator on the CPU. Draw random numbers there and move the tensor to the
+        device: then a run on a GPU starts from the same numbers as a laptop.
     """
 
     chapter: str
@@ -49,21 +49,21 @@ class Session:
     threads: int
     device: torch.device
     generator: torch.Generator = field(repr=False)
-    shown_at: int | None = field(default=None, repr=False, compare=False)
+    shown_in_cell: int | None = field(default=None, repr=False, compare=False)
 
     def _ipython_display_(self) -> None:
-        """`setup` has spoken already, so a cell that ends in it adds nothing."""
-        if _output.moment() != self.shown_at:
-            _output.emit(repr(self))
+        """Show nothing in the cell that ran `setup`: `setup` has shown its line there."""
+        if output.cell_number() != self.shown_in_cell:
+            output.show_output(repr(self))
 
 
 def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session:
-    """Open a chapter: seeds, threads, device, plot theme; forget guesses and hints of before.
+    """Start a chapter: set seeds, threads, device and plot theme; reset guesses and hints.
 
     Args:
         chapter: its two digits, such as "01".
         seed: for torch, numpy, random and the session's generator.
-        threads: for torch; None keeps what torch or OMP_NUM_THREADS chose.
+        threads: for torch; None keeps the number that torch or OMP_NUM_THREADS chose.
 
     Raises:
         ValueError: a chapter that is not two digits, or threads below one.
@@ -72,7 +72,7 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
         raise ValueError(f"chapter is {chapter!r}; expected two digits, such as '01'.")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected 1 or more, or None for torch's choice.")
-    note = _settle_triton()
+    note = _choose_triton_mode()
     import numpy as np
     import torch
 
@@ -81,7 +81,7 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    _forget()
+    _reset_guesses_and_hints()
     _plot_theme()
     session = Session(
         chapter=chapter,
@@ -89,14 +89,14 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
         threads=torch.get_num_threads(),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         generator=torch.Generator().manual_seed(seed),
-        shown_at=_output.moment(),
+        shown_in_cell=output.cell_number(),
     )
-    _output.emit(f"Chapter {chapter} · ready", _described(session, note))
+    output.show_output(f"Chapter {chapter} · ready", _session_html(session, note))
     return session
 
 
-def _settle_triton() -> str:
-    """Ask for Triton's interpreter where there is no GPU. Triton reads this once, at its import."""
+def _choose_triton_mode() -> str:
+    """Without a GPU, switch on Triton's interpreter; Triton reads the variable at its import."""
     import torch
 
     if find_spec("triton") is None:
@@ -110,11 +110,11 @@ def _settle_triton() -> str:
     return "Triton was imported before setup: restart the kernel to run kernels on the CPU"
 
 
-def _forget() -> None:
+def _reset_guesses_and_hints() -> None:
     from nemotron_lite.course import exercises, predictions
 
-    predictions.forget()
-    exercises.forget()
+    predictions.reset_guesses()
+    exercises.reset_hints()
 
 
 def _plot_theme() -> None:
@@ -128,7 +128,7 @@ def _plot_theme() -> None:
         use()
 
 
-def _described(session: Session, note: str) -> str:
+def _session_html(session: Session, note: str) -> str:
     import torch
 
     where = "CPU"
@@ -143,5 +143,5 @@ def _described(session: Session, note: str) -> str:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    faint = f'<br><span style="color: {_output.FAINT}">{" · ".join(versions)}</span>'
-    return _output.card(" · ".join(parts) + faint) + LOOK
+    faint = f'<br><span style="color: {output.FAINT}">{" · ".join(versions)}</span>'
+    return output.box(" · ".join(parts) + faint) + NOTEBOOK_STYLE

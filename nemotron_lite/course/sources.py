@@ -1,15 +1,14 @@
-"""`show_source`: the package's own code in a chapter, read from the file at that moment.
+"""`show_source`: show the package's own code in a chapter, read from its file.
 
-A chapter that copies code grows apart from the package. This shows the live object, so the text
-beside it can only be about the code that runs. When the package changes, the stored output no
-longer matches and the chapter has to be published again.
+A copy of code in a chapter soon differs from the package. `show_source` shows the code that runs.
+When the package changes, the stored output no longer matches, a test fails, and the chapter has to
+be published again.
 
-The rich form is markdown with a block of Python in it. JupyterLab colours that as it colours a
-cell, in both themes and also in a notebook it does not trust yet, where colours of our own in HTML
-would be taken out.
+The output is markdown with a block of Python. JupyterLab colours it like a cell, in both themes and
+also in a notebook that is not trusted, where it would remove the colours from HTML.
 
-Left out: the docstring, unless it is asked for, because the text around the cell does its work; and
-line numbers, which change with every edit above.
+Left out: the docstring, unless you ask for it, because the text around the cell explains the code;
+and line numbers, which change with every edit above.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from nemotron_lite.course import _output
+from nemotron_lite.course import output
 
 
 def show_source(obj: Any, *, docstring: bool = False) -> None:
@@ -32,16 +31,16 @@ def show_source(obj: Any, *, docstring: bool = False) -> None:
         docstring: keep the docstring of the object (methods of a class keep theirs either way).
 
     Raises:
-        TypeError: Python keeps no source for it; a number, or something written in C.
+        TypeError: it has no Python source, such as a number or something written in C.
     """
     source, where = source_of(obj, docstring=docstring)
     fence = max(["``", *re.findall("`{3,}", source)], key=len) + "`"
     markdown = f"`{where}`\n\n{fence}python\n{source}\n{fence}"
-    _output.emit(source, more={"text/markdown": markdown})
+    output.show_output(source, more={"text/markdown": markdown})
 
 
 def source_of(obj: Any, *, docstring: bool = False) -> tuple[str, str]:
-    """The source of `obj`, and the file it stands in: `nemotron_lite/ops/scan.py`."""
+    """The source of `obj`, and its file, such as `nemotron_lite/ops/scan.py`."""
     target = _python_object(obj)
     try:
         lines, _ = inspect.getsourcelines(target)
@@ -58,12 +57,12 @@ def source_of(obj: Any, *, docstring: bool = False) -> tuple[str, str]:
 
 
 def _python_object(obj: Any) -> Any:
-    """Undo what stands between a name and the function that was written."""
+    """The function that was written, without decorators, properties and partial()."""
     for _ in range(10):
         if isinstance(obj, property):
             obj = obj.fget
         elif type(obj).__module__.partition(".")[0] == "triton" and hasattr(obj, "fn"):
-            obj = obj.fn  # a JIT function, an autotuner or the interpreter's stand-in
+            obj = obj.fn  # a JIT function, an autotuner or the interpreter's wrapper
         elif hasattr(obj, "func") and hasattr(obj, "keywords"):
             obj = obj.func  # functools.partial
         else:
@@ -87,7 +86,7 @@ def _without_docstring(source: str) -> str:
 
 
 def _short(path: str) -> str:
-    """The path from the package's folder on, or the file's name."""
+    """The path that starts with the package's folder, or the file's name."""
     parts = Path(path).parts
     for root in ("nemotron_lite", "nemotron_kernels"):
         if root in parts:

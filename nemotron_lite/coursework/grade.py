@@ -1,22 +1,27 @@
 """Grade a folder of submissions: `make grade SUBMISSIONS=folder`.
 
     scores.csv       a row for each learner and assignment
-    scores.json      the same with each exercise, what was noticed, limits, versions, isolation
-    feedback/<student>/<assignment>.html      the notebook as it ran, with points and comments
+    scores.json      the same with each exercise, notes, limits, versions and isolation
+    feedback/<student>/<assignment>.html      the executed notebook with points and comments
 
-The steps: find the notebooks (`submissions`), let nbgrader make the gradebook from source/, and for
-each submission copy the clean notebook into a folder of its own, run it there in a process of its
-own, and read its points. A submission that cannot be read, or whose process had to be stopped, gets
-a line that says so; the others do not notice. The results appear as a whole: they are written into
-a new folder that takes the old one's name.
+The steps:
 
-What is kept from the learner's code: the network and the other processes, by Linux namespaces,
-where `unshare` may be used without being root; the environment variables of whoever grades; time,
-for a cell and for the whole; memory, on Linux. What is not: files. The code runs as you, and can
-read and write what you can. The result says which of these held.
+    1. make the assignments and nbgrader's gradebook from the exercises of the package,
+    2. find the submitted notebooks (`submissions`),
+    3. copy each one, cleaned, into its own temporary folder and run it in its own process,
+    4. read the points off its test cells,
+    5. write all results into a new folder, which then replaces the old one in one step.
 
-Left out: a container of its own for each submission, and protection from a learner who studies the
-grader in order to fool it. `exercises/README.md` says what an instructor can do about both.
+A submission that cannot be read, or whose process had to be stopped, gets a result that says so.
+The other submissions are graded all the same.
+
+The code of a learner cannot use the network or see other processes, if this Linux lets ordinary
+users make namespaces with `unshare`. It does not get your environment variables. It has a limit of
+time for each cell and for the whole, and on Linux a limit of memory. Files are not protected: the
+code runs as you, and can read and write what you can. The result says which limits were in force.
+
+Left out: a container for each submission, and protection from a learner who studies the grader in
+order to fool it. `exercises/README.md` says what an instructor can do about both.
 """
 
 from __future__ import annotations
@@ -29,7 +34,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,11 +46,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
-from nemotron_lite.checkpoint.atomic import new_folder
-from nemotron_lite.coursework.make import EXERCISES, WORKER, CourseworkError, assignment_path
-from nemotron_lite.coursework.make import write_release as make_release
+from nemotron_lite.coursework.make import (
+    WORKER,
+    CourseworkError,
+    assignment_path,
+    write_release,
+    write_source,
+)
 from nemotron_lite.coursework.submissions import (
     Assignment,
     Submission,
@@ -54,14 +63,15 @@ from nemotron_lite.coursework.submissions import (
     clean_copy,
     find_submissions,
     read_notebook,
-    released,
+    read_release,
 )
+from nemotron_lite.files import atomic_folder
 
 RESULTS = ("scores.csv", "scores.json", "feedback")
 COLUMNS = ("student", "assignment", "points", "max_points", "status", "message", "file")
-# nbgrader's page runs the lines of a comment together.
-COMMENTS = "<style>.panel-footer p { white-space: pre-line; }</style>"
-KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")
+# nbgrader's page shows the lines of a comment as one line; with this they stay apart.
+COMMENT_STYLE = "<style>.panel-footer p { white-space: pre-line; }</style>"
+KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")
 NAMESPACES = (
     ("--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
     ("--map-root-user", "--net"),
@@ -70,7 +80,7 @@ NAMESPACES = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What one submission may use: seconds of a cell, seconds in all, GiB of memory (0: any)."""
+    """Limits of one submission: seconds per cell, seconds in all, GiB of memory (0: no limit)."""
 
     cell_seconds: int = 60
     seconds: int = 600
@@ -79,26 +89,30 @@ class Limits:
 
 @dataclass(frozen=True)
 class Isolation:
-    """What separates a submission from the rest of the machine, and the command that does it."""
+    """How a submission is separated from the machine, and the command that starts it that way."""
 
     command: tuple[str, ...]
     network: str
     processes: str
 
 
-def worker(*words: str) -> list[str]:
+def worker_command(*arguments: str) -> list[str]:
     """The command that runs nbgrader_worker.py."""
-    return [sys.executable, str(WORKER), *words]
+    return [sys.executable, str(WORKER), *arguments]
 
 
-def isolation() -> Isolation:
-    """Try, strongest first, what this system allows, and say what it is."""
+def find_isolation() -> Isolation:
+    """The strongest isolation that this system allows; each kind is tried by running the worker."""
     reason = "unshare is not installed"
     unshare = shutil.which("unshare")
     for options in NAMESPACES if unshare else ():
         command = (str(unshare), *options)
         run = subprocess.run(
-            [*command, *worker("probe")], capture_output=True, text=True, timeout=60, check=False
+            [*command, *worker_command("probe")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         if run.returncode == 0 and json.loads(run.stdout)["cut_off"]:
             own = json.loads(run.stdout)["own_processes"]
@@ -107,36 +121,33 @@ def isolation() -> Isolation:
     return Isolation((), f"NOT cut off: {reason}", "yours are visible")
 
 
-def environment(home: Path) -> dict[str, str]:
-    """Environment of a submission: of the grader's, only what finds Python and the package."""
-    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+def submission_environment(home: Path) -> dict[str, str]:
+    """Environment variables of a submission: of yours only those that find Python and packages."""
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     folders = ("HOME", "TMPDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     return {**kept, **dict.fromkeys(folders, str(home)), "OMP_NUM_THREADS": threads}
 
 
-def _started_by(pid: int) -> list[int]:
-    """A process and everything below it, children last."""
-    if (ps := shutil.which("ps")) is None:
-        return [pid]
-    listed = subprocess.run([ps, "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
-    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
-    found = [pid]
-    for parent in found:
-        found += [child for child, above in pairs if above == parent and child not in found]
-    return found
+def _kill_with_children(pid: int) -> None:
+    """Kill a process and all its descendants."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds: int) -> str:
-    """Run a worker on a job; "" when it ended well, otherwise why not.
+    """Run a worker on a job; returns "" if it succeeded, otherwise the reason.
 
-    When its time is over, it is killed with all that it started: a kernel in an endless loop is in
-    a process group of its own and would stay behind.
+    After `seconds` the worker is killed together with every process it started: a kernel in an
+    endless loop has its own process group, and would otherwise go on running.
     """
     with (home / "log.txt").open("w") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, cwd=home,
-            env=environment(home), start_new_session=True,
+            env=submission_environment(home), start_new_session=True,
         )  # fmt: skip
         try:
             process.communicate(json.dumps(job), timeout=seconds)
@@ -144,15 +155,13 @@ def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds
             return f"stopped after {seconds} s, the limit for a whole submission"
         finally:
             if process.poll() is None:
-                for pid in _started_by(process.pid):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                _kill_with_children(process.pid)
                 process.wait()
     return "" if process.returncode == 0 else _reason((home / "log.txt").read_text("utf-8"))
 
 
 def _reason(log: str) -> str:
-    """Why nbgrader gave up, from its log."""
+    """Why nbgrader failed, from its log."""
     for name, text in {
         "DeadKernelError": "its Python process died (out of memory, or ended by the code)",
         "ModuleNotFoundError: No module named 'nbgrader'": "nbgrader is not installed here",
@@ -160,31 +169,43 @@ def _reason(log: str) -> str:
         if name in log:
             return text
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"nbgrader gave up: {lines[-1][:300] if lines else 'without a word'}"
+    return f"nbgrader failed: {lines[-1][:300] if lines else 'its log is empty'}"
 
 
-def _unread(one: Submission, status: str, message: str, most: float | None) -> dict[str, Any]:
+def _ungraded(
+    one: Submission, status: str, message: str, max_points: float | None
+) -> dict[str, Any]:
     return {
-        "student": one.student, "assignment": one.assignment, "points": 0.0, "max_points": most,
-        "status": status, "message": message, "notes": list(one.notes), "exercises": [],
-    }  # fmt: skip
+        "student": one.student,
+        "assignment": one.assignment,
+        "points": 0.0,
+        "max_points": max_points,
+        "status": status,
+        "message": message,
+        "notes": list(one.notes),
+        "exercises": [],
+    }
 
 
 def grade_one(
-    one: Submission, handed_out: Assignment | None, course: Path, jail: Isolation, limits: Limits
+    one: Submission,
+    handed_out: Assignment | None,
+    course: Path,
+    isolation: Isolation,
+    limits: Limits,
 ) -> tuple[dict[str, Any], str]:
-    """Run one submission; its result, and its feedback as HTML ("" when it did not run).
+    """Run one submission; returns its result and its feedback as HTML ("" if it did not run).
 
-    `course` holds the gradebook.db of the assignments. It is copied, so that submissions can run
-    side by side and none sees the points of another.
+    `course` holds the gradebook.db of the assignments. Each submission gets a copy, so that several
+    can run at the same time and none sees the points of another.
     """
-    most = sum(e.points for e in handed_out.exercises) if handed_out else None
-    if one.fault or handed_out is None:
-        return _unread(one, "unreadable", one.fault, most), ""
+    max_points = sum(e.points for e in handed_out.exercises) if handed_out else None
+    if one.problem or handed_out is None:
+        return _ungraded(one, "unreadable", one.problem, max_points), ""
     try:
         notebook, notes = clean_copy(read_notebook(one.path), handed_out)
     except (SubmissionError, OSError) as error:
-        return _unread(one, "unreadable", str(error), most), ""
+        return _ungraded(one, "unreadable", str(error), max_points), ""
     name = handed_out.name
     with tempfile.TemporaryDirectory(prefix="grading-") as folder:
         home = Path(folder).resolve()
@@ -196,10 +217,12 @@ def grade_one(
             "root": str(home), "assignment": name, "cell_seconds": limits.cell_seconds,
             "memory_gib": limits.memory_gib, "exercises": [asdict(e) for e in handed_out.exercises],
         }  # fmt: skip
-        trouble = run_limited([*jail.command, *worker("grade")], job, home, limits.seconds)
-        if trouble or not (home / "result.json").is_file():
-            status = "stopped" if trouble.startswith("stopped") else "died"
-            result = _unread(one, status, trouble or "it left no result", most)
+        reason = run_limited(
+            [*isolation.command, *worker_command("grade")], job, home, limits.seconds
+        )
+        if reason or not (home / "result.json").is_file():
+            status = "stopped" if reason.startswith("stopped") else "died"
+            result = _ungraded(one, status, reason or "it wrote no result", max_points)
             return {**result, "notes": [*one.notes, *notes]}, ""
         ran = json.loads((home / "result.json").read_text(encoding="utf-8"))
         page = home / "feedback" / "learner" / name / f"{name}.html"
@@ -210,7 +233,7 @@ def grade_one(
     message = f"{right} of {len(exercises)} exercises right"
     return {
         "student": one.student, "assignment": name,
-        "points": sum(e["points"] for e in exercises), "max_points": most, "status": "graded",
+        "points": sum(e["points"] for e in exercises), "max_points": max_points, "status": "graded",
         "message": message + (f"; {', '.join(wrong)}" if wrong else ""),
         "notes": [*one.notes, *notes], "exercises": exercises,
         "seconds": round(ran["seconds"], 1), "network_cut_off": ran["cut_off"],
@@ -218,9 +241,9 @@ def grade_one(
     }, feedback  # fmt: skip
 
 
-def page_of(result: dict[str, Any], feedback: str) -> str:
-    """The feedback with a summary on top; a page of its own when the notebook did not run."""
-    most = "?" if result["max_points"] is None else f"{result['max_points']:g}"
+def feedback_page(result: dict[str, Any], feedback: str) -> str:
+    """The feedback with a summary at the top; only the summary if the notebook did not run."""
+    max_points = "?" if result["max_points"] is None else f"{result['max_points']:g}"
     lines = [f"{result['status']}: {result['message']}", *result["notes"]]
     lines += [
         f"{e['id']}: {e['points']:g} of {e['max_points']:g}, {e['status']}"
@@ -228,16 +251,15 @@ def page_of(result: dict[str, Any], feedback: str) -> str:
     ]
     title = f"{result['student']} · {result['assignment'] or 'no assignment'}"
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    summary = (
-        f"<h3>{html.escape(title)}: {result['points']:g} of {most} points</h3><ul>{items}</ul>"
-    )
+    score = f"{result['points']:g} of {max_points} points"
+    summary = f"<h3>{html.escape(title)}: {score}</h3><ul>{items}</ul>"
     head, tag, rest = feedback.partition("<body>")
     if not tag:
         return (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
             f"<title>{html.escape(title)}</title></head><body>{summary}</body></html>"
         )
-    head = head.replace("</head>", f"{COMMENTS}</head>", 1)
+    head = head.replace("</head>", f"{COMMENT_STYLE}</head>", 1)
     return f'{head}{tag}<div class="container">{summary}</div>{rest}'
 
 
@@ -251,8 +273,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _fingerprint(folder: Path) -> str:
-    """One number for all that lies in a folder, to show that grading changed nothing."""
+def _folder_hash(folder: Path) -> str:
+    """A hash of all files in a folder, to show that grading changed nothing."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
@@ -262,48 +284,63 @@ def _fingerprint(folder: Path) -> str:
 
 def grade_folder(
     folder: Path, out: Path, *, limits: Limits | None = None, jobs: int = 1,
-    exercises: Path = EXERCISES,
+    source: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Grade every submission below `folder` and write the results into `out`.
+
+    Args:
+        folder: the submissions; it is only read.
+        out: the folder for the results.
+        limits: of each submission.
+        jobs: submissions at the same time.
+        source: a folder of source notebooks, such as exercises/source; None makes them from the
+            exercises of the package, for all chapters.
 
     Returns:
         What scores.json holds.
 
     Raises:
         SubmissionError: no such folder, nothing in it, or `out` lies inside it.
-        CourseworkError: nbgrader could not read exercises/source.
+        CourseworkError: nbgrader could not make the assignments.
     """
     folder, out, limits = folder.resolve(), out.resolve(), limits or Limits()
     if out == folder or folder in out.parents:
-        raise SubmissionError(f"the results would go into {out}, among the submissions.")
+        raise SubmissionError(
+            f"the results would go into {out}, among the submissions; choose another --out."
+        )
     if not folder.is_dir():
-        raise SubmissionError(f"{folder} is no folder; SUBMISSIONS names one with notebooks in it.")
-    before = _fingerprint(folder)
+        raise SubmissionError(
+            f"{folder} is not a folder; SUBMISSIONS must name a folder with notebooks in it."
+        )
+    before = _folder_hash(folder)
     with tempfile.TemporaryDirectory(prefix="course-") as work:
         course = Path(work)
-        shutil.copytree(exercises / "source", course / "source")
-        names = sorted(path.name for path in (course / "source").iterdir())
-        make_release(course, names)
-        known = {n: released(assignment_path(course, "release", n)) for n in names}
-        found, jail = find_submissions(folder, known), isolation()
+        if source is None:
+            names = write_source(course)
+        else:
+            shutil.copytree(source, course / "source")
+            names = sorted(path.name for path in (course / "source").iterdir())
+        write_release(course, names)
+        known = {n: read_release(assignment_path(course, "release", n)) for n in names}
+        found, isolation = find_submissions(folder, known), find_isolation()
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             running = [
-                pool.submit(grade_one, one, known.get(one.assignment), course, jail, limits)
+                pool.submit(grade_one, one, known.get(one.assignment), course, isolation, limits)
                 for one in found
             ]
             done = [r.result() for r in tqdm(running, "grading", unit="submission", leave=False)]
     results = []
-    with new_folder(out, replaces=lambda name: name in RESULTS) as fresh:
+    with atomic_folder(out, replaces=lambda name: name in RESULTS) as fresh:
         for one, (result, feedback) in zip(found, done, strict=True):
             page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
             (fresh / page).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / page).write_text(page_of(result, feedback), encoding="utf-8")
+            (fresh / page).write_text(feedback_page(result, feedback), encoding="utf-8")
             file = str(one.path.relative_to(folder))
             results.append({**result, "file": file, "feedback": page.as_posix()})
         summary = {
-            "submissions": results, "network": jail.network, "processes": jail.processes,
+            "submissions": results, "network": isolation.network, "processes": isolation.processes,
             "limits": asdict(limits), "versions": _versions(),
-            "submissions_unchanged": _fingerprint(folder) == before,
+            "submissions_unchanged": _folder_hash(folder) == before,
             "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }  # fmt: skip
         (fresh / "scores.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -318,12 +355,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Grade a folder from the command line and print a line for each submission."""
     parser = argparse.ArgumentParser(prog="make grade SUBMISSIONS=folder", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    usual = Limits()
+    default = Limits()
     parser.add_argument("submissions", type=Path, help="folder of submissions; it is only read")
-    parser.add_argument("--out", type=Path, default=EXERCISES / "grades", help="for the results")
-    parser.add_argument("--cell-seconds", type=int, default=usual.cell_seconds)
-    parser.add_argument("--seconds", type=int, default=usual.seconds, help="for one submission")
-    parser.add_argument("--memory-gib", type=float, default=usual.memory_gib, help="0: no limit")
+    parser.add_argument("--out", type=Path, default=Path("grades"), help="results (./grades)")
+    parser.add_argument("--cell-seconds", type=int, default=default.cell_seconds)
+    parser.add_argument("--seconds", type=int, default=default.seconds, help="for one submission")
+    parser.add_argument("--memory-gib", type=float, default=default.memory_gib, help="0: no limit")
     parser.add_argument("--jobs", type=int, default=1, help="submissions at the same time")
     chosen = parser.parse_args(arguments)
     limits = Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gib)
@@ -333,10 +370,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Nothing was graded: {error}", file=sys.stderr)
         return 2
     for one in summary["submissions"]:
-        most = "?" if one["max_points"] is None else f"{one['max_points']:g}"
+        max_points = "?" if one["max_points"] is None else f"{one['max_points']:g}"
         print(
-            f"{one['student']:<16} {one['assignment'] or '-':<12} {one['points']:>5g} of {most:<4} "
-            f"{one['status']}: {one['message']}"
+            f"{one['student']:<16} {one['assignment'] or '-':<12} "
+            f"{one['points']:>5g} of {max_points:<4} {one['status']}: {one['message']}"
         )
         print("".join(f"{'':<16} note: {note}\n" for note in one["notes"]), end="")
     print(f"Network of the submissions: {summary['network']}. Results: {chosen.out}")

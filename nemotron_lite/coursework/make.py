@@ -1,24 +1,27 @@
-"""Coursework made from the exercises: what nbgrader calls the source, and what learners are given.
+"""Make the coursework from the exercises: notebooks with the solutions, and without them.
 
-An exercise is written once, in `nemotron_lite/course/exercises/chapter_NN.py`: task, stub,
-reference solution, hints and checks. The chapter shows its stub, `check` grades it, and this room
-makes from it the notebook that an instructor hands out:
+An exercise is written once, in the `exercises.py` of its chapter: task, stub, reference solution,
+hints and checks. The chapter shows its stub, `check` grades it, and this module makes from it the
+notebook that an instructor hands out:
 
     exercises/source/chapter_NN/chapter_NN.ipynb     with the solution, never handed out
-    exercises/release/chapter_NN/chapter_NN.ipynb    what nbgrader makes of it: the stub again
+    exercises/release/chapter_NN/chapter_NN.ipynb    made from it by nbgrader, with the stub again
 
 Each exercise becomes three cells: the task, the answer (the stub, whose last statement the source
 replaces by the solution between BEGIN SOLUTION and END SOLUTION), and a locked test cell that calls
 `check` on the learner's function. Its last expression is the number of points earned, which
 nbgrader takes as partial credit.
 
-Everything here is a function of the exercises alone: cell ids come from exercise ids and nothing
-holds a date, so that a fresh generation equals the committed files byte for byte.
+The notebooks depend on the exercises alone: cell ids come from exercise ids and nothing holds a
+date. So notebooks made again equal the committed files byte for byte.
 
     python -m nemotron_lite.coursework.make            write source/ and release/
-    python -m nemotron_lite.coursework.make --check    say what differs, change nothing
+    python -m nemotron_lite.coursework.make --check    print what differs, change nothing
 
-Left out: questions in prose that a person marks, and one variant a learner.
+They are written into the exercises/ of the checkout. An installed package has no such folder: name
+one with `--folder`.
+
+Left out: questions in prose that a person grades, and different variants for different learners.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from nemotron_lite.course import exercises
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import PRELUDE, Exercise
 
-EXERCISES = Path(__file__).resolve().parents[2] / "exercises"
+CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("nbgrader_worker.py")
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 SETUP = f"{PRELUDE}\nfrom nemotron_lite.course import check, hint"
@@ -53,16 +56,31 @@ class CourseworkError(ValueError):
     """An exercise or a folder from which no coursework can be made; says what to change."""
 
 
+def exercises_folder() -> Path:
+    """The exercises/ of the checkout that this package lies in.
+
+    Raises:
+        CourseworkError: the package is installed without a checkout.
+    """
+    folder = CHECKOUT / "exercises"
+    if not (CHECKOUT / "pyproject.toml").is_file() or not folder.is_dir():
+        raise CourseworkError(
+            f"{CHECKOUT} is not a checkout of nemotron_lite: it has no exercises/. Name the folder "
+            "of the coursework with --folder, or run this in a checkout."
+        )
+    return folder
+
+
 def chapters() -> list[str]:
     """The two-digit names of the chapters that have exercises, in order."""
     return list(chapter_folders())
 
 
-def function_of(source: str) -> ast.FunctionDef:
-    """The function an exercise is about: the last one that its stub or solution defines."""
+def target_function(source: str) -> ast.FunctionDef:
+    """The function that an exercise asks for: the last one that its stub or solution defines."""
     found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     if not found:
-        raise CourseworkError(f"no function is defined in:\n{source}")
+        raise CourseworkError(f"no function is defined in:\n{source}\nAn exercise needs one.")
     return found[-1]
 
 
@@ -85,10 +103,10 @@ def _lines_of(node: ast.stmt, lines: list[str]) -> list[str]:
 def _solution_body(exercise: Exercise) -> str:
     """The statements of the reference solution, without signature, docstring or indentation.
 
-    What the solution imports or defines beside its function, and the stub does not, comes first:
-    there is one region to clear, so all of it stands inside the function.
+    What the solution imports or defines outside its function, and the stub does not, comes first:
+    nbgrader clears one region, so all of it must be inside the function.
     """
-    function = function_of(exercise.solution)
+    function = target_function(exercise.solution)
     lines = exercise.solution.splitlines()
     beside = {ast.dump(node) for node in ast.parse(exercise.stub).body}
     extras = [
@@ -100,7 +118,7 @@ def _solution_body(exercise: Exercise) -> str:
     ]
     body = function.body[1:] if _is_docstring(function.body[0]) else function.body
     if not body:
-        raise CourseworkError(f"{exercise.id}: the solution has no statements.")
+        raise CourseworkError(f"{exercise.id}: the solution has no statements; write one.")
     first = body[0].lineno - 1
     while first > function.lineno and lines[first - 1].strip().startswith("#"):
         first -= 1
@@ -115,12 +133,18 @@ def answer_cell(exercise: Exercise) -> str:
         CourseworkError: the stub does not end in that statement, or the solution has another name
             or other arguments.
     """
-    stub, solution = function_of(exercise.stub), function_of(exercise.solution)
+    stub, solution = target_function(exercise.stub), target_function(exercise.solution)
     if not _is_stub(stub.body[-1]):
-        raise CourseworkError(f"{exercise.id}: the stub ends in `raise NotImplementedError`.")
+        raise CourseworkError(
+            f"{exercise.id}: the stub ends in `{ast.unparse(stub.body[-1])}`; expected "
+            "`raise NotImplementedError`."
+        )
     asked, given = _signature(stub), _signature(solution)
     if asked != given:
-        raise CourseworkError(f"{exercise.id}: the stub is {asked}, but the solution is {given}.")
+        raise CourseworkError(
+            f"{exercise.id}: the stub is {asked}, but the solution is {given}; give both the same "
+            "name and arguments."
+        )
     last = stub.body[-1]
     head = "\n".join(exercise.stub.splitlines()[: last.lineno - 1])
     region = f"{BEGIN}\n{_solution_body(exercise)}\n{END}"
@@ -135,12 +159,12 @@ def _signature(function: ast.FunctionDef) -> str:
 
 
 def test_cell(exercise: Exercise) -> str:
-    """The graded cell: points earned are its value."""
-    name = function_of(exercise.stub).name
+    """The graded cell; its value is the number of points earned."""
+    name = target_function(exercise.stub).name
     return f'from nemotron_lite.course import check\n\ncheck("{exercise.id}", {name}).points'
 
 
-test_cell.__test__ = False  # type: ignore[attr-defined]  # a cell, not a test of pytest's
+test_cell.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
 
 
 def _task(exercise: Exercise, number: int) -> str:
@@ -192,17 +216,17 @@ def source_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, An
     """One assignment of nbgrader, with its solutions, as the JSON of a notebook.
 
     Raises:
-        CourseworkError: a stub and its solution do not fit each other, or there is no exercise.
+        CourseworkError: a stub and its solution do not match, or there is no exercise.
     """
     if not exercises:
-        raise CourseworkError(f"chapter {chapter} has no exercises.")
+        raise CourseworkError(f"chapter {chapter} has no exercises; add at least one.")
     cells = [
         _cell("markdown", f"{chapter}-opening", _opening(chapter, exercises)),
         _cell("code", f"{chapter}-setup", SETUP),
     ]
     for number, exercise in enumerate(exercises, 1):
         name = exercise.id.replace(".", "-")
-        about = {"exercise": exercise.id, "function": function_of(exercise.stub).name}
+        about = {"exercise": exercise.id, "function": target_function(exercise.stub).name}
         answer = _nbgrader(name, solution=True)
         graded = _nbgrader(f"{name}-check", solution=False, points=exercise.points)
         cells += [
@@ -215,8 +239,8 @@ def source_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, An
     return {"cells": cells, "metadata": NOTEBOOK_METADATA, "nbformat": 4, "nbformat_minor": 5}
 
 
-def written(notebook: dict[str, Any]) -> str:
-    """A notebook as text, the way nbformat writes it."""
+def notebook_text(notebook: dict[str, Any]) -> str:
+    """A notebook as text, exactly as nbformat writes it."""
     return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -232,7 +256,7 @@ def write_source(root: Path, names: Sequence[str] | None = None) -> list[str]:
         path = assignment_path(root, "source", f"chapter_{chapter}")
         path.parent.mkdir(parents=True, exist_ok=True)
         notebook = source_notebook(chapter, exercises.exercises(chapter))
-        path.write_text(written(notebook), encoding="utf-8")
+        path.write_text(notebook_text(notebook), encoding="utf-8")
         assignments.append(path.stem)
     return assignments
 
@@ -241,7 +265,7 @@ def write_release(root: Path, assignments: Sequence[str]) -> None:
     """Let nbgrader make release/ and gradebook.db in `root` from the source/ that lies there.
 
     Raises:
-        CourseworkError: nbgrader is not installed or refused; its own words are in the message.
+        CourseworkError: nbgrader is not installed or failed; the message has the end of its log.
     """
     job = {"root": str(root), "assignments": list(assignments)}
     command = [sys.executable, str(WORKER), "release"]
@@ -253,9 +277,9 @@ def write_release(root: Path, assignments: Sequence[str]) -> None:
 
 
 def generate(root: Path) -> dict[str, str]:
-    """Fresh source/ and release/ notebooks of every chapter: text by path below `root`.
+    """Make the source/ and release/ notebooks of every chapter in `root`: path → text.
 
-    `root` is a folder to work in; a gradebook.db stays behind there.
+    `root` is a working folder; nbgrader also writes a gradebook.db there.
     """
     assignments = write_source(root)
     write_release(root, assignments)
@@ -268,39 +292,46 @@ def generate(root: Path) -> dict[str, str]:
 
 
 def differences(fresh: dict[str, str], folder: Path) -> list[str]:
-    """What of the committed notebooks is missing, out of date, or belongs to no chapter."""
-    faults = []
+    """Which committed notebooks are missing, out of date, or belong to no chapter."""
+    problems = []
     for name, text in fresh.items():
         path = folder / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         elif path.read_text(encoding="utf-8") != text:
-            faults.append(f"{name} is out of date")
+            problems.append(f"{name} is out of date")
     for kind in ("source", "release"):
         there = {str(p.relative_to(folder)) for p in (folder / kind).rglob("*") if p.is_file()}
-        faults += [f"{name} belongs to no chapter" for name in sorted(there - set(fresh))]
-    return faults
+        problems += [f"{name} belongs to no chapter" for name in sorted(there - set(fresh))]
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the notebooks of the coursework."""
     parser = argparse.ArgumentParser(prog="python -m nemotron_lite.coursework.make")
-    parser.add_argument("--check", action="store_true", help="change nothing; say what differs")
-    parser.add_argument("--folder", type=Path, default=EXERCISES, help="default: exercises/")
+    parser.add_argument("--check", action="store_true", help="change nothing; print what differs")
+    parser.add_argument("--folder", type=Path, help="default: the exercises/ of the checkout")
     options = parser.parse_args(arguments)
+    try:
+        folder = options.folder or exercises_folder()
+    except CourseworkError as error:
+        print(error, file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as work:
         fresh = generate(Path(work))
-    faults = differences(fresh, options.folder)
+    problems = differences(fresh, folder)
     if options.check:
-        print("\n".join([*faults, f"{len(fresh)} notebooks compared, {len(faults)} differences"]))
-        return 1 if faults else 0
+        print(
+            "\n".join([*problems, f"{len(fresh)} notebooks compared, {len(problems)} differences"])
+        )
+        return 1 if problems else 0
     for kind in ("source", "release"):
-        shutil.rmtree(options.folder / kind, ignore_errors=True)
+        shutil.rmtree(folder / kind, ignore_errors=True)
     for name, text in fresh.items():
-        path = options.folder / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    print("\n".join([*faults, f"{len(fresh)} notebooks written below {options.folder}"]))
+    print("\n".join([*problems, f"{len(fresh)} notebooks written below {folder}"]))
     return 0
 
 

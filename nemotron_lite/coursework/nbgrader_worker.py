@@ -1,19 +1,19 @@
 """The part of `make grade` that imports nbgrader and runs learners' code: one process a submission.
 
-    python nbgrader_worker.py probe                  can a kernel talk to itself, and to the world?
-    python nbgrader_worker.py release < job.json     release/ and gradebook.db from source/
+    python nbgrader_worker.py probe                  test the network: loopback, other interfaces
+    python nbgrader_worker.py release < job.json     make release/ and gradebook.db from source/
     python nbgrader_worker.py grade < job.json       run one submission; result.json, feedback
 
-`nemotron_lite.coursework.grade` starts it, cut off from the network where the system allows that,
-and stops it with everything it has started when its time is over. So this file decides nothing
-about submissions: it brings the loopback interface up (a kernel speaks TCP with its client, and an
-empty network namespace starts without it), limits memory, lets nbgrader execute the notebook, and
-reads the points off the test cells.
+`nemotron_lite.coursework.grade` starts it without network access, if the system allows that, and
+kills it with all its child processes when its time is over. This script brings up the loopback
+interface (a kernel speaks TCP with its client, and a new network namespace starts with the
+interface down), limits memory, lets nbgrader execute the notebook, and reads the points off the
+test cells.
 
-nbgrader gives full credit to a test cell that printed nothing, and none to one in which a library
-warned on stderr. Points are therefore read again here (`mark`): a test cell earns exactly the
-number that is its value, and nothing where it ended in an error. The gradebook gets the same points
-before the feedback is written.
+nbgrader gives full points to a test cell that printed nothing, and zero to one in which a library
+printed a warning on stderr. So points are read again here (`score_exercise`): a test cell earns
+exactly the number that is its value, and nothing if it ended in an error. The gradebook gets the
+same points before the feedback is written.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-LEARNER = "learner"  # a name of our own: nbgrader uses it in file patterns
+LEARNER = "learner"  # instead of the learner's name, because nbgrader uses it in file patterns
 GIB = 2**30
 UP = 0x1  # IFF_UP
-# What a cell ends in when its time is over: the kernel's word, or nbgrader's if it did not answer.
+# How a cell ends when its time is over: the kernel's error, or nbgrader's if it did not react.
 INTERRUPTED = ("KeyboardInterrupt", "CellTimeoutError")
 
 
@@ -55,9 +55,9 @@ def loopback_up() -> None:
 
 
 def cut_off() -> bool:
-    """Whether no network interface of this process is up, loopback aside.
+    """Whether this process has no network: every interface except loopback is down.
 
-    Up, and not merely there: a new namespace may start with tunnels that lead nowhere.
+    Interfaces may exist: a new namespace can start with tunnels that are down.
     """
     if sys.platform != "linux":
         return False
@@ -67,7 +67,7 @@ def cut_off() -> bool:
 
 
 def probe() -> dict[str, Any]:
-    """Try what a kernel needs: a connection to itself over 127.0.0.1."""
+    """Test what a kernel needs: a connection to itself over 127.0.0.1."""
     if cut_off():
         loopback_up()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -76,7 +76,7 @@ def probe() -> dict[str, Any]:
 
 
 def limit_memory(gib: float) -> bool:
-    """Limit what this process and each child may allocate, where the system has such a limit."""
+    """Limit the memory of this process and of each child; False if the system cannot."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux" or not gib:
         return False
@@ -86,13 +86,13 @@ def limit_memory(gib: float) -> bool:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it ends."""
+    """Ask Linux to kill this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
 
 
-def course(root: Path, **execute: Any) -> Any:
-    """nbgrader's settings for the course that lies in `root`."""
+def course_config(root: Path, **execute: Any) -> Any:
+    """nbgrader's settings for the course in the folder `root`."""
     from traitlets.config import Config
 
     from nemotron_lite.coursework.nbgrader_settings import apply
@@ -106,7 +106,7 @@ def course(root: Path, **execute: Any) -> Any:
     return config
 
 
-def converted(converter: type, config: Any, **directory: str) -> None:
+def run_converter(converter: type, config: Any, **directory: str) -> None:
     """Run one of nbgrader's converters; its log goes to stderr."""
     from nbgrader.coursedir import CourseDirectory
 
@@ -118,20 +118,20 @@ def release(job: dict[str, Any]) -> None:
     """Make release/ and the gradebook of the assignments named in the job."""
     from nbgrader.converters import GenerateAssignment
 
-    config = course(Path(job["root"]))
+    config = course_config(Path(job["root"]))
     for assignment in job["assignments"]:
-        converted(GenerateAssignment, config, assignment_id=assignment)
+        run_converter(GenerateAssignment, config, assignment_id=assignment)
 
 
-def mark(
+def score_exercise(
     exercise: dict[str, str], test: dict[str, Any], answer: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Points, status and a message about an exercise, from the outputs of its executed cells.
 
-    `status` is passed, partial, failed, error (the cell raised) or stopped (its time was over).
+    `status` is passed, partial, failed, error (the cell raised) or stopped (it ran too long).
     """
-    function, most = exercise["function"], float(test["metadata"]["nbgrader"]["points"])
-    zero = {"points": 0.0, "max_points": most}
+    function, max_points = exercise["function"], float(test["metadata"]["nbgrader"]["points"])
+    zero = {"points": 0.0, "max_points": max_points}
     broken = _error(answer)
     if (error := _error(test)) is not None:
         status = "stopped" if error["ename"] in INTERRUPTED else "error"
@@ -139,14 +139,16 @@ def mark(
     values = [o for o in test["outputs"] if o["output_type"] == "execute_result"]
     points = _number("".join(values[0]["data"].get("text/plain", ""))) if len(values) == 1 else None
     shown = ["".join(o.get("data", {}).get("text/plain", "")) for o in test["outputs"]]
-    said = next((text for text in shown if text.startswith(f"{exercise['id']}:")), "")
-    if points is None or not 0 <= points <= most:
-        text = "the test cell gave no number of points; was `check` or the kernel tampered with?"
+    message = next((text for text in shown if text.startswith(f"{exercise['id']}:")), "")
+    if points is None or not 0 <= points <= max_points:
+        text = (
+            "the test cell returned no number of points; was `check` or the kernel tampered with?"
+        )
         return {**zero, "status": "error", "message": text}
-    status = "passed" if points == most else "partial" if points else "failed"
+    status = "passed" if points == max_points else "partial" if points else "failed"
     if broken is not None and not points:
-        said = f"the answer cell ended in {_line(broken, None, function)}. {said}"
-    return {"points": points, "max_points": most, "status": status, "message": said}
+        message = f"the answer cell ended in {_line(broken, None, function)}. {message}"
+    return {"points": points, "max_points": max_points, "status": status, "message": message}
 
 
 def _error(cell: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -160,7 +162,7 @@ def _number(text: str) -> float | None:
 
 
 def _line(error: dict[str, Any], broken: dict[str, Any] | None, function: str) -> str:
-    """What an error means for the learner."""
+    """An error in words for the learner."""
     name, text = error["ename"], error["evalue"]
     if name in INTERRUPTED:
         return "stopped because its time was over: an endless loop?"
@@ -172,7 +174,7 @@ def _line(error: dict[str, Any], broken: dict[str, Any] | None, function: str) -
 
 
 def grade(job: dict[str, Any]) -> dict[str, Any]:
-    """Execute the submission in the job's folder and say what each exercise earned."""
+    """Execute the submission in the job's folder and return what each exercise earned."""
     root, name = Path(job["root"]), job["assignment"]
     isolated = cut_off()
     if isolated:
@@ -181,21 +183,24 @@ def grade(job: dict[str, Any]) -> dict[str, Any]:
 
     from nbgrader.converters import Autograde, GenerateFeedback
 
-    config = course(root, timeout=job["cell_seconds"])
+    config = course_config(root, timeout=job["cell_seconds"])
     started = time.monotonic()
-    converted(Autograde, config, assignment_id=name, student_id=LEARNER)
+    run_converter(Autograde, config, assignment_id=name, student_id=LEARNER)
     seconds = time.monotonic() - started
     path = root / "autograded" / LEARNER / name / f"{name}.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = {c["metadata"].get("nbgrader", {}).get("grade_id"): c for c in notebook["cells"]}
-    marks = {e["id"]: mark(e, cells[e["test"]], cells.get(e["answer"])) for e in job["exercises"]}
-    _enter(root, job, marks)
-    converted(GenerateFeedback, config, assignment_id=name, student_id=LEARNER)
+    marks = {
+        e["id"]: score_exercise(e, cells[e["test"]], cells.get(e["answer"]))
+        for e in job["exercises"]
+    }
+    _save_points(root, job, marks)
+    run_converter(GenerateFeedback, config, assignment_id=name, student_id=LEARNER)
     return {"cut_off": isolated, "memory_limit": limited, "seconds": seconds, "exercises": marks}
 
 
-def _enter(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any]]) -> None:
-    """Put the points that were read into the gradebook, and the lines where feedback shows them."""
+def _save_points(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any]]) -> None:
+    """Write points into the gradebook, and messages into the comments that feedback shows."""
     from nbgrader.api import Gradebook, MissingEntry
 
     with Gradebook(f"sqlite:///{root / 'gradebook.db'}") as book:
@@ -208,26 +213,26 @@ def _enter(root: Path, job: dict[str, Any], marks: dict[str, dict[str, Any]]) ->
                 comment = book.find_comment(exercise["answer"], *where)
             except MissingEntry:
                 continue  # the answer cell was deleted
-            said = mine["message"].removeprefix(f"{exercise['id']}: ")
-            comment.manual_comment = f"{exercise['id']}: {said}"
+            message = mine["message"].removeprefix(f"{exercise['id']}: ")
+            comment.manual_comment = f"{exercise['id']}: {message}"
         book.db.commit()
 
 
 def main() -> int:
-    """Do one of the three things; jobs come on stdin, so that no learner's name is an argument."""
+    """Run one of the three commands; jobs come on stdin, so no learner's name is an argument."""
     die_with_parent()
-    # nbgrader calls alembic by name; a Python that is not activated does not have it on its path.
+    # nbgrader runs alembic by name, which PATH may lack if the environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    # jsonschema builds this grammar of web addresses when it is imported, which takes longer than
-    # grading an exercise, and nothing here has an address to check. None makes the import fail.
+    # jsonschema builds this grammar of web addresses at import, which takes longer than grading an
+    # exercise, and nothing here checks an address. None in sys.modules makes the import fail.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    what = sys.argv[1]
-    if what == "probe":
+    command = sys.argv[1]
+    if command == "probe":
         json.dump(probe(), sys.stdout)
         return 0
     job = json.load(sys.stdin)
-    if what == "release":
+    if command == "release":
         release(job)
         return 0
     result = grade(job)

@@ -1,21 +1,23 @@
-"""What a model has to beat: gzip, LZMA and an n-gram model, in bits per byte of the held-out text.
+"""Baselines: gzip, LZMA and an n-gram model, in bits per byte of the held-out text.
 
-A loss of 3.1 says little. Bits per byte can be compared with anything that compresses, because a
-model that gives the next symbol probability p can code it in -log2 p bits (Shannon 1948). Every
-function here scores the held-out files that `train.evaluate` scores, every byte of them.
+A loss of 3.1 alone does not tell whether a model is good. Bits per byte can be compared with any
+compressor, because a model that gives the next symbol probability p can code it in -log2 p bits
+(Shannon 1948). Every function here scores every byte of the held-out files that `train.evaluate`
+scores.
 
-    gzip    DEFLATE level 9 over the held-out files joined into one stream, and nothing before it.
-    lzma    what the held-out files add to an archive of the training text that ends before them:
+    gzip    DEFLATE level 9 over the held-out files, joined into one stream. It has seen no other
+            text.
+    lzma    what the held-out files add to an archive of the training text:
             |C(train + held out)| - |C(train)|. It may copy any phrase of the training text.
-    n-gram  a byte model of order n trained on the training text, interpolated as Witten and Bell
-            (1991, method C) do it: a context c that was followed n(c) times by d(c) different bytes
-            gives  p(x | c) = (n(c, x) + d(c) p(x | c')) / (n(c) + d(c)),  c' = c without its oldest
-            byte; below the empty context stands the uniform 1/256.
+    n-gram  a byte model of order n trained on the training text, with the interpolation of Witten
+            and Bell (1991, method C): a context c that was followed n(c) times by d(c) different
+            bytes gives  p(x | c) = (n(c, x) + d(c) p(x | c')) / (n(c) + d(c)),  where c' is c
+            without its oldest byte. Below the empty context the distribution is uniform, 1/256.
 
-The n-gram counts are sorted arrays of 64-bit keys (eight bytes fit in one), not dictionaries: that
-makes nine million training bytes a matter of seconds.
+The n-gram counts are sorted arrays of 64-bit keys (eight bytes fit in one) instead of dictionaries.
+Nine million training bytes are counted in seconds that way.
 
-Left out: context mixing (PPM with escape tricks, PAQ), which is far better than all three and slow.
+Left out: context mixing (PPM with escape symbols, PAQ), which is slow and far better than these.
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ class Baselines:
 def measure_baselines(
     train: Sequence[bytes], held_out: Sequence[bytes], *, order: int = 6
 ) -> Baselines:
-    """All three on the same held-out bytes. See the module text for what each has seen.
+    """All three baselines on the same held-out bytes. The module text says what each has seen.
 
     Raises:
-        ValueError: no held-out bytes, or an impossible order.
+        ValueError: no held-out bytes, or an order outside 1 to 8.
     """
     return Baselines(
         gzip=gzip_bits_per_byte(held_out),
@@ -65,9 +67,9 @@ def gzip_bits_per_byte(documents: Sequence[bytes]) -> float:
 
 
 def lzma_bits_per_byte(train: Sequence[bytes], documents: Sequence[bytes]) -> float:
-    """What the joined documents add to an LZMA archive of the training text, per byte.
+    """The bits that the joined documents add to an LZMA archive of the training text, per byte.
 
-    The dictionary is made large enough to hold all of the training text.
+    The LZMA dictionary is large enough for all of the training text.
     """
     text, before = _joined(documents), b"".join(train)
     with ThreadPoolExecutor(2) as pool:  # lzma releases the interpreter lock
@@ -84,7 +86,9 @@ def _lzma_size(text: bytes) -> int:
 def _joined(documents: Sequence[bytes]) -> bytes:
     text = b"".join(documents)
     if not text:
-        raise ValueError("no bytes to compress: expected at least one document that is not empty.")
+        raise ValueError(
+            "the documents hold no bytes: give at least one document that is not empty."
+        )
     return text
 
 
@@ -95,7 +99,7 @@ class NGram:
 
     Args:
         documents: training text.
-        order: bytes looked at, the predicted one included; 1 to 8.
+        order: length of an n-gram in bytes, the predicted byte included; 1 to 8.
 
     Raises:
         ValueError: an order outside 1 to 8.
@@ -117,7 +121,7 @@ class NGram:
             seen = _look_up(keys, counts, window)
             total = _look_up(contexts, totals, window >> np.uint64(8))
             kinds = _look_up(contexts, distinct, window >> np.uint64(8))
-            known = total > 0  # an unknown context hands its byte to the shorter one unchanged
+            known = total > 0  # for an unknown context, the shorter context's p stays
             longer = (seen + kinds * p[n - 1 :]) / np.where(known, total + kinds, 1)
             p[n - 1 :] = np.where(known, longer, p[n - 1 :])
         return p
@@ -133,7 +137,7 @@ class NGram:
 
 
 def _windows(document: bytes, n: int) -> np.ndarray:
-    """Every run of n bytes as one uint64, the last byte lowest: shape [len(document) - n + 1]."""
+    """Every n bytes in a row as one uint64, the last byte lowest: shape [len(document) - n + 1]."""
     text = np.frombuffer(document, dtype=np.uint8).astype(np.uint64)
     keys = np.zeros(len(text) - n + 1, dtype=np.uint64)
     for i in range(n):
@@ -142,9 +146,14 @@ def _windows(document: bytes, n: int) -> np.ndarray:
 
 
 def _count(documents: Sequence[bytes], n: int) -> tuple[np.ndarray, ...]:
-    """Sorted n-grams and their counts; their sorted contexts, how often and how variously followed.
+    """Counts of n-grams and of their contexts.
 
-    The context of an n-gram is its key without the lowest byte, so the contexts come out sorted.
+    The context of an n-gram is its key without the lowest byte, so sorted n-grams give sorted
+    contexts.
+
+    Returns:
+        Sorted n-grams, their counts, sorted contexts, how often each context was followed by any
+        byte, and by how many different bytes.
     """
     windows = [_windows(d, n) for d in documents if len(d) >= n]
     grams = np.sort(np.concatenate(windows)) if windows else np.zeros(0, dtype=np.uint64)
@@ -163,7 +172,7 @@ def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """values[i] where keys[i] is wanted, 0 where no key is."""
+    """values[i] where keys[i] equals the wanted key; 0 where no key does."""
     if not len(keys):
         return np.zeros(len(wanted), dtype=np.int64)
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

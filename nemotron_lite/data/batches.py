@@ -1,17 +1,18 @@
-"""Batches: random windows of packed documents, drawn without remembering anything.
+"""Batches: random windows of concatenated documents, a function of seed and batch number.
 
-All documents stand in one long row of tokens. A batch is `batch_size` windows of `length` tokens at
-random places in it, so a window may hold the end of one file and the start of the next: the row is
-*packed* and no token is padding. `seq_idx` numbers the documents inside a window; where it changes,
-the model forgets (the scan, the convolution and the attention all start anew) and the loss skips
-the step across the border.
+All documents are concatenated to one long array of tokens. A batch is `batch_size` windows of
+`seq_len` tokens at random positions in it. A window may hold the end of one document and the start
+of the next, so no token is padding. `seq_idx` numbers the documents inside a window. Where it
+changes, the model starts from an empty cache (the scan, the convolution and the attention), and the
+loss skips the prediction across the boundary.
 
-The sampler has no state. Batch number i is a function of (seed, i) alone: a counter-based random
-generator (Philox: Salmon et al. 2011) is keyed with the seed and its counter set to i. To resume a
-run at step i is to ask for batch i, and two runs with one seed see the same text in the same order.
+The sampler keeps nothing between calls. Batch number i is a function of (seed, i) alone: a
+counter-based random generator (Philox, Salmon et al. 2011) takes the seed as its key and i as its
+counter. A run that is resumed at step i asks for batch i, and two runs with the same seed see the
+same text in the same order.
 
-Left out: epochs. Windows are drawn with replacement; a run of the course sees a fraction of the
-text, so a window rarely comes twice.
+Left out: epochs. Windows are drawn with replacement. A run of the course sees only a fraction of
+the text, so it rarely sees a window twice.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """What one forward pass reads.
+    """The input of one forward pass.
 
-    `seq_idx` is None where every row is one document. `mask` is False on tokens that are not to be
-    learned (padding, a prompt); None learns all of them.
+    `seq_idx` is None if every row is one document. `mask` is False on tokens that do not count in
+    the loss (padding, a prompt); None counts all of them.
     """
 
     tokens: Int[Tensor, "b t"]
@@ -44,63 +45,69 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Anything the training loop can read from."""
+    """Anything that the training loop can take its batches from."""
 
-    def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Batch:
+    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
         """Batch number `index` of the stream `seed`: always the same for the same arguments."""
         ...
 
 
-class PackedTokens:
-    """One long row of tokens made of documents, and the windows into it.
+class ConcatenatedDocuments:
+    """Documents in one long array of tokens; a `BatchSource` of windows into it.
 
     Args:
-        tokens: integers [n], every document behind the other; may be a memory map.
+        tokens: integers [n], one document after the other; may be a memory map.
         starts: position of each document's first token, increasing from 0.
-        packed: give `seq_idx`, so that documents in one window do not see each other.
+        isolate_documents: give `seq_idx`, so that documents in one window do not see each other.
 
     Raises:
-        ValueError: starts that do not describe the tokens.
+        ValueError: `starts` does not fit `tokens`.
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, *, packed: bool = True) -> None:
+    def __init__(
+        self, tokens: np.ndarray, starts: np.ndarray, *, isolate_documents: bool = True
+    ) -> None:
         starts = np.asarray(starts, dtype=np.int64)
         if not len(starts) or starts[0] != 0 or (np.diff(starts) <= 0).any():
-            raise ValueError("starts must begin with 0 and increase: one entry per document.")
+            raise ValueError(
+                f"starts={starts.tolist()[:8]} does not work: it must begin with 0 and increase, "
+                "with one entry per document."
+            )
         if starts[-1] >= len(tokens):
             raise ValueError(
-                f"the last document starts at {starts[-1]}, past the {len(tokens)} tokens."
+                f"the last document starts at {starts[-1]}, but there are only {len(tokens)} "
+                "tokens: give the starts that belong to these tokens."
             )
         self.tokens = tokens
         self.starts = starts
-        self.packed = packed
+        self.isolate_documents = isolate_documents
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Batch:
-        """`batch_size` windows of `length` tokens; int64, and int32 for `seq_idx`.
+    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """`batch_size` windows of `seq_len` tokens; int64, and int32 for `seq_idx`.
 
         Raises:
-            ValueError: a window longer than the text.
+            ValueError: a window is longer than the text.
         """
-        if length > len(self.tokens):
+        if seq_len > len(self.tokens):
             raise ValueError(
-                f"length={length} is more than the {len(self.tokens)} tokens there are: "
-                "shorten it or prepare more text."
+                f"seq_len={seq_len} is more than the {len(self.tokens)} tokens of the text: "
+                "shorten it, or prepare more text."
             )
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 0]))
-        offsets = generator.integers(0, len(self.tokens) - length + 1, size=batch_size)
-        positions = offsets[:, None] + np.arange(length)
+        offsets = generator.integers(0, len(self.tokens) - seq_len + 1, size=batch_size)
+        positions = offsets[:, None] + np.arange(seq_len)
         tokens = torch.from_numpy(self.tokens[positions].astype(np.int64))
-        if not self.packed:
+        if not self.isolate_documents:
             return Batch(tokens)
         document = np.searchsorted(self.starts, positions, side="right")
         seq_idx = torch.from_numpy((document - document[:, :1]).astype(np.int32))
         return Batch(tokens, seq_idx)
 
 
-def pack(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents behind each other, and where each starts."""
+def concatenate_documents(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The documents one after the other in one array, and the position where each starts."""
     sizes = [len(document) for document in documents]
     return np.concatenate(documents), np.cumsum([0, *sizes[:-1]])

@@ -1,23 +1,24 @@
-"""The text: the Python standard library's own source, which every reader already has.
+"""The text: the source code of the Python standard library, which every reader already has.
 
-A course that starts with a download fails in a train. The standard library is some twelve megabytes
-of careful, commented code by many hands; it is on every machine that can run this package, and a
-small model soon writes lines that look like it.
+A course that starts with a download does not work without a network. The standard library is about
+twelve megabytes of commented code by many authors. It is on every machine that can run this
+package, and a small model soon writes lines that look like it.
 
-What is taken: every `.py` file below the interpreter's `stdlib` path, as raw bytes, in the order of
-its path. What is left out, and why:
+What is read: every `.py` file below the interpreter's `stdlib` path, as raw bytes, in the order of
+the paths. What is left out, and why:
 
     site-packages, dist-packages   other people's code, different on every machine
     test, tests, idlelib, ...      tests repeat themselves; a model learns the repetition
     encodings, pydoc_data          generated tables and manual pages, not source
     files that are not UTF-8, files of the same content as an earlier one
 
-The held-out split is by file: files are ranked by a hash of their name, and the first of them whose
-sizes add up to `held_out_bytes` are never trained on. A file above 32 KiB is not eligible, so that
-no single file decides the score. The split depends on names and sizes, not on a random state.
+The held-out split is by file. Files are ordered by a hash of their name; the first of them, until
+their sizes add up to `held_out_bytes`, are never trained on. A file above 32 KiB is not eligible,
+so that no single file decides the score. The split depends on names and sizes and on no random
+number.
 
-Left out: licences and provenance checks, near-duplicate removal, quality filters; a real
-pre-training corpus needs all three.
+Left out: checks of licence and provenance, near-duplicate removal, and quality filters. A real
+pre-training corpus needs all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LARGEST_HELD_OUT_FILE = 32 * 1024  # bytes
 
 
 class CorpusError(RuntimeError):
-    """The text cannot be read. The message says where it was looked for and what to do."""
+    """The text cannot be read. The message names the folder and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two disjoint sides of the split, each in the order of the file names."""
+    """The two disjoint parts of the split, each in the order of the file names."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -67,11 +68,11 @@ class Corpus:
         return sum(len(document.content) for document in self.held_out)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every name, size, byte and the side it is on: the identity of the text."""
+        """SHA-256 over the name, size, content and split of every file. It identifies the text."""
         digest = hashlib.sha256()
-        for side in (self.train, self.held_out):
-            digest.update(f"{len(side)}\n".encode())
-            for document in side:
+        for split in (self.train, self.held_out):
+            digest.update(f"{len(split)}\n".encode())
+            for document in split:
                 digest.update(f"{document.name}\n{len(document.content)}\n".encode())
                 digest.update(document.content)
         return digest.hexdigest()
@@ -81,15 +82,17 @@ def load_corpus(root: str | Path | None = None, *, held_out_bytes: int = 192 * 1
     """Read the corpus and split it.
 
     Args:
-        root: folder searched for `.py` files; the standard library of this interpreter by default.
-        held_out_bytes: size of the held-out side; it ends with the file that reaches this.
+        root: folder of `.py` files; the standard library of this interpreter by default.
+        held_out_bytes: smallest size of the held-out text; the file that reaches it is the last.
 
     Raises:
-        CorpusError: `root` does not exist, or holds too little text to train and to hold out.
+        CorpusError: `root` does not exist, or holds too little text for both parts.
     """
     folder = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
     if not folder.is_dir():
-        raise CorpusError(f"no folder {folder}: pass root= (--text) with a folder of .py files.")
+        raise CorpusError(
+            f"there is no folder {folder}: give root= (--text) a folder of .py files."
+        )
     documents = _read(folder)
     held_out_names = _held_out_names(documents, held_out_bytes)
     train = tuple(d for d in documents if d.name not in held_out_names)
@@ -98,9 +101,9 @@ def load_corpus(root: str | Path | None = None, *, held_out_bytes: int = 192 * 1
     if corpus.held_out_bytes < held_out_bytes or corpus.train_bytes < 2 * held_out_bytes:
         total = corpus.train_bytes + corpus.held_out_bytes
         raise CorpusError(
-            f"{folder} holds {total:,} bytes in {len(documents)} usable files, too little to hold "
-            f"out {held_out_bytes:,} bytes and train on twice as much: pass a larger root= or a "
-            "smaller held_out_bytes=."
+            f"{folder} has only {total:,} bytes in {len(documents)} usable files. Expected "
+            f"{held_out_bytes:,} held-out bytes and at least twice as many to train on: give a "
+            "larger root= or a smaller held_out_bytes=."
         )
     return corpus
 

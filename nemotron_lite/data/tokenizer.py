@@ -1,15 +1,17 @@
-"""A byte-level BPE tokenizer: any bytes in, the same bytes out, nothing unknown.
+"""A byte-level BPE tokenizer. Decoding gives back the same bytes; no input is unknown to it.
 
-Byte-pair encoding starts from the 256 bytes and merges the most frequent neighbouring pair into a
-new token, again and again, until the vocabulary is full (Sennrich et al. 2016, on bytes as in
-GPT-2). Text is first cut at spaces and punctuation, so that no token crosses a word.
+Byte-pair encoding starts from the 256 bytes. It merges the most frequent pair of neighbors into a
+new token, and repeats this until the vocabulary has the wanted size (Sennrich et al. 2016; on bytes
+as in GPT-2). Text is first split at spaces and punctuation, so that no token crosses a word
+boundary.
 
-Token 0 is `<|endoftext|>`. It stands at both ends of every document: at the front it is what the
-first real token is predicted from (bos), at the back it is what a model predicts to say "this file
-is over" (eos). Text that happens to spell `<|endoftext|>` is encoded as ordinary characters, so no
-document can end itself.
+Token 0 is `<|endoftext|>`. It is the first and the last token of every document. At the start, the
+first token of the text is predicted from it (bos). At the end, a model predicts it to say that the
+document ends (eos). If a text itself contains the characters `<|endoftext|>`, they are encoded as
+ordinary characters, so a document cannot end early.
 
-Left out: normalisation (it would lose bytes), chat tokens, and the 131,072 entries of the real one.
+Left out: normalization (it would lose bytes), chat tokens, and the 131,072 entries of the real
+tokenizer.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Tokenize
     """Learn the merges from texts.
 
     Raises:
-        ValueError: a vocabulary without room for every byte, or texts too short to fill it.
+        ValueError: a vocabulary that is too small for every byte, or too large for the texts.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
@@ -47,8 +49,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 4096) -> Tokenize
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"the text gives only {tokenizer.get_vocab_size()} tokens of vocab_size={vocab_size}: "
-            "train on more text or ask for fewer tokens."
+            f"vocab_size={vocab_size} is too large for this text, which gives only "
+            f"{tokenizer.get_vocab_size()} tokens: train on more text, or lower vocab_size."
         )
     return tokenizer
 
@@ -60,9 +62,9 @@ def encode_documents(
     start: int = END_OF_TEXT_ID,
     end: int = END_OF_TEXT_ID,
 ) -> list[np.ndarray]:
-    """Each text as `<|endoftext|> tokens <|endoftext|>`, in parallel; int32 arrays, one a text.
+    """Each text as an int32 array `<|endoftext|> tokens <|endoftext|>`; encoded in parallel.
 
-    Another model's tokenizer has other marks: give their ids as `start` and `end`.
+    For another model's tokenizer, give the ids of its start and end tokens as `start` and `end`.
     """
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is just characters
     encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -70,5 +72,5 @@ def encode_documents(
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
-    """The text of a run of tokens; the end-of-text token is left out."""
+    """The text of a sequence of tokens, without the end-of-text token."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True)

@@ -159,7 +159,7 @@ def _steps(
     for step in range(max_new_tokens):
         if step:
             with torch.inference_mode():
-                logits = model(chosen.unsqueeze(1), cache, last_only=True).logits[:, 0]
+                logits = model(chosen.unsqueeze(1), cache, logits_to_keep=1).logits[:, 0]
                 chosen = chooser(logits)
         found = chosen.tolist()
         yield [None if over else token for token, over in zip(found, ended, strict=True)]

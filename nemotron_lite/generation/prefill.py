@@ -42,7 +42,7 @@ def prefill(
     total = prompt.shape[1]
     if min(lengths) == total:
         for start in range(0, total, chunk or total):
-            out = model(prompt[:, start : start + (chunk or total)], cache, last_only=True)
+            out = model(prompt[:, start : start + (chunk or total)], cache, logits_to_keep=1)
             if on_hidden is not None:
                 on_hidden(out.hidden, start)
         return out.logits[:, 0]
@@ -51,7 +51,7 @@ def prefill(
     for start in range(0, total, chunk or total):
         part = prompt[:, start : start + (chunk or total)]
         real = (ends - start).clamp(0, part.shape[1])
-        out = model(part, cache, lengths=real, last_only=True)
+        out = model(part, cache, lengths=real, logits_to_keep=1)
         if on_hidden is not None:
             on_hidden(out.hidden, start)
         new = out.logits[:, 0]

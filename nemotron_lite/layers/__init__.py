@@ -1,34 +1,48 @@
 """The parts a Nemotron model is made of, as `nn.Module`s over `nemotron_lite.ops`.
 
-Each mixer has the same call, `mixer(x, cache, context)`: the tokens, what this layer remembers of
-those before (changed in place), and where they stand. `Block` adds the norm and the residual sum.
+mixer       what every mixer brings along: initial weights, a cache, its lines of the ledger
+mamba       Mamba-2        attention   grouped-query attention
+moe         LatentMoE      mlp         two matrices
+block       a norm, one mixer and the residual sum; the list of all kinds of mixers
+mtp         the multi-token prediction module
+context     the positions of one call's tokens
+linear, norm   a matrix; RMSNorm
+
+All mixers are called alike, `mixer(x, cache, context)`: the tokens, the layer's cache (changed in
+place), and the positions of the tokens.
 """
 
 from nemotron_lite.layers.attention import Attention, KVCache
-from nemotron_lite.layers.block import Block, LayerCache
+from nemotron_lite.layers.block import MIXERS, Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mamba import GatedRMSNorm, Mamba2, MambaCache
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
 from nemotron_lite.layers.norm import RMSNorm
 
 __all__ = [
+    "MIXERS",
     "MLP",
     "MTP",
     "Attention",
     "Block",
+    "CacheOptions",
     "Experts",
     "ForwardContext",
     "GatedRMSNorm",
     "KVCache",
     "LayerCache",
+    "Line",
     "Linear",
     "Mamba2",
     "MambaCache",
+    "Mixer",
     "MoE",
     "RMSNorm",
     "Router",
     "RouterStats",
+    "run_layers",
 ]

@@ -1,38 +1,57 @@
-"""Attention layers, the few global anchors of the hybrid.
+"""Attention layers, the few places of the hybrid where a token sees all tokens before it.
 
 Grouped-query attention with full context and nothing else: no positions, no biases, no norms on
 queries and keys. In Super 8 of 88 layers are of this kind, and 32 query heads share 2 key/value
-heads; so the part of the memory that grows with the context is 8,192 bytes per token in BF16.
+heads. So the part of the cache that grows with the context is 8,192 bytes per token in BF16.
 
 Source: reference sheet section 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
 
 
-class KVCache:
+class KVCache(LayerCache):
     """Keys and values of one attention layer, `b kv s p`, in a buffer that doubles when full.
 
-    Entries are only ever written behind the tokens a row already has. What stands beyond a row's
-    length is never read, so cutting a row back costs nothing: forget its length.
+    New entries are only ever written behind the tokens that a row already has. Entries beyond a
+    row's length are never read. So the tokens of a draft are dropped by not counting them, at no
+    cost: `Cache` keeps the lengths.
     """
+
+    TENSORS = ("k", "v")
 
     def __init__(self, k: Float[Tensor, "b kv s p"], v: Float[Tensor, "b kv s p"]) -> None:
         self.k, self.v = k, v
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Key/value heads and their width."""
+        return self.k.shape[1], self.k.shape[3]
+
+    @property
     def capacity(self) -> int:
         """Tokens per row that fit without growing."""
         return self.k.shape[2]
+
+    def clone(self) -> KVCache:
+        """A copy with the same capacity."""
+        return KVCache(self.k.clone(), self.v.clone())
+
+    def accept(self, counts: int | Int[Tensor, "b"]) -> None:
+        """Nothing to do: the draft's entries are written, and `Cache` counts those that stay."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` per row in all, keeping what is there."""
@@ -51,7 +70,7 @@ class KVCache:
         v: Float[Tensor, "b kv t p"],
         starts: int | Int[Tensor, "b"],
     ) -> tuple[Float[Tensor, "b kv s p"], Float[Tensor, "b kv s p"]]:
-        """Write new tokens behind `starts`; the buffers, which may be longer than what is valid."""
+        """Write new tokens at `starts`; return the buffers, entries beyond the last token too."""
         new = k.shape[2]
         needed = (starts if isinstance(starts, int) else int(starts.max())) + new
         if needed > self.capacity:
@@ -66,9 +85,24 @@ class KVCache:
             self.v[rows, :, places] = v.transpose(1, 2).to(self.v.dtype)
         return self.k, self.v
 
+    def saved_tensors(self, tokens: int) -> dict[str, Tensor]:
+        """Keys and values of the first `tokens` tokens."""
+        return {name: getattr(self, name)[:, :, :tokens].contiguous() for name in self.TENSORS}
 
-class Attention(nn.Module):
+    @classmethod
+    def from_saved(cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None) -> KVCache:
+        """Keys and values as they were saved."""
+        return cls(tensors["k"], tensors["v"])
+
+
+class Attention(Mixer):
     """Projections around `ops.causal_attention`."""
+
+    LETTERS: ClassVar[Mapping[str, str]] = {
+        "h": "num_attention_heads",
+        "p": "head_dim",
+        "j": "num_key_value_heads",
+    }
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -79,6 +113,12 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, shared)
         self.v_proj = Linear(config.hidden_size, shared)
         self.o_proj = Linear(width, config.hidden_size)
+
+    def init_weights(self, std: float, depth: float) -> None:
+        """Normal matrices; `o_proj` writes into the residual stream."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.init_weights(std)
+        self.o_proj.init_weights(std, depth)
 
     def forward(
         self,
@@ -95,16 +135,45 @@ class Attention(nn.Module):
         y = ops.causal_attention(q, k, v, starts=context.starts, seq_idx=context.seq_idx)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def answer_last(
+    def forward_last(
         self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
-        """Remember every token, answer for the last real one of each row: what drafting needs."""
+        """Take every token into the cache, but give the output of each row's last real token only.
+
+        Drafting needs no more than that.
+        """
         k, v = cache.append(
             self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), context.starts
         )
-        q = self._heads(self.q_proj(context.last(x)))
-        y = ops.causal_attention(q, k, v, starts=context.of_last(x).starts)
+        q = self._heads(self.q_proj(context.last_tokens(x)))
+        y = ops.causal_attention(q, k, v, starts=context.at_last(x).starts)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
+
+    @classmethod
+    def empty_cache(cls, config: NemotronConfig, layer: int, options: CacheOptions) -> KVCache:
+        """Empty buffers for keys and values."""
+        shape = (options.batch, config.num_key_value_heads, options.capacity, config.head_dim)
+        k, v = (torch.zeros(shape, dtype=options.dtype, device=options.device) for _ in range(2))
+        return KVCache(k, v)
+
+    @classmethod
+    def stored(cls, config: NemotronConfig) -> list[Line]:
+        """Its parameters."""
+        return [Line("q_proj, o_proj", "2 * d * h*p"), Line("k_proj, v_proj", "2 * d * j*p")]
+
+    @classmethod
+    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+        """Its FLOPs per token. The last line grows with the context: a token reads a keys."""
+        return [
+            Line("q_proj, o_proj", "2 * 2*d * h*p"),
+            Line("k_proj, v_proj", "2 * 2*d * j*p"),
+            Line("scores and values", "2 * 2*h*p * a"),
+        ]
+
+    @classmethod
+    def cached(cls, config: NemotronConfig) -> list[Line]:
+        """Keys and values of t tokens."""
+        return [Line("kv", "2 * j*p * t")]

@@ -2,7 +2,7 @@
 
     x <- x + Mixer(RMSNorm(x))
 
-The hybrid has one mixer per layer, not a mixer and a feed-forward pair: what a Transformer calls a
+The hybrid has one mixer per layer, not a mixer and a feed-forward pair. What a Transformer calls a
 block is here two layers, and the pattern string decides which kinds stand where.
 
 Source: reference sheet 1.4.
@@ -10,49 +10,87 @@ Source: reference sheet 1.4.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import Attention, KVCache
-from nemotron_lite.layers.context import ForwardContext
-from nemotron_lite.layers.mamba import Mamba2, MambaCache
+from nemotron_lite.layers.context import ForwardContext, RouterStats
+from nemotron_lite.layers.mamba import Mamba2
+from nemotron_lite.layers.mixer import LayerCache, Line, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.layers.norm import RMSNorm
 
-LayerCache = KVCache | MambaCache | None
+# The only list of the kinds of layers: the character in the pattern, and the mixer it stands for.
+MIXERS: dict[str, type[Mixer]] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
 
 class Block(nn.Module):
-    """The layer of one pattern character: `M`, `*`, `E` or `-`."""
+    """The layer of one pattern character; `MIXERS` lists them."""
 
     def __init__(self, config: NemotronConfig, kind: str, name: str) -> None:
         super().__init__()
         self.kind = kind
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer: nn.Module
-        if kind == "M":
-            self.mixer = Mamba2(config)
-        elif kind == "*":
-            self.mixer = Attention(config)
-        elif kind == "E":
-            self.mixer = MoE(config, name=f"{name}.mixer")
-        else:
-            self.mixer = MLP(config.hidden_size, config.intermediate_size)
+        self.mixer = MIXERS[kind].build(config, f"{name}.mixer")
+
+    def init_weights(self, std: float, depth: float) -> None:
+        """Fresh weights for norm and mixer (see `Mixer.init_weights`)."""
+        self.norm.init_weights()
+        self.mixer.init_weights(std, depth)
 
     def forward(
         self,
         x: Float[Tensor, "b t d"],
-        cache: LayerCache = None,
+        cache: LayerCache | None = None,
         context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
-        """Add the mixer's answer to the residual stream."""
+        """Add the mixer's output to the residual stream."""
         return x + self.mixer(self.norm(x), cache, context)
 
-    def answer_last(
+    def forward_with_stats(
+        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
+    ) -> tuple[Float[Tensor, "b t d"], RouterStats | None]:
+        """`forward`, and what the layer's router decided; None in a layer without one."""
+        y, stats = self.mixer.forward_with_stats(self.norm(x), cache, context)
+        return x + y, stats
+
+    def forward_last(
         self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
-        """An attention layer's answer for the last real token of each row; all are remembered."""
+        """For an attention layer: all tokens go into the cache, the last of each row comes out."""
         assert isinstance(self.mixer, Attention)
-        return context.last(x) + self.mixer.answer_last(self.norm(x), cache, context)
+        return context.last_tokens(x) + self.mixer.forward_last(self.norm(x), cache, context)
+
+    @staticmethod
+    def stored(config: NemotronConfig, kind: str) -> list[Line]:
+        """Parameters of a layer of this kind, for the ledger: its norm and its mixer."""
+        return [Line("prenorm", "d"), *MIXERS[kind].stored(config)]
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    x: Float[Tensor, "b t d"],
+    cache: Sequence[LayerCache | None] | None,
+    context: ForwardContext,
+    router_stats: bool = False,
+) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
+    """The residual stream after `layers`, and what their routers decided if that is asked for.
+
+    Args:
+        layers: the blocks, in order.
+        cache: one entry per block; None without a cache.
+    """
+    layers = list(layers)
+    stats: list[RouterStats] = []
+    for layer, layer_cache in zip(layers, cache or [None] * len(layers), strict=True):
+        if router_stats:
+            assert isinstance(layer, Block)
+            x, found = layer.forward_with_stats(x, layer_cache, context)
+            stats += [] if found is None else [found]
+        else:
+            x = layer(x, layer_cache, context)
+    return x, stats

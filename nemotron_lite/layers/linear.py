@@ -1,9 +1,10 @@
 """A matrix without a bias, multiplied by `ops.linear`: every projection of the family is one.
 
 It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
-optimizer's groups) finds it; only the product is computed by `ops.linear`. `lay_out` keeps a second
-copy of the matrix, in the layout in which a few rows are multiplied fastest. The copy is used only
-as long as the weight has not changed since, and it is neither saved nor copied with the module.
+optimizer's groups) finds it; only the product is computed by `ops.linear`. `prepare_for_decoding`
+keeps a second copy of the matrix, in the layout in which few rows are multiplied fastest. The copy
+is used only as long as the weight has not changed since. It is not saved and not copied along with
+the module.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def init_weights(self, std: float, divisor: float = 1.0) -> None:
+        """Draw a normal matrix with standard deviation `std`, then divide it by `divisor`."""
+        nn.init.normal_(self.weight, std=std)
+        self.weight.div_(divisor)
+
     def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         """Project the last axis."""
         if self._prepacked is not None and self._may_use_copy(input):
             return product(input, self._prepacked)
         return ops.linear(input, self.weight)
 
-    def lay_out(self) -> None:
-        """Keep a copy in oneDNN's own layout.
-
-        Raises:
-            ValueError: the weight is not float32 on the CPU.
-        """
+    def prepare_for_decoding(self) -> None:
+        """Keep a copy in oneDNN's layout; `ValueError` for a weight not in float32 on the CPU."""
         self._prepacked = prepack(self.weight)
         self._copied = (self.weight.data_ptr(), self.weight._version)
 

@@ -1,6 +1,6 @@
-"""The Mamba-2 mixer: a token mixer whose memory does not grow.
+"""The Mamba-2 mixer: it mixes tokens along time, and its cache does not grow.
 
-    z | xBC | dt  =  W_in u                    one matrix, three readings
+    z | xBC | dt  =  W_in u                    one matrix, three parts of its output
     xBC           =  silu(causal_conv(xBC))    each channel sees its last k inputs
     x | B | C     =  xBC
     dt            =  softplus(dt + dt_bias)    one step size per head
@@ -8,12 +8,16 @@
     y_t           =  S_t C_t + D x_t
     out           =  W_out  norm(y * silu(z))  gate first, one norm per group
 
-dt is not clamped (`time_step_limit` is (0, inf) in every Nemotron 3 model); transformers clamps it
-in prefill and not in decode, so that its two paths disagree for small steps.
+dt is not clamped (`time_step_limit` is (0, inf) in every Nemotron 3 model). transformers clamps it
+in prefill and not in decode, so its prefill and its decode disagree for small steps.
 
-What a sequence leaves behind is the last k-1 inputs of the convolution and one matrix S of p x n
-per head, however long it was. Padding to the right of a row must touch neither: dt = 0 there leaves
-S as it is, and the convolution's state is read off at the row's last real token.
+The cache of a sequence is the last k-1 inputs of the convolution and one matrix S of p x n per
+head, however long the sequence is. Padding on the right of a row must change neither. So dt = 0 for
+padding, which leaves S as it is, and the inputs of the convolution are taken from before the row's
+last real token.
+
+A draft is read without changing the cache. Afterwards `MambaCache.accept` computes the state after
+the accepted tokens from x, dt and B of the draft (ops/draft_scan.py).
 
 Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases on the projections.
 """
@@ -21,8 +25,9 @@ Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -32,39 +37,56 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
 from nemotron_lite.ops.scan import step_sizes
 
 
-class Held:
-    """A draft of t tokens that a Mamba layer has read and not yet taken in.
+class MambaDraft:
+    """A draft of t tokens that a Mamba layer has read and not yet taken into its cache.
 
-    `window` holds the k-1 inputs of the convolution before the draft and the t of the draft: the
-    inputs after c tokens are a slice of it. For the state there is either what a replay needs, or
-    `slots`: the state before the draft and after each of its tokens.
+    `window` holds the k-1 inputs of the convolution before the draft and the t inputs of the draft:
+    the inputs after c tokens are a slice of it. `inputs` are x, dt, A and B of the draft's tokens,
+    and `decays` come from `ops.draft_decays`: with them the SSM state after c tokens is computed.
     """
 
     def __init__(
         self,
         window: Float[Tensor, "b s c"],
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-        decays: tuple[Tensor, Tensor] | None = None,
-        slots: Float[Tensor, "t1 b h p n"] | None = None,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        decays: tuple[Tensor, Tensor],
     ) -> None:
-        self.window, self.inputs, self.decays, self.slots = window, inputs, decays, slots
+        self.window, self.inputs, self.decays = window, inputs, decays
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept beside the memory itself."""
-        slots = () if self.slots is None else (self.slots,)
-        parts = (self.window, *(self.inputs or ()), *(self.decays or ()), *slots)
-        return sum(part.nbytes for part in parts)
+        """Bytes kept beside the cache itself."""
+        return sum(part.nbytes for part in (self.window, *self.inputs, *self.decays))
+
+    def conv_after(
+        self, counts: int | Int[Tensor, "b"], length: int
+    ) -> Float[Tensor, "b length c"]:
+        """The last `length` inputs of the convolution after the first `counts` tokens."""
+        if isinstance(counts, int):
+            return self.window[:, counts : counts + length]
+        places = counts[:, None] + torch.arange(length, device=counts.device)
+        width = self.window.shape[2]
+        return self.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
+
+    def state_after(
+        self, state: Float[Tensor, "b h p n"], counts: int | Int[Tensor, "b"]
+    ) -> Float[Tensor, "b h p n"]:
+        """The SSM state after the first `counts` tokens, from the one before. May overwrite it."""
+        return ops.ssd_accept_draft(state, *self.inputs, counts, decays=self.decays)
 
 
-class MambaCache:
+class MambaCache(LayerCache):
     """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
 
-    `held` is a draft that waits for `keep`. `dither` holds the random bits of a state in float16.
+    `draft` is a draft that waits for `accept`. `dither` is the random stream of the stochastic
+    rounding of a float16 state; None for a state in float32 or float64.
     """
+
+    TENSORS = ("conv", "ssm")
 
     def __init__(
         self,
@@ -73,47 +95,61 @@ class MambaCache:
         dither: ops.RoundingSeeds | None = None,
     ) -> None:
         self.conv, self.ssm, self.dither = conv, ssm, dither
-        self.held: Held | None = None
+        self.draft: MambaDraft | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Inputs and channels of the convolution; heads, head width and state size."""
+        return (*self.conv.shape[1:], *self.ssm.shape[1:])
+
+    @property
+    def draft_nbytes(self) -> int:
+        """Bytes kept for a draft."""
+        return 0 if self.draft is None else self.draft.nbytes
 
     def clone(self) -> MambaCache:
-        """A copy without the draft, which will round as this one would."""
+        """A copy without the draft. A float16 copy rounds its next states as this one would."""
         dither = None if self.dither is None else replace(self.dither)
         return MambaCache(self.conv.clone(), self.ssm.clone(), dither)
 
-    def read(self) -> Float[Tensor, "b h p n"]:
-        """The state for arithmetic: itself, or a copy in float32 of one in float16."""
+    def read_state(self) -> Float[Tensor, "b h p n"]:
+        """The state for arithmetic: itself, or a float32 copy of a float16 state."""
         return self.ssm if self.dither is None else self.ssm.float()
 
-    def write(self, ssm: Float[Tensor, "b h p n"]) -> None:
-        """Keep a new state, rounded where this one is in float16."""
+    def write_state(self, ssm: Float[Tensor, "b h p n"]) -> None:
+        """Keep a new state; a float16 cache rounds it."""
         if self.dither is None:
             self.ssm = ssm.to(self.ssm.dtype)
         else:
             self.ssm = ops.round_to_float16(ssm.float(), self.dither.next())
 
-    def seed(self) -> int | None:
-        """The bits for a step that writes the state itself."""
+    def next_seed(self) -> int | None:
+        """The seed of the rounding, for a step that writes the state itself."""
         return None if self.dither is None else self.dither.next()
 
-    def keep(self, counts: int | Int[Tensor, "b"]) -> None:
-        """Take in the first `counts` tokens of the draft, and forget the others."""
-        held, self.held = self.held, None
-        assert held is not None
-        before = self.conv.shape[1]
-        if isinstance(counts, int):
-            self.conv = held.window[:, counts : counts + before]
-        else:
+    def accept(self, counts: int | Int[Tensor, "b"]) -> None:
+        """Take in the first `counts` tokens of the draft and drop the others."""
+        draft, self.draft = self.draft, None
+        assert draft is not None
+        if not isinstance(counts, int):
             counts = counts.to(self.conv.device)
-            places = counts[:, None] + torch.arange(before, device=counts.device)
-            width = held.window.shape[2]
-            self.conv = held.window.gather(1, places.unsqueeze(-1).expand(-1, -1, width))
-        if held.slots is None:
-            assert held.inputs is not None
-            self.write(ops.ssd_accept_draft(self.read(), *held.inputs, counts, decays=held.decays))
-        elif isinstance(counts, int):
-            self.ssm.copy_(held.slots[counts])
-        else:
-            self.ssm.copy_(held.slots[counts, torch.arange(len(counts), device=counts.device)])
+        self.conv = draft.conv_after(counts, self.conv.shape[1])
+        self.write_state(draft.state_after(self.read_state(), counts))
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing to do: this cache does not grow."""
+
+    def saved_extra(self) -> dict[str, Any] | None:
+        """The random stream, so that a loaded cache rounds as if it had not been saved."""
+        return None if self.dither is None else asdict(self.dither)
+
+    @classmethod
+    def from_saved(
+        cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
+    ) -> MambaCache:
+        """Buffers as they were saved, with the random stream that goes with them."""
+        dither = None if extra is None else ops.RoundingSeeds(**extra)
+        return cls(tensors["conv"], tensors["ssm"], dither)
 
 
 class GatedRMSNorm(nn.Module):
@@ -124,15 +160,27 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.empty(size))
 
+    def init_weights(self) -> None:
+        """Start with scales of one."""
+        self.weight.fill_(1)
+
     def forward(
         self, y: Float[Tensor, "*rows c"], z: Float[Tensor, "*rows c"]
     ) -> Float[Tensor, "*rows c"]:
-        """Gate y with silu(z), then normalise."""
+        """Gate y with silu(z), then normalize."""
         return ops.gated_rms_norm(y, z, self.weight, self.groups, self.eps)
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Projections, convolution, scan and gated norm of one Mamba-2 layer."""
+
+    LETTERS: ClassVar[Mapping[str, str]] = {
+        "h": "mamba_num_heads",
+        "p": "mamba_head_dim",
+        "n": "ssm_state_size",
+        "g": "n_groups",
+        "k": "conv_kernel",
+    }
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -141,9 +189,10 @@ class Mamba2(nn.Module):
         self.groups, self.state_size = config.n_groups, config.ssm_state_size
         self.dt_limit = config.time_step_limit
         self.clamps_dt = config.time_step_limit != (0.0, math.inf)
+        self.initial_dt = (config.time_step_min, config.time_step_max, config.time_step_floor)
         self.splits = (inner, config.conv_dim, heads)
         self.in_proj = Linear(config.hidden_size, config.mamba_in_proj_size)
-        # Holds the taps under their published name and shape; `ops.causal_conv1d` does the work.
+        # Only holds the taps under their published name; `ops.causal_conv1d` computes.
         self.conv1d = nn.Conv1d(
             config.conv_dim, config.conv_dim, config.conv_kernel,
             groups=config.conv_dim, bias=config.use_conv_bias,
@@ -154,22 +203,33 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
         self.out_proj = Linear(inner, config.hidden_size)
 
+    def init_weights(self, std: float, depth: float) -> None:
+        """Normal matrices, and rates A and step sizes dt that cover short and long memories.
+
+        A is uniform in [1, 16]; dt_bias makes the first step sizes log-uniform in [time_step_min,
+        time_step_max]. `out_proj` writes into the residual stream.
+        """
+        self.A_log.uniform_(1, 16).log_()
+        self.D.fill_(1)
+        low, high, floor = self.initial_dt
+        dt = self.dt_bias.uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
+        dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.conv1d.reset_parameters()
+        self.in_proj.init_weights(std)
+        self.norm.init_weights()
+        self.out_proj.init_weights(std, depth)
+
     def forward(
         self,
         u: Float[Tensor, "b t d"],
         cache: MambaCache | None = None,
         context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
-        """Mix along time; with `cache`, continue from it and leave the new memory there."""
-        if (
-            cache is not None
-            and context.hold is None
-            and context.lengths is None
-            and u.shape[1] == 1
-        ):
+        """Mix along time; with `cache`, continue from it and leave the new state there."""
+        if cache is not None and context.draft:
+            return self._read_draft(u, cache)
+        if cache is not None and context.lengths is None and u.shape[1] == 1:
             return self._step(u, cache)
-        if cache is not None and context.hold is not None:
-            return self._hold(u, cache, context.hold)
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
         xBC, conv = ops.causal_conv1d(
             xBC,
@@ -181,23 +241,23 @@ class Mamba2(nn.Module):
         )
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
-        real = context.real(u)
-        if real is not None:  # what becomes a step of zero
+        real = context.real_tokens(u)
+        if real is not None:  # padding gets a step size of zero
             dt = dt.masked_fill(~real.unsqueeze(-1), -math.inf if to_steps else 0.0)
         y, ssm = ops.ssd(
             x, dt, self._rates(), B, C,
             D=self.D,
-            initial_state=None if cache is None else cache.read(),
+            initial_state=None if cache is None else cache.read_state(),
             seq_idx=context.seq_idx,
             **to_steps,
         )  # fmt: skip
         if cache is not None:
             cache.conv = conv
-            cache.write(ssm)
+            cache.write_state(ssm)
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def _step(self, u: Float[Tensor, "b 1 d"], cache: MambaCache) -> Float[Tensor, "b 1 d"]:
-        """One token: no scan, and no time axis until the end."""
+        """One token per row: one step of the recurrence, without a time axis."""
         z, xBC, dt = self.in_proj(u[:, 0]).split_with_sizes(self.splits, dim=-1)
         xBC, cache.conv = ops.causal_conv1d_step(
             cache.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -205,44 +265,21 @@ class Mamba2(nn.Module):
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
         y, cache.ssm = ops.ssd_step(
-            cache.ssm, x, dt, self._rates(), B, C, D=self.D, seed=cache.seed(), **to_steps
+            cache.ssm, x, dt, self._rates(), B, C, D=self.D, seed=cache.next_seed(), **to_steps
         )
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
-    def _hold(
-        self, u: Float[Tensor, "b t d"], cache: MambaCache, how: str
-    ) -> Float[Tensor, "b t d"]:
-        """Read a draft; `cache` stays as it is, with what `keep` needs beside it."""
+    def _read_draft(self, u: Float[Tensor, "b t d"], cache: MambaCache) -> Float[Tensor, "b t d"]:
+        """Read a draft; the state stays as it is, and `cache.draft` gets what `accept` needs."""
         z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
-        taps = self.conv1d.weight.squeeze(1)
         window = torch.cat([cache.conv, raw], dim=1)
+        taps = self.conv1d.weight.squeeze(1)
         xBC = ops.causal_conv1d_window(window, taps, self.conv1d.bias)
         x, B, C = self._split_heads(xBC)
-        dt, A = self._step_sizes(dt), self._rates()
-        if how == "replay":
-            state = cache.read()
-            decays = ops.draft_decays(dt, A, state.dtype)
-            y = ops.ssd_read_draft(state, x, dt, A, B, C, D=self.D, decays=decays)
-            cache.held = Held(window, (x, dt, A, B), decays)
-        else:
-            slots = cache.ssm.new_empty(u.shape[1] + 1, *cache.ssm.shape)
-            slots[0] = cache.ssm
-            steps = []
-            for i in range(u.shape[1]):
-                slots[i + 1].copy_(slots[i])
-                y, _ = ops.ssd_step(
-                    slots[i + 1],
-                    x[:, i],
-                    dt[:, i],
-                    A,
-                    B[:, i],
-                    C[:, i],
-                    D=self.D,
-                    seed=cache.seed(),
-                )
-                steps.append(y)
-            y = torch.stack(steps, dim=1)
-            cache.held = Held(window, slots=slots)
+        dt, A, state = self._step_sizes(dt), self._rates(), cache.read_state()
+        decays = ops.draft_decays(dt, A, state.dtype)
+        y = ops.ssd_read_draft(state, x, dt, A, B, C, D=self.D, decays=decays)
+        cache.draft = MambaDraft(window, (x, dt, A, B), decays)
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def _split_heads(self, xBC: Float[Tensor, "*bt c"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +293,10 @@ class Mamba2(nn.Module):
         )
 
     def _raw_steps(self, dt: Float[Tensor, "*bt h"]) -> tuple[Tensor, dict[str, Any]]:
-        """dt, and what makes steps of it: left to the scan, which may do it inside its kernel."""
+        """dt, and the arguments that make the scan turn it into step sizes inside its kernel.
+
+        Where step sizes are clamped, they are computed here instead.
+        """
         if self.clamps_dt:
             return self._step_sizes(dt), {}
         return dt, {"dt_bias": self.dt_bias, "dt_softplus": True}
@@ -269,6 +309,59 @@ class Mamba2(nn.Module):
     def _rates(self) -> Float[Tensor, "h"]:
         """A: how fast each head forgets, negative."""
         return -torch.exp(_wide(self.A_log))
+
+    @classmethod
+    def empty_cache(cls, config: NemotronConfig, layer: int, options: CacheOptions) -> MambaCache:
+        """Zeros: no inputs of the convolution, and an empty state."""
+        o, heads = options, config.mamba_num_heads
+        conv = torch.zeros(
+            o.batch, config.conv_kernel - 1, config.conv_dim, dtype=o.dtype, device=o.device
+        )
+        ssm = torch.zeros(
+            o.batch, heads, config.mamba_head_dim, config.ssm_state_size,
+            dtype=o.ssm_dtype, device=o.device,
+        )  # fmt: skip
+        half = o.ssm_dtype == torch.float16
+        return MambaCache(conv, ssm, ops.RoundingSeeds(o.ssm_seed, layer) if half else None)
+
+    @classmethod
+    def stored(cls, config: NemotronConfig) -> list[Line]:
+        """Its parameters. The convolution has k taps and perhaps a bias for each channel."""
+        conv = "(k + 1) * (h*p + 2*g*n)" if config.use_conv_bias else "k * (h*p + 2*g*n)"
+        return [
+            Line("in_proj", "d * (2*h*p + 2*g*n + h)"),
+            Line("conv1d", conv),
+            Line("A_log, D, dt_bias", "3 * h"),
+            Line("norm", "h*p"),
+            Line("out_proj", "h*p * d"),
+        ]
+
+    @classmethod
+    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+        """Its FLOPs per token: a chunked scan, or one step of the recurrence in decode.
+
+        In a chunked scan a token reads w positions of its chunk, and the prompt has c chunks.
+        """
+        if mode == "decode":
+            # Decay, outer product and sum are three; the product with C is a multiply-add.
+            scan = [Line("scan: one step", "3*h*p*n + 2*h*p*n")]
+        else:
+            scan = [
+                Line("scan: within chunks", "2*(g*n + h*p) * w"),
+                Line("scan: write and read states", "2*h*p*n + 2*h*p*n"),
+                Line("scan: carry states", "2*h*p*n * c/t"),
+            ]
+        return [
+            Line("in_proj", "2*d * (2*h*p + 2*g*n + h)"),
+            Line("conv1d", "2*k * (h*p + 2*g*n)"),
+            *scan,
+            Line("out_proj", "2*h*p * d"),
+        ]
+
+    @classmethod
+    def cached(cls, config: NemotronConfig) -> list[Line]:
+        """The same for every length: inputs of the convolution, and the state."""
+        return [Line("conv", "(k - 1) * (h*p + 2*g*n)"), Line("ssm", "h*p*n")]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,32 +2,59 @@
 
     y = W2 relu(W1 x)^2
 
-No gate and no bias. It stands alone as the `-` layer, and inside every mixture layer as the shared
-expert that all tokens pass through.
+It has no gate and no bias. It is the mixer of the `-` layer, and every mixture of experts has one
+as the shared expert that all tokens pass through.
 
 Source: reference sheet 1.1 (`mlp_hidden_act = relu2`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.mixer import Line, Mixer
 
 
-class MLP(nn.Module):
+class MLP(Mixer):
     """d -> f -> d with a squared ReLU."""
+
+    LETTERS: ClassVar[Mapping[str, str]] = {"f": "intermediate_size"}
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
+    @classmethod
+    def build(cls, config: NemotronConfig, name: str) -> MLP:
+        """The mixer of a `-` layer."""
+        return cls(config.hidden_size, config.intermediate_size)
+
+    def init_weights(self, std: float, depth: float) -> None:
+        """Normal matrices; `down_proj` writes into the residual stream."""
+        self.up_proj.init_weights(std)
+        self.down_proj.init_weights(std, depth)
+
     def forward(
         self, x: Float[Tensor, "*rows d"], cache: None = None, context: ForwardContext | None = None
     ) -> Float[Tensor, "*rows d"]:
         """Each token by itself: `cache` and `context` are what other mixers need."""
         return self.down_proj(ops.squared_relu(self.up_proj(x)))
+
+    @classmethod
+    def stored(cls, config: NemotronConfig) -> list[Line]:
+        """Its parameters."""
+        return [Line("up_proj, down_proj", "2 * d * f")]
+
+    @classmethod
+    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+        """Its FLOPs per token, the same in every mode."""
+        return [Line("up_proj, down_proj", "2 * 2*d * f")]

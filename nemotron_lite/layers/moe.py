@@ -4,17 +4,19 @@
     o = sum_{i in I} p_i * W2_i relu(W1_i z)^2     the chosen experts, at width l
     y = W_up o + S2 relu(S1 x)^2                  back to d, plus the shared expert
 
-Router and shared expert read the token at full width; only the routed path is latent. With
-l = d / 4, four times as many experts of which four times as many are chosen cost the same weights,
-the same arithmetic and the same traffic between devices as a mixture at full width, and there are
-far more combinations to choose from. Without `moe_latent_size` the experts read x itself (Nano).
+Router and shared expert read the token at full width; only the routed experts work at width l. Take
+l = d / 4, four times as many experts, and choose four times as many of them per token. The weights,
+the arithmetic and the traffic between devices then cost the same as a mixture at full width, and
+there are far more combinations to choose from. Without `moe_latent_size` the experts read x itself
+(Nano).
 
 Source: Nemotron 3 Super report 2.1.1; reference sheet 4.1. Left out: expert parallelism.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,15 +26,16 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.mixer import LayerCache, Line, Mixer
 from nemotron_lite.layers.mlp import MLP
 
 
 class Router(nn.Module):
     """One row per expert, and the selection bias that balances their load.
 
-    The bias is no parameter: it is moved by a fixed step after each optimiser step. Published
-    biases are near 2^6 with differences below 2^-2, so it stays in float32 whatever the model is
-    cast to.
+    The bias is not a parameter: it is moved by a fixed step after each step of the optimizer.
+    Published biases are near 2^6 with differences below 2^-2, so the bias stays in float32 whatever
+    the model is cast to.
     """
 
     e_score_correction_bias: Tensor
@@ -50,12 +53,17 @@ class Router(nn.Module):
             scale=config.routed_scaling_factor,
         )
 
+    def init_weights(self, std: float) -> None:
+        """A normal matrix and a bias of zero."""
+        nn.init.normal_(self.weight, std=std)
+        self.e_score_correction_bias.zero_()
+
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         exact = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
         if moved.dtype != torch.float32:
-            # There and back again would have rounded it: move the old values instead.
+            # Casting it down and up again would have rounded it: move the old values instead.
             self.e_score_correction_bias = exact.to(moved.device, torch.float32)
         return self
 
@@ -75,13 +83,26 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
+    def init_weights(self, std: float, divisor: float) -> None:
+        """Normal matrices; `divisor` is for a `down_proj` that writes into the residual stream."""
+        nn.init.normal_(self.up_proj, std=std)
+        nn.init.normal_(self.down_proj, std=std / divisor)
+
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
         """The weighted sum of each token's chosen experts."""
         return ops.expert_mlp(z, self.up_proj, self.down_proj, routing.weights, routing.indices)
 
 
-class MoE(nn.Module):
+class MoE(Mixer):
     """Router, routed experts (in the latent space where there is one) and the shared expert."""
+
+    LETTERS: ClassVar[Mapping[str, str]] = {
+        "e": "n_routed_experts",
+        "k": "num_experts_per_tok",
+        "f": "moe_intermediate_size",
+        "l": "expert_size",
+        "s": "moe_shared_expert_intermediate_size",
+    }
 
     def __init__(self, config: NemotronConfig, name: str = "") -> None:
         super().__init__()
@@ -97,23 +118,73 @@ class MoE(nn.Module):
             MLP(d, config.moe_shared_expert_intermediate_size) if config.n_shared_experts else None
         )
 
+    @classmethod
+    def build(cls, config: NemotronConfig, name: str) -> MoE:
+        """The mixer of an `E` layer, whose router statistics carry its name."""
+        return cls(config, name)
+
+    def init_weights(self, std: float, depth: float) -> None:
+        """Normal matrices. The last matrix of each path writes into the residual stream."""
+        self.gate.init_weights(std)
+        self.experts.init_weights(std, 1.0 if self.latent else depth)
+        if self.latent:
+            self.fc1_latent_proj.init_weights(std)
+            self.fc2_latent_proj.init_weights(std, depth)
+        if self.shared_experts is not None:
+            self.shared_experts.init_weights(std, depth)
+
     def forward(
         self,
         x: Float[Tensor, "b t d"],
         cache: None = None,
         context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
-        """Route each token by itself; `cache` is what other mixers need."""
+        """Route each token by itself; `cache` and `context` are what other mixers need."""
+        flat = x.view(-1, x.shape[-1])
+        return self._mix(flat, self.gate(flat)).view(x.shape)
+
+    def forward_with_stats(
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: LayerCache | None,
+        context: ForwardContext,
+    ) -> tuple[Float[Tensor, "b t d"], RouterStats]:
+        """`forward`, and the scores and choices of the router."""
         flat = x.view(-1, x.shape[-1])
         routing = self.gate(flat)
-        if context.router is not None:
-            rows = x.shape[:2]
-            scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
-            context.router.append(RouterStats(self.name, scores, indices))
+        rows = x.shape[:2]
+        scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
+        return self._mix(flat, routing).view(x.shape), RouterStats(self.name, scores, indices)
+
+    def _mix(self, flat: Float[Tensor, "t d"], routing: ops.Routing) -> Float[Tensor, "t d"]:
         if self.latent:
             y = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), routing))
         else:
             y = self.experts(flat, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(flat)
-        return y.view(x.shape)
+        return y
+
+    @classmethod
+    def stored(cls, config: NemotronConfig) -> list[Line]:
+        """Its parameters. A token reads k of the e experts."""
+        lines = [
+            Line("router", "e * d"),
+            Line("router selection bias", "e"),
+            Line("experts", "2 * e * f * l", active="2 * k * f * l"),
+        ]
+        if config.moe_latent_size is not None:
+            lines.append(Line("latent projections", "2 * d * l"))
+        if config.n_shared_experts:
+            lines.append(Line("shared expert", "2 * d * s"))
+        return lines
+
+    @classmethod
+    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+        """Its FLOPs per token, the same in every mode."""
+        lines = [Line("router", "2*d * e"), Line("experts", "k * 2 * 2*f*l")]
+        if config.moe_latent_size is not None:
+            lines.append(Line("latent projections", "2 * 2*d * l"))
+        if config.n_shared_experts:
+            lines.append(Line("shared expert", "2 * 2*d * s"))
+        return lines

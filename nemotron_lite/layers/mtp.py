@@ -1,6 +1,6 @@
-"""Multi-token prediction: one small module that looks one token further each time it is applied.
+"""Multi-token prediction: one small module that predicts one token further each time it is applied.
 
-At depth k it joins what the model knew at position i with the token that actually came k later,
+At depth k it joins the hidden state of position i with the token that actually came k later,
 
     x     = W [ norm_e(Emb(t_{i+k})) ; norm_h(h^{k-1}_i) ]      embedding first, hidden second
     x     = x + Attn(norm(x));   x = x + LatentMoE(norm(x))
@@ -9,8 +9,9 @@ At depth k it joins what the model knew at position i with the token that actual
 with h^0 the backbone's output after its final norm. The weights are the same at every depth: Super
 trains two depths, and drafting may go on beyond them. Embedding and head belong to the backbone.
 
-Drafting (speculative/) wants one answer per row, and the keys and values of every token: `answer`
-leaves everything else out. After the last attention layer only the last token of a row goes on.
+Drafting (generation/speculative/) needs the output of one token per row, and the keys and values of
+every token. `forward_last` computes no more than that: after the last attention layer only the last
+token of each row goes on.
 
 Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 """
@@ -18,6 +19,7 @@ Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -25,9 +27,10 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import KVCache
-from nemotron_lite.layers.block import Block, LayerCache
-from nemotron_lite.layers.context import ForwardContext
+from nemotron_lite.layers.block import Block, run_layers
+from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.mixer import LayerCache, Line
 from nemotron_lite.layers.norm import RMSNorm
 
 
@@ -40,6 +43,12 @@ class _Entry(Block):
         self.enorm = RMSNorm(d, config.norm_eps)
         self.hnorm = RMSNorm(d, config.norm_eps)
         self.eh_proj = Linear(2 * d, d)
+
+    def init_weights(self, std: float, depth: float) -> None:
+        super().init_weights(std, depth)
+        self.enorm.init_weights()
+        self.hnorm.init_weights()
+        self.eh_proj.init_weights(std)
 
     def join(
         self, embedded: Float[Tensor, "b t d"], hidden: Float[Tensor, "b t d"]
@@ -59,42 +68,73 @@ class MTP(nn.Module):
         layers[-1].add_module("final_layernorm", RMSNorm(config.hidden_size, config.norm_eps))
         self.layers = nn.ModuleList(layers)
 
+    def init_weights(self, std: float, depth: float) -> None:
+        """Fresh weights for every layer (see `Mixer.init_weights`)."""
+        for layer in self.layers:
+            cast(Block, layer).init_weights(std, depth)
+        self._final_norm.init_weights()
+
+    @property
+    def _entry(self) -> _Entry:
+        return cast(_Entry, self.layers[0])
+
+    @property
+    def _final_norm(self) -> RMSNorm:
+        return cast(RMSNorm, self.layers[-1].final_layernorm)
+
     def forward(
         self,
         hidden: Float[Tensor, "b t d"],
         embedded: Float[Tensor, "b t d"],
-        cache: Sequence[LayerCache] | None = None,
+        cache: Sequence[LayerCache | None] | None = None,
         context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b t d"]:
         """h^k from h^{k-1} and the embeddings of the tokens k later."""
-        entry, last = self.layers[0], self.layers[-1]
-        assert isinstance(entry, _Entry)
-        assert isinstance(last.final_layernorm, RMSNorm)
-        x = entry.join(embedded, hidden)
-        for layer, memory in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x = layer(x, memory, context)
-        return last.final_layernorm(x)
+        x, _ = run_layers(self.layers, self._entry.join(embedded, hidden), cache, context)
+        return self._final_norm(x)
 
-    def answer(
+    def forward_with_stats(
         self,
         hidden: Float[Tensor, "b t d"],
         embedded: Float[Tensor, "b t d"],
-        cache: Sequence[LayerCache],
+        context: ForwardContext,
+    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
+        """`forward` without a cache, and what the routers decided."""
+        x = self._entry.join(embedded, hidden)
+        x, stats = run_layers(self.layers, x, None, context, router_stats=True)
+        return self._final_norm(x), stats
+
+    def forward_last(
+        self,
+        hidden: Float[Tensor, "b t d"],
+        embedded: Float[Tensor, "b t d"],
+        cache: Sequence[LayerCache | None],
         context: ForwardContext,
     ) -> Float[Tensor, "b 1 d"]:
-        """Take tokens into the module's own memory; h^k of the last real one of each row."""
-        entry, last = self.layers[0], self.layers[-1]
-        assert isinstance(entry, _Entry)
-        assert isinstance(last.final_layernorm, RMSNorm)
-        anchor = max((j for j, memory in enumerate(cache) if memory is not None), default=-1)
-        if anchor < 0:  # nothing to remember: the other tokens need not be looked at
-            hidden, embedded = context.last(hidden), context.last(embedded)
-        x = entry.join(embedded, hidden)
-        for j, (layer, memory) in enumerate(zip(self.layers, cache, strict=True)):
-            if j == anchor:
+        """Take all tokens into the module's own cache; h^k of the last real one of each row."""
+        last_attention = max((j for j, entry in enumerate(cache) if entry is not None), default=-1)
+        if last_attention < 0:  # no layer has a cache: the other tokens change nothing
+            hidden, embedded = context.last_tokens(hidden), context.last_tokens(embedded)
+        x = self._entry.join(embedded, hidden)
+        for j, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            if j == last_attention:
                 assert isinstance(layer, Block)
-                assert isinstance(memory, KVCache)
-                x = layer.answer_last(x, memory, context)
+                assert isinstance(layer_cache, KVCache)
+                x = layer.forward_last(x, layer_cache, context)
             else:
-                x = layer(x, memory, context if j < anchor else ForwardContext())
-        return last.final_layernorm(x)
+                x = layer(x, layer_cache, context if j < last_attention else ForwardContext())
+        return self._final_norm(x)
+
+    @staticmethod
+    def stored() -> list[Line]:
+        """Parameters of the module beside those of its layers, for the ledger."""
+        return [
+            Line("enorm, hnorm", "2 * d"),
+            Line("eh_proj", "2 * d * d"),
+            Line("final_layernorm", "d"),
+        ]
+
+    @staticmethod
+    def operations() -> list[Line]:
+        """FLOPs per token and depth beside those of its layers, for the ledger."""
+        return [Line("eh_proj", "4*d*d")]

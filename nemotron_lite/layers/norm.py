@@ -1,4 +1,4 @@
-"""RMSNorm as a module: the weight, and the operator that uses it."""
+"""RMSNorm as a module: a learned weight, and the operation that uses it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size))
 
+    def init_weights(self) -> None:
+        """Start with scales of one."""
+        self.weight.fill_(1)
+
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        """Normalise each row."""
+        """Normalize each row."""
         return ops.rms_norm(x, self.weight, self.eps)

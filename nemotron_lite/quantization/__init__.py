@@ -1,46 +1,59 @@
-"""Post-training quantization: a trained model in 4 and 8 bits a weight, and what that costs.
+"""Quantization: NVFP4, FP8 and MXFP8, for training in emulation and for stored weights.
 
-    found = calibrate(model, batches)                       how large inputs, keys and values get
-    costs = sensitivity(model, batches, found)              what each format of each module costs
-    chosen = assign(costs, bits=4.75)                       the cheapest mix under a budget
-    pack(model, chosen, found)                              in place; `save` writes ModelOpt's files
+The number formats:
 
-The rooms, in that order:
+    nvfp4/                four bits a number, with block scales and a tensor scale
+    fp8.py                eight bits a number: FP8 with one scale, and MXFP8
+    recipe.py             which matrix of a model is in which format (precision recipes as data)
 
-    calibration   largest magnitudes of what modules read, and of keys and values
-    sensitivity   second-order estimate of the loss that a format adds, module by module
-    knapsack      the best choice of one format for each module under a budget of bits
-    units         which modules take part, in which formats, at how many bits
-    scales        block scales that minimise the error of a weight
-    packing       weights become packed layers
+Training in NVFP4, as Nemotron 3 was trained, emulated on any device:
 
-Source: Nemotron 3 Super report 4.1, 4.2 and table 7; reference sheet 6.6. Left out: fine-tuning
-after quantization (distillation), and searches over the KV cache's format.
+    emulated_layers.py    linear layers and experts whose three matrix products read NVFP4 or MXFP8
+    emulated_training.py  `EmulatedPrecision`: puts these layers into a model while it trains
+
+Post-training quantization, from a trained model to a smaller one:
+
+    calibration = calibrate(model, batches)            largest inputs, keys and values
+    costs = measure_sensitivity(model, batches, calibration)
+                                                       the loss that each format of each module adds
+    formats = allocate_bits(costs, bits=4.75)          the best mix of formats within a budget
+    quantize_model(model, formats, calibration)        in place; `save` writes ModelOpt's layout
+
+    calibration.py        largest magnitudes of what modules read, and of keys and values
+    quantizable.py        which modules can be quantized, in which formats, at how many bits
+    sensitivity.py        second-order estimate of the loss that each format of each module adds
+    bit_allocation.py     the best format for each module within a budget of bits
+    block_scales.py       block scales that minimize the error of a weight
+    packed_layers.py      layers that keep their weights in four or eight bits in memory
+    pack_model.py         replaces a model's plain weights by packed layers
+
+Source: Nemotron 3 Super report 4.1, 4.2 and table 7; reference sheet 6. Left out: fine-tuning after
+quantization (distillation), and searches over the format of the KV cache.
 """
 
-from nemotron_lite.quantization.bit_allocation import assign, knapsack
-from nemotron_lite.quantization.block_scales import best_scales
+from nemotron_lite.quantization.bit_allocation import allocate_bits, minimize_cost
+from nemotron_lite.quantization.block_scales import search_block_scales
 from nemotron_lite.quantization.calibration import Calibration, calibrate
-from nemotron_lite.quantization.pack_model import pack
+from nemotron_lite.quantization.pack_model import quantize_model
 from nemotron_lite.quantization.quantizable import (
     QuantizableModule,
     bits_per_weight,
     quantizable_modules,
-    uniform,
+    single_format,
 )
-from nemotron_lite.quantization.sensitivity import Costs, sensitivity
+from nemotron_lite.quantization.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [
     "Calibration",
-    "Costs",
     "QuantizableModule",
-    "assign",
-    "best_scales",
+    "Sensitivity",
+    "allocate_bits",
     "bits_per_weight",
     "calibrate",
-    "knapsack",
-    "pack",
+    "measure_sensitivity",
+    "minimize_cost",
     "quantizable_modules",
-    "sensitivity",
-    "uniform",
+    "quantize_model",
+    "search_block_scales",
+    "single_format",
 ]

@@ -1,15 +1,15 @@
-"""Calibration: how large the inputs of every module get, and keys and values with them.
+"""Calibration: how large the inputs of every module get, and the keys and values.
 
-A checkpoint in ModelOpt's layout carries one number per module, `input_scale`, from which serving
-derives the first of the two scales of its activations; the scales of blocks follow the data. That
-number is the largest magnitude seen on a sample of text, divided by the format's largest value.
+A checkpoint in ModelOpt's layout carries one number per module, `input_scale`. From it serving
+derives the tensor scale of the module's activations; their block scales follow from the data. That
+number is the largest magnitude found on a sample of text, divided by the format's largest value.
 
     a linear layer      max |x| over all tokens
     routed experts      per expert, over the tokens that chose it: of z, and of relu(W1 z)^2
-    keys and values     max |k|, max |v|: attention has neither positions nor norms behind them
+    keys and values     max |k|, max |v|: no position embedding and no norm changes them afterwards
 
-An expert that no token chose takes the largest number of its layer: too large a scale only makes
-steps coarser, one too small clips.
+An expert that no token chose gets the largest number of its layer. A scale that is too large only
+makes the steps coarser; one that is too small clips.
 
 Source: reference sheet 6.6 (NVIDIA: 512 samples of 4096 tokens) and 10.3.
 """
@@ -34,54 +34,57 @@ class Calibration:
     """Largest magnitudes, float32.
 
     Attributes:
-        inputs: by the name of the weight that reads them; one number, or one for each expert.
-        caches: by the path of a `k_proj` or `v_proj`: of what it makes.
-        tokens: read.
+        input_amax: name of a weight -> of the inputs it multiplies; one number, or one per expert.
+        kv_amax: path of a `k_proj` or `v_proj` -> of its outputs.
+        tokens: how many were read.
     """
 
-    inputs: dict[str, Tensor]
-    caches: dict[str, Tensor]
+    input_amax: dict[str, Tensor]
+    kv_amax: dict[str, Tensor]
     tokens: int
 
 
 @torch.no_grad()
 def calibrate(model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]]) -> Calibration:
-    """Run a model over some text and note how large what it multiplies gets.
+    """Run a model over some text and record the largest magnitudes.
 
     Raises:
         ValueError: no batches, or activations that are NaN or infinite.
     """
-    inputs: dict[str, Tensor] = {}
-    caches: dict[str, Tensor] = {}
+    input_amax: dict[str, Tensor] = {}
+    kv_amax: dict[str, Tensor] = {}
 
-    def note(found: dict[str, Tensor], name: str, value: Tensor) -> None:
-        value = value.float()
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"the activations at {name} are not finite: the model is broken.")
-        found[name] = torch.maximum(found[name], value) if name in found else value
+    def record(found: dict[str, Tensor], name: str, amax: Tensor) -> None:
+        amax = amax.float()
+        if not bool(amax.isfinite().all()):
+            raise ValueError(
+                f"the activations at {name} are not finite; expected finite numbers. Check the "
+                "model's weights for NaN or infinity."
+            )
+        found[name] = torch.maximum(found[name], amax) if name in found else amax
 
-    def linear(name: str) -> Any:
+    def linear_hook(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            note(inputs, f"{name}.weight", args[0].abs().amax())
+            record(input_amax, f"{name}.weight", args[0].abs().amax())
             if name.endswith(("k_proj", "v_proj")):
-                note(caches, name, y.abs().amax())
+                record(kv_amax, name, y.abs().amax())
 
         return hook
 
-    def experts(name: str) -> Any:
+    def experts_hook(name: str) -> Any:
         def hook(module: Experts, args: tuple[Any, ...], y: Tensor) -> None:
-            up, down = _of_experts(module, *args)
-            note(inputs, f"{name}.up_proj", up)
-            note(inputs, f"{name}.down_proj", down)
+            up, down = _amax_per_expert(module, *args)
+            record(input_amax, f"{name}.up_proj", up)
+            record(input_amax, f"{name}.down_proj", down)
 
         return hook
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            handles.append(module.register_forward_hook(experts(name)))
+            handles.append(module.register_forward_hook(experts_hook(name)))
         elif isinstance(module, nn.Linear) and name.startswith("backbone."):
-            handles.append(module.register_forward_hook(linear(name)))
+            handles.append(module.register_forward_hook(linear_hook(name)))
     tokens = 0
     try:
         for batch in batches:
@@ -92,15 +95,15 @@ def calibrate(model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]]) -> Calibra
             handle.remove()
     if not tokens:
         raise ValueError("no text to calibrate on: expected at least one batch of tokens.")
-    filled = {
-        name: torch.where(value == 0, value.max(), value) if value.ndim else value
-        for name, value in inputs.items()
+    without_gaps = {  # experts without a token have 0 here
+        name: torch.where(amax == 0, amax.max(), amax) if amax.ndim else amax
+        for name, amax in input_amax.items()
     }
-    return Calibration(filled, caches, tokens)
+    return Calibration(without_gaps, kv_amax, tokens)
 
 
-def _of_experts(module: Experts, z: Tensor, routing: ops.Routing) -> tuple[Tensor, Tensor]:
-    """Largest magnitude that each expert's two matrices read; 0 for those without a token."""
+def _amax_per_expert(module: Experts, z: Tensor, routing: ops.Routing) -> tuple[Tensor, Tensor]:
+    """Largest input magnitude of each expert's two matrices; 0 for experts without a token."""
     up = torch.zeros(module.up_proj.shape[0], device=z.device)
     down = torch.zeros_like(up)
     for e in routing.indices.unique().tolist():

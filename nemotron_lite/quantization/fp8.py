@@ -6,20 +6,20 @@ E4M3 has four bits of exponent and three of mantissa, no infinity, largest 448, 
 
     scale = amax / 448         code = e4m3( x / scale )         value = code * scale
 
-**MXFP8** (`quantize_mxfp8`): a scale of eight bits of exponent only (E8M0) for each 32 neighbours,
-which is a multiplication without rounding. Nemotron 3's recipe runs the output projection of Mamba
-layers in it, because NVFP4 flushed too much of it to zero (reference sheet 6.5):
+**MXFP8** (`quantize_mxfp8`): each 32 neighbors have a scale with eight bits of exponent only
+(E8M0), so multiplying by it does not round. Nemotron 3's recipe runs the output projection of Mamba
+layers in MXFP8, because NVFP4 flushed too much of it to zero (reference sheet 6.5):
 
     s     = 2^ceil( log2( fl(amax_block / 448) ) ), at least 2^-127
     code  = e4m3( x / s )                                       value = code * s
 
-The exponent is rounded up, so that no value is clipped; that is Transformer Engine's rule. The OCP
-paper takes 2^(floor(log2 amax) - 8), which clips whatever lies above 448 s, and is not offered.
-Divisions by a power of two are exact, so there is nothing to order.
+The exponent is rounded up, so no value is clipped; this is Transformer Engine's rule. The OCP paper
+takes 2^(floor(log2 amax) - 8), which clips values above 448 s; it is not offered. Division by a
+power of two is exact, so the order of operations does not matter here.
 
-Rows that are no multiple of 32 are filled up with zeros. Source: reference sheet 6.5, 6.6 and 10.3;
-OCP Microscaling formats 1.0; Transformer Engine, ptx.cuh. Left out: E5M2, which no part of the
-recipe uses, and E8M0's NaN.
+Rows whose length is no multiple of 32 are padded with zeros. Source: reference sheet 6.5, 6.6 and
+10.3; OCP Microscaling formats 1.0; Transformer Engine, ptx.cuh. Left out: E5M2, which no part of
+the recipe uses, and E8M0's NaN.
 """
 
 from __future__ import annotations
@@ -81,19 +81,18 @@ def quantize_fp8(
     scale: Float32[Tensor, ""] | None = None,
     name: str = "tensor",
 ) -> FP8Tensor:
-    """x in E4M3 with one scale: amax / 448, 1 for a tensor of zeros, or the one given.
+    """x in E4M3 with one scale: the given one, or amax / 448 (1 for a tensor of zeros).
 
     Raises:
         ValueError: NaN or infinity in x, a dtype other than float32, bfloat16 and float16, a given
             scale that is not positive and finite.
     """
-    wide = _wide(x, name)
+    wide = _checked_float32(x, name)
     if scale is None:
         largest = wide.abs().amax() if x.numel() else wide.new_zeros(())
-        # A tensor over a tensor: on a GPU torch multiplies with 1 / number instead, which rounds
-        # twice.
+        # Divide by a tensor: on a GPU torch multiplies by 1 / number instead, which rounds twice.
         scale = largest / torch.full_like(largest, E4M3_MAX)
-        # Below 448 times float32's smallest number the quotient is zero, and so is every value.
+        # If amax is below 448 times float32's smallest number, the quotient and all values are 0.
         scale = torch.where(scale == 0, 1.0, scale)
     elif not (bool(scale.isfinite()) and float(scale) > 0):
         raise ValueError(f"{name}: scale={float(scale)}; expected a positive finite number.")
@@ -106,8 +105,10 @@ def quantize_mxfp8(x: Float[Tensor, "*rows n"], *, name: str = "tensor") -> MXFP
     Raises:
         ValueError: NaN or infinity in x, a dtype other than float32, bfloat16 and float16.
     """
-    blocks = F.pad(_wide(x, name), (0, -x.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK))
-    exponent = _exponent(blocks.abs().amax(-1))
+    blocks = F.pad(_checked_float32(x, name), (0, -x.shape[-1] % MX_BLOCK)).unflatten(
+        -1, (-1, MX_BLOCK)
+    )
+    exponent = _scale_exponent(blocks.abs().amax(-1))
     codes = round_e4m3(torch.ldexp(blocks, -exponent.unsqueeze(-1)))
     return MXFP8Tensor(codes.flatten(-2), (exponent + _BIAS).to(torch.uint8), tuple(x.shape))
 
@@ -132,17 +133,17 @@ def fake_quantize_mxfp8(
     """
     if dim not in (-1, -2):
         raise ValueError(f"{name}: dim={dim}; expected -1 or -2.")
-    run = choose("fake_quantize_mxfp8", impl, x, naive=_naive_fake, torch=_naive_fake)
+    run = choose("fake_quantize_mxfp8", impl, x, naive=_naive_fake_mxfp8, torch=_naive_fake_mxfp8)
     return run(x, dim, name)
 
 
-def _naive_fake(x: Tensor, dim: int, name: str) -> Tensor:
+def _naive_fake_mxfp8(x: Tensor, dim: int, name: str) -> Tensor:
     if dim == -2:
-        return _naive_fake(x.mT, -1, name).mT
+        return _naive_fake_mxfp8(x.mT, -1, name).mT
     return quantize_mxfp8(x, name=name).dequantize(x.dtype)
 
 
-def _wide(x: Tensor, name: str) -> Tensor:
+def _checked_float32(x: Tensor, name: str) -> Tensor:
     check_dtype(x, name)
     wide = x.detach().float()
     if x.numel():
@@ -150,7 +151,7 @@ def _wide(x: Tensor, name: str) -> Tensor:
     return wide
 
 
-def _exponent(amax: Tensor) -> Tensor:
+def _scale_exponent(amax: Tensor) -> Tensor:
     """The exponent of a block's scale: ceil(log2(amax / 448)), -127 to 120."""
     # frexp writes the quotient as m 2^e with 0.5 <= m < 1: it is a power of two where m = 0.5.
     mantissa, exponent = torch.frexp(amax * torch.tensor(1 / E4M3_MAX, device=amax.device))

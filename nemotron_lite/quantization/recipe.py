@@ -1,27 +1,29 @@
-"""Which matrix of a model runs in what: precision recipes as data.
+"""Which matrix of a model runs in which number format: precision recipes as data.
 
-Nemotron 3 Super was trained in NVFP4 for 25T tokens, but not all of it. The report's table 3:
+Nemotron 3 Super was trained in NVFP4 for 25T tokens, but not all of its matrices were. Table 3 of
+the report:
 
     all matrices unless listed            NVFP4
-    the last 15 % of the layers           BF16    (what they get wrong, no later layer can mend)
+    the last 15 % of the layers           BF16    (no later layer can correct their errors)
     latent projections                    BF16    (every expert of a layer reads through them)
-    attention: q, k, v and output         BF16    (few layers, and the only global ones)
+    attention: q, k, v and output         BF16    (there are few, and only they see all tokens)
     Mamba out_proj                        MXFP8   (NVFP4 flushed up to 40 % of it to zero on Nano)
     embeddings, head, MTP module          BF16
     router                                FP32
 
-What is no matrix product of weights (norms, softmax, convolution, scan, and the sums in all of
-them) is computed as in BF16 training. Master weights, gradients and AdamW's moments are FP32.
+Operations without a weight matrix (norms, softmax, convolution, scan, and the sums in all of them)
+are computed as in BF16 training. Master weights, gradients and AdamW's moments are FP32.
 
-A `Recipe` holds such a table together with the `GemmRecipe`, the treatment of the five operands of
-the three products of one NVFP4 layer. Both are plain values: an ablation is `replace` away, and a
-checkpoint can store what a run was made with. `placements` applies a recipe to the sizes of a
-model, which needs no torch, so `nemotron-lite info` can draw the map of Super at once.
+A `Recipe` holds such a table, together with a `GemmRecipe`: how the five operands of the three
+matrix products of an NVFP4 layer are quantized. Both are plain dataclasses. So an ablation is one
+`replace` call, and a checkpoint can store the recipe of its run. `module_formats` applies a recipe
+to the sizes of a model. It needs no torch, so `nemotron-lite info` can list the formats of Super at
+once.
 
 Source: Nemotron 3 Super report table 3; arXiv 2509.25149 section 4; Transformer Engine's
-NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded: 16 of
-Ultra's 108 layers is the one number it gives, and it agrees with rounding to nearest, which makes
-13 of Super's 88. Megatron-LM's test of Super's release, which is in MXFP8, keeps 14.
+NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded. It
+gives one number, 16 of Ultra's 108 layers, which agrees with rounding to nearest. That makes 13 of
+Super's 88. Megatron-LM's test of Super's release, which is in MXFP8, keeps 14.
 """
 
 from __future__ import annotations
@@ -45,24 +47,24 @@ ROLES = {
     "mlp": "MLP",
     "mtp": "MTP module",
 }
-OPERANDS = {  # fields of GemmRecipe, and the products that read them
+OPERANDS = {  # field of GemmRecipe -> the products that read this operand
     "activation": "y",
     "weight": "y, dx",
     "gradient": "dx",
     "activation_along_tokens": "dW",
     "gradient_along_tokens": "dW",
 }
-INGREDIENTS = ("stochastic", "hadamard", "square", "tail")
+INGREDIENTS = ("stochastic", "hadamard", "square", "tail")  # what `Recipe.without` can remove
 
 
 @dataclass(frozen=True)
 class Operand:
-    """How one input of a matrix product becomes NVFP4.
+    """How one operand of a matrix product is quantized to NVFP4.
 
     Attributes:
-        block: "1x16" along the dimension that is summed over, or "16x16".
-        hadamard: turn sixteen neighbours along that dimension first.
-        stochastic: round by chance, right on average; otherwise to nearest.
+        block: "1x16" along the dimension that the product sums over, or "16x16".
+        hadamard: apply the Hadamard transform to each 16 numbers along that dimension first.
+        stochastic: stochastic rounding, which is unbiased; otherwise rounding to nearest.
     """
 
     block: str = "1x16"
@@ -82,12 +84,14 @@ class GemmRecipe:
     | activation_along_tokens| dW            | 1x16  | yes      | nearest    |
     | gradient_along_tokens  | dW            | 1x16  | yes      | stochastic |
 
-    Every one is made from the unquantized tensor, with its own largest magnitude. A square weight
-    is quantized once: W and W^T are then the same numbers, and dx is the gradient of the y that was
-    computed. In 1x16 blocks the backward pass reads another matrix than the forward pass.
+    Each operand is quantized from the unquantized tensor, with its own largest magnitude. A weight
+    in 16x16 blocks is quantized once: W and W^T then have the same values, so dx is the gradient of
+    the y that was computed. With 1x16 blocks the backward pass reads a different matrix than the
+    forward pass.
 
     Raises:
-        ValueError: only one input of dW is turned, or an activation or gradient in square blocks.
+        ValueError: the Hadamard transform on only one operand of dW, or on an operand of y or dx;
+            stochastic rounding of the weight; a block shape that the operand cannot have.
     """
 
     activation: Operand = Operand()
@@ -98,76 +102,90 @@ class GemmRecipe:
 
     def __post_init__(self) -> None:
         if self.activation_along_tokens.hadamard != self.gradient_along_tokens.hadamard:
-            raise ValueError("both inputs of dW must be turned, or none: the turns cancel only so.")
-        rows = (self.activation, self.gradient, self.weight)
-        if any(operand.hadamard for operand in rows):
-            raise ValueError("only the inputs of dW are turned: nothing would turn y or dx back.")
+            raise ValueError(
+                "the Hadamard transform is on for only one of activation_along_tokens and "
+                "gradient_along_tokens. Apply the Hadamard transform to both operands of dW, or to "
+                "neither."
+            )
+        for name in ("activation", "weight", "gradient"):
+            if getattr(self, name).hadamard:
+                raise ValueError(
+                    f"{name} has hadamard=True; only the operands of dW may have it, because in y "
+                    "and dx the transform would not cancel. Set hadamard=False."
+                )
         if self.weight.stochastic:
-            raise ValueError("weights are rounded to nearest: dice on them cost accuracy.")
-        tokens = (self.activation_along_tokens, self.gradient_along_tokens)
-        if any(operand.block != "1x16" for operand in (*rows[:2], *tokens)):
-            raise ValueError("activations and gradients have blocks of 1x16.")
+            raise ValueError(
+                "weight has stochastic=True; weights are rounded to nearest, because stochastic "
+                "rounding of them costs accuracy. Set stochastic=False."
+            )
+        for name in ("activation", "gradient", "activation_along_tokens", "gradient_along_tokens"):
+            if getattr(self, name).block != "1x16":
+                raise ValueError(
+                    f"{name} has block={getattr(self, name).block!r}; activations and gradients "
+                    "have blocks of 1x16."
+                )
         if self.weight.block not in ("1x16", "16x16"):
-            raise ValueError(f"weight blocks of {self.weight.block!r}: expected 1x16 or 16x16.")
+            raise ValueError(f"weight has block={self.weight.block!r}; expected 1x16 or 16x16.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What runs in which of `FORMATS`.
+    """Which role of matrix runs in which of `FORMATS`.
 
     Attributes:
         name: for messages and records.
-        default: the format of every matrix that `others` does not name.
-        others: (role, format) pairs; roles are the keys of `ROLES`.
-        tail: share of the backbone's last layers that runs in BF16.
-        gemm: the operands of the NVFP4 products.
+        default: the format of every role that `overrides` does not name.
+        overrides: (role, format) pairs; roles are the keys of `ROLES`.
+        tail: share of the backbone's layers, counted from the last one, that runs in BF16.
+        gemm: how the operands of the NVFP4 products are quantized.
 
     Raises:
-        ValueError: an unknown role or format, a format that the role's code does not offer, or a
+        ValueError: an unknown role or format, a format that is not implemented for the role, or a
             tail outside 0 to 1.
     """
 
     name: str
     default: str
-    others: tuple[tuple[str, str], ...] = (("router", "fp32"),)
+    overrides: tuple[tuple[str, str], ...] = (("router", "fp32"),)
     tail: float = 0.0
     gemm: GemmRecipe = field(default_factory=GemmRecipe)
 
     def __post_init__(self) -> None:
-        for role, form in (("mlp", self.default), *self.others):
-            if role not in ROLES or form not in FORMATS:
+        for role, format in (("mlp", self.default), *self.overrides):
+            if role not in ROLES or format not in FORMATS:
                 raise ValueError(
-                    f"{role!r} in {form!r}: expected a role of {', '.join(ROLES)} and a format of "
-                    f"{', '.join(FORMATS)}."
+                    f"{role!r} in {format!r}: expected a role of {', '.join(ROLES)} and a format "
+                    f"of {', '.join(FORMATS)}."
                 )
         for role in ROLES:
-            if self.of(role) not in _offered(role, self.mixed):
+            offered = _implemented_formats(role, self.mixed)
+            if self.format_of(role) not in offered:
                 raise ValueError(
-                    f"{role} in {self.of(role)} is not built: expected one of "
-                    f"{', '.join(_offered(role, self.mixed))} beside default={self.default!r}."
+                    f"{role} in {self.format_of(role)} is not implemented: expected one of "
+                    f"{', '.join(offered)} with default={self.default!r}."
                 )
         if not 0 <= self.tail <= 1:
             raise ValueError(f"tail={self.tail}: expected a share of the layers, 0 to 1.")
 
     @property
     def mixed(self) -> bool:
-        """True where products that are not quantized run in BF16, False where in FP32."""
+        """Whether unquantized matrix products run in BF16 (otherwise in FP32)."""
         return self.default != "fp32"
 
-    def of(self, role: str) -> str:
+    def format_of(self, role: str) -> str:
         """The format of a role outside the tail."""
-        return dict(self.others).get(role, self.default)
+        return dict(self.overrides).get(role, self.default)
 
-    def uses(self, form: str) -> bool:
-        """Whether any matrix runs in this format."""
-        return any(self.of(role) == form for role in ROLES)
+    def uses(self, format: str) -> bool:
+        """Whether any role runs in this format."""
+        return any(self.format_of(role) == format for role in ROLES)
 
     def tail_layers(self, layers: int) -> int:
-        """How many of the last layers run in BF16."""
+        """How many of a model's last layers run in BF16."""
         return int(self.tail * layers + 0.5)
 
     def without(self, ingredient: str) -> Recipe:
-        """This recipe less one of `INGREDIENTS`, as ablations need it.
+        """This recipe without one of `INGREDIENTS`, for an ablation.
 
         Raises:
             ValueError: an unknown ingredient.
@@ -175,9 +193,10 @@ class Recipe:
         gemm, tail = self.gemm, self.tail
         if ingredient == "stochastic":
             gemm = replace(
-                gemm, gradient=replace(gemm.gradient, stochastic=False),
+                gemm,
+                gradient=replace(gemm.gradient, stochastic=False),
                 gradient_along_tokens=replace(gemm.gradient_along_tokens, stochastic=False),
-            )  # fmt: skip
+            )
         elif ingredient == "hadamard":
             gemm = replace(
                 gemm,
@@ -193,8 +212,8 @@ class Recipe:
         return replace(self, name=f"{self.name} without {ingredient}", gemm=gemm, tail=tail)
 
 
-def _offered(role: str, mixed: bool) -> tuple[str, ...]:
-    """Formats that the code can run a role in, under BF16 or FP32 for everything else."""
+def _implemented_formats(role: str, mixed: bool) -> tuple[str, ...]:
+    """The formats a role can run in, where unquantized products run in BF16 (`mixed`) or FP32."""
     if role == "router":
         return ("fp32",)
     plain = "bf16" if mixed else "fp32"
@@ -209,39 +228,44 @@ RECIPES = {
     "nvfp4": Recipe(
         "nvfp4",
         "nvfp4",
-        others=(
-            ("embedding", "bf16"), ("head", "bf16"), ("mtp", "bf16"), ("router", "fp32"),
-            ("attention", "bf16"), ("latent", "bf16"), ("mamba.out_proj", "mxfp8"),
+        overrides=(
+            ("embedding", "bf16"),
+            ("head", "bf16"),
+            ("mtp", "bf16"),
+            ("router", "fp32"),
+            ("attention", "bf16"),
+            ("latent", "bf16"),
+            ("mamba.out_proj", "mxfp8"),
         ),
         tail=0.15,
     ),
-}  # fmt: skip
+}
 
 
-def recipe(which: str | Recipe) -> Recipe:
-    """A recipe by its name, or itself.
+def get_recipe(name: str | Recipe) -> Recipe:
+    """The recipe of this name; a `Recipe` is returned as it is.
 
     Raises:
-        ValueError: no such recipe.
+        ValueError: an unknown name.
     """
-    if isinstance(which, Recipe):
-        return which
-    if which not in RECIPES:
-        raise ValueError(f"precision={which!r}: expected one of {', '.join(RECIPES)}.")
-    return RECIPES[which]
+    if isinstance(name, Recipe):
+        return name
+    if name not in RECIPES:
+        raise ValueError(f"precision={name!r}: expected one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One module and its format.
+class ModuleFormat:
+    """The format that one module of a model runs in.
 
     Attributes:
         path: in the model, as in `model.get_submodule(path)`.
         role: a key of `ROLES`.
         format: one of `FORMATS`.
-        parameters: numbers in its matrices.
-        layer: its place in the pattern; None outside the backbone's layers.
-        tail: True where the tail, not the role, decided.
+        parameters: count, in its matrices.
+        layer: index in the pattern; None outside the backbone's layers.
+        in_tail: whether the module is in BF16 because its layer is one of the last.
     """
 
     path: str
@@ -249,55 +273,57 @@ class Placement:
     format: str
     parameters: int
     layer: int | None = None
-    tail: bool = False
+    in_tail: bool = False
 
 
-def placements(config: NemotronConfig, which: str | Recipe) -> tuple[Placement, ...]:
-    """Every module with matrices of a model of these sizes, in order, and what it runs in."""
-    chosen = recipe(which)
-    first = config.num_layers - chosen.tail_layers(config.num_layers)
+def module_formats(config: NemotronConfig, recipe: str | Recipe) -> tuple[ModuleFormat, ...]:
+    """Every module with matrices of a model of these sizes, in order, and its format."""
+    recipe = get_recipe(recipe)
+    tail_start = config.num_layers - recipe.tail_layers(config.num_layers)
     table = config.vocab_size * config.hidden_size
-    found = [Placement("backbone.embeddings", "embedding", chosen.of("embedding"), table)]
+    found = [ModuleFormat("backbone.embeddings", "embedding", recipe.format_of("embedding"), table)]
     for i, letter in enumerate(config.pattern):
         for name, role, size in _matrices(config, LAYER_KINDS[letter]):
-            tail = i >= first and role != "router"
-            form = "bf16" if tail else chosen.of(role)
+            in_tail = i >= tail_start and role != "router"
+            format = "bf16" if in_tail else recipe.format_of(role)
             path = f"backbone.layers.{i}.mixer.{name}"
-            found.append(Placement(path, role, form, size, i, tail))
-    found.append(Placement("lm_head", "head", chosen.of("head"), table))
+            found.append(ModuleFormat(path, role, format, size, i, in_tail))
+    found.append(ModuleFormat("lm_head", "head", recipe.format_of("head"), table))
     if config.mtp_pattern:
-        joined = 2 * config.hidden_size**2
-        found.append(Placement("mtp.layers.0.eh_proj", "mtp", chosen.of("mtp"), joined))
+        size = 2 * config.hidden_size**2
+        found.append(ModuleFormat("mtp.layers.0.eh_proj", "mtp", recipe.format_of("mtp"), size))
     for i, letter in enumerate(config.mtp_pattern):
         for name, role, size in _matrices(config, LAYER_KINDS[letter]):
             role = "router" if role == "router" else "mtp"
             path = f"mtp.layers.{i}.mixer.{name}"
-            found.append(Placement(path, role, chosen.of(role), size))
+            found.append(ModuleFormat(path, role, recipe.format_of(role), size))
     return tuple(found)
 
 
 def _matrices(config: NemotronConfig, kind: str) -> Iterator[tuple[str, str, int]]:
-    """(name, role, numbers) of the modules with matrices in one mixer."""
+    """(name, role, parameter count) of the modules with matrices in one mixer."""
     d = config.hidden_size
     if kind == "mamba":
         yield "in_proj", "mamba.in_proj", d * config.mamba_in_proj_size
         yield "out_proj", "mamba.out_proj", config.mamba_inner_size * d
     elif kind == "attention":
         queries = config.num_attention_heads * config.head_dim
-        shared = config.num_key_value_heads * config.head_dim
-        for name, width in zip("qkvo", (queries, shared, shared, queries), strict=True):
+        keys = config.num_key_value_heads * config.head_dim
+        for name, width in zip("qkvo", (queries, keys, keys, queries), strict=True):
             yield f"{name}_proj", "attention", d * width
     elif kind == "mlp":
         for name in ("up_proj", "down_proj"):
             yield name, "mlp", d * config.intermediate_size
     else:
-        experts, hidden, width = (
-            config.n_routed_experts, config.moe_intermediate_size, config.expert_size,
-        )  # fmt: skip
-        yield "gate", "router", experts * d
+        width = config.expert_size
+        yield "gate", "router", config.n_routed_experts * d
         if config.moe_latent_size is not None:
             yield "fc1_latent_proj", "latent", d * width
-        yield "experts", "experts", 2 * experts * hidden * width
+        yield (
+            "experts",
+            "experts",
+            2 * config.n_routed_experts * config.moe_intermediate_size * width,
+        )
         if config.moe_latent_size is not None:
             yield "fc2_latent_proj", "latent", d * width
         if config.n_shared_experts:

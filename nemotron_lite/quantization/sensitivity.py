@@ -1,18 +1,20 @@
 """Sensitivity: how much loss each format adds to each module, without trying every mix.
 
-Quantizing module m changes its output y by D_f. To second order, with the gradient's mean zero at a
-trained model and the Hessian replaced by the Fisher information's diagonal,
+Quantizing module m to format f changes its output y by D_f. At a trained model the gradient is zero
+on average, so the second order counts. With the Hessian replaced by the diagonal of the Fisher
+information,
 
     loss(m in f) - loss  ~  1/2  sum over outputs of  (dL/dy)^2 D_f^2
 
-which needs one forward and one backward pass for all modules and formats together. Both factors are
-taken at the same token and channel, so an error where nothing depends on it costs nothing. Costs of
-several modules are added as if they did not know of each other; the knapsack relies on that.
+This needs one forward and one backward pass for all modules and formats together. Both factors are
+taken at the same token and channel: an error costs nothing where the loss does not depend on it.
+The costs of several modules are added, as if the modules were independent; bit allocation relies on
+that.
 
-`inputs=True` counts rounded activations as well (the weights' format on both sides, as Blackwell
-multiplies); False counts weights alone.
+`inputs=True` counts the rounding of activations as well (in the format of the weight, as Blackwell
+multiplies); False counts the weights alone.
 
-The estimate ranks; it is not the loss. Measure what was chosen on held-out text.
+The estimate ranks modules and formats; it is not the loss. Measure the chosen mix on held-out text.
 
 Source: Nemotron 3 Super report 4.2 (AutoQuantize: second-order Taylor scores with Fisher).
 """
@@ -30,72 +32,76 @@ from torch import Tensor
 
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.calibration import Calibration
-from nemotron_lite.quantization.pack_model import stand_in
-from nemotron_lite.quantization.packed_layers import Packed
+from nemotron_lite.quantization.pack_model import packed_copy
+from nemotron_lite.quantization.packed_layers import PackedWeight
 from nemotron_lite.quantization.quantizable import QuantizableModule, quantizable_modules
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What each unit would cost.
+class Sensitivity:
+    """What each format of each module would cost.
 
     Attributes:
-        units: in the order of the model.
-        nats: for each unit, format -> estimated nats per token; 0 for "bf16".
+        modules: in the model's order.
+        nats: for each module, format -> estimated increase of the loss in nats per token; 0 for
+            "bf16".
     """
 
-    units: list[QuantizableModule]
+    modules: list[QuantizableModule]
     nats: list[dict[str, float]]
 
 
-def sensitivity(
+def measure_sensitivity(
     model: Nemotron,
     batches: Iterable[Int[Tensor, "_ _"]],
     calibration: Calibration,
     *,
     choices: str = "any",
     inputs: bool = False,
-) -> Costs:
-    """Estimate the cost of every unit in every format it may have.
+) -> Sensitivity:
+    """Estimate the cost of every quantizable module in every format it may have.
 
     Args:
         model: with plain weights.
-        batches: text; each row is one document's piece.
+        batches: of tokens; each row is a piece of one document.
         calibration: of the same model.
-        choices: see `units`.
-        inputs: whether inputs are rounded too.
+        choices: as for `quantizable_modules`.
+        inputs: whether to round the inputs too.
 
     Raises:
-        ValueError: no batches, rows of fewer than two tokens, a model that is packed already.
+        ValueError: no batches, rows of fewer than two tokens, or a model that is quantized already.
     """
-    parts = quantizable_modules(model, choices)
-    tried = [
-        {f: stand_in(model, u.path, f, calibration) for f in u.formats if f != "bf16"}
-        for u in parts
+    modules = quantizable_modules(model, choices)
+    copies = [
+        {f: packed_copy(model, module.path, f, calibration) for f in module.formats if f != "bf16"}
+        for module in modules
     ]
-    for layer in (m for each in tried for one in each.values() for m in one.modules()):
-        if isinstance(layer, Packed):
-            layer.rounds_inputs = inputs
-    sums = [dict.fromkeys(unit.formats, 0.0) for unit in parts]
-    outputs: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+    for layer in (m for by_format in copies for copy in by_format.values() for m in copy.modules()):
+        if isinstance(layer, PackedWeight):
+            layer.quantize_inputs = inputs
+    sums = [dict.fromkeys(module.formats, 0.0) for module in modules]
+    outputs: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}  # y, and D_f^2 of each format
 
-    def watch(number: int) -> Any:
+    def record_output(number: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], y: Tensor) -> None:
             with torch.no_grad():
-                change = {f: (one(*args) - y).square() for f, one in tried[number].items()}
+                change = {f: (copy(*args) - y).square() for f, copy in copies[number].items()}
             outputs[number] = (y, change)
 
         return hook
 
     handles = [
-        model.get_submodule(unit.path).register_forward_hook(watch(number))
-        for number, unit in enumerate(parts)
+        model.get_submodule(module.path).register_forward_hook(record_output(number))
+        for number, module in enumerate(modules)
     ]
     tokens = 0
     try:
         for batch in batches:
             if batch.shape[1] < 2:
-                raise ValueError(f"rows of {batch.shape[1]} tokens: nothing to predict in them.")
+                raise ValueError(
+                    f"rows of {batch.shape[1]} tokens; expected at least 2, because the loss "
+                    "predicts each token from those before it."
+                )
             batch = batch.to(model.device)
             with torch.enable_grad():
                 logits = model(batch).logits[:, :-1].flatten(0, 1)
@@ -103,9 +109,9 @@ def sensitivity(
                 numbers = list(outputs)
                 grads = torch.autograd.grad(loss, [outputs[i][0] for i in numbers])
             for number, grad in zip(numbers, grads, strict=True):
-                weight = grad.double().square()
-                for form, change in outputs[number][1].items():
-                    sums[number][form] += 0.5 * float((weight * change).sum())
+                fisher = grad.double().square()
+                for format, change in outputs[number][1].items():
+                    sums[number][format] += 0.5 * float((fisher * change).sum())
             outputs.clear()
             tokens += batch[:, 1:].numel()
     finally:
@@ -113,4 +119,4 @@ def sensitivity(
             handle.remove()
     if not tokens:
         raise ValueError("no text to measure on: expected at least one batch of tokens.")
-    return Costs(parts, [{f: value / tokens for f, value in each.items()} for each in sums])
+    return Sensitivity(modules, [{f: value / tokens for f, value in each.items()} for each in sums])

@@ -1,26 +1,28 @@
-"""Keeping the experts busy: a small loss per sequence, and a bias moved by hand.
+"""Load balancing of the experts: a bias updated outside the optimizer, and a small loss.
 
-A router left alone sends everything to the few experts that were good first. Two forces act
-against it (reference sheet 4.3, `route.py` for the router itself):
+Without balancing, a router soon sends most tokens to the few experts that were good first. Two
+methods act against that (reference sheet 4.3; the router itself is in `ops/routing.py`):
 
-1. The bias b of each expert, which counts in the choice and not in the weights, is moved after
-   every optimiser step by a fixed amount towards the mean load:
+1. Each expert has a selection bias b. It is added to the score for the choice of experts, but not
+   to the routing weights. After every optimizer step it moves by a fixed amount towards the mean
+   load:
 
        b_i <- b_i + u sign(mean load - load_i)                                      u = 1e-3
 
-   No gradient flows through it and none is needed (Wang et al. 2024, arXiv 2408.15664).
+   It needs no gradient (Wang et al. 2024, arXiv 2408.15664).
 
 2. A balance loss with a tiny coefficient (1e-4), per sequence and router:
 
        e * sum_i f_i P_i     f_i = count_i / (k t)      P_i = mean over t of s_i / sum_j s_j
 
-   Here count_i comes from the top k of the *unbiased* scores: the loss tells the router what it
-   prefers by itself, not what the bias has already repaired. Perfect balance gives 1.
+   Here count_i comes from the top k of the scores *without* the bias. So the loss measures what
+   the router itself prefers, not the balance that the bias has already restored. Perfect balance
+   gives 1.
 
-The bias balances the whole batch, the loss each sequence. Scores lie in (0, 1), so at 1e-3 a step
-it takes a hundred steps to shift an expert by 0.1: a short run sees only the beginning.
+The bias balances the whole batch, and the loss balances each sequence. Scores are in (0, 1), so
+with u = 1e-3 a shift by 0.1 takes a hundred steps: a short run sees only the beginning of this.
 
-Left out: adding up loads over devices.
+Left out: summing loads over devices.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def sequence_balance_loss(
     Args:
         scores: the router's sigmoid scores, with their gradient.
         top_k: experts chosen per token.
-        mask: tokens that count; all of them by default. A row without one adds nothing.
+        mask: True on tokens that count; all of them by default. A row without any adds 0.
     """
     experts = scores.shape[-1]
     keep = scores.new_ones(scores.shape[:2]) if mask is None else mask.to(scores.dtype)
@@ -51,18 +53,18 @@ def sequence_balance_loss(
     votes = keep.unsqueeze(-1).expand(chosen.shape).flatten(1)
     counts = scores.new_zeros(scores.shape[0], experts).scatter_add_(1, chosen.flatten(1), votes)
     share = counts / (top_k * tokens).unsqueeze(-1)
-    normalised = scores / scores.sum(-1, keepdim=True)
-    preference = (normalised * keep.unsqueeze(-1)).sum(1) / tokens.unsqueeze(-1)
+    normalized = scores / scores.sum(-1, keepdim=True)
+    preference = (normalized * keep.unsqueeze(-1)).sum(1) / tokens.unsqueeze(-1)
     return experts * (share * preference).sum(-1).mean()
 
 
 def expert_loads(
     routed: Iterable[RouterStats], mask: Bool[Tensor, "b t"] | None = None
 ) -> dict[str, Int[Tensor, "e"]]:
-    """Tokens sent to each expert, by router name.
+    """Number of tokens sent to each expert, by router name.
 
-    A router that is used several times in a pass (MTP, once per depth) has its loads added up. The
-    pass at depth d sees t - d positions: `mask` is shortened to match.
+    If a router is used several times in a pass (the MTP router, once per depth), its loads are
+    summed. The pass at depth d has t - d positions, and `mask` is shortened to match.
     """
     loads: dict[str, Tensor] = {}
     for stats in routed:
@@ -79,7 +81,7 @@ def update_biases(model: nn.Module, loads: Mapping[str, Int[Tensor, "e"]], rate:
     """Move every router's selection bias by `rate` towards the mean load, in place.
 
     Raises:
-        AttributeError: a name that is no router of the model.
+        AttributeError: the model has no router of that name.
     """
     for name, load in loads.items():
         bias = model.get_submodule(f"{name}.gate").get_buffer("e_score_correction_bias")
@@ -90,6 +92,6 @@ def update_biases(model: nn.Module, loads: Mapping[str, Int[Tensor, "e"]], rate:
 def max_violation(loads: Mapping[str, Int[Tensor, "e"]]) -> float:
     """MaxVio = max load / mean load - 1 of the worst router; 0 is perfect balance.
 
-    Its bound is e / k - 1, where every token chooses the same experts.
+    Its upper bound is e / k - 1, reached if every token chooses the same experts.
     """
     return max((float(x.max() / x.double().mean()) - 1 for x in loads.values()), default=0.0)

@@ -1,19 +1,20 @@
-"""The MTP module learns from the backbone instead of from the text: a divergence for a loss.
+"""Self-distillation of the MTP module: its targets are the backbone's distributions, not the text.
 
     KL_k = mean_i  KL( p_{i+k} || q^k_i )         loss = CE_0 + (w / D) sum_{k=1..D} KL_k
 
-q^k_i is what depth k says about token i+k+1 at position i; p_{i+k} is what the backbone says about
-the same token, one pass later, with nothing learnt from the comparison. A draft is accepted where
-the two agree, and the text is only one sample of p: each position teaches a whole distribution, and
-no draw is needed for it. The gradient is that of a cross-entropy whose label is p:
+q^k_i is the distribution that MTP depth k predicts for token i+k+1 at position i. p_{i+k} is the
+distribution that the backbone predicts for the same token at position i+k. The backbone gets no
+gradient from the comparison. A draft token is likely to be accepted where the two distributions
+agree. The text is only one sample of p, while this loss teaches the whole distribution at each
+position. Its gradient is that of a cross-entropy with the soft label p:
 
     d KL_i / d logits_i = softmax(logits_i) - p
 
-and as in loss.py it is made slice by slice, so that no logits are kept. Only the module's own
-output takes gradients; the head belongs to the backbone.
+As in loss.py, it is computed for one slice of rows at a time, so that no logits are kept. Only the
+output of the MTP module gets gradients, because the head belongs to the backbone.
 
-Source: Ultra's boosting, a forward KL to the backbone's logits with the cross-entropy off
-(reference sheet 5.2). Left out: its temperature.
+Source: "boosting" in Nemotron 3 Ultra, a forward KL divergence to the backbone's logits without
+cross-entropy (reference sheet 5.2). Left out: its temperature.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class _WeightedDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weights.to(exact)
-        slope = torch.empty_like(hidden)
-        found = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        divergence = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             table = head.to(hidden.dtype)
             for start in range(0, len(hidden), slice_rows):
@@ -47,17 +48,17 @@ class _WeightedDivergence(torch.autograd.Function):
                 log_p = linear(teacher[rows].to(hidden.dtype), table).to(exact).log_softmax(-1)
                 log_q = linear(hidden[rows], table).to(exact).log_softmax(-1)
                 p = log_p.exp()
-                found[rows] = (log_p - log_q).mul_(p).sum(-1)
+                divergence[rows] = (log_p - log_q).mul_(p).sum(-1)
                 difference = log_q.exp_().sub_(p).mul_(weights[rows, None])
-                slope[rows] = linear(difference.to(hidden.dtype), table.t())
-        ctx.slope = slope
-        ctx.mark_non_differentiable(found)
-        return (found * weights).sum(), found
+                grad_hidden[rows] = linear(difference.to(hidden.dtype), table.t())
+        ctx.grad_hidden = grad_hidden
+        ctx.mark_non_differentiable(divergence)
+        return (divergence * weights).sum(), divergence
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.slope * grad.to(ctx.slope.dtype), None, None, None, None
+        return ctx.grad_hidden * grad.to(ctx.grad_hidden.dtype), None, None, None, None
 
 
 def weighted_divergence(
@@ -70,10 +71,10 @@ def weighted_divergence(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
     """sum_i weights_i KL(softmax(head @ teacher_i) || softmax(head @ hidden_i)).
 
-    Gradients reach `hidden` and nothing else.
+    Only `hidden` gets gradients.
 
     Returns:
-        The weighted sum, and every row's divergence in nats, unweighted and detached.
+        The weighted sum, and each row's divergence in nats, without weights and detached.
     """
     return _WeightedDivergence.apply(hidden, teacher.detach(), head.detach(), weights, slice_rows)
 
@@ -87,9 +88,9 @@ def distillation_loss(
     mtp_weight: float,
     counts: Sequence[int] | None = None,
 ) -> TokenLoss:
-    """`token_loss` with the backbone's distributions in place of the text, from depth 1 on.
+    """`token_loss`, but from depth 1 on the targets are the backbone's distributions.
 
-    A position counts where `token_loss` counts it. `by_depth` holds CE_0, KL_1, KL_2, ...
+    The same positions count as in `token_loss`. `by_depth` holds CE_0, KL_1, KL_2, ...
     """
     depths = len(mtp_hidden)
     if counts is None:
@@ -105,9 +106,9 @@ def distillation_loss(
     if not depths:
         return first
     sizes = [len(part) for part in weights]
-    total, found = weighted_divergence(
+    total, divergence = weighted_divergence(
         torch.cat(rows), torch.cat(teachers), head, torch.cat(weights)
     )
-    parts = (found * torch.cat([w != 0 for w in weights])).split(sizes)
+    parts = (divergence * torch.cat([w != 0 for w in weights])).split(sizes)
     means = [float(part.sum()) / max(1, n) for part, n in zip(parts, counts[1:], strict=True)]
     return TokenLoss(first.total + total, [*first.by_depth, *means])

@@ -1,20 +1,20 @@
-"""Held-out bits per byte: the score that tokenizers cannot flatter.
+"""Held-out bits per byte: a score that does not depend on the tokenizer.
 
-    bits per byte = sum over tokens of -log2 p(token | what came before it) / number of bytes
+    bits per byte = sum over tokens of -log2 p(token | the tokens before it) / number of bytes
 
-A loss per token falls when tokens get shorter; the bytes stay the same, so this number can be
-compared between tokenizers and with gzip (`data/baselines.py`). Every byte of every held-out file
-is counted: a file is `<|endoftext|> tokens <|endoftext|>`, its first token is predicted from the
-opening mark, and the closing mark is scored as well, since a file that does not say where it ends
-is not coded.
+A loss per token becomes smaller when tokens are shorter. The number of bytes stays the same, so
+bits per byte can be compared between tokenizers, and with gzip (`data/baselines.py`). Every byte of
+every held-out file counts. A file is `<|endoftext|> tokens <|endoftext|>`: its first token is
+predicted from the first `<|endoftext|>`, and the last `<|endoftext|>` is scored too, because a
+complete code of a file must say where the file ends.
 
-How a file is read: it is cut into windows of `window` tokens that overlap by a quarter. The first
-window scores all its tokens, each later one those that the window before it has not, so a token has
-at least `window / 4` tokens of its file before it, or the file's beginning. Nothing is carried from
-one window or file to the next.
+A file is read in sliding windows of `window` tokens that overlap by a quarter. The first window
+scores all its tokens. Each later window scores the tokens that the one before it has not. So every
+scored token has at least `window / 4` tokens of its file before it, or all of them. No cache is
+carried from one window to the next.
 
-The default window is twice the length of the default training rows, near the lengths the model has
-seen. What is measured is the backbone; the MTP module takes no part.
+The default window is twice `TrainConfig.seq_len`, which is near the lengths that the model has
+seen. Only the backbone is measured, without the MTP module.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Evaluation:
     """The score of one model on one held-out text.
 
     Attributes:
-        bits_per_byte: lower is better; 8 is knowing nothing.
-        nats_per_token: the same bits over the tokens that were scored.
-        tokens: scored, closing marks included.
-        num_bytes: of the held-out files.
-        seconds: the evaluation took.
-        tokens_per_second: read by the model, the overlap of the windows included.
+        bits_per_byte: lower is better; uniform guessing of bytes gives 8.
+        nats_per_token: mean loss of the scored tokens.
+        tokens: number of scored tokens, the last `<|endoftext|>` of each file included.
+        num_bytes: size of the held-out files.
+        seconds: duration of the evaluation.
+        tokens_per_second: tokens that the model read per second, overlaps included.
     """
 
     bits_per_byte: float
@@ -56,8 +56,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Window:
-    """A piece of one document: its tokens, and the first of them that is scored (0 never is)."""
+class ScoredWindow:
+    """Tokens of one document, and the index of the first that is scored; token 0 never is."""
 
     tokens: Int[np.ndarray, "t"]
     first_scored: int
@@ -70,24 +70,26 @@ def evaluate(
     """Score every byte of the held-out files.
 
     Args:
-        model: with the vocabulary that `held_out` was encoded in.
-        window: tokens read together; see the module text.
+        model: its vocabulary is the one that `held_out` was encoded with.
+        window: tokens per window; see the module text.
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: a window of fewer than 2 tokens or no documents.
+        ValueError: a window of fewer than 2 tokens, or no documents.
     """
     if window < 2 or not held_out.documents:
         raise ValueError(
-            f"window={window} over {len(held_out.documents)} documents scores nothing: expected a "
+            f"window={window} with {len(held_out.documents)} documents does not work: expected a "
             "window of at least 2 tokens and at least one document."
         )
-    windows = [w for document in held_out.documents for w in cut(document, window)]
-    windows.sort(key=lambda w: -len(w.tokens))  # rows of one batch then have about one length
+    windows = [w for document in held_out.documents for w in sliding_windows(document, window)]
+    windows.sort(
+        key=lambda w: -len(w.tokens)
+    )  # the rows of a batch then have about the same length
     started = time.perf_counter()
     nats, scored, read = 0.0, 0, 0
-    for batch in _groups(windows, batch_size):
-        nll = _score(model, batch)
+    for batch in _batches(windows, batch_size):
+        nll = _negative_log_likelihoods(model, batch)
         nats += float(nll.double().sum())
         scored += sum(len(w.tokens) - w.first_scored for w in batch)
         read += sum(len(w.tokens) for w in batch)
@@ -102,34 +104,34 @@ def evaluate(
     )
 
 
-def cut(document: Int[np.ndarray, "n"], window: int) -> Iterator[Window]:
-    """Overlapping windows of a document that score each token but the first exactly once."""
+def sliding_windows(document: Int[np.ndarray, "n"], window: int) -> Iterator[ScoredWindow]:
+    """Overlapping windows of a document that score each token except the first exactly once."""
     scored = 1
     start = 0
     while scored < len(document):
-        piece = document[start : start + window]
-        yield Window(piece, scored - start)
-        scored = start + len(piece)
+        tokens = document[start : start + window]
+        yield ScoredWindow(tokens, scored - start)
+        scored = start + len(tokens)
         start += window - max(1, window // 4)
 
 
-def _groups(windows: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+def _batches(windows: Sequence[ScoredWindow], size: int) -> Iterator[Sequence[ScoredWindow]]:
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
-def _score(model: Nemotron, batch: Sequence[Window]) -> Float[Tensor, "n"]:
-    """Nats of every scored token of a batch; 0 in the places between."""
+def _negative_log_likelihoods(model: Nemotron, batch: Sequence[ScoredWindow]) -> Float[Tensor, "n"]:
+    """Nats of every scored token of a batch; 0 for the other tokens."""
     longest = max(len(w.tokens) for w in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    counts = torch.zeros(len(batch), longest)
+    scored = torch.zeros(len(batch), longest)
     for row, w in enumerate(batch):
         tokens[row, : len(w.tokens)] = torch.from_numpy(w.tokens.astype(np.int64))
-        counts[row, w.first_scored : len(w.tokens)] = 1
-    tokens, counts = tokens.to(model.device), counts.to(model.device)
+        scored[row, w.first_scored : len(w.tokens)] = 1
+    tokens, scored = tokens.to(model.device), scored.to(model.device)
     lengths = torch.tensor([len(w.tokens) for w in batch], device=model.device)
     hidden = model.forward_hidden(tokens, lengths=lengths).hidden[:, :-1].flatten(0, 1)
-    weights = counts[:, 1:].flatten()
+    weights = scored[:, 1:].flatten()
     _, nll = weighted_cross_entropy(
         hidden, model.lm_head.weight, tokens[:, 1:].flatten(), weights.to(hidden.dtype)
     )

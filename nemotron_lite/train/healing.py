@@ -1,26 +1,26 @@
-"""MTP healing: teach the MTP module the text that its own backbone writes.
+"""MTP healing: train the MTP module on text that its own backbone generates.
 
-Drafts are judged by the backbone, so what the module has to predict is not text as it is found but
-text as this backbone writes it. After training has moved the backbone (fine-tuning, reinforcement
-learning, where the MTP loss is off), the module lags behind. Healing:
+The backbone verifies the drafts of the MTP module, so the module should predict the text that this
+backbone generates. Training that changes the backbone without the MTP loss (fine-tuning,
+reinforcement learning) makes its drafts worse. Healing repairs them:
 
-    1. the frozen backbone writes continuations of prompts, sampled as it will be used
-    2. the module alone is trained on them, with the loss of every depth it was trained for: on the
-       tokens written, or (`mtp_target="backbone"`) on the distributions they were drawn from
+    1. the frozen backbone continues prompts, with the sampling options that will be used later
+    2. only the MTP module is trained on the continuations, with the loss of every depth: on the
+       generated tokens, or (`mtp_target="backbone"`) on the distributions they were sampled from
     3. acceptance is measured before and after, on prompts that were not trained on
 
-Only MTP parameters move: embedding and head, which it shares, belong to the backbone. So plain
-decoding writes the same after as before, token for token. The training itself is `loop.train`, with
-the backbone's parameters frozen, prompts masked out of the loss, and the routers' selection biases
-left alone.
+Only the MTP module's own parameters change. It shares embedding and head with the backbone, and
+these stay frozen. So plain decoding generates the same tokens before and after healing. The
+training itself is `loop.train` with the backbone's parameters frozen, the prompts masked out of the
+loss, and the routers' selection biases unchanged.
 
 The distributions teach far more per token. On the `lite` preset after 150 seconds of training, 25
-seconds of healing took the acceptance length of drafts of five from 1.97 to 2.22 on the tokens and
-to 3.21 on the distributions; on text found elsewhere, the distributions gave 2.21. Which of the two
-answers a published model was healed with: tokens in Super, distributions ("boosting") in Ultra.
+seconds of healing raised the acceptance length of drafts of five tokens from 1.97 to 2.22 with the
+tokens, and to 3.21 with the distributions. On other text that the backbone had not generated, the
+distributions gave 2.21. NVIDIA healed Super on tokens, and Ultra on distributions ("boosting").
 
-Source: Nemotron 3 Super report 3.2; reference sheet 5.2. Left out: a temperature for the
-divergence.
+Source: Nemotron 3 Super report 3.2, where this step is called MTP healing; reference sheet 5.2.
+Left out: a temperature for the divergence.
 """
 
 from __future__ import annotations
@@ -41,85 +41,102 @@ from nemotron_lite.model import Nemotron
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.loop import TrainResult, train
 
-WRITING_ROWS = 16  # prompts continued together
+GENERATION_BATCH_SIZE = 16  # prompts that are continued together
 
 
-class Written:
-    """Prompts with the continuations that a model wrote: a `BatchSource` for healing.
+class Continuations:
+    """Prompts with the continuations that a model generated; a `BatchSource` for healing.
 
     Args:
-        prompts: token ids, all of one length.
-        texts: the continuations, all of one length.
+        prompts: token ids, all of the same length.
+        continuations: token ids, all of the same length.
 
     Raises:
-        ValueError: rows of different lengths, or none.
+        ValueError: there are no rows, or they have different lengths.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> None:
-        rows = [[*p, *t] for p, t in zip(prompts, texts, strict=True)]
-        if not rows or len({(len(p), len(t)) for p, t in zip(prompts, texts, strict=True)}) != 1:
-            raise ValueError("healing needs rows: prompts of one length, texts of one length.")
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> None:
+        rows = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
+        lengths = {(len(p), len(c)) for p, c in zip(prompts, continuations, strict=True)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"(prompt, continuation) have the lengths {sorted(lengths)}: expected at least one "
+                "row, prompts of one length and continuations of one length."
+            )
         self.tokens: Int[Tensor, "n t"] = torch.tensor(rows)
         self.mask: Bool[Tensor, "n t"] = torch.ones_like(self.tokens, dtype=torch.bool)
         self.mask[:, : len(prompts[0])] = False
 
-    def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Batch:
-        """Rows drawn with replacement, as a function of (seed, index); cut to `length` tokens.
+    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """The first `seq_len` tokens of random rows, as a function of (seed, index).
 
         Raises:
-            ValueError: a length that leaves nothing but the prompt.
+            ValueError: `seq_len` is longer than the rows, or not longer than the prompts.
         """
-        if length > self.tokens.shape[1] or not bool(self.mask[:, :length].any()):
+        if seq_len > self.tokens.shape[1] or not bool(self.mask[:, :seq_len].any()):
             raise ValueError(
-                f"length={length}: expected more than the prompt and at most "
+                f"seq_len={seq_len} does not work: expected more than the prompt and at most "
                 f"{self.tokens.shape[1]} tokens."
             )
-        dice = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 0]))
-        rows = torch.from_numpy(dice.integers(0, len(self.tokens), size=batch_size))
-        return Batch(self.tokens[rows, :length], None, self.mask[rows, :length])
+        random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 0]))
+        rows = torch.from_numpy(random.integers(0, len(self.tokens), size=batch_size))
+        return Batch(self.tokens[rows, :seq_len], None, self.mask[rows, :seq_len])
 
 
 @dataclass(frozen=True)
-class Healing:
-    """What healing did.
+class HealingResult:
+    """What healing changed.
 
     Attributes:
-        before, after: statistics of the same prompts, drafted before and after.
+        before, after: statistics of drafting for the same prompts, before and after.
         result: of the training.
-        written: tokens that the backbone wrote for it.
+        generated_tokens: number of the backbone's tokens that the module was trained on.
     """
 
     before: Statistics
     after: Statistics
     result: TrainResult
-    written: int
+    generated_tokens: int
 
 
-def write(
-    model: Nemotron, prompts: Sequence[Sequence[int]], length: int, *,
-    temperature: float = 1.0, top_p: float | None = 0.95, seed: int = 0,
-) -> Written:  # fmt: skip
-    """Let the backbone continue `prompts` (one length) by `length` tokens each, whatever they are.
+def generate_continuations(
+    model: Nemotron,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+) -> Continuations:
+    """Continue `prompts` (all of the same length) by exactly `max_new_tokens` tokens each.
 
-    Stop tokens end nothing here: the rows stay of one length, and a new document is text as well.
+    Stop tokens do not end a row, so that all rows keep one length. The text after a stop token is a
+    new document, which is training text as well.
     """
-    texts: list[list[int]] = []
-    for first in range(0, len(prompts), WRITING_ROWS):
-        some = prompts[first : first + WRITING_ROWS]
-        texts += generate(
-            model, some, length, temperature=temperature, top_p=top_p, seed=seed + first
+    continuations: list[list[int]] = []
+    for first in range(0, len(prompts), GENERATION_BATCH_SIZE):
+        group = prompts[first : first + GENERATION_BATCH_SIZE]
+        continuations += generate(
+            model, group, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed + first
         )
-    return Written(prompts, texts)
+    return Continuations(prompts, continuations)
 
 
-def acceptance(
-    model: Nemotron, prompts: Sequence[Sequence[int]], length: int, *, draft_length: int = 4,
-    temperature: float = 0.0, seed: int = 0,
-) -> Statistics:  # fmt: skip
-    """Draft `draft_length` tokens all along, and count what is accepted."""
+def measure_acceptance(
+    model: Nemotron,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    draft_length: int = 4,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Statistics:
+    """Generate with drafts of exactly `draft_length` tokens, and count the accepted ones."""
     statistics = Statistics()
     generate(
-        model, prompts, length, temperature=temperature, seed=seed, draft="mtp",
+        model, prompts, max_new_tokens, temperature=temperature, seed=seed, draft="mtp",
         draft_length=draft_length, adaptive=False, statistics=statistics,
     )  # fmt: skip
     return statistics
@@ -127,45 +144,50 @@ def acceptance(
 
 def heal(
     model: Nemotron,
-    written: Written,
+    data: Continuations,
     config: TrainConfig,
     *,
-    judges: Sequence[Sequence[int]],
-    judged_length: int = 64,
+    eval_prompts: Sequence[Sequence[int]],
+    eval_tokens: int = 64,
     draft_length: int = 4,
     progress: bool = True,
-) -> Healing:
-    """Train the MTP module of `model` in place on what its backbone has written.
+) -> HealingResult:
+    """Train the MTP module of `model` in place on text that its backbone has generated.
 
     Args:
-        written: made with `write`.
-        config: of the training. `mtp_weight` counts for all depths together; `bias_rate` is taken
-            as 0, since the routers of a frozen backbone must not move.
-        judges: prompts to measure acceptance on, greedily, for `judged_length` tokens.
-        draft_length: tokens of their drafts.
+        model: with an MTP module.
+        data: made with `generate_continuations`.
+        config: of the training. `mtp_weight` is shared by all depths. `bias_rate` is set to 0,
+            because the routers of a frozen backbone must not change.
+        eval_prompts: prompts to measure acceptance on, with greedy decoding.
+        eval_tokens: number of tokens that are generated for each of them.
+        draft_length: tokens per draft in this measurement.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: a model without an MTP module, or `mtp_weight` 0.
+        ValueError: the model has no MTP module, or `mtp_weight` is 0.
     """
     if model.mtp is None or not config.mtp_weight:
         raise ValueError(
-            "healing trains the MTP module: the model needs one (mtp_pattern), and the config an "
-            f"mtp_weight above 0; got {model.config.mtp_pattern!r} and {config.mtp_weight}."
+            f"mtp_pattern={model.config.mtp_pattern!r} and mtp_weight={config.mtp_weight} do not "
+            "work: healing trains the MTP module, so expected a model with one (mtp_pattern) and "
+            "an mtp_weight above 0."
         )
-    before = acceptance(model, judges, judged_length, draft_length=draft_length)
+    before = measure_acceptance(model, eval_prompts, eval_tokens, draft_length=draft_length)
     with _only_mtp(model):
-        result = train(model, written, replace(config, bias_rate=0.0), progress=progress)
-    after = acceptance(model, judges, judged_length, draft_length=draft_length)
-    return Healing(before, after, result, int(written.mask.sum()))
+        result = train(model, data, replace(config, bias_rate=0.0), progress=progress)
+    after = measure_acceptance(model, eval_prompts, eval_tokens, draft_length=draft_length)
+    return HealingResult(before, after, result, int(data.mask.sum()))
 
 
 @contextmanager
 def _only_mtp(model: Nemotron) -> Iterator[None]:
-    """Inside, nothing but the MTP module has gradients."""
+    """Freeze all parameters outside the MTP module while the block runs."""
     frozen = [
-        p for name, p in model.named_parameters()
-        if not name.startswith("mtp.") and p.requires_grad
-    ]  # fmt: skip
+        parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith("mtp.") and parameter.requires_grad
+    ]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

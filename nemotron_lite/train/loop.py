@@ -1,27 +1,27 @@
-"""The training loop: batch, loss, gradient, update; and all that keeps a run from being lost.
+"""The training loop: batch, loss, gradient, update; with a log, checkpoints, and resuming.
 
 One update:
 
-    1. draw `accumulation` micro-batches; their numbers follow from the number of the update
-    2. forward, loss and backward for each; gradients add up
-    3. clip the gradients, set the learning rate, let AdamW move the weights
-    4. move the routers' selection biases by the loads of all micro-batches
-    5. write a line of log; save a checkpoint where one is due
+    1. read `gradient_accumulation_steps` micro-batches; their numbers follow from the number of the
+       update
+    2. forward, loss and backward for each; the gradients are summed
+    3. clip the gradients, set the learning rate, update the weights with AdamW
+    4. update the routers' selection biases from the loads of all micro-batches
+    5. write a line to the log, and a checkpoint every `save_every` updates
 
-Ctrl-C (or SIGTERM) does not stop an update half-way: the loop finishes it, saves and returns with
-`interrupted=True`. A second Ctrl-C stops at once, as usual.
+Ctrl-C (or SIGTERM) does not stop an update half-way: the loop finishes the update, saves, and
+returns with `interrupted=True`. A second Ctrl-C stops at once, as usual.
 
-In the folder of a run: `log.jsonl`, one JSON object per update, and `checkpoints/`. Resuming cuts
-the log back to the checkpoint, so that it always tells one story.
+The folder of a run has `log.jsonl`, with one JSON object per update, and `checkpoints/`. Resuming
+removes the log lines after the checkpoint, because these updates are made again.
 
-Left out: several devices, gradient checkpointing, a validation loss during the run (a run of
-minutes is judged at its end, see `evaluate.py`).
+Left out: several devices, gradient checkpointing, and a validation loss during the run (a run of
+minutes is evaluated at its end, see `evaluate.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -37,8 +37,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
+from nemotron_lite.files import atomic_file
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.emulated_training import Arithmetic
+from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
     expert_loads,
     max_violation,
@@ -58,20 +59,20 @@ from nemotron_lite.train.loss import count_targets, token_loss
 from nemotron_lite.train.optimizer import clip_gradients, make_optimizer
 from nemotron_lite.train.schedule import learning_rate
 
-# Fields that a resumed run may change without becoming another run.
-_MAY_DIFFER = {"max_seconds", "save_every", "keep"}
+# Fields that may change when a run is resumed.
+_MAY_DIFFER = {"max_seconds", "save_every", "keep_checkpoints"}
 
 
 @dataclass
 class TrainResult:
-    """What a call of `train` did.
+    """What a run has done. Counts include the part of the run before it was resumed.
 
     Attributes:
-        step: updates made, those before a resume included.
-        tokens: read so far, likewise.
-        seconds: of training so far, likewise.
+        step: number of updates.
+        tokens: number of tokens read.
+        seconds: training time.
         interrupted: True if Ctrl-C or SIGTERM ended the run early.
-        history: the log records of this call, one per update.
+        history: the log records of this call of `train`, one per update.
         checkpoint: the last file written; None without `out_dir`.
     """
 
@@ -97,20 +98,21 @@ def train(
 
     Args:
         model: with float32 weights.
-        data: gives batch i of the stream `config.seed`.
-        config: the recipe and the length of the run.
-        out_dir: folder for log and checkpoints; without one nothing is written.
-        resume: go on from the newest checkpoint in `out_dir`.
-        progress: show a bar.
+        data: the source of batches; `config.seed` selects the random stream.
+        config: all options of the run.
+        out_dir: folder for the log and the checkpoints; None writes nothing.
+        resume: continue from the newest checkpoint in `out_dir`.
+        progress: show a progress bar.
         on_step: called with each log record.
 
     Returns:
-        Counts and the log of this call. In the mode without a clock, a run that was stopped and
-        resumed has the same losses, bit for bit, as one that was not.
+        Counts and the log of this call. Without `max_seconds`, a run that was stopped and resumed
+        has the same losses, bit for bit, as one that was not.
 
     Raises:
         ResumeError: `out_dir` holds a run and `resume` is False, or the run cannot be continued.
-        FloatingPointError: a gradient that is not finite; the last checkpoint stays.
+        ValueError: the weights are not float32.
+        FloatingPointError: a gradient is not finite; the last checkpoint stays.
     """
     run = _Run(model, data, config, Path(out_dir) if out_dir is not None else None)
     run.open(resume)
@@ -118,43 +120,43 @@ def train(
 
 
 class _Run:
-    """A model, its optimiser, and how far they have come."""
+    """A model, its optimizer, and the progress of the run."""
 
     def __init__(
         self, model: Nemotron, data: BatchSource, config: TrainConfig, folder: Path | None
     ) -> None:
         if model.dtype != torch.float32:
             raise ValueError(
-                f"the weights are {model.dtype}: train float32 weights (model.float()); "
-                'precision="bf16" runs the matrix products in bfloat16.'
+                f"the weights are {model.dtype}: expected float32 (model.float()). For matrix "
+                'products in bfloat16, set precision="bf16".'
             )
         self.model, self.data, self.config, self.folder = model, data, config, folder
         self.optimizer = make_optimizer(
             model, lr=config.lr, betas=config.betas, eps=config.eps,
             weight_decay=config.weight_decay,
         )  # fmt: skip
-        self.arithmetic = Arithmetic(model, config.precision, config.seed)
+        self.precision = EmulatedPrecision(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
         self.result = TrainResult()
 
-    # -- before and after ------------------------------------------------------------------------
-
     def open(self, resume: bool) -> None:
-        """Continue from the newest checkpoint, or make sure that there is nothing to overwrite."""
+        """Load the newest checkpoint, or check that there is no run to overwrite."""
         if self.folder is None:
             if resume:
-                raise ResumeError("resume=True needs the out_dir of the run to continue.")
+                raise ResumeError(
+                    "resume=True needs out_dir: give the folder of the run to resume."
+                )
             return
         checkpoints = self.folder / "checkpoints"
         if resume:
             self._restore(load_checkpoint(checkpoints))
         elif list_checkpoints(checkpoints):
             raise ResumeError(
-                f"{self.folder} already holds a run: pass resume=True (--resume), or another "
-                "out_dir (--out)."
+                f"{self.folder} already holds a run: give resume=True (--resume) to continue it, "
+                "or another out_dir (--out)."
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        _cut_log(self.folder / "log.jsonl", self.result.step)
+        _truncate_log(self.folder / "log.jsonl", self.result.step)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         check_same_run(saved["model_config"], asdict(self.model.config), may_differ=set())
@@ -182,13 +184,11 @@ class _Run:
         if self.model.device.type == "cuda":
             content["device_rng"] = torch.cuda.get_rng_state(self.model.device)
         done.checkpoint = save_checkpoint(
-            self.folder / "checkpoints", done.step, content, keep=self.config.keep
+            self.folder / "checkpoints", done.step, content, keep=self.config.keep_checkpoints
         )
 
-    # -- the run ---------------------------------------------------------------------------------
-
     def loop(self, progress: bool, on_step: Callable[[dict[str, Any]], None] | None) -> TrainResult:
-        """Updates until the steps or the seconds are used up, or somebody asks to stop."""
+        """Make updates until `steps` or `max_seconds` are reached, or a signal asks to stop."""
         done, config = self.result, self.config
         was_training = self.model.training
         self.model.train()
@@ -196,15 +196,15 @@ class _Run:
         log = None if self.folder is None else (self.folder / "log.jsonl").open("a", buffering=1)
         saved_step = done.step
         try:
-            with _StopOnSignal() as stop, self.arithmetic:
-                while self._share_done() < 1 and not stop.requested:
+            with _StopOnSignal() as stop, self.precision:
+                while self._progress() < 1 and not stop.requested:
                     record = self._update()
                     done.history.append(record)
                     if log is not None:
                         log.write(json.dumps(record) + "\n")
                     if on_step is not None:
                         on_step(record)
-                    bar.n = round(100 * self._share_done(), 1)
+                    bar.n = round(100 * self._progress(), 1)
                     bar.set_postfix_str(
                         f"step {done.step}, loss {record['ce']:.3f}, "
                         f"{record['tokens_per_second']:,.0f} tokens/s"
@@ -212,7 +212,7 @@ class _Run:
                     if config.save_every and done.step % config.save_every == 0:
                         self._save()
                         saved_step = done.step
-                done.interrupted = stop.requested and self._share_done() < 1
+                done.interrupted = stop.requested and self._progress() < 1
                 if done.step != saved_step:
                     self._save()
         finally:
@@ -222,35 +222,38 @@ class _Run:
             self.model.train(was_training)
         return done
 
-    def _share_done(self) -> float:
-        """Progress of the run, 0 to 1: by updates, by the clock, or the larger of the two."""
+    def _progress(self) -> float:
+        """Fraction of the run that is done, by updates or by time; the larger of the two."""
         by_steps = self.result.step / self.config.steps if self.config.steps else 0.0
         by_clock = self.result.seconds / self.config.max_seconds if self.config.max_seconds else 0.0
         return min(1.0, max(by_steps, by_clock))
 
     def _update(self) -> dict[str, Any]:
-        """One step of the optimiser and the record of it."""
+        """Make one optimizer step and return its log record."""
         started = time.perf_counter()
         done, config = self.result, self.config
-        first = done.step * config.accumulation
-        batches = [self._batch(first + i) for i in range(config.accumulation)]
+        first = done.step * config.gradient_accumulation_steps
+        batches = [self._batch(first + i) for i in range(config.gradient_accumulation_steps)]
         counts = count_targets(batches, self.depths)
         ce, balance, loads = [0.0] * (self.depths + 1), 0.0, dict[str, Tensor]()
         for i, batch in enumerate(batches):
-            self.arithmetic.at(first + i)
+            self.precision.start_micro_batch(first + i)
             part_ce, part_balance, part_loads = self._forward_backward(batch, counts)
             ce = [a + b for a, b in zip(ce, part_ce, strict=True)]
             balance += part_balance
             loads = {n: x + loads[n] if n in loads else x for n, x in part_loads.items()}
-        norm = clip_gradients(self.model.parameters(), config.clip)
+        norm = clip_gradients(self.model.parameters(), config.grad_clip)
 
         done.step += 1
         elapsed = time.perf_counter() - started
         done.seconds += elapsed
         rate = learning_rate(
-            self._share_done(), peak=config.lr, floor=config.min_lr,
-            warmup=config.warmup, decay=config.decay,
-        )  # fmt: skip
+            self._progress(),
+            peak=config.lr,
+            floor=config.min_lr,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -271,34 +274,35 @@ class _Run:
     def _batch(self, index: int) -> Batch:
         config = self.config
         batch = self.data.batch(
-            index, batch_size=config.batch_size, length=config.length, seed=config.seed
+            index, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed
         )
         return batch.to(self.model.device)
 
     def _forward_backward(
         self, batch: Batch, counts: list[int]
     ) -> tuple[list[float], float, dict[str, Tensor]]:
-        """Add this micro-batch's gradients; return its losses by depth, balance and loads."""
-        with self.arithmetic.products():
-            found = self.model.forward_hidden(
+        """Add a micro-batch's gradients; return its losses by depth, balance loss and loads."""
+        with self.precision.autocast():
+            output = self.model.forward_hidden(
                 batch.tokens, seq_idx=batch.seq_idx, mtp_depths=self.depths, router_stats=True
             )
             loss = distillation_loss if self.config.mtp_target == "backbone" else token_loss
             tokens = loss(
-                found.hidden, found.mtp_hidden, self.model.lm_head.weight, batch,
+                output.hidden, output.mtp_hidden, self.model.lm_head.weight, batch,
                 mtp_weight=self.config.mtp_weight, counts=counts,
             )  # fmt: skip
         total = tokens.total
         top_k = self.model.config.num_experts_per_tok
         terms = [
             sequence_balance_loss(s.scores, top_k, _shortened(batch.mask, s.scores.shape[1]))
-            for s in found.router
+            for s in output.router
         ]
-        balance = torch.stack(terms).sum() / self.config.accumulation if terms else None
-        if balance is not None:
+        balance = None
+        if terms:
+            balance = torch.stack(terms).sum() / self.config.gradient_accumulation_steps
             total = total + self.config.balance_weight * balance
         total.backward()
-        loads = expert_loads(found.router, batch.mask)
+        loads = expert_loads(output.router, batch.mask)
         return tokens.by_depth, 0.0 if balance is None else float(balance.detach()), loads
 
 
@@ -309,27 +313,26 @@ def _shortened(mask: Tensor | None, length: int) -> Tensor | None:
     return None if mask is None else mask[:, :length]
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drop the records after `step`: the updates that a resumed run makes again."""
+def _truncate_log(path: Path, step: int) -> None:
+    """Remove the records after `step`; a resumed run makes these updates again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
+        except json.JSONDecodeError:  # the run was killed while it wrote this line
             break
         if record["step"] <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
-    """Turns the first SIGINT or SIGTERM into a request; the second one acts as it always did.
+    """Sets `requested` on the first SIGINT or SIGTERM; the second one acts as usual.
 
-    Signals reach the main thread only; in any other, nothing is changed.
+    Python delivers signals to the main thread only, so in other threads this changes nothing.
     """
 
     def __init__(self) -> None:

@@ -2,23 +2,24 @@
 
     loss = CE_0 + (w / D) sum_{k=1..D} CE_k + balance                       w = 0.3, D = 2
 
-CE_0 is the ordinary next-token cross-entropy. CE_k is that of MTP depth k, whose position i has
-read token i+k and predicts token i+k+1. Each is a mean over its own valid targets: a target must
-lie in the same document as position i (packed rows) and must not be masked (padding, prompts).
+CE_0 is the usual next-token cross-entropy. CE_k is that of MTP depth k, which has read token i+k at
+position i and predicts token i+k+1. Each is a mean over its own valid targets: a target must be in
+the same document as position i (concatenated documents) and must not be masked (padding, prompts).
 
-Memory is the point of this file. With a vocabulary of 4,096 and three losses, the logits of a batch
-of 2,048 tokens take 100 MB in float32, their softmax as much again, and autograd keeps them for
-the backward pass; at 131,072 entries it is gigabytes. But the gradient of a cross-entropy is known
-as soon as the logits are,
+The purpose of this file is to save memory. With a vocabulary of 4,096 and three losses, the logits
+of a batch of 2,048 tokens take 100 MB in float32. Their softmax takes as much again, and autograd
+keeps them for the backward pass. With 131,072 entries it is gigabytes. But the gradient of a
+cross-entropy is known as soon as the logits are:
 
     d nll_i / d logits_i = softmax(logits_i) - onehot(label_i)
 
-so `weighted_cross_entropy` computes both for a slice of rows, reduces them at once to gradients of
-the hidden states and of the head, and forgets the logits. Backward only multiplies by a number.
-(The idea is Liger Kernel's and cut-cross-entropy's; Wijmans et al. 2024, arXiv 2411.09009.)
+So `weighted_cross_entropy` computes loss and gradient for a slice of rows, reduces them at once to
+gradients of the hidden states and of the head, and frees the logits. The backward pass only
+multiplies these gradients by a number. (The idea is from Liger Kernel and cut-cross-entropy;
+Wijmans et al. 2024, arXiv 2411.09009.)
 
 Source of the recipe: Nemotron 3 Super report 2.4; reference sheet 5.2. Left out: logit soft-capping
-and label smoothing, which the family does not use; second derivatives.
+and label smoothing, which these models do not use, and second derivatives.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from nemotron_lite.backends.cpu_linear import prefers_onednn, product
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.masks import number_documents
 
-SLICE_ROWS = 512  # rows of logits that exist at one time
+SLICE_ROWS = 512  # rows of logits in memory at one time
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -45,12 +46,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            work = torch.get_autocast_dtype(device)
+            compute = torch.get_autocast_dtype(device)
         else:
-            work = hidden.dtype
-        exact = torch.promote_types(work, torch.float32)
+            compute = hidden.dtype
+        accumulate = torch.promote_types(compute, torch.float32)
         with torch.autocast(device, enabled=False):
-            return _slices(ctx, hidden, head, labels, weights.to(exact), slice_rows, work, exact)
+            return _loss_and_gradients(
+                ctx, hidden, head, labels, weights.to(accumulate), slice_rows, compute, accumulate
+            )
 
     @staticmethod
     @once_differentiable
@@ -59,43 +62,49 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _slices(
-    ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor,
-    slice_rows: int, work: torch.dtype, exact: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _loss_and_gradients(
+    ctx: Any,
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    slice_rows: int,
+    compute: torch.dtype,
+    accumulate: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     need_hidden, need_head = ctx.needs_input_grad[:2]
     n, v = hidden.shape[0], head.shape[0]
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    grad_head = torch.zeros_like(head, dtype=exact) if need_head else None
-    nll = torch.empty(n, dtype=exact, device=hidden.device)
-    table = head.to(work)
-    # Two buffers for all slices: fresh memory for each would be paged in each time.
-    buffers = [hidden.new_empty(min(n, slice_rows), v, dtype=exact) for _ in range(2)]
+    grad_head = torch.zeros_like(head, dtype=accumulate) if need_head else None
+    nll = torch.empty(n, dtype=accumulate, device=hidden.device)
+    table = head.to(compute)
+    # Two buffers for all slices: new memory for each slice would cause page faults each time.
+    buffers = [hidden.new_empty(min(n, slice_rows), v, dtype=accumulate) for _ in range(2)]
     for start in range(0, n, slice_rows):
         rows = slice(start, start + slice_rows)
-        x, y, w = hidden[rows].to(work), labels[rows, None], weights[rows, None]
+        x, y, w = hidden[rows].to(compute), labels[rows, None], weights[rows, None]
         logits, log_p = (buffer[: len(x)] for buffer in buffers)
         _product(x, table.T, logits)
         torch.log_softmax(logits, 1, out=log_p)
         nll[rows] = -log_p.gather(1, y).squeeze(1)
         if grad_hidden is None and grad_head is None:
             continue
-        slope = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w).to(work)
+        grad_logits = log_p.exp_().scatter_add_(1, y, torch.full_like(w, -1)).mul_(w).to(compute)
         if grad_hidden is not None:
-            _product(slope, table, grad_hidden[rows])
-        if grad_head is not None and prefers_onednn(slope.T, x):
-            grad_head += product(slope.T, x.T)
-        elif grad_head is not None and work == exact:
-            grad_head.addmm_(slope.T, x)
+            _product(grad_logits, table, grad_hidden[rows])
+        if grad_head is not None and prefers_onednn(grad_logits.T, x):
+            grad_head += product(grad_logits.T, x.T)
+        elif grad_head is not None and compute == accumulate:
+            grad_head.addmm_(grad_logits.T, x)
         elif grad_head is not None:
-            grad_head += slope.T @ x
+            grad_head += grad_logits.T @ x
     ctx.grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
     ctx.mark_non_differentiable(nll)
     return (nll * weights).sum(), nll
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, whatever the dtype of `out`; b is a transposed view or not."""
+    """out = a @ b, for any dtype of `out`; b may be a transposed view."""
     if prefers_onednn(a, b):
         out.copy_(product(a, b.t()))
     elif a.dtype == out.dtype:
@@ -114,37 +123,38 @@ def weighted_cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
     """sum_i weights_i * -log softmax(head @ hidden_i)[labels_i], without keeping any logits.
 
-    Matrix products run in the dtype of `hidden`, or in that of an enclosing autocast; the softmax
-    and the sums in float32 (float64 for float64 inputs). Gradients reach `hidden` and `head`.
+    Matrix products run in the dtype of `hidden`, or in that of an enclosing autocast. The softmax
+    and the sums run in float32 (float64 for float64 inputs). `hidden` and `head` get gradients.
 
     Args:
-        hidden: what the head reads.
+        hidden: input of the head.
         head: the output embedding.
-        labels: one of v tokens per row; a row of weight 0 still needs a valid one.
-        weights: share of each row in the sum; no gradient.
-        slice_rows: rows of logits alive at one time.
+        labels: token id per row; a row of weight 0 needs a valid one too.
+        weights: weight of each row in the sum; gets no gradient.
+        slice_rows: rows of logits in memory at one time.
 
     Returns:
-        The weighted sum, and every row's negative log-likelihood in nats, unweighted and detached.
+        The weighted sum, and each row's negative log-likelihood in nats, without weights and
+        detached.
     """
     return _WeightedCrossEntropy.apply(hidden, head, labels, weights, slice_rows)
 
 
 def targets(batch: Batch, depth: int) -> tuple[Int[Tensor, "b s"], Bool[Tensor, "b s"]]:
-    """What each position is to predict at a depth, and which of these targets count.
+    """The target of each position at a depth, and which of these targets count.
 
     Position i of depth k predicts token i+k+1 (depth 0 is the backbone), for s = t-k-1 positions.
-    A target counts if it is not masked and lies in the document of position i.
+    A target counts if it is not masked and is in the same document as position i.
 
     Raises:
-        ValueError: rows too short for this depth.
+        ValueError: the rows are too short for this depth.
     """
     ahead = depth + 1
     tokens, seq_idx, mask = batch
     if tokens.shape[1] <= ahead:
         raise ValueError(
             f"rows of {tokens.shape[1]} tokens have no target at depth {depth}: expected at least "
-            f"{ahead + 1} tokens."
+            f"{ahead + 1} tokens per row."
         )
     labels = tokens[:, ahead:]
     valid = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, ahead:]
@@ -155,7 +165,7 @@ def targets(batch: Batch, depth: int) -> tuple[Int[Tensor, "b s"], Bool[Tensor, 
 
 
 def count_targets(batches: Sequence[Batch], depths: int) -> list[int]:
-    """Valid targets of depths 0 to `depths`, over all micro-batches of one update."""
+    """Number of valid targets at depths 0 to `depths`, over all micro-batches of an update."""
     return [sum(int(targets(b, k)[1].sum()) for b in batches) for k in range(depths + 1)]
 
 
@@ -163,7 +173,7 @@ class TokenLoss(NamedTuple):
     """The part of the loss that comes from predicting tokens."""
 
     total: Float[Tensor, ""]  # differentiable
-    by_depth: list[float]  # mean nats per target: CE_0, CE_1, ...; this batch's share of the mean
+    by_depth: list[float]  # CE_0, CE_1, ...: this batch's part of the mean nats per target
 
 
 def token_loss(
@@ -179,9 +189,10 @@ def token_loss(
 
     Args:
         hidden: the backbone's output; entry k-1 of `mtp_hidden` (`b t-k d`) is that of depth k.
-        counts: targets by depth that the means are taken over; those of this batch by default. With
-            gradient accumulation give those of all micro-batches: the shares then add up to the
-            mean over the whole update, however unevenly the targets are spread.
+        counts: number of targets by depth that the means divide by; those of this batch by default.
+            With gradient accumulation, give those of all micro-batches. The losses of the
+            micro-batches then sum to the mean over the whole update, even if the micro-batches have
+            different numbers of targets.
     """
     depths = len(mtp_hidden)
     if counts is None:

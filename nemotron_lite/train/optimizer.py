@@ -3,14 +3,15 @@
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     w <- w - lr (m^ / (sqrt(v^) + eps) + wd w)            m^, v^: bias-corrected
 
-Decay pulls a weight towards zero every step, whatever its gradient says. That is a sensible prior
-for a matrix. It is a wrong one for a norm's scale, a bias, and Mamba's A_log, D and dt_bias, which
-set time scales: A_log = 0 is no more natural than A_log = 2. So tensors with fewer than two
-dimensions are exempt, which is Megatron's rule and covers them all. Embeddings, the head, the
-convolution taps and the stacked experts do decay.
+Weight decay pulls a weight towards zero in every step, independent of its gradient. That is a good
+prior for a matrix. It is a wrong one for the scale of a norm, for a bias, and for Mamba's A_log, D
+and dt_bias, which set time scales: A_log = 0 is no more natural than A_log = 2. So tensors with
+fewer than two dimensions have no decay. This is Megatron's rule, and it covers all of these.
+Embeddings, the head, the convolution taps and the stacked experts have decay.
 
-Super: beta 0.9 / 0.95, weight decay 0.1, eps 1e-8 (reference sheet 7). The clip at norm 1.0 is the
-recipes' default; the report does not state it. Loshchilov and Hutter 2017 (arXiv 1711.05101).
+Super: beta 0.9 / 0.95, weight decay 0.1, eps 1e-8 (reference sheet 7). Clipping at norm 1.0 is the
+default of NVIDIA's recipes; the report does not state it.
+AdamW: Loshchilov and Hutter 2017 (arXiv 1711.05101).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups of trainable parameters: matrices with decay, everything else without.
 
-    The order inside a group is that of `model.named_parameters()`, so a saved optimiser state
-    finds its tensors again.
+    The order inside a group is that of `model.named_parameters()`, so that a saved optimizer state
+    fits the same model again.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -37,13 +38,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def make_optimizer(
     model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; one fused pass over the weights instead of ten."""
+    """Fused AdamW over `parameter_groups`: one pass over the weights instead of ten."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients together so that their joint norm is at most `max_norm`.
+    """Scale all gradients by one factor so that their joint norm is at most `max_norm`.
 
     Returns:
         The norm before clipping.
@@ -55,7 +56,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     value = float(norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"the gradient norm is {value}: lower the learning rate, lengthen the warm-up, or "
-            "look for a NaN in the batch."
+            f"the gradient norm is {value}, expected a finite number: lower the learning rate, "
+            "lengthen the warm-up, or look for NaN or infinity in the weights."
         )
     return value

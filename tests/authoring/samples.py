@@ -1,6 +1,6 @@
-"""A small chapter that keeps every rule, for the tests to break one rule at a time.
+"""A small chapter that keeps every rule; the tests break one rule at a time.
 
-It is written, not executed: the tests of the rules need the stored form only. `runnable` makes a
+It is not executed: the tests of the rules need only the stored form. `runnable` makes a
 notebook that can be executed, for the tests of publishing and of the notebook test itself.
 """
 
@@ -10,7 +10,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from nemotron_lite.authoring.lint_cells import PLOTLY, SECTIONS
+from nemotron_lite.authoring.lint_cells import SECTIONS
+from nemotron_lite.course.display import PLOTLY
 from nemotron_lite.course.exercises import Check, Exercise
 
 ALT = "One line that rises from left to right, steeply at first and then ever more slowly."
@@ -29,7 +30,7 @@ HEADER = (
     "| | |\n|---|---|\n| **Time** | 5 minutes to read, 10 for the exercises |\n"
     "| **Machine** | any |\n| **You know** | numbers |"
 )
-ASKED = ("O1", "O2", "O3", "O2")
+QUIZ_OBJECTIVES = ("O1", "O2", "O3", "O2")
 FIGURE = {"data": [{"type": "scatter", "y": [1, 2]}], "layout": {"meta": {"alt": ALT}}}
 
 
@@ -48,9 +49,9 @@ def chapter() -> NotebookNode:
             cells.append(new_code_cell('session = setup("01")', metadata=tags))
             continue
         title = "# 01 Sample" if section == "header" else f"## The section {section}"
-        said = OBJECTIVES if section in ("objectives", "recap") else "Some words."
-        said = HEADER if section == "header" else said
-        cells.append(new_markdown_cell(f"{title}\n\n{said}", metadata=tags))
+        body = OBJECTIVES if section in ("objectives", "recap") else "Some words."
+        body = HEADER if section == "header" else body
+        cells.append(new_markdown_cell(f"{title}\n\n{body}", metadata=tags))
         if section == "predict":
             cells.append(new_code_cell('predict("ratio", "How much faster?")'))
         elif section == "widget":

@@ -1,4 +1,4 @@
-"""Each rule finds the chapter that breaks it, and says nothing about one that keeps it."""
+"""Each rule finds the chapter that breaks it, and accepts one that keeps it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from nemotron_lite.authoring import lint, lint_cells, lint_text
+from nemotron_lite.authoring import lint, lint_text
+from nemotron_lite.course.display import PLOTLY, WIDGET
 from tests.authoring.samples import (
     ALT,
-    ASKED,
     EXERCISES,
     FIGURE,
+    QUIZ_OBJECTIVES,
     chapter,
     code,
     figure_output,
@@ -29,12 +30,11 @@ FACTS = {
     "super.layers": lint_text.spellings(88, "layers"),
     "super.latent_width": lint_text.spellings(1024, "channels"),
 }
-AROUND = lint.Surroundings(public=PUBLIC, facts=FACTS, exercises=EXERCISES, asked=ASKED)
-PLOTLY, WIDGET = lint_cells.PLOTLY, lint_cells.WIDGET
+CONTEXT = lint.LintContext(PUBLIC, FACTS, EXERCISES, QUIZ_OBJECTIVES)
 
 
-def faults(notebook: NotebookNode) -> list[str]:
-    return lint.faults(notebook, "01", AROUND)
+def problems(notebook: NotebookNode) -> list[str]:
+    return lint.lint_notebook(notebook, "01", CONTEXT)
 
 
 def say(notebook: NotebookNode, text: str) -> None:
@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     "twice": (lambda n: set_tag(n, "more", "nl:recap"), "nl:recap is there 2 times"),
     "unknown": (lambda n: set_tag(n, "more", "nl:bonus"), "unknown tag nl:bonus"),
     "wrong kind": (lambda n: code(n, "run()").metadata.update(tags=["nl:measure"]), "a code cell"),
-    "no title": (lambda n: tagged(n, "header").update(source="Sample"), "opens with `# title`"),
+    "no title": (lambda n: tagged(n, "header").update(source="Sample"), "begins with `# title`"),
     "other chapter": (
         lambda n: tagged(n, "setup").update(source='setup("02")'),
         r'call setup\("01"',
@@ -132,9 +132,9 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     "one exercise": (lambda n: untagged(n, "exercise"), "1 exercises; expected at least 2"),
     "early exercise": (
         lambda n: moved(n, "exercise", before="predict"),
-        "exercise .* before nl:intuition",
+        "exercise .* comes before nl:intuition",
     ),
-    # leftovers
+    # volatile content
     "widget state": (lambda n: n.metadata.update(widgets={"x": 1}), "metadata.widgets"),
     "widget link": (lambda n: figure(n).update({WIDGET: {"model_id": "0"}}), "links to a widget"),
     "stderr": (stderr, "has stderr"),
@@ -147,29 +147,35 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
         "cells; at most 64",
     ),
     "large": (lambda n: output(n, text_plain="x" * 600_000), "at most 500 kB .cell 11: 600 kB"),
-    # comparing
+    # comparison
     "ignored": (
         lambda n: append(n, *[new_code_cell(f"# NBVAL_IGNORE_OUTPUT\n{i}") for i in range(3)]),
         "are not compared; at most 2",
     ),
-    "skipped": (lambda n: write(n, "# NBVAL_SKIP"), "NBVAL_SKIP'.; a chapter's cells all run"),
+    "skipped": (
+        lambda n: write(n, "# NBVAL_SKIP"),
+        "NBVAL_SKIP'.; every cell .* must run",
+    ),
     "expects an error": (lambda n: set_tag(n, "setup", "raises-exception"), "raises-exception"),
-    # elsewhere
+    # outside references
     "place": (
         lambda n: output(n, text_plain="saved in /ho" + "me/me/runs"),
-        "names the place /ho" + "me/me",
+        "has the path /ho" + "me/me",
     ),
     "script": (
         lambda n: output(n, text_html='<script src="https://cdn.x.y/plotly.js"></script>'),
-        "fetches .* from outside",
+        "loads .* from the internet",
     ),
-    "remote image": (lambda n: say(n, f"![{ALT}](https://x.y/z.png)"), "fetches .* from outside"),
-    # one truth
+    "remote image": (
+        lambda n: say(n, f"![{ALT}](https://x.y/z.png)"),
+        "loads .* from the internet",
+    ),
+    # names of the package
     "function": (lambda n: write(n, "def ssd(x):\n    return x"), "redefines ssd; import it from"),
     "class": (lambda n: write(n, "class generate: ..."), "redefines generate"),
     "lambda": (lambda n: write(n, "ssd = lambda x: x"), "redefines ssd"),
     "inside": (lambda n: write(n, "if 1:\n    def ssd(): ..."), "redefines ssd"),
-    # figures by hand
+    # numbers by hand
     "fact": (
         lambda n: say(n, "It has 120,668,707,840 of them."),
         "the fact super.parameters_total",
@@ -190,7 +196,7 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     ),
     "no record": (
         lambda n: say(n, "3 times faster, [record](../benchmarks/records/none.json)."),
-        "none.json, which is not there",
+        "none.json, which does not exist",
     ),
     "thin reason": (
         lambda n: [
@@ -211,7 +217,10 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
         lambda n: code(n, "run()").update(source='measured("size", 1)'),
         "asks to predict 'ratio', which is never measured",
     ),
-    "key in a name": (lambda n: write(n, "predict(key, '?')"), "key of predict.* not written out"),
+    "key in a name": (
+        lambda n: write(n, "predict(key, '?')"),
+        "key of predict.* not a literal",
+    ),
     "nothing": (
         lambda n: [code(n, s).update(source="1") for s in ("predict(", "run()")],
         "nothing is predicted",
@@ -242,10 +251,13 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     ),
     # header
     "no row": (lambda n: change(n, "header", "**You know**", "Before"), r"no row \*\*You know"),
-    "no times": (lambda n: change(n, "header", "5 minutes", "some time"), "does not say … minutes"),
+    "no times": (
+        lambda n: change(n, "header", "5 minutes", "some time"),
+        "have the text … minutes",
+    ),
     "too little time": (
         lambda n: change(n, "header", "10 for", "7 for"),
-        "gives 7 minutes to exercises that take 10",
+        "says 7 minutes for exercises that take 10",
     ),
     # objectives
     "no objectives": (
@@ -258,18 +270,18 @@ BAD: dict[str, tuple[Callable[[NotebookNode], object], str]] = {
     ),
     "recap forgets one": (
         lambda n: change(n, "recap", "- **O2**", "- Also,"),
-        r"nl:recap comes back to \['O1', 'O3'\]",
+        r"nl:recap has \['O1', 'O3'\]",
     ),
     "nobody is asked for one": (
         lambda n: [
             change(n, section, "- **O3** Say why.", "- **O3** Say why.\n- **O4** Say how.")
             for section in ("objectives", "recap")
         ],
-        r"the quiz asks for \['O1', 'O2', 'O3'\]",
+        r"the quiz has questions for \['O1', 'O2', 'O3'\]",
     ),
     "an exercise serves none": (
         lambda n: change(n, "objectives", "- **O2** Memorise.\n- **O3** Say why.", ""),
-        "exercise 01.memorise serves O2, which is no objective",
+        "exercise 01.memorise serves O2, which is not an objective",
     ),
 }
 
@@ -305,7 +317,7 @@ GOOD: dict[str, Callable[[NotebookNode], object]] = {
 
 
 def test_the_sample_keeps_every_rule() -> None:
-    assert faults(chapter()) == []
+    assert problems(chapter()) == []
     assert figure_output().data[PLOTLY] == FIGURE
 
 
@@ -314,7 +326,7 @@ def test_a_bad_chapter_is_found(name: str) -> None:
     spoil, message = BAD[name]
     notebook = chapter()
     spoil(notebook)
-    found = "\n".join(faults(notebook))
+    found = "\n".join(problems(notebook))
     assert re.search(message, found), found or "nothing was found"
 
 
@@ -322,10 +334,10 @@ def test_a_bad_chapter_is_found(name: str) -> None:
 def test_a_good_chapter_is_left_alone(name: str) -> None:
     notebook = chapter()
     GOOD[name](notebook)
-    assert faults(notebook) == []
+    assert problems(notebook) == []
 
 
-def test_spellings_are_only_those_that_mean_one_thing() -> None:
+def test_spellings_are_only_the_unambiguous_ones() -> None:
     ways = lint_text.spellings
     assert ways(120_668_707_840, "parameters")[:2] == (
         "120,668,707,840",
@@ -352,13 +364,13 @@ def test_what_a_chapter_is_compared_with_is_read_from_the_package() -> None:
     assert all(facts.values())
 
 
-def test_check_file_reads_a_chapter_from_disk(tmp_path: Path) -> None:
+def test_lint_file_reads_a_chapter_from_disk(tmp_path: Path) -> None:
     import nbformat
 
     path = tmp_path / "01_sample.ipynb"
     notebook = chapter()
     notebook.cells = notebook.cells[:3]
     nbformat.write(notebook, path)
-    found = lint.check_file(path)
+    found = lint.lint_file(path)
     assert "nl:math is missing." in found
-    assert any("exercise 01." in fault and "has no cell" in fault for fault in found)
+    assert any("exercise 01." in problem and "has no cell" in problem for problem in found)

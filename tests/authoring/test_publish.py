@@ -1,4 +1,4 @@
-"""Publishing leaves what a reader needs and nothing that differs from run to run.
+"""Publishing keeps what a reader needs and removes what differs from run to run.
 
 A real kernel runs a small notebook, with a live figure, a widget, output on stderr and a bar.
 """
@@ -18,10 +18,10 @@ from nbformat.v4 import new_output
 from PIL import Image
 
 from nemotron_lite.authoring import lint_cells, publish
+from nemotron_lite.course.display import PLOTLY, WIDGET
 from tests.authoring.samples import ALT, FIGURE, runnable
 from tests.browser import chromium
 
-PLOTLY, WIDGET = lint_cells.PLOTLY, lint_cells.WIDGET
 PIXEL = b"not really a picture"
 
 LIVE = f"""
@@ -41,12 +41,12 @@ print("warning", file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
-    """A notebook as a kernel leaves it."""
+    """A notebook right after its execution."""
     return publish.execute(runnable(LIVE, NOISE, "2 + 2"), tmp_path_factory.mktemp("run"))
 
 
 def pictures(notebook: NotebookNode) -> int:
-    return publish.illustrate(notebook, lambda figure: PIXEL)
+    return publish.add_pictures(notebook, lambda figure: PIXEL)
 
 
 def test_the_kernel_leaves_what_must_not_be_committed(executed: NotebookNode) -> None:
@@ -62,8 +62,9 @@ def test_the_kernel_leaves_what_must_not_be_committed(executed: NotebookNode) ->
 def test_clean_keeps_words_figure_and_results(executed: NotebookNode) -> None:
     notebook = publish.clean(executed)
     pictures(notebook)
-    assert lint_cells.leftovers(notebook) == lint_cells.not_run(notebook) == []
-    assert lint_cells.without_words(notebook) == lint_cells.without_picture(notebook) == []
+    assert lint_cells.volatile_content(notebook) == lint_cells.not_executed(notebook) == []
+    assert lint_cells.figures_without_text(notebook) == []
+    assert lint_cells.figures_without_picture(notebook) == []
     show, noise, last = (cell.outputs for cell in notebook.cells)
     figure, words = show
     assert set(figure.data) == {PLOTLY, "text/plain", "image/png"}
@@ -149,15 +150,15 @@ def test_a_killed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "01_sample.ipynb"
-    publish.write(runnable("1"), path)
+    publish.write_notebook(runnable("1"), path)
     before = path.read_bytes()
 
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(publish.os, "fsync", killed)
+    monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        publish.write(runnable("2"), path)
+        publish.write_notebook(runnable("2"), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -168,6 +169,9 @@ def test_chapters_are_found_by_number_and_name(tmp_path: Path) -> None:
     names = lambda *chosen: [p.stem for p in publish.chapters(chosen, tmp_path)]  # noqa: E731
     assert names() == ["00_a", "01_b", "10_c"]
     assert names("10", "notebooks/01_b.ipynb") == ["10_c", "01_b"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(publish.PublishError, match=r"empty has no chapters.*--folder"):
+        publish.chapters((), tmp_path / "empty")
     with pytest.raises(publish.PublishError, match=r"no chapter '2' in .*there are: 00_a, 01_b"):
         names("2")
 
@@ -176,25 +180,25 @@ def test_the_command_publishes_and_says_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class NoBrowser:
-        def __enter__(self) -> publish.Draw:
+        def __enter__(self) -> publish.Render:
             return lambda figure: PIXEL
 
         def __exit__(self, *error: object) -> None: ...
 
-    monkeypatch.setattr(publish, "Drawer", NoBrowser)
+    monkeypatch.setattr(publish, "FigureRenderer", NoBrowser)
     nbformat.write(runnable("1 + 1"), tmp_path / "01_sample.ipynb")
     nbformat.write(runnable("1 / 0"), tmp_path / "02_bad.ipynb")
     assert publish.main(["--folder", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "01_sample.ipynb: ran " in said.out
-    assert "nl:math is missing" in said.out
-    assert "02_bad.ipynb was not written" in said.err
+    output_text = capsys.readouterr()
+    assert "01_sample.ipynb: ran " in output_text.out
+    assert "nl:math is missing" in output_text.out
+    assert "02_bad.ipynb was not written" in output_text.err
     assert publish.main(["--folder", str(tmp_path), "07"]) == 2
 
 
 def test_a_figure_becomes_a_small_picture() -> None:
     chromium.required()
-    with publish.Drawer() as draw:
+    with publish.FigureRenderer() as draw:
         first = draw(FIGURE)
         start = time.monotonic()
         second = draw(

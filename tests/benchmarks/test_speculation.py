@@ -59,6 +59,6 @@ def test_prices_are_measured_in_plain_steps() -> None:
 
 
 def test_both_ways_of_going_back_are_measured(capsys) -> None:
-    replay, snapshots = speculation.measure_rollback(Nemotron(SMALL, seed=0), 2)
-    assert (replay["hold"], snapshots["hold"]) == ("replay", "snapshots")
-    assert 0 < replay["bytes_kept"] < snapshots["bytes_kept"]
+    accept, clone = speculation.measure_rollback(Nemotron(SMALL, seed=0), 2)
+    assert (accept["way"], clone["way"]) == ("accept", "clone")
+    assert 0 < accept["bytes_kept"] < clone["bytes_kept"]

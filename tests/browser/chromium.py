@@ -1,4 +1,4 @@
-"""Where the browser is, and what to say when there is none.
+"""The path of the browser, and the message if there is none.
 
 Debian's chromium is used, not one that playwright downloads. Without it the tests that need it are
 skipped with a reason; CI sets NEEDS_BROWSER, under which they fail instead.

@@ -1,7 +1,7 @@
-"""A JupyterLab of our own, and a person's hands in it: open, run, drag, look.
+"""Start a JupyterLab, open a notebook in a browser, run it, and drag its sliders.
 
-The server has a home of its own, listens on this machine only, and asks nobody for news. Pages may
-load from it alone: a request to any other place is refused and noted.
+The server has its own home folder, listens on this machine only, and does not check for news. Pages
+may only load from it: a request to any other address is refused and recorded.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SETTINGS = {
     "apputils-extension/notification": {
         "fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True,
     },
-    "notebook-extension/tracker": {"windowingMode": "none"},  # draw all cells, seen or not
+    "notebook-extension/tracker": {"windowingMode": "none"},  # draw invisible cells too
     "apputils-extension/themes": {"theme": "JupyterLab Light"},
 }  # fmt: skip
 
-# The drawn data of every plot and the words of every live text, as one comparable string each.
+# The drawn data of every plot as one string each; _WORDS gives the text of every widget.
 _DRAWN = """() => {
   const list = v => ArrayBuffer.isView(v) ? Array.from(v) : v;
   const parts = t => [t.x, t.y, t.z, t.base, t.text, t.visible, t.marker && t.marker.color];
@@ -58,13 +58,13 @@ _IDLE = """() => {
   const session = shown && shown.sessionContext && shown.sessionContext.session;
   return !!session && !!session.kernel && session.kernel.status === 'idle';
 }"""
-# Figures and words at rest that are wider than the place they are shown in.
+# Stored figures and texts that are wider than the area they are shown in.
 _CUT = """() => {
   const outputs = document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown');
   return [...outputs].filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 2).map(
     e => `${e.scrollWidth} px in ${e.clientWidth}: ${e.innerText.slice(0, 60)}`);
 }"""
-# Seconds from the next key to the first frame in which a plot's data differ; -1 if none does.
+# Seconds from the next key to the first frame in which the data of a plot differ; -1 if none do.
 _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done => {{
   const before = JSON.stringify(drawn());
   addEventListener('keydown', () => {{
@@ -83,7 +83,7 @@ _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON(
 
 @contextmanager
 def serve(root: Path, home: Path) -> Iterator[str]:
-    """JupyterLab over `root`, with its settings and history below `home`; gives its address."""
+    """JupyterLab in the folder `root`, with its settings below `home`; yields its address."""
     for name, content in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path, seconds:
 
 @dataclass
 class Visit:
-    """What was seen in one notebook."""
+    """What the browser showed for one notebook."""
 
     broken_at_rest: list[str] = field(default_factory=list)
     figures_at_rest: int = 0
@@ -152,7 +152,7 @@ class Visit:
 
 
 def visit(browser: Browser, address: str, name: str) -> Visit:
-    """Open the notebook `name`, look at it at rest, Run All, drag every slider."""
+    """Open the notebook `name`, check its stored outputs, Run All, drag every slider."""
     seen = Visit()
     with opened(browser, address, name, seen) as page:
         seen.broken_at_rest = _texts(page.get_by_text("Error displaying widget"))
@@ -176,7 +176,7 @@ def visit(browser: Browser, address: str, name: str) -> Visit:
 
 @contextmanager
 def opened(browser: Browser, address: str, name: str, seen: Visit, **view: Any) -> Iterator[Page]:
-    """A page with the notebook open and its kernel idle; requests elsewhere are refused."""
+    """A page with the notebook open and its kernel idle; other addresses are refused."""
     context = browser.new_context(viewport=view.pop("viewport", {"width": 1280, "height": 900}))
 
     def guard(route: Route) -> None:
@@ -231,7 +231,7 @@ def _drag_all(page: Page, seen: Visit) -> None:
 
 
 def drag(page: Page, slider: Locator) -> None:
-    """Take the slider's handle to the far side of its track, as a hand would."""
+    """Drag the slider's handle to the other side of its track with the mouse."""
     handle, track = slider.locator(".noUi-handle").first, slider.locator(".noUi-target")
     handle.scroll_into_view_if_needed()
     grip, rail = handle.bounding_box(), track.bounding_box()
@@ -247,7 +247,7 @@ def drag(page: Page, slider: Locator) -> None:
 
 
 def _answer(page: Page, slider: Locator) -> float:
-    """Seconds from a key on the slider to the changed picture, the median of three."""
+    """Seconds from a key press on the slider to the changed picture, the median of three."""
     slider.locator(".noUi-handle").first.focus()
     times = []
     for key in ("ArrowLeft", "ArrowRight", "ArrowLeft"):

@@ -1,7 +1,7 @@
-"""Each chapter in JupyterLab, as a reader meets it: at rest, run from top to bottom, and dragged.
+"""Each chapter in JupyterLab: its stored outputs, Run All, and every slider dragged.
 
-Chapters are found by their names, so a new one is covered. The two small notebooks show that the
-visit sees what it should: a slider that moves nothing, an error, a request to the outside.
+Chapters are found by their names, so a new one is tested too. Two small notebooks show that the
+tests find a slider that changes nothing, an error, and a request to another address.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.browser.conftest import CHAPTERS
 
 @pytest.fixture(scope="module", params=[path.name for path in CHAPTERS])
 def seen(request: pytest.FixtureRequest, lab: str, browser: Any) -> Any:
-    """One visit to a chapter, which the tests below look at from several sides."""
+    """One visit to a chapter, which all tests below use."""
     from tests.browser.lab import visit
 
     return visit(browser, lab, request.param)

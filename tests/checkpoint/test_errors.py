@@ -72,7 +72,7 @@ def test_config_that_is_no_json(saved: Path) -> None:
     assert "config.json is no readable JSON" in text
     assert "download or copy it again" in text
     (saved / "config.json").write_text("[]")
-    assert "config.json holds list, not an object" in message(saved)
+    assert "config.json holds a list, expected an object" in message(saved)
 
 
 def test_config_that_is_not_built_and_weights_that_are_short_in_one_error(saved: Path) -> None:
@@ -82,7 +82,7 @@ def test_config_that_is_not_built_and_weights_that_are_short_in_one_error(saved:
     text = message(saved)
     assert "mlp_bias" in text
     assert "tie_word_embeddings" in text
-    assert f"cut short: {len(data) - 100:,} of {len(data):,} bytes" in text
+    assert f"truncated: it has {len(data) - 100:,} of {len(data):,} bytes" in text
 
 
 def test_pickles_only(saved: Path) -> None:
@@ -125,7 +125,7 @@ def test_index_of_another_checkpoint(sharded: Path) -> None:
     index["weight_map"]["backbone.layers.9.norm.weight"] = index["weight_map"]["lm_head.weight"]
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     text = message(sharded)
-    assert "promises what is not in the files it names: 1 tensor, " in text
+    assert "lists tensors that are not in the files it names: 1 tensor, " in text
     assert "backbone.layers.9.norm.weight" in text
 
 
@@ -143,7 +143,7 @@ def test_every_truncated_shard_is_named(sharded: Path) -> None:
     for shard in shards[:2]:
         shard.write_bytes(shard.read_bytes()[:-1])
     text = message(sharded)
-    assert all(f"{shard.name} is cut short" in text for shard in shards[:2])
+    assert all(f"{shard.name} is truncated" in text for shard in shards[:2])
 
 
 def test_lfs_pointer(saved: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_wrong_name_is_both_missing_and_unexpected(saved: Path) -> None:
     edit_weights(saved, lambda t: t.update({"head.weight": t.pop("lm_head.weight")}))
     text = message(saved)
     assert "missing: 1 tensor, lm_head.weight" in text
-    assert "without a place in the model of config.json: 1 tensor, head.weight" in text
+    assert "not in the model that config.json describes: 1 tensor, head.weight" in text
 
 
 def test_long_lists_are_cut_and_counted(saved: Path) -> None:
@@ -196,7 +196,7 @@ def test_tensor_under_two_prefixes(saved: Path) -> None:
     other = "model.norm_f.weight"
     edit_weights(saved, lambda t: t.update({other: t["backbone.norm_f.weight"].clone()}))
     text = message(saved)
-    assert "there twice" in text
+    assert "stored twice" in text
     assert other in text
 
 
@@ -208,7 +208,7 @@ def test_experts_stacked_and_one_by_one(sharded: Path, first: str) -> None:
     target = shards[0] if first == "stack" else shards[-1]
     save_file(load_file(target) | stack, target)
     text = message(sharded)
-    assert "there twice" in text
+    assert "stored twice" in text
     assert f"{stem}.up_proj" in text
 
 
@@ -242,7 +242,7 @@ def test_half_of_a_quantized_weight(saved: Path, sign: str) -> None:
     else:
         scale = torch.ones(24, 1).to(torch.float8_e4m3fn)
         edit_weights(saved, lambda t: t.update({f"{EXPERT}_scale": scale}))
-        expected = "weight_scale beside a weight in F32"
+        expected = "weight_scale for a weight in F32"
     text = message(saved)
     assert expected in text
     assert EXPERT.removesuffix(".weight") in text
@@ -251,7 +251,7 @@ def test_half_of_a_quantized_weight(saved: Path, sign: str) -> None:
 def test_whole_numbers_are_no_weights(saved: Path) -> None:
     edit_weights(saved, lambda t: t.update({GATE: torch.ones(6, 32, dtype=torch.int64)}))
     text = message(saved)
-    assert "of a type that is not read" in text
+    assert "of a dtype that is not supported" in text
     assert f"{GATE} (I64)" in text
 
 
@@ -281,7 +281,9 @@ def test_saving_a_model_without_weights(tmp_path: Path, tiny: NemotronConfig) ->
 
 
 def test_saving_another_model_s_tokenizer(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
-    with pytest.raises(CheckpointError, match="ids up to 128, the model's vocabulary only 128"):
+    with pytest.raises(
+        CheckpointError, match="ids up to 128, but the model's vocabulary has only 128"
+    ):
         save(make(tiny), tmp_path / "m", tokenizer(129))
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_lite.checkpoint.reader import REOPEN
+from nemotron_lite.checkpoint.reader import REOPEN_AFTER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 MIB = 2**20
-# Allocator and headers: saving grew by 0.4 MiB, loading stayed within what REOPEN allows.
+# Allocator and headers: saving grew by 0.4 MiB, loading stayed within what REOPEN_AFTER allows.
 SLACK = 16 * MIB
 
 SETUP = """
@@ -56,11 +56,11 @@ print(json.dumps(dict(grown=peak() - before, model=size(model))))
 """
 
 PACK = """
-from nemotron_lite.quantization import pack, quantizable_modules, uniform
+from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 
 path, out = sys.argv[1:3]
 model = load(path, dtype=torch.bfloat16)
-save(pack(model, uniform(quantizable_modules(model), "nvfp4"), search=False), out)
+save(quantize_model(model, single_format(quantizable_modules(model), "nvfp4"), search=False), out)
 print(json.dumps(dict(model=size(model))))
 """
 
@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 240 MB in one file: several times what loading may hold beside the model."""
     path = tmp_path_factory.mktemp("memory") / "m"
     saved = run(SAVE, path, 10**10)
-    assert saved["model"] > 3 * REOPEN
+    assert saved["model"] > 3 * REOPEN_AFTER
     assert len(list(path.glob("*.safetensors"))) == 1
     return path
 
@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loading_needs_the_model_and_little_else(folder: Path, dtype: str) -> None:
     used = run(LOAD, folder, dtype)
     assert used["grown"] >= 0.9 * used["model"], "the measurement sees the model"
-    assert used["grown"] <= used["model"] + REOPEN + SLACK
+    assert used["grown"] <= used["model"] + REOPEN_AFTER + SLACK
 
 
 def test_packed_weights_are_never_decoded_as_a_whole(folder: Path, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_packed_weights_are_never_decoded_as_a_whole(folder: Path, tmp_path: Pat
     assert used["model"] == plain["model"], "what was packed is what is loaded"
     decoded = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert used["model"] < decoded / 5
-    assert used["grown"] <= used["model"] + REOPEN + SLACK
+    assert used["grown"] <= used["model"] + REOPEN_AFTER + SLACK
     # 32 tokens reach most of the experts; only one stripe of weights at a time is in float32.
-    assert used["used"] <= used["model"] + REOPEN + 2 * SLACK
+    assert used["used"] <= used["model"] + REOPEN_AFTER + 2 * SLACK
     assert used["used"] < decoded
 
 

@@ -96,7 +96,7 @@ def test_rounded_inputs_change_the_answer_a_little(quantized: Path) -> None:
     layer = model.backbone.layers[0].mixer.in_proj
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     exact = layer(x)
-    layer.rounds_inputs = True
+    layer.quantize_inputs = True
     layer.input_scale.fill_(float(x.abs().max()) / 448)
     rounded = layer(x)
     assert not torch.equal(exact, rounded)
@@ -196,7 +196,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
     ),
     "scales of nothing": (
         lambda t: t.update({"lm_head.weight_scale": torch.tensor(1.0)}),
-        ["lm_head", "has no use for it"],
+        ["lm_head", "needs no scale"],
     ),
     "integers": (
         lambda t: t.update({f"{EXPERT}.weight": torch.ones(24, 16, dtype=torch.int8)}),
@@ -266,7 +266,7 @@ def test_experts_of_one_stack_in_two_formats(quantized: Path) -> None:
     say(quantized, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}))
     edit_config(quantized, quantization_config=None)
     assert load(quantized).dtype == torch.float32
-    assert "stored in different ways" in message(quantized, packed=True)
+    assert "stored in different formats" in message(quantized, packed=True)
 
 
 def test_bytes_that_are_no_packed_weight_are_not_saved(
@@ -274,5 +274,5 @@ def test_bytes_that_are_no_packed_weight_are_not_saved(
 ) -> None:
     model = make(tiny)
     model.backbone.register_buffer("extra", torch.ones(3, dtype=torch.uint8))
-    with pytest.raises(CheckpointError, match="of a type that is not written"):
+    with pytest.raises(CheckpointError, match="a dtype that cannot be saved"):
         save(model, tmp_path / "m")

@@ -1,4 +1,4 @@
-"""What a quantized folder says about itself must be what it holds."""
+"""The formats that a quantized folder declares must agree with its tensors."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tests.checkpoint.modelopt_folder import (
     say,
 )  # fmt: skip
 
-SAID: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another format": (
         lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}),
-        f"{EXPERT} is NVFP4, said is FP8",
+        f"{EXPERT} is stored as NVFP4, declared as FP8",
     ),
     "a plain one": (
         lambda q: q["quantized_layers"].update({"lm_head": {"quant_algo": "FP8"}}),
-        "lm_head is not quantized, said is FP8",
+        "lm_head is not quantized, declared as FP8",
     ),
     "excluded": (
         lambda q: (q["quantized_layers"].pop(IN_PROJ), q.update(exclude_modules=["*.in_proj"])),
-        f"{IN_PROJ} is FP8, said is not quantized",
+        f"{IN_PROJ} is stored as FP8, declared as not quantized",
     ),
     "one for all": (
         lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4")),
-        f"{IN_PROJ} is FP8, said is NVFP4",
+        f"{IN_PROJ} is stored as FP8, declared as NVFP4",
     ),
-    "unknown": (lambda q: q.update(quant_algo="W4A8_AWQ"), "quant_algo is 'W4A8_AWQ'; read are"),
+    "unknown": (lambda q: q.update(quant_algo="W4A8_AWQ"), "quant_algo is 'W4A8_AWQ'; expected"),
     "group": (
-        lambda q: q["quantized_layers"][EXPERT].update(group_size=32), "group_size 32; NVFP4 has 16"
+        lambda q: q["quantized_layers"][EXPERT].update(group_size=32), "group_size 32; expected 16"
     ),
     "odd list": (lambda q: q.update(exclude_modules="lm_head"), "exclude_modules is not a list"),
-    "odd layers": (lambda q: q.update(quantized_layers=[1]), "quantized_layers is list"),
+    "odd layers": (lambda q: q.update(quantized_layers=[1]), "quantized_layers is a list"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", SAID)
-def test_what_is_said_may_not_contradict_what_is_stored(quantized: Path, fault: str) -> None:
-    change, words = SAID[fault]
+@pytest.mark.parametrize("fault", DECLARED)
+def test_a_declaration_must_agree_with_the_stored_tensors(quantized: Path, fault: str) -> None:
+    change, words = DECLARED[fault]
     say(quantized, change)
     assert words in message(quantized)
 
@@ -63,16 +63,16 @@ def test_a_listed_module_covers_what_is_inside_it(quantized: Path) -> None:
     assert load(quantized).dtype == torch.float32
 
 
-def test_quantized_and_nothing_says_so(quantized: Path) -> None:
+def test_quantized_weights_without_a_declaration(quantized: Path) -> None:
     (quantized / "hf_quant_config.json").unlink()
     edit_config(quantized, quantization_config=None)
-    assert "nor quantization_config in config.json says so" in message(quantized)
+    assert "nor quantization_config in config.json declares it" in message(quantized)
 
 
-def test_said_and_nothing_is_quantized(saved: Path) -> None:
+def test_a_declaration_without_quantized_weights(saved: Path) -> None:
     said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     edit_config(saved, quantization_config=said)
-    assert "but none is" in message(saved)
+    assert "but no stored weight is" in message(saved)
 
 
 def test_other_methods_are_refused_by_name(saved: Path) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.checkpoint.names import Place, hub_names, place_of
+from nemotron_lite.checkpoint.names import Destination, destination_of, hub_names
 from nemotron_lite.config import PRESETS
 
 Make = Callable[..., Nemotron]
@@ -63,10 +63,10 @@ def test_disk_names_of_every_preset_come_back_to_their_place(name: str) -> None:
     seen = set()
     for key, tensor in model.state_dict().items():
         for disk_name, expert in hub_names(key, tensor.shape[0]):
-            assert place_of(disk_name) == Place(key, expert)
+            assert destination_of(disk_name) == Destination(key, expert)
             for prefix in ("model.", "model.backbone."):
                 other = disk_name.replace("backbone.", prefix, 1)
-                assert place_of(other) == Place(key, expert)
+                assert destination_of(other) == Destination(key, expert)
             seen.add(disk_name)
     if name == "super":
         assert "backbone.layers.1.mixer.experts.511.down_proj.weight" in seen

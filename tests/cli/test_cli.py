@@ -104,7 +104,7 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     run = tmp_path / "run"
     shown = call(
         "train", "--model", sizes, "--text", text, "--out", run, "--steps", 3,
-        "--batch-size", 2, "--length", 32, "--seed", 1,
+        "--batch-size", 2, "--seq-len", 32, "--seed", 1,
     ).stdout  # fmt: skip
     assert re.search(r"this Nemotron\W+\d\.\d{3}", shown)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -135,7 +135,7 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
 @pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
 def test_train_goes_on_where_it_stopped(sizes, text, tmp_path, precision):
     options = (
-        "--model", sizes, "--text", text, "--batch-size", 2, "--length", 32, "--save-every", 2,
+        "--model", sizes, "--text", text, "--batch-size", 2, "--seq-len", 32, "--save-every", 2,
         "--steps", 4, "--precision", precision,
     )  # fmt: skip
     call("train", *options, "--out", tmp_path / "whole")

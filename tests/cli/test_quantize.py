@@ -1,4 +1,4 @@
-"""`nemotron-lite quantize`, what `info` says of its folder, and writing with packed weights."""
+"""`nemotron-lite quantize`, `info` on its folder, and generating with packed weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typer.testing import CliRunner, Result
 
 import nemotron_lite
 from nemotron_lite import cli, data
-from nemotron_lite.checkpoint import CheckpointError, storage_report, weight_bytes
+from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
 from nemotron_lite.cli import app
-from nemotron_lite.quantization.packed_layers import Packed
+from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.tiny import randomise
 from tests.cli.test_cli import TINY
 
 EXPERTS = "backbone.layers.1.mixer.experts"
 
 
-def call(*arguments: object, code: int = 0) -> Result:
+def run_command(*arguments: object, code: int = 0) -> Result:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, result.output + result.stderr
     return result
@@ -45,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(text: Path) -> Path:
-    """A model with a tokenizer of its own, no parameter at rest."""
+    """A model with its own tokenizer, in which no parameter has its initial value."""
     prepared = data.prepare(
         vocab_size=300, root=text, held_out_bytes=2_000, cache=text.parent / "cache"
     )
@@ -56,7 +56,7 @@ def trained(text: Path) -> Path:
 
 
 def quantize(trained: Path, text: Path, out: Path, *more: object, code: int = 0) -> Result:
-    return call(
+    return run_command(
         "quantize", "--model", trained, "--out", out, "--text", text, "--prompts", 4,
         "--tokens", 32, "--held-out", 2_000, *more, code=code,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     assert re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE) == [
         ("1", "Read"), ("2", "Calibrate"), ("3", "Choose"), ("4", "Write"), ("5", "Score"),
     ]  # fmt: skip
-    # 24 columns of the experts' second matrix fill up to 32; a float32 scale and an input scale.
+    # The experts' second matrix has 24 columns, padded to 32. Each matrix has two float32 scales.
     bits = (4 * (24 * 16 * 4.5 + 64) + 4 * (16 * 32 * 4.5 + 64)) / (2 * 4 * 24 * 16)
     row = re.search(r"│ NVFP4 +│ routed experts +│ +2 │ +(\S+ K) │ +([\d.]+) │", shown)
     assert row is not None and float(row[2]) == pytest.approx(bits, abs=1e-3)
@@ -78,10 +78,10 @@ def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     share = round(100 * weight_bytes(out) / weight_bytes(trained))
     assert f"({share}%)" in shown and share < 60
     model = nemotron_lite.load(out, packed=True)
-    assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), Packed)
+    assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), PackedWeight)
     assert "backbone.layers.2.mixer.k_proj.k_scale" in model.state_dict()
     assert model.tokenizer is not None
-    shown = call("info", out).stdout
+    shown = run_command("info", out).stdout
     assert re.search(r"│ NVFP4 +│ routed experts ", shown)
     assert re.search(r"│ BF16 +│ embedding ", shown)
 
@@ -97,24 +97,24 @@ def test_a_mix_within_a_budget(trained: Path, text: Path, tmp_path: Path) -> Non
     assert said["quantization"]["quant_algo"] == "MIXED_PRECISION"
 
 
-def test_packed_weights_write_what_unpacked_ones_write(
-    trained: Path, text: Path, tmp_path: Path
-) -> None:
+def test_packed_weights_generate_the_same_text(trained: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     quantize(trained, text, out, "--format", "fp8", "--held-out", 0)
     options = ("generate", "--model", out, "--prompt", "def f", "--max-new-tokens", 8,
                "--temperature", 0, "--dtype", "float32")  # fmt: skip
-    plain = call(*options).stdout
-    assert call(*options, "--packed").stdout == plain
-    half = call(*options, "--packed", "--ssm-dtype", "float16")
+    plain = run_command(*options).stdout
+    assert run_command(*options, "--packed").stdout == plain
+    half = run_command(*options, "--packed", "--ssm-dtype", "float16")
     assert half.stdout.startswith("def f")
-    assert call(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
+    assert run_command(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
     plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
-    assert "is quantized. Leave it away" in call(*plain_folder, code=1).stderr
-    assert "--ssm-dtype int8: expected" in call(*options, "--ssm-dtype", "int8", code=1).stderr
+    assert "is quantized. Leave it away" in run_command(*plain_folder, code=1).stderr
+    assert (
+        "--ssm-dtype int8: expected" in run_command(*options, "--ssm-dtype", "int8", code=1).stderr
+    )
 
 
-def test_mistakes_are_told_before_anything_long(trained: Path, text: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_refused_first(trained: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for more, words in {
         ("--bits", 4.75, "--format", "fp8"): "a budget or one format, not both",
@@ -132,21 +132,23 @@ def test_mistakes_are_told_before_anything_long(trained: Path, text: Path, tmp_p
     assert "is quantized already (FP8)" in again
 
 
-def test_contents_reads_headers_only_and_names_what_is_wrong(trained: Path, tmp_path: Path) -> None:
-    held = storage_report(trained)
-    stored = sum(one.num_bytes for one in held)
-    assert {one.format for one in held} == {"F32"}
-    experts = next(one for one in held if one.role == "experts")
+def test_storage_report_reads_headers_only_and_names_what_is_wrong(
+    trained: Path, tmp_path: Path
+) -> None:
+    groups = storage_summary(trained)
+    stored = sum(group.num_bytes for group in groups)
+    assert {group.format for group in groups} == {"F32"}
+    experts = next(group for group in groups if group.role == "experts")
     assert (experts.modules, experts.weights, experts.bits) == (2, 2 * 2 * 4 * 24 * 16, 32)
     with torch.device("meta"):
         model = nemotron_lite.Nemotron(TINY)
-    assert sum(one.weights for one in held) == model.num_parameters()
+    assert sum(group.weights for group in groups) == model.num_parameters()
     assert stored <= weight_bytes(trained) < stored + 20_000, "headers"
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError):
-        storage_report(broken)
+        storage_summary(broken)
     with pytest.raises(CheckpointError):
         weight_bytes(tmp_path / "nowhere")

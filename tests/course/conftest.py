@@ -1,4 +1,4 @@
-"""A shell to speak to: the outputs of the course as a notebook would store them."""
+"""An IPython shell: the outputs of the course as a notebook would store them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shown:
 
 @pytest.fixture
 def shown() -> Iterator[Callable[..., Shown]]:
-    """Run something in an IPython shell and keep what it displays; its error is raised again."""
+    """Call a function in an IPython shell and keep what it displays; its error is raised again."""
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance()

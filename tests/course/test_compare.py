@@ -32,7 +32,7 @@ from nemotron_lite.course.exercises import close, gradients, keeps_inputs, raise
         ({"a": 1}, {"a": 2}, "expected {'a': 2}"),
     ],
 )  # fmt: skip
-def test_a_difference_is_told(actual: object, expected: object, words: str) -> None:
+def test_a_difference_is_reported(actual: object, expected: object, words: str) -> None:
     with pytest.raises(AssertionError) as told:
         close(actual, expected)
     assert words in str(told.value)
@@ -89,7 +89,7 @@ WRONG_GRADIENTS: dict[str, tuple[Callable[..., object], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_GRADIENTS)
-def test_a_wrong_gradient_is_told(name: str) -> None:
+def test_a_wrong_gradient_is_reported(name: str) -> None:
     function, words = WRONG_GRADIENTS[name]
     inputs = {"x": torch.tensor([1.0, -2.0]), "y": torch.tensor([0.5, 1.5, 2.0])}
     with pytest.raises(AssertionError) as told:

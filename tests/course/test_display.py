@@ -39,7 +39,7 @@ def test_the_words_can_be_opened_below_the_figure(shown: Callable[..., Shown]) -
     assert words["text/plain"] == "The figure in words"
 
 
-def test_a_terminal_is_told_the_words_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_shows_the_alt_text_once(capsys: pytest.CaptureFixture[str]) -> None:
     show(figure())
     assert capsys.readouterr().out == ALT + "\n"
 
@@ -57,7 +57,7 @@ def test_a_figure_widget_is_both(shown: Callable[..., Shown]) -> None:
 
 
 @pytest.mark.parametrize("alt", [None, "", "A plot of the thing."])
-def test_a_figure_without_words_is_refused(alt: object) -> None:
+def test_a_figure_without_alt_text_is_refused(alt: object) -> None:
     with pytest.raises(ValueError, match="expected at least 40 characters"):
         show(figure(alt))
     with pytest.raises(ValueError, match="alt text is ''"):
@@ -69,7 +69,7 @@ def test_other_things_are_refused() -> None:
         show(figure(), ipywidgets.VBox())
     with pytest.raises(TypeError, match="first argument is a int"):
         show(3, figure())
-    with pytest.raises(TypeError, match="not 3 things"):
+    with pytest.raises(TypeError, match="got 3 arguments"):
         show(1, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Graders: what is passed in is graded, a stub never passes, a failure names its hint."""
+"""`check` grades the function that is passed in, never passes a stub, and names a hint."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ FADE = Exercise(
 def _known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real = exercises.exercises
     monkeypatch.setattr(exercises, "exercises", lambda c: (FADE,) if c == "99" else real(c))
-    exercises.forget()
+    exercises.reset_hints()
     yield
-    exercises.forget()
+    exercises.reset_hints()
 
 
 def test_the_reference_passes_with_full_points() -> None:
@@ -78,7 +78,7 @@ UNTOUCHED = {
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
-def test_what_is_not_done_is_told_kindly(name: str) -> None:
+def test_an_unfinished_answer_is_not_called_wrong(name: str) -> None:
     result = grade(FADE, FADE.build(UNTOUCHED[name]))
     assert not result.passed
     assert result.points == 0
@@ -144,13 +144,13 @@ def test_the_learners_own_line_is_quoted() -> None:
     assert "Your line: return twice.reshape(7) * A" in message
 
 
-def test_a_result_that_a_check_cannot_take_apart_is_told() -> None:
+def test_a_result_that_a_check_cannot_use_is_reported() -> None:
     def two(function: Callable[..., Any]) -> None:
         first, second = function(torch.ones(1), torch.ones(1))
         close(first, second)
 
     exercise = replace(FADE, points=1, checks=(Check("two", two),))
-    words = "what came back could not be used: TypeError: cannot unpack non-iterable"
+    words = "its result could not be used: TypeError: cannot unpack non-iterable"
     assert words in grade(exercise, FADE.build("def fade(dt, A):\n    dt + A\n")).message
 
 
@@ -173,7 +173,7 @@ def test_what_is_passed_in_is_what_is_graded() -> None:
     assert seen[0] is mine
 
 
-def test_a_check_sees_the_same_numbers_each_time_and_leaves_ours_alone() -> None:
+def test_a_check_draws_the_same_numbers_each_time_and_restores_the_generators() -> None:
     drawn = []
 
     def draw(function: Callable[..., Any]) -> None:
@@ -192,12 +192,12 @@ def test_a_check_sees_the_same_numbers_each_time_and_leaves_ours_alone() -> None
     assert drawn[0] != drawn[1]
     # Python's own generator apart from the checks: beartype draws from it under test.
     before = random.getstate()
-    with exercises._own_random_numbers("a"):
+    with exercises._seeded("a"):
         random.random()
     assert random.getstate() == before
 
 
-def test_the_same_mistake_reads_the_same() -> None:
+def test_the_same_mistake_gives_the_same_message() -> None:
     source = "def fade(dt, A):\n    return torch.exp(dt * A) * (1 + 1e-3 * torch.rand(()))\n"
     assert grade(FADE, FADE.build(source)) == grade(FADE, FADE.build(source))
 
@@ -210,7 +210,7 @@ def test_an_interrupt_is_not_a_wrong_answer() -> None:
         grade(FADE, stop)
 
 
-def test_calling_the_function_by_mistake_is_told() -> None:
+def test_passing_a_result_instead_of_the_function_is_refused() -> None:
     with pytest.raises(TypeError, match="pass fade itself"):
         grade(FADE, torch.ones(2))
 
@@ -224,12 +224,14 @@ def test_check_shows_its_message_once(shown: Callable[..., Shown]) -> None:
 
 
 def test_a_kept_result_can_be_shown_in_a_later_cell(shown: Callable[..., Shown]) -> None:
-    result = replace(shown(check, "99.fade", FADE.build()).result, shown_at=-1)
+    result = replace(shown(check, "99.fade", FADE.build()).result, shown_in_cell=-1)
     assert shown(result._ipython_display_).plain == result.message
 
 
 def test_an_unknown_exercise_lists_those_of_its_chapter() -> None:
-    with pytest.raises(ExerciseError, match=r"no exercise '99\.face'; there are \['99\.fade'\]"):
+    with pytest.raises(
+        ExerciseError, match=r"no exercise '99\.face'; choose one of \['99\.fade'\]"
+    ):
         check("99.face", abs)
     with pytest.raises(ExerciseError, match="Chapter '77' has no exercises"):
         check("77.fade", abs)
@@ -237,12 +239,12 @@ def test_an_unknown_exercise_lists_those_of_its_chapter() -> None:
         hint("fade")
 
 
-def test_hints_are_a_ladder(shown: Callable[..., Shown]) -> None:
-    said = [shown(hint, "99.fade").plain for _ in range(4)]
-    assert said[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
-    assert "Use `torch.exp`." in said[1]
-    assert said[2] == said[3]
-    assert "the last one" in said[2]
+def test_hints_come_one_after_another(shown: Callable[..., Shown]) -> None:
+    messages = [shown(hint, "99.fade").plain for _ in range(4)]
+    assert messages[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
+    assert "Use `torch.exp`." in messages[1]
+    assert messages[2] == messages[3]
+    assert "the last one" in messages[2]
     assert "Hint 2 of 3" in shown(hint, "99.fade", 2).plain
     with pytest.raises(ValueError, match="n is 4"):
         hint("99.fade", 4)
@@ -261,12 +263,10 @@ def test_hints_are_a_ladder(shown: Callable[..., Shown]) -> None:
         (dict(checks=(Check("a", by_hand, hint=4, points=6),)), "hint numbers"),
         (dict(checks=(Check("a", many, points=3), Check("a", many, points=3))), "a name for each"),
         (dict(solution="def fate(dt, A):\n    return 1\n"), "the stub defines 'fade'"),
-        (dict(stub="x = 1"), "No function or class"),
+        (dict(stub="x = 1"), "defines no function or class"),
     ],
 )
-def test_an_exercise_that_does_not_hold_together_is_refused(
-    change: dict[str, Any], words: str
-) -> None:
+def test_an_invalid_exercise_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ExerciseError, match=words):
         replace(FADE, **change)
 

@@ -1,4 +1,4 @@
-"""The facts hold together, agree with the configs and the ledger, and say where they come from."""
+"""The facts are valid, agree with the configs and the ledger, and name their sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_lite import NemotronConfig, ledger
 from nemotron_lite.course import FactError, facts, facts_table, tell
-from nemotron_lite.course.factsheet import every_fact, read_facts
+from nemotron_lite.course.factsheet import all_facts, parse_facts
 from tests.course.conftest import Shown
 
 CONFIG_FIELDS = {
@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
 
 
 def test_every_fact_is_complete() -> None:
-    for key, fact in every_fact().items():
+    for key, fact in all_facts().items():
         assert fact.source, key
         assert fact.value not in ("", None), key
         assert fact.name.strip() == fact.name != "", key
@@ -36,7 +36,7 @@ def test_every_fact_is_complete() -> None:
 @pytest.mark.parametrize("model", ["nano", "super", "ultra"])
 def test_sizes_agree_with_the_presets(model: str) -> None:
     config = NemotronConfig.from_preset(model)
-    known = every_fact()
+    known = all_facts()
     checked = 0
     for name, field in CONFIG_FIELDS.items():
         if f"{model}.{name}" in known:
@@ -59,7 +59,7 @@ def test_what_is_derived_agrees_with_the_ledger() -> None:
     sizes = ledger.parameters(config)
     cache = ledger.cache(config, 1_048_576)
     layers = {layer.kind: layer for layer in sizes.layers}
-    value = {key: fact.value for key, fact in every_fact().items()}
+    value = {key: fact.value for key, fact in all_facts().items()}
     assert value["super.backbone_parameters"] == sizes.backbone
     assert value["super.mtp_parameters"] == sizes.mtp
     assert value["super.parameters_with_mtp"] == round(sizes.total / 1e9, 2)
@@ -99,7 +99,7 @@ def test_a_fact_is_written_as_published() -> None:
     assert facts("super.layers").source == "Nemotron 3 Super report (arXiv 2604.12374), Table 1"
 
 
-def test_an_unknown_fact_names_its_neighbours() -> None:
+def test_an_unknown_fact_names_similar_ones() -> None:
     with pytest.raises(FactError, match=r"no 'super\.latent_widht'.*super\.latent_width"):
         facts("super.latent_widht")
     with pytest.raises(FactError, match="Known: "):
@@ -119,7 +119,7 @@ def test_tell_shows_caveats(shown: Callable[..., Shown]) -> None:
     assert "Batch size and number of GPUs" in shown(tell, "{super.throughput_vs_gpt_oss}").plain
 
 
-def test_one_caveat_of_two_facts_is_told_once(shown: Callable[..., Shown]) -> None:
+def test_one_caveat_of_two_facts_is_shown_once(shown: Callable[..., Shown]) -> None:
     seen = shown(
         tell, "{latent_moe.standard_code} {latent_moe.latent_code} {super.throughput_vs_qwen}"
     )
@@ -133,11 +133,11 @@ def test_one_caveat_of_two_facts_is_told_once(shown: Callable[..., Shown]) -> No
 def test_tell_refuses_what_it_cannot_fill() -> None:
     with pytest.raises(FactError, match=r"no 'super\.nothing'"):
         tell("{super.nothing}")
-    with pytest.raises(FactError, match=r"given \['ours'\]"):
+    with pytest.raises(FactError, match=r"got \['ours'\]"):
         tell("{super.layers}", ours=3)
 
 
-def test_a_table_sets_ours_beside_theirs(shown: Callable[..., Shown]) -> None:
+def test_a_table_shows_our_numbers_beside_theirs(shown: Callable[..., Shown]) -> None:
     seen = shown(facts_table, "super.layers", "super.width", ours={"super.layers": 14}, title="T")
     lines = seen.plain.splitlines()
     assert lines[0] == "T"
@@ -161,7 +161,7 @@ def test_what_was_measured_stays_out_of_the_text(shown: Callable[..., Shown]) ->
     assert "ours" not in seen.plain
 
 
-def test_a_table_refuses_strangers() -> None:
+def test_a_table_refuses_unknown_keys() -> None:
     with pytest.raises(FactError, match="not rows of the table"):
         facts_table("super.layers", ours={"super.width": 3})
     with pytest.raises(FactError, match="no model"):
@@ -176,16 +176,16 @@ FILE = (
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('unit = ""\n', "", r"lacks \['unit'\]"),
+        ('unit = ""\n', "", r"has no \['unit'\]"),
         ('unit = ""', 'unit = ""\nwhen = 1', r"unknown fields \['when'\]"),
         ("S, Table", "T, Table", "cites 'T'"),
-        ('"S, Table 1"', '""', "names no source"),
+        ('"S, Table 1"', '""', "has an empty source"),
         ("[a.b]", "[a.B]", "not a key"),
         ("[a.b]", "[b]", "not a key"),
-        ("[a.b]", "[a]\nstray = 2\n[a.b]", "a.stray stands outside any fact"),
+        ("[a.b]", "[a]\nstray = 2\n[a.b]", "a.stray is not part of a fact"),
     ],
 )
 def test_a_bad_entry_is_refused(old: str, new: str, words: str) -> None:
-    assert read_facts(FILE)["a.b"].source == "A report, Table 1"
+    assert parse_facts(FILE)["a.b"].source == "A report, Table 1"
     with pytest.raises(FactError, match=words):
-        read_facts(FILE.replace(old, new))
+        parse_facts(FILE.replace(old, new))

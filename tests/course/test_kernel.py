@@ -27,18 +27,18 @@ live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the
 show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "progress": "total = sum(progress(range(300), 'training'))",
     "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
-    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.read_quiz({TEXT!r})\nquiz('01')",
+    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.parse_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
-from nemotron_lite.course import grading
+from nemotron_lite.course import exercises
 def run(f):
-    grading.close(f(2), 4, what="twice 2")
-twice = grading.Exercise(
+    exercises.close(f(2), 4, what="twice 2")
+twice = exercises.Exercise(
     id="99.twice", title="", objective="O1: double.", minutes=1, difficulty=1, importance=1,
     points=1, task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
     solution="def twice(x):\\n    return 2 * x\\n", hints=("a", "b", "c"),
     checks=(Check("by hand", run),))
-grading.exercises = lambda chapter: (twice,)
+exercises.exercises = lambda chapter: (twice,)
 def mine(x):
     raise NotImplementedError
 

@@ -14,9 +14,9 @@ from tests.course.conftest import Shown
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    predictions.forget()
+    predictions.reset_guesses()
     yield
-    predictions.forget()
+    predictions.reset_guesses()
 
 
 def test_the_guess_stands_beside_the_measurement(shown: Callable[..., Shown]) -> None:
@@ -91,7 +91,7 @@ def test_measuring_without_a_prediction_is_an_error() -> None:
         (3.0, dict(low=4), "is 3 ms; the chapter expects at least 4"),
         (9.0, dict(high=8), "expects at most 8"),
         (9.0, dict(low=1, high=8), "expects from 1 to 8"),
-        (float("nan"), {}, "something went wrong"),
+        (float("nan"), {}, "expected a finite number"),
         (torch.tensor(9.0), dict(high=8), "at most 8"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Quizzes are whole, give a reason for each answer, and keep the answers out of the file."""
+"""Quizzes are complete, give a reason for each answer, and keep answers out of the notebook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_lite.course import quizzes
 from nemotron_lite.course.chapter_list import chapter_folders
-from nemotron_lite.course.quizzes import QuizError, load_quiz, quiz, quiz_widget, read_quiz
+from nemotron_lite.course.quizzes import QuizError, load_quiz, parse_quiz, quiz, quiz_widget
 from tests.course.conftest import Shown
 
 TEXT = """
@@ -45,7 +45,7 @@ def test_each_quiz_is_whole(chapter: str) -> None:
     assert 5 <= len(asked) <= 8
     assert len({one.question for one in asked}) == len(asked)
     places = [[option.right for option in one.options].index(True) for one in asked]
-    assert len(set(places)) > 1, "the right answer always stands in the same place"
+    assert len(set(places)) > 1, "the right answer is always in the same place"
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_each_quiz_is_whole(chapter: str) -> None:
     [
         ("right = true", "right = false", "question 1 has 0 right options"),
         ("right = false", "right = true", "question 1 has 2 right options"),
-        ('reason = "Look again."', 'reason = ""', "needs text, a reason"),
+        ('reason = "Look again."', 'reason = ""', "must have text, a reason"),
         ('reason = "Look again."', "", "an option has"),
         ("right = true", 'right = "yes"', "right = true or false"),
-        ('"What does `dt` do?"', '" "', "asks nothing"),
+        ('"What does `dt` do?"', '" "', "has an empty question"),
         ("[[questions]]", "title = 1\n[[questions]]", "expected"),
         ('text = "Nothing."', 'text = "It forgets *faster*."', "the same option twice"),
         ('question = "And A?"', 'question = "And A?"\nlevel = 1', "question 2 has"),
@@ -65,14 +65,14 @@ def test_each_quiz_is_whole(chapter: str) -> None:
     ],
 )
 def test_a_bad_quiz_is_refused(old: str, new: str, words: str) -> None:
-    read_quiz(TEXT)
+    parse_quiz(TEXT)
     with pytest.raises(QuizError, match=words):
-        read_quiz(TEXT.replace(old, new, 1))
+        parse_quiz(TEXT.replace(old, new, 1))
 
 
 def test_one_option_is_no_choice() -> None:
     with pytest.raises(QuizError, match="has 1 option"):
-        read_quiz(TEXT[: TEXT.index('[[questions.options]]\ntext = "Nothing."')])
+        parse_quiz(TEXT[: TEXT.index('[[questions.options]]\ntext = "Nothing."')])
 
 
 def test_an_unknown_quiz_says_which_there_are() -> None:
@@ -83,7 +83,7 @@ def test_an_unknown_quiz_says_which_there_are() -> None:
 def test_at_rest_there_are_no_answers(
     shown: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quizzes, "load_quiz", lambda chapter: read_quiz(TEXT))
+    monkeypatch.setattr(quizzes, "load_quiz", lambda chapter: parse_quiz(TEXT))
     plain = shown(quiz, "01").plain
     assert "1. (O2) What does `dt` do?\n   a) It forgets *faster*.\n   b) Nothing." in plain
     assert "shrinks" not in plain
@@ -100,11 +100,11 @@ def test_at_rest_there_are_no_answers(
     ],
 )
 def test_radio_buttons_show_words_without_markup(text: str, plain: str) -> None:
-    assert quizzes._plain(text) == plain
+    assert quizzes._without_markup(text) == plain
 
 
 def test_each_answer_gets_its_reason_at_once() -> None:
-    box = quiz_widget(read_quiz(TEXT))
+    box = quiz_widget(parse_quiz(TEXT))
     first, second, score = box.children
     title, buttons, reply = first.children
     assert "<code>dt</code>" in title.value

@@ -45,7 +45,7 @@ def test_the_same_numbers_twice() -> None:
     assert torch.rand(2).tolist() != draws[0][1]
 
 
-def test_threads_are_set_and_told() -> None:
+def test_threads_are_set_and_shown() -> None:
     assert setup("01", threads=1).threads == 1
     assert torch.get_num_threads() == 1
 
@@ -98,12 +98,12 @@ def test_without_the_lab_the_verbs_still_speak_and_triton_is_asked_for_its_inter
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    said = run.stdout.splitlines()
-    assert said[0] == "Chapter 01 · ready"
-    assert "measured: x = 4" in said
-    assert said[-2] == "1"
-    assert said[-1].startswith("This needs plotly, which is not installed.")
-    assert "pip install 'nemotron-lite[lab]'" in said[-1]
+    messages = run.stdout.splitlines()
+    assert messages[0] == "Chapter 01 · ready"
+    assert "measured: x = 4" in messages
+    assert messages[-2] == "1"
+    assert messages[-1].startswith("This needs plotly, which is not installed.")
+    assert "pip install 'nemotron-lite[lab]'" in messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ def test_triton_is_asked_in_time_and_a_choice_is_respected(
         monkeypatch.delenv("TRITON_INTERPRET")
     if not imported:
         monkeypatch.delitem(sys.modules, "triton", raising=False)
-    assert words in session._settle_triton()
+    assert words in session._choose_triton_mode()
     assert os.environ.get("TRITON_INTERPRET") == expected

@@ -1,4 +1,4 @@
-"""The source shown is the one that runs, whatever stands between a name and its function."""
+"""The source shown is the code that runs, also behind decorators and properties."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def test_a_body_that_is_only_a_docstring_keeps_it() -> None:
 
 
 @pytest.mark.parametrize("thing", [3, len, "ops.selective_scan"])
-def test_what_has_no_source_is_told(thing: object) -> None:
+def test_what_has_no_source_is_reported(thing: object) -> None:
     with pytest.raises(TypeError, match="has no Python source to show"):
         show_source(thing)

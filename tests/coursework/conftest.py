@@ -1,6 +1,6 @@
-"""The make, generated afresh once: nbgrader takes seconds to start.
+"""The coursework, made once for all tests: nbgrader takes seconds to start.
 
-Tests that use it carry the same xdist group, so that one process makes it for all of them.
+Tests that use it have the same xdist group, so that one process makes it for all of them.
 """
 
 from __future__ import annotations

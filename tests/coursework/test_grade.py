@@ -1,14 +1,13 @@
 """`make grade` from a folder of submissions to scores and feedback, and each of its safeguards.
 
-One test runs the whole of it, with nbgrader and real kernels, on submissions that between them do
-what learners do: answer, hand in the untouched notebook, loop for ever, rename a function, edit a
-test cell, cut off the file. The others take one piece each, and need no kernel.
+One test runs all of it, with nbgrader and real kernels, on submissions of the kinds that learners
+hand in: an answer, the untouched notebook, an endless loop, a renamed function, an edited test
+cell, a file that was cut off. The other tests check one part each, and need no kernel.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -16,14 +15,18 @@ import socket
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from nemotron_lite.coursework import grade
-from nemotron_lite.coursework.grade import Limits, grade_folder, isolation, page_of, run_limited
-from nemotron_lite.coursework.make import WORKER
+from nemotron_lite.coursework import grade, nbgrader_worker
+from nemotron_lite.coursework.grade import (
+    Limits,
+    feedback_page,
+    find_isolation,
+    grade_folder,
+    run_limited,
+)
 from nemotron_lite.coursework.submissions import SubmissionError
 from tests.coursework.conftest import Fresh
 
@@ -42,16 +45,6 @@ from IPython.display import HTML, display
 display(HTML("<script>stolen()</script><i id='kept' onclick='stolen()'>shown</i>"))
 import warnings; warnings.warn("a library that warns costs nothing")
 """
-
-
-def worker() -> ModuleType:
-    """nbgrader_worker.py as a module; nothing of nbgrader is imported before it does something."""
-    spec = importlib.util.spec_from_file_location("worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def cell(book: dict[str, Any], name: str) -> dict[str, Any]:
@@ -101,33 +94,33 @@ def test_a_folder_of_submissions_is_graded(
     before = {p: p.read_bytes() for p in folder.rglob("*.ipynb")}
 
     summary = grade_folder(
-        folder, out, limits=Limits(cell_seconds=PATIENCE), jobs=2, exercises=course
+        folder, out, limits=Limits(cell_seconds=PATIENCE), jobs=2, source=course / "source"
     )
 
     assert {p: p.read_bytes() for p in folder.rglob("*.ipynb")} == before
     assert summary["submissions_unchanged"] is True
     assert json.loads((out / "scores.json").read_text()) == summary
     found = {one["student"]: one for one in summary["submissions"]}
-    most = found["alice"]["max_points"]
+    max_points = found["alice"]["max_points"]
     points = {s: {e["id"]: e["points"] for e in one["exercises"]} for s, one in found.items()}
     status = {s: {e["id"]: e["status"] for e in one["exercises"]} for s, one in found.items()}
-    said = {s: {e["id"]: e["message"] for e in one["exercises"]} for s, one in found.items()}
+    messages = {s: {e["id"]: e["message"] for e in one["exercises"]} for s, one in found.items()}
 
     alice, bob = found["alice"], found["bob"]
-    assert (alice["status"], alice["points"]) == ("graded", most)
-    assert most > 0
+    assert (alice["status"], alice["points"]) == ("graded", max_points)
+    assert max_points > 0
     assert (bob["status"], bob["points"]) == ("graded", 0)
     assert set(status["bob"].values()) == {"failed"}
-    assert all("not done yet" in line for line in said["bob"].values())
+    assert all("not done yet" in line for line in messages["bob"].values())
 
     assert status["carl"]["00.read_pattern"] == "stopped"
-    assert "an endless loop?" in said["carl"]["00.read_pattern"]
+    assert "an endless loop?" in messages["carl"]["00.read_pattern"]
     assert status["carl"]["00.kv_bytes"] == "error"
-    assert "its cell ended in SyntaxError" in said["carl"]["00.kv_bytes"]
+    assert "its cell ended in SyntaxError" in messages["carl"]["00.kv_bytes"]
     lost = sum(points["alice"][e] for e in ("00.read_pattern", "00.kv_bytes"))
-    assert found["carl"]["points"] == most - lost
+    assert found["carl"]["points"] == max_points - lost
 
-    assert "was it renamed" in said["dora"]["00.read_pattern"]
+    assert "was it renamed" in messages["dora"]["00.read_pattern"]
     assert status["dora"]["00.moe_parameters"] == "failed"
     assert status["dora"]["00.kv_bytes"] == "passed"
     assert any("00.moe_parameters: the test cell had been changed" in n
@@ -135,8 +128,8 @@ def test_a_folder_of_submissions_is_graded(
     assert any("00.kv_bytes: the test cell was missing" in n for n in found["dora"]["notes"])
 
     assert (found["eve"]["status"], found["eve"]["points"]) == ("unreadable", 0)
-    assert found["eve"]["max_points"] is None or found["eve"]["max_points"] == most
-    assert "is no notebook: line" in found["eve"]["message"]
+    assert found["eve"]["max_points"] is None or found["eve"]["max_points"] == max_points
+    assert "is not a notebook: line" in found["eve"]["message"]
 
     with (out / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -144,9 +137,9 @@ def test_a_folder_of_submissions_is_graded(
         (s["student"], s["points"]) for s in summary["submissions"]
     ]
     pages = {s: (out / one["feedback"]).read_text() for s, one in found.items()}
-    assert f"chapter_00: {most:g} of {most:g} points" in pages["alice"]
+    assert f"chapter_00: {max_points:g} of {max_points:g} points" in pages["alice"]
     assert "00.read_pattern" in pages["alice"]
-    assert "is no notebook" in pages["eve"]
+    assert "is not a notebook" in pages["eve"]
     assert "&lt;br" not in "".join(pages.values()), "lines of a check stand below each other"
     assert ".panel-footer p { white-space: pre-line; }" in pages["alice"]
     assert "stopped because its time was over" in pages["carl"]
@@ -164,34 +157,34 @@ def test_a_folder_of_submissions_is_graded(
 
 
 def test_the_isolation_is_what_it_says() -> None:
-    """Where the network is said to be off, a program under it has no interface but its own."""
-    jail = isolation()
-    assert jail.network == "off" or jail.network.startswith("NOT cut off: ")
-    assert bool(jail.command) == (jail.network == "off")
+    """If the network is messages to be off, a program cannot reach a server of this process."""
+    isolation = find_isolation()
+    assert isolation.network == "off" or isolation.network.startswith("NOT cut off: ")
+    assert bool(isolation.command) == (isolation.network == "off")
     with socket.create_server(("127.0.0.1", 0)) as ours:
         port = ours.getsockname()[1]
         probe = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)"
         reached = os.spawnvp(
             os.P_WAIT,
-            (jail.command or (sys.executable,))[0],
-            [*jail.command, sys.executable, "-c", f"try:\n {probe}\nexcept OSError: exit(7)"],
+            (isolation.command or (sys.executable,))[0],
+            [*isolation.command, sys.executable, "-c", f"try:\n {probe}\nexcept OSError: exit(7)"],
         )
-    assert reached == (7 if jail.network == "off" else 0)
+    assert reached == (7 if isolation.network == "off" else 0)
 
 
 def test_this_process_is_not_called_cut_off() -> None:
-    """Unless the machine has no network: the same question, asked of the kernel in another way."""
+    """Compared with the routes that Linux lists; skipped on a machine without a network."""
     routes = Path("/proc/net/route")
     if not routes.is_file() or len(routes.read_text().splitlines()) < 2:
         pytest.skip("this machine has no route to anywhere, or does not list them")
-    assert not worker().cut_off()
+    assert not nbgrader_worker.cut_off()
 
 
 def test_without_unshare_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grade.shutil, "which", lambda name: None)
-    jail = isolation()
-    assert jail.command == ()
-    assert jail.network == "NOT cut off: unshare is not installed"
+    isolation = find_isolation()
+    assert isolation.command == ()
+    assert isolation.network == "NOT cut off: unshare is not installed"
 
 
 def test_a_system_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -199,13 +192,13 @@ def test_a_system_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     refusing.write_text("#!/bin/sh\necho 'unshare: Operation not permitted' >&2\nexit 1\n")
     refusing.chmod(0o755)
     monkeypatch.setattr(grade.shutil, "which", lambda name: str(refusing))
-    assert isolation().network == "NOT cut off: unshare: Operation not permitted"
+    assert find_isolation().network == "NOT cut off: unshare: Operation not permitted"
 
 
-@pytest.mark.parametrize("jailed", [False, True])
-def test_when_time_is_over_everything_that_was_started_ends(tmp_path: Path, jailed: bool) -> None:
-    command = isolation().command if jailed else ()
-    if jailed and not command:
+@pytest.mark.parametrize("isolated", [False, True])
+def test_when_time_is_over_everything_that_was_started_ends(tmp_path: Path, isolated: bool) -> None:
+    command = find_isolation().command if isolated else ()
+    if isolated and not command:
         pytest.skip("this system has no namespaces for its users")
     script = (
         "import subprocess, sys, time\n"
@@ -213,12 +206,12 @@ def test_when_time_is_over_everything_that_was_started_ends(tmp_path: Path, jail
         "subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
         "time.sleep(600)\n"
     )
-    trouble = run_limited([*command, sys.executable, "-c", script], {}, tmp_path, 3)
-    assert trouble == "stopped after 3 s, the limit for a whole submission"
+    reason = run_limited([*command, sys.executable, "-c", script], {}, tmp_path, 3)
+    assert reason == "stopped after 3 s, the limit for a whole submission"
     written = (tmp_path / "alive").stat().st_size
     assert written > 0
     time.sleep(0.5)
-    assert (tmp_path / "alive").stat().st_size == written, "the grandchild lives on"
+    assert (tmp_path / "alive").stat().st_size == written, "the grandchild is still running"
 
 
 def test_a_worker_that_fails_is_explained(tmp_path: Path) -> None:
@@ -229,7 +222,7 @@ def test_a_worker_that_fails_is_explained(tmp_path: Path) -> None:
     assert run("raise SystemExit('nbclient.exceptions.DeadKernelError: Kernel died')") == (
         "its Python process died (out of memory, or ended by the code)"
     )
-    assert run("raise SystemExit('first\\n\\nthe last word')") == "nbgrader gave up: the last word"
+    assert run("raise SystemExit('first\\n\\nthe last word')") == "nbgrader failed: the last word"
 
 
 def test_results_never_go_among_the_submissions(tmp_path: Path) -> None:
@@ -238,13 +231,13 @@ def test_results_never_go_among_the_submissions(tmp_path: Path) -> None:
         grade_folder(tmp_path / "subs", tmp_path / "subs" / "results")
 
 
-def test_a_folder_that_is_not_there_is_said_in_one_line(
+def test_a_missing_folder_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert grade.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("Nothing was graded: ")
-    assert "is no folder" in said
+    messages = capsys.readouterr().err
+    assert messages.startswith("Nothing was graded: ")
+    assert "is not a folder" in messages
     assert not (tmp_path / "out").exists()
 
 
@@ -254,12 +247,12 @@ def test_a_page_shows_names_and_messages_as_text() -> None:
         "status": "unreadable", "message": "<script>x()</script>", "notes": ["a & b"],
         "exercises": [],
     }  # fmt: skip
-    page = page_of(result, "")
+    page = feedback_page(result, "")
     assert "<script>" not in page
     assert "<b>Ann" not in page
     assert "a &amp; b" in page
     assert "0 of ? points" in page
-    inside = page_of(result, "<html><head></head><body><p>notebook</p></body></html>")
+    inside = feedback_page(result, "<html><head></head><body><p>notebook</p></body></html>")
     assert inside.index("unreadable") < inside.index("<p>notebook</p>")
 
 
@@ -306,7 +299,7 @@ LINE = {"output_type": "display_data", "data": {"text/plain": "01.f: not right y
 def test_a_test_cell_earns_its_value_and_nothing_else(
     outputs: list[dict[str, Any]], points: float, status: str, says: str
 ) -> None:
-    found = worker().mark(EXERCISE, ran(*outputs), ran())
+    found = nbgrader_worker.score_exercise(EXERCISE, ran(*outputs), ran())
     assert (found["points"], found["max_points"], found["status"]) == (points, 4.0, status)
     assert says in found["message"]
 
@@ -314,7 +307,7 @@ def test_a_test_cell_earns_its_value_and_nothing_else(
 def test_an_answer_cell_that_broke_is_named_as_the_cause() -> None:
     broken = ran(error("SyntaxError", "invalid syntax"))
     gone = ran(error("NameError", "name 'f' is not defined"))
-    said = worker().mark(EXERCISE, gone, broken)["message"]
-    assert said == "there is no function f: its cell ended in SyntaxError: invalid syntax"
-    stale = worker().mark(EXERCISE, ran(LINE, value("0")), broken)["message"]
+    messages = nbgrader_worker.score_exercise(EXERCISE, gone, broken)["message"]
+    assert messages == "there is no function f: its cell ended in SyntaxError: invalid syntax"
+    stale = nbgrader_worker.score_exercise(EXERCISE, ran(LINE, value("0")), broken)["message"]
     assert stale == "the answer cell ended in SyntaxError: invalid syntax. 01.f: not right yet."

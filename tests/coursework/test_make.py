@@ -1,4 +1,4 @@
-"""The committed coursework is what the exercises make, and a learner's copy holds no solution."""
+"""The committed coursework is made from the exercises, and a learner's copy has no solution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import Check, Exercise
 from nemotron_lite.coursework import make
-from nemotron_lite.coursework.make import BEGIN, END, EXERCISES, CourseworkError
+from nemotron_lite.coursework.make import BEGIN, END, CourseworkError
 from tests.coursework.conftest import Fresh
 
 ALL = {e.id: e for chapter in make.chapters() for e in exercises.exercises(chapter)}
@@ -44,8 +44,8 @@ def code(notebook: dict[str, Any], name: str) -> str:
 @uses_nbgrader
 def test_the_committed_notebooks_are_a_fresh_generation_byte_for_byte(fresh: Fresh) -> None:
     assert len(fresh.texts) == 2 * len(make.chapters()) > 0
-    faults = make.differences(fresh.texts, EXERCISES)
-    assert not faults, f"{faults}; run `python -m nemotron_lite.coursework.make` and commit"
+    problems = make.differences(fresh.texts, make.exercises_folder())
+    assert not problems, f"{problems}; run `python -m nemotron_lite.coursework.make` and commit"
 
 
 @uses_nbgrader
@@ -80,7 +80,7 @@ def test_the_answer_in_the_source_earns_everything(exercise: Exercise) -> None:
 def test_the_source_is_a_function_of_the_exercises(chapter: str) -> None:
     found = exercises.exercises(chapter)
     one, two = (make.source_notebook(chapter, found) for _ in range(2))
-    assert make.written(one) == make.written(two)
+    assert make.notebook_text(one) == make.notebook_text(two)
     ids = [cell["id"] for cell in one["cells"]]
     assert len(set(ids)) == len(ids) == 2 + 3 * len(found)
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
@@ -122,13 +122,13 @@ def test_what_the_solution_needs_beside_its_function_moves_inside() -> None:
     [
         (STUB, "def twice(y):\n    return 2 * y\n", r"twice\(x\), but the solution is twice\(y\)"),
         (STUB.replace("raise NotImplementedError", "..."), "def twice(x):\n    return 1\n",
-         "the stub ends in `raise NotImplementedError`"),
+         "expected `raise NotImplementedError`"),
         (STUB, 'def twice(x):\n    """Double x."""\n', "the solution has no statements"),
         ("class A:\n    pass\n", "class A:\n    pass\n", "no function is defined"),
     ],
     ids=["arguments", "ellipsis", "empty", "class"],
 )  # fmt: skip
-def test_a_stub_and_a_solution_that_do_not_fit_are_refused(
+def test_a_stub_and_a_solution_that_do_not_match_are_refused(
     stub: str, solution: str, says: str
 ) -> None:
     with pytest.raises(CourseworkError, match=says):
@@ -141,7 +141,7 @@ def test_a_chapter_without_exercises_is_refused() -> None:
 
 
 @uses_nbgrader
-def test_every_kind_of_drift_is_named(fresh: Fresh, tmp_path: Path) -> None:
+def test_every_kind_of_difference_is_named(fresh: Fresh, tmp_path: Path) -> None:
     for kind in ("source", "release"):
         shutil.copytree(fresh.root / kind, tmp_path / kind)
     assert make.differences(fresh.texts, tmp_path) == []
@@ -157,8 +157,18 @@ def test_every_kind_of_drift_is_named(fresh: Fresh, tmp_path: Path) -> None:
     ]
 
 
-def test_nbgraders_refusal_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_nbgrader_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "WORKER", tmp_path / "nbgrader_worker.py")
     make.WORKER.write_text('raise SystemExit("no BEGIN SOLUTION in cell 3")')
     with pytest.raises(CourseworkError, match="no BEGIN SOLUTION in cell 3"):
         make.write_release(tmp_path, ["chapter_01"])
+
+
+def test_an_installed_package_asks_for_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make, "CHECKOUT", tmp_path)
+    assert make.main(["--check"]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path} is not a checkout of nemotron_lite" in message
+    assert "--folder" in message

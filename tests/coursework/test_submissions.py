@@ -1,6 +1,6 @@
-"""What learners hand in is found in every layout, and nothing in it can stop the grading.
+"""Submissions are found in every layout, and no broken notebook stops the grading.
 
-The assignments here are small notebooks made on the spot; nothing is executed.
+The assignments are small notebooks made in the tests; nothing is executed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def put(path: Path, content: dict[str, Any] | str | None = None) -> Path:
 def test_every_layout_is_found(tmp_path: Path, where: str, student: str) -> None:
     path = put(tmp_path / where)
     (found,) = find_submissions(tmp_path, KNOWN)
-    assert (found.student, found.assignment, found.fault) == (student, "chapter_01", "")
+    assert (found.student, found.assignment, found.problem) == (student, "chapter_01", "")
     assert found.path == path
 
 
@@ -118,7 +118,7 @@ def test_of_two_the_later_or_rightly_named_one_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"cells": [', "no notebook: line 1, column 12"),
+        ('{"cells": [', "not a notebook: line 1, column 12"),
         ("", "is empty"),
         ("<<<<<<< HEAD\n{}", "merged with conflicts"),
         ("[1, 2]", "no nbformat"),
@@ -126,7 +126,7 @@ def test_of_two_the_later_or_rightly_named_one_counts(tmp_path: Path) -> None:
         ('{"nbformat": 3, "worksheets": []}', "save it, and hand that in"),
         ('{"nbformat": 4, "cells": {}}', "no list of cells"),
         ('{"nbformat": 4, "cells": [1, null, {"metadata": [], "id": {}}]}', "another notebook"),
-        ("[" * 100_000, "no notebook"),
+        ("[" * 100_000, "not a notebook"),
     ],
     ids=["cut", "empty", "conflict", "list", "no-cells", "old", "dict", "junk", "deep"],
 )
@@ -134,12 +134,12 @@ def test_an_unreadable_notebook_becomes_a_line(tmp_path: Path, content: str, say
     put(tmp_path / "ann" / "chapter_01" / "chapter_01.ipynb", content)
     put(tmp_path / "bob.ipynb")
     ann, bob = find_submissions(tmp_path, KNOWN)
-    assert says in ann.fault
-    assert "\n" not in ann.fault
-    assert (bob.student, bob.fault) == ("bob", "")
+    assert says in ann.problem
+    assert "\n" not in ann.problem
+    assert (bob.student, bob.problem) == ("bob", "")
 
 
-def test_bytes_links_and_giants_are_refused(
+def test_binary_files_links_and_large_files_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = put(tmp_path / "good.ipynb")
@@ -149,22 +149,22 @@ def test_bytes_links_and_giants_are_refused(
     (tmp_path / "ann" / "inner.ipynb").symlink_to("/etc/hostname")
     put(tmp_path / "large.ipynb", json.dumps({"nbformat": 4, "x": "x" * 20_000}))
     monkeypatch.setattr(submissions, "LARGEST", 10_000)
-    faults = {s.student: s.fault for s in find_submissions(tmp_path, KNOWN)}
-    assert faults["good"] == ""
-    assert "UTF-8" in faults["binary"]
-    assert "link" in faults["link"]
-    assert "link" in faults["ann"]
-    assert "clear its outputs" in faults["large"]
+    problems = {s.student: s.problem for s in find_submissions(tmp_path, KNOWN)}
+    assert problems["good"] == ""
+    assert "UTF-8" in problems["binary"]
+    assert "link" in problems["link"]
+    assert "link" in problems["ann"]
+    assert "clear its outputs" in problems["large"]
 
 
-def test_a_wrong_assignment_and_an_empty_folder_are_said(tmp_path: Path) -> None:
+def test_a_wrong_assignment_and_an_empty_folder_are_reported(tmp_path: Path) -> None:
     put(tmp_path / "ann" / "chapter_02" / "chapter_02.ipynb")
     put(tmp_path / "bob" / "chapter_77" / "x.ipynb")
     (tmp_path / "cem").mkdir()
-    faults = {s.student: s.fault for s in find_submissions(tmp_path, KNOWN)}
-    assert "its cells are those of chapter_01" in faults["ann"]
-    assert "there is no assignment chapter_77; there are chapter_01, chapter_02" in faults["bob"]
-    assert "no notebook in cem/" in faults["cem"]
+    problems = {s.student: s.problem for s in find_submissions(tmp_path, KNOWN)}
+    assert "its cells are those of chapter_01" in problems["ann"]
+    assert "there is no assignment chapter_77; there are chapter_01, chapter_02" in problems["bob"]
+    assert "no notebook in cem/" in problems["cem"]
 
 
 def test_a_folder_that_holds_nothing_is_an_error(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_folder_that_holds_nothing_is_an_error(tmp_path: Path) -> None:
         find_submissions(tmp_path, KNOWN)
 
 
-def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "ann.ipynb"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(notebook()).encode())
     assert len(read_notebook(path)["cells"]) == len(FIRST.cells)
@@ -276,7 +276,7 @@ def test_answers_that_import_the_package_are_noted(source: str, noted: str) -> N
                      if noted else [])  # fmt: skip
 
 
-def test_the_assignment_is_told_by_most_of_the_cells() -> None:
+def test_the_assignment_is_that_of_most_of_the_cells() -> None:
     mixed = notebook(*FIRST.cells, KNOWN["chapter_02"].cells[2])
     assert assignment_of(mixed, KNOWN) == "chapter_01"
     assert assignment_of(notebook({"cell_type": "code"}), KNOWN) == ""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.cache import HOLDS
-from nemotron_lite.data import PackedTokens
-from nemotron_lite.quantization import pack, quantizable_modules, uniform
+from nemotron_lite.data import ConcatenatedDocuments
+from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 from nemotron_lite.train import TrainConfig, train
+from tests.cache_oracles import WAYS
 from tests.checkpoint.tiny import TINY, randomise
 from tests.compare import relative_rms
 from tests.train.conftest import TINY as LEARNER
@@ -118,8 +118,8 @@ def test_the_same_text(pair: tuple[Nemotron, Nemotron]) -> None:
     assert generate(on_gpu, prompts, 48, draft="mtp", draft_length=3, adaptive=False) == expected
 
 
-@pytest.mark.parametrize("hold", HOLDS)
-def test_going_back(pair: tuple[Nemotron, Nemotron], hold: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_going_back(pair: tuple[Nemotron, Nemotron], way: str) -> None:
     """What is kept of a draft is what reading it alone would have left."""
     model = pair[1]
     batch, draft = tokens(model, 2, 30).to(DEVICE), tokens(model, 2, 4, 1).to(DEVICE)
@@ -128,8 +128,9 @@ def test_going_back(pair: tuple[Nemotron, Nemotron], hold: str) -> None:
     with torch.no_grad():
         for cache in (kept, plain):
             model(batch, cache)
-        model(draft, kept, hold=hold)
-        kept.keep(2)
+        with WAYS[way]():
+            model(draft, kept, draft=True)
+        kept.accept(2)
         model(draft[:, :2], plain)
         found, expected = (model(after, cache).logits for cache in (kept, plain))
     assert relative_rms(found, expected) < 1e-5
@@ -197,7 +198,7 @@ def test_packed_weights(form: str) -> None:
     """Packed on the GPU as on the CPU, to the bit; the model computes the same with them."""
     on_cpu, on_gpu = both(WIDE)
     for model in (on_cpu, on_gpu):
-        pack(model, uniform(quantizable_modules(model), form))
+        quantize_model(model, single_format(quantizable_modules(model), form))
     found, expected = (bits(model) for model in (on_gpu, on_cpu))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     batch = tokens(on_cpu, 2, 60)
@@ -209,9 +210,9 @@ def test_packed_weights(form: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "nvfp4"])
-def test_training(text: PackedTokens, precision: str) -> None:
+def test_training(text: ConcatenatedDocuments, precision: str) -> None:
     """The same losses as on the CPU at first, and the model learns."""
-    config = TrainConfig(steps=40, batch_size=4, length=64, lr=1e-2, precision=precision)
+    config = TrainConfig(steps=40, batch_size=4, seq_len=64, lr=1e-2, precision=precision)
     losses = {}
     for place in ("cpu", DEVICE):
         model = Nemotron(LEARNER, seed=0).to(place)

@@ -35,7 +35,7 @@ def test_tokens_are_the_files_and_nothing_else(root: Path, tmp_path: Path) -> No
         assert decode(prepared.tokenizer, tokens.tolist()).encode() == document.content
     assert prepared.held_out.num_bytes == corpus.held_out_bytes
     assert prepared.train_bytes == corpus.train_bytes
-    batch = prepared.batch(0, batch_size=2, length=32, seed=0)
+    batch = prepared.batch(0, batch_size=2, seq_len=32, seed=0)
     assert batch.tokens.shape == (2, 32)
     assert int(batch.tokens.max()) < 400
 

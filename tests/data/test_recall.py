@@ -22,7 +22,7 @@ def lookup(batch: Batch, pairs: int) -> list[list[bool]]:
 
 
 def test_a_row_is_a_book_and_questions_about_it() -> None:
-    batch = Recall((5,), keys=11, values=7).batch(0, batch_size=40, length=26, seed=0)
+    batch = Recall((5,), keys=11, values=7).batch(0, batch_size=40, seq_len=26, seed=0)
     assert batch.tokens.shape == (40, 26)
     assert batch.tokens.dtype == torch.int64
     assert batch.seq_idx is None
@@ -34,13 +34,13 @@ def test_a_row_is_a_book_and_questions_about_it() -> None:
 
 
 def test_the_mask_marks_the_answers_and_nothing_else() -> None:
-    batch = Recall((4,)).batch(0, batch_size=2, length=14, seed=0)
+    batch = Recall((4,)).batch(0, batch_size=2, seq_len=14, seed=0)
     assert batch.mask is not None
     assert batch.mask.tolist() == [[i in (9, 11, 13) for i in range(14)]] * 2
 
 
 def test_every_key_is_asked_once_before_any_is_asked_again() -> None:
-    batch = Recall((4,)).batch(0, batch_size=30, length=2 * (4 + 4 + 4), seed=0)
+    batch = Recall((4,)).batch(0, batch_size=30, seq_len=2 * (4 + 4 + 4), seed=0)
     asked = batch.tokens[:, 8::2]
     for row in asked.tolist():
         assert len(set(row[:4])) == len(set(row[4:])) == 4
@@ -48,30 +48,30 @@ def test_every_key_is_asked_once_before_any_is_asked_again() -> None:
 
 
 def test_batches_are_a_function_of_seed_and_index() -> None:
-    first, again = (TASK.batch(3, batch_size=2, length=20, seed=1) for _ in range(2))
+    first, again = (TASK.batch(3, batch_size=2, seq_len=20, seed=1) for _ in range(2))
     assert torch.equal(first.tokens, again.tokens)
-    others = [TASK.batch(i, batch_size=2, length=20, seed=s) for i, s in ((4, 1), (3, 2))]
+    others = [TASK.batch(i, batch_size=2, seq_len=20, seed=s) for i, s in ((4, 1), (3, 2))]
     assert all(not torch.equal(first.tokens, other.tokens) for other in others)
     assert isinstance(TASK, BatchSource)
 
 
 def test_every_number_of_pairs_is_drawn() -> None:
-    asked = {int(TASK.batch(i, batch_size=1, length=20, seed=0).mask.sum()) for i in range(20)}
+    asked = {int(TASK.batch(i, batch_size=1, seq_len=20, seed=0).mask.sum()) for i in range(20)}
     assert asked == {10 - 3, 10 - 5}
 
 
-def test_the_exam_asks_no_key_twice_and_is_not_the_training_stream() -> None:
-    exam = TASK.exam(5, rows=8, questions=4)
-    assert exam.tokens.shape == (8, 2 * (5 + 4))
-    assert all(len(set(row)) == 4 for row in exam.tokens[:, 10::2].tolist())
-    assert TASK.exam(3, rows=1, questions=4).tokens.shape == (1, 12)
-    train = Recall((5,), 11, 7).batch(0, batch_size=8, length=18, seed=0)
-    assert not torch.equal(exam.tokens, train.tokens)
-    assert not torch.equal(exam.tokens, TASK.exam(5, rows=8, questions=4, seed=1).tokens)
+def test_the_test_asks_no_key_twice_and_is_not_the_training_stream() -> None:
+    test = TASK.test_set(5, rows=8, questions=4)
+    assert test.tokens.shape == (8, 2 * (5 + 4))
+    assert all(len(set(row)) == 4 for row in test.tokens[:, 10::2].tolist())
+    assert TASK.test_set(3, rows=1, questions=4).tokens.shape == (1, 12)
+    train = Recall((5,), 11, 7).batch(0, batch_size=8, seq_len=18, seed=0)
+    assert not torch.equal(test.tokens, train.tokens)
+    assert not torch.equal(test.tokens, TASK.test_set(5, rows=8, questions=4, seed=1).tokens)
 
 
 def test_the_score_is_the_share_of_right_answers() -> None:
-    batch = TASK.exam(4, rows=3)
+    batch = TASK.test_set(4, rows=3)
     right = torch.nn.functional.one_hot(batch.tokens, TASK.vocab_size).float().roll(-1, dims=1)
     assert recall_score(right, batch) == 1.0
     assert recall_score(-right, batch) == 0.0
@@ -87,9 +87,9 @@ def test_what_does_not_fit_is_refused() -> None:
         Recall((2, 5), keys=4)
     with pytest.raises(ValueError, match="values=1"):
         Recall((2,), values=1)
-    with pytest.raises(ValueError, match="length=11"):
-        TASK.batch(0, batch_size=1, length=11, seed=0)
+    with pytest.raises(ValueError, match="seq_len=11"):
+        TASK.batch(0, batch_size=1, seq_len=11, seed=0)
     with pytest.raises(ValueError, match="at least 12"):
-        TASK.batch(0, batch_size=1, length=10, seed=0)
+        TASK.batch(0, batch_size=1, seq_len=10, seed=0)
     with pytest.raises(ValueError, match="no questions"):
         recall_score(torch.zeros(1, 4, 8), Batch(torch.zeros(1, 4, dtype=torch.int64)))

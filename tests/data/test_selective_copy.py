@@ -12,7 +12,7 @@ from nemotron_lite.data.tasks.selective_copy import SelectiveCopy
 @pytest.mark.parametrize("places", ["random", "fixed"])
 def test_the_answers_are_the_letters_of_the_prompt_in_order(places: str) -> None:
     task = SelectiveCopy(items=3, letters=5, places=places)
-    batch = task.batch(0, batch_size=200, length=16, seed=0)
+    batch = task.batch(0, batch_size=200, seq_len=16, seed=0)
     assert batch.tokens.shape == (200, 16)
     assert batch.tokens.dtype == torch.int64
     assert batch.mask is not None
@@ -27,7 +27,7 @@ def test_the_answers_are_the_letters_of_the_prompt_in_order(places: str) -> None
 
 
 def _places(task: SelectiveCopy, batch_size: int = 300) -> torch.Tensor:
-    prompt = task.batch(0, batch_size=batch_size, length=25, seed=0).tokens[:, :20]
+    prompt = task.batch(0, batch_size=batch_size, seq_len=25, seed=0).tokens[:, :20]
     return (prompt != task.SILENCE).float().mean(0)
 
 
@@ -42,7 +42,7 @@ def test_random_places_are_even_and_fixed_places_never_move() -> None:
 def test_a_batch_is_a_function_of_seed_and_index() -> None:
     task = SelectiveCopy()
     assert isinstance(task, BatchSource)
-    size = dict(batch_size=8, length=24)
+    size = dict(batch_size=8, seq_len=24)
     first = task.batch(3, seed=1, **size).tokens
     assert torch.equal(first, task.batch(3, seed=1, **size).tokens)
     assert not torch.equal(first, task.batch(4, seed=1, **size).tokens)
@@ -51,11 +51,11 @@ def test_a_batch_is_a_function_of_seed_and_index() -> None:
 
 def test_the_exam_is_fresh_and_both_variants_ask_for_the_same_letters() -> None:
     task, control = SelectiveCopy(), SelectiveCopy(places="fixed")
-    exam, other = task.exam(rows=64, length=24), control.exam(rows=64, length=24)
-    assert torch.equal(exam.tokens[exam.mask], other.tokens[other.mask])
-    trained = task.batch(0, batch_size=64, length=24, seed=0)
-    assert not torch.equal(exam.tokens, trained.tokens)
-    assert not torch.equal(exam.tokens, task.exam(rows=64, length=24, seed=1).tokens)
+    test, other = task.test_set(rows=64, seq_len=24), control.test_set(rows=64, seq_len=24)
+    assert torch.equal(test.tokens[test.mask], other.tokens[other.mask])
+    trained = task.batch(0, batch_size=64, seq_len=24, seed=0)
+    assert not torch.equal(test.tokens, trained.tokens)
+    assert not torch.equal(test.tokens, task.test_set(rows=64, seq_len=24, seed=1).tokens)
 
 
 def test_a_row_as_text() -> None:
@@ -69,7 +69,7 @@ def test_a_row_as_text() -> None:
     [
         (dict(items=0), "items=0"),
         (dict(letters=1), "letters=1"),
-        (dict(places="even"), "places='even'; choose one of random, fixed"),
+        (dict(places="even"), "places='even' does not work: expected one of random, fixed"),
     ],
 )
 def test_impossible_tasks_are_refused(arguments: dict, message: str) -> None:
@@ -79,6 +79,6 @@ def test_impossible_tasks_are_refused(arguments: dict, message: str) -> None:
 
 def test_a_length_without_room_names_the_least_that_has() -> None:
     task = SelectiveCopy(items=4)
-    with pytest.raises(ValueError, match="length=8: expected at least 9"):
-        task.batch(0, batch_size=1, length=8, seed=0)
-    assert task.batch(0, batch_size=1, length=9, seed=0).tokens.shape == (1, 9)
+    with pytest.raises(ValueError, match="seq_len=8 does not work: expected at least 9"):
+        task.batch(0, batch_size=1, seq_len=8, seed=0)
+    assert task.batch(0, batch_size=1, seq_len=9, seed=0).tokens.shape == (1, 9)

@@ -82,7 +82,7 @@ def test_exact_sums_are_bit_equal_to_pytorch(t: int) -> None:
         codes = torch.tensor([0, 2, 10], dtype=torch.uint8)[torch.randint(0, 3, shape)]  # 0, 1, -1
         scales = torch.tensor([1.0, 2.0])[torch.randint(0, 2, (*shape[:-1], shape[-1] // 16))]
         scale = torch.tensor([0.5, 1.0, 2.0])[torch.arange(shape[0]) % 3]
-        parts = nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale
+        parts = nvfp4.pack_codes(codes), scales.to(torch.float8_e4m3fn), scale
         return nvfp4.QuantizedTensor(*parts, shape)
 
     e, k = 12, 3

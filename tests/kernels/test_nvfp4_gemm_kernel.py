@@ -46,7 +46,9 @@ def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantizedTensor:
         codes[..., cols:] = 0
     scales = torch.tensor([0.5, 1.0, 2.0, 3.0])[torch.randint(0, 4, (*rows, blocks))]
     scale = torch.full(shape[:-2] if len(shape) == 3 else (), 0.25)
-    return nvfp4.QuantizedTensor(nvfp4.pack(codes), scales.to(torch.float8_e4m3fn), scale, shape)
+    return nvfp4.QuantizedTensor(
+        nvfp4.pack_codes(codes), scales.to(torch.float8_e4m3fn), scale, shape
+    )
 
 
 def _integers(*shape: int) -> torch.Tensor:
@@ -220,7 +222,7 @@ def test_what_does_not_fit_says_so() -> None:
 
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     script = (
-        "import torch; from nemotron_lite.ops import nvfp4\n"
+        "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x, w = torch.ones(2, 16), nvfp4.quantize(torch.ones(4, 16))\n"
         "experts, one = nvfp4.quantize(torch.ones(3, 16, 16), batch_dims=1), torch.ones(2, 1)\n"
         "nvfp4.matmul(x, w)\n"

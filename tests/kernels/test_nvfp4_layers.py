@@ -1,13 +1,12 @@
 """Training in NVFP4 with the quantizer's kernels: the layers' values and gradients, bit for bit.
 
-The door takes the tensors for a GPU's, so each of the five operands of a layer goes through a
-kernel. Only the quantizer differs from a run on a CPU, and it gives the same bits, dice included.
+`choose` is patched to take the "triton" implementation, as for tensors on a GPU. So each of the
+five operands of a layer goes through a kernel. Only the quantizer differs from a run on the CPU,
+and it gives the same bits, with stochastic rounding too.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from nemotron_lite import ops
 from nemotron_lite.backends import dispatch, triton
-from nemotron_lite.quantization.emulated_layers import Dice, NVFP4Experts, NVFP4Linear
+from nemotron_lite.quantization.emulated_layers import NVFP4Experts, NVFP4Linear, StochasticSeeds
 from tests.quantization.test_emulated_layers import ABLATIONS, FULL, some_experts
 
 LADDER = {"full": FULL, **ABLATIONS}
@@ -32,24 +31,25 @@ def _learn(module: torch.nn.Module, x: torch.Tensor, *options: Any) -> list[torc
 
 def _both(make, x: torch.Tensor, *options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = _learn(make(), x, *options)
-    launched: list[str] = []  # of the quantizer: other operations have tests of their own
+    launched: list[str] = []  # kernels of the quantizer
 
-    def watched(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **options: Any) -> Any:
+    def record(name: str) -> None:
+        launch = getattr(triton, name)
+
+        def call(*args: Any, **options: Any) -> Any:
             launched.append(name)
-            return kernel(*given, **options)
+            return launch(*args, **options)
 
-        return call
+        monkeypatch.setattr(triton, name, call)
 
+    for name in ("nvfp4_amax", "nvfp4_fake_quantize"):
+        record(name)
     choose = dispatch.choose
 
-    def quantizer_on_gpu(op: str, impl: str, x: torch.Tensor, **ways: Any) -> Any:
-        return choose(op, "triton", x, **ways)
+    def choose_triton(op: str, impl: str, x: torch.Tensor, **implementations: Any) -> Any:
+        return choose(op, "triton", x, **implementations)
 
-    for name, kernel in vars(triton).copy().items():
-        if inspect.isfunction(kernel):
-            monkeypatch.setattr(triton, name, watched(name, kernel))
-    monkeypatch.setattr("nemotron_lite.quantization.nvfp4.choose", quantizer_on_gpu)
+    monkeypatch.setattr("nemotron_lite.quantization.nvfp4.choose", choose_triton)
     on_gpu = _learn(make(), x, *options)
     assert set(launched) == {"nvfp4_amax", "nvfp4_fake_quantize"} and len(launched) >= 10
     for one, other in zip(on_cpu, on_gpu, strict=True):
@@ -62,7 +62,7 @@ def test_a_linear_layer(dtype, recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(24, 40) / 6
 
     def make() -> NVFP4Linear:
-        layer = NVFP4Linear(40, 24, recipe=recipe, dice=Dice(3))
+        layer = NVFP4Linear(40, 24, recipe=recipe, seeds=StochasticSeeds(3))
         layer.weight.data.copy_(weight)
         return layer
 
@@ -74,6 +74,6 @@ def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     routing = ops.Routing(routing.weights.detach(), routing.indices, routing.scores)
 
     def make() -> NVFP4Experts:
-        return NVFP4Experts(experts, dice=Dice(4))
+        return NVFP4Experts(experts, seeds=StochasticSeeds(4))
 
     _both(make, z.detach(), routing, monkeypatch=monkeypatch)

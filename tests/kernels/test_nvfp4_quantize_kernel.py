@@ -50,7 +50,7 @@ def _same(found: nvfp4.QuantizedTensor, exact: nvfp4.QuantizedTensor) -> None:
 
 
 def _compare(x: Tensor, **how) -> None:
-    """quantize, fake_quantize in both directions, and dequantize, through the door."""
+    """quantize, fake_quantize in both directions, and dequantize, through the dispatch."""
     exact = nvfp4.quantize(x, **how, impl="naive")
     _same(nvfp4.quantize(x, **how, impl="triton"), exact)
     for dtype in DTYPES:
@@ -278,7 +278,7 @@ def test_what_cannot_be_quantized_says_why() -> None:
 
 def test_a_choice_that_cannot_be_met_says_why() -> None:
     script = (
-        "import torch; from nemotron_lite.ops import nvfp4\n"
+        "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x = torch.ones(2, 16)\n"
         "q = nvfp4.quantize(x)\n"
         "for call in (lambda: nvfp4.quantize(x, impl='triton'),\n"
@@ -332,4 +332,4 @@ def test_a_seed_gives_the_bits_of_the_twin() -> None:
     halves = philox.random_halves(77, 9, 48, 5)[:, :40].astype(np.float64)
     up = torch.from_numpy((2 * halves + 1) / 2**17 + float(x[0, 1]) * 2 >= 1)
     up[:, ::16] = True
-    assert torch.equal(nvfp4.unpack(codes)[:, :40] > 0, up)
+    assert torch.equal(nvfp4.unpack_codes(codes)[:, :40] > 0, up)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import nemotron_kernels.ssd as door
+import nemotron_kernels.ssd as ssd_module
 from nemotron_kernels import ssd_common, ssd_states
 from nemotron_kernels.ssd import ssd
 from nemotron_lite.backends import cpu_ssd, triton
@@ -365,9 +365,9 @@ def test_the_rule_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ssd_common.walks(x(1, 256, 16), 4, 64)
     assert ssd_common.walks(x(1, 4096, 22), 64, 32)
     chunk = ssd_common.config("fused", x(1, 1, 1))["Q"]
-    assert door._variant(x(1, ssd_common.FEW_CHUNKS * chunk, 128)) == "fused"
-    assert door._variant(x(1, ssd_common.FEW_CHUNKS * chunk + 1, 128)) == "three"
-    assert door._variant(x(1, chunk, 2).float()) == "three"
+    assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk, 128)) == "fused"
+    assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk + 1, 128)) == "three"
+    assert ssd_module._variant(x(1, chunk, 2).float()) == "three"
     monkeypatch.setattr(ssd_common, "processors", lambda _: 100)
     heads = ssd_common.heads_per_program
     assert heads(x(1, 64, 96), 4, 4 * 100, 16) == 12  # 24 heads a group: divisors only

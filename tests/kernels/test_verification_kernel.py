@@ -29,8 +29,8 @@ SHAPES = [  # b, k, v
 
 def _case(b: int, k: int, v: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Rows of a larger tensor; half of the vocabulary has probability zero, as after top-p."""
-    dice = torch.Generator().manual_seed(seed)
-    raw = torch.randn(2, b, k + 2, v + 3, generator=dice)[:, :, :-1, :v] * 1.5
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randn(2, b, k + 2, v + 3, generator=generator)[:, :, :-1, :v] * 1.5
     weights = raw.softmax(-1)
     weights = weights * (weights >= weights.median(-1, keepdim=True).values)
     room = torch.full((2, b, k + 2, v + 3), float("nan"))  # strided rows, NaN between them
@@ -39,10 +39,10 @@ def _case(b: int, k: int, v: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     q = q[:, :k]
     q.copy_((weights[1] / weights[1].sum(-1, keepdim=True))[:, :k])
     if k:  # some rows agree, so that drafts get far
-        agree = torch.rand(b, generator=dice) < 0.5
+        agree = torch.rand(b, generator=generator) < 0.5
         q[agree] = p[agree, :k]
-    uniforms = torch.rand(b, k + 1, generator=dice, dtype=torch.float64)
-    flat = torch.rand(b * k, generator=dice, dtype=torch.float64)
+    uniforms = torch.rand(b, k + 1, generator=generator, dtype=torch.float64)
+    flat = torch.rand(b * k, generator=generator, dtype=torch.float64)
     drafts = ops.draw(q.reshape(b * k, v), flat).view(b, k)
     return p, q, drafts, uniforms
 

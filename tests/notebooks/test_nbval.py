@@ -1,6 +1,6 @@
-"""The wiring of the notebook test: what it compares, what it refuses, and who runs which cell.
+"""How notebooks are tested: what is compared, what is refused, and which process runs a cell.
 
-pytest runs on small notebooks in a folder of their own, with the options of pyproject.toml and with
+pytest runs on small notebooks in a temporary folder, with the options of pyproject.toml and with
 the conftest.py and sanitize.cfg of the chapters.
 """
 
@@ -19,10 +19,10 @@ import pytest
 from nbformat import NotebookNode
 
 from nemotron_lite.authoring import publish
+from nemotron_lite.course.display import PLOTLY
 from tests.authoring.samples import runnable
 
 ROOT = Path(__file__).resolve().parents[2]
-PLOTLY = publish.PLOTLY
 DISPLAY = f"""
 from IPython.display import display
 figure = {{"data": [{{"y": [1]}}]}}
@@ -37,15 +37,15 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
     return publish.clean(publish.execute(runnable(*SOURCES), tmp_path_factory.mktemp("run")))
 
 
-def wired(folder: Path) -> Path:
-    """A folder with the wiring of the chapters and of the project, and no notebook yet."""
+def prepared(folder: Path) -> Path:
+    """A folder with conftest.py and sanitize.cfg of the chapters, and no notebook yet."""
     for name in ("notebooks/conftest.py", "notebooks/sanitize.cfg"):
         shutil.copy(ROOT / name, folder)
     return folder
 
 
 def run(folder: Path, *options: str) -> tuple[dict[str, list[str]], str]:
-    """Run pytest as the house does; file → outcome of each of its tests, and what was said."""
+    """Run pytest as the project does; returns file → outcomes of its tests, and the output."""
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-rA"]
     command += [f"--rootdir={folder}", "-p", "no:cacheprovider", *options, str(folder)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
@@ -78,7 +78,7 @@ def judged(
     committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, list[str]], str]:
     """One run over the small chapter, over one that differs where it may, and the spoilt ones."""
-    folder = wired(tmp_path_factory.mktemp("chapters"))
+    folder = prepared(tmp_path_factory.mktemp("chapters"))
     nbformat.write(committed, folder / "same.ipynb")
     other = copy.deepcopy(committed)
     data = other.cells[2].outputs[0].data
@@ -102,9 +102,9 @@ def test_a_chapter_that_says_the_same_passes(
 def test_a_chapter_that_says_something_else_fails(
     name: str, judged: tuple[dict[str, list[str]], str]
 ) -> None:
-    outcomes, said = judged
+    outcomes, output_text = judged
     assert "FAILED" in outcomes[f"{name}.ipynb"]
-    assert SPOILT[name][1] in said
+    assert SPOILT[name][1] in output_text
 
 
 def test_a_chapter_that_was_never_run_has_no_cell_that_passes(
@@ -113,8 +113,8 @@ def test_a_chapter_that_was_never_run_has_no_cell_that_passes(
     assert judged[0]["unrun.ipynb"] == ["FAILED"] * len(SOURCES)
 
 
-# Each waits, for half a minute at most, until a second worker has come to this file too: which
-# worker is free first is chance, and nothing else decides where single tests go.
+# Each test waits, at most 30 seconds, until a second worker has run a test of this file: which
+# worker is free first is random, and nothing else decides where single tests run.
 MEETING = """
 import os, pathlib, time, pytest
 
@@ -136,7 +136,7 @@ def test_a_chapter_stays_in_one_process_and_other_tests_spread(
     """Otherwise half of its cells would run in a kernel that never saw the first."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    wired(folder)
+    prepared(folder)
     shutil.copy(ROOT / "conftest.py", tmp_path)
     for name in ("00_a.ipynb", "01_b.ipynb"):
         nbformat.write(committed, folder / name)
@@ -145,10 +145,12 @@ def test_a_chapter_stays_in_one_process_and_other_tests_spread(
     (tmp_path / "tests" / "test_others.py").write_text(MEETING)
     (tmp_path / "tests" / "browser" / "test_a.py").write_text(many)
     (tmp_path / "tests" / "browser" / "test_b.py").write_text(many)
-    _, said = run(tmp_path, "-n", "2", "-v")
-    assert re.search(r"^=+ 46 passed in", said, re.M), said
+    _, output_text = run(tmp_path, "-n", "2", "-v")
+    assert re.search(r"^=+ 46 passed in", output_text, re.M), output_text
     workers: dict[str, set[str]] = {}
-    for worker, file in re.findall(r"^\[(gw\d)\].* PASSED (\S+?)::(?:ipynb::)?\w", said, re.M):
+    for worker, file in re.findall(
+        r"^\[(gw\d)\].* PASSED (\S+?)::(?:ipynb::)?\w", output_text, re.M
+    ):
         workers.setdefault(Path(file).name, set()).add(worker)
     assert len(workers["00_a"]) == len(workers["01_b"]) == 1
     assert len(workers["test_a.py"] | workers["test_b.py"]) == 1
@@ -160,10 +162,10 @@ def test_addresses_are_not_compared_and_times_are() -> None:
     pairs = re.findall(r"^regex: (.*)\nreplace: (.*)$", text, re.M)
     assert len(pairs) == text.count("\n[") == 2
 
-    def sanitized(said: str) -> str:
+    def sanitized(output_text: str) -> str:
         for pattern, replacement in pairs:
-            said = re.sub(pattern, replacement, said)
-        return said
+            output_text = re.sub(pattern, replacement, output_text)
+        return output_text
 
     assert sanitized("<A at 0x7f3a2b1c9d10>") == sanitized("<A at 0x7f0000000010>")
     assert sanitized("1.25 s, 0xFF") == "1.25 s, 0xFF"

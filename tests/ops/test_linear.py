@@ -118,7 +118,7 @@ def test_a_model_that_is_laid_out_gives_the_same_logits() -> None:
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         exact = model(tokens).logits
-        assert model.lay_out(smallest=1) is model
+        assert model.prepare_for_decoding(smallest=1) is model
         used = []
         with pytest.MonkeyPatch.context() as patch:
             layer = sys.modules["nemotron_lite.layers.linear"]
@@ -141,15 +141,15 @@ def test_a_copy_is_used_only_for_its_weight() -> None:
             exact = F.linear(x.to(layer.weight.dtype), layer.weight)
             torch.testing.assert_close(layer(x.to(layer.weight.dtype)), exact)
 
-    layer.lay_out()
+    layer.prepare_for_decoding()
     check(layer)
     with torch.no_grad():
         layer.weight.mul_(2)  # as an optimiser does
     check(layer)
-    layer.lay_out()
+    layer.prepare_for_decoding()
     layer.load_state_dict({"weight": torch.ones(8, 8)})
     check(layer)
-    layer.lay_out()
+    layer.prepare_for_decoding()
     again = copy.deepcopy(layer)
     assert again._prepacked is None and set(again.state_dict()) == {"weight"}
     check(again)
@@ -157,4 +157,4 @@ def test_a_copy_is_used_only_for_its_weight() -> None:
     y = layer.float()(x)
     assert y.requires_grad, "with gradients the copy must not be used"
     with pytest.raises(ValueError, match="float32 on the CPU"):
-        layer.double().lay_out()
+        layer.double().prepare_for_decoding()

@@ -1,4 +1,4 @@
-"""A model of each kind of layer, trained a little so that its modules matter unequally."""
+"""Models with each kind of layer; one is trained a little, so its modules differ in sensitivity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nemotron_lite import Nemotron
 from tests.checkpoint.tiny import TINY, randomise
-from tests.quantization.small import text
+from tests.quantization.learnable_text import text
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These models are so small that sharing their work between threads only costs."""
+    """These models are so small that several threads would be slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,17 +25,17 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained() -> dict[str, Tensor]:
-    """The state of a model after some steps of training on `text`."""
+    """The state_dict of a model after some steps of training on `text`."""
     model = Nemotron(TINY, seed=0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(80):
         batch = text(1000 + step)
         logits = model(batch).logits[:, :-1].flatten(0, 1)
         loss = F.cross_entropy(logits, batch[:, 1:].flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
-    assert loss.item() < 2.5, "it has learnt something: chance is log 128 = 4.9"
+        optimizer.step()
+    assert loss.item() < 2.5, "the model has learned: a uniform guess has log 128 = 4.9"
     return model.state_dict()
 
 
@@ -53,7 +53,7 @@ def fresh(trained: dict[str, Tensor]) -> Callable[[], Nemotron]:
 
 @pytest.fixture
 def random_model() -> Nemotron:
-    """No parameter at rest."""
+    """A model in which no parameter has its initial value."""
     model = Nemotron(TINY, seed=0)
     randomise(model.state_dict().items(), 3)
     for name, buffer in model.named_buffers():

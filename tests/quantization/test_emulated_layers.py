@@ -1,8 +1,8 @@
 """Quantized layers against the products of their quantized operands, written out in float64.
 
-The slow definition quantizes each operand by itself, with the door's naive form and with real
-transposes where a product sums along columns, and multiplies in float64. The layer must give its
-values and both gradients up to the order of additions in float32.
+The slow definition quantizes each operand separately, with `impl="naive"` and with transposed
+copies where a product sums along columns, and multiplies in float64. The layer must give its values
+and both gradients up to the order of additions in float32.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nemotron_lite.layers import Experts
 from nemotron_lite.ops.philox import random_halves
 from nemotron_lite.quantization import emulated_layers, nvfp4
 from nemotron_lite.quantization.emulated_layers import (
-    Call,
-    Dice,
+    CallSeeds,
     MXFP8Linear,
     NVFP4Experts,
     NVFP4Linear,
+    StochasticSeeds,
 )
 from nemotron_lite.quantization.fp8 import quantize_mxfp8
 from nemotron_lite.quantization.recipe import RECIPES, GemmRecipe, Operand
@@ -38,31 +38,34 @@ CLOSE = 2e-6  # relative rms: float32 sums of at most a few hundred terms; measu
 
 
 def operand(x: Tensor, how: Operand, bits: Tensor | None = None) -> Tensor:
-    """x in float64 as NVFP4 holds it, blocks along the last dimension."""
-    held = nvfp4.quantize(
+    """x in float64 after quantization to NVFP4, blocks along the last dimension."""
+    quantized = nvfp4.quantize(
         x, block=how.block, hadamard=how.hadamard, stochastic=how.stochastic,
         bits=bits if how.stochastic else None, impl="naive",
     )  # fmt: skip
-    return held.dequantize(torch.float32).double()
+    return quantized.dequantize(torch.float32).double()
 
 
 def slow_linear(
-    x: Tensor, w: Tensor, grad: Tensor, recipe: GemmRecipe, call: Call
+    x: Tensor, w: Tensor, grad: Tensor, recipe: GemmRecipe, call: CallSeeds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and dW."""
-    filled = -(-len(x) // 16) * 16
+    padded = -(-len(x) // 16) * 16
     y = operand(x.float(), recipe.activation) @ operand(w, recipe.weight).T
     bits = random_halves(call.dgrad, len(grad), -(-grad.shape[1] // 16) * 16)
     dx = operand(grad.float(), recipe.gradient, bits) @ operand(w.T.contiguous(), recipe.weight).T
-    bits = random_halves(call.wgrad, grad.shape[1], filled)
-    turned_grad = nn.functional.pad(grad, (0, 0, 0, filled - len(grad))).T.contiguous()
-    turned_x = nn.functional.pad(x, (0, 0, 0, filled - len(x))).T.contiguous()
-    # Turned in the dtype of the activations, then quantized from float32.
+    bits = random_halves(call.wgrad, grad.shape[1], padded)
+    grad_by_token = nn.functional.pad(grad, (0, 0, 0, padded - len(grad))).T.contiguous()
+    x_by_token = nn.functional.pad(x, (0, 0, 0, padded - len(x))).T.contiguous()
+    # Transformed in the dtype of the activations, then quantized from float32.
     if recipe.gradient_along_tokens.hadamard:
-        turned_grad, turned_x = nvfp4.hadamard(turned_grad), nvfp4.hadamard(turned_x)
+        grad_by_token, x_by_token = (
+            nvfp4.hadamard_transform(grad_by_token),
+            nvfp4.hadamard_transform(x_by_token),
+        )
     dw = (
-        operand(turned_grad.float(), replace(recipe.gradient_along_tokens, hadamard=False), bits)
-        @ operand(turned_x.float(), replace(recipe.activation_along_tokens, hadamard=False)).T
+        operand(grad_by_token.float(), replace(recipe.gradient_along_tokens, hadamard=False), bits)
+        @ operand(x_by_token.float(), replace(recipe.activation_along_tokens, hadamard=False)).T
     )
     return y, dx, dw
 
@@ -77,13 +80,13 @@ def gradients(run: Callable[[], Tensor], grad: Tensor, *leaves: Tensor) -> list[
 @pytest.mark.parametrize(("t", "d", "f"), [(1, 16, 16), (37, 40, 24), (64, 32, 72)])
 def test_linear_equals_the_definition(recipe: GemmRecipe, t: int, d: int, f: int) -> None:
     torch.manual_seed(t)
-    dice = Dice(seed=3)
-    layer = NVFP4Linear(d, f, recipe=recipe, dice=dice, number=5)
+    seeds = StochasticSeeds(seed=3)
+    layer = NVFP4Linear(d, f, recipe=recipe, seeds=seeds, number=5)
     x = (torch.randn(t, d) * torch.randn(t, 1).exp()).requires_grad_()
     grad = torch.randn(t, f) * 1e-3
     found = gradients(lambda: layer(x), grad, x, layer.weight)
     expected = slow_linear(
-        x.detach(), layer.weight.detach(), grad, recipe, Dice(seed=3).take(5, "")
+        x.detach(), layer.weight.detach(), grad, recipe, StochasticSeeds(seed=3).next_call(5, "")
     )
     assert [relative_rms(a, b) < CLOSE for a, b in zip(found, expected, strict=True)] == [True] * 3
     plain = x.detach().double() @ layer.weight.detach().double().T
@@ -91,7 +94,7 @@ def test_linear_equals_the_definition(recipe: GemmRecipe, t: int, d: int, f: int
 
 
 def test_linear_reads_bfloat16_under_autocast() -> None:
-    layer = NVFP4Linear(48, 32, dice=Dice(1))
+    layer = NVFP4Linear(48, 32, seeds=StochasticSeeds(1))
     x, grad = torch.randn(3, 20, 48, requires_grad=True), torch.randn(3, 20, 32).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -99,7 +102,7 @@ def test_linear_reads_bfloat16_under_autocast() -> None:
     assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (
         torch.bfloat16, torch.float32, torch.float32,
     )  # fmt: skip
-    rows, call = x.detach().bfloat16().flatten(0, 1), Dice(1).take(0, "")
+    rows, call = x.detach().bfloat16().flatten(0, 1), StochasticSeeds(1).next_call(0, "")
     expected = slow_linear(rows, layer.weight.detach(), grad.flatten(0, 1), FULL, call)
     assert relative_rms(layer.weight.grad, expected[2]) < CLOSE
     for found, exact in ((y, expected[0]), (x.grad, expected[1])):
@@ -114,11 +117,12 @@ def test_mxfp8_linear_equals_the_definition() -> None:
     x, grad = torch.randn(37, 40, requires_grad=True), torch.randn(37, 24)
     found = gradients(lambda: layer(x), grad, x, layer.weight)
 
-    def held(v: Tensor) -> Tensor:
+    def quantized(v: Tensor) -> Tensor:
         return quantize_mxfp8(v.detach().contiguous()).dequantize().double()
 
     w = layer.weight
-    expected = held(x) @ held(w).T, held(grad) @ held(w.T).T, held(grad.T) @ held(x.T).T
+    y, dx = quantized(x) @ quantized(w).T, quantized(grad) @ quantized(w.T).T
+    expected = y, dx, quantized(grad.T) @ quantized(x.T).T
     assert max(relative_rms(a, b) for a, b in zip(found, expected, strict=True)) < CLOSE
     plain = (x @ w.T).detach().double()
     assert 0.005 < relative_rms(found[0], plain) < 0.05
@@ -131,7 +135,7 @@ CONFIG = NemotronConfig(
 
 
 def some_experts(t: int, busy: int = 5) -> tuple[Experts, Tensor, ops.Routing]:
-    """Experts, tokens with outliers, and a routing that leaves at least one expert without work."""
+    """Experts, tokens with outliers, and a routing in which some expert has no token."""
     torch.manual_seed(t)
     experts = Experts(CONFIG)
     for weight in experts.parameters():
@@ -143,29 +147,29 @@ def some_experts(t: int, busy: int = 5) -> tuple[Experts, Tensor, ops.Routing]:
 
 
 def slow_product(
-    x: list[Tensor], w: Tensor, grads: list[Tensor], recipe: GemmRecipe, call: Call
+    x: list[Tensor], w: Tensor, grads: list[Tensor], recipe: GemmRecipe, call: CallSeeds
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """One product per expert: rows, weights and gradients by expert; y and dx by expert, dW."""
-    filled = [-(-len(rows) // 16) * 16 for rows in x]
-    starts = [sum(filled[:e]) for e in range(len(filled))]
+    padded = [-(-len(rows) // 16) * 16 for rows in x]
+    starts = [sum(padded[:e]) for e in range(len(padded))]
     f = w.shape[1]
-    dgrad = random_halves(call.dgrad, sum(filled), -(-f // 16) * 16)
-    wgrad = random_halves(call.wgrad, sum(filled) // 16 * f, 16).view(-1, f, 16)
+    dgrad = random_halves(call.dgrad, sum(padded), -(-f // 16) * 16)
+    wgrad = random_halves(call.wgrad, sum(padded) // 16 * f, 16).view(-1, f, 16)
     y, dx, dw = [], [], torch.zeros(w.shape, dtype=torch.float64)
     for e, (rows, grad) in enumerate(zip(x, grads, strict=True)):
         if not len(rows):
             y.append(rows.new_zeros(0, f).double())
             dx.append(rows.double())
             continue
-        first, chunks = starts[e], slice(starts[e] // 16, (starts[e] + filled[e]) // 16)
+        first, chunks = starts[e], slice(starts[e] // 16, (starts[e] + padded[e]) // 16)
         y.append(operand(rows, recipe.activation) @ operand(w[e], recipe.weight).T)
         bits = dgrad[first : first + len(rows)]
         weight = operand(w[e].T.contiguous(), recipe.weight).T
         dx.append(operand(grad, recipe.gradient, bits) @ weight)
-        fill = (0, 0, 0, filled[e] - len(rows))
+        padding = (0, 0, 0, padded[e] - len(rows))
         bits = wgrad[chunks].transpose(0, 1).flatten(1)
-        left = nn.functional.pad(grad, fill).T.contiguous()
-        right = nn.functional.pad(rows, fill).T.contiguous()
+        left = nn.functional.pad(grad, padding).T.contiguous()
+        right = nn.functional.pad(rows, padding).T.contiguous()
         dw[e] = (
             operand(left, recipe.gradient_along_tokens, bits)
             @ operand(right, recipe.activation_along_tokens).T
@@ -177,19 +181,19 @@ def slow_product(
 @pytest.mark.parametrize("t", [1, 9, 50])
 def test_each_product_of_the_experts_equals_the_definition(recipe: GemmRecipe, t: int) -> None:
     experts, z, routing = some_experts(t)
-    groups = emulated_layers.Groups(routing.indices, 6)
-    x = groups.spread(z.detach(), 3).requires_grad_()
-    real = torch.zeros(groups.rows, dtype=torch.bool)
-    real[groups.places] = True
-    grad = torch.randn(groups.rows, 40) * real.unsqueeze(1)
-    weight, call = experts.up_proj, Call("", 11, 12)
+    by_expert = emulated_layers.TokensByExpert(routing.indices, 6)
+    x = by_expert.scatter(z.detach(), 3).requires_grad_()
+    real = torch.zeros(by_expert.num_rows, dtype=torch.bool)
+    real[by_expert.row_of_pair] = True
+    grad = torch.randn(by_expert.num_rows, 40) * real.unsqueeze(1)
+    weight, call = experts.up_proj, CallSeeds("", 11, 12)
     found = gradients(
-        lambda: emulated_layers._GroupedProduct.apply(x, weight, groups, recipe, call),
+        lambda: emulated_layers._GroupedProduct.apply(x, weight, by_expert, recipe, call),
         grad,
         x,
         weight,
     )
-    owner = groups.owners.repeat_interleave(16)
+    owner = by_expert.expert_of_block.repeat_interleave(16)
     mine = [torch.where(real & (owner == e))[0] for e in range(6)]
     assert len(mine[5]) == 0
     assert sum(map(len, mine)) == 3 * t
@@ -201,7 +205,7 @@ def test_each_product_of_the_experts_equals_the_definition(recipe: GemmRecipe, t
     assert relative_rms(found[0][order], torch.cat(y)) < CLOSE
     assert relative_rms(found[1][order], torch.cat(dx)) < CLOSE
     assert relative_rms(found[2], dw) < CLOSE
-    assert not found[0][~real].any()  # rows that fill up stay zero
+    assert not found[0][~real].any()  # padding rows stay zero
     assert not found[2][5].any()  # an expert without tokens has no gradient
 
 
@@ -222,24 +226,24 @@ def test_experts_have_a_scale_each() -> None:
 
 @pytest.fixture
 def unquantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of the layers when quantizing does nothing."""
+    """The layers, with quantizing switched off."""
 
-    def nothing(x: Tensor, **_: object) -> Tensor:
+    def unchanged(x: Tensor, **_: object) -> Tensor:
         return x
 
-    monkeypatch.setattr(emulated_layers, "fake_quantize", nothing)
-    monkeypatch.setattr(emulated_layers, "fake_quantize_mxfp8", nothing)
+    monkeypatch.setattr(emulated_layers, "fake_quantize", unchanged)
+    monkeypatch.setattr(emulated_layers, "fake_quantize_mxfp8", unchanged)
 
 
 @pytest.mark.usefixtures("unquantized")
 @pytest.mark.parametrize("kind", [NVFP4Linear, MXFP8Linear])
-def test_without_rounding_a_linear_layer_is_left(kind: type) -> None:
-    """Among other things: the Hadamard turns of both inputs of dW cancel."""
+def test_without_rounding_it_is_a_linear_layer(kind: type) -> None:
+    """Among other things: the Hadamard transforms of both operands of dW cancel."""
     plain = nn.Linear(24, 40, bias=False)
     x, grad = torch.randn(2, 21, 24, requires_grad=True), torch.randn(2, 21, 40)
     expected = gradients(lambda: plain(x), grad, x, plain.weight)
     x.grad, plain.weight.grad = None, None
-    layer = kind.over(plain)
+    layer = kind.from_linear(plain)
     assert layer.weight is plain.weight
     found = gradients(lambda: layer(x), grad, x, layer.weight)
     assert max(relative_rms(a, b) for a, b in zip(found, expected, strict=True)) < CLOSE
@@ -247,7 +251,7 @@ def test_without_rounding_a_linear_layer_is_left(kind: type) -> None:
 
 @pytest.mark.usefixtures("unquantized")
 @pytest.mark.parametrize("t", [1, 30])
-def test_without_rounding_the_experts_are_left(t: int) -> None:
+def test_without_rounding_they_are_the_experts(t: int) -> None:
     experts, z, routing = some_experts(t)
     leaves = (z, routing.weights, experts.up_proj, experts.down_proj)
     grad = torch.randn(t, 24)
@@ -260,8 +264,8 @@ def test_without_rounding_the_experts_are_left(t: int) -> None:
     assert max(relative_rms(a, b) for a, b in zip(found, expected, strict=True)) < CLOSE
 
 
-def test_gradients_are_right_on_average_and_only_by_chance() -> None:
-    """Small gradients beside a large one: nearest loses them every time, the dice not on average.
+def test_gradients_are_right_on_average_only_with_stochastic_rounding() -> None:
+    """Small gradients beside a large one: nearest always loses them, stochastic rounding does not.
 
     The block's largest value is 6 times a power of two, so its scale is exact and clips nothing.
     """
@@ -270,33 +274,34 @@ def test_gradients_are_right_on_average_and_only_by_chance() -> None:
     grad[:, 0] = 6.0
     x = torch.zeros(4, 16, requires_grad=True)
     sums = {}
-    for name, recipe in (("chance", FULL), ("nearest", ABLATIONS["stochastic"])):
+    for name, recipe in (("stochastic", FULL), ("nearest", ABLATIONS["stochastic"])):
         layer = NVFP4Linear(16, 16, recipe=recipe)
         layer.weight.data.copy_(w)
         total = torch.zeros(4, 16)
         for i in range(400):
-            layer.dice.at(i)
+            layer.seeds.start_micro_batch(i)
             x.grad = None
             layer(x).backward(grad)
             total += x.grad
         sums[name] = total[:, 1:].mean() / 400
     assert sums["nearest"] == 0
-    # 24,000 throws of 0.5 with probability 0.2: standard error 0.0013
-    assert abs(sums["chance"] - 0.1) < 4 * 0.0013
+    # 24,000 draws of 0.5 with probability 0.2: standard error 0.0013
+    assert abs(sums["stochastic"] - 0.1) < 4 * 0.0013
 
 
-def test_the_dice_know_their_place() -> None:
-    dice = Dice(7)
-    first = [dice.take(0, "a"), dice.take(0, "a"), dice.take(1, "b")]
-    dice.at(1)
-    second = [dice.take(0, "a"), dice.take(1, "b")]
-    seeds = [seed for call in (*first, *second, Dice(8).take(0, "a")) for seed in call[1:]]
-    assert len(set(seeds)) == 12
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    dice.at(0)
-    with torch.no_grad():  # a look at the model in between throws nothing
-        dice.take(0, "a")
-    assert [dice.take(0, "a"), dice.take(0, "a"), dice.take(1, "b")] == first
+def test_seeds_depend_on_their_position_in_the_run() -> None:
+    seeds = StochasticSeeds(7)
+    first = [seeds.next_call(0, "a"), seeds.next_call(0, "a"), seeds.next_call(1, "b")]
+    seeds.start_micro_batch(1)
+    second = [seeds.next_call(0, "a"), seeds.next_call(1, "b")]
+    other_run = StochasticSeeds(8).next_call(0, "a")
+    numbers = [seed for call in (*first, *second, other_run) for seed in call[1:]]
+    assert len(set(numbers)) == 12
+    assert all(0 <= seed < 2**63 for seed in numbers)
+    seeds.start_micro_batch(0)
+    with torch.no_grad():  # an evaluation in between takes no seeds
+        seeds.next_call(0, "a")
+    assert [seeds.next_call(0, "a"), seeds.next_call(0, "a"), seeds.next_call(1, "b")] == first
 
 
 def test_layers_without_gradients() -> None:
@@ -315,7 +320,7 @@ def test_layers_without_gradients() -> None:
     assert z.grad is not None
 
 
-def test_numbers_that_are_none_are_refused_by_name() -> None:
+def test_nan_and_infinity_are_refused_by_name() -> None:
     layer = NVFP4Linear(16, 16, name="backbone.layers.3.mixer.in_proj")
     x = torch.ones(2, 16, requires_grad=True)
     with pytest.raises(ValueError, match=r"the input of backbone\.layers\.3\.mixer\.in_proj"):
@@ -323,4 +328,4 @@ def test_numbers_that_are_none_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"the gradient of backbone\.layers\.3\.mixer\.in_proj's"):
         layer(x).backward(torch.full((2, 16), float("nan")))
     with pytest.raises(ValueError, match="no bias"):
-        NVFP4Linear.over(nn.Linear(4, 4))
+        NVFP4Linear.from_linear(nn.Linear(4, 4))

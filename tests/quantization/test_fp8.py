@@ -52,7 +52,7 @@ def _mxfp8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_power_of_two_for_each_32(dtype: torch.dtype) -> None:
     x = (torch.randn(40, 96) * torch.exp(3 * torch.randn(40, 1))).to(dtype)
-    x[0, :32], x[1, 32:64] = 0, 448 * 2.0**-5  # no exponent at all; exactly a power of two
+    x[0, :32], x[1, 32:64] = 0, 448 * 2.0**-5  # a block of zeros; exactly a power of two
     codes, exponent = _mxfp8(x.float().numpy())
     q = fp8.quantize_mxfp8(x)
     assert np.array_equal(q.scales.numpy(), (exponent + 127).astype(np.uint8))
@@ -71,12 +71,12 @@ def test_nothing_is_clipped() -> None:
     assert ((largest > 208) & (largest <= 448)).all()
 
 
-def test_rows_that_do_not_fill_a_block() -> None:
+def test_rows_are_padded_to_whole_blocks() -> None:
     x = torch.randn(3, 37)
     q = fp8.quantize_mxfp8(x)
     assert q.codes.shape == (3, 64) and q.scales.shape == (3, 2)
-    filled = fp8.quantize_mxfp8(torch.nn.functional.pad(x, (0, 27)))
-    assert torch.equal(q.dequantize(), filled.dequantize()[:, :37])
+    padded = fp8.quantize_mxfp8(torch.nn.functional.pad(x, (0, 27)))
+    assert torch.equal(q.dequantize(), padded.dequantize()[:, :37])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,4 +1,4 @@
-"""A model in 4 and 8 bits: the values that are stored, the files, and what may go wrong."""
+"""A model in 4 and 8 bits: the stored values, the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,48 +8,51 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from nemotron_lite import Nemotron, load, save
 from nemotron_lite.ops import squared_relu
 from nemotron_lite.quantization import (
     bits_per_weight,
     calibrate,
-    pack,
     quantizable_modules,
-    uniform,
+    quantize_model,
+    single_format,
 )
-from nemotron_lite.quantization.packed_layers import Packed, PackedExperts
-from tests.quantization.small import loss_of, text
+from nemotron_lite.quantization.packed_layers import PackedExperts, PackedWeight
+from tests.quantization.learnable_text import loss_of, text
 
 Fresh = Callable[[], Nemotron]
 EXPERTS = "backbone.layers.1.mixer.experts"
 
 
-def test_units_of_a_model(random_model: Nemotron) -> None:
-    parts = {unit.path: unit for unit in quantizable_modules(random_model)}
-    assert len(parts) == 2 + 2 + 2 * 5 + 1 + 2
-    assert parts[EXPERTS].numbers == 2 * 6 * 24 * 16
-    assert parts[EXPERTS].bits("nvfp4") == 6 * 24 * 16 * 4.5 + 6 * 16 * 32 * 4.5, "24 fill up to 32"
-    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "gate")) for name in parts)
-    assert not any(name.startswith(("mtp", "lm_head")) for name in parts)
-    report = {unit.path: unit.formats for unit in quantizable_modules(random_model, "report")}
+def test_quantizable_modules_of_a_model(random_model: Nemotron) -> None:
+    modules = quantizable_modules(random_model)
+    by_path = {module.path: module for module in modules}
+    assert len(modules) == 2 + 2 + 2 * 5 + 1 + 2
+    assert by_path[EXPERTS].num_weights == 2 * 6 * 24 * 16
+    assert by_path[EXPERTS].bits("nvfp4") == 6 * 24 * 16 * 4.5 + 6 * 16 * 32 * 4.5, (
+        "24 padded to 32"
+    )
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "gate")) for name in by_path)
+    assert not any(name.startswith(("mtp", "lm_head")) for name in by_path)
+    report = {m.path: m.formats for m in quantizable_modules(random_model, "report")}
     assert report[EXPERTS] == ("nvfp4",)
     assert report["backbone.layers.3.mixer.o_proj"] == ("fp8", "bf16")
-    mean = bits_per_weight(list(parts.values()), uniform(list(parts.values()), "fp8"))
-    assert mean == 8
+    assert bits_per_weight(modules, single_format(modules, "fp8")) == 8
     with pytest.raises(ValueError, match="choices='all'"):
         quantizable_modules(random_model, "all")
 
 
 @torch.no_grad()
-def test_calibration_is_what_modules_read(random_model: Nemotron) -> None:
+def test_calibration_finds_what_modules_read(random_model: Nemotron) -> None:
     batch = torch.arange(128).view(4, 32)
     found = calibrate(random_model, [batch[:2], batch[2:]])
     assert found.tokens == batch.numel()
     block = random_model.backbone.layers[0]
     normed = block.norm(random_model.backbone.embeddings(batch))
     name = "backbone.layers.0.mixer.in_proj.weight"
-    torch.testing.assert_close(found.inputs[name], normed.abs().max())
+    torch.testing.assert_close(found.input_amax[name], normed.abs().max())
     x = random_model.backbone.embeddings(batch)
     x = block(x)
     moe = random_model.backbone.layers[1]
@@ -58,15 +61,17 @@ def test_calibration_is_what_modules_read(random_model: Nemotron) -> None:
     for e in range(6):
         rows = z[(routing.indices == e).any(1)]
         assert len(rows), "each expert has tokens here"
-        torch.testing.assert_close(found.inputs[f"{EXPERTS}.up_proj"][e], rows.abs().max())
+        torch.testing.assert_close(found.input_amax[f"{EXPERTS}.up_proj"][e], rows.abs().max())
         hidden = squared_relu(rows @ moe.mixer.experts.up_proj[e].mT)
-        torch.testing.assert_close(found.inputs[f"{EXPERTS}.down_proj"][e], hidden.max())
-    assert set(found.caches) == {f"backbone.layers.3.mixer.{n}_proj" for n in "kv"}
+        torch.testing.assert_close(found.input_amax[f"{EXPERTS}.down_proj"][e], hidden.max())
+    assert set(found.kv_amax) == {f"backbone.layers.3.mixer.{n}_proj" for n in "kv"}
 
 
 def test_experts_without_tokens_take_the_largest_of_their_layer(random_model: Nemotron) -> None:
     random_model.backbone.layers[1].mixer.gate.e_score_correction_bias[2] = -100.0
-    found = calibrate(random_model, [torch.arange(128).view(4, 32)]).inputs[f"{EXPERTS}.up_proj"]
+    found = calibrate(random_model, [torch.arange(128).view(4, 32)]).input_amax[
+        f"{EXPERTS}.up_proj"
+    ]
     assert found[2] == found.max()
     assert found.min() < found.max()
 
@@ -78,19 +83,19 @@ def test_saved_loaded_and_loaded_packed_are_one_model(
     model = fresh()
     batch = text(5)
     found = calibrate(model, [text(6)])
-    pack(model, uniform(quantizable_modules(model), form), found, cache=True)
+    quantize_model(model, single_format(quantizable_modules(model), form), found, cache=True)
     assert isinstance(model.backbone.layers[1].mixer.experts, PackedExperts)
     save(model, tmp_path / "m")
     packed, plain = load(tmp_path / "m", packed=True), load(tmp_path / "m", dtype=torch.float32)
     expected = loss_of(model, batch)
-    assert loss_of(packed, batch) == expected, "the very same bits"
+    assert loss_of(packed, batch) == expected, "the same bits"
     assert loss_of(plain, batch) == pytest.approx(expected, abs=1e-4)
     names = load_file(tmp_path / "m" / "model.safetensors")
     scale = names[f"{EXPERTS}.2.down_proj.input_scale"]
     largest = 448 if form == "fp8" else 6 * 448
-    assert scale == found.inputs[f"{EXPERTS}.down_proj"][2] / largest
+    assert scale == found.input_amax[f"{EXPERTS}.down_proj"][2] / largest
     key = "backbone.layers.3.mixer.k_proj"
-    assert names[f"{key}.k_scale"] == found.caches[key] / 448
+    assert names[f"{key}.k_scale"] == found.kv_amax[key] / 448
 
 
 def test_quantized_loss_is_close_and_eight_bits_are_closer(fresh: Fresh) -> None:
@@ -99,7 +104,10 @@ def test_quantized_loss_is_close_and_eight_bits_are_closer(fresh: Fresh) -> None
     gap = {}
     for form in ("nvfp4", "fp8"):
         model = fresh()
-        gap[form] = loss_of(pack(model, uniform(quantizable_modules(model), form)), batch) - plain
+        gap[form] = (
+            loss_of(quantize_model(model, single_format(quantizable_modules(model), form)), batch)
+            - plain
+        )
     assert abs(gap["fp8"]) < 0.03
     assert abs(gap["fp8"]) < abs(gap["nvfp4"]) < 0.6
 
@@ -109,8 +117,8 @@ def test_searched_scales_leave_less_error_than_the_rule(fresh: Fresh) -> None:
     for search in (False, True):
         model = fresh()
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        pack(model, uniform(quantizable_modules(model), "nvfp4"), search=search)
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, Packed)}
+        quantize_model(model, single_format(quantizable_modules(model), "nvfp4"), search=search)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
         errors[search] = sum(
             float((layer.decode(torch.float32) - weights[f"{name}.weight"]).square().sum())
             for name, layer in layers.items()
@@ -124,8 +132,8 @@ def test_a_mix_and_what_stays_plain(fresh: Fresh) -> None:
     before = model.state_dict()
     chosen = {EXPERTS: "nvfp4", "backbone.layers.0.mixer.in_proj": "fp8"}
     chosen["backbone.layers.0.mixer.out_proj"] = "bf16"
-    model = pack(model, chosen).to(torch.bfloat16)
-    packed = {name for name, m in model.named_modules() if isinstance(m, Packed)}
+    model = quantize_model(model, chosen).to(torch.bfloat16)
+    packed = {name for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     assert packed == {
         f"{EXPERTS}.up_proj", f"{EXPERTS}.down_proj", "backbone.layers.0.mixer.in_proj",
     }  # fmt: skip
@@ -137,22 +145,23 @@ def test_a_mix_and_what_stays_plain(fresh: Fresh) -> None:
     assert torch.isfinite(model(text(0)).logits).all()
 
 
-def test_what_cannot_be_packed(fresh: Fresh) -> None:
+def test_what_cannot_be_quantized(fresh: Fresh) -> None:
     model = fresh()
     with pytest.raises(ValueError, match="lm_head: not to be quantized"):
-        pack(model, {"lm_head": "fp8"})
+        quantize_model(model, {"lm_head": "fp8"})
     with pytest.raises(ValueError, match="format 'int4'"):
-        pack(model, {EXPERTS: "int4"})
+        quantize_model(model, {EXPERTS: "int4"})
     with pytest.raises(ValueError, match="needs a calibration"):
-        pack(model, {}, cache=True)
+        quantize_model(model, {}, cache=True)
     with pytest.raises(ValueError, match="no text"):
         calibrate(model, [])
     with torch.no_grad():
         model.backbone.layers[0].mixer.in_proj.weight[0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"in_proj\.weight holds NaN or infinity"):
-        pack(model, {"backbone.layers.0.mixer.in_proj": "nvfp4"})
+        quantize_model(model, {"backbone.layers.0.mixer.in_proj": "nvfp4"})
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, nn.Linear), "the model is unchanged"
     with pytest.raises(ValueError, match="not finite"):
         calibrate(model, [text(0)])
-    packed = pack(fresh(), {EXPERTS: "fp8"})
+    packed = quantize_model(fresh(), {EXPERTS: "fp8"})
     with pytest.raises(ValueError, match="quantized already"):
         quantizable_modules(packed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.data import PackedTokens, pack
+from nemotron_lite.data import ConcatenatedDocuments, concatenate_documents
 from nemotron_lite.model import Nemotron
 
 TINY = NemotronConfig(
@@ -24,11 +24,11 @@ def model() -> Nemotron:
 
 
 @pytest.fixture(scope="session")
-def text() -> PackedTokens:
+def text() -> ConcatenatedDocuments:
     """200 documents that count upwards from a random token: easy to learn, of uneven length."""
     generator = np.random.default_rng(0)
     documents = []
     for _ in range(200):
         start, length = generator.integers(1, 96), generator.integers(5, 60)
         documents.append(np.array([0, *((start + np.arange(length)) % 95 + 1), 0]))
-    return PackedTokens(*pack(documents))
+    return ConcatenatedDocuments(*concatenate_documents(documents))

@@ -11,8 +11,8 @@ from nemotron_lite.train.loss import token_loss
 
 
 def _numbers(seed: int, *shape: int) -> torch.Tensor:
-    dice = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=dice, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("slice_rows", [3, 100])

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from nemotron_lite.data import HeldOut
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import evaluate
-from nemotron_lite.train.evaluate import cut
+from nemotron_lite.train.evaluate import sliding_windows
 
 
 @given(length=st.integers(1, 60), window=st.integers(2, 70))
 def test_windows_score_each_token_once_with_a_quarter_behind_it(length: int, window: int) -> None:
     document = np.arange(length)
     scored: list[int] = []
-    for piece in cut(document, window):
+    for piece in sliding_windows(document, window):
         assert len(piece.tokens) <= window
         new = piece.tokens[piece.first_scored :].tolist()
         assert new
@@ -60,7 +60,7 @@ def test_short_windows_lose_context_only(model: Nemotron, held_out: HeldOut) -> 
     nats, pieces = 0.0, 0
     with torch.no_grad():
         for document in held_out.documents:
-            for piece in cut(document, 16):
+            for piece in sliding_windows(document, 16):
                 tokens = torch.from_numpy(piece.tokens)
                 log_p = model(tokens[None]).logits.log_softmax(-1)[0]
                 for i in range(piece.first_scored, len(tokens)):
@@ -80,7 +80,7 @@ def test_a_model_that_knows_nothing_scores_log_v(model: Nemotron, held_out: Held
 
 
 def test_errors(model: Nemotron, held_out: HeldOut) -> None:
-    with pytest.raises(ValueError, match="window=1 over 5 documents"):
+    with pytest.raises(ValueError, match="window=1 with 5 documents"):
         evaluate(model, held_out, window=1)
-    with pytest.raises(ValueError, match="over 0 documents"):
+    with pytest.raises(ValueError, match="with 0 documents"):
         evaluate(model, HeldOut((), 0))

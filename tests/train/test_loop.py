@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_lite.data import PackedTokens
+from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import TrainConfig, learning_rate, loop, train
 from nemotron_lite.train.balance import expert_loads, sequence_balance_loss, update_biases
 from nemotron_lite.train.loss import token_loss
 from nemotron_lite.train.optimizer import make_optimizer
 
-SMALL = dict(batch_size=4, length=32, lr=1e-2, min_lr=1e-4)
+SMALL = dict(batch_size=4, seq_len=32, lr=1e-2, min_lr=1e-4)
 
 
-def run(model: Nemotron, text: PackedTokens, **changes: Any) -> list[dict[str, Any]]:
+def run(model: Nemotron, text: ConcatenatedDocuments, **changes: Any) -> list[dict[str, Any]]:
     return train(model, text, TrainConfig(**{**SMALL, **changes}), progress=False).history
 
 
-def test_learns_to_count_at_every_depth(model: Nemotron, text: PackedTokens) -> None:
+def test_learns_to_count_at_every_depth(model: Nemotron, text: ConcatenatedDocuments) -> None:
     history = run(model, text, steps=60)
     assert history[0]["ce"] == pytest.approx(4.56, abs=0.15)  # log 96: it knows nothing
     assert history[-1]["ce"] < 2.0
@@ -35,17 +35,19 @@ def test_learns_to_count_at_every_depth(model: Nemotron, text: PackedTokens) -> 
     assert history[-1]["tokens"] == 60 * 4 * 32
 
 
-def test_two_updates_by_hand(model: Nemotron, text: PackedTokens) -> None:
+def test_two_updates_by_hand(model: Nemotron, text: ConcatenatedDocuments) -> None:
     """The same weights and biases as a loop written out here, without slices or micro-batches."""
     other = copy.deepcopy(model)
-    config = TrainConfig(steps=2, accumulation=1, warmup=0.5, decay=0.5, **SMALL)
+    config = TrainConfig(
+        steps=2, gradient_accumulation_steps=1, warmup_fraction=0.5, decay_fraction=0.5, **SMALL
+    )
     history = train(model, text, config, progress=False).history
 
     optimizer = make_optimizer(
         other, lr=1e-2, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     for step in (1, 2):
-        batch = text.batch(step - 1, batch_size=4, length=32, seed=0)
+        batch = text.batch(step - 1, batch_size=4, seq_len=32, seed=0)
         out = other.forward_hidden(
             batch.tokens, seq_idx=batch.seq_idx, mtp_depths=2, router_stats=True
         )
@@ -55,7 +57,9 @@ def test_two_updates_by_hand(model: Nemotron, text: PackedTokens) -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / 2, peak=1e-2, floor=1e-4, warmup=0.5, decay=0.5)
+            group["lr"] = learning_rate(
+                step / 2, peak=1e-2, floor=1e-4, warmup_fraction=0.5, decay_fraction=0.5
+            )
         optimizer.step()
         optimizer.zero_grad()
         update_biases(other, expert_loads(out.router), 1e-3)
@@ -70,9 +74,9 @@ def test_two_updates_by_hand(model: Nemotron, text: PackedTokens) -> None:
 
 
 def test_biases_move_once_per_update_whatever_the_accumulation(
-    model: Nemotron, text: PackedTokens
+    model: Nemotron, text: ConcatenatedDocuments
 ) -> None:
-    run(model, text, steps=3, accumulation=3, batch_size=2)
+    run(model, text, steps=3, gradient_accumulation_steps=3, batch_size=2)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             moves = buffer / 1e-3
@@ -81,14 +85,14 @@ def test_biases_move_once_per_update_whatever_the_accumulation(
             assert moves.abs().max() <= 3.001
 
 
-def test_accumulation_equals_a_larger_batch(model: Nemotron, text: PackedTokens) -> None:
+def test_accumulation_equals_a_larger_batch(model: Nemotron, text: ConcatenatedDocuments) -> None:
     """Three micro-batches of two rows, or one batch of the same six rows."""
     joined = copy.deepcopy(model)
 
     class Joined:
-        def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Any:
+        def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Any:
             parts = [
-                text.batch(3 * index + i, batch_size=batch_size // 3, length=length, seed=seed)
+                text.batch(3 * index + i, batch_size=batch_size // 3, seq_len=seq_len, seed=seed)
                 for i in range(3)
             ]
             return parts[0]._replace(
@@ -96,7 +100,7 @@ def test_accumulation_equals_a_larger_batch(model: Nemotron, text: PackedTokens)
                 seq_idx=torch.cat([p.seq_idx for p in parts]),
             )
 
-    a = run(model, text, steps=4, batch_size=2, accumulation=3)
+    a = run(model, text, steps=4, batch_size=2, gradient_accumulation_steps=3)
     b = train(joined, Joined(), TrainConfig(steps=4, **{**SMALL, "batch_size": 6}), progress=False)
     for x, y in zip(a, b.history, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
@@ -105,7 +109,9 @@ def test_accumulation_equals_a_larger_batch(model: Nemotron, text: PackedTokens)
         assert x["max_vio"] == pytest.approx(y["max_vio"])
 
 
-def test_log_file_is_the_history(model: Nemotron, text: PackedTokens, tmp_path: Path) -> None:
+def test_log_file_is_the_history(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
     seen: list[dict[str, Any]] = []
     result = train(
         model, text, TrainConfig(steps=3, **SMALL), out_dir=tmp_path, progress=False,
@@ -125,12 +131,12 @@ def test_log_file_is_the_history(model: Nemotron, text: PackedTokens, tmp_path: 
 
 
 def test_a_clock_ends_the_run_with_the_decay_done(
-    model: Nemotron, text: PackedTokens, monkeypatch: pytest.MonkeyPatch
+    model: Nemotron, text: ConcatenatedDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock of our own: gradients take a second, and so does each update after them."""
     ticks = count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    shape = dict(warmup=0.1, decay=0.5)
+    shape = dict(warmup_fraction=0.1, decay_fraction=0.5)
     config = TrainConfig(max_seconds=41.0, **shape, **SMALL)
     result = train(model, text, config, progress=False)
     # each update reads the clock at 0, 1 and 2 seconds and the rate is set at second 1; the clock
@@ -144,13 +150,13 @@ def test_a_clock_ends_the_run_with_the_decay_done(
     assert not result.interrupted
 
 
-def test_steps_can_end_a_run_before_its_clock(model: Nemotron, text: PackedTokens) -> None:
+def test_steps_can_end_a_run_before_its_clock(model: Nemotron, text: ConcatenatedDocuments) -> None:
     result = train(model, text, TrainConfig(steps=2, max_seconds=600.0, **SMALL), progress=False)
     assert result.step == 2
     assert result.history[-1]["lr"] == 1e-4
 
 
-def test_bf16_trains_float32_weights(model: Nemotron, text: PackedTokens) -> None:
+def test_bf16_trains_float32_weights(model: Nemotron, text: ConcatenatedDocuments) -> None:
     exact = copy.deepcopy(model)
     a = run(model, text, steps=8, precision="bf16")
     b = run(exact, text, steps=8)
@@ -159,7 +165,9 @@ def test_bf16_trains_float32_weights(model: Nemotron, text: PackedTokens) -> Non
     assert a[-1]["ce"] != b[-1]["ce"]
 
 
-def test_without_mtp_weight_the_module_stays_as_it_was(model: Nemotron, text: PackedTokens) -> None:
+def test_without_mtp_weight_the_module_stays_as_it_was(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> None:
     before = copy.deepcopy(model.mtp.state_dict())
     history = run(model, text, steps=2, mtp_weight=0.0)
     assert history[0]["mtp"] == []
@@ -167,8 +175,8 @@ def test_without_mtp_weight_the_module_stays_as_it_was(model: Nemotron, text: Pa
         assert torch.equal(tensor, before[name]), name
 
 
-def test_half_precision_weights_are_refused(model: Nemotron, text: PackedTokens) -> None:
-    with pytest.raises(ValueError, match=r"torch.bfloat16: train float32 weights"):
+def test_half_precision_weights_are_refused(model: Nemotron, text: ConcatenatedDocuments) -> None:
+    with pytest.raises(ValueError, match=r"torch.bfloat16: expected float32"):
         run(model.bfloat16(), text, steps=1)
 
 
@@ -179,11 +187,14 @@ def test_half_precision_weights_are_refused(model: Nemotron, text: PackedTokens)
         (dict(steps=0), "steps=0 does not work: expected a whole number"),
         (dict(max_seconds=-1.0), "max_seconds=-1.0"),
         (dict(steps=1, batch_size=0), "batch_size=0"),
-        (dict(steps=1, keep=0), "keep=0"),
+        (dict(steps=1, keep_checkpoints=0), "keep_checkpoints=0"),
         (dict(steps=1, lr=0.0), "lr=0.0"),
         (dict(steps=1, lr=float("nan")), "lr=nan"),
         (dict(steps=1, min_lr=1.0), "min_lr=1.0"),
-        (dict(steps=1, warmup=0.7, decay=0.5), r"warmup=0.7 .* room for decay=0.5"),
+        (
+            dict(steps=1, warmup_fraction=0.7, decay_fraction=0.5),
+            r"warmup_fraction=0.7 .* decay_fraction=0.5",
+        ),
         (dict(steps=1, betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\)"),
         (dict(steps=1, precision="fp8"), "precision='fp8'"),
         (dict(steps=1, seed=-1), "seed=-1"),

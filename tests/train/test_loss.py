@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron_lite.data import Batch, PackedTokens
+from nemotron_lite.data import Batch, ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.loss import count_targets, targets, token_loss, weighted_cross_entropy
 
@@ -121,10 +121,10 @@ def brute_force(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("depths", [0, 1, 2])
 def test_labels_of_every_depth_against_brute_force(
-    model: Nemotron, text: PackedTokens, packed: bool, masked: bool, depths: int
+    model: Nemotron, text: ConcatenatedDocuments, packed: bool, masked: bool, depths: int
 ) -> None:
     model = model.double()
-    batch = text.batch(0, batch_size=3, length=40, seed=0)
+    batch = text.batch(0, batch_size=3, seq_len=40, seed=0)
     mask = None
     if masked:
         mask = torch.rand(3, 40) > 0.3
@@ -161,10 +161,12 @@ def test_targets_never_cross_a_document() -> None:
         targets(Batch(tokens), 5)
 
 
-def test_accumulated_shares_add_up_to_the_whole(model: Nemotron, text: PackedTokens) -> None:
+def test_accumulated_shares_add_up_to_the_whole(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> None:
     """Two halves with very different numbers of targets give the loss and gradient of the whole."""
     model = model.double()
-    whole = text.batch(0, batch_size=4, length=30, seed=0)
+    whole = text.batch(0, batch_size=4, seq_len=30, seed=0)
     mask = torch.ones(4, 30, dtype=torch.bool)
     mask[:2, 5:] = False
     whole = whole._replace(mask=mask)

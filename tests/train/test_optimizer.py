@@ -70,5 +70,7 @@ def test_clipping_keeps_the_direction() -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run(bad: float) -> None:
     a = torch.zeros(2, requires_grad=True)
     a.grad = torch.tensor([1.0, bad])
-    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf): lower the learning"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradient norm is (nan|inf), .*: lower the learning"
+    ):
         clip_gradients([a], 1.0)

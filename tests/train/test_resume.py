@@ -14,11 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_lite.data import PackedTokens
+from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import ResumeError, TrainConfig, loop, train
 
-RECIPE = dict(steps=12, batch_size=2, length=24, accumulation=2, lr=1e-2, min_lr=1e-4, save_every=4)
+RECIPE = dict(
+    steps=12,
+    batch_size=2,
+    seq_len=24,
+    gradient_accumulation_steps=2,
+    lr=1e-2,
+    min_lr=1e-4,
+    save_every=4,
+)
 TIMES = ("seconds", "tokens_per_second")  # the only fields of a record that may differ
 
 
@@ -31,7 +39,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def whole(model: Nemotron, text: PackedTokens) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def whole(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Records and weights of the run that nothing happened to."""
     fresh = Nemotron(model.config, seed=0)
     history = train(fresh, text, TrainConfig(**RECIPE), progress=False).history
@@ -44,7 +54,7 @@ class PulledPlugError(Exception):
 
 @pytest.mark.parametrize("at", [2, 4, 6, 11])
 def test_a_killed_run_goes_on_bit_for_bit(
-    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path, at: int
+    model: Nemotron, text: ConcatenatedDocuments, whole: Any, tmp_path: Path, at: int
 ) -> None:
     def pull_the_plug(record: dict[str, Any]) -> None:
         if record["step"] == at:
@@ -73,7 +83,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def test_resume_restores_the_random_state(
-    model: Nemotron, text: PackedTokens, tmp_path: Path
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
 ) -> None:
     """What draws random numbers during training (dropout, one day) draws the same ones."""
     config = TrainConfig(**{**RECIPE, "steps": 4})
@@ -86,7 +96,7 @@ def test_resume_restores_the_random_state(
 
 
 def test_a_finished_run_has_nothing_left_to_do(
-    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path
+    model: Nemotron, text: ConcatenatedDocuments, whole: Any, tmp_path: Path
 ) -> None:
     train(model, text, TrainConfig(**RECIPE), out_dir=tmp_path, progress=False)
     result = train(
@@ -98,11 +108,11 @@ def test_a_finished_run_has_nothing_left_to_do(
 
 
 def test_runs_are_not_overwritten_or_mixed(
-    model: Nemotron, text: PackedTokens, tmp_path: Path
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
 ) -> None:
     config = TrainConfig(**RECIPE)
     train(model, text, config, out_dir=tmp_path, progress=False)
-    with pytest.raises(ResumeError, match="already holds a run: pass resume=True"):
+    with pytest.raises(ResumeError, match="already holds a run: give resume=True"):
         train(model, text, config, out_dir=tmp_path, progress=False)
     changed = TrainConfig(**{**RECIPE, "lr": 0.02})
     with pytest.raises(ResumeError, match=r"lr was 0.01 .* is 0.02 now"):
@@ -110,12 +120,12 @@ def test_runs_are_not_overwritten_or_mixed(
     wider = Nemotron(model.config.replace(moe_intermediate_size=16))
     with pytest.raises(ResumeError, match="moe_intermediate_size was 24"):
         train(wider, text, config, out_dir=tmp_path, resume=True, progress=False)
-    with pytest.raises(ResumeError, match="needs the out_dir"):
+    with pytest.raises(ResumeError, match="needs out_dir"):
         train(model, text, config, resume=True, progress=False)
 
 
 def test_a_stop_request_ends_after_the_update_and_saves(
-    model: Nemotron, text: PackedTokens, whole: Any, tmp_path: Path
+    model: Nemotron, text: ConcatenatedDocuments, whole: Any, tmp_path: Path
 ) -> None:
     def stop(record: dict[str, Any]) -> None:
         if record["step"] == 5:
@@ -133,7 +143,7 @@ def test_a_stop_request_ends_after_the_update_and_saves(
 
 
 def test_a_second_request_stops_at_once(
-    model: Nemotron, text: PackedTokens, request: pytest.FixtureRequest
+    model: Nemotron, text: ConcatenatedDocuments, request: pytest.FixtureRequest
 ) -> None:
     # A shell that starts the tests in the background has them ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -148,7 +158,7 @@ def test_a_second_request_stops_at_once(
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(
-    model: Nemotron, text: PackedTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = loop.clip_gradients, []
 
@@ -168,7 +178,7 @@ SCRIPT = """
 import sys
 import numpy as np
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.data import PackedTokens
+from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import TrainConfig, train
 
@@ -177,9 +187,9 @@ config = NemotronConfig(
     ssm_state_size=8, n_routed_experts=4, moe_intermediate_size=8,
     moe_shared_expert_intermediate_size=16,
 )
-text = PackedTokens(np.random.default_rng(0).integers(0, 64, 5000), np.array([0]))
+text = ConcatenatedDocuments(np.random.default_rng(0).integers(0, 64, 5000), np.array([0]))
 result = train(
-    Nemotron(config, seed=0), text, TrainConfig(steps=100_000, batch_size=2, length=16),
+    Nemotron(config, seed=0), text, TrainConfig(steps=100_000, batch_size=2, seq_len=16),
     out_dir=sys.argv[1], progress=False,
 )
 print("stopped at", result.step, result.interrupted, flush=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nemotron_lite.train import learning_rate
 
-SUPER = dict(peak=4.5e-4, floor=4.5e-6, warmup=0.008, decay=0.2)
+SUPER = dict(peak=4.5e-4, floor=4.5e-6, warmup_fraction=0.008, decay_fraction=0.2)
 
 
 def test_super_at_its_milestones() -> None:
@@ -26,7 +26,9 @@ def test_super_at_its_milestones() -> None:
 def test_every_update_of_a_run_of_steps() -> None:
     steps, warmup, decay = 200, 20, 80
     for s in range(1, steps + 1):
-        found = learning_rate(s / steps, peak=1.0, floor=0.1, warmup=0.1, decay=0.4)
+        found = learning_rate(
+            s / steps, peak=1.0, floor=0.1, warmup_fraction=0.1, decay_fraction=0.4
+        )
         if s <= warmup:
             expected = s / warmup
         elif s <= steps - decay:
@@ -45,7 +47,7 @@ def test_every_update_of_a_run_of_steps() -> None:
 def test_rises_stays_falls_and_stays_in_bounds(
     progress: float, later: float, warmup: float, decay: float
 ) -> None:
-    shape = dict(peak=2.0, floor=0.5, warmup=warmup, decay=decay)
+    shape = dict(peak=2.0, floor=0.5, warmup_fraction=warmup, decay_fraction=decay)
     progress, later = sorted((progress, later))
     a, b = learning_rate(progress, **shape), learning_rate(later, **shape)
     assert 0 <= a <= 2.0
@@ -58,13 +60,13 @@ def test_rises_stays_falls_and_stays_in_bounds(
 
 def test_edges_without_warm_up_or_decay() -> None:
     shape = dict(peak=1.0, floor=0.0)
-    assert learning_rate(0.0, warmup=0.0, decay=0.0, **shape) == 1.0
-    assert learning_rate(1.0, warmup=0.0, decay=0.0, **shape) == 1.0
-    assert learning_rate(0.5, warmup=1.0, decay=0.0, **shape) == 0.5
-    assert learning_rate(0.25, warmup=0.0, decay=1.0, **shape) == 0.5
+    assert learning_rate(0.0, warmup_fraction=0.0, decay_fraction=0.0, **shape) == 1.0
+    assert learning_rate(1.0, warmup_fraction=0.0, decay_fraction=0.0, **shape) == 1.0
+    assert learning_rate(0.5, warmup_fraction=1.0, decay_fraction=0.0, **shape) == 0.5
+    assert learning_rate(0.25, warmup_fraction=0.0, decay_fraction=1.0, **shape) == 0.5
 
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, math.nan])
 def test_progress_outside_the_run(progress: float) -> None:
-    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+    with pytest.raises(ValueError, match="expected a number from 0 to 1"):
         learning_rate(progress, **SUPER)

@@ -1,16 +1,17 @@
-"""Figures: plotly drawings as pure functions of arrays, one theme, and a text for each.
+"""Plotly figures as functions of arrays, with one theme and an alternative text for each figure.
 
-    theme       colours, dashes, markers and fonts; what is readable is computed, not guessed
-    base        `described` (a figure with its text), `lines` and `matrix`
+    theme       colours, dashes, markers and fonts, and the contrast between two colours
+    figure      `described` (a figure with its text), `lines` and `matrix`
     model_map   the layers of a config as blocks
     widgets     sliders over a live figure
-    blueprint, scan, ssd, recall   the figures of one chapter each; import them by name
 
-A function here takes arrays or a config and returns a figure that `described` has given an
-alternative text: what is to be seen, for a reader who cannot see it, for the notebook that is not
-running, and for the test that compares outputs. `show` refuses a figure without one.
+The figures of a single chapter are in the `figures.py` of that chapter.
 
-This room needs the `lab` extra (plotly, ipywidgets, anywidget); `import nemotron_lite` does not.
+A function here takes arrays or a config and returns a figure with an alternative text, set by
+`described`. The text says what the figure shows: for a reader who cannot see it, for a notebook
+without a kernel, and for the test that compares outputs. `show` refuses a figure without one.
+
+This package needs the `lab` extra (plotly, ipywidgets, anywidget); `import nemotron_lite` does not.
 """
 
 from nemotron_lite.course.plotting.figure import alt_of, described, lines, matrix

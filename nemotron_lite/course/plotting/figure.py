@@ -4,10 +4,10 @@
 
     return described(fig, "Two lines over time: the error of the chunked scan stays flat, …")
 
-It dresses the figure in the theme, refuses what cannot be read (type below 12 px, a text too short
-to tell anything), and keeps the text in `fig.layout.meta["alt"]`, where it travels with the figure:
-into the notebook, into the widget, into the test. The text says what is to be seen, in words that
-hold on any machine; measured numbers do not belong in it, because the notebook test compares it.
+It applies the theme, refuses a figure that cannot be read (fonts below 12 px, a text that is too
+short), and stores the text in `fig.layout.meta["alt"]`. From there the notebook, the widget and the
+tests read it. The text says what the figure shows, in words that are true on any machine. It has no
+measured numbers, because the notebook test compares it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from plotly.basedatatypes import BaseFigure
 
+from nemotron_lite.course.display import SHORTEST_ALT
 from nemotron_lite.course.plotting import theme
-
-SHORTEST_ALT = 40  # characters
 
 # go.Figure and go.FigureWidget are siblings; this is what they share.
 AnyFigure = TypeVar("AnyFigure", bound=BaseFigure)
@@ -32,21 +31,21 @@ def described(fig: AnyFigure, alt: str) -> AnyFigure:
     """Give `fig` the theme and its alternative text; returns the same figure.
 
     Raises:
-        ValueError: the text is shorter than 40 characters or only the title again, or some type
-            in the figure is set below 12 px.
+        ValueError: the text is shorter than 40 characters or equal to the title, or a font in the
+            figure is smaller than 12 px.
     """
     alt = " ".join(alt.split())
     if len(alt) < SHORTEST_ALT:
         raise ValueError(
             f"alt text {alt!r} has {len(alt)} characters, expected at least {SHORTEST_ALT}: say "
-            "what is to be seen, which way the lines go and where they part."
+            "what the figure shows, which way the lines go and where they separate."
         )
     if alt == (fig.layout.title.text or ""):
-        raise ValueError(f"alt text {alt!r} is the title again; say what the plot shows.")
+        raise ValueError(f"alt text {alt!r} equals the title; say what the plot shows.")
     small = [f"{where}={size}" for where, size in _font_sizes(fig) if size < theme.SMALLEST]
     if small:
         raise ValueError(
-            f"{', '.join(small)}: type below {theme.SMALLEST} px cannot be read; make it larger, "
+            f"{', '.join(small)}: fonts below {theme.SMALLEST} px are too small; make them larger, "
             "or show fewer labels."
         )
     meta = fig.layout.meta if isinstance(fig.layout.meta, dict) else {}
@@ -55,7 +54,7 @@ def described(fig: AnyFigure, alt: str) -> AnyFigure:
 
 
 def alt_of(fig: BaseFigure | Mapping[str, Any]) -> str | None:
-    """The alternative text of a figure, or of a figure's JSON; None where it has none."""
+    """The alternative text of a figure, or of a figure's JSON; None if it has none."""
     layout = fig.get("layout", {}) if isinstance(fig, Mapping) else fig.layout
     meta = layout.get("meta") if isinstance(layout, Mapping) else layout.meta
     return meta.get("alt") if isinstance(meta, Mapping) else None
@@ -78,10 +77,10 @@ def lines(
 
     Args:
         x: `n` positions, shared by all lines.
-        series: name → `n` values; nan leaves a gap.
+        series: name → `n` values; nan makes a gap.
         title: what the plot shows.
-        x_title: what runs along, with its unit.
-        y_title: what goes up, with its unit.
+        x_title: label of the x axis, with its unit.
+        y_title: label of the y axis, with its unit.
         alt: the alternative text (see `described`).
         log_x: a logarithmic axis.
         log_y: a logarithmic axis.
@@ -89,13 +88,13 @@ def lines(
         height: pixels.
 
     Raises:
-        ValueError: a line has another length than x, or there are more lines than signs.
+        ValueError: a line has another length than x, or there are more lines than line styles.
     """
     at = np.asarray(x)
     if len(series) > len(theme.SERIES):
         raise ValueError(
-            f"{len(series)} lines, but only {len(theme.SERIES)} can be told apart without colour; "
-            "split them over two figures."
+            f"{len(series)} lines; at most {len(theme.SERIES)} can be told apart without colour. "
+            "Split them over two figures."
         )
     fig = go.Figure()
     for name, values in series.items():
@@ -126,7 +125,7 @@ def matrix(
     """A matrix as a picture, first row on top.
 
     Args:
-        values: `rows columns`; nan is left blank.
+        values: `rows columns`; nan is drawn blank.
         title: what the matrix is.
         alt: the alternative text (see `described`).
         x_title: what the columns are.

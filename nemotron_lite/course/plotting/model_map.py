@@ -1,12 +1,13 @@
-"""The layers of a model as a row of blocks: where we are in it.
+"""A map of the layers of a model: one block for each layer.
 
-A Nemotron model is a string, one character a layer. The map writes that string in rows, first layer
-top left, one block a character with its letter inside, so that the rhythm of the pattern can be
-seen: M and E in turn, and an attention layer every few pairs. The kinds that a chapter speaks of
-are filled strongly; the others stay pale. Each block says on hover what the ledger counts for it.
+The pattern of a Nemotron model is a string, one character for each layer. The map writes it in
+rows, first layer top left, one block with its letter for each character. It shows the regularity of
+the pattern: M and E in turn, and an attention layer after every few pairs. The kinds of layer that
+a chapter is about are filled strongly, the others are pale. Hovering over a block shows what the
+ledger counts for it.
 
-The letters of the blocks are the pattern itself, so nothing hangs on colour. What is left out: the
-sizes inside a layer (docs/architecture.svg shows one of each kind opened up).
+Each block has the letter of its layer, so the map can be read without colour. Left out: the sizes
+inside a layer (docs/architecture.svg shows the inside of each kind).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described
 
-PER_ROW = 24  # blocks, at most: a row of a phone-wide notebook still shows its letters
+PER_ROW = 24  # blocks, at most: the letters can still be read on a phone
 
 
 def model_map(
@@ -36,12 +37,12 @@ def model_map(
         config: the model.
         highlight: which layers to fill strongly: kinds as in the pattern ("M", "*E"), "MTP" for
             the multi-token prediction module, or layer numbers. None fills none.
-        title: over the map; by default the count of layers of each kind.
+        title: of the map; by default the number of layers of each kind.
 
     Raises:
         ValueError: `highlight` names a kind or a layer that the model does not have.
     """
-    strong, spoken = _highlighted(config, highlight)
+    strong, description = _highlighted(config, highlight)
     columns = ceil(config.num_layers / ceil(config.num_layers / PER_ROW))
     rows = ceil(config.num_layers / columns)
     sizes = ledger.parameters(config).layers
@@ -72,13 +73,13 @@ def model_map(
         )
     _axes(fig, columns, rows, config)
     fig.update_layout(title_text=title or f"{config.num_layers} layers: {_counts(config)}")
-    return described(fig, _alt(config, spoken))
+    return described(fig, _alt(config, description))
 
 
 def _highlighted(
     config: NemotronConfig, highlight: str | Collection[int] | None
 ) -> tuple[set[int], str]:
-    """Numbers of the layers to fill strongly, and how to say which they are."""
+    """Numbers of the layers to fill strongly, and a description of them."""
     if highlight is None or highlight == "MTP":
         if highlight and not config.mtp_pattern:
             raise ValueError("highlight='MTP', but this model has no MTP module (mtp_pattern='').")
@@ -108,7 +109,7 @@ def _blocks(
     letters: str | list[str],
     hover: list[str],
 ) -> dict[str, object]:
-    """One trace of blocks: bars that float in their row, so that they stretch with the page."""
+    """One trace of blocks; they are bars, so that they become wider with the page."""
     look = theme.KINDS[kind]
     fills = [look.strong if s else look.pale for s in strong]
     return dict(
@@ -123,7 +124,7 @@ def _blocks(
 
 
 def _axes(fig: go.Figure, columns: int, rows: int, config: NemotronConfig) -> None:
-    """Rows named by their first layer; no grid and no columns to count."""
+    """Name each row by its first layer; hide the grid and the x axis."""
     names = [f"layer {row * columns}" for row in range(rows)]
     if config.mtp_pattern:
         names.append("MTP")
@@ -142,8 +143,8 @@ def _counts(config: NemotronConfig) -> str:
     return ", ".join(f"{config.pattern.count(k)} {theme.KINDS[k].name}" for k in kinds)
 
 
-def _alt(config: NemotronConfig, spoken: str) -> str:
+def _alt(config: NemotronConfig, description: str) -> str:
     text = f"Map of {config.num_layers} layers in the order {config.pattern}: {_counts(config)}."
     if config.mtp_pattern:
         text += f" Below them one MTP module, {config.mtp_pattern}."
-    return text + (f" Filled strongly: {spoken.rsplit(' ', 1)[0]}." if spoken else "")
+    return text + (f" Filled strongly: {description.rsplit(' ', 1)[0]}." if description else "")

@@ -1,17 +1,17 @@
-"""One look for every figure, and the arithmetic that says it can be read.
+"""One theme for every figure, and the contrast of its colours.
 
-A figure stands on a light card with dark text, so that it reads the same in JupyterLab's light and
-dark themes. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color, 2008), which stay apart
-for colour-blind readers. Three of the eight are too pale for a thin line on a light card (WCAG 2.2
-asks 3:1 of graphics and 4.5:1 of text), so lines use a darker shade of the same hue:
+A figure has a light background and dark text, so that it looks the same in JupyterLab's light and
+dark themes. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color, 2008), which colour-blind
+readers can distinguish. Three of the eight are too pale for a thin line on a light background (WCAG
+2.2 requires 3:1 for graphics and 4.5:1 for text), so lines use a darker shade of the same hue:
 
     contrast(a, b) = (L_a + 0.05) / (L_b + 0.05),  L the relative luminance of the lighter first
 
-Nothing is told by colour alone: each series has its dash and its marker as well, and `template`
-hands them out in order to the lines of a figure.
+No information is in the colour alone: each series also has its own dash and marker, and `template`
+assigns them to the lines of a figure in order.
 
-What it leaves out: a dark variant. A figure is also a picture in a committed notebook, which cannot
-know the reader's theme.
+Left out: a dark variant. A figure is also a picture in a committed notebook, which cannot know the
+reader's theme.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# Okabe and Ito's eight, by the names they gave them: for areas, and for what has a dark outline.
+# The eight colours of Okabe and Ito with their names, for areas and for shapes with a dark outline.
 PALETTE = {
     "black": "#000000",
     "orange": "#E69F00",
@@ -33,8 +33,8 @@ PALETTE = {
     "purple": "#CC79A7",
 }
 
-CARD = "#F6F8FA"  # the paper around a plot
-PLOT = "#FFFFFF"  # where the data stand
+CARD = "#F6F8FA"  # background around a plot
+PLOT = "#FFFFFF"  # background of the data
 INK = "#1F2328"
 MUTED = "#57606A"
 GRID = "#D8DEE4"
@@ -46,7 +46,7 @@ SMALLEST = 12  # pixels
 
 
 class Series(NamedTuple):
-    """How one line of a plot looks: three signs, any of which is enough to tell it apart."""
+    """Style of one line; colour, dash or marker alone are enough to recognize it."""
 
     name: str
     colour: str
@@ -65,7 +65,7 @@ SERIES = (
 
 
 class Kind(NamedTuple):
-    """How a kind of layer looks in every diagram: a pale and a strong fill, and its outline."""
+    """Style of one kind of layer in every diagram: a pale and a strong colour."""
 
     letter: str
     name: str
@@ -82,7 +82,8 @@ KINDS = {
     "MTP": Kind("P", "multi-token prediction", "#F1DCE8", "#A8487F"),
 }
 
-# Light to dark, so that print and every eye order it alike (cividis, Nuñez and others 2018).
+# Light to dark, so that the order is also clear in print and to colour-blind readers
+# (cividis, Nuñez and others 2018).
 SEQUENTIAL = [
     [0.0, "#FDE737"], [0.25, "#BCAF6F"], [0.5, "#7D7C78"], [0.75, "#414D6B"], [1.0, "#00224E"],
 ]  # fmt: skip
@@ -105,7 +106,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def text_on(fill: str) -> str:
-    """The ink, or white, whichever reads better on `fill`."""
+    """The dark text colour or white, whichever has more contrast on `fill`."""
     return max((INK, "#FFFFFF"), key=lambda ink: contrast(ink, fill))
 
 
@@ -143,6 +144,6 @@ template = _template()
 
 
 def use() -> None:
-    """Make this the look of every figure of the session, also of one that plotly makes alone."""
+    """Make this the default theme of plotly for the session."""
     pio.templates[NAME] = template
     pio.templates.default = NAME

@@ -1,15 +1,15 @@
-"""Sliders over a live figure: drag, and see it move.
+"""Sliders that change a live figure while they are dragged.
 
     view = explore(figure, update, dt=slider("step dt", 0.001, 1.0, value=0.1, log=True))
     show(view, figure)
 
-`update(fig, dt=…)` changes the traces of the live figure. All its changes leave as one message
-(`batch_update`), so the picture never shows half of them. What it returns, if a string, is shown
-under the figure: the same answer in words, for a reader who cannot see the lines. An update has
-200 ms, beyond which a slider feels broken; whatever costs more is computed before. An error inside
-an update would vanish into a log that nobody reads, so it is shown in the same place.
+`update(fig, dt=…)` changes the traces of the live figure. All its changes are sent as one message
+(`batch_update`), so the browser never draws half of them. If it returns a string, that is shown
+below the figure: the same result in words, for a reader who cannot see the lines. An update may
+take 200 ms; a slower slider feels broken, so anything expensive is computed before. An error in an
+update would only appear in a log that nobody reads, so it is shown below the figure too.
 
-At rest, when no kernel runs, `show` leaves the figure's picture and its text instead.
+When no kernel runs, the picture of the figure and its text, stored by `show`, take its place.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import plotly.graph_objects as go
 
 from nemotron_lite.course.plotting.figure import alt_of, described
 
-BUDGET = 0.2  # seconds between the hand and the picture
+BUDGET = 0.2  # seconds from moving a slider to the new picture
 
 Update = Callable[..., Any]
 
 
 def live(figure: go.Figure) -> go.FigureWidget:
-    """The same figure, able to change while it is shown. The text goes with it.
+    """The figure as a FigureWidget, which can change while it is shown, with the same text.
 
     Raises:
         ValueError: the figure has no alternative text.
@@ -50,21 +50,21 @@ def slider(
     step: float | int | None = None,
     log: bool = False,
 ) -> ipywidgets.Widget:
-    """A slider that answers while it is dragged.
+    """A slider that sends its value while it is dragged.
 
-    Whole numbers for `low`, `high` and `step` give whole numbers. With `log` the way between low
-    and high is walked in equal ratios, in a hundred steps.
+    If `low`, `high` and `step` are integers, so is the value. With `log` the slider has a hundred
+    steps of equal ratio.
 
     Args:
         label: the quantity and its unit.
         low: the smallest value; above 0 with `log`.
         high: the largest value.
-        value: where it starts (low, if not given).
+        value: the initial value; None starts at low.
         step: the smallest move; not with `log`.
         log: equal ratios instead of equal differences.
 
     Raises:
-        ValueError: the range is empty, the start lies outside, or `log` meets a `low` of 0.
+        ValueError: the range is empty, the initial value is outside, or `log` with a `low` of 0.
     """
     start = low if value is None else value
     if not low < high or not low <= start <= high:
@@ -94,10 +94,10 @@ def slider(
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls, a live figure, and a line of words under it.
+    """Controls, a live figure, and a line of text below it.
 
     `figure` is the live figure, `controls` the widgets by name, `seconds` how long the last update
-    took in the kernel, `words` the line below.
+    took in the kernel, `words` the line of text.
     """
 
     def __init__(self, figure: go.Figure, update: Update, **controls: ipywidgets.Widget) -> None:
@@ -112,31 +112,33 @@ class Explorer(ipywidgets.VBox):
         self.refresh()
 
     def refresh(self) -> None:
-        """Update the figure from where the controls stand now; errors of the update are raised."""
+        """Update the figure with the values of the controls; an error of the update is raised."""
         start = time.perf_counter()
         values = {name: control.value for name, control in self.controls.items()}
         with self.figure.batch_update():
-            said = self._update(self.figure, **values)
-        if isinstance(said, str):
-            self.words.value = f'<div aria-live="polite">{html.escape(said)}</div>'
+            text = self._update(self.figure, **values)
+        if isinstance(text, str):
+            self.words.value = f'<div aria-live="polite">{html.escape(text)}</div>'
         self.seconds = time.perf_counter() - start
 
     def _changed(self, change: dict[str, Any]) -> None:
         try:
             self.refresh()
-        except Exception as error:  # shown to the learner: in a callback nobody else would see it
+        except (
+            Exception
+        ) as error:  # shown to the learner, because nobody sees an error in a callback
             text = html.escape(f"{type(error).__name__}: {error}")
             self.words.value = f'<div role="alert"><b>The update failed.</b> {text}</div>'
 
 
 def explore(figure: go.Figure, update: Update, **controls: ipywidgets.Widget) -> Explorer:
-    """Put `controls` over a live copy of `figure`, and call `update` when one of them moves.
+    """Put `controls` above a live copy of `figure`, and call `update` when one of them changes.
 
     Args:
         figure: a described figure; it is not changed.
         update: called as `update(fig, name=value, …)` with the live figure and the value of each
-            control. It changes traces in place; a string it returns is shown below. At once it is
-            called with the starting values, where an error is raised as usual.
+            control. It changes traces in place; a string it returns is shown below. The first
+            call is made at once, with the initial values; an error in it is raised.
         controls: widgets with a `value`, by the name under which `update` takes it.
     """
     return Explorer(figure, update, **controls)

@@ -1,24 +1,23 @@
-"""Multi-query associative recall: a phone book, then questions about it.
+"""Multi-query associative recall: key-value pairs, then questions about them.
 
     k1 v1 k2 v2 ... kn vn | q1 a1 q2 a2 ...
 
-Every row invents a new book: n distinct keys, each with a value of its own, drawn afresh. Then come
-questions: a question is one of the keys, and the token after it is that key's value. Nothing can be
-learnt by heart. A model that answers must have kept all n pairs somewhere, and must find the one
-that is asked for.
+Every row has new pairs: n distinct keys with random values. Then come questions. A question is one
+of the keys, and the token after it is that key's value. The pairs cannot be memorized during
+training. To answer, a model must have kept all n pairs of the row in its cache, and must find the
+one that is asked for.
 
-That makes the number of pairs a dial of difficulty for whatever remembers. Attention keeps every
-token and looks the key up. A state-space layer has the same number of floats for 4 pairs as for
-400. Only the answers count in the loss (`Batch.mask`); they stand in the row, so that one row asks
-many questions.
+So the number of pairs sets the difficulty. Attention keeps every token and looks the key up. A
+state-space layer has the same number of floats for 4 pairs as for 400. Only the answers count in
+the loss (`Batch.mask`). The right answers are part of the row, so one row can ask many questions.
 
-A batch draws its own number of pairs from `pairs`, the same for all of its rows: short books are
-learnt first and lead to the long ones. When a row has room for more questions than pairs, each key
-is asked once before any is asked again.
+Each batch draws its number of pairs from `pairs`; all its rows have that number. Short lists are
+learned first and make long lists easier. When a row has space for more questions than pairs, each
+key is asked once before any is asked again.
 
-Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927), which measured that this skill accounts for
-most of the gap between attention and its fixed-state relatives in language. Left out: the power law
-of distances between pair and question, which their version has and text has.
+Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927). They measured that this skill explains most
+of the gap between attention and fixed-state models on language. Left out: the power-law
+distribution of the distance between pair and question, which their version and real text have.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Recall:
     Keys are the tokens 0 to keys-1, values the tokens keys to keys+values-1.
 
     Attributes:
-        pairs: how many pairs a row may hold; each batch draws one of these numbers.
-        keys, values: size of the two alphabets.
+        pairs: possible numbers of pairs in a row; each batch draws one of them.
+        keys, values: number of different keys and values.
 
     Raises:
-        ValueError: no number of pairs, one below 1, or more pairs than there are keys.
+        ValueError: `pairs` is empty, or holds a number below 1 or above `keys`.
     """
 
     pairs: tuple[int, ...]
@@ -53,72 +52,75 @@ class Recall:
 
     def __post_init__(self) -> None:
         if not self.pairs or min(self.pairs) < 1:
-            raise ValueError(f"pairs={self.pairs!r}: expected at least one number, each 1 or more.")
+            raise ValueError(
+                f"pairs={self.pairs!r} does not work: expected at least one number, each 1 or more."
+            )
         if max(self.pairs) > self.keys:
             raise ValueError(
-                f"pairs={self.pairs!r} with keys={self.keys}: a row's keys are distinct, so it "
-                f"holds at most {self.keys} pairs."
+                f"pairs={self.pairs!r} with keys={self.keys} does not work: the keys of a row are "
+                f"distinct, so it has at most {self.keys} pairs."
             )
         if self.values < 2:
-            raise ValueError(f"values={self.values}: with fewer than 2 there is nothing to recall.")
+            raise ValueError(f"values={self.values} does not work: expected at least 2.")
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in all."""
+        """Number of different tokens."""
         return self.keys + self.values
 
-    def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Batch:
-        """Batch number `index` of the stream `seed`: `batch_size` rows of `length` tokens.
+    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """Batch number `index` of the stream `seed`: `batch_size` rows of `seq_len` tokens.
 
         `mask` is True on the answers.
 
         Raises:
-            ValueError: a length that is odd or has no room for a question behind the pairs.
+            ValueError: `seq_len` is odd, or too short for the pairs and one question.
         """
-        room = 2 * max(self.pairs) + 2
-        if length % 2 or length < room:
+        shortest = 2 * max(self.pairs) + 2
+        if seq_len % 2 or seq_len < shortest:
             raise ValueError(
-                f"length={length}: expected an even number of at least {room}, two tokens for each "
-                f"of {max(self.pairs)} pairs and two for a question."
+                f"seq_len={seq_len} does not work: expected an even number of at least {shortest}, "
+                f"two tokens for each of {max(self.pairs)} pairs and two for a question."
             )
         random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 1]))
         n = int(random.choice(self.pairs))
-        questions = length // 2 - n
+        questions = seq_len // 2 - n
         every_key = np.broadcast_to(np.arange(self.keys), (batch_size, self.keys))
         key = random.permuted(every_key, axis=1)[:, :n]
         value = self.keys + random.integers(0, self.values, size=(batch_size, n))
-        rounds = -(-questions // n)
-        order = np.broadcast_to(np.arange(n), (batch_size, rounds, n))
+        repeats = -(-questions // n)
+        order = np.broadcast_to(np.arange(n), (batch_size, repeats, n))
         asked = random.permuted(order, axis=2).reshape(batch_size, -1)[:, :questions]
         pair = np.concatenate([np.broadcast_to(np.arange(n), (batch_size, n)), asked], axis=1)
         tokens = np.stack([np.take_along_axis(part, pair, 1) for part in (key, value)], axis=2)
-        mask = np.zeros((batch_size, length), dtype=bool)
+        mask = np.zeros((batch_size, seq_len), dtype=bool)
         mask[:, 2 * n + 1 :: 2] = True
         return Batch(
-            torch.from_numpy(tokens.reshape(batch_size, length).astype(np.int64)),
+            torch.from_numpy(tokens.reshape(batch_size, seq_len).astype(np.int64)),
             mask=torch.from_numpy(mask),
         )
 
-    def exam(self, pairs: int, *, rows: int, questions: int = 16, seed: int = 0) -> Batch:
-        """Fresh rows with exactly `pairs` pairs, no key asked twice: what recall is measured on.
+    def test_set(self, pairs: int, *, rows: int, questions: int = 16, seed: int = 0) -> Batch:
+        """Rows to measure recall on: exactly `pairs` pairs, and no key is asked twice.
 
-        Its stream never meets that of `batch`. Fewer questions are asked where there are fewer
-        pairs.
+        The rows differ from those of any training run with a seed below 2^40. With fewer pairs than
+        `questions`, each key is asked once.
         """
         asked = min(questions, pairs)
         task = Recall((pairs,), self.keys, self.values)
-        # A seed that no training run has.
-        return task.batch(0, batch_size=rows, length=2 * (pairs + asked), seed=2**40 + seed)
+        return task.batch(0, batch_size=rows, seq_len=2 * (pairs + asked), seed=2**40 + seed)
 
 
 def recall_score(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
-    """Share of the questions of a batch that `logits` answer correctly, from 0 to 1.
+    """Fraction of the batch's questions that `logits` answer correctly, from 0 to 1.
 
     Raises:
-        ValueError: a batch without a mask, or without questions.
+        ValueError: the batch has no mask, or its mask marks no answer.
     """
     if batch.mask is None or not bool(batch.mask.any()):
-        raise ValueError("this batch has no questions: its mask marks the answers.")
-    row, place = torch.nonzero(batch.mask, as_tuple=True)
-    found = logits[row, place - 1].argmax(-1)  # the question stands one place before its answer
-    return float((found == batch.tokens[row, place]).float().mean())
+        raise ValueError(
+            "the batch has no questions: its mask must be True on the answers, as in Recall.batch."
+        )
+    row, position = torch.nonzero(batch.mask, as_tuple=True)
+    found = logits[row, position - 1].argmax(-1)  # the question is one token before its answer
+    return float((found == batch.tokens[row, position]).float().mean())

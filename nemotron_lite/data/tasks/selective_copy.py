@@ -1,22 +1,23 @@
-"""Selective copy: a few letters in a long silence, to be repeated in order.
+"""Selective copy: a few letters among many silent tokens, to be repeated in order.
 
     . . C . . . A . . . . . B . F . ? C A B F
-    what is read                    : what is asked for
+    input                           : answers
 
-Every row draws its letters and their places afresh. To answer, a model has to keep the letters,
-drop the silence between them, and know which letter came first: it has to choose by *content* what
-enters its memory. A scan whose step size and write direction are the same for every token treats a
-letter and a silence alike, and what it holds in the end depends on where the letters stood. That is
-why the task separates selective from time-invariant scans.
+Every row draws its letters and their positions at random. To answer, a model has to keep the
+letters, ignore the silent tokens between them, and keep the order of the letters. So it has to
+select by *content* what it writes into its state. A scan whose step size and write direction are
+the same for every token treats letters and silent tokens alike, and its final state depends on
+where the letters were. Therefore the task separates selective from time-invariant scans.
 
-With `places="fixed"` the letters stand at the same evenly spaced places in every row. Nothing has
-to be chosen then, since each answer lies a known number of tokens back: the control experiment.
+With `places="fixed"` the letters are at the same evenly spaced positions in every row. Then nothing
+has to be selected, because each answer is a known number of tokens back. This is the control
+experiment.
 
-Only the answers count in the loss (`Batch.mask`). They stand in the row, so a model reads the right
-answers so far before it gives the next one.
+Only the answers count in the loss (`Batch.mask`). They are part of the row, so a model reads the
+right answers so far before it gives the next one.
 
 Source: Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 4.1.1, after Jing et al. 2019. Theirs
-reads 4,096 tokens with 16 letters and asks with blanks; the sizes here are the caller's.
+reads 4,096 tokens with 16 letters and asks with blank tokens; here the caller sets the sizes.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ PLACES = ("random", "fixed")
 
 @dataclass(frozen=True)
 class SelectiveCopy:
-    """Rows of letters among silence, and the same letters without it; a `BatchSource`.
+    """Rows of letters among silent tokens, then the same letters as answers; a `BatchSource`.
 
-    Token 0 is silence, token 1 asks for the answer, the letters are 2 to letters+1.
+    Token 0 is silent, token 1 asks for the answers, and tokens 2 to letters+1 are the letters.
 
     Attributes:
         items: letters in a row.
-        letters: size of the alphabet they are drawn from, each time all of it.
-        places: "random", or "fixed" for the control without a choice.
+        letters: size of the alphabet. The same letter may occur several times in a row.
+        places: "random", or "fixed" for the control experiment.
 
     Raises:
-        ValueError: no item, fewer than two letters, or unknown places.
+        ValueError: `items` below 1, `letters` below 2, or an unknown value of `places`.
     """
 
     items: int = 4
@@ -57,57 +58,61 @@ class SelectiveCopy:
 
     def __post_init__(self) -> None:
         if self.items < 1:
-            raise ValueError(f"items={self.items}: a row needs at least 1 letter.")
+            raise ValueError(
+                f"items={self.items} does not work: expected at least 1 letter in a row."
+            )
         if self.letters < 2:
-            raise ValueError(f"letters={self.letters}: with fewer than 2 there is nothing to copy.")
+            raise ValueError(f"letters={self.letters} does not work: expected at least 2.")
         if self.places not in PLACES:
-            raise ValueError(f"places={self.places!r}; choose one of {', '.join(PLACES)}.")
+            raise ValueError(
+                f"places={self.places!r} does not work: expected one of {', '.join(PLACES)}."
+            )
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in all."""
+        """Number of different tokens."""
         return self.letters + self.FIRST_LETTER
 
     @property
     def chance(self) -> float:
-        """Share of right answers from guessing a letter."""
+        """Fraction of right answers that random guessing gives."""
         return 1 / self.letters
 
-    def batch(self, index: int, *, batch_size: int, length: int, seed: int) -> Batch:
-        """Batch number `index` of the stream `seed`: `batch_size` rows of `length` tokens.
+    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+        """Batch number `index` of the stream `seed`: `batch_size` rows of `seq_len` tokens.
 
-        A row is `length - items - 1` tokens of prompt, the question and the answers. `mask` is True
-        on the answers.
+        A row is `seq_len - items - 1` tokens of prompt, the question and the answers. `mask` is
+        True on the answers.
 
         Raises:
-            ValueError: a length with no room for the letters, the question and the answers.
+            ValueError: `seq_len` is too short for the letters, the question and the answers.
         """
-        prompt = length - self.items - 1
+        prompt = seq_len - self.items - 1
         if prompt < self.items:
             raise ValueError(
-                f"length={length}: expected at least {2 * self.items + 1}, room for {self.items} "
-                f"letters, the question and {self.items} answers."
+                f"seq_len={seq_len} does not work: expected at least {2 * self.items + 1}, for "
+                f"{self.items} letters, the question and {self.items} answers."
             )
         random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 2]))
         drawn = random.integers(0, self.letters, size=(batch_size, self.items))
         everywhere = np.broadcast_to(np.arange(prompt), (batch_size, prompt))
-        # Both variants draw, so that they ask for the same letters under the same seed.
+        # Both variants draw positions, so that one seed gives both the same letters.
         where = np.sort(random.permuted(everywhere, axis=1)[:, : self.items], axis=1)
         if self.places == "fixed":
             where = np.broadcast_to(np.arange(self.items) * prompt // self.items, where.shape)
-        tokens = np.full((batch_size, length), self.SILENCE, dtype=np.int64)
+        tokens = np.full((batch_size, seq_len), self.SILENCE, dtype=np.int64)
         np.put_along_axis(tokens, where, drawn + self.FIRST_LETTER, axis=1)
         tokens[:, prompt] = self.ASK
         tokens[:, prompt + 1 :] = drawn + self.FIRST_LETTER
-        mask = np.zeros((batch_size, length), dtype=bool)
+        mask = np.zeros((batch_size, seq_len), dtype=bool)
         mask[:, prompt + 1 :] = True
         return Batch(torch.from_numpy(tokens), mask=torch.from_numpy(mask))
 
-    def exam(self, *, rows: int, length: int, seed: int = 0) -> Batch:
-        """Fresh rows that no training stream with a seed below 2^40 meets."""
-        return self.batch(seed, batch_size=rows, length=length, seed=2**40)
+    def test_set(self, *, rows: int, seq_len: int, seed: int = 0) -> Batch:
+        """Rows to measure on: different from those of any training run with a seed below 2^40."""
+        return self.batch(seed, batch_size=rows, seq_len=seq_len, seed=2**40)
 
     def text(self, tokens: torch.Tensor) -> str:
-        """A row for a person to read: `.` is silence, `?` the question, A, B, C the letters."""
+        """A row as text: `.` is silent, `?` the question, and A, B, C are the letters."""
         names = ".?" + "".join(chr(ord("A") + i % 26) for i in range(self.letters))
         return " ".join(names[token] for token in tokens.tolist())

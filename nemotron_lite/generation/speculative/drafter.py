@@ -209,9 +209,9 @@ class Drafter:
                 break
             context = ForwardContext(self.cache.mtp_starts)
             embedded = self.embed(token.unsqueeze(1))
-            hidden = self.mtp.answer(hidden, embedded, self.cache.mtp, context)
+            hidden = self.mtp.forward_last(hidden, embedded, self.cache.mtp, context)
             self.cache.advance_mtp(1)
-        self.cache.cut_mtp(kept)
+        self.cache.truncate_mtp(kept)
         return Draft(torch.stack(tokens, 1), torch.stack(laws, 1) if laws else None, trails)
 
     def _going(
@@ -272,6 +272,6 @@ class Drafter:
 
     def _absorb(self, hidden: Tensor, after: Tensor, counts: Tensor | None) -> Tensor:
         context = ForwardContext(self.cache.mtp_starts, counts)
-        answer = self.mtp.answer(hidden, self.embed(after), self.cache.mtp, context)
+        answer = self.mtp.forward_last(hidden, self.embed(after), self.cache.mtp, context)
         self.cache.advance_mtp(hidden.shape[1] if counts is None else counts)
         return answer

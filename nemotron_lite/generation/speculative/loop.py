@@ -53,7 +53,6 @@ class Speculation:
         chunk: tokens of prompt per pass.
         draft_length: tokens of a draft; the most, if `adaptive`.
         adaptive: draft only as far as it pays, by the ledger's prices or by those given.
-        hold: what the cache keeps of a draft, "replay" or "snapshots".
         shortlist: the only tokens to draft; all of them when None.
         statistics: filled in while the run goes on.
         ssm_dtype: of the cache; in float16 it is rounded with bits that follow from `seed`.
@@ -76,7 +75,6 @@ class Speculation:
         chunk: int | None = None,
         draft_length: int = 4,
         adaptive: bool | Costs = True,
-        hold: str = "replay",
         shortlist: Int[Tensor, "s"] | None = None,
         statistics: Statistics | None = None,
         ssm_dtype: torch.dtype | None = None,
@@ -93,7 +91,7 @@ class Speculation:
         self.shortlist = shortlist
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.most, self.filters, self.stop = max_new_tokens, filters, stop
-        self.chunk, self.draft_length, self.hold = chunk or segment(self.prompt), draft_length, hold
+        self.chunk, self.draft_length = chunk or segment(self.prompt), draft_length
         self.statistics = Statistics() if statistics is None else statistics
         rows, room = len(lengths), prompt.shape[1] + max_new_tokens + draft_length + 1
         self.cache = model.empty_cache(
@@ -178,7 +176,7 @@ class Speculation:
 
     def _plain(self, uniforms: Tensor | None) -> list[list[int]]:
         """One token per row, as plain decoding writes it."""
-        out = self.model(self.chosen.unsqueeze(1), self.cache, last_only=True)
+        out = self.model(self.chosen.unsqueeze(1), self.cache, logits_to_keep=1)
         self.chosen = self._choose(out.logits[:, 0], uniforms)
         self.drafter.read(out.hidden, self.chosen.unsqueeze(1))
         return [[token] for token in self.chosen.tolist()]
@@ -187,7 +185,7 @@ class Speculation:
         """Read the draft, judge it, take in what stays; accepted counts and new tokens by row."""
         length = draft.tokens.shape[1]
         inputs = torch.cat([self.chosen.unsqueeze(1), draft.tokens], dim=1)
-        out = self.model(inputs, self.cache, hold=self.hold)
+        out = self.model(inputs, self.cache, draft=True)
         words = draft.tokens.tolist()
         if uniforms is None:
             accepted, following = _greedy(out.logits, words, draft.lengths)
@@ -207,11 +205,11 @@ class Speculation:
         longest = max(counts)
         after = torch.tensor([(row + [0] * longest)[:longest] for row in new], device=inputs.device)
         if same is not None:
-            self.cache.keep(same)
+            self.cache.accept(same)
             self.drafter.read(out.hidden[:, :same], after)
         else:
             each = torch.tensor(counts)
-            self.cache.keep(each)
+            self.cache.accept(each)
             self.drafter.read(out.hidden[:, :longest], after, each.to(inputs.device))
         return accepted, new
 

@@ -36,7 +36,6 @@ def seconds_by_part(
     *,
     context: int = 128,
     rounds: int = 15,
-    hold: str = "replay",
     shortlist: Int[Tensor, "s"] | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
@@ -44,7 +43,6 @@ def seconds_by_part(
 
     Args:
         context: tokens the cache has read before.
-        hold: what the cache keeps of a draft.
         shortlist: the tokens that drafts are made of, as for `generate`.
         timer: gives seconds.
 
@@ -67,20 +65,20 @@ def seconds_by_part(
         head = whole if shortlist is None else whole[shortlist.to(model.device)]
         cache = model.empty_cache(1, capacity=context + 8 * draft_length, mtp=True)
         hidden = model(tokens(context), cache).hidden[:, -1:]
-        before = cache.snapshot()
+        before = cache.clone()
         one, two, all_of_it = tokens(1), tokens(2), tokens(draft_length + 1)
 
         def verify(draft: torch.Tensor) -> None:
-            model(draft, cache, hold=hold).logits.argmax(-1).tolist()
-            cache.keep(1)
+            model(draft, cache, draft=True).logits.argmax(-1).tolist()
+            cache.accept(1)
 
         def turn() -> None:
             context = ForwardContext(cache.mtp_starts)
-            found = mtp.answer(hidden, model.backbone.embed(one), cache.mtp, context)
+            found = mtp.forward_last(hidden, model.backbone.embed(one), cache.mtp, context)
             linear(found, head).argmax(-1).tolist()
 
         calls: dict[str, Callable[[], object]] = {
-            "step": lambda: model(one, cache, last_only=True).logits.argmax(-1).tolist(),
+            "step": lambda: model(one, cache, logits_to_keep=1).logits.argmax(-1).tolist(),
             "draft": turn,
             "verify_two": lambda: verify(two),
             "verify_all": lambda: verify(all_of_it),
@@ -92,7 +90,7 @@ def seconds_by_part(
                 call()
                 if turn_number > 1:  # the first two warm up
                     found[name].append(timer() - started)
-                cache.rollback(before)
+                cache = before.clone()
     return {name: statistics.median(values) for name, values in found.items()}
 
 

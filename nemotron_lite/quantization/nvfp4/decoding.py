@@ -1,24 +1,25 @@
-"""Packed bytes back to numbers, in few passes over memory, and products that read packed weights.
+"""Packed bytes to numbers in few passes over memory, and products that read packed weights.
 
     w = e2m1(code) * (c * s_dec)              y = x W^T
 
-A byte holds two codes, so a table of 256 entries gives two values at once. Both float32 values
-together are eight bytes; looked up as one 64-bit number they cost one step instead of two, and the
-look-up of single elements is the fastest gather there is on a CPU. Scales in E4M3 come from a table
-of 256 as well, since torch converts them one by one. The values are the very bits of the definition
-(`QuantizedTensor.dequantize`, `FP8Tensor.dequantize`), at about a fourteenth of its time.
+A byte holds two codes, so a table of 256 entries gives two values at once. The two float32 values
+together are eight bytes. Looked up as one 64-bit number they cost one step instead of two, and the
+look-up of single elements is the fastest gather on a CPU. Scales in E4M3 come from a table of 256
+entries as well, because torch converts them one by one. The values have exactly the bits of the
+definition (`QuantizedTensor.dequantize`, `FP8Tensor.dequantize`), at about a fourteenth of its
+time.
 
-A product decodes a stripe of rows, multiplies, and decodes the next one into the same memory:
-`STRIPE` weights at a time, which stay in a processor's cache, instead of a matrix in float32. Few
-rows of x are multiplied in float32 whatever their dtype, which spares rounding the weights; where
-there are many, fast products of 16 bits are worth it.
+A product decodes a stripe of rows, multiplies, and decodes the next stripe into the same buffer:
+`STRIPE` weights at a time, which stay in the processor's cache, instead of a whole matrix in
+float32. A few rows of x are multiplied in float32 whatever their dtype, which saves rounding the
+weights; for many rows, the faster products in 16 bits are worth that rounding.
 
-Experts of a few tokens are small and many. They are gathered, still packed, and multiplied as a
-batch: the same number of calls for six experts as for one.
+In decoding there are many small experts with few tokens each. Their matrices are gathered while
+still packed, and multiplied as a batch: the number of calls is the same for six experts as for one.
 
-The memory of a stripe is kept by each thread for the next call. It is not used where gradients are
-recorded, since a graph would keep what the next stripe overwrites. Left out: kernels of our own in
-C++, which could multiply without writing a stripe at all.
+Each thread keeps the buffer of a stripe for its next call. The buffer is not used where gradients
+are recorded, because the graph would keep what the next stripe overwrites. Left out: C++ kernels of
+our own, which could multiply without writing a stripe at all.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ from torch import Tensor
 from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.experts import squared_relu
 from nemotron_lite.ops.linear import linear
-from nemotron_lite.quantization.nvfp4.elements import E2M1_VALUES
+from nemotron_lite.quantization.nvfp4.e2m1 import E2M1_VALUES
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 STRIPE = 2**17  # weights decoded at once: half a MiB in float32
-FEW_PAIRS = 40  # (token, slot) pairs that each get their own copy of a small expert
-FEW_ROWS = 8  # of x, up to which float32 is at least as fast as 16 bits
+FEW_PAIRS = 40  # up to this many (token, slot) pairs each get their own copy of a small expert
+FEW_ROWS = 8  # up to this many rows of x, float32 is at least as fast as 16 bits
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
-    """A matrix as its bytes, or a stack of them with a scale each.
+class EncodedMatrix:
+    """The stored bytes of a matrix in NVFP4 or FP8, or of a stack of matrices with a scale each.
 
     Attributes:
-        codes: NVFP4, two to a byte; or FP8.
+        codes: NVFP4, two in a byte; or FP8.
         scale: of the tensor, or of each matrix of a stack.
-        cols: of the numbers; rows of NVFP4 are filled up to a multiple of 16.
+        cols: columns of the decoded matrix; rows of NVFP4 are padded to a multiple of 16.
         scales: of NVFP4's blocks; None for FP8.
     """
 
@@ -63,28 +64,28 @@ class Stored:
 
     @property
     def rows(self) -> int:
-        """Of one matrix."""
+        """Rows of one matrix."""
         return self.codes.shape[-2]
 
-    def of(self, experts: int | Int[Tensor, "c"]) -> Stored:
-        """One matrix of a stack, or several of them as a stack of their own."""
+    def select(self, experts: int | Int[Tensor, "c"]) -> EncodedMatrix:
+        """One matrix of a stack, or several of them as a new stack."""
         if self.scales is None:
-            # torch gathers bytes, but not numbers of FP8.
+            # torch gathers bytes, but not FP8 numbers.
             codes = self.codes.view(torch.uint8)[experts].view(self.codes.dtype)
-            return Stored(codes, self.scale[experts], self.cols)
+            return EncodedMatrix(codes, self.scale[experts], self.cols)
         scales = self.scales.view(torch.uint8)[experts].view(self.scales.dtype)
-        return Stored(self.codes[experts], self.scale[experts], self.cols, scales)
+        return EncodedMatrix(self.codes[experts], self.scale[experts], self.cols, scales)
 
-    def stripe(self, first: int, last: int) -> Stored:
+    def stripe(self, first: int, last: int) -> EncodedMatrix:
         """Some rows of a matrix."""
         scales = None if self.scales is None else self.scales[first:last]
-        return Stored(self.codes[first:last], self.scale, self.cols, scales)
+        return EncodedMatrix(self.codes[first:last], self.scale, self.cols, scales)
 
     def decode(self, *, keep: bool = False) -> Float32[Tensor, "*rows cols"]:
-        """The numbers. Without `keep` the next stripe may overwrite them."""
+        """The decoded numbers. Without `keep` the next call may overwrite them."""
         scale = self.scale.view(-1, *[1] * (self.codes.ndim - 1)) if self.scale.ndim else self.scale
-        per_code = 1 if self.scales is None else 2
-        shape = (*self.codes.shape[:-1], self.codes.shape[-1] * per_code)
+        per_element = 1 if self.scales is None else 2
+        shape = (*self.codes.shape[:-1], self.codes.shape[-1] * per_element)
         if keep:
             out = torch.empty(shape, dtype=torch.float32, device=self.codes.device)
         else:
@@ -100,15 +101,15 @@ def decode_blocks(
     factors: Float32[Tensor, "*rows blocks"],
     out: Float32[Tensor, "*rows cols"],
 ) -> Float32[Tensor, "*rows cols"]:
-    """The values of packed codes times the factor of their block of 16.
+    """The values of packed codes, times the factor of their block of 16.
 
     Args:
         codes: cols / 2 bytes a row.
         factors: cols / 16 of them a row.
         out: where to write; contiguous.
     """
-    both = out.view(-1).view(torch.int64)
-    torch.index_select(_pairs(codes.device), 0, codes.reshape(-1).int(), out=both)
+    pairs = out.view(-1).view(torch.int64)
+    torch.index_select(_value_pairs(codes.device), 0, codes.reshape(-1).int(), out=pairs)
     out.unflatten(-1, (-1, BLOCK)).mul_(factors.unsqueeze(-1))
     return out
 
@@ -116,29 +117,29 @@ def decode_blocks(
 def decode_e4m3(
     codes: Float8e4m3fn[Tensor, "*shape"], out: Float32[Tensor, "*shape"] | None = None
 ) -> Float32[Tensor, "*shape"]:
-    """`codes.float()` by a table."""
+    """`codes.float()`, looked up in a table."""
     flat = codes.contiguous().view(torch.uint8).reshape(-1).int()
     if out is None:
-        return _e4m3(codes.device).index_select(0, flat).view(codes.shape)
-    torch.index_select(_e4m3(codes.device), 0, flat, out=out.view(-1))
+        return _e4m3_values(codes.device).index_select(0, flat).view(codes.shape)
+    torch.index_select(_e4m3_values(codes.device), 0, flat, out=out.view(-1))
     return out
 
 
 def multiply(
-    x: Float[Tensor, "*rows k"], w: Stored, product: Callable[..., Tensor] = linear
+    x: Float[Tensor, "*rows k"], w: EncodedMatrix, product: Callable[..., Tensor] = linear
 ) -> Float[Tensor, "*rows n"]:
     """x W^T in the dtype of x, one matrix, a stripe at a time.
 
     Args:
-        product: `F.linear` where the number of rows is another one each time, as with experts:
-            oneDNN, which `linear` may take, prepares some milliseconds for each new one.
+        product: use `F.linear` where the number of rows changes with each call, as for experts:
+            `linear` may use oneDNN, which spends some milliseconds on each new number of rows.
     """
     few = math.prod(x.shape[:-1]) <= FEW_ROWS
-    form = torch.promote_types(x.dtype, torch.float32) if few else x.dtype
-    wide = cast(x, form)
+    dtype = torch.promote_types(x.dtype, torch.float32) if few else x.dtype
+    inputs = cast(x, dtype)
     step = max(1, STRIPE // max(1, w.cols))
     parts = [
-        product(wide, cast(w.stripe(first, first + step).decode(), form))
+        product(inputs, cast(w.stripe(first, first + step).decode(), dtype))
         for first in range(0, w.rows, step)
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -147,67 +148,71 @@ def multiply(
 
 def multiply_experts(
     z: Float[Tensor, "t l"],
-    up: Stored,
-    down: Stored,
+    up: EncodedMatrix,
+    down: EncodedMatrix,
     weights: Float[Tensor, "t k"],
     indices: Int[Tensor, "t k"],
 ) -> Float[Tensor, "t l"]:
-    """The weighted sum of each token's experts; only those that some token chose are decoded."""
+    """The weighted sum of each token's experts; only experts that some token chose are decoded."""
     small = up.rows * up.cols <= STRIPE
     if small and indices.numel() <= FEW_PAIRS and not torch.is_grad_enabled():
-        return _pair_by_pair(z, up, down, weights, indices)
+        return _multiply_pairs(z, up, down, weights, indices)
     out = torch.zeros_like(z)
     for e in indices.unique().tolist():
         rows, slots = (indices == e).nonzero(as_tuple=True)
-        hidden = squared_relu(multiply(z[rows], up.of(e), F.linear))
+        hidden = squared_relu(multiply(z[rows], up.select(e), F.linear))
         share = cast(weights[rows, slots], z.dtype).unsqueeze(1)
-        out = out.index_add(0, rows, multiply(hidden, down.of(e), F.linear) * share)
+        out = out.index_add(0, rows, multiply(hidden, down.select(e), F.linear) * share)
     return out
 
 
-def _pair_by_pair(z: Tensor, up: Stored, down: Stored, weights: Tensor, indices: Tensor) -> Tensor:
-    """Each (token, slot) pair with its own copy of a small expert, as many as make a stripe."""
-    slots, form = indices.shape[1], torch.promote_types(z.dtype, torch.float32)
-    pairs, shares = indices.reshape(-1), cast(weights, form).reshape(-1, 1, 1)
-    wide = cast(z, form).repeat_interleave(slots, 0).unsqueeze(1)  # pairs 1 l
-    answers = torch.empty_like(wide)
+def _multiply_pairs(
+    z: Tensor, up: EncodedMatrix, down: EncodedMatrix, weights: Tensor, indices: Tensor
+) -> Tensor:
+    """Each (token, slot) pair with its own copy of a small expert, one stripe of them at a time."""
+    slots, dtype = indices.shape[1], torch.promote_types(z.dtype, torch.float32)
+    pairs, shares = indices.reshape(-1), cast(weights, dtype).reshape(-1, 1, 1)
+    inputs = cast(z, dtype).repeat_interleave(slots, 0).unsqueeze(1)  # pairs 1 l
+    answers = torch.empty_like(inputs)
     step = max(1, STRIPE // (up.rows * up.cols))
     for first in range(0, len(pairs), step):
         some = slice(first, first + step)
-        hidden = torch.bmm(wide[some], cast(up.of(pairs[some]).decode(), form).mT)
+        hidden = torch.bmm(inputs[some], cast(up.select(pairs[some]).decode(), dtype).mT)
         hidden = squared_relu(hidden).mul_(shares[some])
-        torch.bmm(hidden, cast(down.of(pairs[some]).decode(), form).mT, out=answers[some])
+        torch.bmm(hidden, cast(down.select(pairs[some]).decode(), dtype).mT, out=answers[some])
     return cast(answers.view(len(z), slots, -1).sum(1), z.dtype)
 
 
-class _Scratch(threading.local):
-    """Memory that each thread keeps for the next stripe."""
+class _ScratchBuffers(threading.local):
+    """A buffer per device that each thread keeps for its next stripe."""
 
     def __init__(self) -> None:
-        self.kept: dict[torch.device, Tensor] = {}
+        self.buffers: dict[torch.device, Tensor] = {}
 
     def __call__(self, shape: tuple[int, ...], device: torch.device) -> Float32[Tensor, "*shape"]:
-        """A tensor of any content, which the next call may give away again.
+        """A tensor of undefined content, which the next call may return again.
 
-        Where gradients are recorded the memory is new each time, and for more than `STRIPE`
-        numbers, so that one large matrix does not stay.
+        It is newly allocated where gradients are recorded, and for tensors larger than two stripes
+        (one large matrix should not stay in memory).
         """
         numbers = math.prod(shape)
         if torch.is_grad_enabled() or numbers > 2 * STRIPE:
             return torch.empty(shape, dtype=torch.float32, device=device)
-        if device not in self.kept:
+        buffer = self.buffers.get(device)
+        if buffer is None or len(buffer) < numbers:
             # An inference tensor could not be written to outside of inference mode.
             with torch.inference_mode(False):
-                self.kept[device] = torch.empty(2 * STRIPE, dtype=torch.float32, device=device)
-        return self.kept[device][:numbers].view(shape)
+                buffer = torch.empty(2 * STRIPE, dtype=torch.float32, device=device)
+            self.buffers[device] = buffer
+        return buffer[:numbers].view(shape)
 
 
-scratch = _Scratch()
+scratch = _ScratchBuffers()
 
 
 @lru_cache
-def _pairs(device: torch.device) -> Tensor:
-    """Both float32 values of each byte, as one 64-bit number; the even column comes first."""
+def _value_pairs(device: torch.device) -> Tensor:
+    """The two float32 values of each byte as one 64-bit number; the even column comes first."""
     with torch.inference_mode(False):
         values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
         byte = torch.arange(256, device=device)
@@ -215,7 +220,7 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _e4m3(device: torch.device) -> Tensor:
+def _e4m3_values(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         codes = torch.arange(256, dtype=torch.uint8, device=device)
         return codes.view(torch.float8_e4m3fn).float()

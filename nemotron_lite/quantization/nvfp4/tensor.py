@@ -1,23 +1,24 @@
-"""A tensor in NVFP4, and how one is made: the definition, step by step.
+"""A tensor in NVFP4, and how it is made: the definition, step by step.
 
 `quantize` is the order of operations of scaling.py, applied to blocks of one of two shapes:
 
-    "1x16"     sixteen neighbours along the last dimension, the one a matrix product sums over
+    "1x16"     sixteen neighbors along the last dimension, which a matrix product sums over
     "16x16"    a square tile, for weights: the forward pass sums along rows and the backward pass
                along columns, and with square tiles a weight and its transpose have the same values.
-               Stored as 1x16, each scale repeated for the sixteen rows of its tile.
+               Stored like 1x16, with each scale repeated for the sixteen rows of its tile.
 
-Rows that are no multiple of 16 are filled up with zeros, which change neither scale nor value;
-`shape` remembers where the numbers end, and a rotated tensor keeps the filled-up columns, because
-the rotation has spread the numbers over them.
+Rows whose length is no multiple of 16 are padded with zeros, which change neither scales nor
+values. `shape` is the shape before padding. A tensor after the Hadamard transform keeps the padded
+columns, because the transform has spread its numbers over them.
 
-Layout: two codes in a byte, the even column in the low nibble; scales row-major, as in a checkpoint
-(not in the 128 x 4 order that tensor cores read). 4.5 bits a number, and 4 bytes for the tensor.
+Layout: two codes in a byte, the even column in the low four bits; scales row-major, as in a
+checkpoint (not in the 128 x 4 order that tensor cores read). 4.5 bits a number, and 4 bytes for the
+tensor.
 
 **Stochastic rounding** is unbiased only where nothing is clipped. c is rounded to nearest, so in
-about half of the blocks it is too small by up to 1/16, and the largest value of such a block is
-clipped at 6 whichever way the dice fall. The mean error there is toward zero: of a million normal
-numbers 3.5 % are clipped, in 51 % of the blocks, by 7 % of a step on average. Measured in
+about half of the blocks it is too small, by up to 1/16. The largest value of such a block is then
+clipped at 6, whatever the random bits are, and the mean error there is toward zero. Of a million
+normal numbers 3.5 % are clipped, in 51 % of the blocks, by 7 % of a step on average. Measured in
 tests/quantization/nvfp4/test_stochastic.py.
 """
 
@@ -33,8 +34,8 @@ from torch import Tensor
 from nemotron_lite.backends import triton
 from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops.philox import random_halves
-from nemotron_lite.quantization.nvfp4 import elements, scaling
-from nemotron_lite.quantization.nvfp4.hadamard import hadamard as rotate
+from nemotron_lite.quantization.nvfp4 import e2m1, scaling
+from nemotron_lite.quantization.nvfp4.hadamard import hadamard_transform
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 BLOCKS = ("1x16", "16x16")
@@ -42,18 +43,23 @@ BLOCKS = ("1x16", "16x16")
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """Numbers in NVFP4; `dequantize` gives them back.
+    """Numbers in NVFP4; `dequantize` decodes them.
 
-    `cols` is the last length rounded up to a multiple of 16.
+    Attributes:
+        codes: packed, two in a byte; rows are padded to a multiple of 16 codes.
+        scales: c of each block.
+        scale: s_dec of the tensor: one number, or one for each tensor of a batch.
+        shape: of the numbers, without padding.
+        block: "1x16" or "16x16".
 
     Raises:
-        ValueError: parts whose dtypes or shapes do not belong together.
+        ValueError: dtypes or shapes that do not fit together.
     """
 
-    codes: UInt8[Tensor, "*rows half"]  # cols / 2 bytes a row
-    scales: Float8e4m3fn[Tensor, "*rows blocks"]  # cols / 16 of them a row
-    scale: Float32[Tensor, "*batch"]  # s_dec: one number, or one for each tensor of a batch
-    shape: tuple[int, ...]  # of the numbers
+    codes: UInt8[Tensor, "*rows half"]
+    scales: Float8e4m3fn[Tensor, "*rows blocks"]
+    scale: Float32[Tensor, "*batch"]
+    shape: tuple[int, ...]
     block: str = "1x16"
 
     def __post_init__(self) -> None:
@@ -84,18 +90,21 @@ class QuantizedTensor:
             ValueError: an `impl` other than "auto", "torch" and "triton".
             RuntimeError: "triton" for tensors on the CPU outside its interpreter.
         """
-        # What is asked for decides: the kernel writes no float64.
-        wanted = self.scale.new_empty(0, dtype=dtype)
+        # `choose` looks at the dtype of the result, because the kernel cannot write float64.
+        result = self.scale.new_empty(0, dtype=dtype)
         run = choose(
-            "dequantize", impl, wanted,
-            torch=QuantizedTensor._dequantize, triton=triton.nvfp4_dequantize,
-        )  # fmt: skip
+            "dequantize",
+            impl,
+            result,
+            torch=QuantizedTensor._dequantize,
+            triton=triton.nvfp4_dequantize,
+        )
         return run(self, dtype)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
         decode = self.scale.reshape(*self.scale.shape, *[1] * (len(self.shape) - self.scale.ndim))
         factor = self.scales.float() * decode
-        values = elements.decode_packed(self.codes).unflatten(-1, (-1, BLOCK))
+        values = e2m1.decode_packed_codes(self.codes).unflatten(-1, (-1, BLOCK))
         return (values * factor.unsqueeze(-1)).flatten(-2)[..., : self.shape[-1]].to(dtype)
 
     @property
@@ -105,8 +114,8 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to quantize; `quantize` in __init__.py says what each means."""
+class QuantizeOptions:
+    """The arguments of `quantize`, which explains them."""
 
     block: str
     stochastic: bool
@@ -117,17 +126,17 @@ class Options:
     amax: Tensor | None
     name: str
 
-    def turned(self) -> Options:
-        """The same for the transposed tensor."""
+    def transposed(self) -> QuantizeOptions:
+        """The same options for the transposed tensor."""
         return self if self.bits is None else replace(self, bits=self.bits.mT)
 
 
-def naive_quantize(x: Tensor, options: Options) -> QuantizedTensor:
+def naive_quantize(x: Tensor, options: QuantizeOptions) -> QuantizedTensor:
     """The definition of `quantize`."""
     check(x, options)
     x, name, batch_dims = x.detach(), options.name, options.batch_dims
     if options.hadamard:
-        x = rotate(F.pad(x, (0, -x.shape[-1] % BLOCK)))
+        x = hadamard_transform(F.pad(x, (0, -x.shape[-1] % BLOCK)))
     amax = scaling.tensor_amax(x, batch_dims=batch_dims, name=name)
     if options.amax is not None:
         amax = scaling.check_finite(options.amax, f"amax of {name}")
@@ -135,27 +144,27 @@ def naive_quantize(x: Tensor, options: Options) -> QuantizedTensor:
     blocks = F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1)
     if options.block == "16x16":
-        largest = _over_sixteen_rows(largest)
-    one_each = [1] * (largest.ndim - batch_dims)
-    scales = scaling.block_scales(largest, encode.reshape(*encode.shape, *one_each))
-    times, _ = scaling.block_factors(scales, decode.reshape(*decode.shape, *one_each))
-    v = (blocks * times.unsqueeze(-1)).clamp(-elements.E2M1_MAX, elements.E2M1_MAX).flatten(-2)
+        largest = _max_of_sixteen_rows(largest)
+    ones = [1] * (largest.ndim - batch_dims)
+    scales = scaling.block_scales(largest, encode.reshape(*encode.shape, *ones))
+    times, _ = scaling.block_factors(scales, decode.reshape(*decode.shape, *ones))
+    v = (blocks * times.unsqueeze(-1)).clamp(-e2m1.E2M1_MAX, e2m1.E2M1_MAX).flatten(-2)
     if options.stochastic:
-        codes = elements.encode_e2m1_stochastic(v, _bits(v, options))
+        codes = e2m1.encode_e2m1_stochastic(v, _random_bits(v, options))
     else:
-        codes = elements.encode_e2m1(v)
-    return QuantizedTensor(elements.pack(codes), scales, decode, tuple(x.shape), options.block)
+        codes = e2m1.encode_e2m1(v)
+    return QuantizedTensor(e2m1.pack_codes(codes), scales, decode, tuple(x.shape), options.block)
 
 
-def naive_fake(x: Tensor, dim: int, options: Options) -> Tensor:
+def naive_fake_quantize(x: Tensor, dim: int, options: QuantizeOptions) -> Tensor:
     """The definition of `fake_quantize`; `dim` is -1 or -2."""
     if dim == -2:
-        return naive_fake(x.mT, -1, options.turned()).mT
+        return naive_fake_quantize(x.mT, -1, options.transposed()).mT
     return naive_quantize(x, options).dequantize(x.dtype)
 
 
-def check(x: Tensor, options: Options) -> None:
-    """Refuse what cannot be quantized this way.
+def check(x: Tensor, options: QuantizeOptions) -> None:
+    """Refuse a tensor that cannot be quantized with these options.
 
     Raises:
         ValueError: naming the tensor.
@@ -166,13 +175,13 @@ def check(x: Tensor, options: Options) -> None:
     scaling.check_dtype(x, name)
     if not 0 <= batch_dims < x.ndim:
         raise ValueError(
-            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; at least one dimension "
-            "must be left for the numbers."
+            f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; expected at least "
+            "one dimension after those of the batch. Use fewer batch_dims."
         )
     if block == "16x16" and x.ndim != batch_dims + 2:
         raise ValueError(
             f"{name} has shape {list(x.shape)} and batch_dims={batch_dims}; square tiles need "
-            "matrices, two dimensions after those of the batch."
+            "matrices: exactly two dimensions after those of the batch."
         )
     if options.amax is not None and options.amax.shape != x.shape[:batch_dims]:
         raise ValueError(
@@ -181,26 +190,22 @@ def check(x: Tensor, options: Options) -> None:
         )
     seed, bits, stochastic = options.seed, options.bits, options.stochastic
     if (seed is not None) + (bits is not None) != int(stochastic):
-        wants = "exactly one of seed and bits" if stochastic else "neither seed nor bits"
+        expected = "exactly one of seed and bits" if stochastic else "neither seed nor bits"
         raise ValueError(
-            f"{name}: stochastic={stochastic} takes {wants}; got seed={seed}, "
+            f"{name}: stochastic={stochastic} takes {expected}; got seed={seed}, "
             f"bits={'None' if bits is None else list(bits.shape)}."
         )
 
 
-def _over_sixteen_rows(largest: Tensor) -> Tensor:
-    """The maximum over each run of 16 rows, for every one of them; dimension -2."""
+def _max_of_sixteen_rows(largest: Tensor) -> Tensor:
+    """The maximum over each 16 rows (dimension -2), repeated for each of them."""
     rows = largest.shape[-2]
     tiles = F.pad(largest, (0, 0, 0, -rows % BLOCK)).unflatten(-2, (-1, BLOCK))
     return tiles.amax(-2, keepdim=True).expand_as(tiles).flatten(-3, -2)[..., :rows, :]
 
 
-def _bits(v: Tensor, options: Options) -> Tensor:
-    """Random bits for each number, filled-up columns included; zeros stay zero whatever these are.
-
-    Raises:
-        ValueError: bits of another shape.
-    """
+def _random_bits(v: Tensor, options: QuantizeOptions) -> Tensor:
+    """Random bits for each number, padding included (a zero stays zero with any bits)."""
     if options.bits is None:
         assert options.seed is not None
         rows = v.shape[:-1].numel()

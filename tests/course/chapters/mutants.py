@@ -1,7 +1,7 @@
-"""A mutant: an answer that is wrong in one way, as people have been wrong before.
+"""A mutant: a wrong answer with one mistake that a real project has made.
 
-`mutants.py` in the folder of a chapter holds them, by exercise; `test_graders.py` asks that the
-checks catch every one and send the learner to the hint that helps.
+`mutants.py` in the folder of a chapter lists them by exercise. `test_graders.py` tests that the
+checks refuse every one and name the hint that helps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong answer: what is wrong, its source, the hint a learner needs, where it was seen."""
+    """A wrong answer: its name, its source, the hint that helps, and where the bug was seen."""
 
     name: str
     source: str

@@ -1,13 +1,16 @@
-"""The graders are graded: what passes deserves to, what is wrong is sent to the hint that helps.
+"""Tests of the graders: right answers pass, wrong answers fail and name the hint that helps.
 
-A check that accepts an untouched stub, or grades the package instead of the learner's function, has
-shipped in well-known courses. So every exercise of every chapter is held to four things: its stub
-earns nothing, its reference solution everything, each of its mutants (its `mutants.py`, wrong in a
-way that people have been wrong) fails and is sent to the hint that helps, and no statement of the
-reference solution can be deleted without a check noticing. Small alterations (a sign, an operator,
-a number one higher) are sampled over the whole course; some of them change nothing, such as axis 2
-for axis -2 of four, so that score has a floor and not a list. A chapter without exercises, or an
-exercise without mutants, is a failure here and not an empty list.
+Well-known courses have shipped checks that accept an unchanged stub, or that grade the package
+instead of the learner's function. So four things are tested for every exercise of every chapter:
+
+- the stub earns nothing,
+- the reference solution earns everything,
+- each mutant (a wrong answer with a mistake that people have made) fails and names its hint,
+- if any statement of the reference solution is deleted, a check fails.
+
+Small alterations (a sign, an operator, a number plus one) are sampled over the whole course. Some
+of them change nothing, such as axis 2 for axis -2 of four, so only a minimum share of them has to
+be noticed. A chapter without exercises, or an exercise without mutants, fails.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ from tests.course.chapters.mutants import Mutant
 CHAPTERS = make.chapters()
 EXERCISES = {e.id: e for chapter in CHAPTERS for e in exercises.exercises(chapter)}
 FEWEST_MUTANTS = 3
-PATIENCE = 20  # seconds; a deleted `i += 1` never ends
+TIME_LIMIT = 20  # seconds; without its `i += 1` a loop never ends
 
-SAMPLED, FLOOR = 6, 0.9  # alterations of each exercise, and the part of them that must be noticed
+SAMPLED = 6  # alterations of each exercise
+LEAST_NOTICED = 0.9  # the share of them that must be noticed
 EXCHANGED: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
     ast.FloorDiv: ast.Mult, ast.MatMult: ast.Mult, ast.Pow: ast.Mult, ast.Eq: ast.NotEq,
@@ -43,7 +47,7 @@ EXCHANGED: dict[type, type] = {
     ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
 
-# Statements that may go without any answer changing, and why.
+# Statements that can be deleted without changing any answer, with the reason.
 EQUIVALENT: dict[tuple[str, str], str] = {}
 
 
@@ -63,11 +67,11 @@ MUTANTS = [
 
 
 class OutOfTimeError(BaseException):
-    """Not an Exception: `grade` turns those into wrong answers."""
+    """A BaseException, because `grade` turns an Exception into a wrong answer."""
 
 
 @contextmanager
-def patience(seconds: int) -> Iterator[None]:
+def time_limit(seconds: int) -> Iterator[None]:
     """Interrupt the block after so many seconds."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -141,7 +145,7 @@ def survivors(exercise: Exercise, tried: list[tuple[str, str]]) -> list[str]:
     alive = []
     for statement, source in tried:
         try:
-            with patience(PATIENCE):
+            with time_limit(TIME_LIMIT):
                 result = exercises.grade(exercise, exercise.build(source))
         except (OutOfTimeError, SyntaxError):
             continue
@@ -151,13 +155,13 @@ def survivors(exercise: Exercise, tried: list[tuple[str, str]]) -> list[str]:
 
 
 def test_every_chapter_has_exercises() -> None:
-    assert CHAPTERS, "no exercises/chapter_NN.py was found"
+    assert CHAPTERS, "no chapter was found"
     for chapter in CHAPTERS:
         found = exercises.exercises(chapter)
         assert 2 <= len(found) <= 4, f"chapter {chapter} has {len(found)} exercises"
         assert {e.id.partition(".")[0] for e in found} == {chapter}
     assert len(EXERCISES) == sum(len(exercises.exercises(c)) for c in CHAPTERS), (
-        "an id stands twice"
+        "an id is there twice"
     )
 
 
@@ -179,7 +183,7 @@ def test_the_untouched_stub_earns_nothing(exercise: Exercise) -> None:
 
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
-def test_the_reference_earns_everything_and_leaves_no_trace(exercise: Exercise) -> None:
+def test_the_reference_earns_everything_and_changes_no_global_state(exercise: Exercise) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state(), torch.get_num_threads()
     for _ in range(2):
@@ -243,7 +247,7 @@ def test_small_alterations_are_noticed() -> None:
         alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
         tried += len(some)
     assert tried >= 3 * len(EXERCISES)
-    assert len(alive) <= (1 - FLOOR) * tried, f"of {tried} unnoticed: {alive}"
+    assert len(alive) <= (1 - LEAST_NOTICED) * tried, f"of {tried} unnoticed: {alive}"
 
 
 def test_deletions_are_found_in_every_block() -> None:
@@ -268,7 +272,7 @@ def test_alterations_change_one_thing_each() -> None:
 
 
 def loop_forever() -> None:
-    with patience(1):
+    with time_limit(1):
         while True:
             pass
 

@@ -13,7 +13,7 @@ from nemotron_lite.course.plotting import alt_of, described, lines, matrix, them
 WORDS = "Two lines over time that start together and part after the first change of direction."
 
 
-def test_the_words_travel_with_the_figure() -> None:
+def test_the_text_is_stored_in_the_figure() -> None:
     fig = described(go.Figure(go.Scatter(y=[1, 2])), f"  {WORDS}\n   ")
     assert alt_of(fig) == WORDS
     assert alt_of(json.loads(fig.to_json())) == WORDS
@@ -27,7 +27,7 @@ def test_other_notes_of_the_figure_stay() -> None:
 
 
 @pytest.mark.parametrize("figure", [go.Figure(), {"data": []}, {"layout": {"meta": ["x"]}}])
-def test_a_figure_without_words_has_none(figure: go.Figure | dict) -> None:
+def test_a_figure_without_text_has_none(figure: go.Figure | dict) -> None:
     assert alt_of(figure) is None
 
 
@@ -35,7 +35,7 @@ def test_a_figure_without_words_has_none(figure: go.Figure | dict) -> None:
     ("fig", "alt", "message"),
     [
         (go.Figure(), "A plot of the loss.", "has 19 characters"),
-        (go.Figure(layout=dict(title_text=WORDS)), WORDS, "the title again"),
+        (go.Figure(layout=dict(title_text=WORDS)), WORDS, "equals the title"),
         (go.Figure(layout=dict(xaxis_tickfont_size=9)), WORDS, "xaxis.tickfont.size=9"),
         (go.Figure(go.Bar(y=[1], textfont_size=[14, 8])), WORDS, "textfont.size=8"),
         (
@@ -67,7 +67,7 @@ def test_lines_refuses_what_cannot_be_drawn() -> None:
     with pytest.raises(ValueError, match=r"line 'b' has shape \(1,\), x has \(2,\)"):
         lines([1, 2], {"a": [1, 2], "b": [1]}, title="t", x_title="x", y_title="y", alt=WORDS)
     many = {str(i): [1, 2] for i in range(7)}
-    with pytest.raises(ValueError, match="7 lines, but only 6"):
+    with pytest.raises(ValueError, match="7 lines; at most 6"):
         lines([1, 2], many, title="t", x_title="x", y_title="y", alt=WORDS)
 
 

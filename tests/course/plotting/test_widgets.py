@@ -78,7 +78,7 @@ def test_an_error_in_an_update_is_shown_and_at_the_start_it_is_raised() -> None:
         explore(curves(), breaks, dt=slider("step dt", 0.0, 2.0, value=2.0))
 
 
-def test_a_live_figure_needs_words() -> None:
+def test_a_live_figure_needs_a_text() -> None:
     assert alt_of(live(curves())) == WORDS
     with pytest.raises(ValueError, match="no alt text"):
         live(go.Figure())

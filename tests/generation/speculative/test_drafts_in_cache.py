@@ -1,4 +1,4 @@
-"""Going back: whatever part of a draft was kept, the cache is that of a prefill of the text."""
+"""Whatever part of a draft was accepted, the cache is that of a prefill of the text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_lite.cache import HOLDS, Cache
+from nemotron_lite.cache import Cache
 from nemotron_lite.generation.sampling import Filters
 from nemotron_lite.generation.speculative import Drafter, Speculation
 from nemotron_lite.layers import KVCache, MambaCache
 from nemotron_lite.model import Nemotron
+from tests.cache_oracles import WAYS, rollback, snapshot
 from tests.test_model import TINY, _tokens
 
 EXACT = dict(rtol=1e-8, atol=1e-8)
@@ -19,7 +20,7 @@ MODEL = Nemotron(TINY, dtype=torch.float64, seed=1)
 
 
 def assert_equals_fresh(cache: Cache, texts: list[list[int]]) -> None:
-    """Every memory of every row against a prefill of that row's text alone."""
+    """Every cache of every row against a prefill of that row's text alone."""
     assert cache.lengths.tolist() == [len(text) for text in texts]
     for row, text in enumerate(texts):
         fresh = MODEL.empty_cache(1)
@@ -37,9 +38,9 @@ def assert_equals_fresh(cache: Cache, texts: list[list[int]]) -> None:
 
 
 @settings(max_examples=25)
-@given(data=st.data(), rows=st.integers(1, 3), hold=st.sampled_from(HOLDS))
-def test_any_part_of_any_draft(data: st.DataObject, rows: int, hold: str) -> None:
-    """A ragged prompt, then several drafts, each with a kept count of its own in every row."""
+@given(data=st.data(), rows=st.integers(1, 3), way=st.sampled_from(sorted(WAYS)))
+def test_any_part_of_any_draft(data: st.DataObject, rows: int, way: str) -> None:
+    """A ragged prompt, then several drafts; each row accepts a different number of tokens."""
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=rows, max_size=rows))
     prompt = _tokens(rows, 9)
     cache = MODEL.empty_cache(rows, capacity=2)
@@ -48,12 +49,13 @@ def test_any_part_of_any_draft(data: st.DataObject, rows: int, hold: str) -> Non
     for _ in range(data.draw(st.integers(1, 3))):
         size = data.draw(st.integers(1, 6))
         draft = torch.randint(61, (rows, size))
-        found = MODEL(draft, cache, hold=hold).logits
+        with WAYS[way]():
+            found = MODEL(draft, cache, draft=True).logits
         for row, text in enumerate(texts):
             exact = MODEL(torch.tensor([text + draft[row].tolist()])).logits[0, len(text) :]
             torch.testing.assert_close(found[row], exact, **EXACT)
         counts = data.draw(st.lists(st.integers(0, size), min_size=rows, max_size=rows))
-        cache.keep(torch.tensor(counts))
+        cache.accept(torch.tensor(counts))
         for row, count in enumerate(counts):
             texts[row] += draft[row, :count].tolist()
         assert_equals_fresh(cache, texts)
@@ -62,14 +64,15 @@ def test_any_part_of_any_draft(data: st.DataObject, rows: int, hold: str) -> Non
     assert_equals_fresh(cache, [t + last[row].tolist() for row, t in enumerate(texts)])
 
 
-@pytest.mark.parametrize("hold", HOLDS)
-def test_float32_and_one_count_for_all_rows(hold: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_and_one_count_for_all_rows(way: str) -> None:
     model = Nemotron(TINY, seed=1)
     tokens = _tokens(2, 20)
     cache, fresh = model.empty_cache(2), model.empty_cache(2)
     model(tokens[:, :12], cache)
-    model(tokens[:, 12:18], cache, hold=hold)
-    cache.keep(4)
+    with WAYS[way]():
+        model(tokens[:, 12:18], cache, draft=True)
+    cache.accept(4)
     model(tokens[:, :16], fresh)
     for kept, new in zip(cache.layers, fresh.layers, strict=True):
         if isinstance(kept, MambaCache):
@@ -82,7 +85,7 @@ def test_float32_and_one_count_for_all_rows(hold: str) -> None:
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3), k=st.integers(1, 5),
     most=st.integers(2, 14), chunk=st.sampled_from([None, 1, 3]), adaptive=st.booleans(),
 )  # fmt: skip
-def test_the_mtp_module_s_memory_after_a_whole_run(
+def test_the_mtp_module_s_cache_after_a_whole_run(
     lengths: list[int], k: int, most: int, chunk: int | None, adaptive: bool
 ) -> None:
     """As if it had read the final text at once, whatever was drafted and thrown away."""
@@ -112,8 +115,8 @@ def test_the_mtp_module_s_memory_after_a_whole_run(
             torch.testing.assert_close(a[row, :, :entries], b[0, :, :entries], **EXACT)
 
 
-def test_drafts_are_scaffolding(small: Nemotron) -> None:
-    """A draft that nobody verified leaves the module's memory as it was."""
+def test_drafting_leaves_no_entries_behind(small: Nemotron) -> None:
+    """A draft that nobody verified leaves the module's cache as it was."""
     cache = small.empty_cache(1, mtp=True)
     drafter = Drafter(small, cache, Filters())
     tokens = torch.tensor([[1, 2, 3, 4]])
@@ -137,8 +140,8 @@ class _Always:
         raise AssertionError("nothing was verified")
 
 
-def test_the_answer_for_the_last_token_is_the_whole_module(small: Nemotron) -> None:
-    """`MTP.answer` leaves work out, never digits: for every kind of pattern, ragged rows too."""
+def test_forward_last_equals_the_whole_module(small: Nemotron) -> None:
+    """`MTP.forward_last` computes less, but the same numbers: for all patterns, ragged rows too."""
     for pattern in ("*E", "E", "*E*E", "EE*", "*"):
         model = Nemotron(small.config.replace(mtp_pattern=pattern), dtype=torch.float64, seed=2)
         hidden, embedded = torch.randn(2, 3, 5, 16, dtype=torch.float64).unbind()
@@ -147,10 +150,10 @@ def test_the_answer_for_the_last_token_is_the_whole_module(small: Nemotron) -> N
         cache = model.empty_cache(3, mtp=True)
         from nemotron_lite.layers import ForwardContext
 
-        first = model.mtp.answer(hidden[:, :2], embedded[:, :2], cache.mtp, ForwardContext(0))
+        first = model.mtp.forward_last(hidden[:, :2], embedded[:, :2], cache.mtp, ForwardContext(0))
         torch.testing.assert_close(first[:, 0], exact[:, 1], **EXACT)
         counts = torch.tensor([3, 1, 2])
-        second = model.mtp.answer(
+        second = model.mtp.forward_last(
             hidden[:, 2:], embedded[:, 2:], cache.mtp, ForwardContext(2, counts)
         )
         rows = torch.arange(3)
@@ -160,39 +163,40 @@ def test_the_answer_for_the_last_token_is_the_whole_module(small: Nemotron) -> N
 def test_mistakes_are_named(small: Nemotron) -> None:
     cache = small.empty_cache(2)
     tokens = torch.tensor([[1, 2], [3, 4]])
-    with pytest.raises(ValueError, match="no draft is held"):
-        cache.keep(1)
-    with pytest.raises(ValueError, match="hold='undo'"):
-        small(tokens, cache, hold="undo")
+    with pytest.raises(ValueError, match="no draft is waiting"):
+        cache.accept(1)
     with pytest.raises(ValueError, match="give a cache"):
-        small(tokens, hold="replay")
-    with pytest.raises(ValueError, match="leave lengths away"):
-        small(tokens, cache, lengths=torch.tensor([1, 2]), hold="replay")
-    small(tokens, cache, hold="replay")
-    for attempt in (lambda: small(tokens, cache), cache.snapshot, lambda: cache.save("x")):
-        with pytest.raises(ValueError, match=r"call (cache\.)?keep\(counts\) first"):
+        small(tokens, draft=True)
+    with pytest.raises(ValueError, match="leave out lengths"):
+        small(tokens, cache, lengths=torch.tensor([1, 2]), draft=True)
+    small(tokens, cache, draft=True)
+    for attempt in (lambda: small(tokens, cache), cache.clone, lambda: cache.save("x")):
+        with pytest.raises(ValueError, match=r"call (cache\.)?accept\(counts\) first"):
             attempt()
     with pytest.raises(ValueError, match=r"counts \[0, 3\]: expected 0 to 2"):
-        cache.keep(torch.tensor([0, 3]))
+        cache.accept(torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="3 counts, but a cache of 2 rows"):
-        cache.keep(torch.tensor([0, 1, 2]))
-    cache.keep(0)
+        cache.accept(torch.tensor([0, 1, 2]))
+    cache.accept(0)
     with pytest.raises(ValueError, match="make it with mtp=True"):
         Drafter(small, cache, Filters())
     with pytest.raises(ValueError, match="cannot be cut back"):
-        cache.cut_mtp(torch.tensor([1, 0]))
+        cache.truncate_mtp(torch.tensor([1, 0]))
 
 
-def test_snapshots_and_files_hold_the_mtp_module_s_memory_too(small: Nemotron, tmp_path) -> None:
+def test_clones_and_files_hold_the_mtp_module_s_cache_too(small: Nemotron, tmp_path) -> None:
     cache = small.empty_cache(1, mtp=True)
     drafter = Drafter(small, cache, Filters())
     tokens = torch.tensor([[1, 2, 3, 4]])
     drafter.read_prompt(small(tokens, cache).hidden, tokens, [4], 0)
-    taken = cache.snapshot()
-    small(tokens, cache, hold="replay")
+    taken, copy = snapshot(cache), cache.clone()
+    small(tokens, cache, draft=True)
     cache.advance_mtp(2)
-    cache.rollback(taken)
-    assert (cache.held, cache.mtp_lengths.tolist()) == (0, [3])
+    rollback(cache, taken)
+    assert (cache.draft_length, cache.mtp_lengths.tolist()) == (0, [3])
+    assert copy.mtp_lengths.tolist() == [3]
+    torch.testing.assert_close(copy.mtp[0].k[:, :, :3], cache.mtp[0].k[:, :, :3])
+    assert copy.mtp[0].k is not cache.mtp[0].k
     cache.save(tmp_path / "cache")
     again = Cache.load(tmp_path / "cache")
     assert again.mtp_lengths.tolist() == [3]
@@ -200,17 +204,18 @@ def test_snapshots_and_files_hold_the_mtp_module_s_memory_too(small: Nemotron, t
     assert again.mtp[1] is None
 
 
-def test_a_replay_keeps_far_fewer_bytes_than_snapshots() -> None:
-    held = {}
-    for hold in HOLDS:
+def test_a_draft_keeps_far_fewer_bytes_than_copies_of_the_state() -> None:
+    kept = {}
+    for way, reading in WAYS.items():
         cache = MODEL.empty_cache(1)
-        MODEL(_tokens(1, 4), cache, hold=hold)
-        held[hold] = cache.held_nbytes
-        cache.keep(4)
-        assert cache.held_nbytes == 0
+        with reading():
+            MODEL(_tokens(1, 4), cache, draft=True)
+        kept[way] = cache.draft_nbytes
+        cache.accept(4)
+        assert cache.draft_nbytes == 0
     inner, heads, n = TINY.mamba_inner_size, TINY.mamba_num_heads, TINY.ssm_state_size
     window = (3 + 4) * TINY.conv_dim * 8
     token = (inner + heads + TINY.n_groups * n) * 8
     decays = heads * (4 + 4 * 5) * 8
-    assert held["replay"] == 2 * (window + 4 * token + heads * 8 + decays)
-    assert held["snapshots"] == 2 * (window + 5 * inner * n * 8)
+    assert kept["replay"] == 2 * (window + 4 * token + heads * 8 + decays)
+    assert kept["snapshots"] == 2 * (window + 5 * inner * n * 8)

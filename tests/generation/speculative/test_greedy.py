@@ -16,6 +16,7 @@ import torch
 from nemotron_lite import generate
 from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron
+from tests.cache_oracles import WAYS
 from tests.generation.speculative.conftest import SMALL, Guided
 
 LENGTH = 12
@@ -101,18 +102,16 @@ def test_a_wrong_acceptance_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate(model, [[1, 2, 3]], LENGTH, draft="mtp", adaptive=False) != plain
 
 
-@pytest.mark.parametrize("hold", ["replay", "snapshots"])
-def test_both_ways_of_going_back_write_the_same(small: Nemotron, guided: Guided, hold: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_both_ways_of_going_back_write_the_same(small: Nemotron, guided: Guided, way: str) -> None:
     from nemotron_lite.generation.prefill import pad_right
     from nemotron_lite.generation.sampling import Filters
     from nemotron_lite.generation.speculative import Speculation
 
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     plain = generate(small, prompts, 20)
-    with guided(small, prompts, plain, 0.3):
-        run = Speculation(
-            small, *pad_right(prompts), 20, Filters(), draft_length=4, adaptive=False, hold=hold
-        )
+    with guided(small, prompts, plain, 0.3), WAYS[way]():
+        run = Speculation(small, *pad_right(prompts), 20, Filters(), draft_length=4, adaptive=False)
         for _ in run.rounds():
             pass
     assert run.texts == plain

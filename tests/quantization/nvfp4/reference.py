@@ -1,4 +1,4 @@
-"""NVFP4 once more, in numpy with the casts of ml_dtypes: what the package's bits are held to.
+"""NVFP4 in numpy with the casts of ml_dtypes: the reference for the package's bits.
 
 Written from Transformer Engine's order of operations (reference sheet 6.2) and from nothing in
 `nemotron_lite`. Each numpy operation on float32 is one rounding, and both casts round to nearest,
@@ -18,7 +18,7 @@ E4M3, E2M1 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 
 
 class Quantized(NamedTuple):
-    """Bytes of two codes, E4M3 scales as bytes, the tensor's scale, and the decoded values."""
+    """Packed codes, E4M3 scales as bytes, the tensor's scale, and the decoded values."""
 
     codes: np.ndarray
     scales: np.ndarray

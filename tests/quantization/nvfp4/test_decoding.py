@@ -11,27 +11,27 @@ from nemotron_lite import ops
 from nemotron_lite.quantization import nvfp4
 from nemotron_lite.quantization.fp8 import FP8Tensor
 from nemotron_lite.quantization.nvfp4 import decoding
-from nemotron_lite.quantization.nvfp4.decoding import Stored, multiply, multiply_experts
-from nemotron_lite.quantization.nvfp4.elements import decode_e2m1, unpack
+from nemotron_lite.quantization.nvfp4.decoding import EncodedMatrix, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4.e2m1 import decode_e2m1, unpack_codes
 from tests.compare import relative_rms
 
 
-def stored(form: str, *shape: int) -> Stored:
-    """Random bytes: every code and every finite scale, whatever a quantizer would make of it."""
+def random_matrix(format: str, *shape: int) -> EncodedMatrix:
+    """Random bytes: all codes and all finite scales, also those that no quantizer would write."""
     stack, rows, cols = shape[:-2], shape[-2], shape[-1]
     blocks = -(-cols // 16)
     # Scales down to float32's subnormals and up to where a sum of products still is finite.
     scale = torch.exp2(torch.empty(stack).uniform_(-40, 10))
-    if form == "fp8":
+    if format == "fp8":
         codes = torch.randint(0, 256, shape, dtype=torch.uint8)
         codes[codes & 0x7F == 0x7F] = 0  # NaN
-        return Stored(codes.view(torch.float8_e4m3fn), scale, cols)
+        return EncodedMatrix(codes.view(torch.float8_e4m3fn), scale, cols)
     codes = torch.randint(0, 256, (*stack, rows, blocks * 8), dtype=torch.uint8)
     scales = torch.randint(0, 127, (*stack, rows, blocks), dtype=torch.uint8)
-    return Stored(codes, scale, cols, scales.view(torch.float8_e4m3fn))
+    return EncodedMatrix(codes, scale, cols, scales.view(torch.float8_e4m3fn))
 
 
-def by_definition(w: Stored) -> torch.Tensor:
+def by_definition(w: EncodedMatrix) -> torch.Tensor:
     if w.scales is None:
         each = w.scale.view(*w.scale.shape, *[1] * (w.codes.ndim - w.scale.ndim))
         return w.codes.float() * each
@@ -43,26 +43,26 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int32)
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("shape", [(5, 16), (33, 37), (3, 20, 48), (1, 1), (700, 512)])
-def test_the_bits_are_those_of_the_definition(form: str, shape: tuple[int, ...]) -> None:
-    w = stored(form, *shape)
+def test_the_bits_are_those_of_the_definition(format: str, shape: tuple[int, ...]) -> None:
+    w = random_matrix(format, *shape)
     expected = bits(by_definition(w))
     with torch.inference_mode():
         assert torch.equal(bits(w.decode()), expected)
     assert torch.equal(bits(w.decode(keep=True)), expected)
     if len(shape) == 3:
         chosen = torch.tensor([2, 0, 2, 1])
-        assert torch.equal(bits(w.of(chosen).decode()), expected.view(shape)[chosen])
-        assert torch.equal(bits(w.of(1).decode()), expected.view(shape)[1])
+        assert torch.equal(bits(w.select(chosen).decode()), expected.view(shape)[chosen])
+        assert torch.equal(bits(w.select(1).decode()), expected.view(shape)[1])
 
 
 def test_every_byte_under_every_scale() -> None:
     """All 256 bytes times all 127 finite scales of a block, and both zeros, bit by bit."""
     codes = torch.arange(256, dtype=torch.uint8).view(-1, 8).repeat(127, 1)
     scales = torch.arange(127, dtype=torch.uint8).repeat_interleave(32).view(-1, 1)
-    w = Stored(codes, torch.tensor(0.37), 16, scales.view(torch.float8_e4m3fn))
-    values = decode_e2m1(unpack(codes)) * (scales.view(torch.float8_e4m3fn).float() * 0.37)
+    w = EncodedMatrix(codes, torch.tensor(0.37), 16, scales.view(torch.float8_e4m3fn))
+    values = decode_e2m1(unpack_codes(codes)) * (scales.view(torch.float8_e4m3fn).float() * 0.37)
     assert torch.equal(bits(w.decode()), bits(values))
     everything = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     found, expected = decoding.decode_e4m3(everything), everything.float()
@@ -71,13 +71,13 @@ def test_every_byte_under_every_scale() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("rows", [(), (1,), (3, 20)])
 def test_stripes_are_one_product(
-    form: str, rows: tuple[int, ...], grad: bool, monkeypatch: pytest.MonkeyPatch
+    format: str, rows: tuple[int, ...], grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "STRIPE", 7 * 40)
-    w, x = stored(form, 61, 40), torch.randn(*rows, 40, dtype=torch.float64)
+    w, x = random_matrix(format, 61, 40), torch.randn(*rows, 40, dtype=torch.float64)
     exact = x @ by_definition(w).double().mT
     with torch.set_grad_enabled(grad):
         assert relative_rms(multiply(x, w), exact) < 1e-12, "no stripe has overwritten another"
@@ -88,9 +88,9 @@ def test_stripes_are_one_product(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
-def test_experts_few_and_many(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    up, down = stored(form, 12, 24, 40), stored(form, 12, 40, 24)
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_experts_few_and_many(format: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    up, down = random_matrix(format, 12, 24, 40), random_matrix(format, 12, 40, 24)
     z = torch.randn(tokens, 40, dtype=torch.float64)
     indices = torch.stack([torch.randperm(12)[:4] for _ in range(tokens)])
     weights = torch.rand(tokens, 4)
@@ -105,8 +105,8 @@ def test_experts_few_and_many(form: str, tokens: int, monkeypatch: pytest.Monkey
 
 
 def test_threads_do_not_share_a_stripe() -> None:
-    """Each thread's product is its own, however they interleave."""
-    cases = [(stored("nvfp4", 300, 64), torch.randn(2, 64)) for _ in range(4)]
+    """Threads that run at the same time do not overwrite each other's stripes."""
+    cases = [(random_matrix("nvfp4", 300, 64), torch.randn(2, 64)) for _ in range(4)]
     expected = [x @ by_definition(w).mT for w, x in cases]
     wrong = []
 
@@ -125,10 +125,20 @@ def test_threads_do_not_share_a_stripe() -> None:
     assert wrong == []
 
 
-def test_a_stripe_of_inference_serves_outside_of_it() -> None:
-    w, x = stored("nvfp4", 8, 32), torch.randn(1, 32)
-    decoding.scratch.kept.clear()
+def test_a_buffer_made_in_inference_mode_works_outside_of_it() -> None:
+    w, x = random_matrix("nvfp4", 8, 32), torch.randn(1, 32)
+    decoding.scratch.buffers.clear()
     with torch.inference_mode():
         inside = multiply(x, w).clone()
     with torch.no_grad():
         assert torch.equal(multiply(x, w), inside)
+
+
+def test_a_buffer_grows_with_the_stripe(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = random_matrix("nvfp4", 61, 40), torch.randn(1, 40)
+    expected = x @ by_definition(w).mT
+    decoding.scratch.buffers.clear()
+    with torch.inference_mode():
+        for stripe in (7 * 40, decoding.STRIPE, 7 * 40):
+            monkeypatch.setattr(decoding, "STRIPE", stripe)
+            assert relative_rms(multiply(x, w), expected) < 1e-6

@@ -1,7 +1,7 @@
 """NVFP4 bit for bit: codes, scales, amax and values against a reference made with ml_dtypes.
 
-Both ways to quantize ("naive", the definition, and "torch") are held to it, on edge cases and on
-millions of random values.
+Both implementations ("naive", the definition, and "torch") are compared with it, on edge cases and
+on millions of random values.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _heavy(*shape: int) -> Tensor:
 
 
 def _around(points: Tensor) -> Tensor:
-    """Each point and both of its neighbours in float32, with both signs."""
+    """Each point and both of its neighbors in float32, with both signs."""
     up = torch.nextafter(points, torch.full_like(points, torch.inf))
     down = torch.nextafter(points, torch.full_like(points, -torch.inf))
     near = torch.cat([points, up, down])
@@ -84,11 +84,11 @@ def test_scales_of_a_tensor_are_one_division_each() -> None:
 
 def test_the_even_column_is_in_the_low_half_of_a_byte() -> None:
     codes = torch.tensor([[1, 2, 3, 4], [15, 0, 7, 8]], dtype=torch.uint8)
-    packed = nvfp4.pack(codes)
+    packed = nvfp4.pack_codes(codes)
     assert packed.tolist() == [[0x21, 0x43], [0x0F, 0x87]]
-    assert torch.equal(nvfp4.unpack(packed), codes)
+    assert torch.equal(nvfp4.unpack_codes(packed), codes)
     with pytest.raises(ValueError, match="3 columns of codes"):
-        nvfp4.pack(codes[:, :3])
+        nvfp4.pack_codes(codes[:, :3])
 
 
 # Tensors
@@ -113,8 +113,8 @@ def test_sizes_that_do_not_fit(shape: tuple[int, int], block: str, impl: str) ->
         x = _heavy(*shape)
         exact = reference.quantize(x.numpy(), square=block == "16x16")
         _same(nvfp4.quantize(x, block=block, impl=impl), exact)
-        turned = nvfp4.quantize(x.mT, block=block, impl=impl)
-        _same(turned, reference.quantize(x.T.numpy(), square=block == "16x16"))
+        transposed = nvfp4.quantize(x.mT, block=block, impl=impl)
+        _same(transposed, reference.quantize(x.T.numpy(), square=block == "16x16"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -195,38 +195,41 @@ def _matrix() -> Tensor:
     return torch.diag(torch.tensor(signs, dtype=torch.float64)) @ h / 4
 
 
-def test_the_turn_is_orthonormal_with_the_fixed_signs() -> None:
+def test_the_hadamard_transform_is_orthonormal_with_the_fixed_signs() -> None:
     exact = _matrix()
     eye = torch.eye(16, dtype=torch.float64)
     torch.testing.assert_close(exact @ exact.T, eye, rtol=0, atol=0)
-    assert torch.equal(nvfp4.hadamard(eye), exact)
+    assert torch.equal(nvfp4.hadamard_transform(eye), exact)
     x = torch.randn(6, 48, dtype=torch.float64)
-    runs = (x.view(6, 3, 16) @ exact).view(6, 48)
-    torch.testing.assert_close(nvfp4.hadamard(x), runs, rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(nvfp4.inverse_hadamard(nvfp4.hadamard(x)), x, rtol=0, atol=1e-14)
-    along_rows = nvfp4.hadamard(x.mT, dim=-2)
-    torch.testing.assert_close(along_rows, nvfp4.hadamard(x).mT, rtol=0, atol=0)
-    wide = nvfp4.hadamard(x.float())
-    assert relative_rms(wide, runs) < 2e-7
+    groups = (x.view(6, 3, 16) @ exact).view(6, 48)
+    torch.testing.assert_close(nvfp4.hadamard_transform(x), groups, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        nvfp4.inverse_hadamard_transform(nvfp4.hadamard_transform(x)), x, rtol=0, atol=1e-14
+    )
+    along_rows = nvfp4.hadamard_transform(x.mT, dim=-2)
+    torch.testing.assert_close(along_rows, nvfp4.hadamard_transform(x).mT, rtol=0, atol=0)
+    wide = nvfp4.hadamard_transform(x.float())
+    assert relative_rms(wide, groups) < 2e-7
     assert torch.equal(
-        nvfp4.hadamard(x.bfloat16()), nvfp4.hadamard(x.bfloat16().float()).bfloat16()
+        nvfp4.hadamard_transform(x.bfloat16()),
+        nvfp4.hadamard_transform(x.bfloat16().float()).bfloat16(),
     )
     with pytest.raises(ValueError, match="is 20 long"):
-        nvfp4.hadamard(torch.randn(3, 20))
+        nvfp4.hadamard_transform(torch.randn(3, 20))
 
 
-def test_a_weight_gradient_does_not_notice_the_turn() -> None:
+def test_the_hadamard_transform_cancels_in_a_weight_gradient() -> None:
     dy, x = torch.randn(64, 5, dtype=torch.float64), torch.randn(64, 7, dtype=torch.float64)
-    turned = nvfp4.hadamard(dy, dim=0).T @ nvfp4.hadamard(x, dim=0)
-    torch.testing.assert_close(turned, dy.T @ x, rtol=1e-13, atol=1e-13)
+    product = nvfp4.hadamard_transform(dy, dim=0).T @ nvfp4.hadamard_transform(x, dim=0)
+    torch.testing.assert_close(product, dy.T @ x, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_quantizing_with_the_turn_is_quantizing_what_was_turned(impl: str) -> None:
+def test_quantizing_with_hadamard_quantizes_the_transformed_tensor(impl: str) -> None:
     for dtype in DTYPES:
         x = torch.randn(40, 37).to(dtype)
-        filled = torch.nn.functional.pad(x, (0, 11))
-        exact = reference.quantize(nvfp4.hadamard(filled).float().numpy())
+        padded = torch.nn.functional.pad(x, (0, 11))
+        exact = reference.quantize(nvfp4.hadamard_transform(padded).float().numpy())
         q = nvfp4.quantize(x, hadamard=True, impl=impl)
         assert q.shape == (40, 48)
         _same(q, exact)

@@ -1,7 +1,7 @@
-"""Rounding by chance: always a neighbour, right on average, and what clipping does to that.
+"""Stochastic rounding: the result is a neighbor, the mean is right, and clipping changes the mean.
 
-16 random bits a number can be counted through: for one value all 65,536 of them give the exact
-expectation, with no statistics. Statistics remain for the bits that a seed gives.
+With 16 random bits for a number, a test can try all 65,536 values. This gives the exact expectation
+without statistics. Only the bits that come from a seed are tested with statistics.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ import torch
 from torch import Tensor
 
 from nemotron_lite.quantization import nvfp4
-from tests.kernels import philox as twin
+from tests.kernels import philox
 from tests.quantization.nvfp4 import reference as reference
 
 IMPLS = ("naive", "torch")
 GRID = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def _neighbours(v: Tensor) -> tuple[Tensor, Tensor]:
+def _neighbors(v: Tensor) -> tuple[Tensor, Tensor]:
     """The largest grid value at or below v and the smallest at or above it."""
     below = GRID[torch.searchsorted(GRID, v, right=True) - 1]
     above = GRID[torch.searchsorted(GRID, v, right=False)]
     return below, above
 
 
-def _by_chance(v: Tensor, bits: Tensor) -> Tensor:
+def _round_stochastic(v: Tensor, bits: Tensor) -> Tensor:
     return nvfp4.decode_e2m1(nvfp4.encode_e2m1_stochastic(v, bits))
 
 
-def test_always_one_of_the_two_neighbours() -> None:
+def test_always_one_of_the_two_neighbors() -> None:
     v = torch.cat([torch.rand(2**18) * 12 - 6, torch.randn(2**16).clamp(-6, 6), GRID, -GRID / 8])
-    below, above = _neighbours(v)
+    below, above = _neighbors(v)
     for bits in (0, 65535, 32767, 32768):
-        found = _by_chance(v, torch.full(v.shape, bits))
+        found = _round_stochastic(v, torch.full(v.shape, bits))
         assert ((found == below) | (found == above)).all()
-    lowest = _by_chance(v, torch.zeros(v.shape, dtype=torch.int64))
-    highest = _by_chance(v, torch.full(v.shape, 65535))
+    lowest = _round_stochastic(v, torch.zeros(v.shape, dtype=torch.int64))
+    highest = _round_stochastic(v, torch.full(v.shape, 65535))
     assert (lowest == below).float().mean() > 0.99 and (highest == above).float().mean() > 0.99
 
 
 def test_values_on_the_grid_stay() -> None:
     bits = torch.arange(65536).repeat(len(GRID), 1)
     v = GRID[:, None].expand_as(bits)
-    assert torch.equal(_by_chance(v, bits), v)
+    assert torch.equal(_round_stochastic(v, bits), v)
 
 
 def test_the_expectation_over_all_bits_is_the_value() -> None:
@@ -52,16 +52,16 @@ def test_the_expectation_over_all_bits_is_the_value() -> None:
         [torch.tensor([0.25, -0.25, 1.125, 2.5, -3.7, 5, 0.001]), torch.rand(57) * 12 - 6]
     )
     bits = torch.arange(65536).repeat(len(v), 1)
-    mean = _by_chance(v[:, None].expand_as(bits), bits).double().mean(1)
-    below, above = _neighbours(v)
+    mean = _round_stochastic(v[:, None].expand_as(bits), bits).double().mean(1)
+    below, above = _neighbors(v)
     # 65,536 dithers in the middle of their intervals: right to half of one of them.
     assert ((mean - v).abs() <= (above - below) * 2.0**-17).all()
 
 
-def test_beyond_the_largest_it_is_clipped_whatever_the_dice() -> None:
+def test_beyond_the_largest_it_is_clipped_with_any_bits() -> None:
     bits = torch.arange(65536)
     for v in (6.0, 6.2, 100.0, -6.2):
-        assert (_by_chance(torch.full((65536,), v), bits).abs() == 6).all()
+        assert (_round_stochastic(torch.full((65536,), v), bits).abs() == 6).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -73,10 +73,10 @@ def test_codes_of_given_bits_are_those_of_exact_arithmetic(impl: str) -> None:
     assert np.array_equal(q.scales.view(torch.uint8).numpy(), nearest.scales)
     factor = (q.scales.float() * q.scale).repeat_interleave(16, 1)
     v = (x * (1 / factor)).clamp(-6, 6)
-    below, above = _neighbours(v)
+    below, above = _neighbors(v)
     distance = (v.double() - below) / (above - below).clamp(min=0.5)
     up = distance + (2 * bits.double() + 1) / 2**17 >= 1
-    found = nvfp4.decode_e2m1(nvfp4.unpack(q.codes))
+    found = nvfp4.decode_e2m1(nvfp4.unpack_codes(q.codes))
     differs = found != torch.where(up, above, below)
     # Where the sum is within float32's rounding of 1 (v / step + dither has up to 3 bits before
     # the point) the two may differ.
@@ -85,10 +85,10 @@ def test_codes_of_given_bits_are_those_of_exact_arithmetic(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_seed_gives_the_bits_of_the_numbers_place(impl: str) -> None:
+def test_a_seed_gives_bits_by_the_position_of_the_number(impl: str) -> None:
     x = torch.randn(3, 20, 37)
     seed = 2**40 + 5
-    bits = torch.from_numpy(twin.random_halves(seed, 60, 48, 5).astype(np.int64)).view(3, 20, 48)
+    bits = torch.from_numpy(philox.random_halves(seed, 60, 48, 5).astype(np.int64)).view(3, 20, 48)
     for hadamard in (False, True):
         given = {"stochastic": True, "hadamard": hadamard, "impl": impl}
         one = nvfp4.quantize(x, seed=seed, **given)
@@ -98,7 +98,7 @@ def test_a_seed_gives_the_bits_of_the_numbers_place(impl: str) -> None:
         assert torch.equal(one.codes, again.codes) and not torch.equal(one.codes, next_seed.codes)
 
 
-def test_both_ways_throw_the_same_dice() -> None:
+def test_both_implementations_use_the_same_random_bits() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((40, 64), (33, 50), (2, 17, 40)):
             x = torch.randn(shape).to(dtype)
@@ -118,7 +118,7 @@ def test_the_mean_of_many_draws_is_the_value_unless_it_is_clipped() -> None:
     for seed in range(draws):
         mean += (nvfp4.fake_quantize(x, stochastic=True, seed=seed) / factor).double() / draws
     clipped = v.abs() > 6
-    below, above = (side.double() for side in _neighbours(v.float().clamp(-6, 6)))
+    below, above = (side.double() for side in _neighbors(v.float().clamp(-6, 6)))
     deviation = ((v - below) * (above - v) / draws).sqrt()
     free = ~clipped & (deviation > 1e-3)
     z = (mean - v)[free] / deviation[free]
@@ -126,8 +126,8 @@ def test_the_mean_of_many_draws_is_the_value_unless_it_is_clipped() -> None:
     assert abs(float(z.mean())) < 4 / len(z) ** 0.5  # 4 standard errors
     assert abs(float(z.square().mean()) - 1) < 4 * (2 / len(z)) ** 0.5
 
-    # The block's scale is rounded to nearest: in about half of the blocks down, and then the
-    # largest number lies above 6, by up to 1/16, and loses what is above in every draw.
+    # The block's scale is rounded to nearest, so it is rounded down in about half of the blocks.
+    # Their largest number then lies above 6, by up to 1/16, and the excess is lost in every draw.
     assert 0.45 < clipped.unflatten(1, (-1, 16)).any(-1).float().mean() < 0.6
     assert 0.03 < clipped.float().mean() < 0.04
     torch.testing.assert_close(mean[clipped].abs(), torch.full_like(mean[clipped], 6))

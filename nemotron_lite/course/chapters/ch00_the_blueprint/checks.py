@@ -1,9 +1,9 @@
-"""What chapter 00's exercises are checked for: each mistake has a config in which it shows.
+"""Checks of chapter 00's exercises: for each mistake there is a config that shows it.
 
-Answers are compared with `nemotron_lite.ledger`, which is itself tested against the model it
-describes. In `small` all sizes differ, so that no two of them can be swapped unnoticed; each check
-then switches one more part on (a shared expert, a latent, shared heads), so that the first check
-that fails names the part that was overlooked. The published sizes come last.
+Answers are compared with `nemotron_lite.ledger`, which is tested against the model that it
+describes. In `small` all sizes differ, so an answer that mixes up two of them is noticed. Each
+check switches on one more part (a shared expert, a latent, shared heads), so the first check that
+fails names the part that the answer ignores. The published sizes come last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Answer = Callable[..., Any]
 
 
 def small(**changes: Any) -> NemotronConfig:
-    """A config whose sizes are all different, so that no two of them can be swapped unnoticed."""
+    """A config whose sizes are all different, so that mixing up two of them changes the result."""
     sizes: dict[str, Any] = dict(
         pattern="ME", vocab_size=8, hidden_size=96, num_attention_heads=6, num_key_value_heads=6,
         head_dim=16, mamba_num_heads=10, mamba_head_dim=14, ssm_state_size=18, n_groups=2,
@@ -39,10 +39,10 @@ def _same_layers(function: Answer, pattern: str) -> None:
     for kind, places in expected.items():
         assert kind in found, f'{pattern!r}: the key "{kind}" is missing'
         assert list(found[kind]) == places, (
-            f'{pattern!r}: "{kind}" layers stand at {places}, not at {list(found[kind])}'
+            f'{pattern!r}: "{kind}" layers are at {places}, not at {list(found[kind])}'
         )
     extra = sorted(set(found) - set(expected))
-    assert not extra, f"{pattern!r}: no layer is of kind {extra[0]!r}"
+    assert not extra, f"{pattern!r}: there is no kind of layer {extra[0]!r}"
 
 
 def places(function: Answer) -> None:

@@ -1,14 +1,14 @@
-"""Chapter 00's exercises: read a pattern, count a mixture, price a token's memory and arithmetic.
+"""Chapter 00's exercises: read a pattern, count a mixture, compute what a token costs.
 
     00.read_pattern    a model is a string
     00.moe_parameters  what a mixture stores, and what a token reads of it
     00.kv_bytes        what a token leaves behind in the attention layers
     00.decode_flops    what the next token costs
 
-Four functions of a config, a few lines of arithmetic each, and each one that production code has
-got wrong: planners that gave every layer of a hybrid a KV cache, throughput meters that charged a
-mixture for experts it did not read, readers that knew three of four letters. The checks are in
-`checks.py`, the mistakes they have to catch in
+Four functions of a config with a few lines of arithmetic each. Production code got each of them
+wrong: memory planners that counted a KV cache for every layer of a hybrid, throughput meters that
+counted experts which no token read, readers that knew three of the four letters. The checks are in
+`checks.py`; the mistakes that they have to catch are in
 `tests/course/chapters/ch00_the_blueprint/mutants.py`.
 
 Left out: FLOPs of training and of a prompt in chunks, which are `ledger.flops` with another mode.
@@ -55,18 +55,18 @@ nothing.""",
     places: dict[str, list[int]] = {kind: [] for kind in kinds.values()}
     for i, letter in enumerate(pattern):
         if letter not in kinds:
-            raise ValueError(f"{letter!r} at {i} is no layer: expected one of {', '.join(kinds)}.")
+            raise ValueError(f"{letter!r} at {i} is none of {', '.join(kinds)}.")
         places[kinds[letter]].append(i)
     return places
 ''',
     hints=(
         "Start from a dict with four empty lists, so that a kind that does not occur is there too. "
-        "Then walk over the letters with `enumerate`, which counts from 0 as the published "
+        "Then go over the letters with `enumerate`, which counts from 0 as the published "
         "positions do.",
         "`E` and `-` are different layers: a mixture of experts and a dense MLP. Keep a dict from "
         'letter to kind: `{"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}`.',
         "Before you look a letter up, test that it is there: `if letter not in kinds: raise "
-        'ValueError(f"{letter!r} is no layer")`. That covers `/`, `|` and small letters at once.',
+        'ValueError(f"{letter!r} is not a layer")`. That covers `/`, `|` and lower-case letters.',
     ),
     checks=(
         Check("places, counted from 0", checks.places, hint=1, points=1),
@@ -169,7 +169,7 @@ def kv_bytes_per_token(config: NemotronConfig, bytes_per_value: int = 2) -> int:
     return layers * 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
 ''',
     hints=(
-        "Two things are kept, a key and a value. And which layers keep them? "
+        "Two things are kept, a key and a value. Which layers keep them? "
         '`config.pattern.count("*")` of them; Mamba layers keep a state instead, which does not '
         "grow.",
         "A query is used once and thrown away. What is kept has `num_key_value_heads` heads; "
@@ -229,16 +229,17 @@ def decode_flops(config: NemotronConfig, context: int) -> float:
     hints=(
         "A token multiplies only with the weights it reads. `ledger.parameters(config)` has "
         "`total`, and several kinds of `active`. Each weight is one multiply-add, so two FLOPs.",
-        "Looking a row up in the embedding table is no arithmetic, however large the table: "
-        "`active_without_embedding`. The head at the end is a real product and stays.",
-        "Weights do not show attention and scan. Per attention layer 2·2·h·p·(context+1), with h "
-        "the *query* heads: sharing keys and values saves memory, not arithmetic. Per Mamba layer "
+        "Looking up a row of the embedding table is not arithmetic, however large the table is: "
+        "`active_without_embedding`. The head at the end is a matrix product and counts.",
+        "Attention and scan also compute without weights. Per attention layer "
+        "2·2·h·p·(context+1), with h the *query* heads: sharing keys and values saves memory, not "
+        "arithmetic. Per Mamba layer "
         '`5 * config.mamba_inner_size * config.ssm_state_size`. `config.pattern.count("*")` and '
         '`.count("M")` say how many there are.',
     ),
     checks=(
         Check("weights that are read", checks.weights_that_are_read, hint=1, points=1),
-        Check("a lookup is no arithmetic", checks.no_arithmetic_in_a_lookup, hint=2, points=1),
+        Check("a lookup is not arithmetic", checks.no_arithmetic_in_a_lookup, hint=2, points=1),
         Check("the scan", checks.the_scan, hint=3, points=1),
         Check("every query head", checks.every_query_head, hint=3, points=1),
         Check("Super", checks.published_prices, hint=3, points=1),

@@ -1,25 +1,26 @@
-"""Chapter 00's figures: the layers in stanzas, and what each kind stores, reads, costs and keeps.
+"""Chapter 00's figures: the layers in lines, and what each kind stores, reads, costs and keeps.
 
-`atlas` writes a pattern as stanzas, a line break after every attention layer, so that its rhythm
-can be read like a poem's: pairs of M and E, then an anchor. Beside it four bars ask of the same
-layers four different questions. They have four different answers, and that is the design:
+`atlas` writes a pattern in lines that end with an attention layer, so that its rhythm can be seen:
+pairs of M and E, then attention. Beside it four bars show four quantities of the same layers. They
+look very different, and that is what the design is about:
 
     stored       numbers in the model              nearly all in the experts
     read         numbers that one token uses       a few experts, and everything that is no expert
     arithmetic   FLOPs of the next token           grows with the context, in attention alone
     remembered   bytes a conversation keeps        grows with the context, in attention alone
 
-`ledger_curves` follows the last two over the context, between a model in which every place that
+`ledger_curves` shows the last two over the context, between a model in which every layer that
 mixes tokens is attention and one in which none is. `resized` makes the models in between: Super's
-proportions at another width, with as many anchors as asked for.
+proportions at another width, with as many attention layers as asked for.
 
 Every number comes from `nemotron_lite.ledger`. Left out: time. FLOPs and bytes bound it from below,
-and chapters measure it.
+and the chapters measure it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import ipywidgets
 import plotly.graph_objects as go
@@ -27,27 +28,19 @@ from plotly.basedatatypes import BaseFigure
 from plotly.subplots import make_subplots
 
 from nemotron_lite import ledger
-from nemotron_lite.config import LAYER_KINDS, PRESETS, NemotronConfig
-from nemotron_lite.course.chapters.ch00_the_blueprint.figure_numbers import (
-    LETTERS,
-    MIXING_PLACES,
-    QUESTIONS,
-    REST,
-    count,
-    growth,
-    resized,
-    shares,
-    size,
-    stanzas,
-    tokens,
-)
+from nemotron_lite.config import LAYER_KINDS, PRESETS, SUPER_PATTERN, NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
 from nemotron_lite.course.plotting.widgets import Explorer, explore
+from nemotron_lite.ledger import Number
 
+QUANTITIES = ("stored", "read", "arithmetic", "remembered")
+LETTERS = tuple(letter for letter in theme.KINDS if letter in LAYER_KINDS)
+REST = "rest"  # embedding, head and the last norm: no layer's
+MIXING_PLACES = len(SUPER_PATTERN) - SUPER_PATTERN.count("E")  # layers that mix tokens
 MODELS = {"Super": "super", "Nano": "nano", "Ultra": "ultra", "lite (yours)": "lite"}
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
-SMALLEST_LABEL = 0.09  # share of a bar that has room for a letter and a number
+SMALLEST_LABEL = 0.09  # share of a bar large enough for a letter and a number
 LINES = {
     "attention in every place": theme.SERIES[1],
     "as set": theme.SERIES[0],
@@ -57,7 +50,7 @@ WIDTHS = (1024, 2048, 3072, 4096, 6144, 8192)
 
 
 def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> go.Figure:
-    """The layers in stanzas, and four bars of what each kind is responsible for.
+    """The layers in lines, and four bars with the share of each kind of layer.
 
     Args:
         config: the model.
@@ -97,16 +90,16 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
         tickvals=[0, 1, 2, 3], range=[3.5, -0.5], fixedrange=True, showgrid=False, ticks="", col=2
     )
     fig.update_layout(
-        title_text="Four questions, asked of the same layers", barmode="stack", bargap=0.28,
+        title_text="Four quantities of the same layers", barmode="stack", bargap=0.28,
         plot_bgcolor=theme.CARD, height=470,
         legend=dict(orientation="h", x=0, y=-0.12, yanchor="top"),
     )  # fmt: skip
     fig.update_xaxes(showgrid=False)
     _draw_atlas(fig, config, context, kind)
-    verses = ", ".join(stanzas(config.pattern))
+    rows = ", ".join(pattern_lines(config.pattern))
     return described(
         fig,
-        f"Left, the {config.num_layers} layers in lines that end in an attention layer: {verses}. "
+        f"Left, the {config.num_layers} layers in lines that end in an attention layer: {rows}. "
         "Right, four stacked bars with the share of each kind of layer: of the numbers stored and "
         "of those a token reads, of the arithmetic of the next token, and of the bytes remembered. "
         "Experts fill most of the first bar and nothing of the last, which Mamba-2 and attention "
@@ -121,10 +114,10 @@ def _fill(letter: str, pale: bool) -> str:
 
 
 def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str) -> None:
-    verses = stanzas(config.pattern)
+    rows = pattern_lines(config.pattern)
     layers = ledger.parameters(config).layers
     asked = shares(config, context)
-    places = [(row, column) for row, line in enumerate(verses) for column in range(len(line))]
+    places = [(row, column) for row, line in enumerate(rows) for column in range(len(line))]
     for trace, letter in zip(fig.data, LETTERS, strict=False):
         mine = [i for i, own in enumerate(config.pattern) if own == letter]
         fill = _fill(letter, pale=kind not in ("all", letter))
@@ -133,33 +126,33 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         kept = asked["remembered"][letter] / max(1, len(mine))
         trace.hovertext = [
             f"layer {i}: {theme.KINDS[letter].name}<br>stores {int(layers[i].total):,}<br>"
-            f"a token reads {int(layers[i].active):,}<br>remembers {size(kept)} after "
-            f"{tokens(context)} tokens"
+            f"a token reads {int(layers[i].active):,}<br>remembers {format_bytes(kept)} after "
+            f"{format_tokens(context)} tokens"
             for i in mine
         ]
         trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
         trace.showlegend = bool(mine)
     for trace, letter in zip(fig.data[len(LETTERS) :], (*LETTERS, REST),
                              strict=True):  # fmt: skip
-        parts = [asked[q][letter] / sum(asked[q].values()) for q in QUESTIONS]
+        parts = [asked[q][letter] / sum(asked[q].values()) for q in QUANTITIES]
         pale = kind not in ("all", letter)
-        fill, room = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
+        fill, least = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
         trace.x, trace.y = [100 * part for part in parts], [0, 1, 2, 3]
-        trace.text = [f"{letter} {part:.0%}" if part > room else "" for part in parts]
-        asking = zip(QUESTIONS, parts, strict=True)
+        trace.text = [f"{letter} {part:.0%}" if part > least else "" for part in parts]
+        asking = zip(QUANTITIES, parts, strict=True)
         trace.hovertext = [f"{question}: {trace.name} {part:.2%}" for question, part in asking]
         trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
-    starts = [sum(map(len, verses[:row])) for row in range(len(verses))]
-    fig.layout.yaxis.tickvals = list(range(len(verses)))
+    starts = [sum(map(len, rows[:row])) for row in range(len(rows))]
+    fig.layout.yaxis.tickvals = list(range(len(rows)))
     fig.layout.yaxis.ticktext = [f"layer {start}" for start in starts]
-    fig.layout.yaxis.range = [max(len(verses), 9) - 0.4, -0.6]
-    fig.layout.xaxis.range = [-0.6, max(max(map(len, verses)), 11) - 0.4]
-    totals = {q: sum(asked[q].values()) for q in QUESTIONS}
+    fig.layout.yaxis.range = [max(len(rows), 9) - 0.4, -0.6]
+    fig.layout.xaxis.range = [-0.6, max(max(map(len, rows)), 11) - 0.4]
+    totals = {q: sum(asked[q].values()) for q in QUANTITIES}
     fig.layout.yaxis2.ticktext = [
-        f"<b>stored</b><br>{count(totals['stored'])}",
-        f"<b>read</b> per token<br>{count(totals['read'])}",
-        f"<b>arithmetic</b><br>{count(totals['arithmetic'])} FLOPs",
-        f"<b>remembered</b><br>{size(totals['remembered'])}",
+        f"<b>stored</b><br>{format_count(totals['stored'])}",
+        f"<b>read</b> per token<br>{format_count(totals['read'])}",
+        f"<b>arithmetic</b><br>{format_count(totals['arithmetic'])} FLOPs",
+        f"<b>remembered</b><br>{format_bytes(totals['remembered'])}",
     ]
 
 
@@ -170,13 +163,15 @@ def atlas_widget() -> Explorer:
         config = PRESETS[MODELS[model]]
         _draw_atlas(fig, config, context, kind)
         asked = shares(config, context)
-        names = {"M": "Mamba-2", "*": "attention"}
-        kept = max(names, key=lambda letter: asked["remembered"][letter])
-        part = asked["remembered"][kept] / sum(asked["remembered"].values())
+        totals = {name: sum(parts.values()) for name, parts in asked.items()}
+        remembered = asked["remembered"]
+        most = max(("M", "*"), key=lambda letter: remembered[letter])
+        part = remembered[most] / totals["remembered"]
         return (
-            f"{model} after {tokens(context)} tokens: of {count(sum(asked['stored'].values()))} "
-            f"numbers one token reads {count(sum(asked['read'].values()))}; it remembers "
-            f"{size(sum(asked['remembered'].values()))}, {part:.0%} of it in {names[kept]} layers."
+            f"{model} after {format_tokens(context)} tokens: of {format_count(totals['stored'])} "
+            f"numbers one token reads {format_count(totals['read'])}; it remembers "
+            f"{format_bytes(totals['remembered'])}, {part:.0%} of it in {theme.KINDS[most].name} "
+            "layers."
         )
 
     wide = {"description_width": "90px"}
@@ -193,7 +188,7 @@ def atlas_widget() -> Explorer:
 def context_slider(value: int) -> ipywidgets.SelectionSlider:
     """Tokens of context in powers of two, 1K to 1M."""
     return ipywidgets.SelectionSlider(
-        options=[(tokens(n), n) for n in CONTEXTS], value=value, description="context",
+        options=[(format_tokens(n), n) for n in CONTEXTS], value=value, description="context",
         continuous_update=True, style={"description_width": "90px"},
         layout=ipywidgets.Layout(width="min(100%, 460px)"),
     )  # fmt: skip
@@ -205,7 +200,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     Args:
         width: d; everything else follows in Super's proportions.
         anchors: attention layers among the places that mix tokens.
-        context: where the mark stands.
+        context: position of the mark.
     """
     fig = make_subplots(cols=2, subplot_titles=("remembered", "FLOPs of the next token"),
                         horizontal_spacing=0.16)  # fmt: skip
@@ -219,13 +214,13 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
         fig.data[-1].marker = dict(color=theme.INK, symbol="circle", size=12)
         fig.update_xaxes(
             type="log", title_text="context in tokens", tickvals=CONTEXTS[::2],
-            ticktext=[tokens(n) for n in CONTEXTS[::2]], row=1, col=col,
+            ticktext=[format_tokens(n) for n in CONTEXTS[::2]], row=1, col=col,
         )  # fmt: skip
     memory = [2**i for i in (24, 27, 30, 33, 36)]
     work = [1e9, 1e10, 1e11, 1e12]
-    fig.update_yaxes(type="log", tickvals=memory, ticktext=[size(n) for n in memory],
+    fig.update_yaxes(type="log", tickvals=memory, ticktext=[format_bytes(n) for n in memory],
                      range=[7.1, 11.4], row=1, col=1)  # fmt: skip
-    fig.update_yaxes(type="log", tickvals=work, ticktext=[count(n) for n in work],
+    fig.update_yaxes(type="log", tickvals=work, ticktext=[format_count(n) for n in work],
                      range=[8.9, 12.8], row=1, col=2)  # fmt: skip
     fig.update_layout(height=450, title_text="What a longer context costs", margin_t=92,
                       legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"))  # fmt: skip
@@ -241,11 +236,11 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
 
 def _draw_curves(fig: BaseFigure, width: int, anchors: int, context: int) -> None:
     for i, n in enumerate((MIXING_PLACES, anchors, 0)):
-        memory, work = growth(width, n)
+        memory, work = cost_lines(width, n)
         fig.data[i].x = fig.data[4 + i].x = CONTEXTS
         fig.data[i].y = [memory[0] + memory[1] * t for t in CONTEXTS]
         fig.data[4 + i].y = [work[0] + work[1] * t for t in CONTEXTS]
-    memory, work = growth(width, anchors)
+    memory, work = cost_lines(width, anchors)
     for trace, (start, slope) in ((fig.data[3], memory), (fig.data[7], work)):
         trace.x, trace.y = [context], [start + slope * context]
 
@@ -256,32 +251,33 @@ def ledger_widget() -> Explorer:
     def update(fig: go.FigureWidget, context: int, width: int, anchors: int) -> str:
         _draw_curves(fig, width, anchors, context)
         numbers = ledger.parameters(resized(width, anchors))
-        memory, work = growth(width, anchors)
+        memory, work = cost_lines(width, anchors)
+        remembered, flops = (start + slope * context for start, slope in (memory, work))
         return (
-            f"Width {width:,}, {anchors} attention layers: {count(numbers.backbone)} numbers "
-            f"stored, {count(numbers.active_without_embedding)} read by a token. After "
-            f"{tokens(context)} tokens it remembers {size(memory[0] + memory[1] * context)}, and "
-            f"the next token takes {count(work[0] + work[1] * context)} FLOPs."
+            f"Width {width:,}, {anchors} attention layers: {format_count(numbers.backbone)} "
+            f"numbers stored, {format_count(numbers.active_without_embedding)} read by a token. "
+            f"After {format_tokens(context)} tokens it remembers {format_bytes(remembered)}, and "
+            f"the next token takes {format_count(flops)} FLOPs."
         )
 
     wide = {"description_width": "90px"}
-    room = ipywidgets.Layout(width="min(100%, 460px)")
+    layout = ipywidgets.Layout(width="min(100%, 460px)")
     return explore(
         ledger_curves(),
         update,
         context=context_slider(8192),
         width=ipywidgets.SelectionSlider(
             options=[(f"{n:,}", n) for n in WIDTHS], value=4096, description="width d",
-            style=wide, layout=room,
+            style=wide, layout=layout,
         ),
         anchors=ipywidgets.IntSlider(
-            value=8, min=0, max=MIXING_PLACES, description="attention", style=wide, layout=room
+            value=8, min=0, max=MIXING_PLACES, description="attention", style=wide, layout=layout
         ),
     )  # fmt: skip
 
 
 def memory_lines(
-    contexts: Sequence[int], series: Mapping[str, Sequence[ledger.Number]], *, title: str, alt: str
+    contexts: Sequence[int], series: Mapping[str, Sequence[Number]], *, title: str, alt: str
 ) -> go.Figure:
     """Bytes over the context, both axes logarithmic and marked in binary units.
 
@@ -298,11 +294,11 @@ def memory_lines(
     most, least = (pick(pick(values) for values in series.values()) for pick in (max, min))
     step = 3 if most > 64 * least else 1  # a mark for each factor of eight, or of two
     marks = [2**i for i in range(10, 50, step) if least / 4 <= 2**i <= most * 4]
-    fig.update_yaxes(tickvals=marks, ticktext=[size(n) for n in marks])
+    fig.update_yaxes(tickvals=marks, ticktext=[format_bytes(n) for n in marks])
     first, last = min(contexts), max(contexts)
     step = 2 if last > 64 * first else 1
     shown = [2**i for i in range(0, 40, step) if first <= 2**i <= last]
-    fig.update_xaxes(tickvals=shown, ticktext=[tokens(n) for n in shown])
+    fig.update_xaxes(tickvals=shown, ticktext=[format_tokens(n) for n in shown])
     fig.update_layout(legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"))
     return fig
 
@@ -328,9 +324,116 @@ def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.F
         title_text="bits per byte of held-out files (lower is better)", rangemode="tozero"
     )
     fig.update_yaxes(autorange="reversed", showgrid=False)
-    fig.update_layout(title_text="Who codes the held-out files in fewer bits?", bargap=0.35,
+    fig.update_layout(title_text="Bits needed for the held-out files", bargap=0.35,
                       height=130 + 44 * len(best), showlegend=False)  # fmt: skip
     names = ", ".join(sorted(scores))
     return described(
         fig, f"Bars of bits per byte on held-out files, the shortest on top, for: {names}."
     )
+
+
+# The numbers behind the figures, all from `nemotron_lite.ledger`, and how they are written.
+
+
+def pattern_lines(pattern: str) -> list[str]:
+    """The pattern in lines that end with an attention layer.
+
+    >>> pattern_lines("MEM*EM*E")
+    ['MEM*', 'EM*', 'E']
+    """
+    return [line for line in pattern.replace("*", "*\n").split("\n") if line]
+
+
+def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
+    """What each kind of layer stores, reads, computes and remembers; see the module text.
+
+    Keys are `QUANTITIES`, then the letters of the pattern and "rest". Stored and read are counts
+    (the embedding, of which a token reads one row, is stored but not read), arithmetic is FLOPs
+    of the token after `context` others, remembered is bytes after `context` tokens. The MTP module
+    is not counted.
+    """
+    count = ledger.parameters(config)
+    cost = ledger.flops(config, context, "decode")
+    kept = ledger.cache(config, context)
+    stored, read = _by_letter(count.by_part), _by_letter(count.active_by_part)
+    read[REST] -= count.active_by_part["embedding"]
+    remembered = dict.fromkeys(stored, 0.0) | {"M": kept.conv + kept.ssm, "*": kept.kv}
+    return {
+        "stored": stored,
+        "read": read,
+        "arithmetic": _by_letter(cost.by_part),
+        "remembered": {k: float(v) for k, v in remembered.items()},
+    }
+
+
+def _by_letter(parts: Mapping[str, Number]) -> dict[str, float]:
+    letters = {kind: letter for letter, kind in LAYER_KINDS.items()}
+    totals = dict.fromkeys((*LETTERS, REST), 0.0)
+    for part, amount in parts.items():
+        if part != "mtp":
+            totals[letters.get(part, REST)] += amount
+    return totals
+
+
+def resized(width: int, anchors: int) -> NemotronConfig:
+    """Super's proportions at another width, with `anchors` of its mixing layers given to attention.
+
+    Heads, experts and latent shrink and grow with d as they do between Super and its siblings; the
+    number of layers, experts and state sizes stay. Attention layers are spread evenly.
+
+    Raises:
+        ValueError: a width that is no multiple of 512, or more anchors than places.
+    """
+    if width < 512 or width % 512:
+        raise ValueError(f"width={width}: expected a multiple of 512, so that the heads divide it.")
+    if not 0 <= anchors <= MIXING_PLACES:
+        raise ValueError(
+            f"anchors={anchors}: expected 0 to {MIXING_PLACES}, the layers that mix tokens."
+        )
+    chosen = {int((i + 0.5) * MIXING_PLACES / anchors) for i in range(anchors)}
+    pattern, place = "", 0
+    for letter in SUPER_PATTERN:
+        if letter == "E":
+            pattern += "E"
+        else:
+            pattern += "*" if place in chosen else "M"
+            place += 1
+    return PRESETS["super"].replace(
+        pattern=pattern, hidden_size=width, num_attention_heads=width // 128,
+        mamba_num_heads=width // 32, moe_latent_size=width // 4,
+        moe_intermediate_size=width * 21 // 32,
+        moe_shared_expert_intermediate_size=width * 21 // 16,
+    )  # fmt: skip
+
+
+@cache
+def cost_lines(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
+    """Bytes remembered and FLOPs of the next token of `resized(width, anchors)`.
+
+    Both are straight lines over the context: (at no tokens, for each token).
+    """
+    config = resized(width, anchors)
+    kept = ledger.cache(config, 0)
+    first, second = (ledger.flops(config, t, "decode").per_token for t in (0, 1))
+    return (kept.total, kept.kv_per_token), (first, second - first)
+
+
+def format_count(n: Number) -> str:
+    """A large count in short: 120.7 B, 12.2 B, 7.1 M."""
+    for power, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= power:
+            return f"{n / power:.4g} {letter}"
+    return f"{n:.4g}"
+
+
+def format_bytes(n: Number) -> str:
+    """Bytes in binary units: 162.3 MiB, 8 GiB."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n >= 2**power:
+            return f"{n / 2**power:.4g} {unit}"
+    return f"{n:.4g} B"
+
+
+def format_tokens(n: int) -> str:
+    """Tokens in binary thousands: 8K, 1M."""
+    return f"{n >> 20}M" if n >= 1 << 20 else f"{n >> 10}K" if n >= 1 << 10 else str(n)

@@ -1,10 +1,10 @@
-"""What the answers of chapter 01 are held to.
+"""Checks of chapter 01's exercises.
 
-Values are compared with `ops.selective_scan`, with autograd, or with a property that the answer
-must have whatever it looks like inside: a step cut in two, a text cut in two, spans grouped
-differently. Inputs are made afresh and strided as a projection leaves them. Each exercise ends at
-the edges where published programs broke: a step below the clamp of another library, a state that is
-overwritten under its owner, groups dealt out in the wrong order, the indices of a backward pass.
+Values are compared with `ops.selective_scan`, with autograd, or with a property that every correct
+answer has: a step cut in two, a text cut in two, spans grouped differently. Inputs are made when a
+check runs, and have the strides that a projection gives. The last checks of an exercise are the
+cases in which published programs failed: a step below the clamp of another library, a state of the
+caller that is overwritten, groups in the wrong order, the indices of a backward pass.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     01.discretise           two rules that turn a rate and a step size into a fade and a gain
     01.selective_recurrence the definition: fade, write, read, one token at a time
     01.combine_spans        the associative operator that lets a scan run in parallel
-    01.scan_gradients       the gradient of the scan, which is a scan the other way round
+    01.scan_gradients       the gradient of the scan, which is a scan in the other direction
 
-The checks are in `_checks_01.py`; the mistakes they have to catch are in
+The checks are in `checks.py`; the mistakes that they have to catch are in
 `tests/course/chapters/ch01_selective_scan/mutants.py`.
 """
 
@@ -145,8 +145,8 @@ def selective_recurrence(x, dt, A, B, C, D, state):
         "`x.unsqueeze(-1) * B.unsqueeze(-2)`: `... p 1` times `... 1 n`.",
         "The scan of a text cut in two has to equal the scan of the whole: start from the `state` "
         "you are given, and hand on the last one. Make a new tensor at each token. `state *= fade` "
-        "overwrites the caller's. And use dt as it comes: a floor under dt makes a head that wants "
-        "to wait move on.",
+        "overwrites the caller's. And use dt as it is: with a lower limit on dt, a head that "
+        "should wait forgets and writes.",
         "Neighbouring heads share a group: `B.repeat_interleave(h // g, dim=2)` gives groups "
         "0 0 1 1. `repeat` gives 0 1 0 1, which has the right shape and the wrong heads.",
     ),
@@ -201,13 +201,13 @@ def combine_spans(earlier, later):
     return earlier[0] * later[0], later[0] * earlier[1] + later[1]
 '''.strip(),
     hints=(
-        "Put one into the other: after the first span the state is `f1 * S + w1`; give that to the "
-        "second, `f2 * (...) + w2`, and sort by what stands in front of S.",
+        "Insert one into the other: after the first span the state is `f1 * S + w1`; give that to "
+        "the second, `f2 * (...) + w2`, and collect the factor in front of S.",
         "Fades multiply, they do not add. What the earlier span wrote fades through the **later** "
         "one; what the later span wrote does not fade any more. So the order matters: "
         "combine(a, b) is not combine(b, a), and a scan may regroup but never swap.",
         "Return new tensors. A scan uses the same span in several combinations; `write += ...` "
-        "changes it under the others.",
+        "changes it for the other combinations too.",
     ),
     checks=(
         Check("the same token twice", checks.spans_by_hand, hint=1, points=1),

@@ -1,17 +1,17 @@
-"""The figures of chapter 01: a state that forgets, two rules for a step, scans in parallel.
+"""The figures of chapter 01: a state that fades, two rules for a step, parallel scans.
 
-    follow, trace, explorer   what one number of the state does while tokens come in; with sliders
-    two_rules                 what a step of size dt makes of A and of B
-    rounds, wiring, costs     what a parallel scan combines in which round, and how often
-    learning                  accuracy while training
-    chosen_steps              the step sizes that a trained layer gives to the tokens of a row
-    half_lives                how many tokens the heads of a layer remember
+    follow, trace, explorer     one number of the state while tokens come in; with sliders
+    two_rules                   decay and gain of one step, by two rules
+    scan_rounds, wiring, costs  which tokens a parallel scan combines in which round, and how often
+    learning                    accuracy while training
+    chosen_steps                the step sizes that a trained layer gives to the tokens of a row
+    half_lives                  how many tokens the heads of a layer remember
 
-Functions take arrays and return figures. What they draw of a scan is computed by
-`ops.selective_scan`, so that a picture cannot say something else than the code.
+Functions take arrays and return figures. Scans are computed by `ops.selective_scan`, so a picture
+always agrees with the code.
 
-What is left out: states of more than one number in `trace`. A head holds p x n of them and they all
-fade alike, since A is one number per head.
+Left out: states of more than one number in `trace`. A head has p x n of them, and all fade alike,
+because A is one number per head.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def follow(x: ArrayLike, dt: ArrayLike, A: float) -> Trace:
     steps = torch.tensor(np.asarray(dt, dtype=float))
     written = inputs.nonzero()
     if not len(written):
-        raise ValueError("every x is zero: there is no token to follow.")
+        raise ValueError("every x is zero; expected one input that is not, to follow it.")
     alone = torch.zeros_like(inputs)
     alone[written[0]] = inputs[written[0]]
     both = torch.stack([inputs, alone], dim=1)[None, :, :, None]  # b t h p, two heads
@@ -99,7 +99,7 @@ def trace(x: ArrayLike, dt: ArrayLike, A: float, *, title: str, alt: str) -> go.
 
 
 def explorer() -> tuple[Explorer, go.Figure]:
-    """Drag dt, A and the input, and watch the state forget; and the figure that stands for it."""
+    """Sliders for dt, A and the input, and the figure that is shown when no kernel runs."""
     x, dt = _inputs(20, 0.0), np.full(TOKENS, 0.25)
     still = trace(
         x, dt, -0.4, title="One number of the state",
@@ -147,7 +147,7 @@ def _inputs(place: int, noise: float) -> np.ndarray:
 
 
 def two_rules(exponents: ArrayLike) -> go.Figure:
-    """Fade and gain of a step against -dt A: the exact ones, and Euler's.
+    """Fade and gain of one step against -dt A, exact and by Euler's rule.
 
     Args:
         exponents: values of -dt A, `n`, above zero.
@@ -180,10 +180,10 @@ def two_rules(exponents: ArrayLike) -> go.Figure:
     )
 
 
-def rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
-    """The combinations of a scan over t entries: per round, pairs (earlier, later).
+def scan_rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
+    """The combinations of a scan over t entries: for each round, pairs (earlier, later).
 
-    After a round, each `later` holds itself combined with `earlier`. In the end entry i has seen
+    A round combines each `later` with its `earlier`. At the end, entry i is the combination of
     entries 0 to i. "doubling" is Hillis and Steele's (1986); "tree" is Blelloch's two sweeps (1990)
     in the form of Brent and Kung, where every entry ends inclusive.
 
@@ -205,12 +205,12 @@ def rounds(kind: str, t: int) -> list[list[tuple[int, int]]]:
 
 
 def wiring(t: int = 8) -> go.Figure:
-    """Who is combined with whom: the three scans over t entries, side by side, time downwards."""
+    """Which entries are combined in which round: the three scans over t entries, side by side."""
     fig = make_subplots(rows=1, cols=len(KINDS), shared_yaxes=True, horizontal_spacing=0.05)
     counts = []
     deepest = 0
     for column, kind in enumerate(KINDS, 1):
-        plan = rounds(kind, t)
+        plan = scan_rounds(kind, t)
         deepest = max(deepest, len(plan))
         counts.append(f"{kind}: {len(plan)} rounds, {sum(map(len, plan))} combinations")
         for at, pairs in enumerate(plan):
@@ -254,7 +254,7 @@ def costs(lengths: Sequence[int]) -> go.Figure:
         rows=1, cols=2, subplot_titles=("rounds (time, at best)", "combinations (work)")
     )
     for look, kind in zip(theme.SERIES, KINDS, strict=False):
-        plans = [rounds(kind, t) for t in lengths]
+        plans = [scan_rounds(kind, t) for t in lengths]
         for column, values in (
             (1, [len(p) for p in plans]),
             (2, [sum(map(len, p)) for p in plans]),
@@ -280,11 +280,11 @@ def costs(lengths: Sequence[int]) -> go.Figure:
 
 
 def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
-    """Rows without a mistake while training, one line a model.
+    """Rows without a mistake during training, one line for each model.
 
     Args:
         steps: updates at which it was measured, `n`.
-        rows: name → rows of 100, `n`; the model that learns most first.
+        rows: name → rows of 100, `n`; the best model first.
     """
     first, *others = rows
     fig = lines(
@@ -323,7 +323,7 @@ def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure
 
 
 def half_lives(tokens: Mapping[str, ArrayLike], *, title: str, alt: str) -> go.Figure:
-    """After how many tokens the heads of some layers have forgotten half, longest first.
+    """After how many tokens each head has forgotten half, longest first.
 
     Args:
         tokens: name of a layer → half-lives of its heads, in tokens.

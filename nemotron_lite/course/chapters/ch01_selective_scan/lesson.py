@@ -1,13 +1,13 @@
-"""The smallest model that is a scan and nothing else, and its training: the subject of chapter 01.
+"""The model of chapter 01, which is a scan and nothing else, and its training.
 
     embedding → (norm → scan → +) twice → norm → logits
 
-No convolution, no gate, no attention: whatever it learns, the scan did it. With `selective=True`
-dt, B and C are computed from each token, as in Mamba. With `selective=False` the same linear map is
-given zeros, so that only its bias is left: dt, B and C are learned, and equal for all tokens. Both
-have the same parameters, and the second is a convolution with a learned kernel.
+It has no convolution, no gate and no attention, so only the scan can learn. With `selective=True`
+dt, B and C are computed from each token, as in Mamba. With `selective=False` the same linear map
+gets zeros as input, so only its bias is left: dt, B and C are learned, and equal for all tokens.
+Both variants have the same parameters; the second is a convolution with a learned kernel.
 
-Left out: everything that makes a layer good rather than instructive (see `layers/mamba.py`).
+Left out: what a good layer needs besides (see `layers/mamba.py`).
 """
 
 from __future__ import annotations
@@ -97,22 +97,22 @@ class ScanModel(nn.Module):
 
 
 @torch.no_grad()
-def faultless_rows(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
-    """Rows of 100 in which every answer of the mask is right, each from the tokens before it.
+def exact_rows(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
+    """Rows of 100 in which the model predicts every answer in the mask.
 
-    A row counts as it would if the model wrote the answers itself: its next answer is read behind
-    answers that were right so far.
+    Each answer is predicted from the correct tokens before it. If all are right, the model would
+    also generate the whole row correctly.
 
     Raises:
         ValueError: a batch without a mask.
     """
     if batch.mask is None:
-        raise ValueError("this batch has no mask, so nothing marks its answers.")
+        raise ValueError("this batch has no mask; expected one that marks its answers.")
     right = logits[:, :-1].argmax(-1) == batch.tokens[:, 1:]
     return 100 * (right | ~batch.mask[:, 1:]).all(1).double().mean().item()
 
 
-def learn(
+def train_scan(
     model: nn.Module,
     task: BatchSource,
     exam: Batch,
@@ -129,26 +129,26 @@ def learn(
     Args:
         model: tokens `b t` to logits `b t v`.
         task: its `mask` says which tokens are answers; only they are learned.
-        exam: what is measured on. Rows for training have its length.
-        name: of the bar.
-        steps: updates of AdamW, without weight decay, over one rise and fall of the rate.
+        exam: the rows to measure on. Rows for training have the same length.
+        name: the label of the bar.
+        steps: updates of AdamW, without weight decay, in one cycle of the learning rate.
         batch_size: rows an update.
-        lr: the highest rate.
+        lr: the highest learning rate.
         seed: of the data.
         every: updates between two measurements.
 
     Returns:
-        `faultless_rows` of the exam before the first update and after each `every`.
+        `exact_rows` of the exam before the first update and after each `every`.
     """
     adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
     length = exam.tokens.shape[1]
-    curve = [faultless_rows(model(exam.tokens), exam)]
+    curve = [exact_rows(model(exam.tokens), exam)]
     for i in progress(range(steps), name):
-        batch = task.batch(i, batch_size=batch_size, length=length, seed=seed)
+        batch = task.batch(i, batch_size=batch_size, seq_len=length, seed=seed)
         assert batch.mask is not None
-        asked = batch.mask[:, 1:]
-        loss = F.cross_entropy(model(batch.tokens)[:, :-1][asked], batch.tokens[:, 1:][asked])
+        answers = batch.mask[:, 1:]
+        loss = F.cross_entropy(model(batch.tokens)[:, :-1][answers], batch.tokens[:, 1:][answers])
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,5 +156,5 @@ def learn(
         rate.step()
         if (i + 1) % every == 0:
             with torch.no_grad():
-                curve.append(faultless_rows(model(exam.tokens), exam))
+                curve.append(exact_rows(model(exam.tokens), exam))
     return curve

@@ -1,9 +1,9 @@
-"""What the answers of chapter 02 are held to.
+"""Checks of chapter 02's exercises.
 
-Every check compares with the definition in `ops` on inputs made afresh: float64, with several
-groups, and with x and dt strided as a projection leaves them. The last checks of an exercise go to
-the edges where published programs broke: heads that forget everything at each token, a state from
-an earlier piece of text, channels near zero and channels too large for half precision.
+Every check compares with the definition in `ops`, on inputs made when it runs: float64, several
+groups, and x and dt with the strides that a projection gives. The last checks of an exercise are
+the cases in which published programs failed: heads that forget everything at each token, a state
+from an earlier piece of text, channels near zero and channels too large for half precision.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def mask_under_strong_decay(function: Answer) -> None:
     for name, leaf in (("dt", dt), ("A", A)):
         assert leaf.grad is not None, f"no gradient reaches {name}"
         assert leaf.grad.isfinite().all(), (
-            f"under strong decay the gradient of {name} holds {leaf.grad.flatten()[0].item()}"
+            f"under strong decay the gradient of {name} contains {leaf.grad.flatten()[0].item()}"
         )
 
 
@@ -91,14 +91,16 @@ def chunk_alone(function: Answer) -> None:
     v = scan_inputs(6)
     v["state"] = torch.zeros_like(v["state"])
     close(
-        function(*v.values())[0], reference_chunk(**v)[0], what="outputs of 6 tokens, from no state"
+        function(*v.values())[0],
+        reference_chunk(**v)[0],
+        what="outputs of 6 tokens, from a zero state",
     )
 
 
 def chunk_reads_state(function: Answer) -> None:
     v = scan_inputs(6)
     close(
-        function(*v.values())[0], reference_chunk(**v)[0], what="outputs of 6 tokens behind a state"
+        function(*v.values())[0], reference_chunk(**v)[0], what="outputs of 6 tokens after a state"
     )
 
 
@@ -135,7 +137,9 @@ def chunk_under_strong_decay(function: Answer) -> None:
 def norm_inputs(channels: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(channels)
     y, z = torch.randn(2, 3, 5, channels, generator=random, dtype=torch.float64)
-    scale = torch.linspace(10.0, 100.0, channels, dtype=torch.float64)  # eps is out of sight
+    scale = torch.linspace(
+        10.0, 100.0, channels, dtype=torch.float64
+    )  # so large that eps does not matter
     weight = 1 + 0.3 * torch.randn(channels, generator=random, dtype=torch.float64)
     return {"y": (y * scale).to(dtype), "z": z.to(dtype), "weight": weight.to(dtype)}
 

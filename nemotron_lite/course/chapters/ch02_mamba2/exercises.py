@@ -5,7 +5,7 @@
     02.gate_and_norm  the gate, then one norm per group
     02.conv_token     one token of the convolution, with the state it carries
 
-The checks are in `_checks_02.py`; the mistakes they have to catch are in
+The checks are in `checks.py`; the mistakes that they have to catch are in
 `tests/course/chapters/ch02_mamba2/mutants.py`.
 """
 
@@ -133,9 +133,9 @@ def one_chunk(x, dt, A, B, C, state):
     return inside + before, kept + added
 '''.strip(),
     hints=(
-        "First the tokens among themselves (step 1): scores `C_l . B_r` per **group**, handed to "
+        "First the tokens among themselves (step 1): scores `C_l . B_r` per **group**, copied to "
         "its heads with `repeat_interleave`, times the decay mask, times `dt_r x_r`. Neighbouring "
-        "heads share a group; `repeat` would deal them out like cards.",
+        "heads share a group; `repeat` would alternate the groups.",
         "Then the past (step 4): every token reads the old state, `S C_l`, faded by everything "
         "since the chunk began, its own step included: `exp(s_l)`.",
         "Last the future (steps 2 and 3): the old state fades by the whole chunk, `exp(s_q)`; "
@@ -200,7 +200,7 @@ def gate_and_norm(y, z, weight, groups, eps=1e-5):
         "is subtracted; this is a root mean square, not a layer norm.",
         "`unflatten(-1, (groups, -1))` splits the channels; take the mean of the squares over the "
         "last axis only, with `keepdim=True`, and flatten the two axes again.",
-        "eps stands **inside** the root, added to the mean of squares. Squares of float16 overflow "
+        "eps is **inside** the root, added to the mean of squares. Squares of float16 overflow "
         "beyond 255: widen with `torch.promote_types(y.dtype, torch.float32)` before squaring.",
     ),
     checks=(
@@ -260,7 +260,7 @@ def conv_token(state, x, weight, bias):
     return F.silu(y), window[:, 1:]
 '''.strip(),
     hints=(
-        "Put the new input behind the state: a window of k inputs, oldest first. `weight.T` is "
+        "Append the new input to the state: a window of k inputs, oldest first. `weight.T` is "
         "`k c` and lines up with it; multiply, sum over the k, add the bias, then SiLU.",
         "The state is made of **inputs**, before convolution and SiLU, and it always ends with the "
         "newest one: drop the first entry of the window, not the last.",

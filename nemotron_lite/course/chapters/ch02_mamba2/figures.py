@@ -1,19 +1,27 @@
-"""Figures of chapter 02: one map as a matrix, in chunks, and as a state that walks.
+"""The figures of chapter 02: the scan as a matrix and in chunks, and the layer around it.
+
+The scan:
 
     factors        decay mask, scores, and the matrix that is their product
-    two_parts      the matrix cut along its chunks: blocks on the diagonal, and what lies below
-    chunk_map      which blocks are done how, beside the multiply-adds that this costs
+    two_parts      the matrix cut along its chunks: blocks on the diagonal, and the rest below them
+    chunk_map      how each block is computed, and how many multiply-adds each chunk length costs
     explore_chunks the same with sliders: chunk length and half-life
     states_walk    what each chunk adds to the state, and the state that is handed on
-    memory         bytes kept against tokens read;  chunk_times  time against chunk length
+    memory         bytes kept against tokens read
+    chunk_times    time against chunk length
 
-The layer around the scan, and what it costs, is drawn in mixer.py.
+The layer around it:
 
-A matrix has readers l as rows and writers r as columns, first token top left. What a causal map
-never touches is left blank, so that a blank is not mistaken for a small number.
+    mixer_layout   widths inside a Mamba-2 layer: z | x B C | dt, convolution, groups of the norm
+    crossing       time against length, with a mark where two lines meet
+    fingerprints   the error at each position, where two implementations differ
+    losses         training loss of several models
 
-The multiply-adds are those of `ledger.flops` for one head with its own B and C: inside a chunk of
-q tokens (q+1)/2 (n+p) a token, into and out of the state 2np, from chunk to chunk np/q.
+Rows of a matrix are reading tokens l, columns are writing tokens r, the first token top left. What
+a causal map never touches is left blank, so that nobody takes a blank for a small number.
+
+The multiply-adds are those of `ledger.flops` for one head with its own B and C, per token: inside a
+chunk of q tokens (q+1)/2 (n+p), into and out of the state 2np, from chunk to chunk np/q.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ from numpy.typing import ArrayLike
 from plotly.basedatatypes import BaseFigure
 from plotly.subplots import make_subplots
 
+from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
 from nemotron_lite.course.plotting.widgets import Explorer, explore, slider
@@ -88,7 +97,7 @@ def two_parts(matrix: ArrayLike, chunk: int) -> go.Figure:
 
 
 def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
-    """Which block of the matrix is done how, and the arithmetic of every chunk length.
+    """How each block of the matrix is computed, and the arithmetic of every chunk length.
 
     Args:
         matrix: `t t`, lower-triangular.
@@ -104,7 +113,7 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
     lengths = _chunk_lengths(t)
     fig = make_subplots(
         1, 2, column_widths=[0.52, 0.48], horizontal_spacing=0.12,
-        subplot_titles=("which block is done how", "multiply-adds per token and head"),
+        subplot_titles=("how each block is computed", "multiply-adds per token and head"),
     )  # fmt: skip
     fig.add_trace(_heatmap(_blank_above(whole), diverging=True), 1, 1)
     for name, colour, dash in (
@@ -115,7 +124,7 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
             x=[None], y=[None], mode="lines", name=name, line=dict(color=colour, dash=dash, width=3)
         )
     work = multiply_adds(np.array(lengths), p, n)
-    # Dark, light and middle, in the order of the stack: no colour is needed to tell them apart.
+    # Dark, light and medium, in the order of the stack, so that they differ without colour too.
     for (name, each), colour in zip(work.items(), (theme.INK, "#9CCDEB", "#E69F00"), strict=True):
         fig.add_bar(
             x=[str(q) for q in lengths], y=each, name=name, marker_color=colour,
@@ -206,10 +215,10 @@ def multiply_adds(chunk: ArrayLike, p: int, n: int) -> dict[str, ndarray]:
 
 
 def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
-    """What each chunk adds to one head's state (step 2), and the state after it (step 3).
+    """What each chunk adds to the state of one head (step 2), and the state after it (step 3).
 
     Args:
-        added: `c p n`, what each chunk writes, as it stands at the chunk's end.
+        added: `c p n`, what each chunk writes, with the decay up to the chunk's end.
         states: `c p n`, the state after each chunk.
 
     Raises:
@@ -277,6 +286,159 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
     fig.update_xaxes(tickvals=np.asarray(chunks))
     fig.update_yaxes(rangemode="tozero")
     return fig
+
+
+def mixer_layout(config: NemotronConfig) -> go.Figure:
+    """The channels of a Mamba-2 layer from the input to the output projection, to scale."""
+    inner, shared = config.mamba_inner_size, config.n_groups * config.ssm_state_size
+    heads, groups, d = config.mamba_num_heads, config.n_groups, config.hidden_size
+    head_width, per_group = config.mamba_head_dim, inner // config.n_groups
+    z = ("z", "the gate", inner, "sky")
+    xbc = [
+        ("x", f"{heads} heads of {head_width}", inner, "orange"),
+        ("B", f"{groups} groups of {config.ssm_state_size}", shared, "green"),
+        ("C", f"{groups} groups of {config.ssm_state_size}", shared, "purple"),
+    ]
+    dt = ("dt", "one step size a head", heads, "vermillion")
+    norm = [(f"norm {i}", "one group", per_group, "yellow") for i in range(1, groups + 1)]
+    gate = ("silu(z)", "multiplied into y before the norm", inner, "sky")
+    rows: list[tuple[str, int, list[tuple[str, str, int, str]]]] = [
+        ("in_proj", 0, [z, *xbc, dt]),
+        (f"conv, {config.conv_kernel} taps, SiLU", inner, xbc),
+        ("scan", inner, [("y", f"{heads} heads of {head_width}", inner, "orange")]),
+        ("gate, then norm", 0, [gate, *norm]),
+        ("out_proj", inner, [("out", "back to the residual stream", d, "sky")]),
+    ]
+    fig = go.Figure()
+    for name, start, parts in rows:
+        widths = [width for _, _, width, _ in parts]
+        fills = [theme.PALETTE[colour] for *_, colour in parts]
+        fig.add_bar(
+            y=[name] * len(parts), x=widths, base=(start + np.cumsum([0, *widths[:-1]])).tolist(),
+            orientation="h", width=0.66, showlegend=False, marker_color=fills,
+            text=[f"<b>{label}</b> {w:,}" if w > 0.05 * inner else "" for label, _, w, _ in parts],
+            textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
+            insidetextfont=dict(size=13, color=[theme.text_on(fill) for fill in fills]),
+            hovertext=[f"{label}: {meaning}, {w:,} channels" for label, meaning, w, _ in parts],
+            hoverinfo="text",
+        )  # fmt: skip
+    fig.add_annotation(
+        x=config.mamba_in_proj_size, y="in_proj", text=f"<b>dt</b> {heads}", showarrow=False,
+        xanchor="left", xshift=6,
+    )  # fmt: skip
+    fig.update_layout(barmode="overlay", height=310, margin_t=24)
+    fig.update_xaxes(title_text="channels", range=[0, 1.08 * config.mamba_in_proj_size])
+    fig.update_yaxes(categoryorder="array", categoryarray=[r[0] for r in rows], showgrid=False)
+    fig.update_yaxes(autorange="reversed")
+    return described(
+        fig,
+        "Five bars, one for each stage of a Mamba-2 layer, cut into channels to scale. The input "
+        "projection is cut into z, x, B, C and a sliver dt. The convolution passes over x, B and "
+        "C. The scan leaves y, as wide as z. The gate is multiplied in, the norm cuts the product "
+        f"into {groups} groups, and the output projection returns to the width of the model.",
+    )
+
+
+def crossing(
+    lengths: ArrayLike, seconds: Mapping[str, ArrayLike], at: float | None = None
+) -> go.Figure:
+    """Milliseconds against length, both axes logarithmic, with a mark where two lines meet.
+
+    Args:
+        lengths: `k` tokens.
+        seconds: name → `k` times.
+        at: the length to mark; None marks nothing.
+    """
+    fig = go.Figure()
+    for name, times in seconds.items():
+        fig.add_scatter(
+            x=np.asarray(lengths), y=1e3 * np.asarray(times, dtype=float), name=name,
+            mode="lines+markers",
+        )  # fmt: skip
+    if at is not None:
+        fig.add_vline(x=at, line=dict(color=theme.MUTED, dash="dot", width=2))
+        fig.add_annotation(
+            x=float(np.log10(at)), y=1.0, yref="paper", text="equal", showarrow=False,
+            xanchor="left", xshift=4, yanchor="top",
+        )  # fmt: skip
+    fig.update_xaxes(title_text="tokens", type="log", tickvals=np.asarray(lengths))
+    fig.update_yaxes(title_text="milliseconds", type="log")
+    fig.update_layout(height=330, margin_t=24)
+    return described(
+        fig,
+        f"Time against length on logarithmic axes for {' and '.join(seconds)}. Both lines "
+        "rise; the one for attention is steeper and starts lower, and they meet at a marked "
+        "length, beyond which the scan takes less time.",
+    )
+
+
+def fingerprints(
+    errors: Mapping[str, ArrayLike], marks: Mapping[str, int], *, floor: float = 1e-9
+) -> go.Figure:
+    """The largest error at each position, one small plot for each implementation.
+
+    Args:
+        errors: name → `t` absolute errors; anything below `floor` is drawn at it.
+        marks: name → position of an event: dotted lines in each plot.
+        floor: the smallest error drawn.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not errors:
+        raise ValueError("errors is empty; expected at least one implementation.")
+    columns = min(2, len(errors))
+    rows = -(-len(errors) // columns)
+    fig = make_subplots(
+        rows, columns, shared_xaxes=True, shared_yaxes=True, subplot_titles=list(errors),
+        horizontal_spacing=0.06, vertical_spacing=0.14,
+    )  # fmt: skip
+    look = theme.SERIES[1]
+    for i, (name, values) in enumerate(errors.items()):
+        y = np.maximum(np.asarray(values, dtype=np.float32), np.float32(floor))
+        where = dict(row=i // columns + 1, col=i % columns + 1)
+        fig.add_scatter(
+            y=y, name=name, mode="lines", showlegend=False,
+            line=dict(color=look.colour, dash="solid"), **where,
+        )  # fmt: skip
+        for position in marks.values():
+            line = dict(color=theme.MUTED, dash="dot", width=2)
+            fig.add_vline(x=position - 0.5, line=line, **where)
+    for label, position in marks.items():
+        fig.add_annotation(
+            x=position, y=0.02, yref="y domain", xref="x", text=label, showarrow=False,
+            xanchor="left", yanchor="bottom", xshift=2,
+        )  # fmt: skip
+    fig.update_yaxes(type="log", range=[np.log10(floor), 1.2], exponentformat="power")
+    fig.update_yaxes(title_text="largest error", col=1)
+    fig.update_xaxes(title_text="position in the text", row=rows)
+    fig.update_layout(height=110 + 130 * rows, margin_t=40)
+    plots = f"{len(errors)} small plots" if len(errors) > 1 else "One plot"
+    return described(
+        fig,
+        f"{plots} of error against position in the text, named {'; '.join(errors)}, with dotted "
+        f"lines at {' and '.join(marks)}. Errors are at the floor where two programs agree and "
+        "jump by many powers of ten where they part.",
+    )
+
+
+def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
+    """Training loss by step; the model without Mamba or attention comes first.
+
+    Args:
+        curves: name → mean losses of `every` steps each, of equal length.
+        every: the number of steps that one value is the mean of; it is drawn in their middle.
+
+    Raises:
+        ValueError: curves of different lengths.
+    """
+    count = len(np.asarray(next(iter(curves.values()))))
+    return lines(
+        np.arange(count) * every + (every + 1) / 2, curves, height=320,
+        title=f"Training loss, mean of {every} steps", x_title="step", y_title="nats per byte",
+        alt=f"Training loss against steps for {'; '.join(curves)}. All fall; the curve of "
+        f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
+    )  # fmt: skip
 
 
 def _row_of_matrices(

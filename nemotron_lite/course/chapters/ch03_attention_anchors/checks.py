@@ -1,9 +1,10 @@
 """Checks of chapter 03's exercises.
 
-Each isolates one mistake: the last query alone sees the scale and not the mask, equal numbers of
-heads see the mask and not the sharing. So the hint that a failure names is about what is wrong.
-The references are the package's own (`ops.selective_scan`, `ops.causal_attention`, `ledger.cache`);
-expected values are computed there, from fresh seeded inputs, when a check runs.
+Each check isolates one mistake: the last query depends on the scale and not on the mask; with as
+many key heads as query heads the result depends on the mask and not on the sharing. So a failure
+names the hint about the actual mistake. Expected values come from the package
+(`ops.selective_scan`, `ops.causal_attention`, `ledger.cache`), computed from seeded inputs when a
+check runs.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ Answer = Callable[..., Any]
 
 def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-# -- 03.outer_memory ---------------------------------------------------------------------------
 
 
 def _outer_memory(keys: Tensor, values: Tensor, queries: Tensor, keep: float = 1.0) -> Tensor:
@@ -70,9 +68,6 @@ def memory_gradients(answer: Answer) -> None:
     )
 
 
-# -- 03.grouped_attention ----------------------------------------------------------------------
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.causal_attention(q, k, v, impl="naive")
 
@@ -86,7 +81,7 @@ def _qkv(b: int, h: int, kv: int, t: int, p: int, seed: int) -> tuple[Tensor, Te
 
 
 def attention_last_query(answer: Answer) -> None:
-    # The last query sees every key, so that the mask cannot be to blame.
+    # The last query sees every key, so a wrong mask does not change its answer.
     q, k, v = _qkv(2, 2, 2, 6, 16, seed=0)
     q = 3 * q
     got, expected = answer(q, k, v), _attention(q, k, v)
@@ -118,11 +113,8 @@ def attention_strided(answer: Answer) -> None:
     close(answer(q, k, v), _attention(q, k, v), what="heads that are views of a wider tensor")
 
 
-# -- 03.extend_cache ---------------------------------------------------------------------------
-
-
 def _buffers(b: int, kv: int, s: int, p: int) -> tuple[Tensor, Tensor]:
-    """Buffers whose unused slots hold what a rolled-back draft has left there."""
+    """Buffers whose unused slots hold old values of a rejected draft."""
     stale = torch.full((b, kv, s, p), 50.0, dtype=torch.float64)
     return stale, -stale
 
@@ -134,7 +126,7 @@ def cache_writes(answer: Answer) -> None:
     keys, values, _ = answer(buffer_k, buffer_v, 4, k[:, :, 4:], v[:, :, 4:])
     for got, expected, name in ((keys, k, "keys"), (values, v, "values")):
         assert got.shape == expected.shape, (
-            f"{name}: {got.shape[2]} come back, for 4 cached and 3 new tokens"
+            f"{name}: {got.shape[2]} are returned, for 4 cached and 3 new tokens"
         )
         close(got, expected, what=f"{name}: 4 cached, then 3 new")
 
@@ -148,7 +140,7 @@ def cache_masks(answer: Answer) -> None:
             f"the mask is {list(mask.shape)}, not {[t, used + t]} (new tokens, all tokens)"
         )
         expected = torch.ones(t, used + t, dtype=torch.bool).tril(used)
-        close(mask.double(), expected.double(), what=f"mask of {t} new tokens behind {used}")
+        close(mask.double(), expected.double(), what=f"mask of {t} new tokens after {used}")
 
 
 def cache_chunks(answer: Answer) -> None:
@@ -167,8 +159,6 @@ def cache_chunks(answer: Answer) -> None:
         used += t
     close(torch.cat(parts, 2), expected, what="a prompt in pieces of 4, 1, 3 and 1 tokens")
 
-
-# -- 03.memory_bytes ---------------------------------------------------------------------------
 
 _CONFIGS = {name: NemotronConfig.from_preset(name) for name in ("super", "nano", "tiny-super")}
 
@@ -191,6 +181,6 @@ def bytes_state(answer: Answer) -> None:
 def bytes_growth(answer: Answer) -> None:
     config = _CONFIGS["super"]
     (short, state), (long, later) = answer(config, 0), answer(config, 2**20)
-    assert short == 0, f"no tokens have no keys and values, not {short:,} bytes"
+    assert short == 0, f"with no tokens the keys and values take {short:,} bytes; expected 0"
     assert state == later, f"the state grows from {state:,} to {later:,} bytes"
     assert long == cache(config, 2**20).kv, f"at 1,048,576 tokens: {long:,} bytes"

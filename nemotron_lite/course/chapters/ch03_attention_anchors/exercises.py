@@ -1,11 +1,11 @@
-"""Exercises of chapter 03: the two kinds of memory, and what they weigh.
+"""Exercises of chapter 03: the two kinds of memory, and how many bytes they need.
 
     03.outer_memory       pairs in one matrix, which is what a state holds
     03.grouped_attention  causal attention in which query heads share key heads
-    03.extend_cache       several new tokens behind a cache, and what each may see
+    03.extend_cache       several new tokens after a cache, and what each may see
     03.memory_bytes       keys and values against states, in bytes
 
-The checks are in `_checks_03.py`; the mistakes they have to catch are in
+The checks are in `checks.py`; the mistakes that they have to catch are in
 `tests/course/chapters/ch03_attention_anchors/mutants.py`.
 """
 
@@ -23,8 +23,8 @@ OUTER_MEMORY = Exercise(
     importance=4,
     points=4,
     task="""
-Store pairs in one matrix and ask for them again. This is a Mamba head without its
-trimmings: `keys` are its B, `values` its x, `queries` its C, and `keep` the decay of one step.
+Store pairs in one matrix and ask for them again. This is the core of a Mamba
+head: `keys` are its B, `values` its x, `queries` its C, and `keep` the decay of one step.
 
 Start with a state of zeros, `p n`. For each pair in order, first fade the state by `keep`, then add
 the outer product of value and key. Afterwards answer every query with state times query. Asking
@@ -131,8 +131,8 @@ EXTEND_CACHE = Exercise(
     points=5,
     task="""
 A cache is a pair of buffers with room for more tokens than there are. `used` slots are
-valid; what stands behind them is rubbish from an earlier draft. Write the new keys and values into
-the buffers, in place, behind the used ones. Return the valid part, old and new, and the mask that
+valid; the slots after them hold old values of a rejected draft. Write the new keys and values into
+the buffers, in place, after the used ones. Return the valid part, old and new, and the mask that
 says which keys each new token may see.
 """.strip(),
     stub='''
@@ -159,13 +159,13 @@ def extend_cache(buffer_k, buffer_v, used, k, v):
     return buffer_k[:, :, :total], buffer_v[:, :, :total], mask
 """,
     hints=(
-        "New tokens go into slots `used` to `used + t`. What comes back is cut off there: slots "
-        "further on hold rubbish.",
-        "The i-th new token stands at position `used + i` and sees keys 0 to `used + i`. A "
+        "New tokens go into slots `used` to `used + t`. Return the slots up to there: those after "
+        "them hold old values.",
+        "The i-th new token is at position `used + i` and sees keys 0 to `used + i`. A "
         "triangle that starts in the top left corner is right only for an empty cache; `tril` "
         "takes a `diagonal`.",
         "The next piece calls you with the same buffers. Assign to a slice of the buffer "
-        "(`buffer_k[:, :, a:b] = k`); a new tensor made by `torch.cat` is forgotten.",
+        "(`buffer_k[:, :, a:b] = k`); a new tensor made by `torch.cat` is lost.",
     ),
     checks=(
         Check("keys and values in their slots", checks.cache_writes, hint=1, points=1),

@@ -1,22 +1,22 @@
-"""Figures of chapter 03: what a state can hold, what a cache costs, who reads what.
+"""Figures of chapter 03: what a state can store, what a cache costs, which query reads which key.
 
     panels          matrices side by side: questions against answers, queries against keys
-    crowding        one crowded state beside one cache, and a widget over both
+    crowding        many pairs in one state, beside a cache, and a widget for both
     recall_curves   recall against the number of pairs
     key_heads       which key head each query head reads
-    bars            a few numbers, on a logarithmic axis if need be
-    memory          bytes against context, and a widget over the number of anchors
+    bars            a few numbers, on a linear or logarithmic axis
+    memory          bytes against context, and a widget for the number of attention layers
 
-The widget of `crowding` runs the smallest experiment there is. Keys are random unit vectors and
-values random codes. A state keeps the sum of their outer products, a cache keeps them one by one:
+The widget of `crowding` runs a small experiment. Keys are random unit vectors and values are random
+codes. A state keeps the sum of their outer products, a cache keeps each pair:
 
     state   S = sum_j v_j k_j^T,            read  S q = sum_j (k_j . q) v_j
     cache   all k_j and v_j,                read  sum_j softmax_j(b k_j . q) v_j
 
 Asked for key i, the state answers v_i plus a share k_j . k_i of every other value. With n numbers
-in a key at most n keys have nothing in common, so that the noise grows with pairs / n.
+in a key at most n keys can be orthogonal, so the noise grows with pairs / n.
 
-Left out: learnt keys, decay, several heads. The chapter trains those.
+Left out: learned keys, decay, several heads. The chapter trains those.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHARPNESS = 24.0  # of the cache's softmax over unit keys
 MOST_PAIRS = 64
 GIB = 2**30
 
-# White is nothing, so that a mostly empty matrix stays quiet; grey is a cell that has no value.
+# White is zero, so that a mostly empty matrix is mostly white; grey is a cell that has no value.
 SHADES = [[0, "#FFFFFF"], [0.3, "#C6DDEE"], [0.65, "#3E8EC4"], [1, "#00224E"]]
 
 Matrix = NDArray[np.float64]
@@ -57,11 +57,11 @@ def panels(
     marks: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     height: int = 400,
 ) -> go.Figure:
-    """Matrices side by side, first row on top, one scale of colour for all.
+    """Matrices side by side, first row on top, with one colour scale.
 
     Args:
         matrices: name → `rows columns`.
-        title, alt, x_title, y_title: see `viz.matrix`.
+        title, alt, x_title, y_title: see `plotting.matrix`.
         marks: name → (rows, columns) of cells to mark with a cross.
         height: pixels.
 
@@ -101,9 +101,6 @@ def panels(
     return described(fig, alt)
 
 
-# -- a crowded state ---------------------------------------------------------------------------
-
-
 def read_state(keys: Matrix, values: Matrix) -> Matrix:
     """Ask a state for each of its own keys; how much each answer looks like each value.
 
@@ -119,7 +116,7 @@ def read_state(keys: Matrix, values: Matrix) -> Matrix:
 
 
 def read_cache(keys: Matrix, values: Matrix, sharpness: float = SHARPNESS) -> Matrix:
-    """The same questions to a cache of all keys and values, through a softmax."""
+    """The same questions to a cache of all keys and values, with a softmax."""
     scores = sharpness * keys @ keys.T
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
@@ -168,7 +165,7 @@ def crowding(pairs: int = 32, n: int = 8, *, seed: int = 0) -> go.Figure:
         "stands in a haze of other answers, more of it the fewer numbers a key has, and crosses "
         "mark the questions where another answer comes out on top.",
     )  # fmt: skip
-    # One fixed scale, so that the slider's pictures compare; what looks unlike a value is nothing.
+    # One fixed scale, so that the slider's pictures can be compared; negative values are white.
     fig.update_layout(coloraxis=dict(cmin=0, cmax=1.5, colorbar_title_text="likeness"))
     return fig
 
@@ -201,9 +198,6 @@ def crowding_widget(pairs: int = 32, n: int = 8, *, seed: int = 0) -> Explorer:
     )  # fmt: skip
 
 
-# -- measured in the chapter -------------------------------------------------------------------
-
-
 def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.Figure:
     """Share of right answers against the number of pairs, a line per model.
 
@@ -225,7 +219,7 @@ def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.F
 
 
 def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
-    """Which key head each query head reads, one panel for each way of repeating.
+    """Which key head each query head reads, one panel for each order of repeating.
 
     Args:
         shared: name → for each query head, the number of its key head.
@@ -270,7 +264,7 @@ def bars(
 
     Args:
         values: name → height.
-        title, y_title, alt: see `viz.lines`.
+        title, y_title, alt: see `plotting.lines`.
         log_y: a logarithmic axis.
         form: of the numbers above the bars.
     """
@@ -287,8 +281,6 @@ def bars(
     return described(fig, alt)
 
 
-# -- bytes -------------------------------------------------------------------------------------
-
 _CONTEXTS = 2 ** np.arange(10, 21)
 
 
@@ -303,7 +295,7 @@ def _kv(config: NemotronConfig, contexts: Sequence[int] | NDArray[np.int64]) -> 
 
 
 def memory(config: NemotronConfig) -> go.Figure:
-    """Bytes that one sequence keeps, against its length, on logarithmic axes."""
+    """Bytes that one sequence needs, against its length, on logarithmic axes."""
     all_attention = _with(config, config.num_layers, config.num_key_value_heads)
     rest = ledger.cache(config, 0).total / GIB
     fig = lines(

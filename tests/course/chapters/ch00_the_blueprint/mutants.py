@@ -1,8 +1,7 @@
-"""Wrong answers to chapter 00's exercises, each a mistake that shipped somewhere.
+"""Wrong answers to chapter 00's exercises, each a mistake that a real project shipped.
 
-Issue and pull request numbers say where it was found or repaired. They were read as reports, not
-reproduced here; what is tested is that the checks refuse the same mistake and name a hint that
-helps.
+Issue and pull request numbers say where it was found or repaired. The reports were read, not
+reproduced. The tests check that the graders refuse the same mistake and name a hint that helps.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import pytest
 
 from nemotron_lite import ledger
 from nemotron_lite.config import PRESETS, SUPER_PATTERN, NemotronConfig
-from nemotron_lite.course.chapters.ch00_the_blueprint import figure_numbers as numbers
 from nemotron_lite.course.chapters.ch00_the_blueprint import figures
 from nemotron_lite.course.plotting import alt_of, theme
 from nemotron_lite.course.plotting.widgets import BUDGET
@@ -18,8 +17,8 @@ DENSE = NemotronConfig(pattern="M-M*-", vocab_size=64, hidden_size=32, n_groups=
 
 @pytest.mark.parametrize("config", [SUPER, PRESETS["nano"], PRESETS["lite"], DENSE])
 def test_shares_add_up_to_the_ledgers_totals(config: NemotronConfig) -> None:
-    asked = numbers.shares(config, 5000)
-    assert tuple(asked) == numbers.QUESTIONS
+    asked = figures.shares(config, 5000)
+    assert tuple(asked) == figures.QUANTITIES
     count = ledger.parameters(config)
     expected = {
         "stored": count.backbone,
@@ -28,46 +27,46 @@ def test_shares_add_up_to_the_ledgers_totals(config: NemotronConfig) -> None:
         "remembered": ledger.cache(config, 5000).total,
     }
     assert {q: sum(parts.values()) for q, parts in asked.items()} == pytest.approx(expected)
-    absent = set(numbers.LETTERS) - set(config.pattern)
+    absent = set(figures.LETTERS) - set(config.pattern)
     assert all(parts[letter] == 0 for parts in asked.values() for letter in absent)
 
 
 def test_each_kind_is_charged_for_its_own() -> None:
-    asked = numbers.shares(SUPER, 1_048_576)
+    asked = figures.shares(SUPER, 1_048_576)
     kept = ledger.cache(SUPER, 1_048_576)
     assert asked["remembered"]["*"] == kept.kv
     assert asked["remembered"]["M"] == kept.conv + kept.ssm
-    assert asked["remembered"]["E"] == asked["remembered"][numbers.REST] == 0
+    assert asked["remembered"]["E"] == asked["remembered"][figures.REST] == 0
     experts = sum(layer.total for layer in ledger.parameters(SUPER).layers if layer.kind == "moe")
     assert asked["stored"]["E"] == experts
 
 
 def test_stanzas_are_the_pattern_with_breaks_after_attention() -> None:
-    lines = numbers.stanzas(SUPER_PATTERN)
+    lines = figures.pattern_lines(SUPER_PATTERN)
     assert "".join(lines) == SUPER_PATTERN
     assert all(line.endswith("*") and line.count("*") == 1 for line in lines[:-1])
     assert "*" not in lines[-1]
-    assert numbers.stanzas("M*") == ["M*"]
-    assert numbers.stanzas("ME") == ["ME"]
+    assert figures.pattern_lines("M*") == ["M*"]
+    assert figures.pattern_lines("ME") == ["ME"]
 
 
 def test_resized_at_supers_width_is_super_with_its_anchors_spread_evenly() -> None:
-    found = numbers.resized(4096, 8)
+    found = figures.resized(4096, 8)
     assert found.replace(pattern=SUPER_PATTERN) == SUPER
     assert found.pattern.replace("*", "M") == SUPER_PATTERN.replace("*", "M")
     places = [i for i, letter in enumerate(found.pattern.replace("E", "")) if letter == "*"]
-    assert set(np.diff(places)) == {numbers.MIXING_PLACES // 8}
+    assert set(np.diff(places)) == {figures.MIXING_PLACES // 8}
 
 
-@pytest.mark.parametrize("anchors", range(numbers.MIXING_PLACES + 1))
+@pytest.mark.parametrize("anchors", range(figures.MIXING_PLACES + 1))
 def test_resized_has_as_many_anchors_as_asked_for(anchors: int) -> None:
-    pattern = numbers.resized(2048, anchors).pattern
+    pattern = figures.resized(2048, anchors).pattern
     assert (pattern.count("*"), pattern.count("E")) == (anchors, SUPER.pattern.count("E"))
 
 
 @pytest.mark.parametrize("width", figures.WIDTHS)
 def test_resized_keeps_supers_proportions(width: int) -> None:
-    config = numbers.resized(width, 8)
+    config = figures.resized(width, 8)
     for name in (
         "num_attention_heads", "mamba_num_heads", "moe_latent_size", "moe_intermediate_size",
         "moe_shared_expert_intermediate_size",
@@ -81,17 +80,17 @@ def test_resized_keeps_supers_proportions(width: int) -> None:
 )
 def test_resized_refuses_what_cannot_be(width: int, anchors: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        numbers.resized(width, anchors)
+        figures.resized(width, anchors)
 
 
 def test_atlas_shows_every_layer_once_and_bars_of_a_hundred_percent() -> None:
     fig = figures.atlas(SUPER)
-    tiles = fig.data[: len(numbers.LETTERS)]
+    tiles = fig.data[: len(figures.LETTERS)]
     placed = {(y, x): letter for trace in tiles for x, y, letter in zip(trace.x, trace.y,
               trace.text, strict=True)}  # fmt: skip
-    lines = numbers.stanzas(SUPER.pattern)
+    lines = figures.pattern_lines(SUPER.pattern)
     assert placed == {(r, c): own for r, line in enumerate(lines) for c, own in enumerate(line)}
-    bars = np.array([trace.x for trace in fig.data[len(numbers.LETTERS) :]])
+    bars = np.array([trace.x for trace in fig.data[len(figures.LETTERS) :]])
     np.testing.assert_allclose(bars.sum(0), 100)
     hover = fig.data[0].hovertext[0]
     assert f"stores {int(ledger.parameters(SUPER).layers[0].total):,}" in hover
@@ -100,7 +99,7 @@ def test_atlas_shows_every_layer_once_and_bars_of_a_hundred_percent() -> None:
 
 def test_atlas_keeps_one_kind_strong() -> None:
     fig = figures.atlas(SUPER, kind="*")
-    colours = {trace.name[0]: trace.marker.color for trace in fig.data[: len(numbers.LETTERS)]}
+    colours = {trace.name[0]: trace.marker.color for trace in fig.data[: len(figures.LETTERS)]}
     assert colours["*"] == theme.KINDS["*"].strong
     assert colours["M"] == theme.KINDS["M"].pale
     for trace in fig.data:
@@ -123,7 +122,7 @@ def test_atlas_widget_changes_with_each_control_and_in_time() -> None:
     view.controls["model"].value = "Ultra"
     assert len(fig.data[0].x) == PRESETS["ultra"].pattern.count("M")
     view.controls["model"].value = "lite (yours)"
-    assert len(fig.layout.yaxis.ticktext) == len(numbers.stanzas(PRESETS["lite"].pattern))
+    assert len(fig.layout.yaxis.ticktext) == len(figures.pattern_lines(PRESETS["lite"].pattern))
     fastest = min(_again(view) for _ in range(3))
     assert fastest < BUDGET
 
@@ -133,12 +132,12 @@ def test_ledger_widget_follows_the_ledger_and_in_time() -> None:
     for control, value in (("context", 65_536), ("width", 2048), ("anchors", 20)):
         view.controls[control].value = value
         assert "failed" not in view.words.value
-    config = numbers.resized(2048, 20)
+    config = figures.resized(2048, 20)
     memory, work = view.figure.data[3], view.figure.data[7]
     assert memory.y == (ledger.cache(config, 65_536).total,)
     assert work.y == (ledger.flops(config, 65_536, "decode").per_token,)
     assert memory.x == work.x == (65_536,)
-    assert numbers.size(ledger.cache(config, 65_536).total) in view.words.value
+    assert figures.format_bytes(ledger.cache(config, 65_536).total) in view.words.value
     assert min(_again(view) for _ in range(3)) < BUDGET
 
 
@@ -168,7 +167,9 @@ def test_memory_lines_keep_the_bytes_and_mark_the_axes_in_binary_units() -> None
     kept = [ledger.cache(SUPER, t).total for t in contexts]
     fig = figures.memory_lines(contexts, {"kept": kept}, title="Kept", alt="bytes kept " * 5)
     assert list(fig.data[0].y) == kept
-    assert list(fig.layout.yaxis.ticktext) == [numbers.size(n) for n in fig.layout.yaxis.tickvals]
+    assert list(fig.layout.yaxis.ticktext) == [
+        figures.format_bytes(n) for n in fig.layout.yaxis.tickvals
+    ]
     assert len(fig.layout.yaxis.tickvals) >= 3
     assert list(fig.layout.xaxis.ticktext) == ["256", "1K", "4K", "16K", "64K", "256K", "1M"]
 
@@ -176,15 +177,15 @@ def test_memory_lines_keep_the_bytes_and_mark_the_axes_in_binary_units() -> None
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (numbers.count(120_668_707_840), "120.7 B"),
-        (numbers.count(1.2e13), "12 T"),
-        (numbers.count(999), "999"),
-        (numbers.size(8 * 2**30), "8 GiB"),
-        (numbers.size(170_229_760), "162.3 MiB"),
-        (numbers.size(12), "12 B"),
-        (numbers.tokens(1_048_576), "1M"),
-        (numbers.tokens(8192), "8K"),
-        (numbers.tokens(7), "7"),
+        (figures.format_count(120_668_707_840), "120.7 B"),
+        (figures.format_count(1.2e13), "12 T"),
+        (figures.format_count(999), "999"),
+        (figures.format_bytes(8 * 2**30), "8 GiB"),
+        (figures.format_bytes(170_229_760), "162.3 MiB"),
+        (figures.format_bytes(12), "12 B"),
+        (figures.format_tokens(1_048_576), "1M"),
+        (figures.format_tokens(8192), "8K"),
+        (figures.format_tokens(7), "7"),
     ],
 )
 def test_numbers_are_written_short(written: str, expected: str) -> None:

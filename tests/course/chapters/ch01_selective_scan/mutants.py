@@ -1,7 +1,7 @@
 """Wrong answers to chapter 01: bugs that were published somewhere, one change each.
 
-A mutant is the reference solution with one piece altered, so that nothing but the bug can be what
-the check catches. `hint` is the hint that the learner is sent to.
+A mutant is the reference solution with one change, so that a check can only fail because of the
+bug. `hint` is the hint that the check names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from tests.course.chapters.mutants import Mutant
 
 
 def altered(exercise: Exercise, old: str, new: str) -> str:
-    """The reference solution with `old` replaced; a piece that is not there once is an error."""
+    """The reference solution with `old` replaced; it must be there exactly once."""
     found = exercise.solution.count(old)
     if found != 1:
-        raise ValueError(f"{exercise.id}: {old!r} stands {found} times in the solution, not once.")
+        raise ValueError(f"{exercise.id}: {old!r} is {found} times in the solution; expected once.")
     return exercise.solution.replace(old, new)
 
 

@@ -42,7 +42,7 @@ def combine(
 @pytest.mark.parametrize("kind", figures.KINDS)
 def test_every_plan_gives_each_entry_all_before_it_in_order(kind: str, t: int) -> None:
     spans = [((i,), i % 3, i + 1) for i in range(t)]
-    for pairs in figures.rounds(kind, t):
+    for pairs in figures.scan_rounds(kind, t):
         assert len({later for _, later in pairs}) == len(pairs)
         before = list(spans)
         for earlier, later in pairs:
@@ -52,7 +52,7 @@ def test_every_plan_gives_each_entry_all_before_it_in_order(kind: str, t: int) -
 
 
 def test_what_the_plans_cost() -> None:
-    size = {kind: [len(pairs) for pairs in figures.rounds(kind, 64)] for kind in figures.KINDS}
+    size = {kind: [len(pairs) for pairs in figures.scan_rounds(kind, 64)] for kind in figures.KINDS}
     assert (len(size["one by one"]), sum(size["one by one"])) == (63, 63)
     assert (len(size["doubling"]), sum(size["doubling"])) == (6, 6 * 64 - 63)
     assert (len(size["tree"]), sum(size["tree"])) == (11, 2 * 64 - 2 - 6)
@@ -61,12 +61,12 @@ def test_what_the_plans_cost() -> None:
 @pytest.mark.parametrize("t", [0, 12])
 def test_plans_need_a_power_of_two(t: int) -> None:
     with pytest.raises(ValueError, match=f"t is {t}"):
-        figures.rounds("tree", t)
+        figures.scan_rounds("tree", t)
 
 
 def test_an_unknown_plan_names_the_known() -> None:
     with pytest.raises(ValueError, match="one by one, doubling, tree"):
-        figures.rounds("bush", 8)
+        figures.scan_rounds("bush", 8)
 
 
 def test_the_rules_are_those_of_the_exercise() -> None:
@@ -107,7 +107,7 @@ def test_learning_keeps_the_rows_and_the_order() -> None:
     assert "97" not in alt_of(fig)
 
 
-def test_every_figure_has_words_and_the_theme() -> None:
+def test_every_figure_has_a_text_and_the_theme() -> None:
     for fig in (
         figures.wiring(4),
         figures.costs([8]),

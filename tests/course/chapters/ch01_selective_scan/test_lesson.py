@@ -1,4 +1,4 @@
-"""The model of chapter 01: what selective means, what a faultless row is, and that it learns."""
+"""The model of chapter 01: what selective means, which rows count as right, and that it learns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from nemotron_lite.course.chapters.ch01_selective_scan.lesson import (
     ScanLayer,
     ScanModel,
-    faultless_rows,
-    learn,
+    exact_rows,
+    train_scan,
 )
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.data.tasks.selective_copy import SelectiveCopy
 
 TASK = SelectiveCopy(items=2, letters=3)
-TOKENS = TASK.exam(rows=6, length=12).tokens
+TOKENS = TASK.test_set(rows=6, seq_len=12).tokens
 
 
 def test_both_kinds_have_the_same_parameters() -> None:
@@ -58,25 +58,25 @@ def test_causal() -> None:
     assert torch.allclose(model(changed)[:, :7], model(TOKENS)[:, :7], atol=1e-6)
 
 
-def test_one_wrong_answer_spoils_a_row() -> None:
-    batch = TASK.exam(rows=4, length=12)
+def test_a_row_with_one_wrong_answer_does_not_count() -> None:
+    batch = TASK.test_set(rows=4, seq_len=12)
     logits = torch.zeros(4, 12, TASK.vocab_size)
     logits[:, :-1] = torch.nn.functional.one_hot(batch.tokens[:, 1:], TASK.vocab_size).float()
-    assert faultless_rows(logits, batch) == 100
+    assert exact_rows(logits, batch) == 100
     logits[0, -2] = -logits[0, -2]  # the last answer of a row
     logits[1, 0] = -logits[1, 0]  # silence: nobody asks for it
     logits[2, -1] = 1.0  # behind the row
-    assert faultless_rows(logits, batch) == 75
+    assert exact_rows(logits, batch) == 75
     with pytest.raises(ValueError, match="no mask"):
-        faultless_rows(logits, Batch(batch.tokens))
+        exact_rows(logits, Batch(batch.tokens))
 
 
 def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
-    exam = TASK.exam(rows=16, length=12)
+    exam = TASK.test_set(rows=16, seq_len=12)
     curves, losses = [], []
     for _ in range(2):
         model = ScanModel(TASK.vocab_size, selective=True)
-        curves.append(learn(model, TASK, exam, "", steps=20, batch_size=16, every=10))
+        curves.append(train_scan(model, TASK, exam, "", steps=20, batch_size=16, every=10))
         losses.append(model.head.weight.detach().clone())
     assert len(curves[0]) == 3
     assert curves[0] == curves[1]
@@ -84,7 +84,9 @@ def test_the_same_seed_learns_the_same_and_the_curve_has_its_points() -> None:
 
 
 def test_it_learns_to_copy_two_letters() -> None:
-    exam = TASK.exam(rows=64, length=12)
-    curve = learn(ScanModel(TASK.vocab_size, selective=True), TASK, exam, "", steps=100, every=100)
+    exam = TASK.test_set(rows=64, seq_len=12)
+    curve = train_scan(
+        ScanModel(TASK.vocab_size, selective=True), TASK, exam, "", steps=100, every=100
+    )
     assert curve[0] < 40
     assert curve[-1] > 80

@@ -10,7 +10,7 @@ import pytest
 
 from nemotron_lite import ledger
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.course.chapters.ch02_mamba2 import figures, mixer_figures
+from nemotron_lite.course.chapters.ch02_mamba2 import figures
 from nemotron_lite.course.plotting import alt_of, theme
 from nemotron_lite.course.plotting.widgets import BUDGET
 
@@ -44,19 +44,15 @@ def every_figure() -> dict[str, go.Figure]:
             lengths, {"attention layer": [1, 2, 4], "Mamba-2 layer": [3, 3, 3]}
         ),
         "chunk_times": figures.chunk_times([8, 16], [0.2, 0.1]),
-        "mixer_layout": mixer_figures.mixer_layout(LITE),
-        "crossing": mixer_figures.crossing(
-            lengths, {"attention": [1, 4, 16], "scan": [2, 4, 8]}, 256.0
-        ),
-        "fingerprints": mixer_figures.fingerprints(
-            {"A": np.ones(9), "B": np.zeros(9)}, {"split": 4}
-        ),
-        "losses": mixer_figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10),
+        "mixer_layout": figures.mixer_layout(LITE),
+        "crossing": figures.crossing(lengths, {"attention": [1, 4, 16], "scan": [2, 4, 8]}, 256.0),
+        "fingerprints": figures.fingerprints({"A": np.ones(9), "B": np.zeros(9)}, {"split": 4}),
+        "losses": figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10),
     }
 
 
 @pytest.mark.parametrize("name", every_figure())
-def test_every_figure_has_words_and_the_theme_and_is_json(name: str) -> None:
+def test_every_figure_has_a_text_and_the_theme_and_is_json(name: str) -> None:
     fig = every_figure()[name]
     assert len(alt_of(fig) or "") >= 40
     assert fig.layout.template.layout.paper_bgcolor == theme.CARD
@@ -146,7 +142,7 @@ def test_states_share_one_colour_scale() -> None:
 @pytest.mark.parametrize("preset", ["lite", "super"])
 def test_the_layout_is_to_scale_without_gaps(preset: str) -> None:
     config = NemotronConfig.from_preset(preset)
-    fig = mixer_figures.mixer_layout(config)
+    fig = figures.mixer_layout(config)
     rows: dict[str, list[tuple[float, float]]] = {}
     for bar in fig.data:
         rows[bar.y[0]] = [(at, at + wide) for at, wide in zip(bar.base, bar.x, strict=True)]
@@ -161,25 +157,23 @@ def test_the_layout_is_to_scale_without_gaps(preset: str) -> None:
 
 
 def test_the_crossing_is_marked_where_it_is() -> None:
-    fig = mixer_figures.crossing([128, 256], {"attention": [1, 4], "scan": [2, 2]}, 181.0)
+    fig = figures.crossing([128, 256], {"attention": [1, 4], "scan": [2, 2]}, 181.0)
     assert fig.layout.shapes[0].x0 == 181.0
     np.testing.assert_allclose(fig.data[0].y, [1000, 4000])
-    assert not mixer_figures.crossing(
-        [128, 256], {"attention": [1, 4], "scan": [2, 2]}
-    ).layout.shapes
+    assert not figures.crossing([128, 256], {"attention": [1, 4], "scan": [2, 2]}).layout.shapes
 
 
-def test_fingerprints_draw_each_suspect_and_keep_to_the_floor() -> None:
+def test_fingerprints_draw_each_implementation_and_no_error_below_the_floor() -> None:
     errors = {name: np.linspace(0, 1, 10) for name in "ABC"}
-    fig = mixer_figures.fingerprints(errors, {"split": 4}, floor=1e-6)
+    fig = figures.fingerprints(errors, {"split": 4}, floor=1e-6)
     assert [trace.name for trace in fig.data] == list("ABC")
     assert all(min(trace.y) == np.float32(1e-6) for trace in fig.data)
     assert len(fig.layout.shapes) == 3
-    assert len(mixer_figures.fingerprints({"A": errors["A"]}, {}).data) == 1
+    assert len(figures.fingerprints({"A": errors["A"]}, {}).data) == 1
 
 
 def test_losses_stand_at_the_middle_of_their_steps() -> None:
-    fig = mixer_figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10)
+    fig = figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10)
     np.testing.assert_allclose(fig.data[0].x, [5.5, 15.5])
 
 
@@ -190,7 +184,7 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         (lambda: figures.two_parts(DECAY, 0), "at least 1 token"),
         (lambda: figures.states_walk(np.ones((2, 3)), np.ones((2, 3))), "c p n"),
         (lambda: figures.explore_chunks(STEPS, SCORES, p=4, n=4, chunk=7), "expected one of"),
-        (lambda: mixer_figures.fingerprints({}, {}), "at least one suspect"),
+        (lambda: figures.fingerprints({}, {}), "at least one implementation"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -1,6 +1,6 @@
 """Wrong answers to chapter 03's exercises: mistakes that real projects have shipped.
 
-Each has to fail its grader, and the failure has to name the hint given here.
+Each has to fail, and the message has to name the hint that is given here.
 """
 
 from __future__ import annotations

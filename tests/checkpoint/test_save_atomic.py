@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_lite import Nemotron, NemotronConfig, load, save
-from nemotron_lite.checkpoint import atomic, writer
-from nemotron_lite.checkpoint.atomic import new_folder
+from nemotron_lite import Nemotron, NemotronConfig, files, load, save
+from nemotron_lite.checkpoint import writer
+from nemotron_lite.files import atomic_folder
 
 Make = Callable[..., Nemotron]
 
@@ -25,9 +25,9 @@ class Stop(BaseException):
     """Like KeyboardInterrupt: no `except Exception` catches it."""
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: int) -> None:
+def fail_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
     """Make the given call of a function fail after it has done its work."""
-    real, calls = getattr(room, name), iter(range(1, 1000))
+    real, calls = getattr(module, name), iter(range(1, 1000))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
@@ -35,7 +35,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: int) ->
             raise Stop
         return result
 
-    monkeypatch.setattr(room, name, run)
+    monkeypatch.setattr(module, name, run)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,19 +47,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the one-step exchange of folders, and on a system that has none."""
     if not request.param:
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param
 
 
 @pytest.mark.parametrize(
-    ("room", "name", "call"),
+    ("module", "name", "call"),
     [
         (writer, "_write_shard", 1),
         (writer, "_write_shard", 2),
         (writer, "_write_json", 1),
         (writer, "_write_json", 3),
-        (atomic, "_carry_over", 1),
-        (atomic, "_sync", 1),
+        (files, "_keep_other_files", 1),
+        (files, "_sync_tree", 1),
     ],
 )
 def test_interruption_leaves_the_old_checkpoint(
@@ -67,14 +67,14 @@ def test_interruption_leaves_the_old_checkpoint(
     tiny: NemotronConfig,
     make: Make,
     monkeypatch: pytest.MonkeyPatch,
-    room: Any,
+    module: Any,
     name: str,
     call: int,
 ) -> None:
     save(make(tiny, seed=1), tmp_path / "m")
     (tmp_path / "m" / "notes.txt").write_text("mine")
     before = contents(tmp_path / "m")
-    fail_at(monkeypatch, room, name, call)
+    fail_at(monkeypatch, module, name, call)
     other = make(tiny.replace(vocab_size=90), seed=2)
     with pytest.raises(Stop):
         save(other, tmp_path / "m", max_shard_bytes=40_000)
@@ -88,7 +88,7 @@ def test_failing_renames_put_the_old_checkpoint_back(
 ) -> None:
     save(make(tiny, seed=1), tmp_path / "m")
     before = contents(tmp_path / "m")
-    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     real, calls = os.rename, iter(range(1, 100))
 
     def rename(source: Any, target: Any) -> None:
@@ -96,7 +96,7 @@ def test_failing_renames_put_the_old_checkpoint_back(
             raise OSError("the disk is gone")
         real(source, target)
 
-    monkeypatch.setattr(atomic.os, "rename", rename)
+    monkeypatch.setattr(files.os, "rename", rename)
     with pytest.raises(OSError, match="the disk is gone"):
         save(make(tiny, seed=2), tmp_path / "m")
     assert contents(tmp_path / "m") == before
@@ -133,7 +133,7 @@ def test_the_exchange_is_one_step_here(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "from-a").touch()
-    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this disk cannot exchange folders")
     assert os.listdir(tmp_path / "b") == ["from-a"]
 
@@ -178,9 +178,9 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_save_that_is_going_on_is_not_cleared_away(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "m") as first:
+    with atomic_folder(tmp_path / "m") as first:
         (first / "one").touch()
-        with new_folder(tmp_path / "m") as second:
+        with atomic_folder(tmp_path / "m") as second:
             (second / "two").touch()
         assert os.listdir(tmp_path / "m") == ["two"]
     assert sorted(os.listdir(tmp_path / "m")) == ["one"]
@@ -213,9 +213,9 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path, tiny: NemotronConfig, m
 
 
 def test_parents_are_made_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "a" / "b") as folder:
+    with atomic_folder(tmp_path / "a" / "b") as folder:
         (folder / "file").touch()
     assert os.listdir(tmp_path / "a" / "b") == ["file"]
-    with pytest.raises(IsADirectoryError), new_folder(tmp_path / "a" / "c") as folder:
+    with pytest.raises(IsADirectoryError), atomic_folder(tmp_path / "a" / "c") as folder:
         folder.write_text("this cannot work")
     assert os.listdir(tmp_path / "a") == ["b"]

@@ -1,10 +1,10 @@
-"""How the course speaks: one bundle for a notebook, plain words for a terminal.
+"""Outputs of the course: several MIME types for a notebook, plain text for a terminal.
 
-A notebook keeps an output as a bundle of forms of the same thing and shows the richest it can. The
-plain form is what the tests of the chapters compare, so it holds on every machine. HTML is not
-compared: times and sizes of this machine go there.
+A notebook stores an output as one bundle with several MIME types and shows the richest one that it
+can. The tests of the chapters compare the plain text, so it must be the same on every machine. HTML
+is not compared: measured times and sizes go there.
 
-Text in HTML keeps the colour of the theme, so a card reads in the light theme and in the dark.
+Text in HTML has the colour of the theme, so a box can be read in the light and in the dark theme.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-# Edges stand out on white and on JupyterLab's dark grey alike (3:1 or more). They are plain colours
-# because a notebook that is not trusted keeps those and loses variables.
+# The contrast of these edges is 3:1 or more, on white and on JupyterLab's dark grey. They are not
+# CSS variables, because JupyterLab removes those from a notebook that is not trusted.
 ACCENT = "#1976d2"
 RIGHT = "#2e7d32"
 WRONG = "#c62828"
@@ -28,7 +28,7 @@ class LabMissingError(ImportError):
     """A package of the `lab` extra is not installed."""
 
 
-def lab(module: str) -> Any:
+def import_lab(module: str) -> Any:
     """Import a module that comes with the `lab` extra, or say how to get it.
 
     Raises:
@@ -39,47 +39,49 @@ def lab(module: str) -> Any:
     except ImportError as error:
         raise LabMissingError(
             f"This needs {module.partition('.')[0]}, which is not installed. It comes with the "
-            "lab extra: pip install 'nemotron-lite[lab]' (`make lab` does it on its own)."
+            "lab extra: pip install 'nemotron-lite[lab]' (`make lab` installs it)."
         ) from error
 
 
-def shell() -> Any:
-    """The running IPython shell; None in plain Python, where IPython may not even exist."""
+def ipython_shell() -> Any:
+    """The running IPython shell; None in plain Python, where IPython may not be installed."""
     ipython = sys.modules.get("IPython")
     return None if ipython is None else ipython.get_ipython()
 
 
 def in_notebook() -> bool:
-    """Whether a front end with widgets may be listening: a kernel, not a terminal."""
-    running = shell()
+    """Whether this is a kernel, whose front end may show widgets, and not a terminal."""
+    running = ipython_shell()
     return running is not None and hasattr(running, "kernel")
 
 
-def moment() -> int | None:
+def cell_number() -> int | None:
     """The number of the cell that is running, None outside IPython."""
-    running = shell()
+    running = ipython_shell()
     return None if running is None else int(running.execution_count)
 
 
-def emit(plain: str, rich: str | None = None, *, more: Mapping[str, Any] | None = None) -> None:
+def show_output(
+    plain: str, rich: str | None = None, *, more: Mapping[str, Any] | None = None
+) -> None:
     """Show one output.
 
     Args:
-        plain: what stays the same on every machine; the only form in a terminal.
-        rich: the same as HTML, free to hold what was measured here.
-        more: further forms by MIME type, such as a figure or a live widget.
+        plain: text that is the same on every machine; a terminal shows nothing else.
+        rich: the same as HTML; it may contain values measured on this machine.
+        more: further data by MIME type, such as a figure or a live widget.
     """
-    if shell() is None:
+    if ipython_shell() is None:
         sys.stdout.write(plain + "\n")
         return
     data: dict[str, Any] = {**(more or {}), "text/plain": plain}
     if rich is not None:
         data["text/html"] = rich
-    lab("IPython.display").display(data, raw=True)
+    import_lab("IPython.display").display(data, raw=True)
 
 
-def inline(text: str) -> str:
-    """Escape text for HTML; `code`, **bold** and *slanted* keep their markdown meaning."""
+def inline_html(text: str) -> str:
+    """Escape text for HTML; `code`, **bold** and *italic* work as in markdown."""
     pieces = re.split(r"`([^`]+)`", text)
     out = []
     for position, piece in enumerate(pieces):
@@ -92,8 +94,8 @@ def inline(text: str) -> str:
     return "".join(out)
 
 
-def card(body: str, *, edge: str = ACCENT) -> str:
-    """A block with a coloured edge; the text keeps the colour of the theme."""
+def box(body: str, *, edge: str = ACCENT) -> str:
+    """HTML in a box with a coloured left edge; its text has the colour of the theme."""
     style = (
         f"border-left: 4px solid {edge}; padding: 4px 0 4px 12px; margin: 4px 0; line-height: 1.5;"
     )
@@ -101,8 +103,9 @@ def card(body: str, *, edge: str = ACCENT) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> str:
-    """A table of cells that are HTML already; the first column is the name of its row."""
-    caption = f'<caption style="text-align: left"><b>{inline(title)}</b></caption>' if title else ""
+    """An HTML table; the cells are HTML already, the first column names the rows."""
+    bold_title = f"<b>{inline_html(title)}</b>"
+    caption = f'<caption style="text-align: left">{bold_title}</caption>' if title else ""
     top = "".join(f'<th style="text-align: left">{cell}</th>' for cell in head)
     body = "".join(
         "<tr>" + "".join(f'<td style="text-align: left">{cell}</td>' for cell in row) + "</tr>"
@@ -112,7 +115,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: str
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> str:
-    """The same table in columns of characters."""
+    """The same table as plain text, in columns."""
     table = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table]
@@ -120,8 +123,8 @@ def plain_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, title: st
     return "\n".join(line.rstrip() for line in ([title, *lines] if title else lines))
 
 
-def number(value: Any, digits: int = 3) -> str:
-    """A number as a person writes it: whole numbers in full, the rest to some digits."""
+def format_number(value: Any, digits: int = 3) -> str:
+    """A number for a reader: whole numbers in full, others with `digits` significant digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or (float(value).is_integer() and 1000 <= abs(value) < 1e15):
@@ -139,7 +142,7 @@ def with_unit(text: str, unit: str) -> str:
     return f"{text} {unit}" if unit else text
 
 
-def listed(names: Mapping[str, Any] | Sequence[str], most: int = 8) -> str:
+def some_names(names: Mapping[str, Any] | Sequence[str], most: int = 8) -> str:
     """The first few names of a collection, for an error message."""
     every = sorted(names)
     return ", ".join(every[:most]) + (f" … ({len(every)} in all)" if len(every) > most else "")

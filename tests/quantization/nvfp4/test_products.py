@@ -1,4 +1,4 @@
-"""Products with packed weights: the decoded matrices are what is multiplied, in every form."""
+"""Products with packed weights equal products with the decoded matrices, in each implementation."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def test_gradients_of_what_is_not_packed() -> None:
 def test_only_the_chosen_experts_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _experts(2, 30, 3)
     decoded = []
-    whole = decoding.Stored.decode
+    whole = decoding.EncodedMatrix.decode
 
     def decode(self, **options):
         decoded.append(self.codes.shape)
         return whole(self, **options)
 
-    monkeypatch.setattr(decoding.Stored, "decode", decode)
+    monkeypatch.setattr(decoding.EncodedMatrix, "decode", decode)
     nvfp4.expert_mlp(*inputs, impl="torch")
     chosen = inputs[-1].unique().numel()
     assert chosen < 30
@@ -88,7 +88,7 @@ def test_only_the_chosen_experts_are_decoded(monkeypatch: pytest.MonkeyPatch) ->
     decoded.clear()
     with torch.inference_mode():
         nvfp4.expert_mlp(*inputs, impl="torch")
-    assert decoded == [(6, 40, 16), (6, 24, 24)], "a few pairs in one go"
+    assert decoded == [(6, 40, 16), (6, 24, 24)], "a few pairs in one call"
 
 
 def test_what_does_not_fit_says_so() -> None:

@@ -1,24 +1,24 @@
 """Products with weights that stay packed in NVFP4: a linear layer, and routed experts.
 
-    y = x W^T             W = e2m1(code) * (c * s_dec),  half a byte and a sixteenth a number
+    y = x W^T             W = e2m1(code) * (c * s_dec),  4.5 bits a weight
     o = sum_i p_i W2_i relu(W1_i z)^2           over the k experts of each token
 
-x is float (weights of 4 bits, activations of 16: what hardware without FP4 units does well, since
-decoding tokens is bound by reading W), or packed as well, which is what Blackwell's tensor cores
-multiply. Neither has a bias, as no layer of the family has one.
+x is floating point (weights of 4 bits, activations of 16: this suits hardware without FP4 units,
+because decoding tokens is limited by reading W), or packed as well, which is what Blackwell's
+tensor cores multiply. There is no bias, because no layer of the family has one.
 
     "naive"    decode everything in float32, then multiply in float32
-    "torch"    decode stripe by stripe (decoding.py), and of the experts only those chosen
-    "triton"   decode in registers, right before the product, so that the matrix never exists in
-               memory; for hundreds of rows, once
+    "torch"    decode stripe by stripe (decoding.py), and of the experts only the chosen ones
+    "triton"   decode in registers right before the product, so the decoded matrix is never in
+               memory; for hundreds of rows it is decoded once
 
 The three differ in one rounding. A code times its block's scale has six significant bits, so the
-kernel multiplies 16-bit numbers that are exact, and applies s_dec to the float32 sum. "torch" does
-as "naive" for a few rows of x; for many it rounds code * (c * s_dec) to the dtype of x first: with
-16 bits each weight moves by up to 2^-9.
+kernel multiplies exact 16-bit numbers, and applies s_dec to the float32 sum. "torch" does the same
+as "naive" for a few rows of x. For many rows it first rounds code * (c * s_dec) to the dtype of x;
+with 16 bits this changes each weight by up to 2^-9.
 
-Packed weights have no gradient. Those of x, z and the router's weights flow; the kernels compute
-them by decoding in the backward pass.
+Packed weights have no gradient. x, z and the router's weights have; after a kernel's forward pass,
+the backward pass computes them with decoded weights.
 
 Source: reference sheet 4.1 and 10.3. Left out: experts whose inputs are packed too.
 """
@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_lite.backends import triton
 from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops import experts
-from nemotron_lite.quantization.nvfp4.decoding import Stored, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4.decoding import EncodedMatrix, multiply, multiply_experts
 from nemotron_lite.quantization.nvfp4.tensor import QuantizedTensor
 
 
@@ -49,13 +49,13 @@ def matmul(
     """x W^T with a packed W, summed in float32 or better.
 
     Args:
-        x: float numbers, or packed ones.
-        w: `n k`, one scale for the tensor.
-        dtype: of the result. By default that of x, float32 if x is packed.
+        x: floating point, or packed.
+        w: `n k`, with one scale for the tensor.
+        dtype: of the result; by default that of x, or float32 if x is packed.
         impl: "naive", "torch" or "triton".
 
     Raises:
-        ValueError: shapes that do not fit, a stack of matrices for one, an unknown `impl`.
+        ValueError: shapes that do not fit, a stack of matrices instead of one, an unknown `impl`.
         RuntimeError: "triton" for tensors on the CPU outside its interpreter.
     """
     if len(w.shape) != 2 or w.scale.ndim or x.shape[-1:] != w.shape[-1:]:
@@ -72,32 +72,34 @@ def matmul(
         )
     else:
         example, default = x.scale, torch.float32
-    # The choice looks at a device and a dtype; those of codes would be no float's.
-    run = choose("matmul", impl, example, naive=_naive, torch=_torch, triton=_triton)
+    # `choose` looks at a device and a dtype; codes do not have a floating-point dtype.
+    run = choose(
+        "matmul", impl, example, naive=_naive_matmul, torch=_torch_matmul, triton=_triton_matmul
+    )
     return run(x, w, dtype or default)
 
 
-def _naive(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _naive_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, QuantizedTensor):
         x = x.dequantize(torch.float32)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) @ w.dequantize(wide).mT).to(dtype)
 
 
-def _torch(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _torch_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, QuantizedTensor):
         x = x.dequantize(torch.float32)
-    return multiply(x.to(torch.promote_types(x.dtype, dtype)), _stored(w)).to(dtype)
+    return multiply(x.to(torch.promote_types(x.dtype, dtype)), _encoded(w)).to(dtype)
 
 
-def _triton(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _triton_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-        return _Product.apply(x, w, dtype)
+        return _TritonMatmul.apply(x, w, dtype)
     return triton.nvfp4_matmul(x, w, dtype)
 
 
-class _Product(torch.autograd.Function):
-    """The kernel forward; dx = dy W with a decoded W."""
+class _TritonMatmul(torch.autograd.Function):
+    """Forward by the kernel; backward dx = dy W with a decoded W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -156,23 +158,23 @@ def _naive_experts(
 def _torch_experts(
     z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
 ) -> Tensor:
-    return multiply_experts(z, _stored(up), _stored(down), weights, indices)
+    return multiply_experts(z, _encoded(up), _encoded(down), weights, indices)
 
 
-def _stored(w: QuantizedTensor) -> Stored:
-    return Stored(w.codes, w.scale, w.shape[-1], w.scales)
+def _encoded(w: QuantizedTensor) -> EncodedMatrix:
+    return EncodedMatrix(w.codes, w.scale, w.shape[-1], w.scales)
 
 
 def _triton_experts(
     z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
 ) -> Tensor:
     if torch.is_grad_enabled() and (z.requires_grad or weights.requires_grad):
-        return _Experts.apply(z, up, down, weights, indices)
+        return _TritonExperts.apply(z, up, down, weights, indices)
     return triton.nvfp4_expert_mlp(z, up, down, weights, indices)
 
 
-class _Experts(torch.autograd.Function):
-    """The kernels forward; backward through "torch", computed again expert by expert."""
+class _TritonExperts(torch.autograd.Function):
+    """Forward by the kernels; backward through "torch", recomputed expert by expert."""
 
     @staticmethod
     def forward(ctx: Any, z, up, down, weights, indices):  # type: ignore[no-untyped-def]

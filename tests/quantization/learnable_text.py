@@ -1,4 +1,4 @@
-"""Text that a tiny model can learn something of, and its loss there."""
+"""Text that a tiny model can learn, and its loss on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemotron_lite import Nemotron
 
 
 def text(seed: int, rows: int = 4, length: int = 48) -> Tensor:
-    """Rows that can be learnt: x[t+1] = x[t] + step, the step differs by row and changes rarely."""
+    """Rows with x[t+1] = x[t] + step; the step differs by row and changes once in the middle."""
     draw = torch.Generator().manual_seed(seed)
     steps = torch.randint(1, 4, (rows, 1), generator=draw).expand(rows, length).clone()
     steps[:, length // 2 :] = torch.randint(1, 4, (rows, 1), generator=draw)

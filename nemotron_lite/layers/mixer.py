@@ -1,0 +1,183 @@
+"""What every mixer brings along, and what a layer's cache can do.
+
+A residual layer holds one mixer: Mamba-2, attention, a mixture of experts or an MLP. All that is
+special about a kind of layer stands in the file of its mixer:
+
+- the computation: `mixer(x, cache, context)`;
+- its initial weights: `init_weights`;
+- its cache: `empty_cache` makes a `LayerCache`, or None where a layer remembers nothing;
+- its lines of the ledger: `stored`, `operations` and `cached` give formulas for its parameters, its
+  FLOPs and its cache, in the letters of the course. `LETTERS` says which field of the config each
+  letter stands for.
+
+The model, the cache, the checks of inputs and the ledger ask the mixer and do not need to know
+which kinds exist. `block.MIXERS` lists the kinds.
+
+The methods about sizes are class methods that take a config: a ledger or an empty cache needs no
+model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers.context import ForwardContext, RouterStats
+
+
+class Line(NamedTuple):
+    """One line of the ledger, for one layer.
+
+    Attributes:
+        name: of the tensors or of the operation.
+        formula: a number of parameters, FLOPs per token or cached values, as Python arithmetic.
+        active: the formula of the parameters that one token uses, where it is not all of them.
+    """
+
+    name: str
+    formula: str
+    active: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a layer's cache is made. `Cache.empty` checks the values.
+
+    Attributes:
+        batch: rows.
+        capacity: tokens per row that the KV buffers have room for.
+        dtype: of keys, values and inputs of the convolution.
+        ssm_dtype: of the SSM states.
+        ssm_seed: of the stochastic rounding of float16 states; None rounds to nearest.
+        device: where the buffers are.
+    """
+
+    batch: int
+    capacity: int
+    dtype: torch.dtype
+    ssm_dtype: torch.dtype
+    ssm_seed: int | None
+    device: torch.device
+
+
+class LayerCache(ABC):
+    """What one layer remembers of the tokens it has read.
+
+    A layer reads a draft without advancing its cache; `accept` then takes in a part of the draft.
+    """
+
+    TENSORS: ClassVar[tuple[str, ...]]  # names of its buffers, in the object and in a saved file
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All its tensors, at full capacity."""
+        return [getattr(self, name) for name in self.TENSORS]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, without what a waiting draft adds."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def draft_nbytes(self) -> int:
+        """Bytes that are kept for a draft that waits for `accept`, beside the buffers."""
+        return 0
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes that follow from the model's config: no batch, no capacity."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that must be the model's."""
+        return self.buffers[0].dtype
+
+    @abstractmethod
+    def clone(self) -> LayerCache:
+        """An independent copy, without a draft."""
+
+    @abstractmethod
+    def accept(self, counts: int | Int[Tensor, "b"]) -> None:
+        """Take in the first `counts` tokens of the draft and drop the others."""
+
+    @abstractmethod
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` per row in all, if the cache grows with the context."""
+
+    def saved_tensors(self, tokens: int) -> dict[str, Tensor]:
+        """The part of the buffers that belongs to the first `tokens` tokens, by name."""
+        return {name: getattr(self, name).contiguous() for name in self.TENSORS}
+
+    def saved_extra(self) -> dict[str, Any] | None:
+        """What has to be saved beside the tensors, as JSON; None if nothing has."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def from_saved(
+        cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
+    ) -> LayerCache:
+        """The cache whose `saved_tensors` and `saved_extra` these are."""
+
+
+class Mixer(nn.Module):
+    """The base class of all mixers. A subclass also defines `forward(x, cache, context)`.
+
+    `forward` returns the mixer's output and changes `cache` in place.
+    """
+
+    LETTERS: ClassVar[Mapping[str, str]] = {}  # letter of the formulas -> field of the config
+
+    @classmethod
+    def build(cls, config: NemotronConfig, name: str) -> Mixer:
+        """The mixer of one layer; `name` is its path in the model."""
+        return cls(config)
+
+    def init_weights(self, std: float, depth: float) -> None:
+        """Draw fresh weights from torch's global generator.
+
+        Args:
+            std: standard deviation of the matrices.
+            depth: divides the matrices that write into the residual stream.
+        """
+        raise NotImplementedError
+
+    def forward_with_stats(
+        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
+    ) -> tuple[Float[Tensor, "b t d"], RouterStats | None]:
+        """`forward`, and what the router decided; None for a mixer without a router."""
+        return self(x, cache, context), None
+
+    @classmethod
+    def empty_cache(
+        cls, config: NemotronConfig, layer: int, options: CacheOptions
+    ) -> LayerCache | None:
+        """The cache before the first token; None for a mixer that looks at one token at a time.
+
+        Args:
+            layer: index of the layer in the model, so that layers have different random streams.
+        """
+        return None
+
+    @classmethod
+    def stored(cls, config: NemotronConfig) -> list[Line]:
+        """Its parameters, tensor by tensor."""
+        raise NotImplementedError
+
+    @classmethod
+    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+        """Its FLOPs per token; `mode` is "prefill", "decode" or "train"."""
+        raise NotImplementedError
+
+    @classmethod
+    def cached(cls, config: NemotronConfig) -> list[Line]:
+        """Values that one sequence keeps after t tokens, named "kv", "conv" or "ssm"."""
+        return []
