@@ -236,7 +236,7 @@ class Nemotron(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: weights that are not float32 on the CPU, or a PyTorch without oneDNN.
+            ValueError: weights that are not float32 on the CPU.
         """
         for module in self.modules():
             if isinstance(module, Linear) and module.weight.numel() >= smallest:

@@ -16,7 +16,7 @@ more, so small products stay with MKL. Both sum in float32; the results differ b
 
 `prepack` copies a matrix into the layout that oneDNN reads. The product then takes half the time,
 and hardly more for eight rows than for one. The copy needs as much memory as the matrix, so it is
-made only on request (`Nemotron.lay_out`).
+made only on request (`Nemotron.prepare_for_decoding`).
 
 Which library multiplies is decided by the CPU's vendor and by sizes, never by a timing: a run that
 is repeated on one machine gives the same bits.

@@ -70,7 +70,7 @@ def ssd(
     D: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
-    chunk_size: int | None,
+    chunk: int | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def ssd(
     from nemotron_kernels.ssd import ssd
 
     return ssd(
-        x, dt, A, B, C, D, initial_state, seq_idx, chunk_size,
+        x, dt, A, B, C, D, initial_state, seq_idx, chunk,
         dt_bias=dt_bias, dt_softplus=dt_softplus,
     )  # fmt: skip
 

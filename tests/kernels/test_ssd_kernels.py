@@ -19,7 +19,7 @@ from torch import Tensor
 import nemotron_kernels.ssd as ssd_module
 from nemotron_kernels import ssd_common, ssd_states
 from nemotron_kernels.ssd import ssd
-from nemotron_lite.backends import cpu_ssd
+from nemotron_lite.backends import cpu_ssd, triton
 from nemotron_lite.ops import selective_scan
 from nemotron_lite.ops import ssd as torch_ssd
 
@@ -329,16 +329,18 @@ def test_no_tokens(b: int, t: int) -> None:
     assert not kernel(v)[1].any()
 
 
-def test_the_arguments_of_the_torch_implementation() -> None:
-    """Positionally interchangeable with it, so that the backend can call either."""
+def test_the_arguments_of_the_other_implementations() -> None:
+    """By position they are the same, so that `ops.ssd` can call any of them."""
 
     def parameters(function: Callable[..., Any], kind: Any) -> list[str]:
         return [n for n, p in inspect.signature(function).parameters.items() if p.kind is kind]
 
-    theirs = inspect.getmodule(torch_ssd)._chunked
     by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    assert parameters(ssd, by_place) == parameters(theirs, by_place)
-    assert set(parameters(theirs, by_name)) <= set(parameters(ssd, by_name))
+    theirs = parameters(inspect.getmodule(torch_ssd)._cpu, by_place)
+    assert parameters(triton.ssd, by_place) == theirs
+    count = len(parameters(ssd, by_place))
+    assert parameters(ssd, by_place) == theirs[:count]
+    assert set(theirs[count:]) <= set(parameters(ssd, by_name))
     v = make(1, 70)
     del v["dt_bias"]
     v["dt"] = F.softplus(v["dt"])

@@ -62,11 +62,11 @@ def test_products(exists: bool, rows: tuple[int, ...]) -> None:
         assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
 
 
-def test_a_layer_that_is_laid_out(exists: bool) -> None:
+def test_a_layer_prepared_for_decoding(exists: bool) -> None:
     layer, x = Linear(32, 24), torch.randn(3, 32)
     with torch.no_grad():
         exact = F.linear(x, layer.weight)
-        layer.lay_out()
+        layer.prepare_for_decoding()
         torch.testing.assert_close(layer(x), exact)
         layer.weight.mul_(2)
         torch.testing.assert_close(layer(x), 2 * exact)
