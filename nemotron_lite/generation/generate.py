@@ -18,8 +18,9 @@ On a CPU decoding is bound by reading the projection matrices. Where it helps (s
 prepared_weights.py), `generate` and `stream` first make a copy of them in a layout that oneDNN
 reads faster. The copies take as much memory as the matrices, and stay with the model for later
 calls; products with them differ by rounding. A weight that changes afterwards is multiplied without
-its copy, and copied again by the next call. The exception are writes through `parameter.data`,
-which PyTorch does not count: avoid them, or give `prepare_weights=False`.
+its copy, and copied again by the next call; a forward pass with gradients drops all copies. The
+exception are writes through `parameter.data` between two calls, which nothing notices: avoid them,
+or give `prepare_weights=False`.
 
 Source: reference sheet 8.6 for the recommended temperature and top_p. Options are in options.py,
 prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition penalties.

@@ -3,9 +3,14 @@
 It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
 optimizer's groups) finds it; only the product is computed by `ops.linear`. `prepare_for_decoding`
 keeps a second copy of the matrix in the layout in which few rows are multiplied fastest. The copy
-is used only as long as the weight is unchanged. It is neither saved nor copied along with the
-module. Changes are found by the version counter that PyTorch keeps for each tensor: an in-place
-operation, an optimizer step and `load_state_dict` raise it, a write through `weight.data` does not.
+is neither saved nor copied along with the module, and it is used only as long as the weight is
+unchanged:
+
+- A forward pass that records gradients drops the copy, because an optimizer step may follow it.
+  (Fused optimizers change weights without raising PyTorch's version counter.)
+- The copy belongs to one tensor object and to its version counter, which in-place operations and
+  `load_state_dict` raise.
+- A write through `weight.data` outside of training is not noticed.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ class Linear(nn.Linear):
     """y = x W^T."""
 
     _prepacked: Tensor | None = None
+    _copied: tuple[Tensor, int] | None = None  # the weight that was copied, and its version then
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -35,23 +41,35 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         """Project the last axis."""
-        if self._prepacked is not None and self._may_use_copy(input):
-            return product(input, self._prepacked)
+        if self._prepacked is not None:
+            if torch.is_grad_enabled():
+                self._prepacked = self._copied = None
+            elif self._may_use_copy(input):
+                return product(input, self._prepacked)
         return ops.linear(input, self.weight)
 
     def prepare_for_decoding(self) -> None:
         """Keep a copy in oneDNN's own layout, unless there is one of this weight already.
 
+        Nothing is copied where changes of the weight could not be noticed: for a weight that a
+        parametrization computes at each access, and for an inference tensor.
+
         Raises:
             ValueError: the weight is not float32 on the CPU.
         """
-        if self._prepacked is None or not self._is_current():
-            self._prepacked = prepack(self.weight)
-            self._copied = (self.weight.data_ptr(), self.weight._version)
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_inference():
+            self._prepacked = self._copied = None
+        elif self._prepacked is None or not self._is_current():
+            self._prepacked = prepack(weight)
+            self._copied = (weight, weight._version)
 
     def _is_current(self) -> bool:
         """Whether the weight is still the one that was copied."""
-        return self._copied == (self.weight.data_ptr(), self.weight._version)
+        weight = self._parameters.get("weight")
+        if self._copied is None or weight is not self._copied[0]:
+            return False
+        return self._copied[1] == weight._version
 
     def _may_use_copy(self, x: Tensor) -> bool:
         return (
@@ -64,8 +82,9 @@ class Linear(nn.Linear):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._prepacked = None
+        self._prepacked = self._copied = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
+        state = self.__dict__
+        return {name: state[name] for name in state if name not in ("_prepacked", "_copied")}

@@ -113,7 +113,7 @@ def test_what_is_refused() -> None:
 
 
 @ONEDNN
-def test_a_model_that_is_laid_out_gives_the_same_logits() -> None:
+def test_a_prepared_model_gives_the_same_logits() -> None:
     model = Nemotron(SMALL, seed=0).eval()
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_copy_is_used_only_for_its_weight() -> None:
     layer.prepare_for_decoding()
     check(layer)
     with torch.no_grad():
-        layer.weight.mul_(2)  # as an optimiser does
+        layer.weight.mul_(2)  # raises the version counter
     check(layer)
     layer.prepare_for_decoding()
     layer.load_state_dict({"weight": torch.ones(8, 8)})
@@ -158,3 +158,36 @@ def test_a_copy_is_used_only_for_its_weight() -> None:
     assert y.requires_grad, "with gradients the copy must not be used"
     with pytest.raises(ValueError, match="float32 on the CPU"):
         layer.double().prepare_for_decoding()
+
+
+def test_a_fused_optimizer_step_ends_the_copy() -> None:
+    """Fused AdamW changes the weight without raising its version counter."""
+    layer, x = Linear(8, 8), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    layer.prepare_for_decoding()
+    layer(x).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+
+
+def test_a_copy_belongs_to_one_tensor_object() -> None:
+    """Another weight may get the address and the version of the old one."""
+    layer, x = Linear(8, 8), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    layer.prepare_for_decoding()
+    layer.weight = torch.nn.Parameter(torch.ones(8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+
+
+def test_weights_whose_changes_cannot_be_noticed_are_not_copied() -> None:
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        made_here = Linear(8, 8)
+    parametrized = Linear(8, 8)
+    torch.nn.utils.parametrizations.weight_norm(parametrized)
+    for layer in (made_here, parametrized):
+        with torch.inference_mode():
+            layer.prepare_for_decoding()
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+        assert layer._prepacked is None
