@@ -143,6 +143,7 @@ class Nemotron(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._prepared = False  # whether layers have copies for decoding
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
         with torch.device("meta"):  # no memory and no random numbers until `init_weights`
             self.backbone = Backbone(config)
@@ -241,7 +242,15 @@ class Nemotron(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and module.weight.numel() >= smallest:
                 module.prepare_for_decoding()
+        self._prepared = True
         return self
+
+    def _drop_prepared(self) -> None:
+        """Drop every copy that `prepare_for_decoding` made; the losses read `lm_head.weight`."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.drop_prepared()
+        self._prepared = False
 
     def forward(
         self,
@@ -304,6 +313,8 @@ class Nemotron(nn.Module):
         draft: bool = False,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies the head piece by piece."""
+        if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
+            self._drop_prepared()
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)

@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         """Project the last axis."""
         if self._prepacked is not None:
             if torch.is_grad_enabled():
-                self._prepacked = self._copied = None
+                self.drop_prepared()
             elif self._may_use_copy(input):
                 return product(input, self._prepacked)
         return ops.linear(input, self.weight)
@@ -59,10 +59,14 @@ class Linear(nn.Linear):
         """
         weight = self._parameters.get("weight")
         if weight is None or weight.is_inference():
-            self._prepacked = self._copied = None
+            self.drop_prepared()
         elif self._prepacked is None or not self._is_current():
             self._prepacked = prepack(weight)
             self._copied = (weight, weight._version)
+
+    def drop_prepared(self) -> None:
+        """Forget the copy, if there is one."""
+        self._prepacked = self._copied = None
 
     def _is_current(self) -> bool:
         """Whether the weight is still the one that was copied."""
@@ -82,7 +86,7 @@ class Linear(nn.Linear):
         )
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        self._prepacked = self._copied = None
+        self.drop_prepared()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

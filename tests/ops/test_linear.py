@@ -191,3 +191,10 @@ def test_weights_whose_changes_cannot_be_noticed_are_not_copied() -> None:
             layer.prepare_for_decoding()
             torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
         assert layer._prepacked is None
+
+
+def test_training_a_prepared_model_ends_every_copy() -> None:
+    """The losses read `lm_head.weight` without calling the layer."""
+    model = Nemotron(SMALL, seed=0).prepare_for_decoding(smallest=1)
+    model.forward_hidden(torch.tensor([[1, 2, 3]]))
+    assert all(m._prepacked is None for m in model.modules() if isinstance(m, Linear))
