@@ -164,7 +164,8 @@ def _route_kernel(
 
     taken = (rows < tokens)[:, None] & (slots < TOP_K)
     index = tl.where(taken, _number(chosen), 0)
-    # The logits of the chosen are read again (from cache): cheaper than k sums over all experts.
+    # The logits of the chosen experts are loaded again (from the GPU's cache). This is cheaper than
+    # to extract them from x with k sums over all experts.
     x = tl.load(logits_ptr + wide * stride_t + index, mask=taken, other=0.0)
     s, _ = _sigmoid(x)
     s = tl.where(taken, s, 0.0)
@@ -217,7 +218,8 @@ def _route_backward_kernel(
     tl.store(grad_logits_ptr + wide[:, None] * E + experts, grad, mask=inside)
 
 
-# A row is one warp, so the maxima are shuffles inside it. No fused multiply-add: see above.
+# One warp per row, so that a maximum needs only shuffles inside a warp. No fused multiply-add, as
+# the module docstring explains.
 FORWARD = {
     0: Config({"ROWS": 256}, fp_fusion=False),
     80: Config({"ROWS": 1}, num_warps=1, num_stages=1, fp_fusion=False),
@@ -257,7 +259,7 @@ class _Route(torch.autograd.Function):
         if tokens:
             config = by_arch(BACKWARD)
             parts = [
-                indices if part is None else part.contiguous()  # an unread pointer in its place
+                indices if part is None else part.contiguous()  # a pointer that is not read
                 for part in (grad_weights, grad_scores)
             ]
             with on_device(logits):
@@ -283,8 +285,8 @@ def route_logits(
     """Choose `top_k` experts per token from the router's logits.
 
     Args:
-        logits: W x in float32; rows may be apart, each row is contiguous (copied otherwise).
-        bias: float32; enters the choice, never the weights, and gets no gradient.
+        logits: W x in float32; rows may have any stride; copied if a row is not contiguous.
+        bias: float32; it affects the choice but not the weights, and has no gradient.
         n_group, topk_group: group-limited routing; 1 and 1 is none.
         normalise: divide the chosen scores by their sum.
         scale: factor on the weights.
@@ -313,8 +315,8 @@ def route_logits(
         )
     if n_group > 1 and experts == n_group:
         raise ValueError(
-            f"route: n_group={n_group} leaves one expert a group, and a group is "
-            "scored by its best two."
+            f"route: n_group={n_group} leaves one expert per group, but the score of a "
+            "group is the sum of its two best. Use fewer groups."
         )
     available = experts // n_group * topk_group
     if not 1 <= top_k <= available:

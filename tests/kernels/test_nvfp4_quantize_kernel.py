@@ -21,7 +21,12 @@ from torch import Tensor
 
 from nemotron_kernels import nvfp4_dequantizer, nvfp4_tile
 from nemotron_kernels.nvfp4_quantizer import nvfp4_amax, nvfp4_fake_quantize, nvfp4_quantize
-from nemotron_kernels.nvfp4_rounding import by_chance, decode_e4m3, round_e2m1, round_e4m3
+from nemotron_kernels.nvfp4_rounding import (
+    decode_e4m3,
+    round_e2m1,
+    round_e4m3,
+    round_stochastically,
+)
 from nemotron_lite.quantization import nvfp4
 from tests.kernels import philox
 from tests.kernels.test_overflow import PROJECTION, TOKENS, _program
@@ -77,7 +82,7 @@ def _rounding_kernel(
     code, value = round_e2m1(tl.abs(v))
     tl.store(nearest_ptr + 2 * i, code.to(tl.float32))
     tl.store(nearest_ptr + 2 * i + 1, value)
-    code, value = by_chance(v, tl.load(halves_ptr + i))
+    code, value = round_stochastically(v, tl.load(halves_ptr + i))
     tl.store(chance_ptr + 2 * i, code.to(tl.float32))
     tl.store(chance_ptr + 2 * i + 1, value)
 
@@ -310,13 +315,13 @@ def test_a_million_tokens(turned: bool, fake: bool) -> None:
     shared = {"ROWS": 64, "COLUMNS": 128}
     with _program(3 * tiles - 1):
         nvfp4_tile._nvfp4_amax[(1,)](
-            x, i, m, k, *strides, STACKED=True, TURNED=turned, HADAMARD=True, **shared
+            x, i, m, k, *strides, STACKED=True, TRANSPOSED=turned, HADAMARD=True, **shared
         )
-        for dice in (1, 2):
+        for rounding in (1, 2):
             nvfp4_tile._quantize_kernel[(1,)](
                 x, x, i, byte, byte, x, x, 7, 1, m, k, k, k, k, *strides, *strides, *strides,
-                STACKED=True, TURNED=turned, SQUARE=True, HADAMARD=True, DICE=dice, FAKE=fake,
-                NATIVE=False, **shared,
+                STACKED=True, TRANSPOSED=turned, SQUARE=True, HADAMARD=True,
+                ROUNDING=rounding, FAKE=fake, NATIVE=False, **shared,
             )  # fmt: skip
     with _program(3 * tiles - 1):
         nvfp4_dequantizer._nvfp4_dequantize[(1,)](

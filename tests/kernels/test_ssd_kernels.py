@@ -95,10 +95,10 @@ def check(v: dict[str, Tensor], *, seq_idx: Tensor | None = None, **options: Any
     assert all(error < limits[name] for name, error in errors.items()), errors
 
 
-@pytest.fixture(params=["walk", "pass"])
+@pytest.fixture(params=["loop", "pass"])
 def between_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways from chunk to chunk, whatever the rule says."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: request.param == "walk")
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: request.param == "loop")
     return str(request.param)
 
 
@@ -170,25 +170,25 @@ def test_views_of_one_projection_and_axes_apart() -> None:
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(("variant", "walk"), [("fused", True), ("three", True), ("three", False)])
+@pytest.mark.parametrize(("variant", "loop"), [("fused", True), ("three", True), ("three", False)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_packed_documents(
-    variant: str, walk: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    variant: str, loop: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Starts at a chunk's edge, twice in a chunk, right after one another; a row without any."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: walk)
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: loop)
     seq_idx = torch.zeros(2, 150, dtype=torch.int32)
     for start in (1, 20, 64, 65, 127):
         seq_idx[0, start:] += 3
     check(make(2, 150, h=2, g=1, dtype=dtype), variant=variant, seq_idx=seq_idx)
 
 
-@pytest.mark.parametrize(("variant", "walk"), [("fused", True), ("three", True), ("three", False)])
+@pytest.mark.parametrize(("variant", "loop"), [("fused", True), ("three", True), ("three", False)])
 def test_a_document_number_that_returns_is_a_new_document(
-    variant: str, walk: bool, monkeypatch: pytest.MonkeyPatch
+    variant: str, loop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0 1 0 within a chunk, across the edge of one, and with the same number at both ends."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: walk)
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: loop)
     seq_idx = torch.zeros(2, 140, dtype=torch.int64)
     seq_idx[0, 20:22], seq_idx[0, 63:65], seq_idx[1, 64:128] = 1, 1, 7
     check(make(2, 140, h=2, g=1), variant=variant, seq_idx=seq_idx)
@@ -354,16 +354,16 @@ def test_the_arguments_of_the_other_implementations() -> None:
 
 
 def test_the_rule_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States walk with few chunks or many heads; one fused kernel is for few chunks only."""
+    """States loop with few chunks or many heads; one fused kernel is for few chunks only."""
     monkeypatch.setattr(ssd_common, "processors", lambda _: 132)
 
     def x(b: int, t: int, h: int) -> Tensor:
         return torch.zeros(1, dtype=torch.float16).expand(b, t, h, 64)
 
-    assert ssd_common.walks(x(1, 4096, 128), 64, 64)
-    assert not ssd_common.walks(x(1, 4096, 16), 64, 64)
-    assert ssd_common.walks(x(1, 256, 16), 4, 64)
-    assert ssd_common.walks(x(1, 4096, 22), 64, 32)
+    assert ssd_common.loops_over_chunks(x(1, 4096, 128), 64, 64)
+    assert not ssd_common.loops_over_chunks(x(1, 4096, 16), 64, 64)
+    assert ssd_common.loops_over_chunks(x(1, 256, 16), 4, 64)
+    assert ssd_common.loops_over_chunks(x(1, 4096, 22), 64, 32)
     chunk = ssd_common.config("fused", x(1, 1, 1))["Q"]
     assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk, 128)) == "fused"
     assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk + 1, 128)) == "three"

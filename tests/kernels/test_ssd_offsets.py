@@ -93,7 +93,7 @@ def test_states_of_every_chunk(reverse: bool, arguments: Arguments) -> None:
         with _program(index, H - 1, b):
             ssd_states.states_kernel[(1,)](
                 *v["x"], *v["dt"], v["A"], *v["B"], v["A"], None, *v["row"], v["A"], v["A"], v["A"],
-                T, CHUNKS, H, REVERSE=reverse, WALK=False, BLOCK_P=P, **SIZES,
+                T, CHUNKS, H, REVERSE=reverse, LOOP=False, BLOCK_P=P, **SIZES,
             )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_walks_over_the_states_of_many_rows_and_of_many_chunks(
         with _program(0, H - 1, row):
             ssd_states.states_kernel[(1,)](
                 *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None,
-                v["A"], tokens, chunks, H, REVERSE=reverse, WALK=True, BLOCK_P=P, **SIZES,
+                v["A"], tokens, chunks, H, REVERSE=reverse, LOOP=True, BLOCK_P=P, **SIZES,
             )  # fmt: skip
         with _program(0, H - 1, row):
             ssd_states.pass_kernel[(1,)](
