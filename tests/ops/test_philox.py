@@ -19,7 +19,7 @@ def test_the_published_answer_of_counter_and_key_zero() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 10])
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 7, 2**63 - 1])
-def test_words_are_those_of_the_twin(seed: int, rounds: int) -> None:
+def test_words_equal_the_numpy_reference(seed: int, rounds: int) -> None:
     for start in (0, 2**32 - 3, 2**40):  # counters of 64 bits as well
         counter = np.arange(start, start + 7, dtype=np.uint64)
         zero = 0 * counter

@@ -1,4 +1,4 @@
-"""Private operators of PyTorch, and what replaces each of them where it does not exist."""
+"""Private operators of PyTorch, and the public fallback of each of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.compare import relative_rms
 
 @pytest.fixture(params=[True, False], ids=["private", "fallback"])
 def exists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the private operators, if this PyTorch has them, and as if it had none."""
+    """Runs a test with the private operators, if this PyTorch has them, and without them."""
     if not request.param:
         for name in ("HAS_FLASH", "HAS_ONEDNN_LINEAR", "HAS_ONEDNN_REORDER"):
             monkeypatch.setattr(private_torch, name, False)
@@ -40,8 +40,8 @@ def test_attention_with_its_log_denominator(
     assert relative_rms(log, scores.logsumexp(-1)) < 1e-5
 
 
-def test_a_segment_behind_a_cache(exists: bool) -> None:
-    """The caller of the log-denominators: two results joined."""
+def test_a_segment_after_a_cache(exists: bool) -> None:
+    """The function that uses the log-denominators: it joins two partial results."""
     q = torch.randn(2, 6, 5, 8)
     k, v = torch.randn(2, 2, 2, 12, 8)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_without_onednn_auto_uses_pytorch_and_cpu_says_why(
     ("text", "vendor"),
     [
         ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"),
-        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm names no vendor
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm CPUs report no vendor
     ],
 )
 def test_the_vendor_on_linux(
