@@ -1,4 +1,4 @@
-"""Folders in ModelOpt's layout, made without the package's writer, and ways to break them."""
+"""Folders in ModelOpt's layout, not written by the package, and functions to edit them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ V_SCALE = "backbone.layers.3.mixer.v_proj.v_scale"
 
 
 def as_modelopt(folder: Path) -> None:
-    """Quantize a plain folder from outside: experts in NVFP4, Mamba in FP8, scales of the cache."""
+    """Quantize the files of a plain folder: experts in NVFP4, Mamba in FP8, scales of the cache."""
     tensors = load_file(folder / "model.safetensors")
     layers: dict[str, Any] = {}
     for name in list(tensors):
@@ -72,7 +72,7 @@ def message(folder: Path, **options: Any) -> str:
 
 
 def by_hand(tensors: dict[str, Tensor], module: str, cols: int) -> Tensor:
-    """The weight of a module from the definition, number by number."""
+    """The decoded weight of a module, by the definition."""
     packed, scales = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].float()
     if packed.dtype != torch.uint8:
         return packed.float() * scales
@@ -83,7 +83,7 @@ def by_hand(tensors: dict[str, Tensor], module: str, cols: int) -> Tensor:
     return (values * factor.repeat_interleave(16, 1))[:, :cols]
 
 
-def say(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit_quant_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = folder / "hf_quant_config.json"
     whole = json.loads(file.read_text())
     change(whole["quantization"])
