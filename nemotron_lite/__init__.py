@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nemotron_lite.cache import Cache
     from nemotron_lite.checkpoint import CheckpointError, load, save
     from nemotron_lite.config import ConfigError, NemotronConfig
-    from nemotron_lite.generation.decoding import generate, stream
+    from nemotron_lite.generation.generate import generate, stream
     from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
     from nemotron_lite.model import Nemotron
 
@@ -68,10 +68,10 @@ _MODULE_OF = {
     "Cache": "cache",
     "GenerationOptions": "generation.options",
     "SpeculationOptions": "generation.options",
-    "generate": "generation.decoding",
+    "generate": "generation.generate",
     "load": "checkpoint",
     "save": "checkpoint",
-    "stream": "generation.decoding",
+    "stream": "generation.generate",
 }
 _MODULES = ("layers", "ledger", "ops", "train")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nemotron_lite import ops
 from nemotron_lite.cache import Cache
 from nemotron_lite.layers import Mamba2, MambaCache
-from nemotron_lite.layers.mamba import MambaDraft
+from nemotron_lite.layers.mamba2 import MambaDraft
 
 
 class CopiedStates(MambaDraft):

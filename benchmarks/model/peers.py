@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nemotron_lite import Cache, Nemotron, NemotronConfig, generate
 from nemotron_lite.data.batches import Batch
 from nemotron_lite.layers import KVCache
-from nemotron_lite.layers.mamba import MambaCache
+from nemotron_lite.layers.mamba2 import MambaCache
 from nemotron_lite.train.loss import token_loss
 
 _SHAPE: dict[str, Any] = dict(

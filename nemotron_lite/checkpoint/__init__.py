@@ -4,16 +4,16 @@
     validation       reads headers and finds all problems of a folder before weights are read
     modelopt         how NVIDIA's ModelOpt stores quantized weights
     modelopt_config  what ModelOpt's config files say about them
-    reader           load: one tensor at a time, into a model that had no memory until then
-    writer           save: the hub's layout, in shards
+    loading          load: one tensor at a time, into a model that had no memory until then
+    saving           save: the hub's layout, in shards
     storage          how many bytes the weights take in which format
 
 Saving is atomic: `nemotron_lite/files.py` replaces a folder as a whole.
 """
 
-from nemotron_lite.checkpoint.reader import load
+from nemotron_lite.checkpoint.loading import load
+from nemotron_lite.checkpoint.saving import save
 from nemotron_lite.checkpoint.storage import StorageRow, storage_summary, weight_bytes
 from nemotron_lite.checkpoint.validation import CheckpointError
-from nemotron_lite.checkpoint.writer import save
 
 __all__ = ["CheckpointError", "StorageRow", "load", "save", "storage_summary", "weight_bytes"]

@@ -90,7 +90,7 @@ def write(
     model: Nemotron, prompt: str | list[int], options: GenerationOptions
 ) -> tuple[float, Statistics]:
     """Continue `prompt` and print the text as it is written; returns tokens per second."""
-    from nemotron_lite.generation.decoding import stream
+    from nemotron_lite.generation.generate import stream
 
     pieces = stream(model, prompt, options=options)
     started, count = time.perf_counter(), 0

@@ -1,7 +1,7 @@
 """The parts a Nemotron model is made of, as `nn.Module`s over `nemotron_lite.ops`.
 
 mixer       what every mixer brings along: initial weights, a cache, its lines of the ledger
-mamba       Mamba-2        attention   grouped-query attention
+mamba2      Mamba-2        attention   grouped-query attention
 moe         LatentMoE      mlp         two matrices
 block       a norm, one mixer and the residual sum; the list of all kinds of mixers
 mtp         the multi-token prediction module
@@ -16,7 +16,7 @@ from nemotron_lite.layers.attention import Attention, KVCache
 from nemotron_lite.layers.block import MIXERS, Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mamba import GatedRMSNorm, Mamba2, MambaCache
+from nemotron_lite.layers.mamba2 import GatedRMSNorm, Mamba2, MambaCache
 from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import Attention, KVCache
 from nemotron_lite.layers.context import ForwardContext, RouterStats
-from nemotron_lite.layers.mamba import Mamba2
+from nemotron_lite.layers.mamba2 import Mamba2
 from nemotron_lite.layers.mixer import LayerCache, Line, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import MoE

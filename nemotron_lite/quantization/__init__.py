@@ -23,7 +23,7 @@ Post-training quantization, from a trained model to a smaller one:
     quantizable.py        which modules can be quantized, in which formats, at how many bits
     sensitivity.py        second-order estimate of the loss that each format of each module adds
     bit_allocation.py     the best format for each module within a budget of bits
-    block_scales.py       block scales that minimize the error of a weight
+    scale_search.py       block scales that minimize the error of a weight
     packed_layers.py      layers that keep their weights in four or eight bits in memory
     pack_model.py         replaces a model's plain weights by packed layers
 
@@ -32,7 +32,6 @@ quantization (distillation), and searches over the format of the KV cache.
 """
 
 from nemotron_lite.quantization.bit_allocation import allocate_bits, minimize_cost
-from nemotron_lite.quantization.block_scales import search_block_scales
 from nemotron_lite.quantization.calibration import Calibration, calibrate
 from nemotron_lite.quantization.pack_model import quantize_model
 from nemotron_lite.quantization.quantizable import (
@@ -41,6 +40,7 @@ from nemotron_lite.quantization.quantizable import (
     quantizable_modules,
     single_format,
 )
+from nemotron_lite.quantization.scale_search import search_block_scales
 from nemotron_lite.quantization.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [

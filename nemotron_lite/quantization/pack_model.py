@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.block_scales import search_block_scales
 from nemotron_lite.quantization.calibration import Calibration
 from nemotron_lite.quantization.fp8 import quantize_fp8
 from nemotron_lite.quantization.nvfp4 import E4M3_MAX, quantize
@@ -28,6 +27,7 @@ from nemotron_lite.quantization.packed_layers import (
     install_packed_layer,
 )
 from nemotron_lite.quantization.quantizable import FORMATS, quantizable_modules
+from nemotron_lite.quantization.scale_search import search_block_scales
 
 
 @torch.no_grad()

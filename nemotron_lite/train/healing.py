@@ -35,7 +35,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nemotron_lite.data.batches import Batch
-from nemotron_lite.generation.decoding import generate
+from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import SpeculationOptions
 from nemotron_lite.generation.speculative import Statistics
 from nemotron_lite.model import Nemotron

@@ -24,7 +24,7 @@ from tests.authoring.samples import (
 )
 
 RECORD = "benchmarks/records/ssd_operator.json"
-PUBLIC = {"generate": "nemotron_lite.generation.decoding", "ssd": "nemotron_lite.ops"}
+PUBLIC = {"generate": "nemotron_lite.generation.generate", "ssd": "nemotron_lite.ops"}
 FACTS = {
     "super.parameters_total": lint_text.spellings(120_668_707_840, "parameters"),
     "super.layers": lint_text.spellings(88, "layers"),

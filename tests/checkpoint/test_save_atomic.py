@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nemotron_lite import Nemotron, NemotronConfig, files, load, save
-from nemotron_lite.checkpoint import writer
+from nemotron_lite.checkpoint import saving
 from nemotron_lite.files import atomic_folder
 
 Make = Callable[..., Nemotron]
@@ -54,10 +54,10 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (writer, "_write_shard", 1),
-        (writer, "_write_shard", 2),
-        (writer, "_write_json", 1),
-        (writer, "_write_json", 3),
+        (saving, "_write_shard", 1),
+        (saving, "_write_shard", 2),
+        (saving, "_write_json", 1),
+        (saving, "_write_json", 3),
         (files, "_keep_other_files", 1),
         (files, "_sync_tree", 1),
     ],

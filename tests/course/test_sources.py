@@ -11,7 +11,7 @@ import pytest
 from nemotron_lite import NemotronConfig, ops
 from nemotron_lite.course import show_source
 from nemotron_lite.course.sources import source_of
-from nemotron_lite.layers.mamba import Mamba2
+from nemotron_lite.layers.mamba2 import Mamba2
 from tests.course.conftest import Shown
 
 

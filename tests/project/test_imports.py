@@ -42,9 +42,9 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("module", "line", "said"),
     [
-        ("ops/scan.py", "from nemotron_lite.layers.mamba import Mamba2", "one way"),
+        ("ops/scan.py", "from nemotron_lite.layers.mamba2 import Mamba2", "one way"),
         ("ops/scan.py", "def f():\n    import nemotron_lite.model", "one way"),
-        ("layers/mamba.py", "import nemotron_kernels.ssd", "Triton kernels"),
+        ("layers/mamba2.py", "import nemotron_kernels.ssd", "Triton kernels"),
         ("model.py", "def f():\n    import triton", "Triton kernels"),
         ("ops/conv.py", "import nemotron_lite.ops.norm", None),
         ("attic.py", "X = 1", "one way"),

@@ -7,7 +7,7 @@ dt, B and C are computed from each token, as in Mamba. With `selective=False` th
 gets zeros as input, so only its bias is left: dt, B and C are learned, and equal for all tokens.
 Both variants have the same parameters; the second is a convolution with a learned kernel.
 
-Left out: what a good layer needs besides (see `layers/mamba.py`).
+Left out: what a good layer needs besides (see `layers/mamba2.py`).
 """
 
 from __future__ import annotations

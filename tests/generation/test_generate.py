@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron_lite.generation import options
-from nemotron_lite.generation.decoding import generate, stream
+from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.prefill import prefill
 from nemotron_lite.generation.sampling import distribution
 from nemotron_lite.model import Nemotron
