@@ -157,19 +157,19 @@ def hadamard(x, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
     sign = 1 - 2 * ((NEGATIVE >> (tl.arange(0, COLUMNS) % 16)) & 1)
     sign = sign.to(tl.float32) * 0.25
     if TRANSPOSED:
-        turned = x * sign[:, None]
+        transformed = x * sign[:, None]
         for _ in tl.static_range(4):
-            pairs = tl.trans(tl.reshape(turned, [COLUMNS // 16, 8, 2, ROWS]), 0, 1, 3, 2)
+            pairs = tl.trans(tl.reshape(transformed, [COLUMNS // 16, 8, 2, ROWS]), 0, 1, 3, 2)
             first, second = tl.split(pairs)
             pairs = tl.trans(tl.join(first + second, first - second), 0, 3, 1, 2)
-            turned = tl.reshape(pairs, [COLUMNS, ROWS])
+            transformed = tl.reshape(pairs, [COLUMNS, ROWS])
     else:
-        turned = x * sign[None, :]
+        transformed = x * sign[None, :]
         for _ in tl.static_range(4):
-            first, second = tl.split(tl.reshape(turned, [ROWS, COLUMNS // 16, 8, 2]))
+            first, second = tl.split(tl.reshape(transformed, [ROWS, COLUMNS // 16, 8, 2]))
             pairs = tl.trans(tl.join(first + second, first - second), 0, 1, 3, 2)
-            turned = tl.reshape(pairs, [ROWS, COLUMNS])
-    return turned
+            transformed = tl.reshape(pairs, [ROWS, COLUMNS])
+    return transformed
 
 
 @triton.jit

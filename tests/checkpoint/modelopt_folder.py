@@ -42,12 +42,12 @@ def as_modelopt(folder: Path) -> None:
         tensors[f"{module}.input_scale"] = torch.tensor(0.01 * (1 + len(layers)))
     tensors |= {K_SCALE: torch.tensor(0.125), V_SCALE: torch.tensor(0.3)}
     save_file(tensors, folder / "model.safetensors")
-    said = {
+    declared = {
         "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers,
     }  # fmt: skip
-    whole = {"producer": {"name": "modelopt", "version": "0.1"}, "quantization": said}
+    whole = {"producer": {"name": "modelopt", "version": "0.1"}, "quantization": declared}
     (folder / "hf_quant_config.json").write_text(json.dumps(whole))
-    edit_config(folder, quantization_config={**said, "quant_method": "modelopt", "ignore": []})
+    edit_config(folder, quantization_config={**declared, "quant_method": "modelopt", "ignore": []})
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -144,8 +144,8 @@ def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
         f"{IN_PROJ}.weight": q.codes, f"{IN_PROJ}.weight_scale": q.scales,
         f"{IN_PROJ}.weight_scale_2": q.scale,
     }))  # fmt: skip
-    said = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*.q_proj"]}
-    whole = {"producer": {"name": "modelopt"}, "quantization": said}
+    declared = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*.q_proj"]}
+    whole = {"producer": {"name": "modelopt"}, "quantization": declared}
     (saved / "hf_quant_config.json").write_text(json.dumps(whole))
     model = load(saved, packed=True)
     save(model, saved.parent / "again")

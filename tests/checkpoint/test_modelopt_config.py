@@ -70,8 +70,8 @@ def test_quantized_weights_without_a_declaration(quantized: Path) -> None:
 
 
 def test_a_declaration_without_quantized_weights(saved: Path) -> None:
-    said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    edit_config(saved, quantization_config=said)
+    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    edit_config(saved, quantization_config=declared)
     assert "but no stored weight is" in message(saved)
 
 

@@ -122,10 +122,10 @@ def test_router_at_eight_million_tokens() -> None:
     with _last_program(tokens // 4 - 1, integers=False):
         routing._route_kernel[(1,)](
             x, x, x, i, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, N_GROUP=8, TOPK_GROUP=4,
-            NORMALISE=True, ROWS=4, EXPERTS=E, SLOTS=32, GROUPS=8,
+            NORMALIZE=True, ROWS=4, EXPERTS=E, SLOTS=32, GROUPS=8,
         )  # fmt: skip
         routing._route_backward_kernel[(1,)](
-            x, i, x, x, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, NORMALISE=True,
+            x, i, x, x, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, NORMALIZE=True,
             HAS_WEIGHTS=True, HAS_SCORES=True, ROWS=4, EXPERTS=E, SLOTS=32,
         )  # fmt: skip
 

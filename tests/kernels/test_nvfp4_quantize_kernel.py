@@ -305,23 +305,23 @@ def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
 # Addresses
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("fake", [False, True])
-def test_a_million_tokens(turned: bool, fake: bool) -> None:
+def test_a_million_tokens(transposed: bool, fake: bool) -> None:
     """The last tile of the last of three matrices, along rows and along columns."""
     x, byte, i = torch.zeros(1), torch.zeros(1, dtype=torch.uint8), torch.zeros(1).int()
-    m, k = (PROJECTION, TOKENS) if turned else (TOKENS, PROJECTION)
-    strides = (TOKENS * PROJECTION, *((1, PROJECTION) if turned else (PROJECTION, 1)))
+    m, k = (PROJECTION, TOKENS) if transposed else (TOKENS, PROJECTION)
+    strides = (TOKENS * PROJECTION, *((1, PROJECTION) if transposed else (PROJECTION, 1)))
     tiles = -(-m // 64) * -(-k // 128)
     shared = {"ROWS": 64, "COLUMNS": 128}
     with _program(3 * tiles - 1):
         nvfp4_tile._nvfp4_amax[(1,)](
-            x, i, m, k, *strides, STACKED=True, TRANSPOSED=turned, HADAMARD=True, **shared
+            x, i, m, k, *strides, STACKED=True, TRANSPOSED=transposed, HADAMARD=True, **shared
         )
         for rounding in (1, 2):
             nvfp4_tile._quantize_kernel[(1,)](
                 x, x, i, byte, byte, x, x, 7, 1, m, k, k, k, k, *strides, *strides, *strides,
-                STACKED=True, TRANSPOSED=turned, SQUARE=True, HADAMARD=True,
+                STACKED=True, TRANSPOSED=transposed, SQUARE=True, HADAMARD=True,
                 ROUNDING=rounding, FAKE=fake, NATIVE=False, **shared,
             )  # fmt: skip
     with _program(3 * tiles - 1):

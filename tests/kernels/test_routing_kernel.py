@@ -25,12 +25,12 @@ SHAPES = [  # t, e, k, n_group, topk_group
 SIZES = ("t", "e", "k", "n_group", "topk_group")
 
 
-def _exact(logits, bias, k, n_group, topk_group, normalise=True, scale=1.0):
+def _exact(logits, bias, k, n_group, topk_group, normalize=True, scale=1.0):
     """The naive definition. The router's matrix is the identity, so the input is the logits."""
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return ops.route(
         logits, eye, bias.to(logits.dtype), top_k=k, n_group=n_group, topk_group=topk_group,
-        normalize=normalise, scale=scale, impl="naive",
+        normalize=normalize, scale=scale, impl="naive",
     )  # fmt: skip
 
 
@@ -50,11 +50,11 @@ def _close_calls(found: torch.Tensor, exact: torch.Tensor, biased: torch.Tensor)
     return int(rows.sum())
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(SIZES, SHAPES)
-def test_choice_weights_and_scores(t, e, k, n_group, topk_group, normalise) -> None:
+def test_choice_weights_and_scores(t, e, k, n_group, topk_group, normalize) -> None:
     logits, bias = _inputs(t, e)
-    choice = (k, n_group, topk_group, normalise, 5.0)
+    choice = (k, n_group, topk_group, normalize, 5.0)
     found = route_logits(logits, bias, *choice)
     exact = _exact(logits.double(), bias, *choice)
     assert found.weights.dtype == found.scores.dtype == torch.float32
@@ -99,11 +99,11 @@ def test_ties_go_to_the_lower_number() -> None:
     assert torch.equal(found.weights, torch.full((3, 5), 0.2))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(SIZES, SHAPES)
-def test_gradient_to_the_logits(t, e, k, n_group, topk_group, normalise) -> None:
+def test_gradient_to_the_logits(t, e, k, n_group, topk_group, normalize) -> None:
     logits, bias = _inputs(t, e)
-    choice = (k, n_group, topk_group, normalise, 2.5)
+    choice = (k, n_group, topk_group, normalize, 2.5)
     found = errors(
         lambda x: route_logits(x, bias, *choice)[::2],
         lambda x: _exact(x, bias, *choice)[::2],
@@ -216,7 +216,7 @@ def test_wrong_inputs_say_what_was_expected() -> None:
         route_logits(logits, bias, 2, 5)
     with pytest.raises(ValueError, match="topk_group=4 must be 1 to 3"):
         route_logits(logits, bias, 2, 3, 4)
-    with pytest.raises(ValueError, match="one expert a group"):
+    with pytest.raises(ValueError, match="one expert per group"):
         route_logits(logits, bias, 2, 12, 3)
     with pytest.raises(ValueError, match="top_k=5, expected 1 to 4"):
         route_logits(logits, bias, 5, 3, 1)

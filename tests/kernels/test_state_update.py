@@ -296,7 +296,7 @@ def test_wrong_inputs_are_refused() -> None:
     refused("Mamba-1", x=torch.zeros(2, 24))
     refused(r"torch\.bfloat16; expected float32 or float16", state=inputs["state"].bfloat16())
     refused("last axis must have 1", state=torch.zeros(2, 4, 10, 6).mT)
-    refused("seed=3 for a float32 state", seed=3)
+    refused("seed=3, but a float32 state", seed=3)
     half = inputs["state"].half()
     refused("expected 0 to", state=half, seed=-1)
     refused("expected one int64", state=half, seed=torch.tensor([1.0]))

@@ -55,8 +55,8 @@ def test_products(exists: bool, rows: tuple[int, ...]) -> None:
     x, weight = torch.randn(*rows, 24), torch.randn(40, 24)
     exact = F.linear(x.double(), weight.double())
     assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
-    turned = weight.t().contiguous().t()
-    assert relative_rms(cpu_linear.product(x, turned), exact) < 1e-6
+    transposed = weight.t().contiguous().t()
+    assert relative_rms(cpu_linear.product(x, transposed), exact) < 1e-6
     assert relative_rms(cpu_linear.product(x, cpu_linear.prepack(weight)), exact) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):  # float32 stays float32
         assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6

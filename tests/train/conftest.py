@@ -1,4 +1,4 @@
-"""A tiny model with every kind of layer, and a text for it."""
+"""A tiny model with every kind of layer, and a text that it learns in seconds."""
 
 from __future__ import annotations
 
