@@ -1,4 +1,4 @@
-"""Healing changes only the MTP module, and drafts get better."""
+"""Healing changes only the MTP module, and the acceptance of its drafts gets better."""
 
 from __future__ import annotations
 
