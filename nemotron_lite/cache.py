@@ -13,9 +13,10 @@ tokens and then accepts only the first few. It goes like this:
     out = model(draft, cache, draft=True)    logits for all tokens; the cache is not advanced
     cache.accept(counts)                     take in the first `counts` tokens of each row
 
-Keys and values are written behind a row's length, so accepting them means to count them. The inputs
-of the convolution are a slice of those before and in the draft. The SSM state is computed from the
-old one: x, dt and B of every token of the draft are kept, and `accept` adds the c tokens that stay
+Keys and values are written after the end of a row, so to accept them means to count them. The
+inputs of the convolution are a slice of those before and in the draft. The SSM state is computed
+from the old one: x, dt and B of every token of the draft are kept, and `accept` adds the c tokens
+that stay
 
     S' = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r       (ops/draft_scan.py)
 
@@ -59,7 +60,10 @@ from nemotron_lite.files import atomic_file
 from nemotron_lite.layers import MIXERS, CacheOptions, KVCache, LayerCache, MambaCache
 
 FORMAT = "nemotron_lite.cache.v3"
-_KINDS: tuple[type[LayerCache], ...] = (MambaCache, KVCache)  # told apart by their tensors' names
+_KINDS: tuple[type[LayerCache], ...] = (
+    MambaCache,
+    KVCache,
+)  # distinguished by the names of their tensors
 
 
 class Cache:
@@ -68,8 +72,8 @@ class Cache:
     Use `Cache.empty(config, batch)`, or `model.empty_cache(batch)`, for one that has read nothing.
 
     Attributes:
-        layers: of the backbone, one entry per layer; None for layers that remember nothing.
-        mtp: the same for the MTP module; empty where no room was made for it.
+        layers: of the backbone, one entry per layer; None for layers without a cache.
+        mtp: the same for the MTP module; empty if the cache was made without it.
         draft_length: tokens per row of a draft that waits for `accept`; 0 when there is none.
         checked_for: config and dtype of the model that this cache was last found to fit
             (input_checks.py).
@@ -109,8 +113,8 @@ class Cache:
         Args:
             batch: rows.
             dtype: of keys, values and conv inputs.
-            capacity: tokens per row to make room for; the KV buffers grow when it is exceeded.
-            mtp: make room for the MTP module's keys and values too.
+            capacity: tokens per row to allocate at first; the KV buffers grow when it is exceeded.
+            mtp: allocate the MTP module's keys and values too.
             ssm_dtype: of SSM states; float16 halves them. None is float32, or float64 with `dtype`.
             ssm_seed: of the stochastic rounding of float16 states; None rounds to nearest, whose
                 errors add up.
@@ -232,7 +236,7 @@ class Cache:
         return each
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` per row in the KV buffers, so that they need not grow later."""
+        """Allocate KV buffers for `tokens` per row, so that they need not grow later."""
         for cache in self._present():
             cache.reserve(tokens)
 
@@ -296,7 +300,7 @@ class Cache:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: `path` does not exist.
             ValueError: the file is damaged, or is not a saved cache.
         """
         if not Path(path).is_file():

@@ -151,15 +151,15 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
 
 
 def to_hf(config: NemotronConfig) -> dict[str, Any]:
-    """The contents of a `config.json`, spelled as on the hub.
+    """The contents of a `config.json`, with the keys of the published models.
 
-    All programs can read the hub's spelling: transformers 5 converts the pattern itself, while
+    All programs can read these keys: transformers 5 converts the pattern itself, while
     older programs (remote code, serving engines) know only the pattern. `time_step_limit` is
     omitted when it limits nothing, as in the release. Otherwise it is written and may contain
     `inf`, for which `json.dumps` writes `Infinity`.
 
     transformers ignores `n_shared_experts=0` and creates a shared expert with random weights. No
-    spelling avoids this.
+    other key avoids this.
     """
     hf: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],

@@ -70,7 +70,7 @@ def check_draft(cache: Cache | None, lengths: Tensor | None) -> None:
     """
     if cache is None or lengths is not None:
         raise ValueError(
-            "draft=True reads a draft behind a cache: give a cache, and leave out lengths (the "
+            "draft=True reads a draft after a cache: give a cache, and leave out lengths (the "
             "counts of cache.accept say how many tokens of each row are real)."
         )
 
@@ -135,8 +135,8 @@ def _check_layers(config: NemotronConfig, dtype: torch.dtype, cache: Cache) -> N
         wanted = None if expected is None else expected.sizes
         if sizes != wanted:
             raise ValueError(
-                f"layer {i} ({config.pattern[i]!r}) remembers sizes {wanted}, but the cache has "
-                f"{sizes} there: it is of another model. {what_to_do}"
+                f"layer {i} ({config.pattern[i]!r}) caches sizes {wanted}, but the cache has "
+                f"{sizes} there: it belongs to another model. {what_to_do}"
             )
         if found is not None and found.dtype != dtype:
             raise ValueError(

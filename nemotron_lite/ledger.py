@@ -5,7 +5,7 @@ the course. The formula that is shown is the one that is evaluated:
 
     in_proj    d * (2*h*p + 2*g*n + h)    4096 * (2*128*64 + 2*8*128 + 128)    76,021,760
 
-The formulas of a layer stand with its mixer (`stored`, `operations` and `cached` in layers/). Here
+The formulas of a layer are with its mixer (`stored`, `operations` and `cached` in layers/). Here
 they are counted over the layers of a config, and embedding, final norm and head are added.
 
 Three questions:

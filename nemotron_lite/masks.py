@@ -41,7 +41,7 @@ def visible_keys(
 ) -> Bool[Tensor, "*mask t s"]:
     """True where a query sees a key, as `t s` or `b 1 t s`.
 
-    Query i of row r stands at position `starts[r] + i` and sees the keys up to there; with
+    Query i of row r is at position `starts[r] + i` and sees the keys up to there; with
     `documents` (from `number_documents`), only those of its own document.
     """
     key = torch.arange(keys, device=device)

@@ -59,7 +59,7 @@ class Hidden:
     Attributes:
         hidden: after the final norm, `b t d`.
         mtp_hidden: entry k-1 is depth k, `b t-k d`; its row i predicts token i+k+1.
-        router: statistics of every mixture of experts, backbone first; empty unless asked for.
+        router: statistics of every mixture of experts, backbone first; empty unless `router_stats`.
     """
 
     hidden: Float[Tensor, "b t d"]
@@ -119,7 +119,7 @@ class Backbone(nn.Module):
         context: ForwardContext,
         router_stats: bool = False,
     ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-        """The residual stream after the final norm, and the router statistics if asked for."""
+        """The residual stream after the final norm, and the router statistics if `router_stats`."""
         x, stats = run_layers(self.layers, self.embed(tokens), cache, context, router_stats)
         return self.norm_f(x), stats
 
@@ -345,7 +345,7 @@ class Nemotron(nn.Module):
         lengths: Int[Tensor, "b"] | None,
         router_stats: bool,
     ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-        """Read tokens behind a cache, segment by segment; in one pass for router statistics."""
+        """Read tokens after a cache, segment by segment; in one pass for router statistics."""
         total, longest = tokens.shape[1], segment(tokens)
         if total > longest and not router_stats:
             parts = []

@@ -66,8 +66,8 @@ def test_wrong_value_is_named_with_a_way_out(
     assert way_out in str(error.value)
 
 
-# Values of the wrong kind. The tests' own checker of types would stop them at the door, so they are
-# put behind it.
+# Values of a wrong type. The tests' type checker would refuse them in the constructor, so they
+# are set afterwards.
 WRONG_KIND: list[tuple[dict[str, Any], str, str]] = [
     (dict(time_step_limit=None), "time_step_limit=None", "(low, high)"),
     (dict(time_step_limit=[0.0, math.inf]), "time_step_limit=[0.0, inf]", "(low, high)"),

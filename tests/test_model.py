@@ -312,13 +312,13 @@ def test_the_meta_device_builds_without_memory() -> None:
             lambda m: m(
                 _tokens(1, 9), Cache.empty(m.config.replace(pattern="M" * 6), 1, dtype=m.dtype)
             ),
-            r"it is of another model.*model\.empty_cache",
+            r"it belongs to another model.*model\.empty_cache",
         ),
         (
             lambda m: m(
                 _tokens(1, 9), Cache.empty(m.config.replace(ssm_state_size=5), 1, dtype=m.dtype)
             ),
-            "remembers sizes",
+            "caches sizes",
         ),
         (
             lambda m: m(_tokens(1, 9), Cache.empty(m.config, 1)),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {
+_FILE_OF = {
     "causal_conv1d": "conv",
     "causal_conv1d_step": "conv_step",
     "expert_mlp": "experts",
@@ -37,15 +37,15 @@ _HOME = {
     "verify": "verification",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_FILE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _FILE_OF:
         names = ", ".join(repr(known) for known in __all__)
         raise AttributeError(f"nemotron_kernels has no {name!r}; it has {names}.")
-    import_module("nemotron_kernels._compat")  # first: without triton it says what to do
-    return getattr(import_module(f"nemotron_kernels.{_HOME[name]}"), name)
+    import_module("nemotron_kernels._compat")  # first: its error says how to install triton
+    return getattr(import_module(f"nemotron_kernels.{_FILE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -64,8 +64,8 @@ def set_dry_run(on: bool) -> None:
 class Config:
     """Block sizes and launch options of one kernel on one architecture.
 
-    `blocks` are constexpr arguments of the kernel; `kwargs` is what the launch takes. Fused
-    multiply-add is asked for by name: Triton is about to change its default.
+    `blocks` are constexpr arguments of the kernel; `kwargs` holds all keyword arguments of the
+    launch. Fused multiply-add is set explicitly, because Triton is about to change its default.
     """
 
     blocks: Mapping[str, int]
@@ -104,10 +104,11 @@ def arch() -> int:
 
 
 def by_arch(table: Mapping[int, Config]) -> Config:
-    """The entry for the current device: its own, or else that of the newest one older than it.
+    """The entry for the current device, or else the entry of the newest older architecture.
 
-    The key 0 is the interpreter's entry (few programs, big blocks: a program costs more than the
-    elements in it). Without one the interpreter uses the oldest GPU's.
+    The key 0 is the interpreter's entry. It has few programs and big blocks, because in the
+    interpreter each program costs more than the elements in it. Without that entry, the
+    interpreter uses the one of the oldest GPU.
 
     Raises:
         RuntimeError: the device is older than every entry.
@@ -126,7 +127,7 @@ def by_arch(table: Mapping[int, Config]) -> Config:
 
 
 def check_inputs(op: str, *tensors: Tensor | None) -> None:
-    """Refuse inputs that the kernel `op` cannot take. The first tensor's device is the norm.
+    """Refuse inputs that the kernel `op` cannot take; all must be on the first tensor's device.
 
     Raises:
         RuntimeError: tensors on the CPU outside the interpreter.
@@ -137,7 +138,7 @@ def check_inputs(op: str, *tensors: Tensor | None) -> None:
     for x in given:
         if x.device != device:
             raise ValueError(
-                f"{op}: one input is on {device}, another on {x.device}; move them to one."
+                f"{op}: one input is on {device}, another on {x.device}; move them to one device."
             )
         if x.is_floating_point() and x.dtype not in FLOATS:
             raise ValueError(
@@ -153,19 +154,19 @@ def check_inputs(op: str, *tensors: Tensor | None) -> None:
 
 
 def check_rows(op: str, rows: int) -> None:
-    """Refuse more rows than a launch can number on another axis than its first.
+    """Refuse more rows than the second or third axis of a grid can have.
 
     Raises:
-        ValueError: says how many there may be.
+        ValueError: `rows` is above the limit; the message has the limit.
     """
     if rows > MOST_ROWS:
         raise ValueError(
-            f"{op}: {rows} rows, and one launch takes {MOST_ROWS}; pass the batch in parts."
+            f"{op}: {rows} rows; one launch takes at most {MOST_ROWS}. Pass the batch in parts."
         )
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the device of `x`, which need not be the current one."""
+    """A context in which the device of `x` is the current one, so that kernels launch there."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

@@ -49,13 +49,13 @@ FORWARD = {
 }
 BACKWARD = {
     0: Config({"STRETCH": 64, "BLOCK_C": 512}),
-    80: Config({"STRETCH": 128, "BLOCK_C": 256}, num_warps=1),  # 8 channels a thread: 16 bytes
+    80: Config({"STRETCH": 128, "BLOCK_C": 256}, num_warps=1),  # 8 channels per thread, 16 bytes
 }
 
 
 @triton.jit
 def tap(w_ptr, channel, inside, w_stride, J: tl.constexpr, TAPS: tl.constexpr):
-    """Tap J of four; the filter's own taps are the last ones."""
+    """Tap J of four; a filter with fewer taps has zeros in the first places."""
     shift: tl.constexpr = J - 4 + TAPS
     if shift < 0:
         return tl.zeros_like(channel).to(tl.float32)
@@ -90,7 +90,7 @@ def _conv_forward(
         source = token - back
         known = (source >= 0) & (source < length)
         if seq_ptr is not None:
-            # Tokens before the row belong to its first document.
+            # Tokens before the start of the row belong to its first document.
             reached = tl.load(seq_ptr + tl.maximum(source, 0), mask=source < length, other=0)
             same = reached == document
             known = known & same
@@ -104,9 +104,9 @@ def _conv_forward(
                 before = (source < 0) & (token < length)
                 if seq_ptr is not None:
                     before = before & same
-                remembered = source + TAPS - 1
+                cached = source + TAPS - 1
                 x += tl.load(
-                    initial_ptr + remembered[:, None] * initial_stride_k + channel[None, :],
+                    initial_ptr + cached[:, None] * initial_stride_k + channel[None, :],
                     mask=before[:, None] & inside[None, :],
                     other=0.0,
                 ).to(tl.float32)
@@ -119,7 +119,7 @@ def _conv_forward(
     )
 
     if block == 0:
-        # The TAPS - 1 inputs before each row's own end.
+        # The final state: the last TAPS - 1 real inputs of this row.
         end = length.to(tl.int64)
         if lengths_ptr is not None:
             end = tl.load(lengths_ptr + row).to(tl.int64)
@@ -148,7 +148,7 @@ def _window_row(
     x_ptr, initial_ptr, t, length, channel, channels, x_stride_t, initial_stride_k,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """x_t; the remembered input where t < 0; zero beyond either."""
+    """x_t; from the initial state where t < 0; zero outside both."""
     x = tl.load(
         x_ptr + t * x_stride_t + channel,
         mask=channel < tl.where((t >= 0) & (t < length), channels, 0),
@@ -165,7 +165,7 @@ def _window_row(
 
 @triton.jit
 def _same_document(seq_ptr, t, document, latest):
-    """1.0 where token t belongs to `document`; what is before the row is in its first one."""
+    """1.0 where token t is in `document`; tokens before the row count to its first one."""
     there = tl.load(seq_ptr + tl.minimum(tl.maximum(t, 0), latest))
     return tl.where(there == document, 1.0, 0.0)
 
@@ -207,7 +207,8 @@ def _conv_backward(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
-    # Inputs 3, 2 and 1 tokens back; what the tokens so far add to the gradients of those inputs.
+    # x3, x2, x1: the inputs 3, 2 and 1 tokens back. dx3, dx2, dx1: the gradients of those inputs,
+    # summed over the tokens so far.
     x3 = _window_row(x_ptr, initial_ptr, start - 3, length, channel, channels, x_stride_t,
                      initial_stride_k, TAPS)  # fmt: skip
     x2 = _window_row(x_ptr, initial_ptr, start - 2, length, channel, channels, x_stride_t,
@@ -236,7 +237,7 @@ def _conv_backward(
         gate = 1.0 / (1.0 + tl.exp(-u))
         du = dy.to(tl.float32) * gate * (1.0 + u * (1.0 - gate))
 
-        # Beyond the stretch the tokens belong to the next program: it sums their share of dw.
+        # Tokens beyond this stretch belong to the next program, which adds their part of dw.
         mine = du * tl.where(t < stop, 1.0, 0.0)
         dbias += mine
         dw3 += mine * x0
@@ -340,8 +341,8 @@ def causal_conv1d(
         weight: taps, oldest first, 2 to 4 of them.
         bias: added before the SiLU.
         initial_state: the k-1 inputs before x; zeros when None.
-        seq_idx: document of each token; where it changes, a new document begins and no tap reads
-            across, also if a number returns later in the row.
+        seq_idx: number of the document of each token. Where it changes, a new document begins, and
+            no tap reads across that point, even if the same number appears again later in the row.
         lengths: real tokens of each row; the returned state is that of the last real one.
 
     Returns:
@@ -363,14 +364,14 @@ def causal_conv1d(
     x, weight = unit_stride(x), weight.contiguous()
     bias, lengths = (None if v is None else v.contiguous() for v in (bias, lengths))
     initial_state = None if initial_state is None else unit_stride(initial_state)
-    if seq_idx is not None:  # counted, so that equal numbers within reach are one document
+    if seq_idx is not None:  # count the documents, because a number may appear again later
         changes = seq_idx[:, 1:] != seq_idx[:, :-1]
         seq_idx = torch.nn.functional.pad(changes, (1, 0)).cumsum(1)
     return _CausalConv1d.apply(x, weight, bias, initial_state, seq_idx, lengths)
 
 
 def _strides(weight: Tensor, initial: Tensor | None, seq_idx: Tensor | None) -> tuple[int, ...]:
-    """Strides of what may be absent: filter, initial state along b and k, document numbers."""
+    """Strides of the filter, of initial state along b and k, and of seq_idx; 0 for None."""
     along = (0, 0) if initial is None else initial.stride()[:2]
     return (weight.stride(0), *along, 0 if seq_idx is None else seq_idx.stride(0))
 

@@ -34,7 +34,7 @@ from nemotron_kernels._compat import (
 )
 from nemotron_kernels.conv import check_shapes, tap
 
-# One warp for 256 channels: 8 of them a thread, which 16 bits make a load of 16 bytes.
+# One warp for 256 channels: 8 channels per thread, a load of 16 bytes in 16 bit.
 STEP = {0: Config({"BLOCK_C": 1024}), 80: Config({"BLOCK_C": 256}, num_warps=1)}
 
 
@@ -51,15 +51,15 @@ def _conv_step(
     u = tap(w_ptr, channel, inside, w_stride, 3, TAPS) * x
     if bias_ptr is not None:
         u += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    # In this order each input is read before its place is written: state and output may be one.
+    # Each cached input is read before its place is written, so state and out may be one tensor.
     for i in tl.static_range(TAPS - 1):
-        past = tl.load(
+        cached = tl.load(
             state_ptr + row * state_stride_b + i * state_stride_k + channel, mask=inside, other=0.0
         )
-        u += tap(w_ptr, channel, inside, w_stride, 4 - TAPS + i, TAPS) * past.to(tl.float32)
+        u += tap(w_ptr, channel, inside, w_stride, 4 - TAPS + i, TAPS) * cached.to(tl.float32)
         if i > 0:
             place = out_ptr + row * out_stride_b + (i - 1) * out_stride_k + channel
-            tl.store(place, past.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(place, cached.to(out_ptr.dtype.element_ty), mask=inside)
     place = out_ptr + row * out_stride_b + (TAPS - 2) * out_stride_k + channel
     tl.store(place, x.to(out_ptr.dtype.element_ty), mask=inside)
     y = u / (1.0 + tl.exp(-u))
@@ -78,8 +78,8 @@ def causal_conv1d_step(
 
     Args:
         state, x, weight, bias: as in `causal_conv1d`, without the time axis.
-        out_state: where the new state goes. `state` itself updates it in place, which is what a
-            captured CUDA graph needs; a new tensor when None.
+        out_state: receives the new state. Pass `state` itself to update it in place, which a
+            captured CUDA graph needs. A new tensor is returned when None.
 
     Raises:
         RuntimeError: CPU tensors outside the interpreter.

@@ -127,7 +127,7 @@ MATVEC = {80: Config({"ROWS": 16, "DEPTH": 512}, num_warps=4, num_stages=2)}
 
 
 def few_pairs(experts: int, top_k: int) -> int:
-    """(token, slot) pairs up to which they are not sorted; always one token's."""
+    """Up to this many (token, slot) pairs are not sorted; at least the pairs of one token."""
     return max(experts // 4, top_k)
 
 
@@ -161,8 +161,8 @@ def _matvec(x: Tensor, matrix: Tensor, indices: Tensor, activate: bool) -> Tenso
 
 def _unsorted(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     active = _matvec(z, up, indices, activate=True)
-    answers = _matvec(active, down, indices, activate=False)
-    return _combine(answers, indices.shape[1], None, weights)
+    outputs = _matvec(active, down, indices, activate=False)
+    return _combine(outputs, indices.shape[1], None, weights)
 
 
 def _sorted(
@@ -173,8 +173,8 @@ def _sorted(
     active = grouped_rows(
         z, up, order, top_k, precision, transposed=True, gather=True, activate=True
     )
-    answers = grouped_rows(active, down, order, top_k, precision, transposed=True, gather=False)
-    return _combine(answers, top_k, order.places, weights), order, active
+    outputs = grouped_rows(active, down, order, top_k, precision, transposed=True, gather=False)
+    return _combine(outputs, top_k, order.places, weights), order, active
 
 
 class _Experts(torch.autograd.Function):
@@ -224,15 +224,16 @@ def expert_mlp(
     """The weighted sum of each token's chosen experts.
 
     Args:
-        z: what the experts read; float32, bfloat16 or float16.
+        z: input of the experts; float32, bfloat16 or float16.
         up, down: the experts' matrices W1 and W2, of any strides; converted to the type of `z`.
         weights: from the router, used as they are (float32 stays float32).
-        indices: from the router, int32 or int64, each from 0 to e - 1 (checked on the device under
-            TRITON_DEBUG=1 only: looking at them would make the host wait).
-        input_precision: of products of float32: "ieee", or by request "tf32" or "tf32x3".
+        indices: from the router, int32 or int64, each from 0 to e - 1. This is checked only under
+            TRITON_DEBUG=1, on the device: a check on the host would have to wait for the device.
+        input_precision: precision of float32 products: "ieee" (full), "tf32" or "tf32x3".
 
     Returns:
-        The type of `z`. Gradients reach z, up, down and weights; every run gives the same bits.
+        In the dtype of `z`; differentiable in z, up, down and weights. Every run gives the same
+        bits.
 
     Raises:
         ValueError: shapes that do not fit, an unknown `input_precision`, float64.
@@ -244,8 +245,8 @@ def expert_mlp(
         known = ", ".join(repr(name) for name in PRECISIONS)
         raise ValueError(f"expert_mlp: input_precision={input_precision!r} is none of {known}.")
     if indices.numel() == 0:
-        nothing = sum(x[:0].sum().to(z.dtype) for x in (z, up, down, weights))
-        return torch.zeros_like(z) + nothing  # zero, with gradients that are zero
+        zero = sum(x[:0].sum().to(z.dtype) for x in (z, up, down, weights))
+        return torch.zeros_like(z) + zero  # keeps the graph, so that all gradients are zero
     z, weights, indices = unit_stride(z), weights.contiguous(), indices.contiguous()
     up, down = up.to(z.dtype), down.to(z.dtype)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (z, up, down, weights)):

@@ -81,7 +81,7 @@ def _grouped_rows_kernel(
         row = tl.where(inside, place, 0).to(tl.int64)
     n = column * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
-    # Rows past the expert's last read row 0: computed, never stored.
+    # Rows after the expert's last one read row 0: they are computed, but never stored.
     a_at = a_ptr + row[:, None] * stride_a + k[None, :]
     b_at = b_ptr + expert.to(tl.int64) * stride_be
     b_at += k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
@@ -100,7 +100,7 @@ def _grouped_rows_kernel(
     out = place.to(tl.int64)[:, None] * N + n[None, :]
     mask = inside[:, None] & (n < N)[None, :]
     if STAGE == ACTIVATE:
-        sums = tl.where(sums < 0, 0.0, sums)  # not maximum(): a NaN has to stay one
+        sums = tl.where(sums < 0, 0.0, sums)  # not maximum(): NaN must stay NaN
         sums = sums * sums
     if STAGE == BACKWARD:
         active = tl.load(active_ptr + out, mask=mask, other=0.0).to(tl.float32)
@@ -140,7 +140,7 @@ def _grouped_outer_kernel(
             weight = tl.load(weights_ptr + pair, mask=inside, other=0.0).to(tl.float32)
             g = (g.to(tl.float32) * weight[:, None]).to(g.dtype)
         sums = _dot(tl.trans(s), g, sums, PRECISION)
-    # An expert without tokens has summed nothing, and its gradient is the zero it starts from.
+    # For an expert without tokens the loop does not run, and the gradient is the initial zero.
     at = c_ptr + expert.to(tl.int64) * (M * N)
     at += m.to(tl.int64)[:, None] * stride_cm + n.to(tl.int64)[None, :] * stride_cn
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -151,9 +151,10 @@ def _blocks(columns: int, depth: int, warps: int, stages: int) -> Config:
     return Config({"COLUMNS": columns, "DEPTH": depth}, num_warps=warps, num_stages=stages)
 
 
-# By bytes per element, then rows of a tile. Few rows: bound by reading the matrices, so deep blocks
-# and many of them in flight. Many rows: tensor cores, which on Hopper want 64 rows and 4 warps.
-# sm_120 has 99 KiB of shared memory for a program, the others 163 KiB or more.
+# Keys: bytes per element, then rows of a tile. With few rows the time is that of reading the
+# matrices, so blocks are deep and many loads are in flight. With many rows tensor cores matter; on
+# Hopper they need 64 rows and 4 warps. sm_120 has 99 KiB of shared memory per program, the others
+# 163 KiB or more.
 ROWS = {
     2: {
         16: {80: _blocks(64, 128, 4, 4)},
@@ -174,7 +175,7 @@ OUTER = {
 
 
 def tile_rows(pairs: int, experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: about what an expert gets, so that few tiles are mostly empty."""
+    """Rows of a tile: about the rows of one expert, so that few tiles are mostly empty."""
     choices = ROWS[dtype.itemsize]
     share = cdiv(pairs, experts)
     return next((rows for rows in choices if rows >= share), max(choices))
@@ -199,7 +200,7 @@ def grouped_rows(
         order: from `sort_by_expert`.
         top_k: pairs per token.
         precision: one of PRECISIONS; only matters for float32.
-        activate: square what is positive, zero the rest.
+        activate: apply the squared ReLU.
 
     Returns:
         `n N`, in the type of `a`.
@@ -212,7 +213,7 @@ def grouped_rows_backward(
     grad: Tensor, b: Tensor, order: Order, top_k: int, precision: str,
     active: Tensor, weights: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Through the second matrix and the activation: `(dh, dweights)` from the tokens' gradients.
+    """Backward of the second matrix and the activation: `(dh, dweights)`.
 
     Args:
         grad: `t K`, the gradient of the weighted sum.
@@ -245,7 +246,7 @@ def _rows(
     with on_device(a):
         _grouped_rows_kernel[(order.tile_experts.numel() * across,)](
             a, b, c,
-            c if active is None else active,  # unread pointers outside the backward stage
+            c if active is None else active,  # pointers that only the backward stage reads
             order.pairs if weights is None else weights,
             c if partial is None else partial,
             order.pairs, order.starts, order.tile_experts, order.tile_starts,

@@ -41,8 +41,9 @@ from nemotron_kernels._compat import (
     unit_stride,
 )
 
-# TILE: elements of a program at a time; ROWS: rows a program adds up before it writes its share of
-# dw; PER_WARP: elements a warp can hold in its registers, which sets the warps of wide groups.
+# TILE: elements that a program handles at a time. ROWS: rows whose dw a program sums before it
+# writes its part. PER_WARP: elements that a warp can hold in its registers; wide groups get more
+# warps by it.
 FORWARD = {
     0: Config({"TILE": 2**16, "PER_WARP": 2**16}),
     80: Config({"TILE": 2048, "PER_WARP": 512}),
@@ -56,7 +57,7 @@ WIDEST = 2**15
 
 @triton.jit
 def _inverse_rms(a, inside, size, eps):
-    """One over the root mean square of each row; 1 for rows outside, which have no elements."""
+    """1 / root mean square of each row; 1 for rows outside the tensor, to avoid 1 / 0."""
     mean = tl.sum(a * a, axis=1) / size
     return tl.rsqrt(tl.where(inside, mean + eps, 1.0))
 
@@ -169,7 +170,7 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(
     x: Float[Tensor, "*rows d"], weight: Float[Tensor, "d"], eps: float = 1e-5
 ) -> Float[Tensor, "*rows d"]:
-    """`nemotron_lite.ops.rms_norm` as one kernel: each row over its root mean square, times w.
+    """`nemotron_lite.ops.rms_norm` as one kernel: x / rms(x) * weight for each row.
 
     Args:
         x: float32, bfloat16 or float16; the result has its dtype, the arithmetic is in float32.
@@ -193,13 +194,13 @@ def gated_rms_norm(
     groups: int,
     eps: float = 1e-5,
 ) -> Float[Tensor, "*rows c"]:
-    """`nemotron_lite.ops.gated_rms_norm` as one kernel: `y * silu(z)`, normalised in groups.
+    """`nemotron_lite.ops.gated_rms_norm` as one kernel: `y * silu(z)`, normalized in groups.
 
     Args:
-        y, z: float32, bfloat16 or float16, not necessarily the same. A slice of a wider tensor is
-            read in place while its rows keep one distance.
+        y, z: float32, bfloat16 or float16; their dtypes may differ. A slice of a wider tensor is
+            read without a copy if all its rows are one stride apart.
         weight: one factor per channel.
-        groups: runs of channels that are normalised on their own.
+        groups: number of groups of channels; each is normalized by its own root mean square.
         eps: added to the mean square.
 
     Returns:
@@ -226,12 +227,14 @@ def rmsnorm_fn(
     """`gated_rms_norm` with the argument names, order and defaults of mamba_ssm's function.
 
     Raises:
-        ValueError: what Nemotron 3 does not have: a gate after the norm, a bias; a `group_size`
+        ValueError: a gate after the norm or a bias, which Nemotron 3 does not have; a `group_size`
             that does not divide the channels; and as `gated_rms_norm`.
         RuntimeError: CPU tensors outside the interpreter.
     """
     if bias is not None:
-        raise ValueError("rmsnorm_fn: there is no bias in this norm; pass bias=None and add it.")
+        raise ValueError(
+            "rmsnorm_fn: the kernel has no bias; pass bias=None and add the bias to the result."
+        )
     if z is not None and norm_before_gate:
         raise ValueError(
             "rmsnorm_fn: the kernel gates before the norm. Pass norm_before_gate=False, or "

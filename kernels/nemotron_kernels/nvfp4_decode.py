@@ -37,19 +37,19 @@ UNIT = tl.constexpr(512.0)
 
 
 class Packed(Protocol):
-    """What is read of a `nemotron_lite.quantization.nvfp4.QuantizedTensor`."""
+    """The fields of `nemotron_lite.quantization.nvfp4.QuantizedTensor` that the kernels read."""
 
-    codes: Tensor  # uint8 `*rows cols/2`, the even column in the low half of a byte
+    codes: Tensor  # uint8 `*rows cols/2`, the even column in the low 4 bits of a byte
     scales: Tensor  # E4M3 `*rows cols/16`
     scale: Tensor  # float32, one, or one for each matrix of a stack
-    shape: tuple[int, ...]  # of the numbers; cols is its last rounded up to a multiple of 16
+    shape: tuple[int, ...]  # of the values; cols is its last size, padded to a multiple of 16
 
 
 def packed_parts(w: Packed) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
     """Codes and scales as bytes contiguous along the rows, and their strides.
 
-    The strides are those of matrix and row, first of the codes and then of the scales; 0 where
-    there is one matrix. A stack that lies apart is read where it lies.
+    The strides are those of matrix and row, first of the codes and then of the scales; the stride
+    of a single matrix is 0. A stack of matrices that is not contiguous is not copied.
     """
     codes, scales = unit_stride(w.codes), unit_stride(w.scales.view(torch.uint8))
     strides = [
@@ -70,7 +70,7 @@ def decode_pairs(codes):
 
 @triton.jit
 def decode_scales(bytes_):
-    """uint8 that hold E4M3 -> float16, times 2^5."""
+    """E4M3 values in uint8 -> float16, times 2^5."""
     wide = bytes_.to(tl.uint16)
     bits = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)
     scales = bits.to(tl.float16, bitcast=True) * 8192.0

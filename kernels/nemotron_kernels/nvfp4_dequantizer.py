@@ -44,13 +44,13 @@ def _nvfp4_dequantize(
     inside = (row < rows)[:, None]
     has_codes = inside
     has_scale = inside
-    if not WHOLE:  # where rows end with a tile no mask keeps 16 bytes from being read at once
+    if not WHOLE:  # WHOLE needs no column mask, and then loads are 16 bytes wide
         has_codes = inside & (byte < tl.cdiv(columns, 16) * 8)[None, :]
         has_scale = inside & (block < tl.cdiv(columns, 16))[None, :]
     codes = tl.load(codes_ptr + row[:, None] * stride_c + byte[None, :], mask=has_codes, other=0)
     scales = tl.load(scales_ptr + row[:, None] * stride_s + block[None, :], mask=has_scale, other=0)
     decode = tl.load(scale_ptr + row // each, mask=row < rows, other=0.0)
-    # NaN is the scale of no tensor that was quantized, but can be in a file.
+    # Quantizing never gives a scale of NaN, but a file may contain one.
     factor = tl.where((scales & 0x7F) == 0x7F, float("nan"), decode_e4m3(scales)) * decode[:, None]
     even, odd = decode_pairs(tl.reshape(codes, [ROWS, COLUMNS // 16, 8]))
     value = tl.reshape(tl.join(even, odd), [ROWS, COLUMNS // 16, 16]).to(tl.float32) * 16384.0
@@ -72,7 +72,7 @@ def nvfp4_dequantize(w: Packed, dtype: torch.dtype = torch.float32) -> Float[Ten
     """The values of a packed tensor, in `dtype`.
 
     Args:
-        w: codes, scales and one s_dec, or one for each tensor along leading dimensions.
+        w: codes, scales and s_dec; one s_dec, or one for each tensor along leading dimensions.
         dtype: float32, bfloat16 or float16.
 
     Raises:

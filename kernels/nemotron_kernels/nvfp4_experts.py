@@ -41,15 +41,15 @@ def nvfp4_expert_mlp(
     """The weighted sum of each token's chosen experts.
 
     Args:
-        z: what the experts read; float32, bfloat16 or float16.
+        z: input of the experts; float32, bfloat16 or float16.
         up, down: packed stacks W1 `e f l` and W2 `e l f`, a scale for each expert.
         weights: from the router, used as they are (float32 stays float32).
-        indices: from the router, int32 or int64, each from 0 to e - 1 (checked on the device under
-            TRITON_DEBUG=1 only: looking at them would make the host wait).
-        input_precision: of products of float32: "ieee", or by request "tf32" or "tf32x3".
+        indices: from the router, int32 or int64, each from 0 to e - 1. This is checked only under
+            TRITON_DEBUG=1, on the device: a check on the host would have to wait for the device.
+        input_precision: precision of float32 products: "ieee" (full), "tf32" or "tf32x3".
 
     Returns:
-        The type of `z`; every run gives the same bits.
+        In the dtype of `z`; every run gives the same bits.
 
     Raises:
         ValueError: shapes that do not fit, an unknown `input_precision`, float64.
@@ -69,13 +69,13 @@ def nvfp4_expert_mlp(
     experts, top_k = up.shape[0], indices.shape[1]
     if indices.numel() <= few_pairs(experts, top_k):
         active = chosen_matvec(z, up, indices, activate=True)
-        answers = chosen_matvec(active, down, indices, activate=False)
-        return _combine(answers, top_k, None, weights)
+        outputs = chosen_matvec(active, down, indices, activate=False)
+        return _combine(outputs, top_k, None, weights)
     order = sort_by_expert(indices, experts, tile_rows(indices.numel(), experts, z.dtype))
     shared = (order, top_k, input_precision)
     active = grouped_rows(z, up, *shared, gather=True, activate=True)
-    answers = grouped_rows(active, down, *shared, gather=False, activate=False)
-    return _combine(answers, top_k, order.places, weights)
+    outputs = grouped_rows(active, down, *shared, gather=False, activate=False)
+    return _combine(outputs, top_k, order.places, weights)
 
 
 def _check_shapes(z: Tensor, up: Packed, down: Packed, weights: Tensor, indices: Tensor) -> None:

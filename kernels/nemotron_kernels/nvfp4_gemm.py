@@ -71,7 +71,7 @@ def _packed_name(kernel: Any) -> str:
 
 @triton.jit
 def _bytes(at, row_inside, column_inside, WHOLE: tl.constexpr):
-    """A tile of codes or scales; zeros outside, which decode to zeros."""
+    """Load a tile of codes or scales; zero outside the matrix, which decodes to zero."""
     if WHOLE:
         return tl.load(at, mask=row_inside[:, None], other=0)
     return tl.load(at, mask=row_inside[:, None] & column_inside[None, :], other=0)
@@ -114,7 +114,7 @@ def _rows_kernel(
     sums = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
     for first in range(0, K, DEPTH):
         mask = inside[:, None]
-        if K % DEPTH:  # the columns past K that fill a row up to 16 may hold any codes
+        if K % DEPTH:  # the padding after column K may hold any codes
             mask = mask & (first + k < K)[None, :]
         x = tl.load(x_at, mask=mask, other=0.0)
         codes = _bytes(codes_at, n < N, first // 2 + byte < filled // 2, filled % DEPTH == 0)
@@ -157,7 +157,7 @@ def _packed_kernel(
         byte_inside = first // 2 + byte < filled // 2
         block_inside = first // 16 + block < filled // 16
         x_codes = _bytes(x_codes_at, token < tokens, byte_inside, whole)
-        if K % 16:  # the columns past K that fill a row up to 16 may hold any codes
+        if K % 16:  # the padding after column K may hold any codes
             last = 2 * byte[None, :] + first
             x_codes = tl.where(last + 1 < K, x_codes, tl.where(last < K, x_codes & 0xF, 0))
         x_scales = _bytes(x_scales_at, token < tokens, block_inside, whole)
@@ -190,8 +190,9 @@ def _blocks(rows: int, depth: int, warps: int, stages: int) -> Config:
     return Config({"ROWS": rows, "DEPTH": depth}, num_warps=warps, num_stages=stages)
 
 
-# By bytes of an element of x, then tokens of a tile. Few tokens: bound by reading W, deep blocks.
-# W needs half a byte of shared memory a number, so sm_120's 99 KiB are enough for every entry.
+# Keys: bytes per element of x, then tokens of a tile. With few tokens the time is that of reading
+# W, so blocks are deep. W needs half a byte of shared memory per value, so the 99 KiB of sm_120 are
+# enough for every entry.
 ROWS = {
     2: {
         16: {80: _blocks(32, 256, 4, 4)},
@@ -206,7 +207,7 @@ ROWS = {
     },
 }
 MANY = 512  # four tiles of 128 rows, each of which would decode all of W; not yet measured
-# By tokens of a tile; where there is `dot_scaled`, tcgen05 wants 128 rows.
+# Key: tokens of a tile. Where `dot_scaled` is used, tcgen05 needs 128 rows.
 PACKED = {
     16: {80: _blocks(32, 256, 4, 3), 100: _blocks(32, 128, 4, 4)},
     128: {80: _blocks(128, 64, 8, 3), 100: _blocks(128, 256, 8, 2), 120: _blocks(128, 256, 8, 2)},
@@ -224,7 +225,7 @@ def grouped_rows(
         order: from `sort_by_expert`.
         top_k: pairs per token.
         precision: one of PRECISIONS; only matters for float32.
-        activate: square what is positive, zero the rest.
+        activate: apply the squared ReLU.
     """
     rows = order.pairs.numel()
     return _rows(a, w, rows, a.dtype, order.tile_rows, precision, order, top_k, gather, activate)
@@ -280,7 +281,7 @@ class _Unscaled:
 
 @torch.no_grad()
 def _decoded_once(x: Tensor, w: Packed, dtype: torch.dtype) -> Tensor:
-    """W in memory without s_dec, which is multiplied to the float32 sums as everywhere here."""
+    """Decode W without s_dec, multiply, then scale the float32 sums by s_dec."""
     plain = _Unscaled(w.codes, w.scales, torch.ones_like(w.scale), w.shape)
     values = nvfp4_dequantize(plain, x.dtype).t()
     if x.is_cuda:
@@ -303,8 +304,8 @@ def nvfp4_matmul(
     Args:
         x: float32, bfloat16 or float16; or packed, with one scale.
         w: `n k`, with one scale.
-        dtype: of the result; by default that of x, float32 if x is packed.
-        input_precision: of products of float32: "ieee", or by request "tf32" or "tf32x3".
+        dtype: of the result; by default the dtype of x, or float32 if x is packed.
+        input_precision: precision of float32 products: "ieee" (full), "tf32" or "tf32x3".
 
     Raises:
         ValueError: shapes that do not fit, an unknown `input_precision`, float64.

@@ -56,7 +56,7 @@ def _matvec_kernel(
     scales_at = scales_ptr + expert * stride_se + wide * stride_sn + block[None, :]
     sums = tl.zeros([ROWS, DEPTH // 16, 8], dtype=tl.float32)
     for first in range(0, K, DEPTH):
-        # The columns past K that fill a row up to 16 may hold any codes: x is zero there.
+        # The padding after column K may hold any codes; x is loaded as zero there.
         x = tl.load(x_at, mask=first + k < K, other=0.0).to(tl.float32)
         x_even, x_odd = tl.split(tl.reshape(x, [1, DEPTH // 16, 8, 2]))
         inside = (n < N)[:, None] & (first // 2 + byte < filled // 2)[None, :]
@@ -72,7 +72,7 @@ def _matvec_kernel(
     y = tl.sum(tl.reshape(sums, [ROWS, DEPTH // 2]), axis=1)
     y *= tl.load(scale_ptr + expert) * UNIT
     if ACTIVATE:
-        y = tl.where(y < 0, 0.0, y)  # not maximum(): a NaN has to stay one
+        y = tl.where(y < 0, 0.0, y)  # not maximum(): NaN must stay NaN
         y = y * y
     out = y_ptr + pair.to(tl.int64) * N + n
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=n < N)
@@ -90,7 +90,7 @@ def matvec(x: Tensor, w: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def chosen_matvec(x: Tensor, w: Packed, indices: Tensor, *, activate: bool) -> Tensor:
-    """`y[pair] = W_e x[row of pair]` for a stack `e N K`; squared ReLU over it when `activate`.
+    """`y[pair] = W_e x[row of pair]` for a stack `e N K`; then squared ReLU if `activate`.
 
     Args:
         x: `t K`, or a row for each pair.

@@ -50,15 +50,15 @@ from nemotron_kernels.nvfp4_tile import _nvfp4_amax, _quantize_kernel
 
 BLOCK = 16
 BLOCKS = ("1x16", "16x16")
-NEAREST, SEEDED, GIVEN = 0, 1, 2  # where the random bits come from
+NEAREST, SEEDED, GIVEN = 0, 1, 2  # ROUNDING: to nearest, or by bits from a seed or from a tensor
 
-# Tiles where memory lies close along the rows of the quantized tensor.
+# Tiles if memory is contiguous along the rows of the quantized tensor.
 ALONG = {
     0: Config({"ROWS": 256, "COLUMNS": 128}, fp_fusion=False),
     80: Config({"ROWS": 32, "COLUMNS": 128}, num_warps=4, fp_fusion=False),
 }
-# And where it lies close along its columns, by bytes of an element: 16 bytes a thread, no more
-# threads than that takes, so that each holds whole blocks.
+# Tiles if it is contiguous along the columns; the key is bytes per element. Each thread loads 16
+# bytes, and there are just enough threads for that, so that each thread holds whole blocks.
 ACROSS = {
     size: {
         0: Config({"ROWS": 2048, "COLUMNS": 16}, fp_fusion=False),
@@ -75,8 +75,8 @@ def nvfp4_amax(
 
     Args:
         x: float32, bfloat16 or float16.
-        hadamard: of x after its turn.
-        batch_dims: leading dimensions that count separate tensors.
+        hadamard: apply the Hadamard transform first, as `nvfp4_quantize` does.
+        batch_dims: number of leading dimensions over which tensors are separate.
 
     Returns:
         NaN or infinity if x holds one of them.
@@ -108,19 +108,19 @@ def nvfp4_quantize(
     seed: int | Int[Tensor, "1"] | None = None,
     bits: Int[Tensor, "*rows m"] | None = None,
 ) -> tuple[UInt8[Tensor, "*rows half"], UInt8[Tensor, "*rows blocks"], Float32[Tensor, "*batch"]]:
-    """x in NVFP4, blocks along the last dimension, scaled for tensors of this largest magnitude.
+    """x in NVFP4, with blocks along the last dimension.
 
     Args:
         x: float32, bfloat16 or float16; finite.
-        amax: one number, or one for each tensor of a batch along the leading dimensions; finite.
+        amax: largest magnitude of x, or of each tensor along the leading dimensions; finite.
         block: "1x16", or "16x16" for matrices.
         hadamard: apply the Hadamard transform to each 16 values first.
-        seed: for stochastic rounding: 64 bits, or a tensor of them that is read on the device.
+        seed: for stochastic rounding: 64 bits as an int, or as a tensor that is read on the device.
         bits: for stochastic rounding: 0 .. 65535 for each number; m is n, or n padded to a multiple
             of 16.
 
     Returns:
-        Codes, E4M3 scales as bytes, and s_dec of each tensor. Rows are filled up with zeros to a
+        Codes, E4M3 scales as bytes, and s_dec of each tensor. Rows are padded with zeros to a
         multiple of 16.
 
     Raises:
@@ -148,8 +148,9 @@ def nvfp4_fake_quantize(
     """The values that `nvfp4_quantize` would store, in the dtype of x; arguments as there.
 
     Returns:
-        The shape of x, filled up to a multiple of 16 with `hadamard`. Memory lies as that of x
-        does: the result of `x.mT` is the transpose of a contiguous tensor if x is contiguous.
+        A tensor of the shape of x; with `hadamard`, rows are padded to a multiple of 16. It has the
+        memory layout of x: for `x.mT` of a contiguous x, it is the transpose of a contiguous
+        tensor.
 
     Raises:
         ValueError, RuntimeError: as `nvfp4_quantize`.
@@ -165,7 +166,7 @@ def nvfp4_fake_quantize(
 
 
 def _launch(
-    op: str, x: Tensor, amax: Tensor, block: str, turn: bool, seed: int | Tensor | None,
+    op: str, x: Tensor, amax: Tensor, block: str, hadamard: bool, seed: int | Tensor | None,
     bits: Tensor | None, codes: Tensor | None, scales: Tensor | None, scale: Tensor | None,
     out: Tensor | None,
 ) -> None:  # fmt: skip
@@ -186,7 +187,7 @@ def _launch(
         bits = bits.reshape(matrices, m, -1)
     if out is not None:
         out = out.view(matrices, m, -1)
-    dice = NEAREST if seed is None and bits is None else GIVEN if seed is None else SEEDED
+    rounding = NEAREST if seed is None and bits is None else GIVEN if seed is None else SEEDED
     config = _config(x)
     with on_device(x):
         _quantize_kernel[(_tiles(x, filled, config),)](
@@ -195,13 +196,14 @@ def _launch(
             0 if bits is None else bits.shape[2], 0 if out is None else out.shape[2],
             *x.stride(), *((0,) * 3 if bits is None else bits.stride()),
             *((0,) * 3 if out is None else out.stride()),
-            SQUARE=block == "16x16", HADAMARD=turn, DICE=dice, FAKE=out is not None,
+            SQUARE=block == "16x16", HADAMARD=hadamard, ROUNDING=rounding,
+            FAKE=out is not None,
             NATIVE=out is None and arch() >= 100, **config,
         )  # fmt: skip
 
 
 def _matrices(x: Tensor, batch_dims: int) -> Tensor:
-    """x as `matrices rows columns`, a whole number of matrices in each tensor of the batch."""
+    """x as `matrices rows columns`; each tensor of the batch is one or several of the matrices."""
     if x.is_contiguous():
         return x.view(x.shape[:batch_dims].numel(), -1, x.shape[-1])
     if x.ndim == batch_dims + 1:
@@ -211,13 +213,13 @@ def _matrices(x: Tensor, batch_dims: int) -> Tensor:
 
 def _config(x: Tensor) -> dict[str, Any]:
     matrices, m, k = x.shape
-    turned = x.stride(2) != 1 and x.stride(1) == 1
-    config = by_arch(ACROSS[x.dtype.itemsize] if turned else ALONG)
+    transposed = x.stride(2) != 1 and x.stride(1) == 1
+    config = by_arch(ACROSS[x.dtype.itemsize] if transposed else ALONG)
     small = {
         "ROWS": min(config["ROWS"], max(BLOCK, next_power_of_2(m))),
         "COLUMNS": min(config["COLUMNS"], max(BLOCK, next_power_of_2(k))),
     }
-    return {**config.kwargs, **small, "TURNED": turned, "STACKED": matrices > 1}
+    return {**config.kwargs, **small, "TRANSPOSED": transposed, "STACKED": matrices > 1}
 
 
 def _tiles(x: Tensor, columns: int, config: dict[str, Any]) -> int:
@@ -253,5 +255,5 @@ def _check(
         if not fits:
             raise ValueError(
                 f"{op}: bits have shape {tuple(bits.shape)}; expected one for each number of x "
-                f"{tuple(x.shape)}, or for its rows filled up to a multiple of {BLOCK}."
+                f"{tuple(x.shape)}, or for its rows padded to a multiple of {BLOCK}."
             )

@@ -35,7 +35,7 @@ import triton.language as tl
 
 from nemotron_kernels._compat import DOT_F32
 
-# Transformer Engine's signs of the Hadamard turn; bit j is set where sign j is -1.
+# Transformer Engine's signs of the Hadamard transform. In NEGATIVE, bit j is set if sign j is -1.
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 NEGATIVE = tl.constexpr(sum(1 << j for j, sign in enumerate(SIGNS) if sign < 0))
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
@@ -52,7 +52,7 @@ def tensor_scales(amax):
 
 @triton.jit
 def round_e4m3(v):
-    """float32 from 0 -> uint8: the nearest E4M3 value, 448 beyond it."""
+    """float32 >= 0 -> uint8: the nearest E4M3 value; 448 for anything larger."""
     v = tl.minimum(v, 448.0)
     bits = v.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -62,7 +62,7 @@ def round_e4m3(v):
 
 @triton.jit
 def decode_e4m3(code):
-    """uint8 that holds an E4M3 value (not NaN) -> float32."""
+    """E4M3 value in a uint8 (not NaN) -> float32."""
     # In the upper bits of a float16 it is the value times 2^-8, subnormal values included.
     wide = code.to(tl.uint16)
     bits = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)
@@ -71,7 +71,7 @@ def decode_e4m3(code):
 
 @triton.jit
 def block_factors(code, decode):
-    """(encode, c * s_dec) of each block: what numbers are multiplied with, and what codes are."""
+    """(1 / (c * s_dec), c * s_dec) of each block: the factors to encode and to decode."""
     factor = decode_e4m3(code) * decode
     encode = tl.minimum(tl.div_rn(1.0, tl.where(factor == 0, 1.0, factor)), FLT_MAX)
     return tl.where(factor == 0, FLT_MAX, encode), factor
@@ -91,7 +91,7 @@ def round_e2m1(size):
 
 @triton.jit
 def encode_pair(even, odd):
-    """Two numbers in a byte by the instruction of sm_100, ties to even and 6 beyond 6."""
+    """Two numbers in a byte, by the instruction of sm_100; ties to even, larger numbers to 6."""
     return tl.inline_asm_elementwise(
         "{ .reg .b8 both; cvt.rn.satfinite.e2m1x2.f32 both, $2, $1; cvt.u32.u8 $0, both; }",
         "=r,f,f", [even, odd], dtype=tl.uint32, is_pure=True, pack=1,
@@ -99,15 +99,16 @@ def encode_pair(even, odd):
 
 
 @triton.jit
-def by_chance(v, halves):
-    """(code, magnitude) of one of the two E2M1 neighbours of v, from -6 to 6, by 16 random bits.
+def round_stochastically(v, halves):
+    """Round v (from -6 to 6) stochastically to E2M1 with 16 random bits: (code, magnitude).
 
-    The step below is half of e, the power of two at or below v, which is at least 1. A GPU's floor
-    takes subnormal numbers for zero; the sum below is none, as the dither is at least 2^-17.
+    The step is e / 2. Here e is the largest power of two that is at most |v|, but at least 1. On a
+    GPU, floor treats subnormal numbers as zero. The argument of floor is never subnormal, because
+    the dither is at least 2^-17.
     """
     e = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
     inverse = (0x7F800000 - e).to(tl.float32, bitcast=True)  # 2 / e
-    # 1 + r 2^-16, less 1 - 2^-17: the dither of the definition, exact.
+    # (1 + r 2^-16) - (1 - 2^-17) is exactly the dither of the definition, r 2^-16 + 2^-17.
     one = (halves.to(tl.int32) << 7) | 0x3F800000
     dither = one.to(tl.float32, bitcast=True) - 0.99999237060546875
     steps = tl.abs(tl.floor(v * inverse + dither))
@@ -117,19 +118,19 @@ def by_chance(v, halves):
 
 
 @triton.jit
-def random_halves(seed, row, first, counters, TURNED: tl.constexpr, ROWS: tl.constexpr,
+def random_halves(seed, row, first, counters, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):  # fmt: skip
     """16 random bits for each number of a tile, as `nemotron_lite.ops.philox` lays them out.
 
     Args:
         seed: 64 bits.
-        row: int64 `ROWS, 1`, counted over the whole tensor; `1, ROWS` when TURNED.
+        row: int64 `ROWS, 1`, counted over the whole tensor; `1, ROWS` if TRANSPOSED.
         first: the tile's first column, a multiple of 8.
-        counters: in a row of the tensor: an eighth of its columns.
-        TURNED: whether the tile is `COLUMNS, ROWS`.
+        counters: number of Philox counters per row of the tensor: an eighth of its columns.
+        TRANSPOSED: whether the tile is `COLUMNS, ROWS`.
     """
     eighth = first // 8 + tl.arange(0, COLUMNS // 8)
-    if TURNED:
+    if TRANSPOSED:
         counter = row * counters + eighth[:, None]
     else:
         counter = row * counters + eighth[None, :]
@@ -137,7 +138,7 @@ def random_halves(seed, row, first, counters, TURNED: tl.constexpr, ROWS: tl.con
     # join puts its second argument into the last place: words 0 2 | 1 3 become 0 1 2 3.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.uint32, bitcast=True)
     halves = tl.join(words & 0xFFFF, words >> 16)
-    if TURNED:
+    if TRANSPOSED:
         halves = tl.trans(tl.reshape(halves, [COLUMNS // 8, ROWS, 8]), 0, 2, 1)
         halves = tl.reshape(halves, [COLUMNS, ROWS])
     else:
@@ -146,33 +147,34 @@ def random_halves(seed, row, first, counters, TURNED: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def hadamard(x, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Each run of 16 columns times diag(signs) H / 4; x is `ROWS, COLUMNS`, or turned over.
+def hadamard(x, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Multiply each 16 columns by diag(signs) H / 4; x is `ROWS, COLUMNS`, or its transpose.
 
-    Sums and differences of numbers 1 apart; these become halves of the sixteen, so that those that
-    were 2 apart are 1 apart next. After four rounds each number is back in its place.
+    Each of four rounds computes sums and differences of neighbors. The sums become the first half
+    of the sixteen and the differences the second half, so that numbers which were 2 apart are
+    neighbors in the next round. After four rounds each number is at its own position again.
     """
     sign = 1 - 2 * ((NEGATIVE >> (tl.arange(0, COLUMNS) % 16)) & 1)
     sign = sign.to(tl.float32) * 0.25
-    if TURNED:
-        turned = x * sign[:, None]
+    if TRANSPOSED:
+        transformed = x * sign[:, None]
         for _ in tl.static_range(4):
-            pairs = tl.trans(tl.reshape(turned, [COLUMNS // 16, 8, 2, ROWS]), 0, 1, 3, 2)
+            pairs = tl.trans(tl.reshape(transformed, [COLUMNS // 16, 8, 2, ROWS]), 0, 1, 3, 2)
             first, second = tl.split(pairs)
             pairs = tl.trans(tl.join(first + second, first - second), 0, 3, 1, 2)
-            turned = tl.reshape(pairs, [COLUMNS, ROWS])
+            transformed = tl.reshape(pairs, [COLUMNS, ROWS])
     else:
-        turned = x * sign[None, :]
+        transformed = x * sign[None, :]
         for _ in tl.static_range(4):
-            first, second = tl.split(tl.reshape(turned, [ROWS, COLUMNS // 16, 8, 2]))
+            first, second = tl.split(tl.reshape(transformed, [ROWS, COLUMNS // 16, 8, 2]))
             pairs = tl.trans(tl.join(first + second, first - second), 0, 1, 3, 2)
-            turned = tl.reshape(pairs, [ROWS, COLUMNS])
-    return turned
+            transformed = tl.reshape(pairs, [ROWS, COLUMNS])
+    return transformed
 
 
 @triton.jit
 def widened(x):
-    """float32, whatever 16-bit or 32-bit float x is."""
+    """x in float32, from a float of 16 or 32 bits."""
     if DOT_F32:
         if x.dtype == tl.bfloat16:  # the interpreter gets subnormal numbers wrong
             return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -183,7 +185,7 @@ def widened(x):
 def rounded_to(x, dtype: tl.constexpr):
     """float32 rounded to `dtype`, ties to even."""
     if DOT_F32:
-        if dtype == tl.bfloat16:  # the interpreter cuts off, and gets subnormal numbers wrong
+        if dtype == tl.bfloat16:  # the interpreter truncates, and gets subnormal numbers wrong
             bits = x.to(tl.uint32, bitcast=True)
             bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
             return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,8 +1,8 @@
 """The two kernels of `nvfp4_quantizer`: the largest magnitude of a tile, and a tile in NVFP4.
 
 m is the row index of the quantized tensor and k its column index; sixteen columns share a scale.
-If memory is contiguous along k (TURNED false), a tile is `ROWS, COLUMNS`, and two or four threads
-share a block. If it is contiguous along m, as for the transpose of a matrix, a tile is
+If memory is contiguous along k, a tile is `ROWS, COLUMNS`, and two or four threads share a block.
+If it is contiguous along m, as for the transpose of a matrix, TRANSPOSED is true and a tile is
 `COLUMNS, ROWS`: it is read in long contiguous runs, and each thread has all sixteen values of its
 blocks. The values are not transposed; only the bytes of codes are, which are a quarter as many.
 
@@ -20,12 +20,12 @@ import triton.language as tl
 
 from nemotron_kernels.nvfp4_rounding import (
     block_factors,
-    by_chance,
     encode_pair,
     hadamard,
     random_halves,
     round_e2m1,
     round_e4m3,
+    round_stochastically,
     rounded_to,
     tensor_scales,
     widened,
@@ -34,7 +34,10 @@ from nemotron_kernels.nvfp4_rounding import (
 
 @triton.jit
 def _place(M, K, STACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(matrix, first row, first column) of this program's tile; a division is 30 instructions."""
+    """(matrix, first row, first column) of this program's tile.
+
+    A division costs 30 instructions, so there are as few as possible.
+    """
     across = tl.cdiv(K, COLUMNS)
     tile = tl.program_id(0)
     matrix = tl.full([], 0, tl.int64)
@@ -47,9 +50,9 @@ def _place(M, K, STACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _rows(m, TURNED: tl.constexpr):
-    """Rows of a tile along their axis of it."""
-    if TURNED:
+def _rows(m, TRANSPOSED: tl.constexpr):
+    """Row indices, as a vector along the row axis of a tile."""
+    if TRANSPOSED:
         m = m[None, :]
     else:
         m = m[:, None]
@@ -57,9 +60,9 @@ def _rows(m, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _columns(k, TURNED: tl.constexpr):
-    """Columns of a tile along theirs."""
-    if TURNED:
+def _columns(k, TRANSPOSED: tl.constexpr):
+    """Column indices, as a vector along the column axis of a tile."""
+    if TRANSPOSED:
         k = k[:, None]
     else:
         k = k[None, :]
@@ -73,37 +76,43 @@ def _at(ptr, matrix, m, k, stride_b, stride_m, stride_k):
 
 
 @triton.jit
-def _load(x_ptr, matrix, m, k, M, K, stride_b, stride_m, stride_k, TURNED: tl.constexpr,
+def _load(x_ptr, matrix, m, k, M, K, stride_b, stride_m, stride_k, TRANSPOSED: tl.constexpr,
           HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """A tile in float32, zeros outside; turned and rounded to the dtype of x when HADAMARD."""
+    """A tile in float32, zero outside the matrix.
+
+    HADAMARD: the Hadamard transform of the tile, rounded to the dtype of x.
+    """
     at = _at(x_ptr, matrix, m, k, stride_b, stride_m, stride_k)
     x = tl.load(at, mask=(m < M) & (k < K), other=0.0)
     wide = widened(x)
     if HADAMARD:
-        wide = widened(rounded_to(hadamard(wide, TURNED, ROWS, COLUMNS), x.dtype))
+        wide = widened(rounded_to(hadamard(wide, TRANSPOSED, ROWS, COLUMNS), x.dtype))
     return wide
 
 
 @triton.jit
 def _nvfp4_amax(
     x_ptr, partial_ptr, M, K, stride_b, stride_m, stride_k, STACKED: tl.constexpr,
-    TURNED: tl.constexpr, HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix, m, k = _place(M, K, STACKED, ROWS, COLUMNS)
-    m, k = _rows(m + tl.arange(0, ROWS), TURNED), _columns(k + tl.arange(0, COLUMNS), TURNED)
+    m, k = (
+        _rows(m + tl.arange(0, ROWS), TRANSPOSED),
+        _columns(k + tl.arange(0, COLUMNS), TRANSPOSED),
+    )
     strides = stride_b, stride_m, stride_k
-    x = _load(x_ptr, matrix, m, k, M, K, *strides, TURNED, HADAMARD, ROWS, COLUMNS)
-    # Without its sign a float orders like an integer, and NaN is above infinity.
+    x = _load(x_ptr, matrix, m, k, M, K, *strides, TRANSPOSED, HADAMARD, ROWS, COLUMNS)
+    # Without the sign bit, floats are ordered like integers, and NaN is above infinity.
     size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.store(partial_ptr + tl.program_id(0), tl.max(tl.max(size, axis=1), axis=0))
 
 
 @triton.jit
-def _largest(x, TURNED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
+def _largest(x, TRANSPOSED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
              COLUMNS: tl.constexpr):  # fmt: skip
-    """The largest magnitude of each block: `ROWS, COLUMNS / 16`, or turned over."""
+    """The largest magnitude of each block: `ROWS, COLUMNS / 16`, or its transpose."""
     size = tl.abs(x)
-    if TURNED:
+    if TRANSPOSED:
         largest = tl.max(tl.reshape(size, [COLUMNS // 16, 16, ROWS]), axis=1)
         if SQUARE:
             tiles = tl.max(tl.reshape(largest, [COLUMNS // 16, ROWS // 16, 16]), axis=2)
@@ -119,9 +128,9 @@ def _largest(x, TURNED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _times(x, factor, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _times(x, factor, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Each number times the factor of its block."""
-    if TURNED:
+    if TRANSPOSED:
         blocks = tl.reshape(x, [COLUMNS // 16, 16, ROWS]) * factor[:, None, :]
     else:
         blocks = tl.reshape(x, [ROWS, COLUMNS // 16, 16]) * factor[:, :, None]
@@ -129,9 +138,9 @@ def _times(x, factor, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _pairs(x, TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _pairs(x, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The even columns of a tile, and the odd ones."""
-    if TURNED:
+    if TRANSPOSED:
         pairs = tl.trans(tl.reshape(x, [COLUMNS // 2, 2, ROWS]), 0, 2, 1)
     else:
         pairs = tl.reshape(x, [ROWS, COLUMNS // 2, 2])
@@ -142,10 +151,10 @@ def _name(kernel: Any) -> str:
     constants = kernel.constants
     parts = [
         "_nvfp4_fake_quantize" if constants["FAKE"] else "_nvfp4_quantize",
-        "_columns" if constants["TURNED"] else "",
+        "_columns" if constants["TRANSPOSED"] else "",
         "_hadamard" if constants["HADAMARD"] else "",
         "_square" if constants["SQUARE"] else "",
-        ("", "_by_chance", "_by_chance")[constants["DICE"]],
+        ("", "_stochastic", "_stochastic")[constants["ROUNDING"]],
     ]
     return "".join(parts)
 
@@ -155,58 +164,60 @@ def _quantize_kernel(
     x_ptr, amax_ptr, bits_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, seed, each,
     M, K, filled, given, width, stride_b, stride_m, stride_k,
     bits_b, bits_m, bits_k, out_b, out_m, out_k,
-    STACKED: tl.constexpr, TURNED: tl.constexpr, SQUARE: tl.constexpr, HADAMARD: tl.constexpr,
-    DICE: tl.constexpr, FAKE: tl.constexpr, NATIVE: tl.constexpr,
+    STACKED: tl.constexpr, TRANSPOSED: tl.constexpr, SQUARE: tl.constexpr, HADAMARD: tl.constexpr,
+    ROUNDING: tl.constexpr, FAKE: tl.constexpr, NATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     matrix, top, first = _place(M, filled, STACKED, ROWS, COLUMNS)
-    m = _rows(top + tl.arange(0, ROWS), TURNED)
-    k = _columns(first + tl.arange(0, COLUMNS), TURNED)
+    m = _rows(top + tl.arange(0, ROWS), TRANSPOSED)
+    k = _columns(first + tl.arange(0, COLUMNS), TRANSPOSED)
     tensor = matrix
     if STACKED:
         tensor = matrix // each
     strides = stride_b, stride_m, stride_k
-    x = _load(x_ptr, matrix, m, k, M, K, *strides, TURNED, HADAMARD, ROWS, COLUMNS)
+    x = _load(x_ptr, matrix, m, k, M, K, *strides, TRANSPOSED, HADAMARD, ROWS, COLUMNS)
     encode, decode = tensor_scales(tl.load(amax_ptr + tensor))
-    largest = _largest(x, TURNED, SQUARE, ROWS, COLUMNS)
+    largest = _largest(x, TRANSPOSED, SQUARE, ROWS, COLUMNS)
     c = round_e4m3(largest * (encode * 0.1666666716337204))  # 1/6 in float32
     times, factor = block_factors(c, decode)
-    v = _times(x, times, TURNED, ROWS, COLUMNS)
-    if DICE != 0 or not NATIVE:  # the instruction clips by itself
+    v = _times(x, times, TRANSPOSED, ROWS, COLUMNS)
+    if ROUNDING != 0 or not NATIVE:  # the NATIVE instruction clips
         v = tl.minimum(tl.maximum(v, -6.0), 6.0)
     sign = v.to(tl.int32, bitcast=True) & -0x80000000
     row = matrix * M + m
-    if DICE == 0:
-        code, value = round_e2m1(tl.abs(v))  # not compiled where nobody uses it
+    if ROUNDING == 0:
+        code, value = round_e2m1(tl.abs(v))  # the compiler removes what is not used
     else:
-        if DICE == 1:
+        if ROUNDING == 1:
             if seed.dtype.is_ptr():
                 seed = tl.load(seed)
-            halves = random_halves(seed, row, first, filled // 8, TURNED, ROWS, COLUMNS)
+            halves = random_halves(seed, row, first, filled // 8, TRANSPOSED, ROWS, COLUMNS)
         else:
             at = _at(bits_ptr, matrix, m, k, bits_b, bits_m, bits_k)
             halves = tl.load(at, mask=(m < M) & (k < given), other=0)
-        code, value = by_chance(v, halves)
+        code, value = round_stochastically(v, halves)
     if FAKE:
         value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        value = rounded_to(_times(value, factor, TURNED, ROWS, COLUMNS), out_ptr.dtype.element_ty)
+        value = rounded_to(
+            _times(value, factor, TRANSPOSED, ROWS, COLUMNS), out_ptr.dtype.element_ty
+        )
         at = _at(out_ptr, matrix, m, k, out_b, out_m, out_k)
         tl.store(at, value, mask=(m < M) & (k < width))
     else:
         if NATIVE:
-            if DICE != 0:
+            if ROUNDING != 0:
                 v = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-            even, odd = _pairs(v, TURNED, ROWS, COLUMNS)
+            even, odd = _pairs(v, TRANSPOSED, ROWS, COLUMNS)
             code = encode_pair(even, odd)
         else:
-            even, odd = _pairs(code | ((sign >> 28) & 8), TURNED, ROWS, COLUMNS)
+            even, odd = _pairs(code | ((sign >> 28) & 8), TRANSPOSED, ROWS, COLUMNS)
             code = (even | (odd << 4)).to(tl.uint8)
-        byte = _columns(first // 2 + tl.arange(0, COLUMNS // 2), TURNED)
-        block = _columns(first // 16 + tl.arange(0, COLUMNS // 16), TURNED)
+        byte = _columns(first // 2 + tl.arange(0, COLUMNS // 2), TRANSPOSED)
+        block = _columns(first // 16 + tl.arange(0, COLUMNS // 16), TRANSPOSED)
         at = codes_ptr + row * (filled // 2) + byte
         tl.store(at, code, mask=(m < M) & (byte < filled // 2))
         at = scales_ptr + row * (filled // 16) + block
         tl.store(at, c, mask=(m < M) & (block < filled // 16))
-        # The first tile of the first matrix of each tensor leaves the tensor's scale behind.
+        # The program of the first tile of each tensor also writes the scale of the tensor.
         if (top == 0) & (first == 0) & (matrix == tensor * each):
             tl.store(scale_ptr + tensor, decode)

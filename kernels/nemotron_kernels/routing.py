@@ -137,7 +137,7 @@ def _route_kernel(
     logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr,
     tokens, stride_t, scale,
     E: tl.constexpr, TOP_K: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr,
-    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -164,11 +164,12 @@ def _route_kernel(
 
     taken = (rows < tokens)[:, None] & (slots < TOP_K)
     index = tl.where(taken, _number(chosen), 0)
-    # The logits of the chosen are read again (from cache): cheaper than k sums over all experts.
+    # The logits of the chosen experts are loaded again (from the GPU's cache). This is cheaper than
+    # to extract them from x with k sums over all experts.
     x = tl.load(logits_ptr + wide * stride_t + index, mask=taken, other=0.0)
     s, _ = _sigmoid(x)
     s = tl.where(taken, s, 0.0)
-    if NORMALISE:
+    if NORMALIZE:
         s = tl.div_rn(s, (tl.sum(s, axis=1) + EPSILON)[:, None] + tl.zeros_like(s))
     tl.store(weights_ptr + wide * TOP_K + slots, s * scale, mask=taken)
     tl.store(indices_ptr + wide * TOP_K + slots, index.to(tl.int64), mask=taken)
@@ -178,7 +179,7 @@ def _route_kernel(
 def _route_backward_kernel(
     logits_ptr, indices_ptr, grad_weights_ptr, grad_scores_ptr, grad_logits_ptr,
     tokens, stride_t, scale,
-    E: tl.constexpr, TOP_K: tl.constexpr, NORMALISE: tl.constexpr,
+    E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, HAS_SCORES: tl.constexpr,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +203,7 @@ def _route_backward_kernel(
         dp = tl.load(grad_weights_ptr + place, mask=taken, other=0.0)
         factor = tl.zeros([ROWS], dtype=tl.float32) + scale
         shift = tl.zeros([ROWS], dtype=tl.float32)
-        if NORMALISE:
+        if NORMALIZE:
             total = tl.sum(s, axis=1) + EPSILON
             factor = factor / total
             shift = tl.sum(dp * s, axis=1) / total
@@ -217,7 +218,8 @@ def _route_backward_kernel(
     tl.store(grad_logits_ptr + wide[:, None] * E + experts, grad, mask=inside)
 
 
-# A row is one warp, so the maxima are shuffles inside it. No fused multiply-add: see above.
+# One warp per row, so that a maximum needs only shuffles inside a warp. No fused multiply-add, as
+# the module docstring explains.
 FORWARD = {
     0: Config({"ROWS": 256}, fp_fusion=False),
     80: Config({"ROWS": 1}, num_warps=1, num_stages=1, fp_fusion=False),
@@ -227,13 +229,13 @@ BACKWARD = FORWARD
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, bias, top_k, n_group, topk_group, normalise, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, logits, bias, top_k, n_group, topk_group, normalize, scale):  # type: ignore[no-untyped-def]
         tokens, experts = logits.shape
         weights = torch.empty(tokens, top_k, device=logits.device, dtype=torch.float32)
         indices = torch.empty(tokens, top_k, device=logits.device, dtype=torch.int64)
         scores = torch.empty(tokens, experts, device=logits.device, dtype=torch.float32)
         ctx.save_for_backward(logits, indices)
-        ctx.normalise, ctx.scale = normalise, scale
+        ctx.normalize, ctx.scale = normalize, scale
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         if tokens:
@@ -242,7 +244,7 @@ class _Route(torch.autograd.Function):
                 _route_kernel[(cdiv(tokens, config["ROWS"]),)](
                     logits, bias, weights, indices, scores, tokens, logits.stride(0), scale,
                     E=experts, TOP_K=top_k, N_GROUP=n_group, TOPK_GROUP=topk_group,
-                    NORMALISE=normalise, EXPERTS=next_power_of_2(experts),
+                    NORMALIZE=normalize, EXPERTS=next_power_of_2(experts),
                     SLOTS=next_power_of_2(top_k), GROUPS=next_power_of_2(n_group),
                     **config.kwargs,
                 )  # fmt: skip
@@ -257,13 +259,13 @@ class _Route(torch.autograd.Function):
         if tokens:
             config = by_arch(BACKWARD)
             parts = [
-                indices if part is None else part.contiguous()  # an unread pointer in its place
+                indices if part is None else part.contiguous()  # a pointer that is not read
                 for part in (grad_weights, grad_scores)
             ]
             with on_device(logits):
                 _route_backward_kernel[(cdiv(tokens, config["ROWS"]),)](
                     logits, indices, *parts, grad_logits, tokens, logits.stride(0), ctx.scale,
-                    E=experts, TOP_K=indices.shape[1], NORMALISE=ctx.normalise,
+                    E=experts, TOP_K=indices.shape[1], NORMALIZE=ctx.normalize,
                     HAS_WEIGHTS=grad_weights is not None, HAS_SCORES=grad_scores is not None,
                     EXPERTS=next_power_of_2(experts), SLOTS=next_power_of_2(indices.shape[1]),
                     **config.kwargs,
@@ -277,16 +279,16 @@ def route_logits(
     top_k: int,
     n_group: int = 1,
     topk_group: int = 1,
-    normalise: bool = True,
+    normalize: bool = True,
     scale: float = 1.0,
 ) -> Routed:
     """Choose `top_k` experts per token from the router's logits.
 
     Args:
-        logits: W x in float32; rows may be apart, each row is contiguous (copied otherwise).
-        bias: float32; enters the choice, never the weights, and gets no gradient.
+        logits: W x in float32; rows may have any stride; copied if a row is not contiguous.
+        bias: float32; it affects the choice but not the weights, and has no gradient.
         n_group, topk_group: group-limited routing; 1 and 1 is none.
-        normalise: divide the chosen scores by their sum.
+        normalize: divide the chosen scores by their sum.
         scale: factor on the weights.
 
     Returns:
@@ -313,8 +315,8 @@ def route_logits(
         )
     if n_group > 1 and experts == n_group:
         raise ValueError(
-            f"route: n_group={n_group} leaves one expert a group, and a group is "
-            "scored by its best two."
+            f"route: n_group={n_group} leaves one expert per group, but the score of a "
+            "group is the sum of its two best. Use fewer groups."
         )
     available = experts // n_group * topk_group
     if not 1 <= top_k <= available:
@@ -325,7 +327,7 @@ def route_logits(
     bias = bias.float().contiguous()
     return Routed(
         *_Route.apply(
-            unit_stride(logits), bias, top_k, n_group, topk_group, normalise, float(scale)
+            unit_stride(logits), bias, top_k, n_group, topk_group, normalize, float(scale)
         )
     )
 
@@ -337,7 +339,7 @@ def route(
     top_k: int,
     n_group: int = 1,
     topk_group: int = 1,
-    normalise: bool = True,
+    normalize: bool = True,
     scale: float = 1.0,
 ) -> Routed:
     """`route_logits` of `x @ weight.T`, computed in float32 whatever the inputs and autocast say.
@@ -351,4 +353,4 @@ def route(
     check_inputs("route", x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         logits = F.linear(x.float(), weight.float())
-    return route_logits(logits, bias, top_k, n_group, topk_group, normalise, scale)
+    return route_logits(logits, bias, top_k, n_group, topk_group, normalize, scale)

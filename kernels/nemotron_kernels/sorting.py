@@ -76,7 +76,7 @@ def _offsets_kernel(
     table_ptr, counts_ptr, blocks,
     E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Counts per block become the number of pairs in earlier blocks, in place."""
+    """Replace the counts per block, in place, by the number of pairs in earlier blocks."""
     experts = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], dtype=tl.int32)
     for first in range(0, blocks, ROWS):
@@ -104,8 +104,8 @@ def _tiles_kernel(
         tl.store(starts_ptr + experts, starts, mask=experts < E)
         tl.store(starts_ptr + E, tl.sum(counts, axis=0))
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # A tile's expert is the number of experts whose tiles all lie before it; experts without
-    # tokens have no tile and are skipped by the same count.
+    # The expert of a tile is the number of experts whose tiles all come before it. Experts without
+    # tokens have no tile, and this count skips them too.
     expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), axis=1)
     mine = experts[None, :] == expert[:, None]
     start = tl.sum(tl.where(mine, (starts - (last - per_expert) * TILE_ROWS)[None, :], 0), axis=1)
@@ -136,7 +136,7 @@ def _place_kernel(
     tl.store(pairs_ptr + place, i.to(tl.int32), mask=valid)
 
 
-COUNT = {80: Config({}, num_warps=4, num_stages=1)}  # the block is PLACE's
+COUNT = {80: Config({}, num_warps=4, num_stages=1)}  # BLOCK is that of PLACE
 PLACE = {
     0: Config({"BLOCK": 512, "CHUNK": 512}),
     80: Config({"BLOCK": 256, "CHUNK": 16}, num_warps=4, num_stages=1),
@@ -152,16 +152,16 @@ TILES = {
 
 
 def tile_bound(pairs: int, experts: int, tile_rows: int) -> int:
-    """Most tiles that `pairs` rows can be cut into: each expert may end in one that is not full."""
+    """The largest possible number of tiles: the last tile of each expert may not be full."""
     return pairs // tile_rows + min(experts, pairs)
 
 
 def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 64) -> Order:
-    """Sort the (token, slot) pairs of `indices` by expert, stably and without the host.
+    """Sort the (token, slot) pairs of `indices` by expert; stable, and on the device only.
 
     Args:
-        indices: int32 or int64, each from 0 to `experts` - 1. Looking at the values would make the
-            host wait, so they are checked on the device, and there only under TRITON_DEBUG=1.
+        indices: int32 or int64, each from 0 to `experts` - 1. A check on the host would have to
+            wait for the device, so values are checked on the device, only under TRITON_DEBUG=1.
         experts: number of experts, e.
         tile_rows: rows of a tile, a power of two.
 
@@ -169,7 +169,7 @@ def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 6
         Order, with int32 tensors.
 
     Raises:
-        ValueError: indices that are no integers, or too many of them.
+        ValueError: indices that are not integers, or too many of them.
         RuntimeError: tensors on the CPU outside the interpreter.
     """
     check_inputs("sort_by_expert", indices)
@@ -178,7 +178,8 @@ def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 6
     pairs = indices.numel()
     if pairs > MAX_PAIRS:
         raise ValueError(
-            f"sort_by_expert: {pairs} pairs, at most {MAX_PAIRS}; pass fewer tokens at a time."
+            f"sort_by_expert: {pairs} pairs, but at most {MAX_PAIRS} are supported; pass fewer "
+            "tokens at a time."
         )
     indices = indices.contiguous()
 

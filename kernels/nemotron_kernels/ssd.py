@@ -59,23 +59,24 @@ def ssd(
     """The selective scan over t tokens; every argument but `seq_idx` is differentiable.
 
     Args:
-        x: what is written to the state: float32, bfloat16 or float16, any strides, any t. Products
-            of matrices take operands in this dtype.
+        x: the input of each head: float32, bfloat16 or float16, any strides, any t. Matrix products
+            take operands in this dtype.
         dt: step size per token and head; before `dt_bias` and softplus if those are given.
         A: decay rate per head, negative.
         B, C: write and read directions, one per group; g divides h.
-        D: weight of the path around the state; none when None.
+        D: weight of the direct path from x to y, D x; no such path when None.
         initial_state: state before the first token; zeros when None.
-        seq_idx: which document of a packed row each token belongs to. Where it changes, the state
-            is reset to zero; `initial_state` belongs to the first document of the row.
-        chunk: tokens per chunk, at most; the kernels take a power of two from 16 to what their
-            tiles hold. The result depends on it only by rounding. The configuration's when None.
+        seq_idx: number of the document of each token, if a row holds concatenated documents. Where
+            it changes, the state is reset to zero; `initial_state` belongs to the first document of
+            the row.
+        chunk: tokens per chunk, at most. The kernels use a power of two, at least 16 and at most
+            what their tiles hold. Only rounding depends on it. By default, the configured size.
         dt_bias: added to dt.
         dt_softplus: whether dt (plus bias) goes through softplus.
-        variant: "fused" (one kernel), "three" (three passes), or "auto", which is three but
-            for a few chunks. Three need room for a state per chunk, fused none.
+        variant: "fused" (one kernel), "three" (three passes), or "auto": fused for a few chunks,
+            otherwise three. Three passes need memory for one state per chunk, fused does not.
         precision: of products of float32 operands: "ieee" (exact, without tensor cores), "tf32x3"
-            (about 1e-6) or "tf32" (about 3e-4). 16-bit operands do not depend on it.
+            (error about 1e-6) or "tf32" (about 3e-4). It does not affect 16-bit operands.
 
     Returns:
         (y, state): y in the dtype of x, contiguous, and the state after the last token in float32.
@@ -129,10 +130,10 @@ def mamba_chunk_scan_combined(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd` with the argument names, order and result of mamba_ssm's function of this name.
 
-    Differences: `chunk_size` is an upper bound; a document of `seq_idx` begins where the number
-    changes, and `initial_states` belongs to the first one of a row whatever its number. What
-    Nemotron 3 has no use for is done outside the kernel: a D per channel, the gate by z (which
-    stands in the norm that follows) and `dt_limit`.
+    Differences: `chunk_size` is an upper bound. A document of `seq_idx` begins where the number
+    changes, and `initial_states` belongs to the first document of a row, whatever its number.
+    Three options are computed outside the kernel, because Nemotron 3 does not use them: a D per
+    channel, the gate by z (Nemotron 3 applies it in the norm that follows) and `dt_limit`.
 
     Returns:
         y `b t h p`, times silu(z) where z is given; with `return_final_states`, (y, final states
@@ -142,10 +143,10 @@ def mamba_chunk_scan_combined(
         ValueError: `return_varlen_states`; and as `ssd`.
         RuntimeError: as `ssd`.
     """
-    if return_varlen_states:  # the only thing that mamba_ssm reads cu_seqlens for
+    if return_varlen_states:  # mamba_ssm uses cu_seqlens only for this
         raise ValueError(
-            "mamba_chunk_scan_combined: return_varlen_states is not supported. Documents packed "
-            "with seq_idx get their last states from calls of their own."
+            "mamba_chunk_scan_combined: return_varlen_states is not supported. To get the last "
+            "state of each document, call the function once per document."
         )
     if tuple(dt_limit) != (0.0, float("inf")):
         dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
@@ -199,7 +200,7 @@ class _Ssd(torch.autograd.Function):
 
 
 def _chunk(kernel: str, x: Tensor, wanted: int | None) -> int:
-    """Tokens per chunk: what the configuration says, or a smaller power of two that was asked."""
+    """Tokens per chunk: the configured size, or a smaller power of two if `wanted` is smaller."""
     most = config(kernel, x)["Q"]
     return most if wanted is None else min(most, max(16, next_power_of_2(wanted)))
 
@@ -207,10 +208,10 @@ def _chunk(kernel: str, x: Tensor, wanted: int | None) -> int:
 def _variant(x: Tensor) -> str:
     """Three passes, unless there are so few chunks that the launches cost more than they save.
 
-    On an H200 a chunk takes the fused kernel 5.3 us, whatever the number of heads up to one for
-    each multiprocessor; three passes take 4.5 us for Super's 128 heads and 3.4 us for Nano's 64
-    (benchmarks/records/kernels_nvidia_h200.json). Float32 takes three in any case, since without
-    tensor cores the fused kernel spills most of its registers.
+    On an H200 the fused kernel takes 5.3 us per chunk, for any number of heads up to one per
+    multiprocessor. Three passes take 4.5 us for Super's 128 heads and 3.4 us for Nano's 64
+    (benchmarks/records/kernels_nvidia_h200.json). Float32 always takes three passes, because
+    without tensor cores the fused kernel spills most of its registers.
     """
     few = cdiv(x.shape[1], config("fused", x)["Q"]) <= FEW_CHUNKS
     return "fused" if few and x.dtype != torch.float32 else "three"

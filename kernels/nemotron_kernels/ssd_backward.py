@@ -45,7 +45,6 @@ from nemotron_kernels._compat import cdiv
 from nemotron_kernels.ssd_common import (
     LOG2E,
     Inputs,
-    clock,
     config,
     documents,
     fade,
@@ -55,6 +54,7 @@ from nemotron_kernels.ssd_common import (
     raw_steps,
     sizes,
     state_tile,
+    steps_and_sums,
     strides,
     tile,
 )
@@ -88,7 +88,7 @@ def grad_bc_kernel(
     sum_c = tl.zeros([Q, BLOCK_N], tl.float32)
     for i in range(0, HEADS):
         h = h0 + i
-        step, total, end = clock(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
+        step, total, end = steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
         xt = tile(x, xs, b, t0, h, left, Q, P, PAD_P, 0, KIND)
         gyt = tile(gy, gys, b, t0, h, left, Q, P, PAD_P, 0, KIND)
         seen = fade(total[:, None] - total[None, :], sees) * step[None, :]
@@ -139,14 +139,15 @@ def grad_x_kernel(
     seen = (q[:, None] <= q[None, :]) & (doc[:, None] == doc[None, :])
     for i in range(0, HEADS):
         h = h0 + i
-        step, total, end = clock(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
+        step, total, end = steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
         xt = tile(x, xs, b, t0, h, left, Q, P, PAD_P, 0, KIND)
         gyt = tile(gy, gys, b, t0, h, left, Q, P, PAD_P, 0, KIND)
         weighted = scores * fade(total[None, :] - total[:, None], seen)
         out = mm((weighted * step[:, None]).to(KIND), gyt, PRECISION)
         exponents = weighted * mm(xt, tl.trans(gyt), PRECISION)
         own = tl.sum(exponents, 1)
-        # The mask below leaves out the diagonal too; without this one sm_90 spills when packed.
+        # The mask below removes the diagonal too. But without this mask, the kernel with seq_idx
+        # spills registers on sm_90.
         exponents = tl.where(q[:, None] < q[None, :], exponents * step[:, None], 0.0)
         from_here = tl.cumsum(exponents, 1, reverse=True)
         steps = tl.sum(tl.where(q[:, None] < q[None, :], from_here, 0.0), 0)
@@ -175,8 +176,8 @@ def grad_x_kernel(
             raw = raw_steps(dt, ds, dt_bias, b, t0, h, left, Q)
             grad /= 1.0 + tl.exp2(-raw * LOG2E)
         tl.store(gdt + b * gds[0] + t0 * gds[1] + h * gds[2] + q * gds[1], grad, mask=q < left)
-        # The last running sum, and not tl.sum: for sm_100 Triton 3.7.1 does not compile the sum of
-        # a vector that is itself the sum of a matrix product's rows.
+        # The last element of a cumsum replaces tl.sum: Triton 3.7.1 for sm_100 does not compile the
+        # sum of a vector that is itself the sum of the rows of a matrix product.
         to = sums + ((b * chunks + c) * H + h) * 3 + 0 * q
         grad = tl.where(q < left, grad, 0.0)
         tl.store(to, tl.cumsum(steps * step, 0), mask=q == Q - 1)
@@ -203,10 +204,10 @@ def backward(
     """All gradients of `ssd`.
 
     Args:
-        inputs: as the forward pass saw them.
+        inputs: those of the forward pass.
         gy: gradient of y, `b t h p`, any strides.
-        glast: of the last state, `b h p n`, float32 and contiguous; none when None.
-        chunk, precision: as in the forward pass; the chunk may differ from the forward pass's.
+        glast: gradient of the last state, `b h p n`, float32 and contiguous; zero when None.
+        chunk, precision: as for the forward pass; the chunk may be another one.
     """
     x, dt, A, B, C, D, dt_bias, initial, seq, _ = inputs
     b, t, h, p = x.shape

@@ -46,7 +46,7 @@ def wide(i):
 
 @triton.jit
 def softplus(v):
-    """log(1 + exp(v)) to float32's last digits, small results included."""
+    """log(1 + exp(v)), precise to the last digits of float32 for small results too."""
     e = tl.exp2(-tl.abs(v) * LOG2E)
     z = e / (2.0 + e)
     w = z * z
@@ -66,10 +66,10 @@ def raw_steps(dt, ds, dt_bias, b, t0, h, left, Q: tl.constexpr):
 
 
 @triton.jit
-def clock(dt, ds, dt_bias, A, b, t0, h, left, Q: tl.constexpr, SOFTPLUS: tl.constexpr):
+def steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Step sizes of one chunk and head, the running sum of a, and its last value.
 
-    Beyond the end of the sequence the step is zero: time stands still there.
+    Tokens after the end of the sequence have step 0, so they do not change the state.
     """
     q = tl.arange(0, Q)
     step = raw_steps(dt, ds, dt_bias, b, t0, h, left, Q)
@@ -82,7 +82,7 @@ def clock(dt, ds, dt_bias, A, b, t0, h, left, Q: tl.constexpr, SOFTPLUS: tl.cons
 
 @triton.jit
 def documents(seq, ss, b, t0, left, Q: tl.constexpr):
-    """How many documents have begun in this chunk up to each token; one's own start counts."""
+    """For each token, how many documents begin in this chunk at or before it."""
     q = tl.arange(0, Q)
     begun = tl.zeros([Q], tl.int32)
     if seq is not None:
@@ -103,7 +103,10 @@ def fade(exponent, alive):
 @triton.jit
 def tile(ptr, strides, b, t0, h, left, Q: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
          first, KIND: tl.constexpr):  # fmt: skip
-    """Q tokens x BLOCK columns from `first` on of one head, `b t h p`; zero outside."""
+    """Load Q tokens x BLOCK columns, starting at column `first`, of one head; zero outside.
+
+    The tensor is `b t h p`, of any strides.
+    """
     q = tl.arange(0, Q)
     w = first + tl.arange(0, BLOCK)
     at = ptr + b * strides[0] + t0 * strides[1] + h * strides[2]
@@ -114,7 +117,7 @@ def tile(ptr, strides, b, t0, h, left, Q: tl.constexpr, WIDTH: tl.constexpr, BLO
 @triton.jit
 def state_tile(at, first, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr,
                first_n, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Addresses and mask of rows from `first`, columns from `first_n` of the p x n state `at`."""
+    """Addresses and mask of a tile of the p x n state `at`, from row `first`, column `first_n`."""
     p = first + tl.arange(0, BLOCK_P)[:, None]
     n = first_n + tl.arange(0, BLOCK_N)[None, :]
     return at + p * N + n, (p < P) & (n < N)
@@ -122,7 +125,7 @@ def state_tile(at, first, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexp
 
 @triton.jit
 def mm(a, b, PRECISION: tl.constexpr):
-    """Matrix product in float32; what float32 operands may lose is the caller's explicit choice."""
+    """Matrix product in float32; PRECISION says how float32 operands are multiplied."""
     if DOT_F32:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -144,9 +147,9 @@ class Inputs(NamedTuple):
     softplus: bool
 
 
-# Kernel -> bytes of an element of x -> architecture -> configuration. Q is the chunk where the
-# caller names none; HEADS and blocks are upper bounds. 0 is the interpreter: few programs, big
-# blocks. Chosen by what the compiler says: no or few spills, room in shared memory, wgmma on sm_90.
+# Keys: kernel, bytes per element of x, architecture. Q is the default chunk; HEADS and block sizes
+# are upper bounds. Architecture 0 is the interpreter: few programs, big blocks. The entries were
+# chosen from the compiler's output: few or no spills, shared memory large enough, wgmma on sm_90.
 # The device script times the alternatives.
 _Table = dict[int, dict[int, Config]]
 CONFIGS: dict[str, _Table] = {
@@ -213,8 +216,8 @@ CONFIGS: dict[str, _Table] = {
     },
 }
 
-# What else the device script should try. Triton 3.4 to 3.7.0 is known to compile some kernels of
-# this kind wrongly for sm_90; other numbers of warps were the remedy there.
+# Other configurations that the device script times. Triton 3.4 to 3.7.0 is known to compile some
+# kernels of this kind wrongly for sm_90; another number of warps avoided the error.
 ALTERNATIVES: dict[str, tuple[Config, ...]] = {
     "fused": (
         Config({"Q": 64, "BLOCK_P": 32}, num_warps=4),
@@ -251,7 +254,7 @@ def config(kernel: str, x: Tensor) -> Config:
     return by_arch(CONFIGS[kernel][x.element_size()])
 
 
-FEW_CHUNKS = 4  # up to here further launches cost more than they save
+FEW_CHUNKS = 4  # up to this number, more launches cost more than they save
 
 
 @lru_cache
@@ -260,31 +263,31 @@ def _processors(index: int) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """Multiprocessors of the GPU that x lies on; an H100's number where there is none."""
+    """Multiprocessors of the GPU of x; the number of an H100 if x is on the CPU (dry run)."""
     if x.is_cuda:
         return _processors(x.get_device())
     return INTERPRETED_PROCESSORS if INTERPRET else 132
 
 
-def walks(x: Tensor, chunks: int, block_p: int) -> bool:
-    """For the pass over states: whether programs go through all chunks, or one stands for each.
+def loops_over_chunks(x: Tensor, chunks: int, block_p: int) -> bool:
+    """Whether each program of the pass over states loops over all chunks (else one per chunk).
 
-    Walking moves one state per chunk less in each direction, but leaves b * h * (blocks of p)
-    programs, which take the chunks one after another. By bytes, a chunk of 64 tokens and one head
-    costs three passes about 37 ns of an H100's memory (p 64, n 128); walking takes about 1.5 us of
-    latency for it, for all programs at once. So about 40 programs, a third of the multiprocessors,
-    are enough. With a few chunks the launches cost more than either. An estimate, not measured
-    apart from the pass that follows.
+    The loop reads and writes one state less per chunk, but there are only b * h * (blocks of p)
+    programs, and each computes its chunks one after another. An estimate for chunks of 64 tokens on
+    an H100 (p 64, n 128): the memory traffic of the three passes takes about 37 ns per chunk and
+    head. The loop has a latency of about 1.5 us per chunk, for all programs at the same time. So
+    from about 40 programs on, a third of the multiprocessors, the latency does not matter. With few
+    chunks the loop is faster too, because it saves a launch. This was not measured separately.
     """
     programs = x.shape[0] * x.shape[2] * cdiv(x.shape[3], block_p)
     return chunks <= FEW_CHUNKS or 3 * programs >= processors(x)
 
 
 def heads_per_program(x: Tensor, groups: int, programs: int, most: int) -> int:
-    """How many heads of a group one program takes: up to `most`, while every processor has work.
+    """How many heads of a group one program takes: up to `most`, if all multiprocessors have work.
 
     Args:
-        programs: how many there are with one whole group each.
+        programs: how many programs there are if each takes a whole group.
     """
     shared = x.shape[2] // groups
     wanted = min(most, max(1, shared * programs // processors(x)))
@@ -292,12 +295,12 @@ def heads_per_program(x: Tensor, groups: int, programs: int, most: int) -> int:
 
 
 def padded(size: int) -> int:
-    """The width of a block that holds `size` columns; 16 is the least a matrix product takes."""
+    """The width of a block for `size` columns: a power of two, at least 16 for matrix products."""
     return max(16, next_power_of_2(size))
 
 
 def sizes(inputs: Inputs, chunk: int) -> dict[str, int | bool]:
-    """Constants that every kernel with tiles of p and n takes."""
+    """The constants that all kernels with tiles of p and n have in common."""
     n = inputs.B.shape[3]
     return {
         "R": inputs.x.shape[2] // inputs.B.shape[2],
@@ -310,5 +313,5 @@ def sizes(inputs: Inputs, chunk: int) -> dict[str, int | bool]:
 
 
 def strides(x: Tensor | None) -> tuple[int, ...]:
-    """The strides of x; kernels do not look at those of a missing one."""
+    """The strides of x; zeros for None, which kernels do not read."""
     return (0, 0) if x is None else x.stride()

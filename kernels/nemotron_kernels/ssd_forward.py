@@ -26,7 +26,6 @@ from torch import Tensor
 from nemotron_kernels._compat import cdiv
 from nemotron_kernels.ssd_common import (
     Inputs,
-    clock,
     config,
     documents,
     fade,
@@ -35,6 +34,7 @@ from nemotron_kernels.ssd_common import (
     padded,
     sizes,
     state_tile,
+    steps_and_sums,
     strides,
     tile,
     wide,
@@ -62,7 +62,7 @@ def fused_kernel(
     for c in range(0, chunks):
         t0 = wide(c) * Q
         left = (T - t0).to(tl.int32)
-        step, total, end = clock(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
+        step, total, end = steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
         doc = documents(seq, ss, b, t0, left, Q)
         final = tl.max(doc, 0)
         xt = tile(x, xs, b, t0, h, left, Q, P, BLOCK_P, first, KIND)
@@ -103,7 +103,7 @@ def scan_kernel(
     sees = (q[:, None] >= q[None, :]) & (doc[:, None] == doc[None, :])
     for i in range(0, HEADS):
         h = h0 + i
-        step, total, _ = clock(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
+        step, total, _ = steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
         xt = tile(x, xs, b, t0, h, left, Q, P, PAD_P, 0, KIND)
         at, inside = state_tile(states + ((b * chunks + c) * H + h) * P * N,
                                 0, P, N, PAD_P, 0, PAD_N)  # fmt: skip
@@ -118,7 +118,7 @@ def scan_kernel(
 
 
 def forward_fused(inputs: Inputs, chunk: int, precision: str) -> tuple[Tensor, Tensor]:
-    """(y, last state) by one program per row, head and block of p."""
+    """(y, last state) with one program per row, head and block of p."""
     x, dt, A, B, C, D, dt_bias, initial, seq, _ = inputs
     b, t, h, p = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -134,7 +134,7 @@ def forward_fused(inputs: Inputs, chunk: int, precision: str) -> tuple[Tensor, T
 
 
 def forward_three(inputs: Inputs, chunk: int, precision: str) -> tuple[Tensor, Tensor]:
-    """(y, last state) by way of the states before each chunk."""
+    """(y, last state) in three passes, with the state before each chunk in memory."""
     x, dt, A, B, C, D, dt_bias, initial, seq, _ = inputs
     b, t, h, p = x.shape
     chunks = cdiv(t, chunk)

@@ -57,7 +57,7 @@ PHILOX_ROUNDS = 5
 @triton.jit
 def random_halves(seed, row, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
                   ROUNDS: tl.constexpr):  # fmt: skip
-    """16 random bits for each number of BLOCK_P rows, `row` counting rows of the whole state."""
+    """16 random bits for each number of BLOCK_P rows; `row` is the index in the whole state."""
     counter = row[:, None] * ((N + 7) // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter, ROUNDS)
     # join puts its second argument into the last place: words 0 2 | 1 3 become 0 1 2 3.
@@ -68,7 +68,7 @@ def random_halves(seed, row, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def round_to_half(value, random):
-    """float32 to float16, up or down with the probability of its distance; `random`: 16 bits."""
+    """Round float32 to float16 stochastically, with 16 random bits in `random`."""
     bits = value.to(tl.uint32, bitcast=True)
     cut = ((bits + (random >> 3)) & 0xFFFFE000).to(tl.float32, bitcast=True)
     # Fixed point below 2^-14, in steps of 2^-24.
@@ -150,19 +150,19 @@ def selective_state_update(
     Args:
         state: float32 or float16, overwritten. One row per sequence, or a pool of slots.
         x: this token's input to each head.
-        dt: step size per head (or per channel, as mamba_ssm spells it); before bias and softplus.
+        dt: step size per head, or per channel as in mamba_ssm; before bias and softplus.
         A: decay rate per head, negative; or mamba_ssm's expanded form, equal along n.
         B, C: write and read directions, one per group; g divides h.
-        D: weight of the path around the state.
+        D: weight of the direct path from x to y, D x.
         z: gate; y is multiplied by silu(z).
         dt_bias: added to dt.
         dt_softplus: whether dt (plus bias) goes through softplus.
-        state_batch_indices: the slot of each sequence; no two may be the same. Slot i = row i
-            when None.
+        state_batch_indices: the slot of each sequence, all different. By default, sequence i has
+            slot i.
         seed: for a float16 state: round stochastically, with these 64 bits. Take a new seed for
             every step and layer. A tensor of one element is read on the device, as a captured CUDA
             graph needs. None rounds to nearest.
-        philox_rounds: rounds of the generator; 10 is the textbook's, 5 the model report's choice.
+        philox_rounds: rounds of the generator: 10 is usual, 5 is what the model report uses.
 
     Returns:
         y in the dtype of x, computed in float32 from the state before rounding.
@@ -207,7 +207,7 @@ def selective_state_update(
 def _per_channel(
     op: str, x: Tensor, dt: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None, B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dt, A, D and dt_bias as views with a channel axis, of stride zero for what is per head."""
+    """dt, A, D and dt_bias as views with a channel axis; its stride is 0 if they are per head."""
     if x.ndim != 3 or B.ndim != 3:
         raise ValueError(
             f"{op}: x must be (b, h, p) and B (b, g, n); got {tuple(x.shape)} and "
@@ -270,7 +270,9 @@ def _check(
             "must have 1."
         )
     if seed is not None and state.dtype == torch.float32:
-        raise ValueError(f"{op}: seed={seed!r} for a float32 state, which is not rounded; drop it.")
+        raise ValueError(
+            f"{op}: seed={seed!r}, but a float32 state is not rounded; pass seed=None."
+        )
     if isinstance(seed, int) and not 0 <= seed < 2**63:
         raise ValueError(f"{op}: seed={seed}; expected 0 to 2^63 - 1.")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):

@@ -45,7 +45,7 @@ class Verified(NamedTuple):
 
 @triton.jit
 def _residual(p_row, q_row, offsets, end, q_end):
-    """max(p - q, 0) of one block; p itself where q has ended (q_end is 0)."""
+    """max(p - q, 0) of one block; q counts as zero from `q_end` on."""
     p = tl.load(p_row + offsets, mask=offsets < end, other=0.0)
     q = tl.load(q_row + offsets, mask=offsets < tl.minimum(end, q_end), other=0.0)
     rest = p - q
@@ -72,7 +72,7 @@ def _verify_kernel(
     kept = length * 0
     going = length >= 0
     for j in range(0, k):
-        # What follows a rejection, or lies beyond the row's length, is not read.
+        # Drafts after a rejection, or beyond the row's length, are not read.
         reads = going & (j < length)
         token = tl.load(drafts_ptr + row * k + j, mask=reads, other=0).to(tl.int64)
         place = row * p_row + kept.to(tl.int64) * p_place + token
@@ -87,10 +87,11 @@ def _verify_kernel(
     q_first = q_ptr + row * q_row + kept.to(tl.int64) * q_place
     q_end = tl.where(kept < length, size, 0)
     total = _sum_of(p_first, q_first, size, q_end, BLOCK)
-    # Rounding can leave nothing of p - q; then p itself is as near as can be.
-    nothing = total <= 0.0
-    q_end = tl.where(nothing, 0, q_end)
-    if nothing:
+    # Rounding can make p - q zero everywhere. Then the token is drawn from p, the best
+    # approximation.
+    empty = total <= 0.0
+    q_end = tl.where(empty, 0, q_end)
+    if empty:
         total = _sum_of(p_first, q_first, size, q_end, BLOCK)
 
     target = tl.load(uniforms_ptr + row * (k + 1) + k) * total
@@ -99,7 +100,7 @@ def _verify_kernel(
     last = length * 0
     for first in range(0, size, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
-        end = tl.where(found < 0, size, 0)  # nothing more is read once the token is known
+        end = tl.where(found < 0, size, 0)  # reads no more blocks once the token is found
         rest = _residual(p_first, q_first, offsets, end, q_end)
         sums = before + tl.cumsum(rest, axis=0).to(tl.float64)
         passed = (sums > target) & (rest > 0)
@@ -122,10 +123,10 @@ def verify(
     """Accept or reject drafted tokens, and draw the token that follows; one kernel.
 
     Args:
-        p: the model's probabilities in float32 at the drafted places and the one after.
-        q: what the drafts were drawn from, float32.
-        drafts: tokens.
-        uniforms: in [0, 1): one for each drafted token, the last for the token that follows.
+        p: the model's probabilities, float32, at the drafted positions and the one after them.
+        q: the probabilities from which the drafts were drawn, float32.
+        drafts: the drafted tokens.
+        uniforms: in [0, 1): one for each drafted token, and one for the token that follows.
         lengths: drafted tokens of each row; all k when None.
 
     Raises:

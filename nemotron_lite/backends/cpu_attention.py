@@ -2,7 +2,7 @@
 
     one new token         queries that share a key head are the rows of one small product
     many scores           blocks of queries against all keys they see, multiplied by oneDNN
-    behind a cache        two calls without a mask, joined by their softmax denominators
+    after a cache         two calls without a mask, joined by their softmax denominators
     everything else       PyTorch's `scaled_dot_product_attention`
 
 PyTorch's flash kernel for CPUs multiplies with MKL, and in BF16 no faster than in float32. Where

@@ -173,9 +173,9 @@ class ChunkRange(NamedTuple):
 class Scratch:
     """Memory for temporaries, one buffer per name, kept from block to block and call to call.
 
-    Buffers belong to a thread and a dtype. They hold a few megabytes, whatever t is, and grow where
-    a call needs more; a view of the size that was asked for is handed out, so that a buffer of an
-    earlier, larger call serves a smaller one. On devices other than the CPU they last for one call:
+    Buffers belong to a thread and a dtype. They have a few megabytes for any t, and grow when a
+    call needs more. The caller gets a view of the requested size, so that the buffer of an earlier,
+    larger call can be used for a smaller one. On devices other than the CPU they last for one call:
     those allocators cache memory themselves, and they know about streams. `narrow` is the dtype of
     products whose result goes only into y.
     """

@@ -1,11 +1,12 @@
-"""The way to the Triton kernels: one ordinary function for each, imported when it is first called.
+"""Calls of the Triton kernels: one ordinary function for each, imported when it is first called.
 
 `nemotron_kernels` needs triton, which exists for few platforms and takes a second to import. So
-each import is inside its function: a program that never asks for a kernel never imports triton.
+each import is inside its function: a program that never uses a kernel never imports triton.
 If triton is missing, the import raises an `ImportError` that says what to do.
 
 The signatures are those of the fast CPU forms, so that `dispatch.choose` can exchange one for the
-other. What a kernel refuses (float64, CPU tensors outside the interpreter) it says itself.
+other. If a kernel cannot take its inputs (float64, CPU tensors outside the interpreter), it raises
+an error itself.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ tensors in every mixture layer of Super. To multiply them, one stacked tensor is
 transformers 5 stacks them in memory under the same name, and can save them like that. Here both are
 read, and the hub's names are written. A quantized (packed) stack is a module with several tensors.
 Each of them is stored expert by expert: `experts.up_proj.weight_scale` becomes
-`experts.{e}.up_proj.weight_scale`. `mtp.*` and `lm_head.weight` have no prefix in any spelling.
+`experts.{e}.up_proj.weight_scale`. `mtp.*` and `lm_head.weight` have no prefix in any naming.
 
 Source: reference sheet 10.1; the conversion table of transformers 5.23. Left out: the names inside
 vLLM and Megatron, which do not save this format.

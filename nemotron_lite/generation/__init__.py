@@ -1,6 +1,6 @@
 """Writing text with a model.
 
-options           what `generate` and `stream` can be asked for, and the defaults
+options           the options of `generate` and `stream`, and their defaults
 generate          `generate` and `stream`: read the prompts, then write one token at a time
 prompts           text or token ids, one or many; and text from the tokens written
 prefill           rows of any lengths become one padded tensor and are read into a cache

@@ -127,8 +127,8 @@ def stream(
     not complete, and for rows that have ended. For one prompt it is the id or the piece itself. The
     pieces of a row, joined, are the text that `generate` returns.
 
-    The arguments are those of `generate`. They are checked at once; the prompt is read when the
-    first step is asked for.
+    The arguments are those of `generate`. They are checked immediately; the prompt is read when the
+    first step is requested.
     """
     run = _Run(model, prompts, _options(options, max_new_tokens, settings))
     return TokenStream(run.pieces(), run.statistics)

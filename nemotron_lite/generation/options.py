@@ -142,8 +142,8 @@ class GenerationOptions(SamplingOptions):
             random bits that follow from `seed` (from 0 where there is none).
         speculation: draft several tokens and verify them together; None writes token by token.
         prepare_weights: call `model.prepare_for_decoding()` first, where that makes decoding faster
-            (prepared_weights.py says where). The projection matrices are then held twice, and the
-            copies stay with the model for the next call. False saves that memory.
+            (prepared_weights.py says where). The projection matrices are then in memory twice,
+            and the copies stay with the model for the next call. False saves that memory.
 
     Raises:
         ValueError: a value out of range.

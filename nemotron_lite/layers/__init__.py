@@ -1,6 +1,6 @@
 """The parts a Nemotron model is made of, as `nn.Module`s over `nemotron_lite.ops`.
 
-mixer       what every mixer brings along: initial weights, a cache, its lines of the ledger
+mixer       what every mixer provides: initial weights, a cache, its lines of the ledger
 mamba2      Mamba-2        attention   grouped-query attention
 moe         LatentMoE      mlp         two matrices
 block       a norm, one mixer and the residual sum; the list of all kinds of mixers

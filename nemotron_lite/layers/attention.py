@@ -26,7 +26,7 @@ from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
 class KVCache(LayerCache):
     """Keys and values of one attention layer, `b kv s p`, in a buffer that doubles when full.
 
-    New entries are only ever written behind the tokens that a row already has. Entries beyond a
+    New entries are only written after the tokens that a row already has. Entries beyond a
     row's length are never read. So the tokens of a draft are dropped by not counting them, at no
     cost: `Cache` keeps the lengths.
     """

@@ -3,7 +3,7 @@
     x <- x + Mixer(RMSNorm(x))
 
 The hybrid has one mixer per layer, not a mixer and a feed-forward pair. What a Transformer calls a
-block is here two layers, and the pattern string decides which kinds stand where.
+block is here two layers, and the pattern string decides which layer has which mixer.
 
 Source: reference sheet 1.4.
 """
@@ -78,7 +78,7 @@ def run_layers(
     context: ForwardContext,
     router_stats: bool = False,
 ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-    """The residual stream after `layers`, and what their routers decided if that is asked for.
+    """The residual stream after `layers`, and the statistics of their routers if `router_stats`.
 
     Args:
         layers: the blocks, in order.

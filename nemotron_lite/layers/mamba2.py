@@ -80,7 +80,7 @@ class MambaDraft:
 
 
 class MambaCache(LayerCache):
-    """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
+    """The cache of one Mamba layer: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
 
     `draft` is a draft that waits for `accept`. `dither` is the random stream of the stochastic
     rounding of a float16 state; None for a state in float32 or float64.
@@ -293,7 +293,7 @@ class Mamba2(Mixer):
         )
 
     def _raw_steps(self, dt: Float[Tensor, "*bt h"]) -> tuple[Tensor, dict[str, Any]]:
-        """dt, and the arguments that make the scan turn it into step sizes inside its kernel.
+        """dt, and the arguments with which the scan converts it to step sizes inside its kernel.
 
         Where step sizes are clamped, they are computed here instead.
         """

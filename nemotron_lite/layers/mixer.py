@@ -1,16 +1,16 @@
-"""What every mixer brings along, and what a layer's cache can do.
+"""What every mixer provides, and what a layer's cache can do.
 
-A residual layer holds one mixer: Mamba-2, attention, a mixture of experts or an MLP. All that is
-special about a kind of layer stands in the file of its mixer:
+A residual layer holds one mixer: Mamba-2, attention, a mixture of experts or an MLP. Everything
+special about a kind of layer is in the file of its mixer:
 
 - the computation: `mixer(x, cache, context)`;
 - its initial weights: `init_weights`;
-- its cache: `empty_cache` makes a `LayerCache`, or None where a layer remembers nothing;
+- its cache: `empty_cache` makes a `LayerCache`, or None if a layer needs no cache;
 - its lines of the ledger: `stored`, `operations` and `cached` give formulas for its parameters, its
   FLOPs and its cache, in the letters of the course. `LETTERS` says which field of the config each
   letter stands for.
 
-The model, the cache, the checks of inputs and the ledger ask the mixer and do not need to know
+The model, the cache, the checks of inputs and the ledger call these methods and do not need to know
 which kinds exist. `block.MIXERS` lists the kinds.
 
 The methods about sizes are class methods that take a config: a ledger or an empty cache needs no
@@ -68,7 +68,7 @@ class CacheOptions:
 
 
 class LayerCache(ABC):
-    """What one layer remembers of the tokens it has read.
+    """The cache of one layer: what it keeps of the tokens that it has read.
 
     A layer reads a draft without advancing its cache; `accept` then takes in a part of the draft.
     """

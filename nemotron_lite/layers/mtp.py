@@ -11,7 +11,7 @@ trains two depths, and drafting may go on beyond them. Embedding and head belong
 
 Drafting (generation/speculative/) needs the output of one token per row, and the keys and values of
 every token. `forward_last` computes no more than that: after the last attention layer only the last
-token of each row goes on.
+token of each row is computed.
 
 Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 """

@@ -6,7 +6,7 @@ Each of the few key/value heads serves several query heads (Super: 2 for 32). Th
 encoding: attention knows the order of tokens only through the causal mask, and through the Mamba
 layers before it. The softmax is taken in float32.
 
-`starts` says how many tokens were cached before this call: query i of row r stands at position
+`starts` says how many tokens were cached before this call: query i of row r is at position
 `starts[r] + i` and sees keys up to there. Keys beyond (left over from a rolled-back draft, or
 padding of a shorter row) are never read, so a cache is rolled back by shortening its length.
 

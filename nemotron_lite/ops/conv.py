@@ -3,7 +3,7 @@
     y_t = silu( bias + sum_j w_j * x_{t-k+1+j} ),   j = 0 .. k-1
 
 The last tap, w_{k-1}, multiplies the present token; w_0 the oldest. With k = 4, decoding has to
-remember the last three *inputs*, before convolution and SiLU.
+cache the last three *inputs*, before convolution and SiLU.
 
 The definition is a loop over the taps; the plain form multiplies all windows of k inputs with the
 taps at once; decoding has a one-token step.

@@ -8,7 +8,7 @@ it, then reads from it:
 
 A < 0 is one number per head, so the decay is one number per head and token. What makes the scan
 *selective* is that dt, B and C are computed from the token itself: a large dt forgets what came
-before and writes this token; dt = 0 leaves the state alone. B and C belong to groups: head i reads
+before and writes this token; dt = 0 keeps the state. B and C belong to groups: head i reads
 group i // (h / g), as query heads share keys in grouped attention.
 
 `selective_scan` is the definition that every faster form is tested against: a Python loop that
@@ -108,7 +108,7 @@ def ssd_step(
 
     Args:
         state: the state before this token. "cpu" and "triton" overwrite it and return it; "naive"
-            and "torch" leave it alone and return a new one.
+            and "torch" do not change it and return a new one.
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
         dt_bias, dt_softplus: what makes step sizes of dt, if dt is not one yet, as in `step_sizes`;
             "triton" does this inside its kernel.

@@ -128,7 +128,7 @@ def ssd(
     Args:
         x: what is written to the state; any strides, any t (a ragged end is one shorter chunk).
         dt: step size per token and head, >= 0; or what becomes one by `dt_bias` and `dt_softplus`.
-            dt = 0 leaves the state alone.
+            dt = 0 does not change the state.
         A: decay rate per head, negative.
         B, C: write and read directions, one per group; g divides h.
         D: weight of the path around the state; none when None.

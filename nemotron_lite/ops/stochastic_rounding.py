@@ -16,7 +16,7 @@ The bits are those of the kernel (`nemotron_kernels.state_update`), for the same
 - each number gets 16 random bits from Philox-4x32 of five rounds (`philox.random_halves`), rows
   counted over batch, heads and channels;
 - in float16's normal range 13 bits of float32 must be dropped: 13 random bits are added below the
-  last bit that is kept, and the rest is cut off, which is exact;
+  last bit that is kept, and the rest is truncated, which is exact;
 - below 2^-14 float16 has a fixed step of 2^-24, and the distance is counted in 2^-16 of a step;
 - a number that float16 can represent does not change; beyond 65,504 is infinite, NaN stays NaN.
 

@@ -48,8 +48,8 @@ def test_sizes_are_those_of_the_format(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(measure, "in_own_process", lambda *a: asked.append(a) or len(asked))
     plain, packed, *peaks = bench.measure_size(TINY, folder, 4)
     assert plain["routed_experts"]["bits_a_weight"] == 16
-    # 24 columns fill up to 32, and each matrix has two scales in float32 or one: none without
-    # calibration but the tensor's.
+    # 24 columns are padded to 32. Each matrix has one float32 scale, that of the tensor; the scale
+    # of its inputs needs a calibration.
     up, down = 24 * 16 * 4.5 + 32, 16 * 32 * 4.5 + 32
     assert packed["routed_experts"]["bits_a_weight"] == pytest.approx((up + down) / (2 * 24 * 16))
     assert packed["bytes"] < plain["bytes"]

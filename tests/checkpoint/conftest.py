@@ -1,4 +1,4 @@
-"""What the checkpoint tests share: a model of each kind of layer, and a folder to break."""
+"""Fixtures of the checkpoint tests: a model with each kind of layer, and folders to damage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from nemotron_lite import Nemotron, NemotronConfig, save
 from tests.checkpoint.modelopt_folder import as_modelopt
-from tests.checkpoint.tiny import TINY, randomise
+from tests.checkpoint.tiny import TINY, randomize
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These models are so small that sharing their work between threads only costs."""
+    """These models are so small that several threads are slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny() -> NemotronConfig:
-    """One layer of each kind, a second mixture, and MTP."""
+    """One layer of each kind, a second MoE layer, and MTP."""
     return TINY
 
 
@@ -34,7 +34,7 @@ def make() -> Callable[..., Nemotron]:
 
     def build(config: NemotronConfig, seed: int = 0, dtype: torch.dtype | None = None) -> Nemotron:
         model = Nemotron(config)
-        randomise(model.state_dict().items(), seed)
+        randomize(model.state_dict().items(), seed)
         return model.to(dtype) if dtype else model
 
     return build
@@ -42,7 +42,7 @@ def make() -> Callable[..., Nemotron]:
 
 @pytest.fixture
 def saved(tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron]) -> Path:
-    """A folder with a whole checkpoint of `tiny`, for tests that break it."""
+    """A folder with a complete checkpoint of `tiny`, which tests may damage."""
     save(make(tiny), tmp_path / "model")
     return tmp_path / "model"
 

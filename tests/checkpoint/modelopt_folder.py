@@ -1,4 +1,4 @@
-"""Folders in ModelOpt's layout, made without the package's writer, and ways to break them."""
+"""Folders in ModelOpt's layout, not written by the package, and functions to edit them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ V_SCALE = "backbone.layers.3.mixer.v_proj.v_scale"
 
 
 def as_modelopt(folder: Path) -> None:
-    """Quantize a plain folder from outside: experts in NVFP4, Mamba in FP8, scales of the cache."""
+    """Quantize the files of a plain folder: experts in NVFP4, Mamba in FP8, scales of the cache."""
     tensors = load_file(folder / "model.safetensors")
     layers: dict[str, Any] = {}
     for name in list(tensors):
@@ -42,12 +42,12 @@ def as_modelopt(folder: Path) -> None:
         tensors[f"{module}.input_scale"] = torch.tensor(0.01 * (1 + len(layers)))
     tensors |= {K_SCALE: torch.tensor(0.125), V_SCALE: torch.tensor(0.3)}
     save_file(tensors, folder / "model.safetensors")
-    said = {
+    declared = {
         "quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers,
     }  # fmt: skip
-    whole = {"producer": {"name": "modelopt", "version": "0.1"}, "quantization": said}
+    whole = {"producer": {"name": "modelopt", "version": "0.1"}, "quantization": declared}
     (folder / "hf_quant_config.json").write_text(json.dumps(whole))
-    edit_config(folder, quantization_config={**said, "quant_method": "modelopt", "ignore": []})
+    edit_config(folder, quantization_config={**declared, "quant_method": "modelopt", "ignore": []})
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -72,7 +72,7 @@ def message(folder: Path, **options: Any) -> str:
 
 
 def by_hand(tensors: dict[str, Tensor], module: str, cols: int) -> Tensor:
-    """The weight of a module from the definition, number by number."""
+    """The decoded weight of a module, by the definition."""
     packed, scales = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].float()
     if packed.dtype != torch.uint8:
         return packed.float() * scales
@@ -83,7 +83,7 @@ def by_hand(tensors: dict[str, Tensor], module: str, cols: int) -> Tensor:
     return (values * factor.repeat_interleave(16, 1))[:, :cols]
 
 
-def say(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def edit_quant_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = folder / "hf_quant_config.json"
     whole = json.loads(file.read_text())
     change(whole["quantization"])

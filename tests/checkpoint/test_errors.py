@@ -1,4 +1,4 @@
-"""A broken folder: one error that lists all that is wrong, and the way out."""
+"""A damaged folder: one error that lists everything that is wrong and how to repair it."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def test_a_file_instead_of_the_folder(saved: Path) -> None:
     assert f"give the folder that holds it, {saved}" in message(saved / "model.safetensors")
 
 
-def test_folder_left_aside_by_an_interrupted_save(saved: Path) -> None:
-    aside = saved.parent / f".{saved.name}.old-1234"
-    saved.rename(aside)
-    assert str(aside) in message(saved)
+def test_folder_renamed_by_an_interrupted_save(saved: Path) -> None:
+    old = saved.parent / f".{saved.name}.old-1234"
+    saved.rename(old)
+    assert str(old) in message(saved)
 
 
 def test_empty_folder_lists_both_files(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_empty_folder_lists_both_files(tmp_path: Path) -> None:
     assert "neither model.safetensors nor model.safetensors.index.json" in text
 
 
-def test_config_that_is_no_json(saved: Path) -> None:
+def test_config_that_is_not_json(saved: Path) -> None:
     (saved / "config.json").write_text('{"model_type": ')
     text = message(saved)
     assert "config.json is no readable JSON" in text
@@ -75,7 +75,7 @@ def test_config_that_is_no_json(saved: Path) -> None:
     assert "config.json holds a list, expected an object" in message(saved)
 
 
-def test_config_that_is_not_built_and_weights_that_are_short_in_one_error(saved: Path) -> None:
+def test_unsupported_config_and_truncated_weights_in_one_error(saved: Path) -> None:
     edit_config(saved, mlp_bias=True, tie_word_embeddings=True)
     data = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(data[:-100])
@@ -85,7 +85,7 @@ def test_config_that_is_not_built_and_weights_that_are_short_in_one_error(saved:
     assert f"truncated: it has {len(data) - 100:,} of {len(data):,} bytes" in text
 
 
-def test_pickles_only(saved: Path) -> None:
+def test_a_folder_with_pickles_only(saved: Path) -> None:
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
     assert "safe_serialization=True" in message(saved)
 
@@ -113,7 +113,7 @@ def test_index_without_a_map(sharded: Path, text: str) -> None:
     assert "no weight_map" in message(sharded)
 
 
-def test_index_may_not_lead_out_of_the_folder(sharded: Path) -> None:
+def test_index_with_a_file_outside_the_folder(sharded: Path) -> None:
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -152,7 +152,7 @@ def test_lfs_pointer(saved: Path) -> None:
     assert "git lfs pull" in message(saved)
 
 
-def test_missing_unexpected_and_misshapen_in_one_error(saved: Path) -> None:
+def test_missing_unexpected_and_wrong_shapes_in_one_error(saved: Path) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors["lm_head.weight"], tensors[EXPERT]
         tensors["backbone.layers.0.mixer.rotary.inv_freq"] = torch.ones(3)
@@ -165,9 +165,9 @@ def test_missing_unexpected_and_misshapen_in_one_error(saved: Path) -> None:
     assert "lm_head.weight" in text
     assert EXPERT in text, "a single expert is named"
     assert "inv_freq" in text
-    assert "experts.6.up_proj" in text, "an expert too many"
+    assert "experts.6.up_proj" in text, "an extra expert is named"
     assert f"{GATE} [5, 32] for [6, 32]" in text
-    assert text.count(GATE) == 1, "what has another shape is not missing as well"
+    assert text.count(GATE) == 1, "a tensor with a wrong shape is not listed as missing too"
 
 
 def test_a_wrong_name_is_both_missing_and_unexpected(saved: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_wrong_name_is_both_missing_and_unexpected(saved: Path) -> None:
     assert "not in the model that config.json describes: 1 tensor, head.weight" in text
 
 
-def test_long_lists_are_cut_and_counted(saved: Path) -> None:
+def test_long_lists_are_shortened_with_a_count(saved: Path) -> None:
     edit_config(saved, n_routed_experts=60)
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         load(saved)
@@ -223,8 +223,8 @@ def test_mtp_lost_by_transformers(saved: Path) -> None:
     assert load(saved, mtp="drop").mtp is None
     edit_weights(saved, lambda t: t.pop("lm_head.weight"))
     text = message(saved, mtp="require")
-    assert 'load(path, mtp="drop")' in text, "also when other tensors are missing"
-    assert "lm_head.weight" in message(saved), "without the module the others are missing still"
+    assert 'load(path, mtp="drop")' in text, "also if other tensors are missing"
+    assert "lm_head.weight" in message(saved), "the warning does not hide other missing tensors"
 
 
 def test_a_part_of_the_mtp_module_is_an_error(saved: Path) -> None:
@@ -240,13 +240,13 @@ def test_mtp_that_the_config_does_not_mention(saved: Path) -> None:
     assert load(saved, mtp="drop").mtp is None
 
 
-def test_shared_expert_that_the_config_denies(saved: Path) -> None:
+def test_shared_expert_in_the_weights_but_not_in_the_config(saved: Path) -> None:
     edit_config(saved, n_shared_experts=0)
     assert "n_shared_experts is 0, which transformers ignores" in message(saved)
 
 
 @pytest.mark.parametrize("sign", ["packed", "scale"])
-def test_half_of_a_quantized_weight(saved: Path, sign: str) -> None:
+def test_a_part_of_a_quantized_weight(saved: Path, sign: str) -> None:
     if sign == "packed":
         edit_weights(saved, lambda t: t.update({EXPERT: torch.ones(24, 8, dtype=torch.uint8)}))
         expected = "without weight_scale, weight_scale_2"
@@ -259,7 +259,7 @@ def test_half_of_a_quantized_weight(saved: Path, sign: str) -> None:
     assert EXPERT.removesuffix(".weight") in text
 
 
-def test_whole_numbers_are_no_weights(saved: Path) -> None:
+def test_integer_weights_are_refused(saved: Path) -> None:
     edit_weights(saved, lambda t: t.update({GATE: torch.ones(6, 32, dtype=torch.int64)}))
     text = message(saved)
     assert "of a dtype that is not supported" in text
@@ -298,6 +298,6 @@ def test_saving_another_model_s_tokenizer(tmp_path: Path, tiny: NemotronConfig, 
         save(make(tiny), tmp_path / "m", tokenizer(129))
 
 
-def test_shards_without_room(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+def test_shard_size_limits(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
     with pytest.raises(ValueError, match="max_shard_bytes=0"):
         save(make(tiny), tmp_path / "m", max_shard_bytes=0)

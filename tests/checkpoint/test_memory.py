@@ -1,8 +1,8 @@
-"""Loading and saving never hold the weights twice.
+"""Loading and saving never have the weights in memory twice.
 
-Each case runs in a process of its own, because a process never gives all memory back. Its own peak
-(VmHWM) is read from Linux before and after: anonymous memory and pages of mapped files together,
-which is what counts against a container's limit.
+Each case runs in its own process, because a process never returns all its memory. The peak memory
+(VmHWM of Linux) is read before and after. It counts anonymous memory and pages of mapped files, as
+the memory limit of a container does.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(code: str, *arguments: object) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 240 MB in one file: several times what loading may hold beside the model."""
+    """About 240 MB in one file: several times the memory that loading may use besides the model."""
     path = tmp_path_factory.mktemp("memory") / "m"
     saved = run(SAVE, path, 10**10)
     assert saved["model"] > 3 * REOPEN_AFTER
@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_needs_the_model_and_little_else(folder: Path, dtype: str) -> None:
+def test_loading_needs_little_more_than_the_model(folder: Path, dtype: str) -> None:
     used = run(LOAD, folder, dtype)
     assert used["grown"] >= 0.9 * used["model"], "the measurement sees the model"
     assert used["grown"] <= used["model"] + REOPEN_AFTER + SLACK
@@ -119,7 +119,7 @@ def test_loading_needs_the_model_and_little_else(folder: Path, dtype: str) -> No
 def test_packed_weights_are_never_decoded_as_a_whole(folder: Path, tmp_path: Path) -> None:
     plain = run(PACK, folder, tmp_path / "packed")
     used = run(LOAD_PACKED, tmp_path / "packed")
-    assert used["model"] == plain["model"], "what was packed is what is loaded"
+    assert used["model"] == plain["model"], "the packed size is loaded"
     decoded = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     assert used["model"] < decoded / 5
     assert used["grown"] <= used["model"] + REOPEN_AFTER + SLACK
@@ -129,7 +129,7 @@ def test_packed_weights_are_never_decoded_as_a_whole(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("limit", [10**10, 50_000_000], ids=["one file", "shards"])
-def test_saving_needs_next_to_nothing(tmp_path: Path, limit: int) -> None:
+def test_saving_needs_almost_no_memory(tmp_path: Path, limit: int) -> None:
     used = run(SAVE, tmp_path / "m", limit)
     assert used["model"] > 4 * SLACK, "a second copy would be seen"
     assert used["grown"] <= SLACK

@@ -1,4 +1,4 @@
-"""Quantized folders: what is stored is read, written again bit by bit, or refused by name."""
+"""Quantized folders: tensors are read, written again with equal bits, or refused by name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.checkpoint.modelopt_folder import (
     by_hand,
     edit,
     edit_config,
+    edit_quant_config,
     message,
-    say,
 )
 
 Make = Callable[..., Nemotron]
@@ -37,7 +37,7 @@ def test_weights_are_decoded_as_defined(quantized: Path) -> None:
     state = load(quantized, dtype=torch.float32).state_dict()
     assert torch.equal(state[f"{STEM}.up_proj"][3], by_hand(tensors, EXPERT, 16))
     down = f"{STEM}.5.down_proj"
-    assert tensors[f"{down}.weight"].shape == (16, 16), "rows of 24 are filled up to 32"
+    assert tensors[f"{down}.weight"].shape == (16, 16), "rows of 24 are padded to 32"
     assert torch.equal(state[f"{STEM}.down_proj"][5], by_hand(tensors, down, 24))
     assert torch.equal(state[f"{IN_PROJ}.weight"], by_hand(tensors, IN_PROJ, 32))
     assert state.keys() == load(quantized, mtp="require").state_dict().keys()
@@ -55,8 +55,8 @@ def test_packed_round_trip_changes_no_bit(quantized: Path, shard_bytes: int) -> 
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
         assert torch.equal(bits(after[name]), bits(tensor)), name
-    said = [json.loads((f / "hf_quant_config.json").read_text()) for f in (quantized, other)]
-    assert said[0]["quantization"] == said[1]["quantization"]
+    written = [json.loads((f / "hf_quant_config.json").read_text()) for f in (quantized, other)]
+    assert written[0]["quantization"] == written[1]["quantization"]
     again = load(other, packed=True)
     assert again.state_dict().keys() == model.state_dict().keys()
 
@@ -76,7 +76,7 @@ def test_packed_and_decoded_compute_the_same(quantized: Path) -> None:
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 30:], atol=5e-4, rtol=5e-4)
 
 
-def test_casting_a_packed_model_leaves_what_is_packed(quantized: Path) -> None:
+def test_casting_a_packed_model_does_not_change_packed_weights(quantized: Path) -> None:
     model = load(quantized, packed=True)
     before = {
         n: t.clone() for n, t in model.state_dict().items() if "experts." in n or "_scale" in n
@@ -91,7 +91,7 @@ def test_casting_a_packed_model_leaves_what_is_packed(quantized: Path) -> None:
         assert torch.equal(bits(after[name]), bits(tensor)), name
 
 
-def test_rounded_inputs_change_the_answer_a_little(quantized: Path) -> None:
+def test_rounded_inputs_change_the_logits_a_little(quantized: Path) -> None:
     model = load(quantized, packed=True, dtype=torch.float32)
     layer = model.backbone.layers[0].mixer.in_proj
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
@@ -108,7 +108,9 @@ def test_rounded_inputs_change_the_answer_a_little(quantized: Path) -> None:
 
 def test_packed_takes_less_memory(quantized: Path) -> None:
     experts = load(quantized, packed=True).backbone.layers[1].mixer.experts
-    assert experts.up_proj.nbytes * 8 == 6 * (24 * 16 * 4.5 + 64), "two scales beside 4.5 bits"
+    assert experts.up_proj.nbytes * 8 == 6 * (24 * 16 * 4.5 + 64), (
+        "4.5 bits per weight and two scales"
+    )
 
 
 def test_scales_in_another_shard(quantized: Path) -> None:
@@ -142,8 +144,8 @@ def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
         f"{IN_PROJ}.weight": q.codes, f"{IN_PROJ}.weight_scale": q.scales,
         f"{IN_PROJ}.weight_scale_2": q.scale,
     }))  # fmt: skip
-    said = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*.q_proj"]}
-    whole = {"producer": {"name": "modelopt"}, "quantization": said}
+    declared = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*.q_proj"]}
+    whole = {"producer": {"name": "modelopt"}, "quantization": declared}
     (saved / "hf_quant_config.json").write_text(json.dumps(whole))
     model = load(saved, packed=True)
     save(model, saved.parent / "again")
@@ -156,7 +158,7 @@ def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
     assert group["weights"] == {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 
 
-def test_saving_decoded_weights_leaves_no_sign_of_quantization(quantized: Path) -> None:
+def test_saving_decoded_weights_removes_the_quantization_config(quantized: Path) -> None:
     save(load(quantized), quantized)
     assert not (quantized / "hf_quant_config.json").exists()
     assert "quantization_config" not in json.loads((quantized / "config.json").read_text())
@@ -180,7 +182,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
     "two tensor scales": (
         lambda t: t.update({f"{EXPERT}.weight_scale_2": torch.ones(2)}), [EXPERT, "F32 [2]"],
     ),
-    "odd input scale": (
+    "input scale of three numbers": (
         lambda t: t.update({f"{EXPERT}.input_scale": torch.ones(3)}), ["input_scale is F32 [3]"],
     ),
     "per channel": (
@@ -194,7 +196,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
     "two scales for fp8": (
         lambda t: t.update({f"{IN_PROJ}.weight_scale_2": torch.tensor(1.0)}), ["only NVFP4"],
     ),
-    "scales of nothing": (
+    "scale of a weight that is not quantized": (
         lambda t: t.update({"lm_head.weight_scale": torch.tensor(1.0)}),
         ["lm_head", "needs no scale"],
     ),
@@ -202,7 +204,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
         lambda t: t.update({f"{EXPERT}.weight": torch.ones(24, 16, dtype=torch.int8)}),
         [EXPERT, "a weight in I8"],
     ),
-    "cut rows": (
+    "rows of a wrong size": (
         lambda t: t.update({f"{EXPERT}.weight": t[f"{EXPERT}.weight"][:, :5].clone()}),
         [EXPERT, "packed rows of 5 bytes"],
     ),
@@ -213,11 +215,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
         }),
         [f"{EXPERT}.weight [24, 32] for [24, 16]"],
     ),
-    "lost cache scale": (
+    "cache scale without a projection": (
         lambda t: t.update({K_SCALE.replace("layers.3", "layers.4"): torch.tensor(1.0)}),
         ["without a projection", "layers.4"],
     ),
-    "wide cache scale": (lambda t: t.update({K_SCALE: torch.ones(4)}), [K_SCALE, "one F32 number"]),
+    "cache scales": (lambda t: t.update({K_SCALE: torch.ones(4)}), [K_SCALE, "one F32 number"]),
     "negative": (
         lambda t: t[f"{EXPERT}.weight_scale_2"].neg_(), [f"{EXPERT}.weight_scale_2 holds -"],
     ),
@@ -263,13 +265,15 @@ def test_experts_of_one_stack_in_two_formats(quantized: Path) -> None:
         t.update({f"{EXPERT}.weight": f.codes, f"{EXPERT}.weight_scale": f.scale}),
         t.pop(f"{EXPERT}.weight_scale_2"),
     ))  # fmt: skip
-    say(quantized, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}))
+    edit_quant_config(
+        quantized, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}})
+    )
     edit_config(quantized, quantization_config=None)
     assert load(quantized).dtype == torch.float32
     assert "stored in different formats" in message(quantized, packed=True)
 
 
-def test_bytes_that_are_no_packed_weight_are_not_saved(
+def test_bytes_that_are_not_a_packed_weight_are_not_saved(
     tmp_path: Path, tiny: NemotronConfig, make: Make
 ) -> None:
     model = make(tiny)

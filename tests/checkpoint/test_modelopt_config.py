@@ -15,8 +15,8 @@ from tests.checkpoint.modelopt_folder import (
     IN_PROJ,
     STEM,
     edit_config,
+    edit_quant_config,
     message,
-    say,
 )  # fmt: skip
 
 DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -24,7 +24,7 @@ DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}}),
         f"{EXPERT} is stored as NVFP4, declared as FP8",
     ),
-    "a plain one": (
+    "a format for a plain weight": (
         lambda q: q["quantized_layers"].update({"lm_head": {"quant_algo": "FP8"}}),
         "lm_head is not quantized, declared as FP8",
     ),
@@ -32,7 +32,7 @@ DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda q: (q["quantized_layers"].pop(IN_PROJ), q.update(exclude_modules=["*.in_proj"])),
         f"{IN_PROJ} is stored as FP8, declared as not quantized",
     ),
-    "one for all": (
+    "one format for all": (
         lambda q: (q.pop("quantized_layers"), q.update(quant_algo="NVFP4")),
         f"{IN_PROJ} is stored as FP8, declared as NVFP4",
     ),
@@ -40,15 +40,15 @@ DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "group": (
         lambda q: q["quantized_layers"][EXPERT].update(group_size=32), "group_size 32; expected 16"
     ),
-    "odd list": (lambda q: q.update(exclude_modules="lm_head"), "exclude_modules is not a list"),
-    "odd layers": (lambda q: q.update(quantized_layers=[1]), "quantized_layers is a list"),
+    "exclude": (lambda q: q.update(exclude_modules="lm_head"), "exclude_modules is not a list"),
+    "quantized_layers": (lambda q: q.update(quantized_layers=[1]), "quantized_layers is a list"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", DECLARED)
 def test_a_declaration_must_agree_with_the_stored_tensors(quantized: Path, fault: str) -> None:
     change, words = DECLARED[fault]
-    say(quantized, change)
+    edit_quant_config(quantized, change)
     assert words in message(quantized)
 
 
@@ -59,7 +59,7 @@ def test_a_listed_module_covers_what_is_inside_it(quantized: Path) -> None:
             del layers[name]
         layers[STEM] = {"quant_algo": "NVFP4"}
 
-    say(quantized, fused)
+    edit_quant_config(quantized, fused)
     assert load(quantized).dtype == torch.float32
 
 
@@ -70,8 +70,8 @@ def test_quantized_weights_without_a_declaration(quantized: Path) -> None:
 
 
 def test_a_declaration_without_quantized_weights(saved: Path) -> None:
-    said = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    edit_config(saved, quantization_config=said)
+    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    edit_config(saved, quantization_config=declared)
     assert "but no stored weight is" in message(saved)
 
 

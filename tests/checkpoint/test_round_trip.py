@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, in every layout, dtype and number of files."""
+"""Saved weights are loaded bit for bit, in every layout, dtype and number of files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_same(one: Nemotron, other: Nemotron) -> None:
 
 
 def on_disk(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, by the library's own reader."""
+    """Every tensor of a folder, read by the safetensors library."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         part = load_file(file)
@@ -57,7 +57,7 @@ def test_round_trip(
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_disk_names_of_every_preset_come_back_to_their_place(name: str) -> None:
+def test_file_names_of_tensors_map_back_in_every_preset(name: str) -> None:
     with torch.device("meta"):
         model = Nemotron(PRESETS[name])
     seen = set()
@@ -92,7 +92,7 @@ def test_the_hub_layout_is_written(saved: Path, tiny: NemotronConfig) -> None:
 def test_every_tensor_starts_at_a_multiple_of_its_width(
     tmp_path: Path, tiny: NemotronConfig, make: Make
 ) -> None:
-    """Three heads in bfloat16 are 6 bytes, after which a float32 bias would start between two."""
+    """Three heads in bfloat16 take 6 bytes. A float32 bias after them must be aligned to 4."""
     model = make(tiny.replace(mamba_num_heads=3, n_groups=1), dtype=torch.bfloat16)
     save(model, tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -118,7 +118,7 @@ def test_index_is_complete(tmp_path: Path, tiny: NemotronConfig, make: Make) -> 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.backbone.", "backbone."])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_other_spellings_are_read(
+def test_other_tensor_names_are_read(
     saved: Path, tiny: NemotronConfig, make: Make, prefix: str, stacked: bool
 ) -> None:
     model = make(tiny)
@@ -128,7 +128,7 @@ def test_other_spellings_are_read(
     assert_same(model, load(saved))
 
 
-def test_dtype_is_the_named_one_unless_asked_for(
+def test_dtype_is_that_of_the_config_by_default(
     tmp_path: Path, tiny: NemotronConfig, make: Make
 ) -> None:
     model = make(tiny)
@@ -145,7 +145,7 @@ def test_dtype_is_the_named_one_unless_asked_for(
         assert_same(half, load(tmp_path))
 
 
-def test_without_a_named_dtype_every_tensor_stays_as_stored(
+def test_without_a_dtype_in_the_config_tensors_keep_theirs(
     tmp_path: Path, tiny: NemotronConfig, make: Make
 ) -> None:
     model = make(tiny, dtype=torch.bfloat16)
@@ -193,7 +193,7 @@ def test_load_and_save_under_the_names_of_transformers(saved: Path, tmp_path: Pa
     assert len(list((tmp_path / "copy").glob("model-*"))) > 1
 
 
-def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
+def test_loading_does_not_change_the_random_state(saved: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -227,7 +227,9 @@ def tokenizer(size: int) -> Tokenizer:
     return words
 
 
-def test_tokenizer_travels_with_the_model(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
+def test_tokenizer_is_saved_and_loaded_with_the_model(
+    tmp_path: Path, tiny: NemotronConfig, make: Make
+) -> None:
     model = make(tiny)
     save(model, tmp_path / "without")
     assert load(tmp_path / "without").tokenizer is None
@@ -237,7 +239,9 @@ def test_tokenizer_travels_with_the_model(tmp_path: Path, tiny: NemotronConfig, 
     save(loaded, tmp_path / "again")
     assert load(tmp_path / "again").tokenizer.to_str() == tokenizer(128).to_str()
     save(model, tmp_path / "again")
-    assert load(tmp_path / "again").tokenizer is None, "not the one of the model before"
+    assert load(tmp_path / "again").tokenizer is None, (
+        "the tokenizer of the previous model must not stay"
+    )
 
 
 def test_tokenizer_opens_in_transformers(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
@@ -248,12 +252,12 @@ def test_tokenizer_opens_in_transformers(tmp_path: Path, tiny: NemotronConfig, m
 
 
 def test_files_are_strict_json(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:
-    """Other languages' parsers know no Infinity."""
+    """JSON parsers of other languages do not accept Infinity."""
     config = tiny.replace(time_step_limit=(0.01, float("inf")))
     save(make(config), tmp_path, max_shard_bytes=40_000)
 
     def refuse(text: str) -> None:
-        raise AssertionError(f"{text} is no JSON")
+        raise AssertionError(f"{text} is not JSON")
 
     for file in tmp_path.glob("*.json"):
         json.loads(file.read_text(), parse_constant=refuse)

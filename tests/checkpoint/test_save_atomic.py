@@ -1,4 +1,4 @@
-"""Whatever happens while saving, the folder holds one whole checkpoint: the old or the new."""
+"""If saving fails at any moment, the folder has one complete checkpoint: the old or the new."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stop(BaseException):
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> None:
-    """Make the given call of a function fail after it has done its work."""
+    """Make one call of a function raise after it has done its work; `call` is its number."""
     real, calls = getattr(module, name), iter(range(1, 1000))
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the one-step exchange of folders, and on a system that has none."""
+    """Runs a test with and without the system call that exchanges two folders."""
     if not request.param:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     return request.param
@@ -79,11 +79,11 @@ def test_interruption_leaves_the_old_checkpoint(
     with pytest.raises(Stop):
         save(other, tmp_path / "m", max_shard_bytes=40_000)
     assert contents(tmp_path / "m") == before
-    assert os.listdir(tmp_path) == ["m"], "nothing half-written is left beside it"
+    assert os.listdir(tmp_path) == ["m"], "no temporary folder is left"
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_failing_renames_put_the_old_checkpoint_back(
+def test_a_failed_rename_restores_the_old_checkpoint(
     tmp_path: Path, tiny: NemotronConfig, make: Make, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     save(make(tiny, seed=1), tmp_path / "m")
@@ -118,7 +118,7 @@ def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(
         "generation_config.json",
         "model.safetensors",
         "optimizer/state.pt",
-    ], "the shards and the index of the old checkpoint are gone, what is not ours is there"
+    ], "old shards and the old index are removed, other files are kept"
     loaded = load(tmp_path / "m")
     assert loaded.config.vocab_size == 90
     for name, tensor in other.state_dict().items():
@@ -126,8 +126,8 @@ def test_overwriting_replaces_the_checkpoint_and_keeps_other_files(
     assert os.listdir(tmp_path) == ["m"]
 
 
-def test_the_exchange_is_one_step_here(tmp_path: Path) -> None:
-    """Linux and macOS can; if a test machine's disk cannot, the kill test below tests less."""
+def test_two_folders_are_exchanged_by_one_system_call(tmp_path: Path) -> None:
+    """Linux and macOS have it. On a disk that does not support it, this test is skipped."""
     if sys.platform not in ("linux", "darwin"):
         pytest.skip("no system call for it")
     (tmp_path / "a").mkdir()
@@ -153,9 +153,9 @@ for step in range(1_000_000):
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal nobody can catch")
-def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Killed at moments that nobody chose, with no chance to clean up."""
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_process_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
+    """The process is killed at three moments while it saves, and cannot clean up."""
     target = tmp_path / "m"
     for pause in (0.0, 0.04, 0.09):
         with subprocess.Popen(
@@ -174,10 +174,12 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert len(values) == 1, "parts of two checkpoints"
         assert values <= {float(last), float(last + 1)}
     save(load(target), target)
-    assert os.listdir(tmp_path) == ["m"], "the next save clears away what the killed ones left"
+    assert os.listdir(tmp_path) == ["m"], (
+        "the next save removes the temporary folders of killed ones"
+    )
 
 
-def test_a_save_that_is_going_on_is_not_cleared_away(tmp_path: Path) -> None:
+def test_the_folder_of_a_running_save_is_not_removed(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "m") as first:
         (first / "one").touch()
         with atomic_folder(tmp_path / "m") as second:

@@ -1,12 +1,12 @@
 """Logits and greedy tokens against transformers, on checkpoints that transformers wrote.
 
-Each case is a tiny random `nemotron_h` model whose every parameter is randomised. transformers
-saves it, `load` opens it, and both read the same tokens: logits agree within 2e-4 in float32, and
-64 greedy tokens are the same, ours through `Cache`, theirs through their cache.
+Each case is a tiny `nemotron_h` model with random values in every parameter. transformers saves it,
+`load` opens it, and both get the same tokens: logits agree within 2e-4 in float32, and 64 greedy
+tokens are the same, each with its own cache.
 
 `time_step_min` is 1e-30 in transformers' config: it clamps dt at that value in prefill but not in
-decode (reference sheet 2.4), which no Nemotron was trained with. The random step sizes go down to
-1e-4, below the published 1e-3, so that a clamp on either side would show.
+decode (reference sheet 2.4), and no Nemotron was trained with that clamp. The random step sizes go
+down to 1e-4, below the published 1e-3, so that a clamp on either side would be seen.
 
 Attention is eager and experts run one by one, which are transformers' definitions.
 """
@@ -25,7 +25,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.config import PRESETS
-from tests.checkpoint.tiny import randomise
+from tests.checkpoint.tiny import randomize
 
 TOLERANCE = 2e-4
 GREEDY = 64
@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, object]] = {
         hybrid_override_pattern="ME*E", n_group=4, topk_group=2, num_experts_per_tok=5
     ),
     "scaled": dict(hybrid_override_pattern="ME*E", routed_scaling_factor=5.0, moe_latent_size=12),
-    "not normalised": dict(
+    "not normalized": dict(
         hybrid_override_pattern="ME*E", norm_topk_prob=False, routed_scaling_factor=2.5
     ),
     # As published: far from zero, and close together.
@@ -84,7 +84,7 @@ class Pair:
 
     @property
     def has_cache(self) -> bool:
-        """transformers sizes its cache by the first attention layer, and fails without one."""
+        """transformers gets the size of its cache from the first attention layer; it needs one."""
         return "*" in self.ours.config.pattern
 
 
@@ -93,7 +93,7 @@ def write_reference(folder: Path, seed: int, **config: object) -> NemotronHForCa
     model = NemotronHForCausalLM(NemotronHConfig(**{**BASE, **config})).eval()
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
-    randomise(model.state_dict().items(), seed)
+    randomize(model.state_dict().items(), seed)
     model.save_pretrained(folder)
     return model
 
@@ -125,32 +125,34 @@ def worst(one: Tensor, other: Tensor) -> float:
 
 
 def margin(model: Nemotron, tokens: Tensor) -> float:
-    """How far the last chosen expert is ahead of the first one left out, at worst."""
+    """The smallest score difference of the last chosen expert and the first one not chosen."""
     gaps = [torch.tensor(1.0)]
     with torch.no_grad():
         stats = model(tokens, router_stats=True).router
     for layer in stats:
         gate = model.get_submodule(layer.name).gate
         biased = (layer.scores + gate.e_score_correction_bias).sort(-1, descending=True).values
-        if gate.choice["n_group"] == 1:  # with groups the runner-up is not simply the next
+        if (
+            gate.choice["n_group"] == 1
+        ):  # with groups the first expert not chosen is not simply the next
             top_k = layer.indices.shape[-1]
             gaps.append((biased[..., top_k - 1] - biased[..., top_k]).min())
     return float(torch.stack(gaps).min())
 
 
 @pytest.mark.parametrize("length", [75, 64, 17, 3, 1])
-def test_logits_are_those_of_transformers(pair: Pair, length: int) -> None:
+def test_logits_equal_those_of_transformers(pair: Pair, length: int) -> None:
     tokens = prompt(length)
     with torch.no_grad():
         ours = pair.ours(tokens).logits
     theirs = their_logits(pair.theirs, tokens)
-    assert theirs.std() > 0.3, "the reference is too flat to tell two models apart"
+    assert theirs.std() > 0.3, "the logits vary too little to tell two models apart"
     assert margin(pair.ours, tokens) > 2e-6, "two experts are nearly tied; take another seed"
     assert worst(ours, theirs) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [37, 2])
-def test_greedy_tokens_are_those_of_transformers(pair: Pair, length: int) -> None:
+def test_greedy_tokens_equal_those_of_transformers(pair: Pair, length: int) -> None:
     tokens = prompt(length)
     theirs = _greedy_cached(pair, tokens) if pair.has_cache else _greedy_full(pair, tokens)
     assert generate(pair.ours, tokens, GREEDY, temperature=0, stop=()) == theirs.tolist()
@@ -174,7 +176,7 @@ def _greedy_full(pair: Pair, tokens: Tensor) -> Tensor:
     return tokens[:, start:]
 
 
-def test_what_we_save_opens_in_transformers(pair: Pair, tmp_path: Path) -> None:
+def test_transformers_opens_our_checkpoints(pair: Pair, tmp_path: Path) -> None:
     save(pair.ours, tmp_path / "ours")
     theirs = NemotronHForCausalLM.from_pretrained(tmp_path / "ours").eval()
     for name, tensor in pair.theirs.state_dict().items():
@@ -188,7 +190,7 @@ RICH = CASES["miniature of super"]
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["per expert", "stacked"])
 @pytest.mark.parametrize("shard", ["5GB", "30KB"], ids=["one file", "shards"])
-def test_every_layout_transformers_can_write(tmp_path: Path, stacked: bool, shard: str) -> None:
+def test_every_layout_that_transformers_writes(tmp_path: Path, stacked: bool, shard: str) -> None:
     theirs = write_reference(tmp_path, seed=5, **RICH)
     for file in tmp_path.iterdir():
         file.unlink()
@@ -207,7 +209,7 @@ def test_every_layout_transformers_can_write(tmp_path: Path, stacked: bool, shar
 def test_our_model_with_mtp_opens_in_transformers(
     tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron], shard: int
 ) -> None:
-    """The published time_step_min and steps far below it: the file has to say "no clamp"."""
+    """Steps far below the published time_step_min: config.json must disable the clamp."""
     ours = make(tiny)
     assert tiny.time_step_min == 0.001
     save(ours, tmp_path / "m", max_shard_bytes=shard)
@@ -224,7 +226,7 @@ def test_our_model_with_mtp_opens_in_transformers(
 def test_bfloat16_and_the_float32_bias_survive_transformers(
     tmp_path: Path, tiny: NemotronConfig, make: Callable[..., Nemotron]
 ) -> None:
-    """Weights only: routing in bfloat16 flips between any two programs."""
+    """Compares weights only: in bfloat16, two programs choose different experts now and then."""
     ours = make(tiny.replace(mtp_pattern="", mtp_depths=0), dtype=torch.bfloat16)
     save(ours, tmp_path / "ours")
     theirs = NemotronHForCausalLM.from_pretrained(tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""Sizes and values of the checkpoints that these tests write: small, and no value left at rest."""
+"""Sizes and values of the checkpoints that these tests write: small, with random values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TINY = NemotronConfig(
 
 
 @torch.no_grad()
-def randomise(named: Iterable[tuple[str, Tensor]], seed: int) -> None:
-    """Give every parameter and buffer a value that a mistake would show in.
+def randomize(named: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Give every parameter and buffer a random value, so that a mistake is seen.
 
-    A fresh model hides most mistakes: norms are ones, D is one, biases are zero, and the router is
-    so flat that the order of two experts hangs on the last bit. Here none of these is left, and
-    step sizes reach from 1e-4, where transformers would clamp them, to 3.
+    A new model hides most mistakes: norms are ones, D is one, biases are zero, and router scores
+    are so close that rounding decides between two experts. Here all of them are random, and step
+    sizes are between 1e-4, which transformers would clamp, and 3.
     """
     draw = torch.Generator().manual_seed(seed)
     for name, tensor in named:

@@ -51,7 +51,7 @@ def sizes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of Python files, a cache of its own, and few held-out bytes."""
+    """A folder of Python files, with an own cache folder and few held-out bytes."""
     folder = tmp_path / "text"
     folder.mkdir()
     for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
@@ -100,7 +100,7 @@ def test_info_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
     assert max(map(len, result.stdout.splitlines())) <= 88  # the pattern string is not cut
 
 
-def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tmp_path):
+def test_train_writes_a_checkpoint_and_generate_is_reproducible(sizes, text, tmp_path):
     run = tmp_path / "run"
     shown = call(
         "train", "--model", sizes, "--text", text, "--out", run, "--steps", 3,
@@ -134,7 +134,7 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
-def test_train_goes_on_where_it_stopped(sizes, text, tmp_path, precision):
+def test_train_resumes_where_it_stopped(sizes, text, tmp_path, precision):
     options = (
         "--model", sizes, "--text", text, "--batch-size", 2, "--seq-len", 32, "--save-every", 2,
         "--steps", 4, "--precision", precision,
@@ -154,7 +154,7 @@ def test_train_goes_on_where_it_stopped(sizes, text, tmp_path, precision):
     assert len(losses[0]) == 4
 
 
-def test_run_tells_the_whole_story(sizes, text, tmp_path):
+def test_run_prints_all_its_steps(sizes, text, tmp_path):
     shown = call(
         "run", "--model", sizes, "--text", text, "--max-seconds", 2, "--out", tmp_path / "model"
     ).stdout
@@ -192,7 +192,7 @@ TINY_PARAMETERS = nemotron_lite.ledger.parameters(TINY).total
         (("info", "--precision", "int4"), "precision='int4'"),
     ],
 )
-def test_mistakes_get_one_message(arguments, message, tmp_path, monkeypatch):
+def test_user_errors_print_one_message(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call(*arguments, code=1)
     assert result.stderr.startswith("Error: ")
@@ -201,7 +201,7 @@ def test_mistakes_get_one_message(arguments, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_are_not_what_they_should_be(tmp_path):
+def test_missing_and_invalid_configs(tmp_path):
     assert "no config.json in" in call("info", tmp_path, code=1).stderr
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in call("info", tmp_path, code=1).stderr
@@ -209,7 +209,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
     assert "num_experts_per_tok=9" in call("info", tmp_path, code=1).stderr
 
 
-def test_a_checkpoint_without_a_tokenizer_cannot_read_a_prompt(tmp_path):
+def test_a_text_prompt_needs_a_tokenizer(tmp_path):
     nemotron_lite.save(nemotron_lite.Nemotron(TINY), tmp_path / "model")
     options = ("generate", "--model", tmp_path / "model", "--prompt", "x")
     assert "has no tokenizer.json" in call(*options, code=1).stderr

@@ -17,7 +17,7 @@ from nemotron_lite import cli, data
 from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
 from nemotron_lite.cli import app
 from nemotron_lite.quantization.packed_layers import PackedWeight
-from tests.checkpoint.tiny import randomise
+from tests.checkpoint.tiny import randomize
 from tests.cli.test_cli import TINY
 
 EXPERTS = "backbone.layers.1.mixer.experts"
@@ -50,7 +50,7 @@ def trained(text: Path) -> Path:
         vocab_size=300, root=text, held_out_bytes=2_000, cache=text.parent / "cache"
     )
     model = nemotron_lite.Nemotron(TINY, seed=0)
-    randomise(model.state_dict().items(), 3)
+    randomize(model.state_dict().items(), 3)
     nemotron_lite.save(model, text.parent / "model", tokenizer=prepared.tokenizer)
     return text.parent / "model"
 
@@ -93,8 +93,8 @@ def test_a_mix_within_a_budget(trained: Path, text: Path, tmp_path: Path) -> Non
     assert {"fp8", "nvfp4"} <= set(found[2].replace(",", "").split())
     assert 6 < float(found[3]) <= 7
     assert "Score" not in shown
-    said = json.loads((tmp_path / "mix" / "hf_quant_config.json").read_text())
-    assert said["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    written = json.loads((tmp_path / "mix" / "hf_quant_config.json").read_text())
+    assert written["quantization"]["quant_algo"] == "MIXED_PRECISION"
 
 
 def test_packed_weights_generate_the_same_text(trained: Path, text: Path, tmp_path: Path) -> None:
@@ -108,13 +108,15 @@ def test_packed_weights_generate_the_same_text(trained: Path, text: Path, tmp_pa
     assert half.stdout.startswith("def f")
     assert run_command(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
     plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
-    assert "is quantized. Leave it away" in run_command(*plain_folder, code=1).stderr
+    assert "is quantized. Omit this option" in run_command(*plain_folder, code=1).stderr
     assert (
         "--ssm-dtype int8: expected" in run_command(*options, "--ssm-dtype", "int8", code=1).stderr
     )
 
 
-def test_wrong_options_are_refused_first(trained: Path, text: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_refused_before_any_work(
+    trained: Path, text: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     for more, words in {
         ("--bits", 4.75, "--format", "fp8"): "a budget or one format, not both",
@@ -132,7 +134,7 @@ def test_wrong_options_are_refused_first(trained: Path, text: Path, tmp_path: Pa
     assert "is quantized already (FP8)" in again
 
 
-def test_storage_report_reads_headers_only_and_names_what_is_wrong(
+def test_storage_report_reads_headers_only_and_refuses_damaged_files(
     trained: Path, tmp_path: Path
 ) -> None:
     groups = storage_summary(trained)

@@ -25,7 +25,7 @@ from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 from nemotron_lite.train import TrainConfig, train
 from tests.cache_oracles import WAYS
-from tests.checkpoint.tiny import TINY, randomise
+from tests.checkpoint.tiny import TINY, randomize
 from tests.compare import relative_rms
 from tests.train.conftest import TINY as LEARNER
 from tests.train.conftest import text
@@ -60,7 +60,7 @@ CONFIGS = {"tiny": TINY, "odd": ODD, "wide": WIDE}
 def both(config: NemotronConfig, seed: int = 3) -> tuple[Nemotron, Nemotron]:
     """One set of random weights on the CPU and on the GPU."""
     on_cpu = Nemotron(config, dtype=torch.float32, seed=0).eval()
-    randomise(on_cpu.state_dict().items(), seed)
+    randomize(on_cpu.state_dict().items(), seed)
     on_gpu = Nemotron(config, device=DEVICE, dtype=torch.float32, seed=0).eval()
     on_gpu.load_state_dict(on_cpu.state_dict())
     return on_cpu, on_gpu

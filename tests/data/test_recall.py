@@ -80,7 +80,7 @@ def test_the_score_is_the_share_of_right_answers() -> None:
     assert recall_score(half, batch) == 0.5
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pairs=\(\)"):
         Recall(())
     with pytest.raises(ValueError, match="at most 4 pairs"):

@@ -1,11 +1,11 @@
-"""Kernel tests run in Triton's interpreter, with every fresh buffer full of NaN.
+"""Kernel tests run in Triton's interpreter, and every new buffer is filled with NaN.
 
-A process either interprets kernels or compiles them, and which one is settled when triton is first
-imported: tests/conftest.py sets TRITON_INTERPRET before any test module is. Tests that compile
-start a Python of their own with the variable unset (`compiling_environment`).
+A process either interprets kernels or compiles them. This is decided when triton is first imported,
+so tests/conftest.py sets TRITON_INTERPRET before any test module is imported. Tests that compile
+start a separate Python process in which the variable is not set (`compiling_environment`).
 
-A kernel that forgets to write an element leaves what was in memory before, which in a fresh
-process is often zero and looks right. Here it is NaN, so it looks wrong.
+If a kernel does not write an element of its result, the element keeps the old value in memory. In a
+new process this is often zero and looks correct. Here it is NaN, so the test fails.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its relatives hand out NaN (integers: their maximum) instead of leftovers."""
+    """torch.empty and similar functions return NaN (for integers, the largest value)."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):

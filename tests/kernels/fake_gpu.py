@@ -12,7 +12,7 @@ import torch
 
 
 class FakeGpu:
-    """The part of torch.cuda that timing uses. `now` is the clock in milliseconds."""
+    """The part of torch.cuda that timing uses. `now` is the time of its clock in milliseconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -21,7 +21,7 @@ class FakeGpu:
         self.forward_on: Any = None
 
     def takes(self, milliseconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which takes this long on the fake clock."""
+        """`function`, but each call moves the fake clock forward by this time."""
 
         def call(*args: Any, **options: Any) -> Any:
             self.now += milliseconds

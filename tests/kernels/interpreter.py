@@ -1,17 +1,17 @@
-"""Test-only patches of Triton's interpreter: faster, right with new numpy, and wary of overflow.
+"""Test-only patches of Triton's interpreter: for speed, for new numpy, and to find overflow.
 
-All of them reach into private parts of Triton, so each is optional, and test_interpreter.py proves
-that results are the same with and without it.
+All of them change private parts of Triton. They are optional, and test_interpreter.py checks that
+the results are the same with and without them.
 
-- `patch_once_per_launch`: the interpreter swaps the functions of `triton.language` for its own
-  again at every nested `@triton.jit` call (`tl.sum` and `tl.sigmoid` are such calls), which takes
-  longer than the call. Once per launch and module is enough.
+- `patch_once_per_launch`: at every nested `@triton.jit` call (such as `tl.sum` and `tl.sigmoid`),
+  the interpreter replaces the functions of `triton.language` by its own again. This takes longer
+  than the call. Once per launch and module is enough.
 - `indices_from_arrays`: Triton 3.6 turns a runtime loop bound into an int with `int(array)`, which
   numpy 2.4 refuses for arrays of one element.
-- `ends_of_loops`: a loop over a million tokens takes its first and its last turn only, and counts
-  in 32 bits as it does on a GPU. The interpreter counts in Python's integers, which never overflow.
-- `overflow_is_an_error`: 32-bit integer arithmetic that leaves 32 bits raises. On a GPU it wraps,
-  and a kernel that multiplies an index by a stride in 32 bits reads and writes the wrong memory.
+- `ends_of_loops`: a loop over a million tokens runs its first and its last iteration only, and
+  counts in 32 bits as on a GPU. The interpreter counts in Python's integers, which never overflow.
+- `overflow_is_an_error`: 32-bit integer arithmetic that overflows raises. On a GPU it wraps, and a
+  kernel that multiplies an index by a stride in 32 bits reads and writes the wrong memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _patched: set[int] | None = None
 
 
 def patch_once_per_launch() -> None:
-    """Patch the language modules at a launch and not again before it ends."""
+    """Patch each language module at most once per launch."""
     if getattr(interpreter.GridExecutor.__call__, "once", False):
         return
     whole_launch = interpreter.GridExecutor.__call__
@@ -38,7 +38,7 @@ def patch_once_per_launch() -> None:
         global _patched
         _patched = set()
         try:
-            # exp(100) is inf on a GPU too, and nobody warns there.
+            # exp(100) is inf on a GPU too, without a warning.
             with np.errstate(over="ignore"):
                 whole_launch(self, *args, **kwargs)
         finally:
@@ -61,7 +61,7 @@ def patch_once_per_launch() -> None:
 
 
 def indices_from_arrays() -> None:
-    """Let a tensor of one element be a loop bound, whatever numpy says about `int(array)`."""
+    """Let a tensor of one element be a loop bound, although numpy refuses `int(array)` for it."""
     patch = interpreter._patch_lang_tensor
     if getattr(patch, "from_arrays", False):
         return
@@ -83,7 +83,7 @@ def indices_from_arrays() -> None:
 
 @contextlib.contextmanager
 def ends_of_loops(*modules: ModuleType) -> Iterator[None]:
-    """Inside, `range` in the kernels of these modules yields its ends, as 32-bit tensors."""
+    """Inside, `range` in the kernels of these modules yields first and last, as 32-bit tensors."""
 
     def ends(*bounds: Any) -> Iterator[tl.tensor]:
         numbers = range(*(int(bound) for bound in bounds))

@@ -1,4 +1,4 @@
-"""A twin of the kernels' random bits in numpy, written from the paper and not from Triton.
+"""A numpy reference for the random bits of the kernels, written from the paper, not from Triton.
 
 Philox-4x32 turns a counter of four words and a key of two into four random words:
 
@@ -19,7 +19,7 @@ WORD = np.uint64(0xFFFFFFFF)
 
 
 def philox(counter: list[np.ndarray], key: tuple[int, int], rounds: int) -> list[np.ndarray]:
-    """Four words of random bits for each counter; everything is 32 bits wide, held in uint64."""
+    """Four words of random bits for each counter; values of 32 bits, stored as uint64."""
     c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
     k0, k1 = key
     for _ in range(rounds):
@@ -45,10 +45,11 @@ def random_halves(seed: int, rows: int, n: int, rounds: int) -> np.ndarray:
 
 
 def round_to_half(exact: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Each float32 to a neighbour in float16: up when the distance from below exceeds 1 - random.
+    """Stochastic rounding of float32 to float16, with 16 random bits per number.
 
-    Written with float64 and a step size, where the kernel adds bits: with a step that is a power of
-    two every operation here is exact.
+    A number is rounded up if its distance to the float16 below it, in steps, plus `random` / 2^16
+    reaches 1. Here this is float64 arithmetic with a step size; the kernel adds bits. All
+    operations here are exact, because the step is a power of two.
     """
     wide = np.abs(exact.astype(np.float64))
     exponent = np.floor(np.log2(np.maximum(wide, 2.0**-14)))

@@ -1,4 +1,4 @@
-"""Every kernel compiles for four generations of GPUs, and uses no more resources than before.
+"""Every kernel compiles for four generations of GPUs and uses no more resources than recorded.
 
 Each architecture compiles in a subprocess, because this process interprets kernels. If a kernel
 uses more, look at the change; `python -m benchmarks.kernels.aot --write` accepts it.
@@ -46,8 +46,8 @@ def test_every_kernel_compiles_and_nothing_has_grown(
 
 
 @known
-def test_the_snapshot_holds_what_the_kernels_promise() -> None:
-    """Kernels that read rows read 16 bytes at a time; kernels bound by memory spill nothing."""
+def test_wide_loads_and_no_spills_in_the_snapshot() -> None:
+    """Kernels that read rows use 16-byte loads; kernels bound by memory spill no registers."""
     archs = SNAPSHOT[triton.__version__]
     assert set(archs) == {str(arch) for arch in ARCHS}
     bound_by_memory = ("causal_conv1d", "gated_rms_norm", "rms_norm", "selective_state", "verify")
@@ -68,8 +68,8 @@ UNITS = {"80": "mma bf16", "90": "wgmma bf16", "100": "tcgen05 f16", "120": "mma
 
 
 @known
-def test_products_of_16_bits_run_on_matrix_units_and_those_of_float32_are_exact() -> None:
-    """Matrix units would compute float32 products in tf32. (NVFP4: test_nvfp4_listing.py.)
+def test_16_bit_products_use_tensor_cores_and_float32_products_do_not() -> None:
+    """Tensor cores would compute float32 products in tf32. (NVFP4: test_nvfp4_listing.py.)
 
     wgmma and tcgen05 need 64 rows, so small tiles use the older mma on every architecture.
     """
@@ -163,7 +163,7 @@ print(json.dumps([merged, read(), aot.read_snapshot(path)["0.0"]]))
 """
 
 
-def test_a_part_is_merged_and_only_a_whole_report_drops_cases(
+def test_a_partial_report_is_merged_and_only_a_full_one_removes_cases(
     tmp_path: Path, compiling_environment: dict[str, str]
 ) -> None:
     whole = {"kept": [{"kernel": "_a"}], "changed": [{"kernel": "_b"}]}
@@ -205,7 +205,7 @@ except RuntimeError as error:
 """
 
 
-def test_cpu_tensors_outside_the_interpreter_are_refused_with_the_way_out(
+def test_cpu_tensors_outside_the_interpreter_are_refused_with_a_remedy(
     compiling_environment: dict[str, str],
 ) -> None:
     run = _python(compiling_environment, "-c", CPU_TENSORS)
@@ -230,7 +230,7 @@ def test_without_triton_the_error_says_how_to_get_it(compiling_environment: dict
     assert "impl='torch'" in run.stdout
 
 
-def test_every_public_name_is_there_and_has_a_row_in_the_catalogue() -> None:
+def test_every_public_name_exists_and_has_a_row_in_the_catalogue() -> None:
     import nemotron_kernels
 
     shown = {case.op for case in registry.all_cases()}

@@ -1,7 +1,6 @@
 """The convolution kernels against the loop over taps in float64 of the same rounded inputs.
 
-Tolerances are relative rms errors from the list of honest ones: float32 2e-6, and for float16
-outputs the size of its rounding step.
+Tolerances are relative rms errors: 2e-6 for float32; for float16 outputs, its rounding step.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ def test_without_bias_and_initial_state(given: int) -> None:
 
 
 @pytest.mark.parametrize("t", [1, 3, 67, 150])
-def test_packed_documents(t: int) -> None:
-    """Boundaries everywhere, at the edge of a stretch as well; documents of one token too."""
+def test_concatenated_documents(t: int) -> None:
+    """Boundaries at random places and at the edge of a stretch; also documents of one token."""
     seq_idx = (torch.rand(2, t) < 0.3).cumsum(1)
     seq_idx[:, 63:65] += torch.tensor([0, 1]).repeat(1)[: max(0, min(2, t - 63))]
 
@@ -65,7 +64,7 @@ def test_packed_documents(t: int) -> None:
     assert max(found) < TOLERANCE[torch.float32], found
 
 
-def test_a_document_number_that_returns_is_a_new_document() -> None:
+def test_a_repeated_document_number_starts_a_new_document() -> None:
     """0 1 0 within the reach of a tap, and across the edge of a stretch."""
     seq_idx = torch.zeros(2, 70, dtype=torch.int64)
     seq_idx[0, [1, 5, 63]], seq_idx[1, 2:4], seq_idx[1, 64:66] = 1, 1, 1
@@ -75,7 +74,7 @@ def test_a_document_number_that_returns_is_a_new_document() -> None:
 
     found = errors(packed(_kernel), packed(_exact), _inputs(2, 70, 12, 4))
     assert max(found) < TOLERANCE[torch.float32], found
-    # Alone means alone: what the definition gives for each piece by itself.
+    # Each document alone gives the same values.
     x, weight, bias, state = (v.float() for v in _inputs(1, 5, 12, 4))
     y, _ = _kernel(x, weight, bias, state, seq_idx=torch.tensor([[0, 1, 0, 0, 1]]))
     for start, stop in ((1, 2), (2, 4), (4, 5)):
@@ -92,7 +91,7 @@ def test_a_strided_view_of_document_numbers_and_32_bits() -> None:
         torch.testing.assert_close(y, expected)
 
 
-def test_padded_rows_end_where_they_end() -> None:
+def test_padded_rows_end_at_their_own_lengths() -> None:
     lengths = torch.tensor([0, 1, 2, 5, 70])
 
     def padded(function):
@@ -120,7 +119,7 @@ def test_channels_apart_and_expanded_gradients() -> None:
     torch.testing.assert_close(apart.grad, leaf.grad)
 
 
-def test_gradients_that_come_through_the_state_alone() -> None:
+def test_gradients_through_the_state_only() -> None:
     x, weight, bias, state = (v.float().requires_grad_() for v in _inputs(1, 2, 6, 4))
     _kernel(x, weight, bias, state)[1].sum().backward()
     assert (x.grad == 1).all()
@@ -196,7 +195,7 @@ def test_steps_equal_the_whole() -> None:
     assert torch.equal(state, end)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_inputs_are_refused() -> None:
     x, weight = torch.zeros(2, 3, 6), torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"weight has shape \(6, 5\).*2 to 4 taps"):
         causal_conv1d(x, torch.zeros(6, 5))

@@ -1,8 +1,8 @@
 """The device run: correct kernels pass, wrong ones fail, and those that passed are timed.
 
-The tests use small cases on the CPU, with kernels in the interpreter, and a fake GPU whose clock
-the test sets: a call takes the time that the test says, and replaying a graph takes the time of its
-capture. So every line runs and the expected figures are known. Real times need a real GPU.
+The tests use small cases on the CPU, with kernels in the interpreter, and a fake GPU. The test sets
+its clock: it defines how long a call takes, and a graph takes as long as its capture. So every line
+runs and the expected figures are known. Real times need a real GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(script, "DEVICE", "cpu")
     # `main` unsets the variable, because a GPU run compiles; later tests interpret.
     monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
-    # conftest.py fills fresh memory with NaN already; torch's way to do it would also warn.
+    # conftest.py already fills new memory with NaN; torch's option for this would also warn.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
     return script
 
@@ -58,7 +58,7 @@ def _norm(backward: bool):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_right_kernel_passes(device: ModuleType, backward: bool) -> None:
+def test_a_correct_kernel_passes(device: ModuleType, backward: bool) -> None:
     result = device.check(_norm(backward))
     assert result["passed"]
     assert result["same_bits_twice"]
@@ -91,7 +91,7 @@ def test_different_bits_fail_even_within_the_tolerance(device: ModuleType) -> No
     assert max(result["errors"]) < 1e-3
 
 
-def test_a_state_that_is_overwritten_starts_the_same_both_times(device: ModuleType) -> None:
+def test_a_state_updated_in_place_is_restored_for_the_second_run(device: ModuleType) -> None:
     def run(state, **given):
         return selective_state_update(state, dt_softplus=True, **given), state
 
@@ -175,10 +175,10 @@ def test_times_lower_bounds_and_ratios(device: ModuleType, gpu: FakeGpu, backwar
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_what_a_graph_reads_lives_as_long_as_the_graph(
+def test_tensors_that_a_graph_reads_are_kept_with_the_graph(
     device: ModuleType, gpu: FakeGpu, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph reads addresses. If their tensors were freed, that was an illegal memory access."""
+    """A graph stores addresses. If the tensors were freed, reading them would be illegal."""
     given: list[weakref.ref[torch.Tensor]] = []
     alike = torch.randn_like
     monkeypatch.setattr(
@@ -207,7 +207,7 @@ def test_inputs_rotate_through_more_than_the_cache(device: ModuleType, gpu: Fake
 def whole_run(
     device: ModuleType, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., tuple[str | None, dict[str, Any] | None]]:
-    """`main` with a command line, on three small cases: what it exits with, and the record."""
+    """Run `main` with a command line on three small cases: (exit message, record)."""
     case = replace(_norm(False), run=gpu.takes(2, rms_norm), bytes=100)
     cases = [
         replace(case, name="forward: other blocks"),
@@ -227,24 +227,24 @@ def whole_run(
     def run(*arguments: str) -> tuple[str | None, dict[str, Any] | None]:
         monkeypatch.setattr(sys, "argv", ["device.py", *arguments])
         monkeypatch.setattr(sys, "orig_argv", ["python", "device.py", *arguments])
-        said = None
+        message = None
         try:
             device.main()
         except SystemExit as stopped:
-            said = str(stopped)
+            message = str(stopped)
         finally:
             seen, warmed[:] = list(warmed), []
         only = arguments[1] if "--only" in arguments else ""
         assert seen == ([] if "--cold" in arguments else [(90, only)])
         written = tmp_path / "kernels_fake_gpu_100.json"
-        return said, json.loads(written.read_text()) if written.exists() else None
+        return message, json.loads(written.read_text()) if written.exists() else None
 
     return run
 
 
 def test_a_whole_run_and_its_record(whole_run: Callable[..., Any], capsys: Any) -> None:
-    said, record = whole_run("--rounds", "4")
-    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+    message, record = whole_run("--rounds", "4")
+    assert message == "1 of 3 cases failed: rms_norm wrong, small"
     assert record["gpu"] == {"name": "Fake GPU 100", "capability": "9.0"}
     # 64 floats read and written in 4 ms; 2 * 8^3 operations in 1 ms.
     assert record["ceilings"]["bytes_per_s"] == pytest.approx(2 * 64 * 4 / 4e-3)
@@ -287,19 +287,19 @@ def test_a_new_process_continues_after_a_kernel_that_broke_the_gpu(
     assert commands == [
         ["--cold", "--only", "rms_norm", "--rounds", "4", "--begin", "2", "--failed", names[1]]
     ]
-    said, record = whole_run(*commands[0])
-    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+    message, record = whole_run(*commands[0])
+    assert message == "1 of 3 cases failed: rms_norm wrong, small"
     assert set(record["cases"]) == {*names, "rms_norm forward: other blocks, small"}
     assert record["not_reached"] == []
 
 
-def test_a_run_out_of_time_keeps_what_it_had_and_says_what_is_left(
+def test_a_run_out_of_time_writes_its_results_and_names_the_cases_left(
     whole_run: Callable[..., Any], device: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     minutes = iter([0, 1, 3])  # the start, before the first case, before the second
     monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: 60 * next(minutes)))
-    said, record = whole_run("--rounds", "4", "--minutes", "2")
-    assert said is None
+    message, record = whole_run("--rounds", "4", "--minutes", "2")
+    assert message is None
     assert list(record["cases"]) == ["rms_norm forward, small"]
     assert record["not_reached"] == [
         "rms_norm wrong, small",
@@ -307,26 +307,24 @@ def test_a_run_out_of_time_keeps_what_it_had_and_says_what_is_left(
     ]
     assert "2 cases not reached: rms_norm wrong" in capsys.readouterr().out
     monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: 0.0))
-    said, record = whole_run("--only", "other blocks", "--rounds", "4")
-    assert said is None
+    message, record = whole_run("--only", "other blocks", "--rounds", "4")
+    assert message is None
     assert set(record["cases"]) == {
         "rms_norm forward, small",
         "rms_norm forward: other blocks, small",
     }
     monkeypatch.setattr(device.record, "versions", lambda: {"triton": "0.0"})
-    said, record = whole_run("--only", "other blocks", "--rounds", "4")
+    message, record = whole_run("--only", "other blocks", "--rounds", "4")
     assert set(record["cases"]) == {"rms_norm forward: other blocks, small"}
 
 
-def test_checking_alone_writes_nothing(whole_run: Callable[..., Any]) -> None:
-    said, record = whole_run("--check")
-    assert said == "1 of 3 cases failed: rms_norm wrong, small"
+def test_check_without_timing_writes_nothing(whole_run: Callable[..., Any]) -> None:
+    message, record = whole_run("--check")
+    assert message == "1 of 3 cases failed: rms_norm wrong, small"
     assert record is None
 
 
-def test_command_lines_that_make_no_sense(
-    device: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_command_lines(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "all_cases", lambda: [_norm(False)])
     for arguments, message in (
         (["--rounds", "3"], "--rounds 3: expected at least 4"),
@@ -339,7 +337,7 @@ def test_command_lines_that_make_no_sense(
             device.main()
 
 
-def test_peers_behind_an_empty_package_or_left_out_by_name(
+def test_peers_in_an_empty_package_and_peers_left_out_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(peers, "FOLDER", tmp_path)

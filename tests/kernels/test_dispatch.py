@@ -1,4 +1,4 @@
-"""How the package reaches the kernels: through `impl` of each operation."""
+"""How the package calls the kernels: through `impl` of each operation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _cases():
 
 
 @pytest.mark.parametrize("number", range(8), ids=lambda i: list(_cases())[i][0])
-def test_a_forced_kernel_gives_what_the_definition_gives(number: int) -> None:
+def test_a_forced_kernel_equals_the_definition(number: int) -> None:
     torch.manual_seed(number)
     name, arguments, options = list(_cases())[number]
     exact, found = _both(getattr(ops, name), *arguments, **options)
@@ -74,8 +74,8 @@ def test_a_forced_kernel_of_the_acceptance_rule() -> None:
     assert [x.tolist() for x in found] == [x.tolist() for x in exact]
 
 
-def test_a_choice_that_cannot_be_met_says_why() -> None:
-    """Outside the interpreter, CPU tensors and a forced kernel do not go together."""
+def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
+    """Outside the interpreter, a kernel needs tensors on a GPU."""
     script = (
         "import torch; from nemotron_lite import ops\n"
         "x = torch.zeros(1, 4, 8)\n"
@@ -90,7 +90,7 @@ def test_a_choice_that_cannot_be_met_says_why() -> None:
     assert "runs on an NVIDIA GPU" in done.stderr and "impl='torch'" in done.stderr
 
 
-def test_an_operation_without_a_kernel_names_what_it_has() -> None:
+def test_an_operation_without_a_kernel_names_its_implementations() -> None:
     q = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match=r"no implementation 'triton'; choose one of 'auto', 'na"):
         ops.causal_attention(q, q, q, impl="triton")
@@ -98,7 +98,7 @@ def test_an_operation_without_a_kernel_names_what_it_has() -> None:
         ops.rms_norm(q, torch.ones(8), impl="cuda")
 
 
-def test_a_forced_kernel_refuses_float64_and_says_what_takes_it() -> None:
+def test_a_forced_kernel_refuses_float64_and_names_an_alternative() -> None:
     with pytest.raises(ValueError, match=r"not torch.float64. Use .* impl='torch' or 'naive'"):
         ops.rms_norm(torch.ones(2, 8).double(), torch.ones(8).double(), impl="triton")
 
@@ -115,13 +115,13 @@ class _Target:
         ("cuda", 75, "This GPU is sm_75; the kernels need sm_80 or newer.*impl='torch'"),
     ],
 )
-def test_a_forced_kernel_on_the_wrong_gpu_says_so(
+def test_a_forced_kernel_on_an_unsupported_gpu_is_refused(
     backend: str, arch: object, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = SimpleNamespace(get_current_target=lambda: _Target(backend, arch))
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     monkeypatch.setattr(_compat, "INTERPRET", False)
-    monkeypatch.setattr(_compat, "_dry_run", True)  # CPU tensors stand in for the GPU's
+    monkeypatch.setattr(_compat, "_dry_run", True)  # CPU tensors instead of GPU tensors
     with pytest.raises(RuntimeError, match=message):
         ops.rms_norm(torch.ones(2, 8), torch.ones(8), impl="triton")
 
@@ -130,7 +130,7 @@ def test_a_forced_kernel_on_the_wrong_gpu_says_so(
     ("capability", "hip", "takes"),
     [((8, 0), None, True), ((12, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
 )
-def test_auto_takes_the_kernel_on_gpus_that_can(
+def test_auto_uses_the_kernel_on_supported_gpus(
     capability: tuple[int, int], hip: str | None, takes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_on_gpu", lambda _: True)

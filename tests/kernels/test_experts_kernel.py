@@ -1,4 +1,4 @@
-"""Experts' kernels against token by token in float64 of the same rounded inputs, and the sort.
+"""The experts' kernels against a loop over tokens in float64 on the same rounded inputs; the sort.
 
 Tolerances are relative rms errors: 1e-6 in float32, 1e-3 in float16 (squaring doubles the rounding
 error of the hidden rows; eight times finer than the 8e-3 that bfloat16 is allowed).
@@ -162,7 +162,7 @@ def test_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("t", [1, 23])
 def test_strided_inputs_and_expanded_gradients(t: int) -> None:
-    """Slices of wider tensors, matrices stored the other way round, small indices."""
+    """Slices of wider tensors, transposed matrices, int32 indices."""
     z, up, down, weights = _inputs(t, 9, 3)
     indices = _indices(t, 9, 3)
 
@@ -191,7 +191,7 @@ def test_strided_inputs_and_expanded_gradients(t: int) -> None:
 
 
 @pytest.mark.parametrize("wanted", range(4))
-def test_only_the_gradients_that_are_wanted(wanted: int) -> None:
+def test_only_the_required_gradients_are_computed(wanted: int) -> None:
     inputs, indices = _inputs(20, 6, 2), _indices(20, 6, 2)
     leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
     expert_mlp(*leaves, indices).square().sum().backward()
@@ -202,7 +202,7 @@ def test_only_the_gradients_that_are_wanted(wanted: int) -> None:
 
 
 def test_a_nan_stays_with_its_token() -> None:
-    """Tiles are padded with token 0, so a leak of its NaN would show in every expert."""
+    """Tiles are padded with token 0. If its NaN leaked, it would appear in every expert."""
     (z, up, down, weights), indices = _inputs(25, 8, 2), _indices(25, 8, 2)
     z[0] = float("nan")
     clean = [x for x in range(8) if x not in indices[0]]
@@ -216,7 +216,7 @@ def test_a_nan_stays_with_its_token() -> None:
         assert expert_mlp(z[:1], up, down, weights[:1], indices[:1]).isnan().all()
 
 
-def test_masters_in_float32_and_tokens_in_float16() -> None:
+def test_float32_weights_and_float16_tokens() -> None:
     (z, up, down, weights), indices = _inputs(30, 6, 2), _indices(30, 6, 2)
     leaves = [z.half(), up, down, weights]
     leaves = [x.requires_grad_() for x in leaves]
@@ -240,7 +240,7 @@ def test_no_tokens() -> None:
     assert all((leaf.grad == 0).all() for leaf in leaves)
 
 
-def test_products_of_float32_are_exact_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_products_have_full_precision_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     rows = grouped._rows
     monkeypatch.setattr(grouped, "_rows", lambda *a: (asked.append(a[4]), rows(*a))[1])

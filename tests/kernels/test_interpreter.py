@@ -1,4 +1,4 @@
-"""The test-only patches of the interpreter change its speed and its manners, never its numbers."""
+"""The test-only patches of the interpreter change its speed and its errors, but not its results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_softmax_is_right_under_the_patches() -> None:
     torch.testing.assert_close(y, x.softmax(-1))
 
 
-def test_fresh_memory_is_poisoned() -> None:
+def test_new_memory_is_filled_with_nan() -> None:
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(3)).isnan().all()
     assert torch.zeros(1).new_empty(3).isnan().all()
@@ -82,5 +82,5 @@ def test_an_overflowing_offset_raises_and_a_wide_one_does_not() -> None:
         _far_offset[(1,)](y, 1_000_000, 18_432, WIDE=True)
         with pytest.raises(InterpreterError, match="overflow"):
             _far_offset[(1,)](y, 1_000_000, 18_432, WIDE=False)
-    _far_offset[(1,)](y, 1_000_000, 18_432, WIDE=False)  # outside, it wraps in silence
+    _far_offset[(1,)](y, 1_000_000, 18_432, WIDE=False)  # outside, it wraps without an error
     assert (y == 0).all()

@@ -1,6 +1,6 @@
-"""Users of mamba_ssm can swap: its functions by their names, their arguments in their order.
+"""The functions with mamba_ssm's names take its arguments in its order, so they can replace it.
 
-The decoding step has mamba_ssm's spelling itself and is tested in test_state_update.py.
+The decoding step has mamba_ssm's own signature and is tested in test_state_update.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("function", SIGNATURES)
 def test_arguments_and_their_order(function: Callable[..., Any]) -> None:
-    """Ours may have more, by name only."""
+    """Our functions may have more arguments, but only keyword arguments."""
     places = [
         p.replace(annotation=p.empty)
         for p in inspect.signature(function).parameters.values()
@@ -63,12 +63,12 @@ def test_the_scan() -> None:
     torch.testing.assert_close(
         y, selective_scan(x, F.softplus(dt), A, B, C)[0], rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(ValueError, match="calls of their own"):
+    with pytest.raises(ValueError, match="once per document"):
         mamba_chunk_scan_combined(x, dt, A, B, C, 64, return_varlen_states=True)
 
 
-def test_what_mamba_ssm_does_and_nemotron_does_not() -> None:
-    """A D per channel and clamped steps, with every argument by its place in mamba_ssm's order."""
+def test_options_of_mamba_ssm_that_nemotron_does_not_use() -> None:
+    """A D per channel and clamped steps, with all arguments given by position."""
     v = make(2, 35)
     x, dt, A, B, C, _, bias, state = v.values()
     wide, limits = torch.randn(4, 16), (0.2, 0.9)
@@ -92,7 +92,7 @@ def test_the_gated_norm(group_size: int | None) -> None:
         a = a.unflatten(-1, (groups, -1))
         exact = a / (a.square().mean(-1, keepdim=True) + 1e-3).sqrt()
         assert relative_rms(found, exact.flatten(-2) * w) < 2e-6
-    # Without a gate the order makes no difference, and mamba_ssm's default stands.
+    # Without a gate the order makes no difference, so mamba_ssm's default is accepted.
     assert torch.equal(rmsnorm_fn(x, w, None, eps=1e-3, group_size=group_size), found)
     with pytest.raises(ValueError, match="norm_before_gate=False"):
         rmsnorm_fn(x, w, None, z)

@@ -1,8 +1,8 @@
-"""A model on a GPU takes the kernels by itself, in every layer.
+"""A model on a GPU uses the kernels by default, in every layer.
 
-There is no GPU here, so `dispatch` is told that every tensor is on one, and the kernels run in the
-interpreter. The results are compared with those of the same model on the CPU forms, which it uses
-when `dispatch` sees the CPU again.
+There is no GPU here. A patch makes `dispatch` take every tensor for a GPU tensor, and the kernels
+run in the interpreter. The results are compared with those of the same model without the patch,
+which uses the CPU implementations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPPING = READING - {"causal_conv1d", "ssd"} | {"causal_conv1d_step", "ssd_step
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """On a GPU, as far as `dispatch` can tell; the names of the kernels that were called."""
+    """Makes `dispatch` take all tensors for GPU tensors; the names of the kernels called."""
     found: set[str] = set()
 
     def watched(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def _learned(model: Nemotron, **options: Any) -> dict[str, torch.Tensor]:
 def test_logits_and_every_gradient(
     model: Nemotron, used: set[str], documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Concatenated documents too, with a number that returns."""
+    """With concatenated documents too, in which a document number is used twice."""
     seq_idx = torch.tensor([[0] * 6 + [1] * 2 + [0] * 11, [4] * 19])
     options = {"seq_idx": seq_idx} if documents else {}
     on_gpu = _learned(model, **options)

@@ -1,10 +1,10 @@
 """Offsets of the router's and the experts' kernels at a million tokens of Ultra.
 
 22 million (token, slot) pairs times a width of 5,120, and 512 matrices of 10 million elements: both
-are far beyond 32 bits, where a product of two 32-bit integers wraps and a kernel reads and writes
-somewhere else in silence. Here every kernel runs its last program, with its true sizes and strides,
-and 32-bit arithmetic that overflows raises. There is no memory behind these offsets: loads of
-floats give zeros and stores do nothing.
+are far more than 32 bits can count. There a product of two 32-bit integers wraps, and a kernel
+reads and writes wrong addresses without an error. Here every kernel runs its last program, with its
+true sizes and strides, and 32-bit arithmetic that overflows raises. No memory is allocated for
+these offsets: loads of floats give zeros and stores do nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ APART = 2 * WIDTH  # tokens as slices of a wider tensor; a million of them alone
 
 @contextlib.contextmanager
 def _last_program(program: int, integers: bool = True) -> Iterator[None]:
-    """Run one program under that number, on memory that is not there (integers may be)."""
+    """Run only the program with this number, without memory for floats."""
     builder: Any = triton_interpreter.interpreter_builder
     real = builder.create_masked_load
 
@@ -61,11 +61,11 @@ def _narrow(x_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @pytest.fixture(scope="module")
 def last_pair() -> torch.Tensor:
-    """Every place holds the last pair; 88 MB, the one tensor here that is as large as it says."""
+    """Every place has the last pair. At 88 MB, it is the only tensor here of its true size."""
     return torch.full((LAST + 1,), LAST, dtype=torch.int32)
 
 
-def test_32_bits_would_be_noticed() -> None:
+def test_an_overflow_in_32_bits_is_found() -> None:
     with _last_program(LAST // 16), pytest.raises(InterpreterError, match="overflow"):
         _narrow[(1,)](torch.zeros(1), WIDTH=WIDTH, BLOCK=16)
 
@@ -122,10 +122,10 @@ def test_router_at_eight_million_tokens() -> None:
     with _last_program(tokens // 4 - 1, integers=False):
         routing._route_kernel[(1,)](
             x, x, x, i, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, N_GROUP=8, TOPK_GROUP=4,
-            NORMALISE=True, ROWS=4, EXPERTS=E, SLOTS=32, GROUPS=8,
+            NORMALIZE=True, ROWS=4, EXPERTS=E, SLOTS=32, GROUPS=8,
         )  # fmt: skip
         routing._route_backward_kernel[(1,)](
-            x, i, x, x, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, NORMALISE=True,
+            x, i, x, x, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, NORMALIZE=True,
             HAS_WEIGHTS=True, HAS_SCORES=True, ROWS=4, EXPERTS=E, SLOTS=32,
         )  # fmt: skip
 

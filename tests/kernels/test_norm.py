@@ -70,21 +70,21 @@ def test_eps_matters_where_rows_are_small(eps: float) -> None:
     assert max(found) < TOLERANCE[torch.float32], found
 
 
-def test_gate_comes_before_the_norm_and_groups_stand_alone() -> None:
+def test_gate_comes_before_the_norm_and_groups_are_separate() -> None:
     y, z = torch.tensor([[3.0, 4.0, 0.5, 0.0]]), torch.full((1, 4), 100.0)
     out = gated_rms_norm(y, z, torch.ones(4), 2, 0.0)
-    # After normalisation each pair has a mean square of one; the gate of 100 leaves no trace.
+    # After normalization each pair has a mean square of one; the gate of 100 has no effect.
     expected = torch.tensor([[3.0, 4.0, 1.0, 0.0]]) / torch.tensor([12.5**0.5] * 2 + [0.5**0.5] * 2)
     torch.testing.assert_close(out, expected)
 
 
 def test_groups_of_one_channel() -> None:
-    """The value is the sign of y z, times w; its slope is what eps leaves, too small to compare."""
+    """The value is w times the sign of y z. The gradient exists only by eps: too small to test."""
     y, z, w = (_randn(5, 3).float(), _randn(5, 3).float(), _randn(3).float())
     torch.testing.assert_close(gated_rms_norm(y, z, w, 3, 1e-12), w * torch.sign(y * z))
 
 
-def test_rows_outside_a_tile_leave_no_trace_even_without_eps() -> None:
+def test_rows_outside_a_tile_have_no_effect_even_without_eps() -> None:
     inputs = [_randn(5, 12), _randn(5, 12), _randn(12)]
     found = errors(
         lambda y, z, w: gated_rms_norm(y, z, w, 2, 0.0),
@@ -99,7 +99,7 @@ def test_slices_of_a_projection_are_read_in_place() -> None:
     y, z, w = wide[..., 3:27], wide[..., 40:64], _randn(24).float()
     expected = ops.gated_rms_norm(y, z, w, 3, impl="naive")
     torch.testing.assert_close(gated_rms_norm(y, z, w, 3), expected)
-    # Rows at more than one distance, and channels apart: copied first.
+    # Rows with two strides, and channels that are not contiguous: copied first.
     torch.testing.assert_close(gated_rms_norm(y[:, :5], z[:, :5], w, 3), expected[:, :5])
     apart = y.transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(gated_rms_norm(apart, z, w.repeat(2)[:24], 3), expected)
@@ -125,7 +125,7 @@ def test_dtypes_may_differ() -> None:
 
 
 def test_bfloat16_rounds_the_result_only() -> None:
-    """The interpreter truncates what is stored in bfloat16: within one step of the exact value."""
+    """The interpreter truncates to bfloat16, so results are within one step of the exact value."""
     y, z, w = (_randn(*s).bfloat16() for s in [(6, 64), (6, 64), (64,)])
     out = gated_rms_norm(y, z, w, 2)
     exact = ops.gated_rms_norm(y.double(), z.double(), w.double(), 2, impl="naive")
@@ -156,7 +156,7 @@ def test_the_same_bits_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_inputs_are_refused() -> None:
     y, w = torch.zeros(2, 6), torch.zeros(6)
     with pytest.raises(ValueError, match="6 channels do not split into 4 groups"):
         gated_rms_norm(y, y, w, 4)

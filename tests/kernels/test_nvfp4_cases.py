@@ -17,7 +17,7 @@ from benchmarks.kernels import cases_nvfp4_quantize, device
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     monkeypatch.setattr(device, "DEVICE", "cpu")
-    # conftest.py fills fresh memory with NaN already; torch's way to do it would also warn.
+    # conftest.py already fills new memory with NaN; torch's option for this would also warn.
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **kwargs: None)
     cases = cases_nvfp4_quantize
     for name, size in (("TOKENS", 64), ("WIDTH", 96), ("HIDDEN", 48)):

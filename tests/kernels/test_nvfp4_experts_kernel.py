@@ -1,4 +1,4 @@
-"""Packed experts' kernels against token by token in float64 of the decoded matrices.
+"""The packed experts' kernels against a loop over tokens in float64 with the decoded matrices.
 
 Tolerances are those of the plain experts' kernels: relative rms 1e-6 in float32, 1e-3 in float16.
 """
@@ -76,7 +76,7 @@ def test_few_tokens_are_not_sorted(t, e, k, dtype, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("t", [2, 40])
 def test_exact_sums_are_bit_equal_to_pytorch(t: int) -> None:
-    """Integers and powers of two, so small that sums of squares are exact as well."""
+    """Integers and powers of two, so small that sums of squares are exact too."""
 
     def small(*shape: int) -> nvfp4.QuantizedTensor:
         codes = torch.tensor([0, 2, 10], dtype=torch.uint8)[torch.randint(0, 3, shape)]  # 0, 1, -1
@@ -103,7 +103,7 @@ def test_experts_without_tokens_and_all_to_one() -> None:
 
 
 def _without(stack: nvfp4.QuantizedTensor, experts: list[int]) -> nvfp4.QuantizedTensor:
-    """NaN in all that belongs to these experts."""
+    """`w` with NaN in all tensors of these experts."""
     scales, scale = stack.scales.view(torch.uint8).clone(), stack.scale.clone()
     scales[experts], scale[experts] = 0x7F, float("nan")
     return dataclasses.replace(stack, scales=scales.view(torch.float8_e4m3fn), scale=scale)
@@ -119,7 +119,7 @@ def test_only_the_chosen_experts_are_read(t: int) -> None:
 
 
 def test_a_nan_stays_with_its_token() -> None:
-    """Tiles are padded with zeros, and a row past an expert's last belongs to the next expert."""
+    """Tiles are padded with zeros; the row after an expert's last one is the next expert's."""
     (z, up, down, weights), indices = _inputs(25, 8, 2), _indices(25, 8, 2)
     z[3] = float("nan")
     y = nvfp4_expert_mlp(z, up, down, weights, indices)
@@ -128,7 +128,7 @@ def test_a_nan_stays_with_its_token() -> None:
 
 @pytest.mark.parametrize("t", [1, 23])
 def test_strided_inputs(t: int) -> None:
-    """Slices of wider tensors, every other matrix of a stack, every other row, small indices."""
+    """Slices of wider tensors, every second matrix of a stack, every second row, int32 indices."""
     (z, up, down, weights), indices = _inputs(t, 9, 3), _indices(t, 9, 3)
 
     def apart(x: torch.Tensor) -> torch.Tensor:

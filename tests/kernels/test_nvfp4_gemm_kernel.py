@@ -1,7 +1,8 @@
-"""Products with packed weights against the decoded matrix: bit for bit where sums are exact.
+"""Products with packed weights against the decoded matrix: equal bits if sums are exact.
 
-Elsewhere relative rms errors, as for every grouped product: 1e-6 for a float32 result, 1e-3 for a
-float16 one. The interpreter decodes packed x as sm_90 does; `tl.dot_scaled` has test_nvfp4_listing.
+Otherwise tolerances are relative rms errors, as for every grouped product: 1e-6 for a float32
+result, 1e-3 for a float16 one. The interpreter decodes packed x as sm_90 does; `tl.dot_scaled` is
+tested in test_nvfp4_listing.py.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def _packed(*shape: int, batch_dims: int = 0) -> nvfp4.QuantizedTensor:
 
 
 def _whole(*shape: int, fill: bool = False) -> nvfp4.QuantizedTensor:
-    """Every code, under scales and a tensor scale with which sums of products are exact.
+    """Every code, with block scales and a tensor scale for which sums of products are exact.
 
-    With `fill` the columns past the last hold codes too, and mean nothing.
+    With `fill` the padding columns have codes too, which must not be used.
     """
     *rows, cols = shape
     blocks = -(-cols // 16)
@@ -73,7 +74,7 @@ def _decode_kernel(codes_ptr, scales_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: 
     tl.store(at, tile.to(tl.bfloat16).to(tl.float32) * UNIT)
 
 
-def test_every_byte_under_every_scale_is_decoded_exactly() -> None:
+def test_every_byte_with_every_scale_is_decoded_exactly() -> None:
     """All 65,536 pairs of codes and a scale, NaN and negative scales included, through bfloat16."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     codes = torch.stack([codes[:, i::32].contiguous() for i in range(32)], 1).flatten(0, 1)
@@ -129,7 +130,7 @@ def test_scales_of_any_size(largest: float) -> None:
 
 @pytest.mark.parametrize("rows", [1, 23])
 def test_strided_inputs(rows: int) -> None:
-    """Slices and transposes of x; every other row of W; nothing is read beside them."""
+    """Slices and transposes of x; every second row of W. Memory between them is not read."""
     wide, w = torch.full((rows + 5, 100), float("nan")), _packed(60, 80)
     x = torch.randn(rows, 80)
     wide[3 : rows + 3, 7:87] = x
@@ -145,7 +146,7 @@ def test_strided_inputs(rows: int) -> None:
         assert relative_rms(nvfp4_matmul(apart, part), _exact(apart, part)) < 1e-6
 
 
-def test_leading_dimensions_and_none() -> None:
+def test_leading_dimensions_and_no_rows() -> None:
     w = _packed(18, 40)
     x = torch.randn(2, 3, 40)
     assert torch.equal(nvfp4_matmul(x, w), nvfp4_matmul(x.flatten(0, 1), w).view(2, 3, 18))
@@ -156,7 +157,7 @@ def test_leading_dimensions_and_none() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_a_nan_stays_where_it_is(rows: int) -> None:
+def test_a_nan_stays_in_its_row(rows: int) -> None:
     x, w = torch.randn(rows, 48), _packed(20, 48)
     scales = w.scales.view(torch.uint8).clone()
     scales[7, 1] = 0x7F
@@ -204,7 +205,7 @@ def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 # Refusals
 
 
-def test_what_does_not_fit_says_so() -> None:
+def test_wrong_inputs_are_refused() -> None:
     x, w = torch.randn(4, 32), _packed(8, 32)
     with pytest.raises(ValueError, match=r"x has shape \(4, 31\) and w \(8, 32\)"):
         nvfp4_matmul(x[:, 1:], w)
@@ -220,7 +221,7 @@ def test_what_does_not_fit_says_so() -> None:
         nvfp4_matmul(x, w, input_precision="fp8")
 
 
-def test_a_choice_that_cannot_be_met_says_why() -> None:
+def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
     script = (
         "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x, w = torch.ones(2, 16), nvfp4.quantize(torch.ones(4, 16))\n"
@@ -246,7 +247,7 @@ def test_a_choice_that_cannot_be_met_says_why() -> None:
 
 
 def _indices_are(value: int) -> None:
-    """Inside `_program`: integers of 32 and 64 bits that are loaded have this value."""
+    """Inside `_program`: loads of 32-bit and 64-bit integers give this value."""
     builder = triton_interpreter.interpreter_builder
     zeros = builder.create_load
 
@@ -265,11 +266,11 @@ def test_a_million_tokens_and_stacks_beyond_32_bits() -> None:
         torch.zeros(1, dtype=torch.uint8),
         torch.zeros(1, dtype=torch.int32),
     )
-    n, k = 4096, 64  # few columns are summed; the strides are those of a wide matrix
+    n, k = 4096, 64  # few columns are summed, but the strides are those of a wide matrix
     strides = 2**31 - 64, 2**20, 2**31 - 64, 2**17
     shared = {"N": n, "K": k, "TOKENS": 16, "ROWS": 16, "DEPTH": 64}
     last = TOKENS // 16 * (n // 16) - 1
-    # Where sorted, every row is a late pair of a late expert.
+    # If sorted, every row is one of the last pairs of one of the last experts.
     for grouped in (False, True):
         with _program(last):
             if grouped:

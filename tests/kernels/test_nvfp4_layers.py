@@ -21,7 +21,7 @@ LADDER = {"full": FULL, **ABLATIONS}
 
 
 def _learn(module: torch.nn.Module, x: torch.Tensor, *options: Any) -> list[torch.Tensor]:
-    """The answer and the gradients of x and the weights."""
+    """The output and the gradients of x and the weights."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     y = module(x, *options)

@@ -1,8 +1,8 @@
 """A product of packed operands uses the block-scaled FP4 instruction on GPUs that have it.
 
 The test compiles through the public function and reads PTX and machine code. It shows that the
-instruction is there. Whether the instruction applies each scale to its own block can only be shown
-on a Blackwell GPU.
+instruction exists. Only a run on a Blackwell GPU can show that it applies each scale to its own
+block.
 """
 
 from __future__ import annotations

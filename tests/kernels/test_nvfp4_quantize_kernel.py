@@ -1,7 +1,7 @@
 """The quantizer's kernels against the definition: every bit of codes, scales and values.
 
-The definition itself is held to references from outside in tests/quantization/nvfp4/test_format.py.
-Values are compared as bits, so that the sign of a zero counts.
+The definition itself is compared with independent references in
+tests/quantization/nvfp4/test_format.py. Values are compared as bits, so the sign of zero counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from torch import Tensor
 
 from nemotron_kernels import nvfp4_dequantizer, nvfp4_tile
 from nemotron_kernels.nvfp4_quantizer import nvfp4_amax, nvfp4_fake_quantize, nvfp4_quantize
-from nemotron_kernels.nvfp4_rounding import by_chance, decode_e4m3, round_e2m1, round_e4m3
+from nemotron_kernels.nvfp4_rounding import (
+    decode_e4m3,
+    round_e2m1,
+    round_e4m3,
+    round_stochastically,
+)
 from nemotron_lite.quantization import nvfp4
 from tests.kernels import philox
 from tests.kernels.test_overflow import PROJECTION, TOKENS, _program
@@ -32,10 +37,11 @@ FLT_MAX = torch.finfo(torch.float32).max
 
 
 def _heavy(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Blocks whose sizes differ by many powers of ten: flushed, subnormal, ordinary scales."""
+    """Blocks of very different magnitude: scales are zero, subnormal and normal."""
     sizes = torch.exp(4 * torch.randn(*shape[:-1], -(-shape[-1] // 16)))
     x = torch.randn(shape) * sizes.repeat_interleave(16, -1)[..., : shape[-1]]
-    return x.clamp(-1e4, 1e4).to(dtype)  # four times that is finite in float16, turned as well
+    # The Hadamard transform can make values four times as large, still finite in float16.
+    return x.clamp(-1e4, 1e4).to(dtype)
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -77,13 +83,13 @@ def _rounding_kernel(
     code, value = round_e2m1(tl.abs(v))
     tl.store(nearest_ptr + 2 * i, code.to(tl.float32))
     tl.store(nearest_ptr + 2 * i + 1, value)
-    code, value = by_chance(v, tl.load(halves_ptr + i))
+    code, value = round_stochastically(v, tl.load(halves_ptr + i))
     tl.store(chance_ptr + 2 * i, code.to(tl.float32))
     tl.store(chance_ptr + 2 * i + 1, value)
 
 
 def _around(points: Tensor) -> Tensor:
-    """Each point and both of its neighbours in float32."""
+    """Each point and its two neighbors in float32."""
     up = torch.nextafter(points, torch.full_like(points, torch.inf))
     return torch.cat([points, up, torch.nextafter(points, torch.full_like(points, -torch.inf))])
 
@@ -123,7 +129,7 @@ def test_to_nearest(shape: tuple[int, int], dtype: torch.dtype, block: str) -> N
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hadamard", [False, True])
-def test_by_chance_and_turned(dtype: torch.dtype, block: str, hadamard: bool) -> None:
+def test_stochastic_rounding_and_hadamard(dtype: torch.dtype, block: str, hadamard: bool) -> None:
     for shape in ((50, 40), (19, 300)):
         x = _heavy(*shape, dtype=dtype)
         _compare(x, block=block, hadamard=hadamard, stochastic=True, seed=2**40 + 9)
@@ -149,7 +155,7 @@ def test_many_values(dtype: torch.dtype) -> None:
 def test_extreme_sizes() -> None:
     for largest, dtype in itertools.product((0.0, 1e-45, 1e-38, 1e-30, 1e30, FLT_MAX), DTYPES):
         x = ((torch.rand(8, 64) * 2 - 1) * largest).to(dtype)
-        x[1, 16:32] *= 1e-6  # about where a block's scale is subnormal, then zero
+        x[1, 16:32] *= 1e-6  # sizes at which a block's scale is subnormal, then zero
         x[2, 16:32] *= 1e-7
         if x.isfinite().all():
             _compare(x)
@@ -182,8 +188,8 @@ def test_one_row() -> None:
     _compare(_heavy(1, 4096))
 
 
-def test_memory_may_lie_anyhow() -> None:
-    """Transposes, slices, every other row and column; nothing is read beside them."""
+def test_any_memory_layout() -> None:
+    """Transposes, slices, every second row and column. Memory between them is not read."""
     wide = torch.full((2, 45, 90), torch.nan)
     x = torch.randn(2, 40, 80)
     wide[:, 2:42, 7:87] = x
@@ -192,7 +198,7 @@ def test_memory_may_lie_anyhow() -> None:
         _compare(view, stochastic=True, seed=3)
         _compare(view, batch_dims=1, block="16x16")
     out = nvfp4.fake_quantize(x, dim=-2, impl="triton")
-    assert out.is_contiguous(), "columns are turned over on the chip, not in memory"
+    assert out.is_contiguous(), "columns are transposed in registers, not in memory"
     q = nvfp4.quantize(x, impl="naive")
     half = dataclasses.replace(
         q, codes=q.codes[:, ::2, :24], scales=q.scales[:, ::2, :3], shape=(2, 20, 48)
@@ -200,7 +206,7 @@ def test_memory_may_lie_anyhow() -> None:
     assert torch.equal(half.dequantize(impl="triton"), half.dequantize(impl="torch"))
 
 
-def test_nothing_at_all() -> None:
+def test_empty_tensors() -> None:
     for shape in ((0, 16), (4, 0)):
         x = torch.empty(shape)
         _same(nvfp4.quantize(x, impl="triton"), nvfp4.quantize(x, impl="naive"))
@@ -223,7 +229,7 @@ def test_amax_shows_nan_and_infinity_wherever_they_are(dtype: torch.dtype) -> No
         assert not nvfp4_amax(sick, hadamard=True).isfinite()
 
 
-def test_every_byte_under_every_scale_is_decoded() -> None:
+def test_every_byte_with_every_scale_is_decoded() -> None:
     """All pairs of codes and a scale: NaN, negative scales and both zeros included."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1).view(256 * 32, 8)
     scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(32)[:, None]
@@ -237,7 +243,7 @@ def test_every_byte_under_every_scale_is_decoded() -> None:
         assert torch.equal(_bits(found)[known], _bits(exact)[known])
 
 
-def test_a_seed_may_lie_on_the_device() -> None:
+def test_a_seed_may_be_on_the_device() -> None:
     x, seed = torch.randn(20, 48), 2**33 + 1
     amax = nvfp4_amax(x)
     found = nvfp4_fake_quantize(x, amax, seed=torch.tensor([seed]))
@@ -247,7 +253,7 @@ def test_a_seed_may_lie_on_the_device() -> None:
 # Refusals
 
 
-def test_what_cannot_be_quantized_says_why() -> None:
+def test_wrong_inputs_are_refused() -> None:
     x = torch.randn(4, 32)
     x[2, 2] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.3 holds NaN or infinity"):
@@ -276,7 +282,7 @@ def test_what_cannot_be_quantized_says_why() -> None:
     assert nvfp4.quantize(x).dequantize(torch.float64).dtype == torch.float64
 
 
-def test_a_choice_that_cannot_be_met_says_why() -> None:
+def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
     script = (
         "import torch; from nemotron_lite.quantization import nvfp4\n"
         "x = torch.ones(2, 16)\n"
@@ -299,24 +305,24 @@ def test_a_choice_that_cannot_be_met_says_why() -> None:
 # Addresses
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("fake", [False, True])
-def test_a_million_tokens(turned: bool, fake: bool) -> None:
+def test_a_million_tokens(transposed: bool, fake: bool) -> None:
     """The last tile of the last of three matrices, along rows and along columns."""
     x, byte, i = torch.zeros(1), torch.zeros(1, dtype=torch.uint8), torch.zeros(1).int()
-    m, k = (PROJECTION, TOKENS) if turned else (TOKENS, PROJECTION)
-    strides = (TOKENS * PROJECTION, *((1, PROJECTION) if turned else (PROJECTION, 1)))
+    m, k = (PROJECTION, TOKENS) if transposed else (TOKENS, PROJECTION)
+    strides = (TOKENS * PROJECTION, *((1, PROJECTION) if transposed else (PROJECTION, 1)))
     tiles = -(-m // 64) * -(-k // 128)
     shared = {"ROWS": 64, "COLUMNS": 128}
     with _program(3 * tiles - 1):
         nvfp4_tile._nvfp4_amax[(1,)](
-            x, i, m, k, *strides, STACKED=True, TURNED=turned, HADAMARD=True, **shared
+            x, i, m, k, *strides, STACKED=True, TRANSPOSED=transposed, HADAMARD=True, **shared
         )
-        for dice in (1, 2):
+        for rounding in (1, 2):
             nvfp4_tile._quantize_kernel[(1,)](
                 x, x, i, byte, byte, x, x, 7, 1, m, k, k, k, k, *strides, *strides, *strides,
-                STACKED=True, TURNED=turned, SQUARE=True, HADAMARD=True, DICE=dice, FAKE=fake,
-                NATIVE=False, **shared,
+                STACKED=True, TRANSPOSED=transposed, SQUARE=True, HADAMARD=True,
+                ROUNDING=rounding, FAKE=fake, NATIVE=False, **shared,
             )  # fmt: skip
     with _program(3 * tiles - 1):
         nvfp4_dequantizer._nvfp4_dequantize[(1,)](
@@ -324,8 +330,8 @@ def test_a_million_tokens(turned: bool, fake: bool) -> None:
         )  # fmt: skip
 
 
-def test_a_seed_gives_the_bits_of_the_twin() -> None:
-    """0.3 lies 0.6 of a step above 0: it goes up where the dither reaches 0.4."""
+def test_a_seed_gives_the_bits_of_the_reference() -> None:
+    """0.3 is 0.6 of a step above 0, so it is rounded up if the dither is at least 0.4."""
     x = torch.full((9, 40), 0.3)
     x[:, ::16] = 6.0
     codes, _, _ = nvfp4_quantize(x, torch.tensor(6.0), seed=77)

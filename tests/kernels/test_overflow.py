@@ -1,10 +1,10 @@
-"""Offsets beyond 2^31: a million tokens of Ultra's shape, with 32-bit arithmetic that may not wrap.
+"""Offsets beyond 2^31: at a million tokens of Ultra no 32-bit arithmetic may wrap.
 
 Ultra has 18,432 convolution channels and 16,384 gated ones in a projection of 35,072 rows: at 2^20
-tokens that is 3.7e10 elements, and a 32-bit product of an index and a stride points somewhere else.
-Each kernel here runs the program with the largest indices, with its true sizes and strides. There
-is no memory behind them: loads give zeros and stores do nothing, so only addresses are computed,
-and one that overflows raises.
+tokens that is 3.7e10 elements, and a 32-bit product of an index and a stride is a wrong address.
+Each kernel here runs the program with the largest indices, with its true sizes and strides. No
+memory is allocated for them: loads give zeros and stores do nothing. So only addresses are
+computed, and one that overflows raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADS, P, N = 256, 64, 128
 
 @contextlib.contextmanager
 def _program(*index: int) -> Iterator[None]:
-    """Every launch inside runs this one program, without memory."""
+    """Inside, every launch runs only this program, without memory."""
     builder: Any = triton_interpreter.interpreter_builder
 
     def load(pointers: Any, *_: Any) -> Any:
@@ -57,12 +57,12 @@ def _narrow(x_ptr, stride, BLOCK: tl.constexpr):
     tl.store(x_ptr + token * stride, 0.0)
 
 
-def test_32_bits_would_be_noticed() -> None:
+def test_an_overflow_in_32_bits_is_found() -> None:
     with _program(TOKENS // 16 - 1), pytest.raises(InterpreterError, match="overflow"):
         _narrow[(1,)](torch.zeros(1), PROJECTION, BLOCK=16)
 
 
-# A few long rows of a wide projection; as many rows as a grid has, each of which 32 bits can hold.
+# A few long rows of a wide projection; or the most rows that a grid allows, each within 32 bits.
 LONG_AND_MANY = [(TOKENS, 3, PROJECTION), (2**15, MOST_ROWS - 1, CHANNELS)]
 
 
@@ -94,7 +94,7 @@ def test_convolution_backward(tokens: int, row: int, width: int, options: bool) 
         )  # fmt: skip
 
 
-def test_convolution_step_of_as_many_sequences_as_it_takes() -> None:
+def test_convolution_step_of_the_most_sequences() -> None:
     x, batch = torch.zeros(1), MOST_ROWS
     assert batch * 3 * CHANNELS > 2**31
     with _program(CHANNELS // 256 - 1, batch - 1):
@@ -157,5 +157,5 @@ def test_more_rows_than_a_grid_has_are_refused() -> None:
         ),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="65536 rows, and one launch takes 65535; pass the"):
+        with pytest.raises(ValueError, match="65536 rows; one launch takes at most 65535"):
             call()

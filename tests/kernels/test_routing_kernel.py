@@ -1,7 +1,7 @@
 """The router's kernel against the definition in float64 of the same float32 logits.
 
-What it chooses must be what the definition chooses, except where two experts are closer than the
-arithmetic can tell: within 4 units in the last place of s + b. Those cases are counted.
+It must choose what the definition chooses. The exception is two experts whose s + b differ by at
+most 4 units in the last place, which float32 cannot decide. Those cases are counted.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ SHAPES = [  # t, e, k, n_group, topk_group
     (5, 10, 3, 1, 1),
     (123, 16, 3, 4, 2),
     (123, 130, 6, 1, 1),
-    (300, 12, 4, 3, 3),  # more rows than one program takes; groups that drop nobody
+    (300, 12, 4, 3, 3),  # more rows than one program takes; all groups kept
     (40, 512, 22, 8, 3),
     (40, 512, 22, 1, 1),
 ]
 SIZES = ("t", "e", "k", "n_group", "topk_group")
 
 
-def _exact(logits, bias, k, n_group, topk_group, normalise=True, scale=1.0):
-    """The naive definition; the identity as the router's matrix makes the input its logits."""
+def _exact(logits, bias, k, n_group, topk_group, normalize=True, scale=1.0):
+    """The naive definition. The router's matrix is the identity, so the input is the logits."""
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return ops.route(
         logits, eye, bias.to(logits.dtype), top_k=k, n_group=n_group, topk_group=topk_group,
-        normalize=normalise, scale=scale, impl="naive",
+        normalize=normalize, scale=scale, impl="naive",
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def _inputs(t: int, e: int, spread: float = 2.0) -> tuple[torch.Tensor, torch.Te
 
 
 def _close_calls(found: torch.Tensor, exact: torch.Tensor, biased: torch.Tensor) -> int:
-    """Rows that chose differently, each of which must have had a margin below 4 ulp."""
+    """The number of rows with another choice; each must have a margin below 4 ulp."""
     rows = (found.sort(1).values != exact.sort(1).values).any(1)
     for chosen, expected, values in zip(found[rows], exact[rows], biased[rows], strict=True):
         missed = values[[e for e in expected.tolist() if e not in chosen.tolist()]]
@@ -50,24 +50,24 @@ def _close_calls(found: torch.Tensor, exact: torch.Tensor, biased: torch.Tensor)
     return int(rows.sum())
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(SIZES, SHAPES)
-def test_choice_weights_and_scores(t, e, k, n_group, topk_group, normalise) -> None:
+def test_choice_weights_and_scores(t, e, k, n_group, topk_group, normalize) -> None:
     logits, bias = _inputs(t, e)
-    choice = (k, n_group, topk_group, normalise, 5.0)
+    choice = (k, n_group, topk_group, normalize, 5.0)
     found = route_logits(logits, bias, *choice)
     exact = _exact(logits.double(), bias, *choice)
     assert found.weights.dtype == found.scores.dtype == torch.float32
     assert found.indices.dtype == torch.int64
     assert _close_calls(found.indices, exact.indices, exact.scores + bias.double()) == 0
-    assert torch.equal(found.indices, exact.indices)  # both: the largest first
+    assert torch.equal(found.indices, exact.indices)  # both have the largest first
     torch.testing.assert_close(found.scores.double(), exact.scores, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.weights.double(), exact.weights, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("centre", "most"), [(0.0, 2), (64.0, 8)])
 def test_close_calls_of_many_tokens_are_few(centre: float, most: int) -> None:
-    """A million scores at Super's size: choices that float32 cannot settle are rare, and counted.
+    """A million scores at Super's size: choices that float32 cannot decide are rare.
 
     With biases near 0 and near 64 there were 0 and 7 of them among 16,384 tokens.
     """
@@ -81,7 +81,7 @@ def test_close_calls_of_many_tokens_are_few(centre: float, most: int) -> None:
 
 @pytest.mark.parametrize("centre", [0.0, -2.0, 64.0])
 def test_choice_is_exact_given_the_scores(centre: float) -> None:
-    """Published biases lie near 64, where a float32 has steps of 2^-17: many ties, lower first."""
+    """Published biases are near 64, where float32 has steps of 2^-17, so there are many ties."""
     logits, bias = _inputs(200, 512)
     bias = bias + centre
     found = route_logits(logits, bias, 22)
@@ -99,11 +99,11 @@ def test_ties_go_to_the_lower_number() -> None:
     assert torch.equal(found.weights, torch.full((3, 5), 0.2))
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(SIZES, SHAPES)
-def test_gradient_to_the_logits(t, e, k, n_group, topk_group, normalise) -> None:
+def test_gradient_to_the_logits(t, e, k, n_group, topk_group, normalize) -> None:
     logits, bias = _inputs(t, e)
-    choice = (k, n_group, topk_group, normalise, 2.5)
+    choice = (k, n_group, topk_group, normalize, 2.5)
     found = errors(
         lambda x: route_logits(x, bias, *choice)[::2],
         lambda x: _exact(x, bias, *choice)[::2],
@@ -114,7 +114,7 @@ def test_gradient_to_the_logits(t, e, k, n_group, topk_group, normalise) -> None
 
 
 @pytest.mark.parametrize("part", [0, 2])
-def test_gradient_through_one_output_alone(part: int) -> None:
+def test_gradient_through_one_output_only(part: int) -> None:
     logits, bias = _inputs(7, 16)
     found = errors(
         lambda x: route_logits(x, bias, 3, 1, 1, True, 5.0)[part],
@@ -143,7 +143,7 @@ def test_saturated_scores_keep_their_gradient() -> None:
     torch.testing.assert_close(leaf.grad.double(), exact, rtol=5e-7, atol=2e-45)
 
 
-def test_what_is_not_finite_stays_visible_and_chooses_distinct_experts() -> None:
+def test_nan_and_infinity_stay_visible_and_experts_are_distinct() -> None:
     logits, bias = _inputs(4, 9)
     logits[0, 2] = float("nan")
     logits[1, 3] = float("inf")
@@ -166,7 +166,7 @@ def test_strided_logits_and_expanded_gradients() -> None:
         found = route_logits(leaf, bias[:17], 4)
         assert torch.equal(found.indices, expected.indices)
         (found.weights.sum() + found.scores.sum()).backward()  # gradients of stride 0
-        exact = expected.scores * (1 - expected.scores)  # the weights sum to one whatever happens
+        exact = expected.scores * (1 - expected.scores)  # the weights always sum to one
         torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-5, atol=1e-7)
 
 
@@ -180,7 +180,7 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_from_tokens_as_the_pytorch_router(dtype: torch.dtype) -> None:
-    """The same float32 product in front, so the same choice, mixed precision around it or not."""
+    """The same float32 product, so the same choice, with and without autocast."""
     x, weight = torch.randn(33, 24).to(dtype), torch.randn(16, 24).to(dtype)
     bias = 0.1 * torch.randn(16)
     exact = ops.route(x, weight, bias, top_k=3, scale=5.0, impl="torch")
@@ -216,7 +216,7 @@ def test_wrong_inputs_say_what_was_expected() -> None:
         route_logits(logits, bias, 2, 5)
     with pytest.raises(ValueError, match="topk_group=4 must be 1 to 3"):
         route_logits(logits, bias, 2, 3, 4)
-    with pytest.raises(ValueError, match="one expert a group"):
+    with pytest.raises(ValueError, match="one expert per group"):
         route_logits(logits, bias, 2, 12, 3)
     with pytest.raises(ValueError, match="top_k=5, expected 1 to 4"):
         route_logits(logits, bias, 5, 3, 1)

@@ -1,6 +1,6 @@
 """The SSD kernels against the recurrence in float64 of the same rounded inputs.
 
-Tolerances are relative L2 errors from the list of honest ones: float32 forward 5e-6, gx, gB, gC
+Tolerances are relative L2 errors: float32 forward 5e-6, gx, gB, gC
 2e-6, gdt 2e-5, gA 3e-4 (a sum in which most terms cancel); float16 operands are rounded by 2^-11,
 which is 1e-3 with the margin that bfloat16's 8e-3 has.
 """
@@ -39,7 +39,7 @@ def make(
     b: int, t: int, h: int = 4, p: int = 16, g: int = 2, n: int = 16,
     dtype: torch.dtype = torch.float32, decay: float = 4.0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Inputs in `dtype`; what is one number per head, and the state, in float32."""
+    """Inputs in `dtype`; numbers per head and the state in float32."""
     v = {
         "x": torch.randn(b, t, h, p), "dt": torch.randn(b, t, h) - 1,
         "A": -torch.linspace(0.3, decay, h), "B": torch.randn(b, t, g, n) / n**0.5,
@@ -95,10 +95,10 @@ def check(v: dict[str, Tensor], *, seq_idx: Tensor | None = None, **options: Any
     assert all(error < limits[name] for name, error in errors.items()), errors
 
 
-@pytest.fixture(params=["walk", "pass"])
+@pytest.fixture(params=["loop", "pass"])
 def between_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways from chunk to chunk, whatever the rule says."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: request.param == "walk")
+    """Runs a test with both forms of the pass over states, whichever would be selected."""
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: request.param == "loop")
     return str(request.param)
 
 
@@ -130,7 +130,7 @@ def test_heads_of_a_group_in_several_programs(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("p", "n"), [(5, 3), (24, 40)])
-def test_sizes_that_fill_no_block(p: int, n: int) -> None:
+def test_sizes_below_a_block(p: int, n: int) -> None:
     check(make(1, 35, h=2, g=1, p=p, n=n), variant="fused")
 
 
@@ -153,7 +153,7 @@ def test_the_chunk_changes_nothing_but_rounding(chunk: int) -> None:
 
 
 def test_views_of_one_projection_and_axes_apart() -> None:
-    """x, B and C as slices of one tensor, dt as another; p and n that are not neighbours."""
+    """x, B and C are slices of one tensor, dt of another; p and n are not contiguous."""
     b, t, h, p, g, n = 2, 66, 2, 8, 2, 16
     v = make(b, t, h=h, p=p, g=g, n=n)
     parts = [v[k].flatten(2) for k in ("x", "B", "C", "dt")]
@@ -170,32 +170,32 @@ def test_views_of_one_projection_and_axes_apart() -> None:
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize(("variant", "walk"), [("fused", True), ("three", True), ("three", False)])
+@pytest.mark.parametrize(("variant", "loop"), [("fused", True), ("three", True), ("three", False)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_packed_documents(
-    variant: str, walk: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_concatenated_documents(
+    variant: str, loop: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Starts at a chunk's edge, twice in a chunk, right after one another; a row without any."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: walk)
+    """Documents begin at a chunk's edge, twice in a chunk, and one token apart, or not at all."""
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: loop)
     seq_idx = torch.zeros(2, 150, dtype=torch.int32)
     for start in (1, 20, 64, 65, 127):
         seq_idx[0, start:] += 3
     check(make(2, 150, h=2, g=1, dtype=dtype), variant=variant, seq_idx=seq_idx)
 
 
-@pytest.mark.parametrize(("variant", "walk"), [("fused", True), ("three", True), ("three", False)])
-def test_a_document_number_that_returns_is_a_new_document(
-    variant: str, walk: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("variant", "loop"), [("fused", True), ("three", True), ("three", False)])
+def test_a_repeated_document_number_starts_a_new_document(
+    variant: str, loop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0 1 0 within a chunk, across the edge of one, and with the same number at both ends."""
-    monkeypatch.setattr(ssd_states, "walks", lambda *_: walk)
+    """0 1 0 within a chunk, across the edge of a chunk, and from its first to its last token."""
+    monkeypatch.setattr(ssd_states, "loops_over_chunks", lambda *_: loop)
     seq_idx = torch.zeros(2, 140, dtype=torch.int64)
     seq_idx[0, 20:22], seq_idx[0, 63:65], seq_idx[1, 64:128] = 1, 1, 7
     check(make(2, 140, h=2, g=1), variant=variant, seq_idx=seq_idx)
 
 
 def test_documents_do_not_see_each_other() -> None:
-    """Each document of a packed row is what it is alone, to the last bit where chunks agree."""
+    """Each document has the values that it has alone; equal bits if the chunks are the same."""
     v = make(1, 128, h=2, g=1)
     seq_idx = torch.arange(256).view(1, 256)[:, ::2] // 128  # strided, int64
     y, state = kernel(v, seq_idx=seq_idx)
@@ -207,8 +207,8 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("variant", ["fused", "three"])
-def test_only_what_must_be_given(variant: str) -> None:
-    """No D, no initial state, no bias and no softplus: dt comes as it is used."""
+def test_only_the_required_arguments(variant: str) -> None:
+    """No D, no initial state, no bias and no softplus."""
     v = make(2, 67, h=2, g=1)
     v = {k: v[k] for k in ("x", "dt", "A", "B", "C")}
     v["dt"] = F.softplus(v["dt"])
@@ -217,13 +217,13 @@ def test_only_what_must_be_given(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["fused", "three"])
 def test_strong_decay(variant: str) -> None:
-    """exp(s_l - s_r) above the diagonal overflows here; below, it soon vanishes."""
+    """Here exp(s_l - s_r) overflows above the diagonal and is soon zero below it."""
     check(make(1, 100, h=4, g=1, decay=400.0), variant=variant)
 
 
 @pytest.mark.parametrize("variant", ["fused", "three"])
-def test_what_has_faded_far_keeps_its_digits(variant: str) -> None:
-    """One write, then e^-1 a token: down to e^-59, the last before the floor, across a chunk."""
+def test_small_decays_are_precise(variant: str) -> None:
+    """One write, then a decay of e^-1 per token, down to e^-59, the last above the floor."""
     one = torch.ones(1, 60, 1, 1)
     x = torch.zeros(1, 60, 1, 1)
     x[0, 0] = 1
@@ -236,7 +236,7 @@ def test_what_has_faded_far_keeps_its_digits(variant: str) -> None:
     torch.testing.assert_close(y.flatten().double(), exact / torch.e, rtol=1e-5, atol=0)
 
 
-def test_steps_of_zero_leave_the_state_alone() -> None:
+def test_steps_of_zero_do_not_change_the_state() -> None:
     v = make(2, 70, h=2, g=1)
     del v["dt_bias"]
     v["dt"] = F.softplus(v["dt"])
@@ -248,7 +248,7 @@ def test_steps_of_zero_leave_the_state_alone() -> None:
 
 @pytest.mark.parametrize("variant", ["fused", "three"])
 def test_padding_is_a_step_of_zero_before_softplus(variant: str) -> None:
-    """A dt of minus infinity leaves the state alone, and no gradient of it is NaN."""
+    """A dt of minus infinity does not change the state, and its gradient is not NaN."""
     v = make(2, 70, h=2, g=1)
     v["dt"][0, 40:], v["dt"][1, 3] = -torch.inf, -torch.inf
     found, exact = run(kernel, v, False, variant=variant), run(definition, v, True)
@@ -260,10 +260,10 @@ def test_padding_is_a_step_of_zero_before_softplus(variant: str) -> None:
     torch.testing.assert_close(found["state"][:1], kernel(short, variant=variant)[1])
 
 
-def test_softplus_and_its_slope_where_float32_is_thin() -> None:
+def test_softplus_and_its_gradient_for_small_and_large_steps() -> None:
     """Steps of e^-30 to 30, one document each, so that y is dt times x (C . B).
 
-    2e-6 is what exp2 makes of rounding -30 log2(e).
+    The tolerance of 2e-6 is the error of exp2 after rounding -30 log2(e).
     """
     dt = torch.linspace(-30, 30, 61).view(1, -1, 1).requires_grad_()
     one, seq_idx = torch.ones(1, 61, 1, 1), torch.arange(61).view(1, -1)
@@ -277,8 +277,8 @@ def test_softplus_and_its_slope_where_float32_is_thin() -> None:
 
 
 @pytest.mark.parametrize("output", [0, 1])
-def test_gradients_of_one_output_alone(output: int) -> None:
-    """The other has none at all; and this one's is expanded from one number."""
+def test_gradients_of_one_output_only(output: int) -> None:
+    """The other output has no gradient; this one's gradient is expanded from one number."""
     v = make(1, 66, h=2, g=1)
     found, exact = (
         {k: (x.double() if wide else x.clone()).requires_grad_() for k, x in v.items()}
@@ -287,7 +287,7 @@ def test_gradients_of_one_output_alone(output: int) -> None:
     kernel(found)[output].sum().backward()
     definition(exact)[output].sum().backward()
     for name, leaf in found.items():
-        if exact[name].grad is None:  # D has nothing to do with the state
+        if exact[name].grad is None:  # the state does not depend on D
             assert not leaf.grad.any()
         else:
             error = relative(leaf.grad, exact[name].grad)
@@ -330,7 +330,7 @@ def test_no_tokens(b: int, t: int) -> None:
 
 
 def test_the_arguments_of_the_other_implementations() -> None:
-    """By position they are the same, so that `ops.ssd` can call any of them."""
+    """They have the same positional arguments, so that `ops.ssd` can call any of them."""
 
     def parameters(function: Callable[..., Any], kind: Any) -> list[str]:
         return [n for n, p in inspect.signature(function).parameters.items() if p.kind is kind]
@@ -353,24 +353,24 @@ def test_the_arguments_of_the_other_implementations() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_rule_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States walk with few chunks or many heads; one fused kernel is for few chunks only."""
+def test_which_variant_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass over states loops for few chunks or many heads; fused is for few chunks only."""
     monkeypatch.setattr(ssd_common, "processors", lambda _: 132)
 
     def x(b: int, t: int, h: int) -> Tensor:
         return torch.zeros(1, dtype=torch.float16).expand(b, t, h, 64)
 
-    assert ssd_common.walks(x(1, 4096, 128), 64, 64)
-    assert not ssd_common.walks(x(1, 4096, 16), 64, 64)
-    assert ssd_common.walks(x(1, 256, 16), 4, 64)
-    assert ssd_common.walks(x(1, 4096, 22), 64, 32)
+    assert ssd_common.loops_over_chunks(x(1, 4096, 128), 64, 64)
+    assert not ssd_common.loops_over_chunks(x(1, 4096, 16), 64, 64)
+    assert ssd_common.loops_over_chunks(x(1, 256, 16), 4, 64)
+    assert ssd_common.loops_over_chunks(x(1, 4096, 22), 64, 32)
     chunk = ssd_common.config("fused", x(1, 1, 1))["Q"]
     assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk, 128)) == "fused"
     assert ssd_module._variant(x(1, ssd_common.FEW_CHUNKS * chunk + 1, 128)) == "three"
     assert ssd_module._variant(x(1, chunk, 2).float()) == "three"
     monkeypatch.setattr(ssd_common, "processors", lambda _: 100)
     heads = ssd_common.heads_per_program
-    assert heads(x(1, 64, 96), 4, 4 * 100, 16) == 12  # 24 heads a group: divisors only
+    assert heads(x(1, 64, 96), 4, 4 * 100, 16) == 12  # 24 heads per group: only divisors
     assert heads(x(1, 64, 96), 4, 4, 16) == 1
     assert heads(x(1, 64, 96), 4, 20, 16) == 4
 

@@ -1,11 +1,11 @@
 """Offsets of the SSD kernels at a million tokens of Ultra.
 
-mamba_ssm's kernels multiply indices by strides in 32 bits, and from about 61 thousand tokens of
-Ultra on they read and write somewhere else in silence (its issue 1015). Here every kernel runs its
-last program with its true sizes and strides, and 32-bit arithmetic that overflows raises. There is
-no memory behind these offsets: loads give zeros and stores do nothing.
+mamba_ssm's kernels multiply indices by strides in 32 bits. From about 61 thousand tokens of Ultra
+on they read and write wrong addresses without an error (its issue 1015). Here every kernel runs its
+last program with its true sizes and strides, and 32-bit arithmetic that overflows raises. No memory
+is allocated for these offsets: loads give zeros and stores do nothing.
 
-Loops over chunks take their first and their last turn, and count in 32 bits as on a GPU.
+Loops over chunks run their first and last iterations only, and count in 32 bits as on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = dict(R=H // G, P=P, N=N, PAD_N=N, Q=Q, SOFTPLUS=True, PR
 
 @contextlib.contextmanager
 def _program(*index: int) -> Iterator[None]:
-    """Run one program under these three numbers, on memory that is not there."""
+    """Run only the program with these three numbers, without memory."""
     builder: Any = triton_interpreter.interpreter_builder
 
     def load(pointers: Any, *_: Any) -> Any:
@@ -57,7 +57,7 @@ def _program(*index: int) -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["tokens first", "heads first"])
 def arguments(request: pytest.FixtureRequest) -> Arguments:
-    """Pointers and strides of a batch of rows of so many tokens, under the kernels' names."""
+    """Pointers and strides for rows of this many tokens, by the kernels' argument names."""
     return functools.partial(_arguments, heads_first=request.param)
 
 
@@ -81,7 +81,7 @@ def _narrow(x_ptr, stride):
     tl.store(x_ptr + tl.program_id(0) * stride, 0.0, mask=tl.program_id(0) >= 0)
 
 
-def test_32_bits_would_be_noticed() -> None:
+def test_an_overflow_in_32_bits_is_found() -> None:
     with _program(T - 1, 0, 0), pytest.raises(InterpreterError, match="overflow"):
         _narrow[(1,)](torch.zeros(1), H * P)
 
@@ -93,12 +93,12 @@ def test_states_of_every_chunk(reverse: bool, arguments: Arguments) -> None:
         with _program(index, H - 1, b):
             ssd_states.states_kernel[(1,)](
                 *v["x"], *v["dt"], v["A"], *v["B"], v["A"], None, *v["row"], v["A"], v["A"], v["A"],
-                T, CHUNKS, H, REVERSE=reverse, WALK=False, BLOCK_P=P, **SIZES,
+                T, CHUNKS, H, REVERSE=reverse, LOOP=False, BLOCK_P=P, **SIZES,
             )  # fmt: skip
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_walks_over_the_states_of_many_rows_and_of_many_chunks(
+def test_loops_over_the_chunks_of_many_rows_and_of_many_chunks(
     reverse: bool, arguments: Arguments
 ) -> None:
     for row, tokens, chunks in ((ROWS, 2 * Q, 2), (3, T, CHUNKS)):
@@ -106,7 +106,7 @@ def test_walks_over_the_states_of_many_rows_and_of_many_chunks(
         with _program(0, H - 1, row):
             ssd_states.states_kernel[(1,)](
                 *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None,
-                v["A"], tokens, chunks, H, REVERSE=reverse, WALK=True, BLOCK_P=P, **SIZES,
+                v["A"], tokens, chunks, H, REVERSE=reverse, LOOP=True, BLOCK_P=P, **SIZES,
             )  # fmt: skip
         with _program(0, H - 1, row):
             ssd_states.pass_kernel[(1,)](
@@ -131,7 +131,7 @@ def _narrow_loop(x_ptr, turns, stride):
         tl.store(x_ptr + i * stride, 0.0, mask=i >= 0)
 
 
-def test_a_loop_that_counts_in_32_bits_would_be_noticed() -> None:
+def test_an_overflow_of_a_loop_counter_in_32_bits_is_found() -> None:
     with _program(0, 0, 0), ends_of_loops(sys.modules[__name__]):
         _narrow_loop[(1,)](torch.zeros(1), CHUNKS, 1)
         with pytest.raises(InterpreterError, match="overflow"):

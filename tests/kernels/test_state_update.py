@@ -1,4 +1,4 @@
-"""The decoding step against one turn of the definition, and its stochastic rounding, bit by bit."""
+"""The decoding step against one step of the definition; its stochastic rounding, bit by bit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_step(b: int, h: int, p: int, g: int, n: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("left_out", [("D",), ("z",), ("dt_bias",), ("D", "z", "dt_bias")])
-def test_what_is_optional(left_out: tuple[str, ...]) -> None:
+def test_optional_arguments(left_out: tuple[str, ...]) -> None:
     inputs = _inputs(2, 4, 6, 2, 10)
     for name in left_out:
         inputs.pop(name)
@@ -79,8 +79,8 @@ def test_small_steps_keep_their_digits() -> None:
     assert relative_rms(inputs["state"], exact) < TOLERANCE[torch.float32]
 
 
-def test_spelling_of_mamba_ssm() -> None:
-    """Everything per head expanded over channels and state numbers, positions instead of names."""
+def test_arguments_of_mamba_ssm() -> None:
+    """Values per head are expanded over channels and state; arguments are given by position."""
     inputs = _inputs(2, 4, 6, 2, 10)
     expanded = {k: v.clone() for k, v in inputs.items()}
     expected = selective_state_update(**inputs, dt_softplus=True)
@@ -107,7 +107,7 @@ def test_steps_and_skips_per_channel() -> None:
     torch.testing.assert_close(inputs["state"], torch.cat([p[0][1] for p in parts], 2).float())
 
 
-def test_many_steps_stay_with_the_definition() -> None:
+def test_many_steps_equal_the_definition() -> None:
     inputs = _inputs(1, 4, 8, 2, 16)
     state, exact = inputs.pop("state"), None
     exact = state
@@ -120,7 +120,7 @@ def test_many_steps_stay_with_the_definition() -> None:
     assert relative_rms(y, y_exact) < 1e-5
 
 
-def test_many_steps_arrive_where_the_scan_arrives() -> None:
+def test_many_steps_equal_the_scan() -> None:
     """Decoding continues from a prompt: 70 steps against the chunked kernel, bias and softplus."""
     t, h, p, g, n = 70, 4, 8, 2, 16
     x, dt = torch.randn(2, t, h, p), torch.randn(2, t, h) - 2
@@ -163,7 +163,7 @@ def test_strided_inputs() -> None:
     assert torch.equal(inputs["state"], expected["state"])
 
 
-def test_the_twin_gives_the_known_answers() -> None:
+def test_the_reference_gives_the_known_answers() -> None:
     """Philox-4x32-10 of Random123's kat_vectors."""
     ones = 0xFFFFFFFF
     assert [hex(int(w)) for w in philox.philox([0, 0, 0, 0], (0, 0), 10)] == [
@@ -178,7 +178,7 @@ def test_the_twin_gives_the_known_answers() -> None:
     ("b", "h", "p", "n", "seed", "rounds"),
     [(1, 2, 64, 128, 7, 5), (2, 3, 5, 17, 2**40 + 3, 5), (1, 1, 33, 8, 0, 10), (2, 2, 9, 1, 1, 3)],
 )
-def test_the_same_bits_as_the_twin(
+def test_the_same_bits_as_the_reference(
     b: int, h: int, p: int, n: int, seed: int, rounds: int
 ) -> None:  # fmt: skip
     inputs = _inputs(b, h, p, 1, n)
@@ -214,7 +214,8 @@ def _rounded(x: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
 
 
 def _hard_numbers() -> torch.Tensor:
-    """Every scale float16 has, both signs, exact values, the last below a power of two, zeros."""
+    """Numbers at every exponent of float16, of both signs; exact values; zeros; numbers just
+    below a power of two."""
     scale = torch.exp2(torch.linspace(-26, 15.9, 2**14 - 64))
     edges = torch.tensor(
         [0.0, 2.0**-24, 2.0**-14, 2.0**-14 - 2.0**-30, 1.0, 2.0 - 2.0**-23, 1024.5, 65504.0] * 8
@@ -223,7 +224,7 @@ def _hard_numbers() -> torch.Tensor:
     return x.clamp(max=65504.0) * torch.where(torch.rand(x.shape) < 0.5, -1.0, 1.0)
 
 
-def test_rounding_gives_a_neighbour_and_agrees_with_the_twin() -> None:
+def test_rounding_gives_a_neighbor_and_equals_the_reference() -> None:
     x = _hard_numbers()
     random = torch.randint(0, 2**16, x.shape)
     found = _rounded(x, random)
@@ -238,18 +239,18 @@ def test_rounding_gives_a_neighbour_and_agrees_with_the_twin() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-18])
 def test_rounding_is_unbiased(scale: float) -> None:
-    """Over all 2^16 random numbers the mean is the number itself; in no way a matter of luck."""
+    """The mean over all 2^16 random numbers is exactly the number itself."""
     random = torch.arange(2**16)
     for x in scale * torch.tensor([1.0, 1.0 + 2**-11, 1.3, 1.9999, -1.7]):
         mean = _rounded(x.expand(2**16), random).double().mean()
         step = scale * 2.0**-10 if scale == 1 else 2.0**-24
-        # Float32 below 2^-14 is finer than 2^-16 of a step, and that much may be cut off.
+        # Below 2^-14, float32 is finer than 2^-16 of a step, and that part may be truncated.
         allowed = 0.0 if scale == 1 else 2.0**-16 * step
         assert abs(float(mean - x.double())) <= allowed
 
 
-def test_rounding_of_what_is_no_number_and_of_what_is_too_large() -> None:
-    """NaN with all bits set is what a GPU makes; a carry would turn it into zero."""
+def test_rounding_of_nan_and_of_numbers_too_large() -> None:
+    """A GPU gives NaN with all bits set; a carry in the addition would make it zero."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
     x = torch.cat([bits.view(torch.float32), torch.tensor([1e6, -7e4, -0.0])])
     with np.errstate(invalid="ignore"):  # numpy warns of the signalling NaN
@@ -260,7 +261,7 @@ def test_rounding_of_what_is_no_number_and_of_what_is_too_large() -> None:
 
 
 def test_a_small_write_is_not_lost_on_average() -> None:
-    """1/4 of a step, 64 times: rounding to nearest never moves, stochastic rounding arrives."""
+    """64 writes of 1/4 step: to nearest, the state never changes; stochastically, it does."""
     shape = (1, 1, 32, 64)
     step = 2.0**-10
     inputs = {
@@ -278,7 +279,7 @@ def test_a_small_write_is_not_lost_on_average() -> None:
     assert abs(float(stochastic.double().mean()) - expected) < 4 * deviation
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_inputs_are_refused() -> None:
     inputs = _inputs(2, 4, 6, 2, 10)
 
     def refused(match: str, **changed) -> None:
@@ -295,7 +296,7 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("Mamba-1", x=torch.zeros(2, 24))
     refused(r"torch\.bfloat16; expected float32 or float16", state=inputs["state"].bfloat16())
     refused("last axis must have 1", state=torch.zeros(2, 4, 10, 6).mT)
-    refused("seed=3 for a float32 state", seed=3)
+    refused("seed=3, but a float32 state", seed=3)
     half = inputs["state"].half()
     refused("expected 0 to", state=half, seed=-1)
     refused("expected one int64", state=half, seed=torch.tensor([1.0]))

@@ -11,7 +11,7 @@ from nemotron_lite import ops
 @pytest.mark.parametrize("n", [16, 20])
 @pytest.mark.parametrize("seed", [None, 0, 2**62 + 5])
 def test_kernel_and_torch_round_alike(seed: int | None, n: int) -> None:
-    """With sums that float32 holds exactly nothing but the random bits can differ."""
+    """The sums are exact in float32, so only the random bits could differ."""
     b, h, p, g = 2, 4, 5, 2
     start = (1 + torch.randint(0, 2**10, (b, h, p, n)) / 2**10).half()
     start[0, 0] *= 2.0**-16  # where float16 has a fixed step

@@ -1,9 +1,9 @@
 """The acceptance kernel against the definition in float64, for given uniforms: the same tokens.
 
-Where the target lies within 1e-6 of a boundary of the cumulative sum, float32 sums may fall on the
-other side; none of the cases here does, and the test says so. What the kernel has no business with
-is NaN: places behind the first rejection, rows other than the one it draws from, the vocabulary
-beyond a row's end.
+If the target is within 1e-6 of a boundary of the cumulative sum, float32 sums may give another
+token. The test checks that no case here is so close. Everything that the kernel must not read is
+NaN: positions after the first rejection, rows from which it does not draw, and memory after the
+end of a row's vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _case(b: int, k: int, v: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     p.copy_(weights[0] / weights[0].sum(-1, keepdim=True))
     q = q[:, :k]
     q.copy_((weights[1] / weights[1].sum(-1, keepdim=True))[:, :k])
-    if k:  # some rows agree, so that drafts get far
+    if k:  # some rows of p and q agree, so that many drafts are accepted
         agree = torch.rand(b, generator=generator) < 0.5
         q[agree] = p[agree, :k]
     uniforms = torch.rand(b, k + 1, generator=generator, dtype=torch.float64)
@@ -48,7 +48,7 @@ def _case(b: int, k: int, v: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 
 def _distance(p, q, uniforms, lengths, accepted) -> torch.Tensor:
-    """How near each target lies to a boundary of the cumulative sum, as a share of the sum."""
+    """The distance of each target to the nearest boundary of the cumulative sum, relative to it."""
     near = []
     for row, kept in enumerate(accepted.tolist()):
         weights = p[row, kept].double()
@@ -70,13 +70,13 @@ def test_the_same_tokens_as_the_definition(b: int, k: int, v: int, ragged: bool)
     assert torch.equal(found.accepted, exact.accepted)
     every = torch.full((b,), k) if lengths is None else lengths
     clear = _distance(p, q, uniforms, every, exact.accepted) > 1e-6
-    assert bool(clear.all()), "a case too close to call: choose another seed"
+    assert bool(clear.all()), "a target is too close to a boundary: choose another seed"
     assert torch.equal(found.token, exact.token)
     if k > 1 and b > 3:
         assert len(set(exact.accepted.tolist())) > 1, "rows must differ"
 
 
-def test_it_reads_only_what_it_must() -> None:
+def test_it_reads_only_the_rows_it_needs() -> None:
     p, q, drafts, uniforms = _case(12, 3, 200, seed=4)
     expected = ops.verify(p, q, drafts, uniforms, impl="naive")
     poor_p, poor_q = torch.full_like(p, float("nan")), torch.full_like(q, float("nan"))
@@ -93,7 +93,7 @@ def test_it_reads_only_what_it_must() -> None:
 
 
 def test_it_stops_reading_once_the_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sweep for the sum, and of the second one the block that holds the token."""
+    """One pass for the sum; the second pass stops at the block with the token."""
     builder = interpreter.interpreter_builder
     load, read = builder.create_masked_load, []
 
@@ -112,7 +112,7 @@ def test_it_stops_reading_once_the_token_is_known(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_left_of_p_minus_q_and_targets_at_the_very_end() -> None:
-    """q above p everywhere, which rounding can do: the draw is from p."""
+    """q is larger than p everywhere, which rounding can cause: the draw is from p."""
     p = torch.tensor([[[0.0, 0.4, 0.6, 0.0], [0.25] * 4]]).expand(3, -1, -1)
     q = torch.tensor([[[0.0, 0.5, 0.7, 0.0]]]).expand(3, -1, -1)
     uniforms = torch.tensor([[0.99, 0.1], [0.99, 0.5], [0.99, 1 - 2.0**-53]]).double()
@@ -122,7 +122,7 @@ def test_nothing_left_of_p_minus_q_and_targets_at_the_very_end() -> None:
     assert found.token.tolist() == [1, 2, 2], "and never a token of weight zero"
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_wrong_inputs_are_refused() -> None:
     p, q, drafts, uniforms = _case(2, 2, 9)
     with pytest.raises(ValueError, match="the kernel takes float32"):
         verify(p.double(), q.double(), drafts, uniforms)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: every form against scores written out, caches, rows."""
+"""Causal grouped-query attention: every form against the formula; caches; rows of their own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_naive_equals_the_formula() -> None:
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("new", [1, 3, 8])
 def test_a_cache_continues(impl: str, new: int) -> None:
-    q, k, v = _qkv(2, 11, s=20)  # nine keys too many: what a longer buffer holds
+    q, k, v = _qkv(2, 11, s=20)  # the buffer is nine keys longer
     whole = causal_attention(q, k, v, impl="naive")
     part = causal_attention(q[:, :, 11 - new :], k, v, starts=11 - new, impl=impl)
     torch.testing.assert_close(part, whole[:, :, 11 - new :])
@@ -57,7 +57,7 @@ def test_a_cache_continues(impl: str, new: int) -> None:
 
 @pytest.mark.parametrize("impl", FORMS)
 @pytest.mark.parametrize("new", [1, 4])
-def test_rows_with_starts_of_their_own(impl: str, new: int) -> None:
+def test_each_row_has_its_own_start(impl: str, new: int) -> None:
     q, k, v = _qkv(3, new, s=16)
     starts = torch.tensor([0, 5, 12])
     found = causal_attention(q, k, v, starts=starts, impl=impl)
@@ -83,7 +83,7 @@ def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["torch", "cpu", "gpu"])
 def test_strided_inputs_in_other_dtypes(impl: str, dtype: torch.dtype, t: int) -> None:
-    """Token by token in memory, as a layer has them, and behind a cache of 5 tokens."""
+    """The memory layout of a layer (tokens before heads), after a cache of 5 tokens."""
     q, k, v = (
         x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in _qkv(2, t, s=t + 5)
     )
@@ -103,7 +103,7 @@ def test_keys_beyond_the_cache_are_never_read() -> None:
     assert causal_attention(q[:, :, :1], k, v, starts=6).isfinite().all()
 
 
-def test_too_few_keys_and_documents_behind_a_cache_are_refused() -> None:
+def test_too_few_keys_and_documents_after_a_cache_are_refused() -> None:
     q, k, v = _qkv(1, 4)
     with pytest.raises(ValueError, match="4 keys do not cover starts=2"):
         causal_attention(q, k, v, starts=2)
@@ -116,8 +116,10 @@ def test_too_few_keys_and_documents_behind_a_cache_are_refused() -> None:
 def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
     monkeypatch: pytest.MonkeyPatch, start: int, h: int, kv: int, spread: float
 ) -> None:
-    """Against float64 on the same rounded numbers; `spread` makes scores large, where a score
-    rounded to BF16 would be off by percents. Several blocks, the last one ragged."""
+    """Against float64 on the same rounded numbers, in several blocks of unequal size.
+
+    `spread` makes scores large. A large score rounded to BF16 would be wrong by percents.
+    """
     monkeypatch.setattr(cpu_attention, "SCORES", 16 * 300 * h // kv)
     monkeypatch.setattr(cpu_attention, "FEW_SCORES", 1)
     called = []
@@ -138,7 +140,7 @@ def test_bfloat16_in_blocks_rounds_no_more_than_its_inputs(
 @pytest.mark.parametrize("start", [0, 37])
 @pytest.mark.parametrize(("h", "kv"), [(6, 2), (4, 4)])
 def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, kv: int) -> None:
-    """On a processor that is not Intel's, wide heads: several blocks, the last one ragged."""
+    """As on a CPU that is not from Intel, with wide heads: several blocks of unequal size."""
     monkeypatch.setattr(cpu_attention, "SCORES", 16 * 300 * h // kv)
     monkeypatch.setattr(cpu_attention, "FEW_SCORES", 1)
     monkeypatch.setattr(cpu_attention, "FEW_WIDE_SCORES", 1)
@@ -164,7 +166,7 @@ def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, 
 def test_products_in_blocks_get_matrices_without_gaps(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """Without a cache a layer's keys lie token by token, heads between; oneDNN would be slow."""
+    """Without a cache, the keys of one head are not contiguous, and oneDNN would be slow."""
     for name in ("FEW_SCORES", "FEW_WIDE_SCORES"):
         monkeypatch.setattr(cpu_attention, name, 1)
     monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: cpu_attention.HAS_ONEDNN)

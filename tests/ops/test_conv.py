@@ -1,4 +1,4 @@
-"""The causal convolution: every form and the step against the loop over taps; splits."""
+"""The causal convolution: every form and the step against the loop over taps; split sequences."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_steps_equal_the_whole() -> None:
     torch.testing.assert_close(state, end)
 
 
-def test_state_is_read_at_each_rows_own_end() -> None:
+def test_the_final_state_is_at_each_rows_own_end() -> None:
     x, weight, bias, state = (v.float() for v in _inputs(3, 8, 5, 4))
     lengths = torch.tensor([8, 3, 0])
     _, end = causal_conv1d(x, weight, bias, initial_state=state, lengths=lengths)
@@ -147,7 +147,7 @@ def test_unknown_implementation_is_refused() -> None:
 
 @pytest.mark.parametrize("impl", ["naive", "torch", "cpu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_window_is_the_convolution_behind_its_state(impl: str, bias: bool) -> None:
+def test_a_window_is_the_convolution_after_its_state(impl: str, bias: bool) -> None:
     x, weight, shift, state = _inputs(2, 5, 6, 4)
     added = shift if bias else None
     exact, _ = causal_conv1d(x, weight, added, initial_state=state, impl="naive")

@@ -1,4 +1,4 @@
-"""Reading a draft and accepting a part of it, against the recurrence."""
+"""Scanning a draft and accepting a part of it, against the recurrence."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_narrow_inputs_are_computed_in_the_dtype_of_the_state(dtype: torch.dtype
     assert relative_rms(after, exact) < 5e-6
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_wrong_inputs_are_refused() -> None:
     given = _inputs(2, 3, 1, seed=0)
     thrice = {name: v.expand(-1, -1, 3, -1) for name, v in given.items() if name in "BC"}
     with pytest.raises(ValueError, match="2 heads do not split into 3 groups"):

@@ -1,4 +1,4 @@
-"""Expert MLPs: every form against token by token, values and gradients."""
+"""Expert MLPs: every form against the loop over tokens, values and gradients."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_squared_relu() -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
-def test_bfloat16_tokens_with_float32_masters(impl: str) -> None:
+def test_bfloat16_tokens_with_float32_weights(impl: str) -> None:
     """Mixed precision: activations in bfloat16, weights kept in float32."""
     (z, up, down, weights), indices = _inputs(12)
     low = [

@@ -1,7 +1,7 @@
-"""BF16 prompts on a CPU: experts padded and multiplied in batches, against float64 and in shape.
+"""BF16 prompts on a CPU: experts are padded and multiplied in batches; values and shapes.
 
-Padding must change nothing: the products are those of one expert after the other, whatever the
-loads are, also with experts that no token chose.
+Padding must change nothing: the products equal those of one expert after another, for any loads,
+also with experts that no token chose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nemotron_lite.ops import expert_mlp
 
 def inputs(t: int, e: int = 12, k: int = 3, busy: int | None = None, f: int = 24, latent: int = 16):
     torch.manual_seed(t)
-    odds = torch.rand(e) ** 3  # loads that differ
+    odds = torch.rand(e) ** 3  # experts get unequal numbers of tokens
     odds[busy:] = 0
     indices = torch.stack([torch.multinomial(odds + 1e-9, k) for _ in range(t)])
     z = torch.randn(t, latent)
@@ -59,7 +59,7 @@ def test_batches_equal_float64_up_to_rounding(
     assert error < 8e-3
 
 
-def test_rows_come_in_multiples_so_that_few_products_are_compiled(
+def test_numbers_of_rows_are_rounded_up_so_that_few_shapes_are_compiled(
     batches: list[tuple[int, ...]],
 ) -> None:
     for t in (64, 77, 90, 103):
@@ -71,7 +71,7 @@ def test_rows_come_in_multiples_so_that_few_products_are_compiled(
 
 
 @pytest.mark.parametrize("case", ["few pairs", "float32", "gradients"], ids=str)
-def test_other_calls_take_other_forms(batches: list[tuple[int, ...]], case: str) -> None:
+def test_other_calls_do_not_use_batches(batches: list[tuple[int, ...]], case: str) -> None:
     (z, up, down, weights), indices = inputs(20 if case == "few pairs" else 80)
     if case == "float32":
         z, up, down, weights = (x.float() for x in (z, up, down, weights))

@@ -68,11 +68,11 @@ def inputs_of(case: Case, dtype: torch.dtype, batch: int = 2) -> dict[str, Tenso
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    if case.decay == "weak":  # the whole row is remembered
+    if case.decay == "weak":  # the state keeps the whole row
         A, dt = torch.linspace(0.01, 0.1, h), F.softplus(normal(batch, t, h) - 2)
     elif case.decay == "mixed":  # as trained models have it
         A, dt = torch.linspace(1, 16, h), F.softplus(normal(batch, t, h) - 3)
-    else:  # forgotten within a token or two
+    else:  # the state decays within a token or two
         A, dt = torch.linspace(4, 16, h), 0.5 + normal(batch, t, h).sigmoid()
     inputs = {
         "x": normal(batch, t, h, p), "dt": dt, "A": -A.double(),
@@ -83,7 +83,7 @@ def inputs_of(case: Case, dtype: torch.dtype, batch: int = 2) -> dict[str, Tenso
 
 
 def documents(case: Case, batch: int = 2) -> Tensor | None:
-    """Document numbers; other boundaries in each row, and numbers that return."""
+    """Document numbers, with other boundaries in each row; each number is used again later."""
     if not case.several:
         return None
     place = torch.arange(case.tokens) + torch.arange(batch).unsqueeze(1) * 11
@@ -111,10 +111,10 @@ def exact(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 @functools.cache
 def cancellation(case: Case, dtype: torch.dtype) -> float:
-    """By how much dA is smaller than the terms it sums over rows and tokens, at least 1.
+    """The ratio of the terms of dA, a sum over rows and tokens, to dA itself; at least 1.
 
-    In float32 a sum is known to within the rounding of its terms, not of itself. The terms are
-    found by letting dt act on the decay alone: what it would add to the write is divided out of x.
+    In float32 the error of a sum depends on the size of its terms, not on that of the sum. To find
+    the terms, dt must act only on the decay: x is divided by dt, so that dt x is constant.
     """
     inputs = inputs_of(case, dtype) | {"D": torch.zeros(case.sizes[0])}
     amounts = (inputs["x"].double() * inputs["dt"].double().unsqueeze(-1)).detach()
@@ -185,7 +185,7 @@ RUNGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def holds(found: dict[str, float], case: Case, dtype: torch.dtype, factor: float = 1.0) -> None:
-    """Fail with every quantity whose error exceeds its tolerance."""
+    """Fail if the error of any quantity exceeds its tolerance, and show all of them."""
     factors = dict.fromkeys(found, factor) | {"dA": factor * cancellation(case, dtype)}
     off = {name: e for name, e in found.items() if e > TOLERANCE[dtype] * factors[name]}
     assert not off, off
@@ -210,8 +210,8 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
 def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
     """Only inputs and outputs are stored in half precision; everything between is float32.
 
-    So y is off by its own rounding and the state hardly at all. The gradients start from a gradient
-    of y that was rounded too, and where they are sums that cancel, that weighs more.
+    So y has its own rounding error, and the state almost none. The gradients start from a rounded
+    gradient of y; where they are sums that cancel, this error becomes larger.
     """
     found = ladder.climb(
         "ssd", rung, bind(RUNGS[rung], case), inputs_of(case, dtype), OUTPUTS,
@@ -226,7 +226,7 @@ def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (1, 65)], ids=str)
 @pytest.mark.parametrize("rung", ["recurrence", "step"])
 def test_the_definition_in_float32(rung: str, case: Case) -> None:
-    """Rounding dt * A to float32 costs the definition itself digits that the chunked form keeps."""
+    """The definition rounds dt * A to float32 and is less precise than the chunked form."""
     form = {"recurrence": selective_scan, "step": one_at_a_time}[rung]
     dtype = torch.float32
     found = ladder.climb(

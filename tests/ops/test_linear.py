@@ -41,7 +41,7 @@ def test_onednn_is_the_product(rows: tuple[int, ...], strided: bool) -> None:
 
 @ONEDNN
 def test_no_product_gets_a_matrix_with_gaps() -> None:
-    """oneDNN would read a slice's numbers one by one, hundreds of times slower."""
+    """oneDNN would read a slice number by number, hundreds of times slower."""
     whole, wide = torch.randn(300, 64), torch.randn(300, 100)
     assert cpu_linear._without_gaps(whole) is whole
     assert cpu_linear._without_gaps(whole.t()).data_ptr() == whole.data_ptr()
@@ -113,7 +113,7 @@ def test_what_is_refused() -> None:
 
 
 @ONEDNN
-def test_a_prepared_model_gives_the_same_logits() -> None:
+def test_a_model_prepared_for_decoding_gives_the_same_logits() -> None:
     model = Nemotron(SMALL, seed=0).eval()
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
@@ -122,17 +122,17 @@ def test_a_prepared_model_gives_the_same_logits() -> None:
         used = []
         with pytest.MonkeyPatch.context() as patch:
             layer = sys.modules["nemotron_lite.layers.linear"]
-            honest = layer.product
-            patch.setattr(layer, "product", lambda x, w: used.append(1) or honest(x, w))
+            product = layer.product
+            patch.setattr(layer, "product", lambda x, w: used.append(1) or product(x, w))
             torch.testing.assert_close(model(tokens).logits, exact)
         assert len(used) == sum(isinstance(m, Linear) for m in model.backbone.modules()) + 1
-        state = model.empty_cache(1)
-        steps = [model(token, state).logits for token in tokens.split(1, dim=1)]
+        cache = model.empty_cache(1)
+        steps = [model(token, cache).logits for token in tokens.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, 1), exact)
 
 
 @ONEDNN
-def test_a_copy_is_used_only_for_its_weight() -> None:
+def test_a_prepacked_copy_is_used_only_while_the_weight_is_unchanged() -> None:
     layer = Linear(8, 8)
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -155,7 +155,7 @@ def test_a_copy_is_used_only_for_its_weight() -> None:
     check(again)
     check(layer.double())
     y = layer.float()(x)
-    assert y.requires_grad, "with gradients the copy must not be used"
+    assert y.requires_grad, "the copy must not be used if gradients are needed"
     with pytest.raises(ValueError, match="float32 on the CPU"):
         layer.double().prepare_for_decoding()
 

@@ -52,7 +52,7 @@ def test_gate_comes_before_the_norm_and_groups_are_separate() -> None:
     gated = (y * F.silu(z)).view(3, 2, 4)
     expected = gated / gated.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(found, expected.view(3, 8))
-    # What a port gets wrong: gate after the norm, or one norm over all channels.
+    # Two usual errors of ports: the gate after the norm, and one norm over all channels.
     grouped = y.view(3, 2, 4)
     late = (grouped / grouped.square().mean(-1, keepdim=True).sqrt()).view(3, 8) * F.silu(z)
     assert not torch.allclose(found, late, atol=1e-2)
@@ -61,7 +61,7 @@ def test_gate_comes_before_the_norm_and_groups_are_separate() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
-def test_low_precision_inputs_are_normalised_in_float32(impl: str, dtype: torch.dtype) -> None:
+def test_low_precision_inputs_are_normalized_in_float32(impl: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, z, weight = (torch.randn(4, 64).to(dtype) for _ in range(3))
     weight = weight[0]
@@ -92,7 +92,7 @@ def test_channels_must_split_into_groups() -> None:
 
 
 def test_the_default_device_of_a_call_is_not_kept() -> None:
-    """The constant that the CPU form keeps lies on the CPU, wherever new tensors are made."""
+    """The cached constant of the CPU form is on the CPU, whatever the default device is."""
     x, weight = torch.randn(2, 8), torch.randn(8)
     with torch.device("meta"):
         inside = rms_norm(x, weight, 0.0371)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from nemotron_lite.ops import philox
-from tests.kernels import philox as twin
+from tests.kernels import philox as reference
 
 
 def test_the_published_answer_of_counter_and_key_zero() -> None:
@@ -19,12 +19,12 @@ def test_the_published_answer_of_counter_and_key_zero() -> None:
 
 @pytest.mark.parametrize("rounds", [1, 2, 5, 10])
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 7, 2**63 - 1])
-def test_words_are_those_of_the_twin(seed: int, rounds: int) -> None:
+def test_words_equal_the_numpy_reference(seed: int, rounds: int) -> None:
     for start in (0, 2**32 - 3, 2**40):  # counters of 64 bits as well
         counter = np.arange(start, start + 7, dtype=np.uint64)
         zero = 0 * counter
-        words = [counter & twin.WORD, counter >> np.uint64(32), zero, zero]
-        exact = twin.philox(words, (seed % 2**32, seed >> 32), rounds)
+        words = [counter & reference.WORD, counter >> np.uint64(32), zero, zero]
+        exact = reference.philox(words, (seed % 2**32, seed >> 32), rounds)
         found = philox.words(seed, torch.from_numpy(counter.astype(np.int64)), rounds)
         for one, other in zip(found, exact, strict=True):
             assert (np.broadcast_to(np.asarray(one), 7) == other).all()
@@ -32,7 +32,7 @@ def test_words_are_those_of_the_twin(seed: int, rounds: int) -> None:
 
 def test_halves_are_laid_out_by_eights() -> None:
     found = philox.random_halves(11, 5, 20)
-    assert np.array_equal(found.numpy(), twin.random_halves(11, 5, 20, philox.ROUNDS))
+    assert np.array_equal(found.numpy(), reference.random_halves(11, 5, 20, philox.ROUNDS))
     assert found.min() >= 0 and found.max() < 65536
 
 

@@ -1,4 +1,4 @@
-"""Private operators of PyTorch, and what replaces each of them where it does not exist."""
+"""Private operators of PyTorch, and the public fallback of each of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.compare import relative_rms
 
 @pytest.fixture(params=[True, False], ids=["private", "fallback"])
 def exists(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the private operators, if this PyTorch has them, and as if it had none."""
+    """Runs a test with the private operators, if this PyTorch has them, and without them."""
     if not request.param:
         for name in ("HAS_FLASH", "HAS_ONEDNN_LINEAR", "HAS_ONEDNN_REORDER"):
             monkeypatch.setattr(private_torch, name, False)
@@ -40,8 +40,8 @@ def test_attention_with_its_log_denominator(
     assert relative_rms(log, scores.logsumexp(-1)) < 1e-5
 
 
-def test_a_segment_behind_a_cache(exists: bool) -> None:
-    """The caller of the log-denominators: two results joined."""
+def test_a_segment_after_a_cache(exists: bool) -> None:
+    """The function that uses the log-denominators: it joins two partial results."""
     q = torch.randn(2, 6, 5, 8)
     k, v = torch.randn(2, 2, 2, 12, 8)
     with torch.no_grad():
@@ -55,8 +55,8 @@ def test_products(exists: bool, rows: tuple[int, ...]) -> None:
     x, weight = torch.randn(*rows, 24), torch.randn(40, 24)
     exact = F.linear(x.double(), weight.double())
     assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
-    turned = weight.t().contiguous().t()
-    assert relative_rms(cpu_linear.product(x, turned), exact) < 1e-6
+    transposed = weight.t().contiguous().t()
+    assert relative_rms(cpu_linear.product(x, transposed), exact) < 1e-6
     assert relative_rms(cpu_linear.product(x, cpu_linear.prepack(weight)), exact) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):  # float32 stays float32
         assert relative_rms(cpu_linear.product(x, weight), exact) < 1e-6
@@ -87,7 +87,7 @@ def test_without_onednn_auto_uses_pytorch_and_cpu_says_why(
     ("text", "vendor"),
     [
         ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"),
-        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm names no vendor
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm CPUs report no vendor
     ],
 )
 def test_the_vendor_on_linux(

@@ -14,7 +14,7 @@ def _inputs(t: int = 9, e: int = 12, d: int = 6) -> tuple[torch.Tensor, torch.Te
     return torch.randn(t, d), torch.randn(e, d) * 2, torch.randn(e) * 0.3
 
 
-def _dense(routing) -> torch.Tensor:  # order within a row has no meaning
+def _dense(routing) -> torch.Tensor:  # the order within a row does not matter
     return torch.zeros_like(routing.scores).scatter(1, routing.indices, routing.weights)
 
 
@@ -40,7 +40,7 @@ def test_gradients() -> None:
     assert max(found) < 1e-6, found
 
 
-def test_bias_selects_but_never_weighs() -> None:
+def test_bias_affects_the_choice_but_not_the_weights() -> None:
     x, weight, _ = _inputs()
     bias = torch.zeros(12)
     bias[7] = 100.0
@@ -52,7 +52,7 @@ def test_bias_selects_but_never_weighs() -> None:
     torch.testing.assert_close(found.weights.sum(1), torch.full((9,), 5.0))
 
 
-def test_negative_biases_do_not_let_dropped_groups_back_in() -> None:
+def test_negative_biases_do_not_select_dropped_groups() -> None:
     """A mask of 0 instead of -inf would prefer a dropped group to a negative score."""
     x, weight, _ = _inputs(e=8)
     bias = torch.full((8,), -3.0)

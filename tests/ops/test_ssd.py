@@ -77,7 +77,7 @@ def test_gradients_against_central_differences(documents: bool, impl: str) -> No
 @settings(max_examples=25)
 @given(t=st.integers(2, 150), data=st.data())
 def test_causality(t: int, data: st.DataObject) -> None:
-    """What comes after a token changes nothing before it, not even a bit of y."""
+    """A token does not change any bit of y at earlier tokens."""
     at = data.draw(st.integers(1, t - 1))
     inputs = make(1, t, seed=t)
     y, _ = ssd(**inputs)
@@ -103,7 +103,7 @@ def test_rows_do_not_see_each_other(b: int, t: int, data: st.DataObject) -> None
 @settings(max_examples=25)
 @given(t=st.integers(2, 200), data=st.data())
 def test_split_anywhere(impl: str, t: int, data: st.DataObject) -> None:
-    """Two calls with the state carried over, forward and backward, as one."""
+    """Two calls that carry the state equal one call, forward and backward."""
     at = data.draw(st.integers(1, t - 1))
     inputs = make(1, t, torch.float64, seed=t)
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
@@ -127,7 +127,7 @@ def test_split_anywhere(impl: str, t: int, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
-    """A row of documents equals them one by one; gradients across a boundary are zero."""
+    """Concatenated documents equal separate ones; gradients across a boundary are zero."""
     lengths = (1, 70, 64, 3, 90)
     inputs = make(1, sum(lengths))
     seq_idx = torch.repeat_interleave(torch.tensor([4, 0, 0, 7, 2]) + torch.arange(5) * 10,
@@ -154,8 +154,8 @@ def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["naive", "torch", "cpu"])
-def test_dt_of_zero_leaves_the_state_alone(impl: str) -> None:
-    """This is how padding to the right of a row is made harmless."""
+def test_dt_of_zero_does_not_change_the_state(impl: str) -> None:
+    """Padding on the right of a row has dt = 0, so that it has no effect."""
     inputs = make(2, 100)
     inputs["dt"][0, 40:] = 0.0
     y, state = ssd(**inputs, impl=impl)
@@ -181,8 +181,8 @@ def test_gradient_of_a_dt_of_zero() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["y", "state"])
-def test_gradient_of_one_output_alone(wanted: str) -> None:
-    """Autograd passes an expanded gradient, or none at all, for an output that is not used."""
+def test_gradient_of_one_output_only(wanted: str) -> None:
+    """For an unused output, autograd passes an expanded gradient or None."""
     inputs = make(2, 70, torch.float64)
     found = []
     for impl in ("naive", "torch", "cpu"):
@@ -214,10 +214,10 @@ def test_many_rows_and_heads() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 64, 300), (300, 64, 1)])
-def test_temporaries_of_any_earlier_size_serve_the_next_call(
+def test_temporaries_of_an_earlier_block_size_can_be_used_again(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Buffers outlive a call; what they hold does not depend on the block size of that call."""
+    """Buffers are kept after a call; a call with another block size must work with them."""
     inputs = {k: v.requires_grad_() for k, v in make(3, 200).items()}
     found = []
     for heads in sizes:
@@ -231,7 +231,7 @@ def test_temporaries_of_any_earlier_size_serve_the_next_call(
 
 
 def test_results_are_not_overwritten_by_the_next_call() -> None:
-    """Temporaries are in memory that the next call uses again; results must not be."""
+    """The next call reuses the memory of temporaries, but must not reuse that of results."""
     inputs, others = make(2, 130), make(2, 130, seed=1)
     found = ssd(**inputs)
     copies = [v.clone() for v in found]
@@ -268,8 +268,8 @@ def test_threads_do_not_share_temporaries() -> None:
     assert wrong == []
 
 
-def test_what_training_keeps_is_small() -> None:
-    """Beyond its inputs, the graph holds a state per few chunks: less than x itself."""
+def test_the_graph_keeps_little_memory() -> None:
+    """Besides its inputs, the graph keeps one state per few chunks: less memory than x."""
     inputs = {k: v.requires_grad_() for k, v in make(1, 2048).items()}
     kept: dict[int, int] = {}
 
@@ -304,7 +304,7 @@ def test_the_fast_step_overwrites_the_state_it_was_given() -> None:
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_bfloat16_rounds_y_and_not_the_state(documents: bool, impl: str) -> None:
-    """Against float64 on the same rounded numbers; without gradients y's products are in BF16."""
+    """Against float64 on the same rounded numbers. Without gradients, products for y are BF16."""
     inputs = {k: v.bfloat16() if k in ("x", "B", "C") else v for k, v in make(2, 333).items()}
     seq_idx = (torch.arange(333) // 70).expand(2, -1) if documents else None
     exact_y, exact = ssd(**{k: v.double() for k, v in inputs.items()}, seq_idx=seq_idx)
@@ -347,7 +347,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("function", [ssd, selective_scan], ids=["ssd", "selective_scan"])
 def test_wrong_shapes_are_named(function: Any, name: str) -> None:
-    """Without the shape checks of the test session, as users run it."""
+    """Shape annotations are not checked here, as for users, who get our own messages."""
     change, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(function)(**{**make(2, 5), **change})

@@ -16,7 +16,8 @@ from tests.kernels import philox
 
 
 def hard_numbers() -> torch.Tensor:
-    """Every scale float16 has, both signs, exact values, the last below a power of two, zeros."""
+    """Numbers at every exponent of float16, of both signs; exact values; zeros; numbers just
+    below a power of two."""
     scale = torch.exp2(torch.linspace(-26, 15.9, 2**14 - 64))
     edges = torch.tensor(
         [0.0, 2.0**-24, 2.0**-14, 2.0**-14 - 2.0**-30, 1.0, 2.0 - 2.0**-23, 1024.5, 65504.0] * 8
@@ -36,7 +37,7 @@ def test_the_bits_are_those_of_the_kernel() -> None:
     assert np.array_equal(round_to_float16(rows, 2**40 + 7).view(64, 250).numpy(), expected)
 
 
-def test_a_neighbour_and_only_where_there_are_two() -> None:
+def test_the_result_is_a_neighbor_or_the_exact_value() -> None:
     x = hard_numbers()
     found, nearest = round_to_float16(x.view(64, -1), 3).view(-1), x.half()
     infinity = torch.tensor(float("inf"), dtype=torch.float16)
@@ -50,11 +51,11 @@ def test_a_neighbour_and_only_where_there_are_two() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-18])
 def test_unbiased(scale: float) -> None:
-    """Over all 2^16 random numbers the mean is the number itself, exactly."""
+    """The mean over all 2^16 random numbers is exactly the number itself."""
     random = torch.arange(2**16)
     for x in scale * torch.tensor([1.0, 1.0 + 2**-11, 1.3, 1.9999, -1.7]):
         mean = stochastic_round_to_float16(x.expand(2**16), random).double().mean()
-        # Float32 below 2^-14 is finer than 2^-16 of a step, and that much may be cut off.
+        # Below 2^-14, float32 is finer than 2^-16 of a step, and that part may be truncated.
         allowed = 0.0 if scale == 1 else 2.0**-16 * 2.0**-24
         assert abs(float(mean - x.double())) <= allowed
 
@@ -68,7 +69,7 @@ def test_nan_infinity_and_numbers_too_large() -> None:
     assert found[7] == 0
 
 
-def test_each_write_has_its_own_bits_and_the_same_again() -> None:
+def test_each_write_has_its_own_bits_and_they_are_reproducible() -> None:
     seeds = {
         RoundingSeeds(seed, layer, writes).next()
         for seed in range(3) for layer in range(3) for writes in range(50)
@@ -98,7 +99,7 @@ def steps(
 
 
 def test_many_steps_drift_less_than_with_rounding_to_nearest() -> None:
-    """Writes of a fiftieth of a step into a state near 64: to nearest, all of them are lost."""
+    """Writes of 1/50 step into a state near 64; rounding to nearest loses all of them."""
     start = torch.full((2, 2, 8, 32), 64.0)
     exact, y = steps(start.double(), None, 400)
     error = {}
@@ -107,14 +108,14 @@ def test_many_steps_drift_less_than_with_rounding_to_nearest() -> None:
         assert state.dtype == torch.float16
         error[name] = abs(float((state.double() - exact).mean()))
         assert abs(found - y) / abs(y) < 0.06
-    # 1,024 numbers, each a sum of 400 errors of at most a step of 1/16 and standard deviation
-    # below half of it: their mean is within four of its own deviations.
+    # 1,024 numbers; each is the sum of 400 errors of at most one step of 1/16, with a standard
+    # deviation below half a step. The mean must be within four of its own standard deviations.
     assert error["stochastic"] < 4 * 0.5 / 16 * (400 / 1024) ** 0.5
     assert error["stochastic"] < error["nearest"] / 20
 
 
 @pytest.mark.parametrize("seed", [None, 11])
-def test_one_step_is_the_exact_one_rounded_once(seed: int | None) -> None:
+def test_one_step_is_the_exact_step_rounded_once(seed: int | None) -> None:
     state = torch.randn(2, 4, 8, 24).half()
     x, dt, A = torch.randn(2, 4, 8), torch.rand(2, 4), -torch.rand(4)
     B, C = torch.randn(2, 2, 2, 24)
@@ -125,12 +126,12 @@ def test_one_step_is_the_exact_one_rounded_once(seed: int | None) -> None:
         assert after.dtype == torch.float16
         assert (after is before) == (impl == "cpu")
         torch.testing.assert_close(y, y_exact, atol=1e-5, rtol=1e-5)
-        # Rounded from sums that differ in their last bit, few numbers take the other neighbour.
+        # The sums differ in their last bit, so a few numbers are rounded to the other neighbor.
         assert (after == round_to_float16(exact, seed)).float().mean() > 0.99
         assert (after.float() - exact).abs().max() < 2.0**-9 * exact.abs().max()
 
 
-def test_states_that_are_not_rounded_have_no_seed() -> None:
+def test_a_seed_for_other_dtypes_is_refused() -> None:
     parts = torch.randn(1, 2, 3), torch.rand(1, 2), -torch.rand(2), *torch.randn(2, 1, 1, 4)
     with pytest.raises(ValueError, match=r"torch\.float32 with seed=3"):
         ops.ssd_step(torch.zeros(1, 2, 3, 4), *parts, seed=3)

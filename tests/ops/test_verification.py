@@ -1,7 +1,7 @@
 """The acceptance rule: its forms against each other, and the distribution of its tokens.
 
-The distribution is tested at one place of a draft with 60,000 rows. The same test must reject a
-rule that looks plausible and is wrong: after a rejection it draws from p instead of from p - q.
+The distribution is tested at one position of a draft with 60,000 rows. The same test must reject a
+wrong rule that looks plausible: after a rejection it draws from p instead of from p - q.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def _case(
     probabilities = raw.softmax(-1)
     probabilities = probabilities * (probabilities >= probabilities.median(-1, keepdim=True).values)
     p, q = probabilities / probabilities.sum(-1, keepdim=True)
-    q = torch.where(torch.rand(b, 1, 1, generator=generator) < 0.4, p, q)[:, :k]  # some agree
+    q = torch.where(torch.rand(b, 1, 1, generator=generator) < 0.4, p, q)[
+        :, :k
+    ]  # some rows of p and q agree
     uniforms = torch.rand(b, k + 1, generator=generator, dtype=torch.float64)
     flat = torch.rand(b * k, generator=generator, dtype=torch.float64)
     drafts = ops.draw(q.reshape(b * k, v), flat).view(b, k)
@@ -48,7 +50,7 @@ def test_the_torch_form_is_the_definition(b: int, k: int, v: int, seed: int, rag
     assert bool((p[rows, found.accepted, found.token] > 0).all()), "a token that p excludes"
 
 
-def test_what_lies_beyond_a_row_s_length_is_not_read() -> None:
+def test_positions_beyond_a_row_s_length_are_not_read() -> None:
     p, q, drafts, uniforms = _case(4, 3, 9, seed=3)
     lengths = torch.tensor([0, 1, 2, 3])
     expected = ops.verify(p, q, drafts, uniforms, lengths)
@@ -61,7 +63,7 @@ def test_what_lies_beyond_a_row_s_length_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("impl", ["naive", "torch"])
-def test_greedy_is_the_limit(impl: str) -> None:
+def test_one_hot_distributions_give_greedy_decoding(impl: str) -> None:
     eye = torch.eye(6)
     drafts = torch.tensor([[2, 3, 4], [2, 0, 4], [5, 3, 4]])
     best = torch.tensor([[2, 3, 4, 1]]).expand(3, 4)
@@ -87,7 +89,7 @@ ROWS = 60_000
 
 
 def _biased(p, q, drafts, uniforms):
-    """The bug: the full p after a rejection."""
+    """The wrong rule: draws from p after a rejection."""
     accept = uniforms[:, 0] * q[:, 0].gather(1, drafts)[:, 0] < p[:, 0].gather(1, drafts)[:, 0]
     return torch.where(accept, drafts[:, 0], ops.draw(p[:, 0], uniforms[:, 1]))
 
@@ -106,12 +108,12 @@ def test_the_first_token_is_distributed_as_p_and_a_biased_rule_s_is_not(sharp: f
     assert value < critical_value(cells - 1)
     wrong = _biased(p, q, drafts, uniforms[:, :2])
     assert chi_square(torch.bincount(wrong, minlength=8), p[0, 0])[0] > critical_value(cells - 1)
-    # The share accepted is the overlap of the two; five standard deviations of a share.
+    # The share accepted is the overlap of p and q, within five standard deviations.
     overlap = torch.minimum(p[0, 0], q[0, 0]).sum()
     assert abs(found.accepted.double().mean() - overlap) < 5 * 0.5 / ROWS**0.5
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_wrong_inputs_are_refused() -> None:
     p, q, drafts, uniforms = _case(2, 3, 5, seed=0)
     with pytest.raises(ValueError, match=r"q has shape \[2, 2, 5\].*expected \[2, 3, 5\]"):
         ops.verify(p, q[:, :2], drafts[:, :2], uniforms)

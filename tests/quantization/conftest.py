@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_lite import Nemotron
-from tests.checkpoint.tiny import TINY, randomise
+from tests.checkpoint.tiny import TINY, randomize
 from tests.quantization.learnable_text import text
 
 
@@ -55,7 +55,7 @@ def fresh(trained: dict[str, Tensor]) -> Callable[[], Nemotron]:
 def random_model() -> Nemotron:
     """A model in which no parameter has its initial value."""
     model = Nemotron(TINY, seed=0)
-    randomise(model.state_dict().items(), 3)
+    randomize(model.state_dict().items(), 3)
     for name, buffer in model.named_buffers():
         assert name.endswith("e_score_correction_bias")
         buffer.zero_()  # each expert gets tokens

@@ -1,4 +1,4 @@
-"""Text that a tiny model can learn, and its loss on it."""
+"""Text that a tiny model can learn in seconds, and the loss of a model on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of every layer kind that takes milliseconds, and a text for it."""
+"""A tiny model with every kind of layer, and a text that it learns in seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model() -> Nemotron:
 
 @pytest.fixture(scope="session")
 def text() -> ConcatenatedDocuments:
-    """200 documents that count upwards from a random token: easy to learn, of uneven length."""
+    """200 documents of unequal length that count up from a random token, which is easy to learn."""
     generator = np.random.default_rng(0)
     documents = []
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Balance: the loss against loops, the sign of the bias update, and what counts as load."""
+"""Balance: the loss against loops, the sign of the bias update, and which tokens count as load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemotron_lite.train.balance import (
 
 
 def by_loops(scores: Tensor, top_k: int, mask: Tensor) -> Tensor:
-    """The formula of the reference sheet, 4.3, one number at a time."""
+    """The formula of reference sheet 4.3, computed with loops."""
     b, t, e = scores.shape
     losses = []
     for row in range(b):
@@ -49,9 +49,9 @@ def test_loss_and_gradient_against_loops() -> None:
         torch.testing.assert_close(gradient, wanted)
 
 
-def test_one_is_balance_and_collapse_is_e_over_k() -> None:
+def test_loss_is_1_when_balanced_and_e_over_k_when_collapsed() -> None:
     e, k = 8, 2
-    # token i prefers experts 2i and 2i + 1: all are used alike
+    # token i prefers experts 2i and 2i + 1: all are used equally
     balanced = torch.full((1, 4, e), 1e-6)
     for i in range(4):
         balanced[0, i, 2 * i : 2 * i + 2] = 0.9
@@ -61,7 +61,7 @@ def test_one_is_balance_and_collapse_is_e_over_k() -> None:
     assert sequence_balance_loss(collapsed, k).item() == pytest.approx(e / k, rel=1e-4)
 
 
-def test_loads_of_a_router_used_twice_are_added_and_pads_left_out() -> None:
+def test_loads_of_a_router_used_twice_are_added_without_padding() -> None:
     scores = torch.zeros(2, 3, 4)
     first = RouterStats("mtp", scores, torch.tensor([[[0, 1]] * 3, [[2, 3]] * 3]))
     second = RouterStats("mtp", scores[:, :2], torch.tensor([[[0, 2]] * 2, [[0, 2]] * 2]))
@@ -75,7 +75,7 @@ def test_loads_of_a_router_used_twice_are_added_and_pads_left_out() -> None:
     assert max_violation({}) == 0.0
 
 
-def test_bias_moves_by_the_rate_towards_the_idle(model: Nemotron) -> None:
+def test_bias_of_experts_with_low_load_grows_by_the_rate(model: Nemotron) -> None:
     name = "backbone.layers.1.mixer"
     bias = model.get_submodule(f"{name}.gate").e_score_correction_bias
     bias.copy_(torch.arange(8.0))
@@ -89,7 +89,7 @@ def test_bias_moves_by_the_rate_towards_the_idle(model: Nemotron) -> None:
 
 
 def test_updates_bring_back_a_collapsed_router(model: Nemotron) -> None:
-    """Two experts are favoured so much that every token chooses them; the update undoes it."""
+    """Every token chooses the same two experts; updates of the bias restore the balance."""
     for layer in (1, 3):
         model.backbone.layers[layer].mixer.gate.e_score_correction_bias[:2] = 0.5
     tokens = torch.randint(96, (4, 32))

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or absent, the newest few kept, unreadable ones named."""
+"""Checkpoint files are complete or absent; the newest few are kept; unreadable ones are named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_newest_is_read_and_only_the_last_are_kept(tmp_path: Path) -> None:
     assert content["w"].tolist() == [100.0] * 3
 
 
-def test_a_write_that_fails_leaves_the_old_one(
+def test_a_failed_write_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=1)
@@ -44,10 +44,10 @@ def test_a_write_that_fails_leaves_the_old_one(
     assert load_checkpoint(tmp_path)["step"] == 1
     monkeypatch.setattr(checkpointing.torch, "save", real)
     save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.pt"]  # no stray file either
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.pt"]  # and no temporary file
 
 
-def test_an_unreadable_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_with_an_older_one_to_use(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="no checkpoint in"):
         load_checkpoint(tmp_path)
     save_checkpoint(tmp_path, 1, {"step": 1}, keep=2)
@@ -70,7 +70,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_another_config_is_another_run() -> None:
+def test_differences_between_two_configs_are_named() -> None:
     check_same_run({"lr": 1, "keep": 2}, {"lr": 1, "keep": 3}, may_differ={"keep"})
     with pytest.raises(ResumeError, match="lr was 1 when this run was saved and is 2 now"):
         check_same_run({"lr": 1}, {"lr": 2}, may_differ=set())

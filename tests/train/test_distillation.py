@@ -1,4 +1,4 @@
-"""The divergence to the backbone against its formula, and a module that learns from it."""
+"""The divergence from the backbone against its formula; an MTP module that is trained with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_divergence_and_gradient_are_the_formula(slice_rows: int) -> None:
 
 
 def test_positions_and_weights() -> None:
-    """Depth k at position i is held to the backbone at i+k; documents and masks count as ever."""
+    """Depth k at position i learns from the backbone at i + k, within documents and masks."""
     hidden, head = _numbers(0, 2, 9, 5), _numbers(1, 11, 5)
     depths = [_numbers(2, 2, 8, 5), _numbers(3, 2, 7, 5)]
     tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(0))

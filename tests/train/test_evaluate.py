@@ -1,4 +1,4 @@
-"""Bits per byte: every token once, against the plain definition, and in the right unit."""
+"""Bits per byte: every token counts once; equal to the plain definition; in the right unit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemotron_lite.train.evaluate import sliding_windows
 
 
 @given(length=st.integers(1, 60), window=st.integers(2, 70))
-def test_windows_score_each_token_once_with_a_quarter_behind_it(length: int, window: int) -> None:
+def test_windows_score_each_token_once_after_a_quarter_of_context(length: int, window: int) -> None:
     document = np.arange(length)
     scored: list[int] = []
     for piece in sliding_windows(document, window):
@@ -54,8 +54,8 @@ def test_one_window_per_document_is_the_definition(model: Nemotron, held_out: He
         assert found.tokens_per_second * found.seconds == pytest.approx(found.tokens + 5)
 
 
-def test_short_windows_lose_context_only(model: Nemotron, held_out: HeldOut) -> None:
-    """A window sees nothing before its own start: the same as scoring the pieces by hand."""
+def test_a_short_window_has_no_context_before_its_start(model: Nemotron, held_out: HeldOut) -> None:
+    """Equal to scoring each window as a separate text."""
     model = model.double()
     nats, pieces = 0.0, 0
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_short_windows_lose_context_only(model: Nemotron, held_out: HeldOut) -> 
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 500, rel=1e-9)
 
 
-def test_a_model_that_knows_nothing_scores_log_v(model: Nemotron, held_out: HeldOut) -> None:
+def test_a_model_with_equal_logits_scores_log_v(model: Nemotron, held_out: HeldOut) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     found = evaluate(model, held_out, window=32)

@@ -1,4 +1,4 @@
-"""Healing moves the MTP module and nothing else, and drafts get better."""
+"""Healing changes only the MTP module, and the acceptance of its drafts gets better."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model() -> Nemotron:
     return Nemotron(SMALL.replace(vocab_size=12, initializer_range=0.3), seed=4)
 
 
-def test_drafts_get_better_and_the_text_stays(model: Nemotron) -> None:
+def test_drafts_get_better_and_the_text_does_not_change(model: Nemotron) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(12, (40, 4), generator=generator).tolist()
     eval_prompts = torch.randint(12, (8, 4), generator=generator).tolist()

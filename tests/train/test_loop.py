@@ -1,4 +1,4 @@
-"""The loop: it learns, it says what it did, and one update is what the formulas say."""
+"""The training loop: loss falls, the log is complete, and updates equal the formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(model: Nemotron, text: ConcatenatedDocuments, **changes: Any) -> list[di
 
 def test_learns_to_count_at_every_depth(model: Nemotron, text: ConcatenatedDocuments) -> None:
     history = run(model, text, steps=60)
-    assert history[0]["ce"] == pytest.approx(4.56, abs=0.15)  # log 96: it knows nothing
+    assert history[0]["ce"] == pytest.approx(4.56, abs=0.15)  # log 96: all tokens equally likely
     assert history[-1]["ce"] < 2.0
     assert all(ce < 3.0 for ce in history[-1]["mtp"])
     assert [r["step"] for r in history] == list(range(1, 61))
@@ -36,7 +36,7 @@ def test_learns_to_count_at_every_depth(model: Nemotron, text: ConcatenatedDocum
 
 
 def test_two_updates_by_hand(model: Nemotron, text: ConcatenatedDocuments) -> None:
-    """The same weights and biases as a loop written out here, without slices or micro-batches."""
+    """Weights and biases equal those of a loop without slices of logits and micro-batches."""
     other = copy.deepcopy(model)
     config = TrainConfig(
         steps=2, gradient_accumulation_steps=1, warmup_fraction=0.5, decay_fraction=0.5, **SMALL
@@ -68,12 +68,12 @@ def test_two_updates_by_hand(model: Nemotron, text: ConcatenatedDocuments) -> No
         assert record["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
         assert record["balance"] == pytest.approx(float(balance.detach()), rel=1e-6)
     assert [r["lr"] for r in history] == [1e-2, 1e-4]
-    assert len(out.router) == 2 + 2  # two layers, and MTP's at two depths
+    assert len(out.router) == 2 + 2  # two layers, and those of MTP at two depths
     for name, tensor in other.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
-def test_biases_move_once_per_update_whatever_the_accumulation(
+def test_biases_change_once_per_update_with_gradient_accumulation(
     model: Nemotron, text: ConcatenatedDocuments
 ) -> None:
     run(model, text, steps=3, gradient_accumulation_steps=3, batch_size=2)
@@ -130,17 +130,17 @@ def test_log_file_is_the_history(
         assert r["loss"] == pytest.approx(parts, rel=1e-6)
 
 
-def test_a_clock_ends_the_run_with_the_decay_done(
+def test_a_time_limit_ends_the_run_after_the_whole_decay(
     model: Nemotron, text: ConcatenatedDocuments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock of our own: gradients take a second, and so does each update after them."""
+    """With a fake clock: computing gradients takes one second, and so does the update."""
     ticks = count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     shape = dict(warmup_fraction=0.1, decay_fraction=0.5)
     config = TrainConfig(max_seconds=41.0, **shape, **SMALL)
     result = train(model, text, config, progress=False)
-    # each update reads the clock at 0, 1 and 2 seconds and the rate is set at second 1; the clock
-    # is read no more between updates, so training time is 2 seconds an update
+    # Each update reads the clock at 0, 1 and 2 seconds, and the rate is set at second 1. The clock
+    # is not read between updates, so the training time is 2 seconds per update.
     assert [r["seconds"] for r in result.history] == [2.0 * s for s in range(1, 22)]
     for s, record in enumerate(result.history):
         share = (2 * s + 1) / 41
@@ -150,7 +150,9 @@ def test_a_clock_ends_the_run_with_the_decay_done(
     assert not result.interrupted
 
 
-def test_steps_can_end_a_run_before_its_clock(model: Nemotron, text: ConcatenatedDocuments) -> None:
+def test_steps_can_end_a_run_before_its_time_limit(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> None:
     result = train(model, text, TrainConfig(steps=2, max_seconds=600.0, **SMALL), progress=False)
     assert result.step == 2
     assert result.history[-1]["lr"] == 1e-4
@@ -165,7 +167,7 @@ def test_bf16_trains_float32_weights(model: Nemotron, text: ConcatenatedDocument
     assert a[-1]["ce"] != b[-1]["ce"]
 
 
-def test_without_mtp_weight_the_module_stays_as_it_was(
+def test_without_mtp_weight_the_module_does_not_change(
     model: Nemotron, text: ConcatenatedDocuments
 ) -> None:
     before = copy.deepcopy(model.mtp.state_dict())
@@ -201,6 +203,6 @@ def test_half_precision_weights_are_refused(model: Nemotron, text: ConcatenatedD
         (dict(steps=1, weight_decay=-0.1), "weight_decay=-0.1"),
     ],
 )
-def test_impossible_configs_are_named(changes: dict[str, Any], message: str) -> None:
+def test_invalid_configs_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)

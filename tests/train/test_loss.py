@@ -42,7 +42,7 @@ def test_fused_gradcheck() -> None:
     )
 
 
-def test_fused_with_large_logits_and_where_only_one_side_learns() -> None:
+def test_fused_with_large_logits_and_one_frozen_input() -> None:
     hidden = torch.tensor([[200.0], [-200.0]])
     head = torch.tensor([[1.0], [-1.0]])
     total, nll = weighted_cross_entropy(hidden, head, torch.tensor([1, 1]), torch.ones(2))
@@ -71,7 +71,7 @@ def test_bf16_autocast_is_close_and_gives_float32_gradients() -> None:
 
 
 def test_memory_of_the_logits_is_one_slice() -> None:
-    """No tensor that is made on the way is larger than a slice of logits, or than the inputs."""
+    """No intermediate tensor is larger than a slice of logits, or than the inputs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -96,7 +96,7 @@ def test_memory_of_the_logits_is_one_slice() -> None:
 def brute_force(
     logits: list[Tensor], batch: Batch, mtp_weight: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """Every depth, row and position by itself: position i of depth k against token i + k + 1."""
+    """With loops over depths, rows and positions: depth k at position i predicts i + k + 1."""
     b, t = batch.tokens.shape
     means = []
     for k, depth_logits in enumerate(logits):
@@ -128,7 +128,7 @@ def test_labels_of_every_depth_against_brute_force(
     mask = None
     if masked:
         mask = torch.rand(3, 40) > 0.3
-        mask[1, 25:] = False  # a padded tail
+        mask[1, 25:] = False  # padding at the end
     batch = Batch(batch.tokens, batch.seq_idx if packed else None, mask)
     if packed:
         assert int(batch.seq_idx.max()) > 0
@@ -152,7 +152,7 @@ def test_targets_never_cross_a_document() -> None:
     labels, valid = targets(Batch(tokens, seq_idx), 1)
     assert labels[valid].tolist() == [12]
     assert not targets(Batch(tokens, seq_idx), 2)[1].any()
-    # A number that returns is a new document, so two tokens ahead is another one here.
+    # A repeated number starts a new document, so the token after the next is in another one.
     returning = Batch(tokens, torch.tensor([[0, 1, 0, 1, 1, 0]]))
     assert targets(returning, 0)[1].tolist() == [[False, False, False, True, False]]
     assert not targets(returning, 1)[1].any()
@@ -164,7 +164,7 @@ def test_targets_never_cross_a_document() -> None:
 def test_accumulated_shares_add_up_to_the_whole(
     model: Nemotron, text: ConcatenatedDocuments
 ) -> None:
-    """Two halves with very different numbers of targets give the loss and gradient of the whole."""
+    """Two halves of a batch with very different numbers of targets give its loss and gradient."""
     model = model.double()
     whole = text.batch(0, batch_size=4, seq_len=30, seed=0)
     mask = torch.ones(4, 30, dtype=torch.bool)

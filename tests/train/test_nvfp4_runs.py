@@ -15,7 +15,15 @@ from nemotron_lite.quantization.emulated_layers import NVFP4Linear
 from nemotron_lite.quantization.recipe import INGREDIENTS, RECIPES, Recipe
 from nemotron_lite.train import ResumeError, TrainConfig, train
 
-RUN = dict(steps=8, batch_size=2, length=24, accumulation=2, lr=1e-2, min_lr=1e-4, save_every=3)
+RUN = dict(
+    steps=8,
+    batch_size=2,
+    seq_len=24,
+    gradient_accumulation_steps=2,
+    lr=1e-2,
+    min_lr=1e-4,
+    save_every=3,
+)
 NVFP4 = RECIPES["nvfp4"]
 
 
@@ -25,7 +33,7 @@ def losses(model: Nemotron, text: ConcatenatedDocuments, **changes: Any) -> list
     return [record["loss"] for record in train(fresh, text, config, progress=False).history]
 
 
-def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: ConcatenatedDocuments) -> None:
+def test_nvfp4_learns_as_well_as_bf16(model: Nemotron, text: ConcatenatedDocuments) -> None:
     fresh = Nemotron(model.config, seed=0)
     config = TrainConfig(**{**RUN, "steps": 40, "precision": "nvfp4"})
     history = train(fresh, text, config, progress=False).history
@@ -34,17 +42,19 @@ def test_nvfp4_learns_as_bf16_does(model: Nemotron, text: ConcatenatedDocuments)
     exact = losses(model, text, steps=40, precision="bf16")
     found = [record["loss"] for record in history]
     assert found[0] != exact[0]
-    # From 5.95 to 1.00 and 0.96 (the mean of the last five): 4.8 % on a model 32 wide, four layers.
+    # From 5.95 to 1.00 and 0.96 (means of the last five): a gap of 4.8 % for width 32 and 4 layers.
     assert abs(sum(found[-5:]) / sum(exact[-5:]) - 1) < 0.1
     assert sum(found[-5:]) / 5 < 0.2 * found[0]
 
 
-def test_every_ingredient_makes_a_difference(model: Nemotron, text: ConcatenatedDocuments) -> None:
+def test_every_option_of_the_recipe_has_an_effect(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> None:
     recipes = {name: NVFP4.without(name) for name in INGREDIENTS} | {"all": NVFP4}
     runs = {name: losses(model, text, precision=r, steps=3) for name, r in recipes.items()}
     assert runs["all"] == losses(model, text, precision="nvfp4", steps=3)
     assert len({tuple(run) for run in runs.values()}) == len(runs)
-    # An ingredient that changes gradients only cannot change the first loss.
+    # An option that changes only gradients cannot change the first loss.
     first = {name: run[0] for name, run in runs.items()}
     assert first["stochastic"] == first["hadamard"] == first["all"]
     assert first["square"] != first["all"] != first["tail"]
@@ -53,7 +63,7 @@ def test_every_ingredient_makes_a_difference(model: Nemotron, text: Concatenated
 
 
 class KilledError(Exception):
-    """Stands for a process that is killed between two updates."""
+    """Simulates a process that is killed between two updates."""
 
 
 @pytest.mark.parametrize("which", ["nvfp4", NVFP4.without("tail")], ids=lambda w: str(w)[:5])

@@ -1,4 +1,4 @@
-"""Stopping and going on: killed, interrupted or finished early, the losses are the same bits."""
+"""Stopping and resuming: a run that was killed or interrupted has the same losses, bit for bit."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def whole(
     model: Nemotron, text: ConcatenatedDocuments
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Records and weights of the run that nothing happened to."""
+    """Records and weights of an uninterrupted run."""
     fresh = Nemotron(model.config, seed=0)
     history = train(fresh, text, TrainConfig(**RECIPE), progress=False).history
     return without_times(history), fresh.state_dict()
 
 
-class PulledPlugError(Exception):
-    """Stands for a process that dies between two updates."""
+class KilledError(Exception):
+    """Simulates a process that is killed between two updates."""
 
 
 @pytest.mark.parametrize("at", [2, 4, 6, 11])
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_resumes_bit_for_bit(
     model: Nemotron, text: ConcatenatedDocuments, whole: Any, tmp_path: Path, at: int
 ) -> None:
-    def pull_the_plug(record: dict[str, Any]) -> None:
+    def kill(record: dict[str, Any]) -> None:
         if record["step"] == at:
-            raise PulledPlugError
+            raise KilledError
 
     config = TrainConfig(**RECIPE)
-    with pytest.raises(PulledPlugError):
-        train(model, text, config, out_dir=tmp_path, progress=False, on_step=pull_the_plug)
+    with pytest.raises(KilledError):
+        train(model, text, config, out_dir=tmp_path, progress=False, on_step=kill)
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 99, "lo')  # the line that was being written
     # another process: other weights in memory, another random state
     other = Nemotron(model.config, seed=5)
     torch.manual_seed(99)
-    saved = (at - 1) // 4 * 4  # the plug is pulled before the save of that update
+    saved = (at - 1) // 4 * 4  # the process is killed before the save of that update
     if not saved:
         with pytest.raises(ResumeError, match="no checkpoint"):
             train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 def test_resume_restores_the_random_state(
     model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
 ) -> None:
-    """What draws random numbers during training (dropout, one day) draws the same ones."""
+    """Code that uses random numbers in training (such as dropout) gets the same ones."""
     config = TrainConfig(**{**RECIPE, "steps": 4})
     torch.manual_seed(7)
     train(model, text, config, out_dir=tmp_path, progress=False)
@@ -95,7 +95,7 @@ def test_resume_restores_the_random_state(
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_finished_run_has_nothing_left_to_do(
+def test_resuming_a_finished_run_does_nothing(
     model: Nemotron, text: ConcatenatedDocuments, whole: Any, tmp_path: Path
 ) -> None:
     train(model, text, TrainConfig(**RECIPE), out_dir=tmp_path, progress=False)
@@ -145,7 +145,7 @@ def test_a_stop_request_ends_after_the_update_and_saves(
 def test_a_second_request_stops_at_once(
     model: Nemotron, text: ConcatenatedDocuments, request: pytest.FixtureRequest
 ) -> None:
-    # A shell that starts the tests in the background has them ignore SIGINT.
+    # If a shell starts the tests in the background, they ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
@@ -197,7 +197,7 @@ print("stopped at", result.step, result.interrupted, flush=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_from_outside_saves_and_exits_cleanly(tmp_path: Path, number: int) -> None:
+def test_a_signal_from_another_process_saves_and_exits_cleanly(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

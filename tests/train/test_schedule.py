@@ -18,7 +18,7 @@ def test_super_at_its_milestones() -> None:
     assert learning_rate(0.004, **SUPER) == pytest.approx(2.25e-4)
     assert learning_rate(0.008, **SUPER) == 4.5e-4
     assert learning_rate(0.8, **SUPER) == 4.5e-4
-    # a quarter of the decay is half of the way down: sqrt(1/4) = 1/2
+    # after a quarter of the decay, half of the fall is done: sqrt(1/4) = 1/2
     assert learning_rate(0.85, **SUPER) == pytest.approx((4.5e-4 + 4.5e-6) / 2)
     assert learning_rate(1.0, **SUPER) == pytest.approx(4.5e-6)
 
@@ -44,7 +44,7 @@ def test_every_update_of_a_run_of_steps() -> None:
     warmup=st.floats(0, 0.5),
     decay=st.floats(0, 0.5),
 )
-def test_rises_stays_falls_and_stays_in_bounds(
+def test_warm_up_constant_and_decay_within_bounds(
     progress: float, later: float, warmup: float, decay: float
 ) -> None:
     shape = dict(peak=2.0, floor=0.5, warmup_fraction=warmup, decay_fraction=decay)

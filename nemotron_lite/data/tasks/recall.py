@@ -16,8 +16,8 @@ learned first and make long lists easier. When a row has space for more question
 key is asked once before any is asked again.
 
 Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927). They measured that this skill explains most
-of the gap between attention and fixed-state models on language. Left out: the power-law
-distribution of the distance between pair and question, which their version and real text have.
+of the gap between attention and fixed-state models on language. Left out: in
+their version, as in real text, the distance between pair and question has a power distribution.
 """
 
 from __future__ import annotations

@@ -8,19 +8,20 @@ n.
     d_1 ~ head(h^1)      h^2 = MTP(h^1, d_1)      d_2 ~ head(h^2)      h^3 = MTP(h^2, d_2)    ...
 
 So from the second token on the module reads its own output in place of the backbone's. This is the
-recursion that it was trained on for two depths, with shared weights, and it may go on beyond them;
-acceptance falls with each step. One difference to training remains, as in all inference engines: a
-deeper step attends to the entries of the text that were made at depth 1, not at its own depth.
+recursion that it was trained on for two depths, with shared weights, and it can be continued beyond
+them; acceptance falls with each step. One difference to training remains, as in all inference
+engines: a deeper step attends to the entries of the text that were made at depth 1, not at its own
+depth.
 
-Entries made from the module's own output are temporary. When the draft is done they are cut off,
+Entries made from the module's own output are temporary. When the draft is done they are removed,
 and after the verification the accepted positions are read again, with the backbone's hidden states:
 the cache is that of a run that never drafted. While a run decodes without drafts, hidden states are
-kept as pending, and are read together when drafting goes on.
+kept as pending, and are read together when drafting starts again.
 
 In a small model with a large vocabulary the head is the most expensive part of a step. With a
 shortlist of tokens, those that texts are mostly made of, the drafter reads only their rows of it.
-The distribution q that it then draws from is zero elsewhere, and the verification is as exact as
-ever: other tokens are never drafted, and so never accepted.
+The distribution q that it then draws from is zero elsewhere, and the verification is still
+exact: other tokens are never drafted, and so never accepted.
 
 Source: reference sheet 5.1 and 5.5 (greedy chains, `num_nextn_predict_layers` 1, the layer re-run
 for further drafts); the shortlist is FR-Spec's (Zhao et al. 2025, arXiv 2502.14856). Left out:
@@ -184,7 +185,7 @@ class Drafter:
         draft_lengths: list[DraftLength],
         limits: list[int],
     ) -> Draft | None:
-        """Draft for every row as far as its `DraftLength` wants and its limit allows.
+        """Draft for every row as far as its `DraftLength` and its limit allow.
 
         Args:
             uniforms: a random number for each drafted token; None when greedy.

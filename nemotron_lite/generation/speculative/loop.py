@@ -7,7 +7,7 @@ draft lengths, and takes the same number of random numbers per pass whether it u
 Where one row drafts less than another, it is padded with tokens that are read and never kept.
 
 At the end of a text: a stop token inside an accepted draft ends the row there, and what was
-accepted behind it is thrown away. A row that may write m more tokens drafts at most m - 1.
+accepted after it is discarded. A row that may write m more tokens drafts at most m - 1.
 
 `steps` gives one token per row at a time, as plain decoding does. A row that is ahead waits for the
 others.
@@ -201,7 +201,7 @@ class SpeculativeDecoding:
         return self.sampler.uniforms(count, self.prompt.device)
 
     def _write(self, new: list[list[int]]) -> None:
-        """Add tokens to the rows that go on, up to a stop token or `max_new_tokens`."""
+        """Add tokens to the rows that have not ended, up to a stop token or `max_new_tokens`."""
         for i, tokens in enumerate(new):
             for token in tokens:
                 if self.ended[i]:

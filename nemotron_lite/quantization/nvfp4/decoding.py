@@ -187,8 +187,8 @@ def _multiply_pairs(
 class _ScratchBuffers(threading.local):
     """One float32 buffer per device, kept by each thread for the stripes of its next call.
 
-    The buffer grows to the largest stripe that was asked for, and never beyond `MOST_KEPT` numbers:
-    a larger request gets memory of its own, so that one large matrix does not stay.
+    The buffer grows to the largest stripe that was requested, but never beyond `MOST_KEPT` numbers:
+    a larger request gets separate memory, so that no large buffer is kept.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ rows, several times faster than over sixteen neighbors. A transposed view is rec
 processed in its own memory order.
 
 **Clipping only where it is needed.** In rounding to nearest, |v| < 7 becomes at most 6 by itself,
-and v stays below 7 unless a block's scale is subnormal. One look at the blocks decides.
+and v stays below 7 unless a block's scale is subnormal. One test of all block scales decides.
 
 `fake_quantize` does not keep the sign of a zero (-0.1 becomes 0.0, where the codes say -0.0). Two
 rare cases use the definition instead: stochastic rounding with square tiles that do not fill the
