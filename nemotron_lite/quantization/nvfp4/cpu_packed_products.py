@@ -1,4 +1,4 @@
-"""Packed bytes to numbers in few passes over memory, and products that read packed weights.
+"""Packed bytes to numbers in few passes over memory, and products with them: `impl="cpu"`.
 
     w = e2m1(code) * (c * s_dec)              y = x W^T
 
@@ -10,12 +10,13 @@ definition (`QuantizedTensor.dequantize`, `FP8Tensor.dequantize`), at about a fo
 time.
 
 A product decodes a stripe of rows, multiplies, and decodes the next stripe into the same buffer:
-`STRIPE` weights at a time, which stay in the processor's cache, instead of a whole matrix in
+`STRIPE` weights at a time, which stay in the CPU's caches, instead of a whole matrix in
 float32. A few rows of x are multiplied in float32 whatever their dtype, which saves rounding the
 weights; for many rows, the faster products in 16 bits are worth that rounding.
 
-In decoding there are many small experts with few tokens each. Their matrices are gathered while
-still packed, and multiplied as a batch: the number of calls is the same for six experts as for one.
+When tokens are generated one by one, there are many small experts with few tokens each. Their
+matrices are gathered while still packed, and multiplied as a batch: the number of calls is the same
+for six experts as for one.
 
 Each thread keeps the buffer of a stripe for its next call. The buffer is not used where gradients
 are recorded, because the graph would keep what the next stripe overwrites. Left out: C++ kernels of
