@@ -15,12 +15,12 @@ that is overwritten.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron_lite.backends.constants import kept_constant
 from nemotron_lite.dtypes import cast
 
 Decays = tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t t1"]]
@@ -104,13 +104,12 @@ def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.
     return dt, exponents.exp_().view(b, h, t, t + 1)
 
 
-@lru_cache(maxsize=64)
+@kept_constant
 def _intervals(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which dt A add up to the exponent of (l, 1+r), and minus infinity where r comes after l."""
-    with torch.inference_mode(False):
-        place = torch.arange(t, device=device)
-        after = place[:, None, None] >= torch.arange(t + 1, device=device)  # i, 1, 1+r: i > r
-        table = after & (place[:, None, None] <= place[:, None])  # i, l, 1+r
-        later = torch.arange(-1, t, device=device) > place[:, None]
-        mask = torch.zeros(t, t + 1, dtype=dtype, device=device).masked_fill_(later, -math.inf)
-        return table.to(dtype).reshape(t, -1), mask.reshape(-1)
+    place = torch.arange(t, device=device)
+    after = place[:, None, None] >= torch.arange(t + 1, device=device)  # i, 1, 1+r: i > r
+    table = after & (place[:, None, None] <= place[:, None])  # i, l, 1+r
+    later = torch.arange(-1, t, device=device) > place[:, None]
+    mask = torch.zeros(t, t + 1, dtype=dtype, device=device).masked_fill_(later, -math.inf)
+    return table.to(dtype).reshape(t, -1), mask.reshape(-1)

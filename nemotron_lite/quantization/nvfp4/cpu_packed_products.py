@@ -29,13 +29,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
+from nemotron_lite.backends.constants import kept_constant
 from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.experts import squared_relu
 from nemotron_lite.ops.linear import linear
@@ -215,17 +215,15 @@ class _ScratchBuffers(threading.local):
 scratch = _ScratchBuffers()
 
 
-@lru_cache
+@kept_constant
 def _value_pairs(device: torch.device) -> Tensor:
     """The two float32 values of each byte as one 64-bit number; the even column comes first."""
-    with torch.inference_mode(False):
-        values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
-        byte = torch.arange(256, device=device)
-        return values[torch.stack([byte & 0xF, byte >> 4], -1)].view(torch.int64).flatten()
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
+    return values[torch.stack([byte & 0xF, byte >> 4], -1)].view(torch.int64).flatten()
 
 
-@lru_cache
+@kept_constant
 def _e4m3_values(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        codes = torch.arange(256, dtype=torch.uint8, device=device)
-        return codes.view(torch.float8_e4m3fn).float()
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    return codes.view(torch.float8_e4m3fn).float()
