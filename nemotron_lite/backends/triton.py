@@ -4,8 +4,9 @@
 each import is inside its function: a program that never asks for a kernel never imports triton.
 If triton is missing, the import raises an `ImportError` that says what to do.
 
-The signatures are those of the fast CPU forms, so that `dispatch.choose` can exchange one for the
-other. What a kernel refuses (float64, CPU tensors outside the interpreter) it says itself.
+The signatures are those with which `ops` calls every implementation, so that `dispatch.choose` can
+exchange one for another. What a kernel refuses (float64, CPU tensors outside the interpreter) it
+says itself.
 """
 
 from __future__ import annotations
