@@ -192,7 +192,7 @@ def test_memory_may_lie_anyhow() -> None:
         _compare(view, stochastic=True, seed=3)
         _compare(view, batch_dims=1, block="16x16")
     out = nvfp4.fake_quantize(x, dim=-2, impl="triton")
-    assert out.is_contiguous(), "columns are turned over on the chip, not in memory"
+    assert out.is_contiguous(), "columns are transposed on the chip, not in memory"
     q = nvfp4.quantize(x, impl="naive")
     half = dataclasses.replace(
         q, codes=q.codes[:, ::2, :24], scales=q.scales[:, ::2, :3], shape=(2, 20, 48)

@@ -1,4 +1,4 @@
-"""Constants that are made once: which of them are kept."""
+"""Constants are made once and kept: not those of FakeTensorMode, and not any number of them."""
 
 from __future__ import annotations
 
