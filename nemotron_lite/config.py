@@ -58,7 +58,10 @@ class NemotronConfig:
     ssm_state_size: int = 128  # n
     n_groups: int = 1  # g
     conv_kernel: int = 4  # k
-    chunk_size: int = 128  # q
+    # q, as config.json has it. The model does not compute with it: the scan takes chunks of 64 on a
+    # CPU (backends/cpu_ssd.py) and what the kernel's tables say on a GPU, and the result depends on
+    # it only by rounding. The ledger counts FLOPs with it.
+    chunk_size: int = 128
     use_conv_bias: bool = True
     time_step_min: float = 0.001  # range of the initial step sizes; for initialization only
     time_step_max: float = 0.1

@@ -211,7 +211,8 @@ def flops(
             averaged. "decode": the tokens already read before the one counted.
         mode: "prefill" (chunked scan), "decode" (one step of the recurrence), "train" (three times
             prefill: the backward pass makes two products for each one of the forward pass).
-        chunk: chunk length of the scan; the config's by default.
+        chunk: chunk length of the scan; by default `config.chunk_size`, with which the model itself
+            does not compute (it takes chunks of 64 on a CPU).
         mtp_depths: how often the MTP module runs; 0 by default, the config's depths in "train".
         logits_to_keep: count the head for that many last tokens of the prompt; 0 for all of them.
             Does not change "decode", which has one token.

@@ -110,7 +110,7 @@ def _run_experts(z: Tensor, up: Both, down: Both, weights: Tensor, indices: Tens
 
 
 def _exact_experts(z: Tensor, up: Both, down: Both, weights: Tensor, indices: Tensor) -> Tensor:
-    return nvfp4.expert_mlp(z, up.packed, down.packed, weights, indices, impl="torch")
+    return nvfp4.expert_mlp(z, up.packed, down.packed, weights, indices, impl="cpu")
 
 
 def _bfloat16(z: Tensor, up: Both, down: Both, weights: Tensor, indices: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "nemotron_kernels needs triton, which is not installed. On Linux: pip install 'triton>=3.6'"
-        " (or a CUDA build of torch, which brings it). Elsewhere use nemotron_lite.ops with"
-        " impl='torch', which needs neither."
+        " (or a CUDA build of torch, which brings it). Elsewhere use impl='auto', which"
+        " takes an implementation in PyTorch there."
     ) from error
 
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
@@ -98,7 +98,7 @@ def arch() -> int:
     if target.backend != "cuda":
         raise RuntimeError(
             f"nemotron_kernels is written for NVIDIA GPUs, and the current device is a "
-            f"{target.backend} {target.arch}. Use nemotron_lite.ops with impl='torch'."
+            f"{target.backend} {target.arch}. Use impl='auto', which takes PyTorch."
         )
     return int(target.arch)
 
@@ -121,7 +121,7 @@ def by_arch(table: Mapping[int, Config]) -> Config:
         oldest = min(key for key in table if key > 0)
         raise RuntimeError(
             f"This GPU is sm_{here}; the kernels need sm_{oldest} or newer. "
-            "Use nemotron_lite.ops with impl='torch'."
+            "Use impl='auto', which takes an implementation in PyTorch here."
         )
     return table[max(older)]
 
@@ -143,12 +143,12 @@ def check_inputs(op: str, *tensors: Tensor | None) -> None:
         if x.is_floating_point() and x.dtype not in FLOATS:
             raise ValueError(
                 f"{op}: the kernel takes float32, bfloat16 and float16, not {x.dtype}. "
-                "Use nemotron_lite.ops with impl='torch' or 'naive'."
+                "Use impl='auto', which takes an implementation in PyTorch."
             )
     if device.type != "cuda" and not INTERPRET and not _dry_run:
         raise RuntimeError(
             f"{op}: the tensors are on {device}, and the Triton kernel runs on an NVIDIA GPU. "
-            "Move them with .to('cuda'), or use nemotron_lite.ops with impl='torch', or set "
+            "Move them with .to('cuda'), or use impl='auto', or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernel in Triton's interpreter."
         )
 

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nemotron_lite.backends import private_torch
 from nemotron_lite.backends.cpu_linear import prefers_onednn, product
 from nemotron_lite.backends.private_torch import attention_with_log
 from nemotron_lite.masks import visible_keys
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 SCORES = 2**22  # float32 scores worked on at once: 16 MB; with fewer, products have too few rows
 BLOCK = 256  # most queries at once; with more, more of the products is masked
 FEW_SCORES = 2**14  # per head; below, the flash kernel has finished before the blocks have begun
@@ -87,7 +87,7 @@ def _multiplies_faster_in_blocks(q: Tensor, k: Tensor, start: int) -> bool:
     if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES:
         return False
     if q.dtype == torch.bfloat16:
-        return HAS_ONEDNN
+        return private_torch.HAS_ONEDNN
     wide = q.shape[3] >= WIDE_HEAD and scores >= FEW_WIDE_SCORES
     return wide and prefers_onednn(q[0, 0], k[0, 0])
 

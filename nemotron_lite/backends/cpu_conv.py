@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_lite.backends import private_torch
 from nemotron_lite.dtypes import cast
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 FEW_TOKENS = 16  # the length of a draft, not of a prompt
 
 
@@ -87,7 +87,7 @@ def _depthwise(
     """
     length = window.shape[1] - weight.shape[1] + 1
     narrow = window.dtype in (torch.float32, torch.bfloat16)
-    if window.is_cpu and narrow and HAS_ONEDNN and length > FEW_TOKENS:
+    if window.is_cpu and narrow and private_torch.HAS_ONEDNN and length > FEW_TOKENS:
         image = window.transpose(1, 2).unsqueeze(2)
         kernel = weight[:, None, None, :].contiguous(memory_format=torch.channels_last)
         y = F.conv2d(image, kernel, bias, groups=weight.shape[0])

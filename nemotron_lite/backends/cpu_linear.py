@@ -11,8 +11,9 @@ fifth generation, one core, us:
     oneDNN                    1366              198             359            14
     oneDNN, prepacked            -              141             191            14
 
-The single rows meet matrices that no CPU cache holds, as in decoding. A call of oneDNN costs 8 us
-more, so small products stay with MKL. Both sum in float32; the results differ by rounding.
+Single rows are multiplied with matrices larger than the CPU's caches, as in decoding. A call of
+oneDNN costs 8 us more, so small products stay with MKL. Both sum in float32; the results differ by
+rounding.
 
 `prepack` copies a matrix into the layout that oneDNN reads. The product then takes half the time,
 and hardly more for eight rows than for one. The copy needs as much memory as the matrix, so it is

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps), times w; statistics in float32 or better."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)
-    if x.is_cpu and x.numel() == x.shape[-1]:
+    if x.is_cpu and x.numel() == x.shape[-1] and type(x) is Tensor:
         # One decoded token: with the scale as a Python number two calls are enough.
         wide = cast(x, wide_dtype(x))
         norm = torch.linalg.vector_norm(wide).item()
@@ -47,7 +47,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) over the last axis, kept; one pass over x."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if x.is_cpu:
+    if x.is_cpu and type(norm) is Tensor:
         start = _constant(eps, x.dtype)
         return torch.addcmul(start, norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
@@ -55,7 +55,11 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 @lru_cache
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A number as a tensor, made once: making it at every call would cost more than using it."""
+    """A number as a tensor, made once: making it at every call would cost more than using it.
+
+    It is made and used only with ordinary tensors. Those of `FakeTensorMode` have no numbers, and
+    one that is kept would break later calls.
+    """
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")  # not the default device
 

@@ -68,6 +68,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RESET = -1e3  # the exponent at a document start; e^-1000 is 0 even in float64
+CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
 BLOCK_HEADS = 64  # chunks x rows x heads of 64 x 64 entries that are computed together
 
 
@@ -95,7 +96,7 @@ def ssd(
     D: Tensor | None,
     starts: Tensor | None,
     state: Tensor,
-    chunk: int,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.ssd` of inputs whose shapes were checked.
 
@@ -103,8 +104,9 @@ def ssd(
         x, dt, A, B, C, D: as there; dt is a step size already.
         starts: `b t`, True at the first token of a document; None when there is only one.
         state: `b h p n` before the first token, in the dtype to compute in.
-        chunk: tokens of a chunk.
+        chunk: tokens of a chunk; `CHUNK` when None.
     """
+    chunk = CHUNK if chunk is None else chunk
     given = (x, dt, A, B, C, D, starts, state)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
         return _Ssd.apply(*given, chunk)

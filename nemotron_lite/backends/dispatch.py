@@ -6,10 +6,15 @@ Each public function of `ops` takes `impl`:
     "torch"   one plain PyTorch form, differentiated by autograd
     "cpu"     the fast form: the same arithmetic, tuned for CPUs. Its code is not tied to a device;
               it also runs on other devices, and faster there than the plain form
+    "gpu"     for attention: the fastest of PyTorch's own kernels on a GPU, without gradients
     "triton"  a kernel of `nemotron_kernels`, for NVIDIA GPUs (and for Triton's interpreter)
     "auto"    the fastest one: the Triton kernel for tensors on an NVIDIA GPU of sm_80 or newer, if
               the operation has a kernel, it takes the dtype and triton is installed; otherwise
               "cpu"; "torch" for operations that have no tuned form
+
+Two operations decide about "auto" before they call `choose`, because they look at more than the
+tensor: `causal_attention` takes "gpu" on a GPU where no gradients are recorded, and `linear` takes
+"cpu" only for products that oneDNN multiplies faster than PyTorch's default library.
 
 An operation need not have all of them. An `impl` that cannot be used is an error that says why;
 there is no silent fallback. Triton is imported when a kernel is first used, and not before.

@@ -10,7 +10,8 @@ system.
     mkldnn._linear_pointwise                          x W^T by oneDNN, any strides   F.linear
     mkldnn._reorder_linear_weight                     W in oneDNN's own layout       W itself
 
-The flags `HAS_...` are read at every call, so that a test can switch an operator off.
+The flags `HAS_...` are read at every call, so that a test can switch an operator off. `HAS_ONEDNN`
+says whether this PyTorch has the library at all.
 
 Source: PyTorch's `native_functions.yaml` and `mkldnn/Linear.cpp`, version 2.10.
 """
@@ -27,9 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_ONEDNN_LINEAR = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_ONEDNN_REORDER = HAS_ONEDNN_LINEAR and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 

@@ -4,9 +4,9 @@
 each import is inside its function: a program that never uses a kernel never imports triton.
 If triton is missing, the import raises an `ImportError` that says what to do.
 
-The signatures are those of the fast CPU forms, so that `dispatch.choose` can exchange one for the
-other. If a kernel cannot take its inputs (float64, CPU tensors outside the interpreter), it raises
-an error itself.
+The signatures are those with which `ops` calls every implementation, so that `dispatch.choose` can
+exchange one for another. If a kernel cannot take its inputs (float64, CPU tensors outside the
+interpreter), it raises an error itself.
 """
 
 from __future__ import annotations

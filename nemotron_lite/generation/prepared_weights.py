@@ -15,6 +15,7 @@ Source: measured. Left out: matrices of experts and the embedding, which are not
 
 from __future__ import annotations
 
+# Past `ops.linear`: nothing is multiplied here, the question is which library this machine uses.
 from nemotron_lite.backends.cpu_linear import prefers_onednn
 from nemotron_lite.model import Nemotron
 

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+
+# Past `ops.linear`: only this backend can read a prepacked copy, which is no ordinary matrix.
 from nemotron_lite.backends.cpu_linear import MOST_PREPACKED_ROWS, prepack, product
 
 

@@ -11,9 +11,9 @@ updates the state with the first c tokens, where each row has its own c. It need
 these tokens: some hundred numbers per head instead of the p x n of a state. Together they read the
 state twice and write it once, as much as a single step of decoding does, whatever t is.
 
-The exponents are sums of dt A over intervals of tokens. As differences of running sums they would
-lose digits. Here each interval is summed by itself, all of them in one product with a table of
-zeros and ones, so the arithmetic can stay in the state's dtype.
+The definition runs the recurrence. The plain form writes the two equations as `einsum`, with the
+exponents in float64: as differences of running sums they would lose digits in float32. The form
+that decoding uses, with few passes over the state, is `backends/cpu_draft_scan.py`.
 
 Source: the replay of TensorRT-LLM's MTP (reference sheet 5.5, solution b). Left out: gradients,
 concatenated documents, drafts long enough to need several chunks.
@@ -22,17 +22,15 @@ concatenated documents, drafts long enough to need several chunks.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron_lite.backends import cpu_draft_scan
+from nemotron_lite.backends.cpu_draft_scan import Decays
 from nemotron_lite.backends.dispatch import choose
-from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.scan import check_shapes, selective_scan
-
-Decays = tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t t1"]]
 
 
 def ssd_read_draft(
@@ -52,8 +50,8 @@ def ssd_read_draft(
     Args:
         state: float32, or float64 with it; the arithmetic is in its dtype.
         x, dt, A, B, C, D: as in `ssd`. Memory and work grow with t squared: for short t.
-        decays: from `draft_decays`, if the caller has them; "naive" does not use them.
-        impl: "naive" (`selective_scan`) or "torch".
+        decays: from `draft_decays`, if the caller has them; only "cpu" uses them.
+        impl: "naive" (`selective_scan`), "torch" (the equation written out) or "cpu".
 
     Returns:
         y in the dtype of x.
@@ -67,7 +65,10 @@ def ssd_read_draft(
         or (D is not None and D.shape != A.shape)
     ):
         check_shapes(x, dt, A, B, C, D, state, None)
-    run = choose("ssd_read_draft", impl, x, naive=_naive_read, torch=_torch_read)
+    run = choose(
+        "ssd_read_draft", impl, x,
+        naive=_naive_read, torch=_torch_read, cpu=cpu_draft_scan.ssd_read_draft,
+    )  # fmt: skip
     return run(state, x, dt, A, B, C, D, decays)
 
 
@@ -85,12 +86,12 @@ def ssd_accept_draft(
     """The state after the first `counts` of t tokens, for all rows or row by row.
 
     Args:
-        state: before the first token. "torch" overwrites it and returns it; "naive" returns a
-            new one.
+        state: before the first token. "cpu" overwrites it and returns it; "naive" and "torch"
+            leave it alone and return a new one.
         x, dt, A, B: as given to `ssd_read_draft`.
         counts: 0 to t; 0 leaves a row's state as it was.
         decays: as for `ssd_read_draft`, of all t tokens.
-        impl: "naive" (`selective_scan`, row by row) or "torch".
+        impl: "naive" (`selective_scan`, row by row), "torch" (the equation written out) or "cpu".
 
     Raises:
         ValueError: unknown `impl`, counts outside 0 to t, or shapes that do not fit each other.
@@ -103,9 +104,11 @@ def ssd_accept_draft(
             f"ssd_accept_draft: counts from {low} to {high}: expected 0 to {x.shape[1]}, the "
             "number of tokens of the draft."
         )
-    return choose("ssd_accept_draft", impl, x, naive=_naive_accept, torch=_torch_accept)(
-        state, x, dt, A, B, counts, decays
-    )
+    run = choose(
+        "ssd_accept_draft", impl, x,
+        naive=_naive_accept, torch=_torch_accept, cpu=cpu_draft_scan.ssd_accept_draft,
+    )  # fmt: skip
+    return run(state, x, dt, A, B, counts, decays)
 
 
 def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -151,74 +154,29 @@ def _torch_read(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
-    b, t, h, p = x.shape
-    g, n = B.shape[2:]
-    wide = state.dtype
-    B, C = (cast(v, wide).transpose(1, 2).reshape(b * g, t, n) for v in (B, C))
-    heads = cast(x, wide).permute(0, 2, 3, 1)  # b h p t
-    dt, decay = decays or draft_decays(dt, A, wide)
-    mix = decay[..., 1:] * dt.unsqueeze(2)
-    mix.view(b * g, h // g, t, t).mul_(torch.bmm(C, B.mT).unsqueeze(1))
-    # From the state: its rows are h*p/g vectors of n, read by the group's C.
-    y = torch.bmm(state.reshape(b * g, -1, n), C.mT).view(b, h, p, t)
-    y.mul_(decay[..., 0].unsqueeze(2))
-    y.view(b * h, p, t).baddbmm_(heads.reshape(b * h, p, t), mix.view(b * h, t, t).mT)
-    if D is not None:
-        y.addcmul_(heads, cast(D, wide)[:, None, None])
-    return cast(y, x.dtype).permute(0, 3, 1, 2)
+    wide, shared = state.dtype, x.shape[2] // B.shape[2]
+    inputs, keys, queries = x.to(wide), *(v.repeat_interleave(shared, 2).to(wide) for v in (B, C))
+    s = (dt.double() * A.double()).cumsum(1)  # b t h
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    exponents = s.unsqueeze(2) - s.unsqueeze(1)  # b l r h
+    L = exponents.masked_fill(later.unsqueeze(-1), -math.inf).exp().to(wide)
+    scores = torch.einsum("blhn,brhn->blrh", queries, keys)
+    y = torch.einsum("blrh,brh,brhp->blhp", scores * L, dt.to(wide), inputs)
+    y = y + torch.einsum("blh,bhpn,blhn->blhp", s.exp().to(wide), state, queries)
+    return (y if D is None else y + D.to(wide).unsqueeze(-1) * inputs).to(x.dtype)
 
 
 def _torch_accept(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
     decays: Decays | None,
 ) -> Tensor:  # fmt: skip
-    b, h, g, n = x.shape[0], x.shape[2], B.shape[2], B.shape[3]
-    wide = state.dtype
-    longest = counts if isinstance(counts, int) else int(counts.max())
-    if longest == 0:
-        return state
-    x, B = x[:, :longest], B[:, :longest]
-    dt, decay = decays or draft_decays(dt, A, wide)
-    dt, decay = dt[..., :longest], decay[:, :, :longest, : longest + 1]
-    if isinstance(counts, int):
-        end = decay[:, :, -1]  # b h 1+t: what is left at the last accepted token
-    else:
-        ends = counts.to(x.device)
-        end = decay[torch.arange(b, device=x.device), :, (ends - 1).clamp(min=0)]
-        untouched = torch.zeros_like(end[0])
-        untouched[:, 0] = 1
-        end = torch.where((ends > 0)[:, None, None], end, untouched)
-    write = (end[..., 1:] * dt).unsqueeze(2)
-    heads = cast(x, wide).permute(0, 2, 3, 1) * write  # b h p t
-    state.mul_(end[..., 0].reshape(b, h, 1, 1))
-    rows = state.view(b * g, -1, n)
-    directions = cast(B, wide).transpose(1, 2).reshape(b * g, -1, n)
-    rows.baddbmm_(heads.reshape(b * g, -1, longest), directions)
-    return state
-
-
-def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.dtype) -> Decays:
-    """How much a draft's tokens see of each other, for `ssd_read_draft` and `ssd_accept_draft`.
-
-    Returns:
-        dt as `b h t`, and the decays as `b h t 1+t`: what is left at token l of the state before
-        the draft (first column) and of each token r; zero where r comes after l. Both are in dtype
-        `wide`, which is that of the state.
-    """
-    dt = cast(dt, wide).transpose(1, 2)
-    b, h, t = dt.shape
-    table, mask = _intervals(t, wide, dt.device)
-    exponents = torch.addmm(mask, (dt * cast(A, wide)[:, None]).reshape(-1, t), table)
-    return dt, exponents.exp_().view(b, h, t, t + 1)
-
-
-@lru_cache(maxsize=64)
-def _intervals(t: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which dt A add up to the exponent of (l, 1+r), and minus infinity where r comes after l."""
-    with torch.inference_mode(False):
-        place = torch.arange(t, device=device)
-        after = place[:, None, None] >= torch.arange(t + 1, device=device)  # i, 1, 1+r: i > r
-        table = after & (place[:, None, None] <= place[:, None])  # i, l, 1+r
-        later = torch.arange(-1, t, device=device) > place[:, None]
-        mask = torch.zeros(t, t + 1, dtype=dtype, device=device).masked_fill_(later, -math.inf)
-        return table.to(dtype).reshape(t, -1), mask.reshape(-1)
+    wide, shared = state.dtype, x.shape[2] // B.shape[2]
+    inputs, keys = x.to(wide), B.repeat_interleave(shared, 2).to(wide)
+    ends = torch.as_tensor(counts, device=x.device).reshape(-1, 1, 1)
+    place = torch.arange(x.shape[1], device=x.device).unsqueeze(-1)
+    dt = dt * (place < ends)  # a step of 0 leaves the state as it is
+    s = (dt.double() * A.double()).cumsum(1)  # b t h
+    total = (dt.double() * A.double()).sum(1, keepdim=True)
+    writes = (total - s).exp().to(wide) * dt.to(wide)
+    kept = torch.einsum("bh,bhpn->bhpn", total[:, 0].exp().to(wide), state)
+    return kept + torch.einsum("bth,bthp,bthn->bhpn", writes, inputs, keys)

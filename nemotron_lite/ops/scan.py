@@ -127,8 +127,7 @@ def ssd_step(
         ValueError: unknown `impl`, shapes that do not fit each other, a state in bfloat16, or a
             seed for a state that is not rounded.
     """
-    half = state.dtype == torch.float16
-    if state.dtype == torch.bfloat16 or (seed is not None and not half):
+    if state.dtype == torch.bfloat16 or (seed is not None and state.dtype != torch.float16):
         raise ValueError(
             f"ssd_step: a state in {state.dtype} with seed={seed}; expected float32 or float64 "
             "without a seed, or float16."
@@ -137,28 +136,22 @@ def ssd_step(
         "ssd_step", impl, x,
         naive=_naive_step, torch=_torch_step, cpu=_cpu_step, triton=triton.ssd_step,
     )  # fmt: skip
-    if not half:
-        return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus)
-    if run is triton.ssd_step:
-        return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
-    y, new = run(state.float(), x, dt, A, B, C, D, dt_bias, dt_softplus)
-    rounded = round_to_float16(new.float(), seed)
-    return y, state.copy_(rounded) if run is _cpu_step else rounded
+    return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
 
 
 def _naive_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
+    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dt = step_sizes(dt, dt_bias, dt_softplus)
     x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
-    y, state = selective_scan(x, dt, A, B, C, D=D, initial_state=state)
-    return y.squeeze(1), state
+    y, new = selective_scan(x, dt, A, B, C, D=D, initial_state=state)
+    return y.squeeze(1), _rounded_as(state, new, seed)
 
 
 def _torch_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
+    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dt = step_sizes(dt, dt_bias, dt_softplus)
     check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
@@ -166,22 +159,30 @@ def _torch_step(
     inputs, dt, A = x.to(wide), dt.to(wide), A.to(wide)
     B, C = (v.to(wide).repeat_interleave(heads, dim=1) for v in (B, C))
     decay = torch.exp(dt * A)[..., None, None]
-    state = decay * state.to(wide) + torch.einsum("bh,bhp,bhn->bhpn", dt, inputs, B)
-    y = torch.einsum("bhpn,bhn->bhp", state, C)
+    new = decay * state.to(wide) + torch.einsum("bh,bhp,bhn->bhpn", dt, inputs, B)
+    y = torch.einsum("bhpn,bhn->bhp", new, C)
     if D is not None:
         y = y + D.to(wide).unsqueeze(-1) * inputs
-    return y.to(x.dtype), state
+    return y.to(x.dtype), _rounded_as(state, new, seed)
+
+
+def _rounded_as(state: Tensor, new: Tensor, seed: int | None) -> Tensor:
+    """The new state, rounded if the old one is in float16."""
+    return round_to_float16(new.float(), seed) if state.dtype == torch.float16 else new
 
 
 def _cpu_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
+    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dt = step_sizes(dt, dt_bias, dt_softplus)
     groups, n = B.shape[1:]
     if state.shape != (*x.shape, n) or C.shape != B.shape or x.shape[1] % groups:
         check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
-    return cpu_ssd_step.ssd_step(state, x, dt, A, B, C, D)
+    if state.dtype != torch.float16:
+        return cpu_ssd_step.ssd_step(state, x, dt, A, B, C, D)
+    y, new = cpu_ssd_step.ssd_step(state.float(), x, dt, A, B, C, D)
+    return y, state.copy_(round_to_float16(new, seed))
 
 
 def step_sizes(

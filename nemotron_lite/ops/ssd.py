@@ -28,6 +28,7 @@ within a head, and dt clamping (see scan.py).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,6 @@ from nemotron_lite.dtypes import wide_dtype
 from nemotron_lite.masks import document_starts
 from nemotron_lite.ops.scan import check_shapes, selective_scan, step_sizes
 
-CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
-
 
 def chunked_scan(
     x: Float[Tensor, "b t h p"],
@@ -53,12 +52,13 @@ def chunked_scan(
     D: Float[Tensor, "h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     seq_idx: Int[Tensor, "b t"] | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
     """`selective_scan` by the four steps above; arguments and results are the same.
 
     The end of a sequence that does not fill its chunk is padded with dt = 0, which changes no
-    state. Exponents are formed in float64: in float32 their sums would lose digits.
+    state. Exponents are formed in float64: in float32 their sums would lose digits. Any
+    `chunk_size` gives the same numbers up to rounding; 64 is about the head width p.
     """
     check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
     (b, t, h, p), (g, n), wide = x.shape, B.shape[2:], wide_dtype(x)
@@ -73,7 +73,8 @@ def chunked_scan(
     s = chunks(dt.double() * A.double()).cumsum(2)  # b c q h
     total = s[:, :, -1:]
 
-    # In each chunk, document 0 is the one that was open before it: it alone meets the old state.
+    # In each chunk, document 0 is the one that was open before it: only its tokens read the state
+    # from before the chunk.
     starts = torch.zeros_like(dt[..., 0]) if seq_idx is None else document_starts(seq_idx)
     document = chunks(starts.long()).cumsum(2)  # b c q
     from_before, in_last = document == 0, document == document[:, :, -1:]
@@ -151,41 +152,54 @@ def ssd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
-    run = choose("ssd", impl, x, naive=_naive, torch=_torch, cpu=_cpu, triton=triton.ssd)
-    return run(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size, dt_bias, dt_softplus)
+    run = choose("ssd", impl, x, naive=_naive, torch=_torch, cpu=_cpu, triton=_triton)
+    return run(Inputs(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size, dt_bias, dt_softplus))
 
 
-def _naive(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dt = step_sizes(dt, dt_bias, dt_softplus)
-    return selective_scan(x, dt, A, B, C, D=D, initial_state=initial_state, seq_idx=seq_idx)
+class Inputs(NamedTuple):
+    """The arguments of `ssd`, in the order in which `backends.triton.ssd` takes them."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    initial_state: Tensor | None
+    seq_idx: Tensor | None
+    chunk: int | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+
+    def steps(self) -> Tensor:
+        """dt after its bias and its softplus."""
+        return step_sizes(self.dt, self.dt_bias, self.dt_softplus)
 
 
-def _torch(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dt = step_sizes(dt, dt_bias, dt_softplus)
+def _naive(v: Inputs) -> tuple[Tensor, Tensor]:
+    return selective_scan(
+        v.x, v.steps(), v.A, v.B, v.C, D=v.D, initial_state=v.initial_state, seq_idx=v.seq_idx
+    )
+
+
+def _torch(v: Inputs) -> tuple[Tensor, Tensor]:
+    size = {} if v.chunk is None else {"chunk_size": v.chunk}
     return chunked_scan(
-        x, dt, A, B, C,
-        D=D, initial_state=initial_state, seq_idx=seq_idx, chunk_size=chunk or CHUNK,
+        v.x, v.steps(), v.A, v.B, v.C,
+        D=v.D, initial_state=v.initial_state, seq_idx=v.seq_idx, **size,
     )  # fmt: skip
 
 
-def _cpu(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, chunk: int | None,
-    dt_bias: Tensor | None, dt_softplus: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dt = step_sizes(dt, dt_bias, dt_softplus)
-    check_shapes(x, dt, A, B, C, D, initial_state, seq_idx)
-    if initial_state is None:
-        state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=wide_dtype(x))
+def _cpu(v: Inputs) -> tuple[Tensor, Tensor]:
+    dt, wide = v.steps(), wide_dtype(v.x)
+    check_shapes(v.x, dt, v.A, v.B, v.C, v.D, v.initial_state, v.seq_idx)
+    if v.initial_state is None:
+        state = v.x.new_zeros(v.x.shape[0], *v.x.shape[2:], v.B.shape[3], dtype=wide)
     else:
-        state = initial_state.to(wide_dtype(x))
-    starts = None if seq_idx is None else document_starts(seq_idx)
-    return cpu_ssd.ssd(x, dt, A, B, C, D, starts, state, chunk or CHUNK)
+        state = v.initial_state.to(wide)
+    starts = None if v.seq_idx is None else document_starts(v.seq_idx)
+    return cpu_ssd.ssd(v.x, dt, v.A, v.B, v.C, v.D, starts, state, v.chunk)
+
+
+def _triton(v: Inputs) -> tuple[Tensor, Tensor]:
+    return triton.ssd(*v)

@@ -129,7 +129,8 @@ def fake_quantize_mxfp8(
     """`quantize_mxfp8(x).dequantize(x.dtype)`; `dim` -2 for blocks along the columns.
 
     Raises:
-        ValueError: as `quantize_mxfp8`; another `dim`; an unknown `impl` ("naive", "torch").
+        ValueError: as `quantize_mxfp8`; another `dim`; an unknown `impl`: "naive" and "torch" are
+            the same form, and there is no tuned one.
     """
     if dim not in (-1, -2):
         raise ValueError(f"{name}: dim={dim}; expected -1 or -2.")

@@ -6,8 +6,8 @@ packed layer holds the stored bytes and decodes them right before the product:
 
     y = x W^T,      W = code * scale
 
-On a GPU a kernel decodes in registers. Elsewhere `nvfp4/decoding.py` decodes a stripe of rows at a
-time, and of the experts only those that some token chose.
+On a GPU a kernel decodes in registers. Elsewhere `nvfp4/cpu_packed_products.py` decodes a stripe of
+rows at a time, and of the experts only those that some token chose.
 
 Buffers have the names of ModelOpt's files, so a model's `state_dict` is what goes to disk:
 
@@ -42,7 +42,11 @@ from nemotron_lite.layers.moe import Experts
 from nemotron_lite.quantization import nvfp4
 from nemotron_lite.quantization.fp8 import fake_quantize_fp8
 from nemotron_lite.quantization.nvfp4 import E2M1_MAX, E4M3_MAX, QuantizedTensor, fake_quantize
-from nemotron_lite.quantization.nvfp4.decoding import EncodedMatrix, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4.cpu_packed_products import (
+    EncodedMatrix,
+    multiply,
+    multiply_experts,
+)
 from nemotron_lite.quantization.nvfp4.scaling import BLOCK
 
 INPUT_MAX = {"nvfp4": E2M1_MAX * E4M3_MAX, "fp8": E4M3_MAX}  # amax = input_scale * this
@@ -133,7 +137,7 @@ class PackedWeight(_KeepsDtypes):
         return decode_weight(self.format, self.tensors(expert), self.shape[-2:], dtype)
 
     def encoded(self) -> EncodedMatrix:
-        """The weight as `nvfp4.decoding` reads it."""
+        """The weight as `nvfp4.cpu_packed_products` reads it."""
         return _encoded(self.format, self.tensors(), self.shape)
 
     def quantized(self) -> QuantizedTensor:

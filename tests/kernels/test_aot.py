@@ -227,7 +227,7 @@ except ImportError as error:
 def test_without_triton_the_error_says_how_to_get_it(compiling_environment: dict[str, str]) -> None:
     run = _python(compiling_environment, "-c", WITHOUT_TRITON)
     assert "nemotron_kernels needs triton" in run.stdout
-    assert "impl='torch'" in run.stdout
+    assert "impl='auto'" in run.stdout
 
 
 def test_every_public_name_exists_and_has_a_row_in_the_catalogue() -> None:

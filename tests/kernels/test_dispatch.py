@@ -87,7 +87,7 @@ def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 1
-    assert "runs on an NVIDIA GPU" in done.stderr and "impl='torch'" in done.stderr
+    assert "runs on an NVIDIA GPU" in done.stderr and "impl='auto'" in done.stderr
 
 
 def test_an_operation_without_a_kernel_names_its_implementations() -> None:
@@ -99,7 +99,7 @@ def test_an_operation_without_a_kernel_names_its_implementations() -> None:
 
 
 def test_a_forced_kernel_refuses_float64_and_names_an_alternative() -> None:
-    with pytest.raises(ValueError, match=r"not torch.float64. Use .* impl='torch' or 'naive'"):
+    with pytest.raises(ValueError, match=r"not torch.float64. Use impl='auto'"):
         ops.rms_norm(torch.ones(2, 8).double(), torch.ones(8).double(), impl="triton")
 
 
@@ -112,7 +112,7 @@ class _Target:
     ("backend", "arch", "message"),
     [
         ("hip", "gfx942", "written for NVIDIA GPUs, and the current device is a hip gfx942"),
-        ("cuda", 75, "This GPU is sm_75; the kernels need sm_80 or newer.*impl='torch'"),
+        ("cuda", 75, "This GPU is sm_75; the kernels need sm_80 or newer.*impl='auto'"),
     ],
 )
 def test_a_forced_kernel_on_an_unsupported_gpu_is_refused(

@@ -299,7 +299,7 @@ def test_a_kernel_forced_on_cpu_tensors_is_refused() -> None:
     )
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["nvfp4_amax"] * 2 + ["nvfp4_dequantize"]
-    assert all("runs on an NVIDIA GPU" in line and "impl='torch'" in line for line in lines)
+    assert all("runs on an NVIDIA GPU" in line and "impl='auto'" in line for line in lines)
 
 
 # Addresses

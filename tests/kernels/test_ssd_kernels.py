@@ -336,7 +336,7 @@ def test_the_arguments_of_the_other_implementations() -> None:
         return [n for n, p in inspect.signature(function).parameters.items() if p.kind is kind]
 
     by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    theirs = parameters(inspect.getmodule(torch_ssd)._cpu, by_place)
+    theirs = list(inspect.getmodule(torch_ssd).Inputs._fields)
     assert parameters(triton.ssd, by_place) == theirs
     count = len(parameters(ssd, by_place))
     assert parameters(ssd, by_place) == theirs[:count]

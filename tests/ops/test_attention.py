@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_lite.backends import cpu_attention
+from nemotron_lite.backends import cpu_attention, private_torch
 from nemotron_lite.ops import causal_attention
 from tests.compare import errors
 
@@ -144,7 +144,7 @@ def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, 
     monkeypatch.setattr(cpu_attention, "SCORES", 16 * 300 * h // kv)
     monkeypatch.setattr(cpu_attention, "FEW_SCORES", 1)
     monkeypatch.setattr(cpu_attention, "FEW_WIDE_SCORES", 1)
-    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: cpu_attention.HAS_ONEDNN)
+    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: private_torch.HAS_ONEDNN)
     called = []
     blocks = cpu_attention._in_blocks
     monkeypatch.setattr(cpu_attention, "_in_blocks", lambda *a: called.append(1) or blocks(*a))
@@ -153,7 +153,7 @@ def test_float32_in_blocks(monkeypatch: pytest.MonkeyPatch, start: int, h: int, 
     k[:, :, start + 263 :] = float("nan")  # a longer buffer's rest
     with torch.inference_mode():
         found = causal_attention(q, k, v, starts=start)
-        assert called or not cpu_attention.HAS_ONEDNN
+        assert called or not private_torch.HAS_ONEDNN
         called.clear()
         narrow = causal_attention(q[..., :16], k[..., :16], v[..., :16], starts=start)
         assert not called
@@ -169,7 +169,7 @@ def test_products_in_blocks_get_matrices_without_gaps(
     """Without a cache, the keys of one head are not contiguous, and oneDNN would be slow."""
     for name in ("FEW_SCORES", "FEW_WIDE_SCORES"):
         monkeypatch.setattr(cpu_attention, name, 1)
-    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: cpu_attention.HAS_ONEDNN)
+    monkeypatch.setattr(cpu_attention, "prefers_onednn", lambda *_: private_torch.HAS_ONEDNN)
     gaps, product = [], cpu_attention.product
 
     def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ def test_products_in_blocks_get_matrices_without_gaps(
     )
     with torch.inference_mode():
         found = causal_attention(q, k, v)
-    assert (gaps and not any(gaps)) or not cpu_attention.HAS_ONEDNN
+    assert (gaps and not any(gaps)) or not private_torch.HAS_ONEDNN
     exact = causal_attention(q.double(), k.double(), v.double(), impl="naive")
     assert (found.double() - exact).norm() / exact.norm() < (
         1e-6 if dtype == torch.float32 else 3e-3

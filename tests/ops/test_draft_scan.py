@@ -45,9 +45,10 @@ def test_reading_is_the_scan_and_leaves_the_state(
 ) -> None:
     given = _inputs(b, t, g, seed, decay)
     before = given["state"].clone()
-    exact, found = _read(given, "naive"), _read(given, "torch")
+    exact, plain, found = (_read(given, impl) for impl in ("naive", "torch", "cpu"))
     decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
-    assert torch.equal(_read({**given, "decays": decays}, "torch"), found)
+    assert torch.equal(_read({**given, "decays": decays}, "cpu"), found)
+    torch.testing.assert_close(plain, exact, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(given["state"], before)
 
@@ -58,18 +59,24 @@ def test_accepting_is_the_scan_of_a_prefix(data: st.DataObject, b: int, t: int, 
     counts = torch.tensor(data.draw(st.lists(st.integers(0, t), min_size=b, max_size=b)))
     del given["C"]
     state = given.pop("state")
+    before = state.clone()
     exact = ops.ssd_accept_draft(state, **given, counts=counts, impl="naive")
+    plain = ops.ssd_accept_draft(state, **given, counts=counts, impl="torch")
+    assert torch.equal(state, before), "the definition and the plain form leave the state alone"
     found = ops.ssd_accept_draft(state.clone(), **given, counts=counts)
     decays = ops.draft_decays(given["dt"], given["A"], torch.float64)
     again = ops.ssd_accept_draft(state.clone(), **given, counts=counts, decays=decays)
+    torch.testing.assert_close(plain, exact, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(again, exact, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
     assert torch.equal(exact[counts == 0], state[counts == 0])
+    assert torch.equal(plain[counts == 0], state[counts == 0])
     same = int(counts[0])
-    torch.testing.assert_close(
-        ops.ssd_accept_draft(state[:1].clone(), **_first_row(given), counts=same),
-        exact[:1], rtol=1e-9, atol=1e-9,
-    )  # fmt: skip
+    for impl in ("torch", "cpu"):
+        torch.testing.assert_close(
+            ops.ssd_accept_draft(state[:1].clone(), **_first_row(given), counts=same, impl=impl),
+            exact[:1], rtol=1e-9, atol=1e-9,
+        )  # fmt: skip
 
 
 def _first_row(given: Drawn) -> Drawn:
@@ -77,19 +84,22 @@ def _first_row(given: Drawn) -> Drawn:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_inputs_are_computed_in_the_dtype_of_the_state(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_narrow_inputs_are_computed_in_the_dtype_of_the_state(
+    dtype: torch.dtype, impl: str
+) -> None:
     given = {name: v.to(dtype) for name, v in _inputs(2, 6, 2, seed=1).items()}
     wide = {name: v.double() for name, v in given.items()}
     given |= {name: given[name].float() for name in ("state", "dt", "A")}
     wide |= {name: given[name].double() for name in ("state", "dt", "A")}
-    found = ops.ssd_read_draft(**given)
+    found = ops.ssd_read_draft(**given, impl=impl)
     assert found.dtype == dtype
     limit = 5e-6 if dtype == torch.float32 else 4e-3
     assert relative_rms(found, ops.ssd_read_draft(**wide, impl="naive")) < limit
     for each in (given, wide):
         del each["C"]
     exact = ops.ssd_accept_draft(**wide, counts=torch.tensor([4, 6]), impl="naive")
-    after = ops.ssd_accept_draft(**given, counts=torch.tensor([4, 6]))
+    after = ops.ssd_accept_draft(**given, counts=torch.tensor([4, 6]), impl=impl)
     assert after.dtype == torch.float32
     assert relative_rms(after, exact) < 5e-6
 

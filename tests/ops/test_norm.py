@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemotron_lite.ops import gated_rms_norm, rms_norm
 from tests.compare import errors
@@ -97,3 +98,26 @@ def test_the_default_device_of_a_call_is_not_kept() -> None:
     with torch.device("meta"):
         inside = rms_norm(x, weight, 0.0371)
     torch.testing.assert_close(rms_norm(x, weight, 0.0371), inside)
+
+
+@pytest.mark.parametrize("fake_first", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tensors_without_numbers_leave_no_constant_behind(rows: int, fake_first: bool) -> None:
+    """Shapes can be computed in FakeTensorMode and on the meta device, before and after numbers."""
+    eps = 1e-3 * (1 + rows + 4 * fake_first)  # no other test has made this constant
+
+    def norms() -> list[torch.Tensor]:
+        x, weight = torch.ones(rows, 8), torch.ones(8)
+        with torch.no_grad():
+            return [
+                rms_norm(x, weight, eps, impl="cpu"),
+                gated_rms_norm(x, x, weight, 2, eps, impl="cpu"),
+            ]
+
+    if not fake_first:
+        norms()
+    for mode in (FakeTensorMode(), torch.device("meta")):
+        with mode:
+            assert [y.shape for y in norms()] == [(rows, 8)] * 2
+    for found in norms():
+        torch.testing.assert_close(found, torch.ones(rows, 8), rtol=0.02, atol=0)

@@ -5,14 +5,16 @@ with a sign (E2M1), times the E4M3 scale of its block of 16, times the scale of 
 4.5 bits a number. Blackwell's tensor cores multiply this format directly; any other machine can
 compute the same values, as this package does.
 
-    e2m1.py             the sixteen four-bit codes: rounding to them, two of them in a byte
-    scaling.py          the two scales; Transformer Engine's order of operations is normative
-    hadamard.py         the 16-point Hadamard transform
-    tensor.py           `QuantizedTensor`, and the definition of `quantize`
-    fast_quantize.py    the same bits in few passes over memory (`impl="torch"`)
-    triton_quantize.py  the same bits from kernels on a GPU (`impl="triton"`)
-    decoding.py         packed bytes to numbers by tables, a stripe of a matrix at a time
-    products.py         products with packed weights: `matmul`, and `expert_mlp` over a stack
+    e2m1.py                 the sixteen four-bit codes: rounding to them, two of them in a byte
+    scaling.py              the two scales; Transformer Engine's order of operations is normative
+    hadamard.py             the 16-point Hadamard transform
+    tensor.py               `QuantizedTensor`, and the definition of `quantize`
+    cpu_quantize.py         the same bits in few passes over memory (`impl="cpu"`)
+    triton_quantize.py      the same bits from kernels on a GPU (`impl="triton"`)
+    products.py             products with packed weights: `matmul`, and `expert_mlp` over a stack
+    cpu_packed_products.py  these products, a stripe of decoded rows at a time (`impl="cpu"`)
+
+There is no `impl="torch"` for quantizing and for products: "naive" is the definition and plain.
 
 Source: reference sheet 6 and 10.3; Abecassis et al. 2025 (arXiv 2509.25149); Transformer Engine.
 Left out: "four over six" and power-of-two scales, which pre-training does not use.
@@ -24,6 +26,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.quantization.nvfp4.cpu_quantize import cpu_fake_quantize, cpu_quantize
 from nemotron_lite.quantization.nvfp4.e2m1 import (
     E2M1_MAX,
     E2M1_VALUES,
@@ -33,7 +36,6 @@ from nemotron_lite.quantization.nvfp4.e2m1 import (
     pack_codes,
     unpack_codes,
 )
-from nemotron_lite.quantization.nvfp4.fast_quantize import fast_fake_quantize, fast_quantize
 from nemotron_lite.quantization.nvfp4.hadamard import (
     SIGNS,
     hadamard_transform,
@@ -108,7 +110,7 @@ def quantize(
         amax: the largest magnitude to scale for, instead of x's own: from a calibration, or from
             other processes that hold other parts of the tensor. Larger numbers saturate.
         name: of the tensor, for errors.
-        impl: "naive", "torch" or "triton"; they give the same bits.
+        impl: "naive" (the definition), "cpu" or "triton"; they give the same bits.
 
     Raises:
         ValueError: NaN or infinity in x or amax, another dtype, a block shape that x cannot have,
@@ -116,7 +118,7 @@ def quantize(
         RuntimeError: "triton" for tensors on the CPU outside its interpreter.
     """
     run = choose(
-        "quantize", impl, x, naive=naive_quantize, torch=fast_quantize, triton=triton_quantize
+        "quantize", impl, x, naive=naive_quantize, cpu=cpu_quantize, triton=triton_quantize
     )
     options = QuantizeOptions(block, stochastic, seed, bits, hadamard, batch_dims, amax, name)
     return run(x, options)
@@ -141,7 +143,7 @@ def fake_quantize(
     Args:
         dim: -1, or -2 for blocks along the columns: the same as `fake_quantize(x.mT, ...).mT`, but
             without transposing x in memory. Weight gradients sum over tokens, which are rows.
-        impl: "naive", which makes the codes; "triton", with the same bits; or "torch", with the
+        impl: "naive", which makes the codes; "triton", with the same bits; or "cpu", with the
             same bits except for the sign of zeros.
         The rest: as for `quantize`; `bits` have the layout of x.
 
@@ -158,7 +160,7 @@ def fake_quantize(
         impl,
         x,
         naive=naive_fake_quantize,
-        torch=fast_fake_quantize,
+        cpu=cpu_fake_quantize,
         triton=triton_fake_quantize,
     )
     options = QuantizeOptions(block, stochastic, seed, bits, hadamard, batch_dims, amax, name)

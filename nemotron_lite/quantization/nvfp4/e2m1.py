@@ -26,11 +26,11 @@ Source: reference sheet 6.1 and 6.2; OCP Microscaling formats 1.0, 5.3.3.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
+
+from nemotron_lite.backends.constants import kept_constant
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES = _MAGNITUDES + tuple(-magnitude for magnitude in _MAGNITUDES)
@@ -98,15 +98,13 @@ def decode_packed_codes(packed: UInt8[Tensor, "*rows half"]) -> Float[Tensor, "*
     return _pairs(packed.device)[packed.int()].flatten(-2)
 
 
-@lru_cache
+@kept_constant
 def _table(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
 
 
-@lru_cache
+@kept_constant
 def _pairs(device: torch.device) -> Tensor:
     """The two values of each of the 256 bytes."""
-    with torch.inference_mode(False):
-        byte = torch.arange(256, device=device)
-        return _table(device)[torch.stack([byte & 0xF, byte >> 4], -1)]
+    byte = torch.arange(256, device=device)
+    return _table(device)[torch.stack([byte & 0xF, byte >> 4], -1)]

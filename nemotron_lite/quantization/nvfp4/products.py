@@ -8,12 +8,13 @@ because decoding tokens is limited by reading W), or packed as well, which is wh
 tensor cores multiply. There is no bias, because no layer of the family has one.
 
     "naive"    decode everything in float32, then multiply in float32
-    "torch"    decode stripe by stripe (decoding.py), and of the experts only the chosen ones
+    "cpu"      decode a stripe of rows at a time, and of the experts only the chosen ones
+               (cpu_packed_products.py)
     "triton"   decode in registers right before the product, so the decoded matrix is never in
                memory; for hundreds of rows it is decoded once
 
 The three differ in one rounding. A code times its block's scale has six significant bits, so the
-kernel multiplies exact 16-bit numbers, and applies s_dec to the float32 sum. "torch" does the same
+kernel multiplies exact 16-bit numbers, and applies s_dec to the float32 sum. "cpu" does the same
 as "naive" for a few rows of x. For many rows it first rounds code * (c * s_dec) to the dtype of x;
 with 16 bits this changes each weight by up to 2^-9.
 
@@ -35,7 +36,11 @@ from torch.autograd.function import once_differentiable
 from nemotron_lite.backends import triton
 from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.ops import experts
-from nemotron_lite.quantization.nvfp4.decoding import EncodedMatrix, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4.cpu_packed_products import (
+    EncodedMatrix,
+    multiply,
+    multiply_experts,
+)
 from nemotron_lite.quantization.nvfp4.tensor import QuantizedTensor
 
 
@@ -52,7 +57,7 @@ def matmul(
         x: floating point, or packed.
         w: `n k`, with one scale for the tensor.
         dtype: of the result; by default that of x, or float32 if x is packed.
-        impl: "naive", "torch" or "triton".
+        impl: "naive" (the definition), "cpu" or "triton".
 
     Raises:
         ValueError: shapes that do not fit, a stack of matrices instead of one, an unknown `impl`.
@@ -74,7 +79,7 @@ def matmul(
         example, default = x.scale, torch.float32
     # `choose` looks at a device and a dtype; codes do not have a floating-point dtype.
     run = choose(
-        "matmul", impl, example, naive=_naive_matmul, torch=_torch_matmul, triton=_triton_matmul
+        "matmul", impl, example, naive=_naive_matmul, cpu=_cpu_matmul, triton=_triton_matmul
     )
     return run(x, w, dtype or default)
 
@@ -86,7 +91,7 @@ def _naive_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.
     return (x.to(wide) @ w.dequantize(wide).mT).to(dtype)
 
 
-def _torch_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def _cpu_matmul(x: Tensor | QuantizedTensor, w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     if isinstance(x, QuantizedTensor):
         x = x.dequantize(torch.float32)
     return multiply(x.to(torch.promote_types(x.dtype, dtype)), _encoded(w)).to(dtype)
@@ -127,7 +132,7 @@ def expert_mlp(
         z: what the experts read.
         up, down: the experts' matrices W1 `e f l` and W2 `e l f`, a scale for each of them.
         weights, indices: from `route`.
-        impl: "naive" (token by token), "torch" (expert by expert) or "triton".
+        impl: "naive" (token by token), "cpu" (expert by expert) or "triton".
 
     Raises:
         ValueError: matrices that do not fit z or each other, an unknown `impl`.
@@ -142,7 +147,7 @@ def expert_mlp(
             "[e, f, l] and [e, l, f] with a scale for each expert (quantize with batch_dims=1)."
         )
     run = choose(
-        "expert_mlp", impl, z, naive=_naive_experts, torch=_torch_experts, triton=_triton_experts
+        "expert_mlp", impl, z, naive=_naive_experts, cpu=_cpu_experts, triton=_triton_experts
     )
     return run(z, up, down, weights, indices)
 
@@ -155,7 +160,7 @@ def _naive_experts(
     return experts.expert_mlp(z.to(wide), *matrices, weights, indices, impl="naive").to(z.dtype)
 
 
-def _torch_experts(
+def _cpu_experts(
     z: Tensor, up: QuantizedTensor, down: QuantizedTensor, weights: Tensor, indices: Tensor
 ) -> Tensor:
     return multiply_experts(z, _encoded(up), _encoded(down), weights, indices)
@@ -174,7 +179,7 @@ def _triton_experts(
 
 
 class _TritonExperts(torch.autograd.Function):
-    """Forward by the kernels; backward through "torch", recomputed expert by expert."""
+    """Forward by the kernels; backward through "cpu", recomputed expert by expert."""
 
     @staticmethod
     def forward(ctx: Any, z, up, down, weights, indices):  # type: ignore[no-untyped-def]
@@ -188,6 +193,6 @@ class _TritonExperts(torch.autograd.Function):
         (z, weights, indices), (up, down) = ctx.saved_tensors, ctx.matrices
         with torch.enable_grad():
             leaves = z.detach().requires_grad_(), weights.detach().requires_grad_()
-            out = _torch_experts(leaves[0], up, down, leaves[1], indices)
+            out = _cpu_experts(leaves[0], up, down, leaves[1], indices)
         grad_z, grad_weights = torch.autograd.grad(out, leaves, grad)
         return grad_z, None, None, grad_weights, None

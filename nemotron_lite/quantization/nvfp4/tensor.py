@@ -87,7 +87,7 @@ class QuantizedTensor:
         """The values, code * (c * s_dec), computed in float32 and rounded once to `dtype`.
 
         Raises:
-            ValueError: an `impl` other than "auto", "torch" and "triton".
+            ValueError: an `impl` other than "auto", "torch" (the definition) and "triton".
             RuntimeError: "triton" for tensors on the CPU outside its interpreter.
         """
         # `choose` looks at the dtype of the result, because the kernel cannot write float64.

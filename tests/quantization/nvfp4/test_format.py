@@ -1,6 +1,6 @@
 """NVFP4 bit for bit: codes, scales, amax and values against a reference made with ml_dtypes.
 
-Both implementations ("naive", the definition, and "torch") are compared with it, on edge cases and
+Both implementations ("naive", the definition, and "cpu") are compared with it, on edge cases and
 on millions of random values.
 """
 
@@ -16,7 +16,7 @@ from nemotron_lite.quantization import nvfp4
 from tests.compare import relative_rms
 from tests.quantization.nvfp4 import reference as reference
 
-IMPLS = ("naive", "torch")
+IMPLS = ("naive", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = ("1x16", "16x16")
 FLT_MAX = torch.finfo(torch.float32).max

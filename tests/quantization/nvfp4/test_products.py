@@ -7,7 +7,7 @@ import torch
 
 from nemotron_lite import ops
 from nemotron_lite.quantization import nvfp4
-from nemotron_lite.quantization.nvfp4 import decoding
+from nemotron_lite.quantization.nvfp4 import cpu_packed_products
 from tests.compare import relative_rms
 
 
@@ -21,7 +21,7 @@ def _experts(t: int, e: int, k: int, width: int = 24, hidden: int = 40):
     return torch.randn(t, width), *matrices, torch.rand(t, k), indices
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", ["naive", "cpu"])
 @pytest.mark.parametrize("cols", [16, 37, 64])
 @pytest.mark.parametrize("rows", [(), (3,), (2, 5)])
 def test_the_decoded_matrix_is_multiplied(rows, cols: int, impl: str) -> None:
@@ -35,7 +35,7 @@ def test_the_decoded_matrix_is_multiplied(rows, cols: int, impl: str) -> None:
     assert relative_rms(nvfp4.matmul(packed, w, impl=impl), exact) < 1e-6
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", ["naive", "cpu"])
 def test_dtypes_of_the_result(impl: str) -> None:
     x, w = torch.randn(4, 32), nvfp4.quantize(torch.randn(8, 32), block="16x16")
     exact = nvfp4.matmul(x.bfloat16().double(), w, impl=impl)
@@ -48,7 +48,7 @@ def test_dtypes_of_the_result(impl: str) -> None:
     assert narrow.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch"])
+@pytest.mark.parametrize("impl", ["naive", "cpu"])
 def test_experts_are_those_of_the_decoded_matrices(impl: str) -> None:
     z, up, down, weights, indices = _experts(9, 6, 2)
     plain = [q.dequantize(torch.float64) for q in (up, down)]
@@ -61,7 +61,7 @@ def test_experts_are_those_of_the_decoded_matrices(impl: str) -> None:
 def test_gradients_of_what_is_not_packed() -> None:
     x, w = torch.randn(3, 20), nvfp4.quantize(torch.randn(8, 20))
     z, up, down, weights, indices = _experts(5, 4, 2)
-    for impl in ("naive", "torch"):
+    for impl in ("naive", "cpu"):
         leaf = x.clone().requires_grad_()
         nvfp4.matmul(leaf, w, impl=impl).sum().backward()
         torch.testing.assert_close(leaf.grad, w.dequantize().sum(0).expand(3, 20))
@@ -74,20 +74,20 @@ def test_gradients_of_what_is_not_packed() -> None:
 def test_only_the_chosen_experts_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _experts(2, 30, 3)
     decoded = []
-    whole = decoding.EncodedMatrix.decode
+    whole = cpu_packed_products.EncodedMatrix.decode
 
     def decode(self, **options):
         decoded.append(self.codes.shape)
         return whole(self, **options)
 
-    monkeypatch.setattr(decoding.EncodedMatrix, "decode", decode)
-    nvfp4.expert_mlp(*inputs, impl="torch")
+    monkeypatch.setattr(cpu_packed_products.EncodedMatrix, "decode", decode)
+    nvfp4.expert_mlp(*inputs, impl="cpu")
     chosen = inputs[-1].unique().numel()
     assert chosen < 30
     assert sorted(decoded) == sorted([(40, 16)] * chosen + [(24, 24)] * chosen)
     decoded.clear()
     with torch.inference_mode():
-        nvfp4.expert_mlp(*inputs, impl="torch")
+        nvfp4.expert_mlp(*inputs, impl="cpu")
     assert decoded == [(6, 40, 16), (6, 24, 24)], "a few pairs in one call"
 
 

@@ -10,8 +10,12 @@ import torch
 from nemotron_lite import ops
 from nemotron_lite.quantization import nvfp4
 from nemotron_lite.quantization.fp8 import FP8Tensor
-from nemotron_lite.quantization.nvfp4 import decoding
-from nemotron_lite.quantization.nvfp4.decoding import EncodedMatrix, multiply, multiply_experts
+from nemotron_lite.quantization.nvfp4 import cpu_packed_products
+from nemotron_lite.quantization.nvfp4.cpu_packed_products import (
+    EncodedMatrix,
+    multiply,
+    multiply_experts,
+)
 from nemotron_lite.quantization.nvfp4.e2m1 import decode_e2m1, unpack_codes
 from tests.compare import relative_rms
 
@@ -65,7 +69,7 @@ def test_every_byte_under_every_scale() -> None:
     values = decode_e2m1(unpack_codes(codes)) * (scales.view(torch.float8_e4m3fn).float() * 0.37)
     assert torch.equal(bits(w.decode()), bits(values))
     everything = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    found, expected = decoding.decode_e4m3(everything), everything.float()
+    found, expected = cpu_packed_products.decode_e4m3(everything), everything.float()
     assert torch.equal(bits(found), bits(expected)), "NaN included"
     assert FP8Tensor(everything[:126], torch.tensor(2.0)).dequantize().equal(found[:126] * 2)
 
@@ -76,7 +80,7 @@ def test_every_byte_under_every_scale() -> None:
 def test_stripes_are_one_product(
     format: str, rows: tuple[int, ...], grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "STRIPE", 7 * 40)
+    monkeypatch.setattr(cpu_packed_products, "STRIPE", 7 * 40)
     w, x = random_matrix(format, 61, 40), torch.randn(*rows, 40, dtype=torch.float64)
     exact = x @ by_definition(w).double().mT
     with torch.set_grad_enabled(grad):
@@ -96,8 +100,8 @@ def test_experts_few_and_many(format: str, tokens: int, monkeypatch: pytest.Monk
     weights = torch.rand(tokens, 4)
     plain = [by_definition(m).double() for m in (up, down)]
     exact = ops.expert_mlp(z, *plain, weights.double(), indices, impl="naive")
-    for stripe in (decoding.STRIPE, 24 * 40 * 3, 24 * 40 - 1):
-        monkeypatch.setattr(decoding, "STRIPE", stripe)
+    for stripe in (cpu_packed_products.STRIPE, 24 * 40 * 3, 24 * 40 - 1):
+        monkeypatch.setattr(cpu_packed_products, "STRIPE", stripe)
         with torch.inference_mode():
             assert relative_rms(multiply_experts(z, up, down, weights, indices), exact) < 1e-12
             single = multiply_experts(z.float(), up, down, weights, indices)
@@ -127,7 +131,7 @@ def test_threads_do_not_share_a_stripe() -> None:
 
 def test_a_buffer_made_in_inference_mode_works_outside_of_it() -> None:
     w, x = random_matrix("nvfp4", 8, 32), torch.randn(1, 32)
-    decoding.scratch.buffers.clear()
+    cpu_packed_products.scratch.kept.clear()
     with torch.inference_mode():
         inside = multiply(x, w).clone()
     with torch.no_grad():
@@ -136,13 +140,13 @@ def test_a_buffer_made_in_inference_mode_works_outside_of_it() -> None:
 
 def test_the_buffer_follows_what_is_asked_for() -> None:
     """It grows to the largest stripe so far, and a request beyond the limit leaves it alone."""
-    cpu, scratch = torch.device("cpu"), decoding._ScratchBuffers()
+    cpu, scratch = torch.device("cpu"), cpu_packed_products._ScratchBuffers()
     with torch.inference_mode():
         sizes = []
-        for count in (7, 300, 40, decoding.MOST_KEPT, decoding.MOST_KEPT + 1):
+        for count in (7, 300, 40, cpu_packed_products.MOST_KEPT, cpu_packed_products.MOST_KEPT + 1):
             assert scratch((count,), cpu).shape == (count,)
             sizes.append(scratch.kept[cpu].numel())
-    assert sizes == [7, 300, 300, decoding.MOST_KEPT, decoding.MOST_KEPT]
+    assert sizes == [7, 300, 300, cpu_packed_products.MOST_KEPT, cpu_packed_products.MOST_KEPT]
 
 
 def test_a_stripe_of_another_size_does_not_outlive_its_call(
@@ -151,8 +155,8 @@ def test_a_stripe_of_another_size_does_not_outlive_its_call(
     """What a thread keeps after small stripes does not limit the next, larger ones."""
     w, x = random_matrix("nvfp4", 61, 48), torch.randn(2, 48)
     expected = x @ by_definition(w).mT
-    monkeypatch.setattr(decoding, "scratch", decoding._ScratchBuffers())
-    for stripe in (48, 7 * 48, decoding.STRIPE):
-        monkeypatch.setattr(decoding, "STRIPE", stripe)
+    monkeypatch.setattr(cpu_packed_products, "scratch", cpu_packed_products._ScratchBuffers())
+    for stripe in (48, 7 * 48, cpu_packed_products.STRIPE):
+        monkeypatch.setattr(cpu_packed_products, "STRIPE", stripe)
         with torch.inference_mode():
             assert relative_rms(multiply(x, w), expected) < 1e-6

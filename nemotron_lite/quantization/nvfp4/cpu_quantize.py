@@ -1,4 +1,4 @@
-"""NVFP4 in few passes over memory: what `impl="torch"` runs, with the same bits as the definition.
+"""NVFP4 in few passes over memory: what `impl="cpu"` runs, with the same bits as the definition.
 
 Emulated training quantizes every operand of every matrix product, so the time of these passes adds
 to that of the product. Three ideas make them fast, and none of them changes a value:
@@ -115,10 +115,10 @@ class _Dither:
         return u.mul_(2.0**-16).add_(2.0**-17).view(like.shape)
 
 
-def fast_fake_quantize(x: Tensor, dim: int, options: QuantizeOptions) -> Tensor:
-    """`fake_quantize(impl="torch")`; `dim` is -1 or -2."""
+def cpu_fake_quantize(x: Tensor, dim: int, options: QuantizeOptions) -> Tensor:
+    """`fake_quantize(impl="cpu")`; `dim` is -1 or -2."""
     if _is_transposed_view(x, options):
-        return fast_fake_quantize(x.mT, -3 - dim, options.transposed()).mT
+        return cpu_fake_quantize(x.mT, -3 - dim, options.transposed()).mT
     blocks = _scale_blocks(x, dim, options)
     if blocks is None:
         return naive_fake_quantize(x, dim, options)
@@ -135,8 +135,8 @@ def fast_fake_quantize(x: Tensor, dim: int, options: QuantizeOptions) -> Tensor:
     return out[0] if x.ndim == 1 else out
 
 
-def fast_quantize(x: Tensor, options: QuantizeOptions) -> QuantizedTensor:
-    """`quantize(impl="torch")`."""
+def cpu_quantize(x: Tensor, options: QuantizeOptions) -> QuantizedTensor:
+    """`quantize(impl="cpu")`."""
     blocks = _scale_blocks(x, -1, options)
     if blocks is None:
         return naive_quantize(x, options)

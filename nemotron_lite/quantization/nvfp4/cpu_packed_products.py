@@ -1,4 +1,4 @@
-"""Packed bytes to numbers in few passes over memory, and products that read packed weights.
+"""Packed bytes to numbers in few passes over memory, and products with them: `impl="cpu"`.
 
     w = e2m1(code) * (c * s_dec)              y = x W^T
 
@@ -10,12 +10,13 @@ definition (`QuantizedTensor.dequantize`, `FP8Tensor.dequantize`), at about a fo
 time.
 
 A product decodes a stripe of rows, multiplies, and decodes the next stripe into the same buffer:
-`STRIPE` weights at a time, which stay in the processor's cache, instead of a whole matrix in
+`STRIPE` weights at a time, which stay in the CPU's caches, instead of a whole matrix in
 float32. A few rows of x are multiplied in float32 whatever their dtype, which saves rounding the
 weights; for many rows, the faster products in 16 bits are worth that rounding.
 
-In decoding there are many small experts with few tokens each. Their matrices are gathered while
-still packed, and multiplied as a batch: the number of calls is the same for six experts as for one.
+When tokens are generated one by one, there are many small experts with few tokens each. Their
+matrices are gathered while still packed, and multiplied as a batch: the number of calls is the same
+for six experts as for one.
 
 Each thread keeps the buffer of a stripe for its next call. The buffer is not used where gradients
 are recorded, because the graph would keep what the next stripe overwrites. Left out: C++ kernels of
@@ -28,13 +29,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float8e4m3fn, Float32, Int, UInt8
 from torch import Tensor
 
+from nemotron_lite.backends.constants import kept_constant
 from nemotron_lite.dtypes import cast
 from nemotron_lite.ops.experts import squared_relu
 from nemotron_lite.ops.linear import linear
@@ -214,17 +215,15 @@ class _ScratchBuffers(threading.local):
 scratch = _ScratchBuffers()
 
 
-@lru_cache
+@kept_constant
 def _value_pairs(device: torch.device) -> Tensor:
     """The two float32 values of each byte as one 64-bit number; the even column comes first."""
-    with torch.inference_mode(False):
-        values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
-        byte = torch.arange(256, device=device)
-        return values[torch.stack([byte & 0xF, byte >> 4], -1)].view(torch.int64).flatten()
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
+    return values[torch.stack([byte & 0xF, byte >> 4], -1)].view(torch.int64).flatten()
 
 
-@lru_cache
+@kept_constant
 def _e4m3_values(device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        codes = torch.arange(256, dtype=torch.uint8, device=device)
-        return codes.view(torch.float8_e4m3fn).float()
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    return codes.view(torch.float8_e4m3fn).float()
