@@ -61,8 +61,8 @@ def weights_read(config: NemotronConfig, tokens: int) -> float:
         if row.mtp or row.part == "embedding":
             continue
         total += row.active * (hit / k if row.name == "experts" else 1)
-    state = config.mamba_inner_size * config.ssm_state_size
-    return total + 2 * state * config.pattern.count("M")  # read and written, once per pass
+    states = ledger.cached_values(config, 0)["ssm"]
+    return total + 2 * states  # read and written, once per pass
 
 
 def expected_acceptance_length(rates: Sequence[float]) -> float:
