@@ -13,9 +13,10 @@ tokens and then accepts only the first few. It goes like this:
     out = model(draft, cache, draft=True)    logits for all tokens; the cache is not advanced
     cache.accept(counts)                     take in the first `counts` tokens of each row
 
-Keys and values are written behind a row's length, so accepting them means to count them. The inputs
-of the convolution are a slice of those before and in the draft. The SSM state is computed from the
-old one: x, dt and B of every token of the draft are kept, and `accept` adds the c tokens that stay
+Keys and values are written after a row's last token, so `accept` only raises the row's length. The
+inputs of the convolution are a slice of those before and in the draft. The SSM state is computed
+from the old one. x, dt and B of every token of the draft are kept, and `accept` adds those of the
+first c tokens:
 
     S' = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r       (ops/draft_scan.py)
 
@@ -31,7 +32,7 @@ The other way would be a copy of the state after every token. x, dt and B of one
 hundredth of a state (37 KB against 4 MiB per layer of Super), and the draft is read as one small
 chunk instead of token by token. The tests compare with such copies.
 
-To branch anywhere else, copy the cache: `cache.clone()`.
+To continue from one point in several ways, copy the cache: `cache.clone()`.
 
 Rows of a batch may have different lengths. `model(tokens, cache)` advances a cache in place. The
 MTP module has an attention layer with keys and values of its own. They are in `mtp` and have
@@ -74,7 +75,7 @@ class Cache:
     Attributes:
         pattern: of the backbone's layers, one letter per layer as in the config.
         layers: of the backbone, one entry per layer; None for layers that remember nothing.
-        mtp_pattern, mtp: the same for the MTP module; empty where no room was made for it.
+        mtp_pattern, mtp: the same for the MTP module; empty in a cache without it.
         draft_length: tokens per row of a draft that waits for `accept`; 0 when there is none.
         checked_for: config and dtype of the model that this cache was last found to fit
             (input_checks.py).

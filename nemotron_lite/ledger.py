@@ -12,15 +12,15 @@ norm and head are added.
 Three questions:
 
 - `parameters`: how many numbers the model stores, and how many of them one token reads. A mixture
-  of experts stores e experts and reads k, which is why 120.7 billion parameters cost 12.8.
+  of experts stores e experts and reads k: of Super's 120.7 billion parameters a token reads 12.8.
 - `flops`: how much arithmetic one token takes. A multiply-add is two. Counted: matrix products, the
   convolution, attention's two products, the scan. Left out: norms, activations, softmax, decays,
   top-k, which are a few operations per element beside thousands.
 - `cache`: how many bytes a sequence of t tokens keeps. Attention's keys and values grow with t;
   the convolution's last k-1 inputs and the scan's state do not.
 
-Causal work is counted once: attention token t reads t keys, and inside a chunk of the scan position
-l reads l. Programs that multiply whole squares and mask one half do about twice that part.
+Only causal work is counted: in attention token t reads t keys, and in a chunk of the scan position
+l reads l positions. Programs that multiply whole squares and mask one half do about twice as much.
 
 Source: Nemotron 3 Super report (arXiv 2604.12374) Table 1. Letters beside those of the course:
 j key-value heads, s width of the shared expert, a keys that a token reads, w positions of its chunk

@@ -258,8 +258,8 @@ class Nemotron(nn.Module):
         """Logits for every token, or for the last ones of each row.
 
         Args:
-            tokens: ids; rows that are shorter than t are padded on the right with anything.
-            cache: what came before; advanced in place. With a cache no gradients are recorded.
+            tokens: ids; rows that are shorter than t are padded on the right with any ids.
+            cache: of the tokens before; advanced in place. With a cache no gradients are recorded.
             lengths: real tokens in each row; all t when None.
             seq_idx: the document of each token, in rows of concatenated documents: nothing is
                 carried from one document to the next.

@@ -3,7 +3,7 @@
     x <- x + Mixer(RMSNorm(x))
 
 The hybrid has one mixer per layer, not a mixer and a feed-forward pair. What a Transformer calls a
-block is here two layers, and the pattern string decides which kinds stand where.
+block is here two layers, and the pattern string says which mixer each layer has.
 
 Source: reference sheet 1.4.
 """

@@ -115,7 +115,7 @@ class LayerCache(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that must be the model's."""
+        """The dtype that has to equal that of the model."""
         return self.buffers[0].dtype
 
     @abstractmethod

@@ -7,7 +7,7 @@ At depth k it joins the hidden state of position i with the token that actually 
     h^k_i = norm_final(x)        ->  the shared head predicts t_{i+k+1}
 
 with h^0 the backbone's output after its final norm. The weights are the same at every depth: Super
-trains two depths, and drafting may go on beyond them. Embedding and head belong to the backbone.
+trains two depths, and a drafter may apply more. Embedding and head belong to the backbone.
 
 Drafting (generation/speculative/) needs the output of one token per row, and the keys and values of
 every token. `forward_last` computes no more than that: after the last layer with a cache, only the

@@ -16,9 +16,11 @@ are computed as in BF16 training. Master weights, gradients and AdamW's moments 
 
 A `Recipe` holds such a table, together with a `GemmRecipe`: how the five operands of the three
 matrix products of an NVFP4 layer are quantized. Both are plain dataclasses. So an ablation is one
-`replace` call, and a checkpoint can store the recipe of its run. `module_formats` applies a recipe
-to the sizes of a model. It builds no tensor, so `nemotron-lite info` can list the formats of Super
-at once. Each mixer says which matrices it has (`Mixer.matrices`).
+`replace` call, and a checkpoint can store the recipe of its run. The recipes themselves need no
+torch, so `nemotron-lite --help` can name them at once.
+
+`module_formats` applies a recipe to the sizes of a model, without building it. Each mixer says
+which matrices it has (`Mixer.matrices`).
 
 Source: Nemotron 3 Super report table 3; arXiv 2509.25149 section 4; Transformer Engine's
 NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded. It
@@ -31,7 +33,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers import MIXERS
 
 FORMATS = ("fp32", "bf16", "mxfp8", "nvfp4")
 ROLES = {
@@ -278,6 +279,8 @@ class ModuleFormat:
 
 def module_formats(config: NemotronConfig, recipe: str | Recipe) -> tuple[ModuleFormat, ...]:
     """Every module with matrices of a model of these sizes, in order, and its format."""
+    from nemotron_lite.layers import MIXERS  # needs torch, and the rest of this file does not
+
     recipe = get_recipe(recipe)
     tail_start = config.num_layers - recipe.tail_layers(config.num_layers)
     table = config.vocab_size * config.hidden_size
