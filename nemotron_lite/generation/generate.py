@@ -145,12 +145,11 @@ class _Run:
     """Prompts and options, checked and ready to be continued."""
 
     def __init__(self, model: Nemotron, prompts: Prompts, options: GenerationOptions) -> None:
-        self.model, self.options = model, options
-        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
         if options.stop is None:
             options = options.replace(stop=model.config.eos_token_ids)
         assert options.stop is not None
-        self.stop = frozenset(options.stop)
+        self.model, self.options, self.stop = model, options, frozenset(options.stop)
+        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
         prompt, lengths = pad_right(self.rows)
         decoding = PlainDecoding if options.speculation is None else SpeculativeDecoding
         self.decoding = decoding(model, prompt, lengths, options)
@@ -210,8 +209,8 @@ class PlainDecoding:
             # Inference mode must not stay on while the caller holds the iterator.
             with torch.inference_mode():
                 if step == 0:
-                    chunk = self.options.prefill_chunk
-                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, chunk)
+                    segment = self.options.prefill_segment
+                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, segment)
                 else:
                     out = self.model(chosen.unsqueeze(1), self.cache, logits_to_keep=1)
                     logits = out.logits[:, 0]
