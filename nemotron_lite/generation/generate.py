@@ -28,14 +28,14 @@ prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nemotron_lite.generation.options import GenerationOptions
+from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
 from nemotron_lite.generation.prefill import pad_right, prefill
 from nemotron_lite.generation.prepared_weights import prepare_weights
 from nemotron_lite.generation.prompts import Prompts, TextRow, continuation, encode_prompts
@@ -52,7 +52,7 @@ def generate(
     *,
     options: GenerationOptions | None = None,
     return_statistics: bool = False,
-    **settings: Any,
+    **settings: Unpack[GenerationSettings],
 ) -> Any:
     """Continue each prompt.
 
@@ -117,7 +117,7 @@ def stream(
     max_new_tokens: int | None = None,
     *,
     options: GenerationOptions | None = None,
-    **settings: Any,
+    **settings: Unpack[GenerationSettings],
 ) -> TokenStream:
     """`generate`, one step at a time.
 
@@ -134,7 +134,7 @@ def stream(
 
 
 def _options(
-    options: GenerationOptions | None, max_new_tokens: int | None, settings: dict[str, Any]
+    options: GenerationOptions | None, max_new_tokens: int | None, settings: Mapping[str, Any]
 ) -> GenerationOptions:
     if max_new_tokens is not None:
         settings = {**settings, "max_new_tokens": max_new_tokens}

@@ -1,7 +1,8 @@
-"""The options of generation, each defined once: for `generate`, `stream` and the command line.
+"""The options of generation, in one place: for `generate`, `stream` and the command line.
 
     SamplingOptions      from logits to a distribution: temperature, top_k, top_p
     GenerationOptions    those, and everything else that a text depends on
+    GenerationSettings   the same as keywords, for editors and type checkers
     SpeculationOptions   drafting with the MTP module
     SpeculationCosts     what drafting and verifying cost
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,23 @@ class GenerationOptions(SamplingOptions):
     def ssm_seed(self) -> int:
         """The seed for rounding SSM states to float16."""
         return (self.seed or 0) % 2**63
+
+
+class GenerationSettings(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keywords, so that editors and type checkers know them.
+
+    `max_new_tokens` is missing: `generate` and `stream` have it as an argument of its own.
+    """
+
+    temperature: float | int
+    top_k: int | None
+    top_p: float | int | None
+    stop: Collection[int] | None
+    seed: int | None
+    prefill_segment: int | None
+    ssm_dtype: Any
+    speculation: SpeculationOptions | None
+    prepare_weights: bool
 
 
 def _token_ids(stop: Any) -> tuple[int, ...]:

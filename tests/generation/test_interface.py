@@ -7,7 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from nemotron_lite.cli import app
 from nemotron_lite.cli.generate import generate as generate_command
 from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation import prepared_weights
-from nemotron_lite.generation.options import SamplingOptions
+from nemotron_lite.generation.options import GenerationSettings, SamplingOptions
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import GREEDY, SMALL
 
@@ -123,6 +123,12 @@ def test_options_as_keywords_and_together(model: Nemotron) -> None:
         generate(model, [5], temprature=0.7)
     assert GenerationOptions(stop=[3, 4]) == GenerationOptions(stop=(3, 4))
     assert hash(options) == hash(dataclasses.replace(options))
+
+
+def test_the_keywords_of_generate_are_the_options() -> None:
+    options = get_type_hints(GenerationOptions)
+    del options["max_new_tokens"]  # an argument of its own
+    assert get_type_hints(GenerationSettings) == options
 
 
 def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> None:
