@@ -399,23 +399,32 @@ def speculation(records: Path) -> str:
         "drafts", "greedy", "predicted", "acceptance length", "temperature 0.7", "predicted",
         "acceptance length",
     ]  # fmt: skip
-    held = [entry for entry in found["results"] if entry["what"] == "rollback"]
-    rollback = ", ".join(
+    ways = [entry for entry in found["results"] if entry["what"] == "rollback"]
+    rollback = "; ".join(
         f"{entry['bytes_kept']:,} bytes and "
         f"{entry['verify_and_keep_over_a_plain_step']:.2f} plain steps with "
-        f"{ROLLBACK.get(entry['hold'], entry['hold'])}"
-        for entry in held
+        # Records of before the one way to roll back call it "hold".
+        f"{ROLLBACK[entry['way'] if 'way' in entry else entry['hold']]}"
+        for entry in ways
     )
     after = (
-        f"While a draft of {held[0]['draft_length']} tokens is verified, the cache stores what it "
-        "needs to roll back. Bytes stored, and time of verifying and accepting the draft: "
+        f"While a draft of {ways[0]['draft_length']} tokens is verified, something must be stored "
+        "to roll the cache back. Bytes stored, and time of verifying and accepting the draft: "
         f"{rollback}."
     )
     return f"{_wrapped(text)}\n\n{_table(heads, list(by_way.values()))}\n\n{_wrapped(after)}"
 
 
-# How the record names the two ways of rolling a cache back, and what they do.
-ROLLBACK = {"replay": "the inputs of each token", "snapshots": "a copy of the state per token"}
+# The ways of rolling a cache back, by their names in new records and in older ones.
+ROLLBACK = {
+    "accept": "the inputs of each token, as `Cache.accept` does it",
+    "clone": "a copy of the whole cache (`Cache.clone`), and the accepted tokens read again",
+}
+ROLLBACK |= {
+    "replay": ROLLBACK["accept"],
+    "snapshots": "a copy of the Mamba layers' states after every token, which `Cache` did earlier "
+    "and does no longer",
+}
 
 
 def _percent(summary: dict[str, float]) -> str:

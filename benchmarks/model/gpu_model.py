@@ -149,10 +149,10 @@ def measure_decode(
         for who, model in (("ours", ours), ("peer", peer)):
             if not fits(partial(peers.prefill, who, model, prompt)):
                 continue
-            kept = peers.widen(who, peers.prefill(who, model, prompt)[1], batch)
-            calls[who] = partial(peers.decode, who, model, kept, inputs)
-        cache = ledger.cache(ours.config, context)
-        moved = weight_bytes(ours, batch) + batch * (cache.kv + 2 * cache.ssm)
+            cache = peers.widen(who, peers.prefill(who, model, prompt)[1], batch)
+            calls[who] = partial(peers.decode, who, model, cache, inputs)
+        sizes = ledger.cache(ours.config, context)
+        moved = weight_bytes(ours, batch) + batch * (sizes.kv + 2 * sizes.ssm)
         bound = STEPS * moved / ceilings["bytes_per_s"]
         yield entry(
             "decode", calls, DECODE_ROUNDS, batch * STEPS, bound, batch=batch, context=context

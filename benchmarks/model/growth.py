@@ -35,15 +35,15 @@ def rounds_for(length: int) -> int:
     return 5 if length <= 4096 else 3 if length <= 16384 else 2
 
 
-def state_bytes(cache: Cache, length: int) -> dict[str, int]:
+def cache_bytes(cache: Cache, length: int) -> dict[str, int]:
     """Bytes of a cache that are in use: keys and values up to `length`, and all other caches."""
     found = {"kv": 0, "conv": 0, "ssm": 0}
-    for memory in cache.layers:
-        if isinstance(memory, KVCache):
-            found["kv"] += memory.k[:, :, :length].nbytes + memory.v[:, :, :length].nbytes
-        elif isinstance(memory, MambaCache):
-            found["conv"] += memory.conv.nbytes
-            found["ssm"] += memory.ssm.nbytes
+    for layer in cache.layers:
+        if isinstance(layer, KVCache):
+            found["kv"] += layer.k[:, :, :length].nbytes + layer.v[:, :, :length].nbytes
+        elif isinstance(layer, MambaCache):
+            found["conv"] += layer.conv.nbytes
+            found["ssm"] += layer.ssm.nbytes
     return found
 
 
@@ -58,19 +58,19 @@ def measure_length(
 ) -> dict[str, Any]:
     """Time of one prefill and size of its cache."""
     tokens = peers.random_tokens(ours.config, 1, length)
-    kept: list[Cache] = []
+    caches: list[Cache] = []
 
     def prefill_ours() -> None:
-        kept[:] = [peers.prefill("ours", ours, tokens)[1]]
+        caches[:] = [peers.prefill("ours", ours, tokens)[1]]
 
     calls: dict[str, Callable[[], object]] = {"ours": prefill_ours}
     if peer is not None:
         calls["peer"] = partial(peers.prefill, "peer", peer, tokens)
     seconds = measure.alternate(calls, rounds, warmup=1 if length <= 8192 else 0)
-    held = state_bytes(kept[0], length)
+    in_use = cache_bytes(caches[0], length)
     expected = ledger.cache(ours.config, length, kv_dtype="float32", conv_dtype="float32")
-    if held != {"kv": expected.kv, "conv": expected.conv, "ssm": expected.ssm}:
-        raise RuntimeError(f"the cache holds {held}, the ledger says {expected}.")
+    if in_use != {"kv": expected.kv, "conv": expected.conv, "ssm": expected.ssm}:
+        raise RuntimeError(f"the cache uses {in_use} bytes, but the ledger expects {expected}.")
     entry: dict[str, Any] = {
         "what": "growth",
         "length": length,
@@ -79,7 +79,7 @@ def measure_length(
             name: measure.summary([1e6 * s / length for s in values])
             for name, values in seconds.items()
         },
-        "state_bytes": held,
+        "state_bytes": in_use,
         "all_attention_bytes": all_attention_bytes(ours.config, length),
     }
     return entry
@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for length in (64, 128) if asked.quick else LENGTHS:
         rounds = 2 if asked.quick else rounds_for(length)
-        beside = peer if length <= asked.peer_limit else None
-        results.append(measure_length(ours, beside, length, rounds))
+        timed_peer = peer if length <= asked.peer_limit else None
+        results.append(measure_length(ours, timed_peer, length, rounds))
         print(measure.describe(results[-1]), flush=True)
     if not asked.quick:
         payload = {

@@ -13,9 +13,9 @@ must agree on logits before anything is timed. The aims, in float32 on two cores
               when compared with transformers in float32
 
 Quality in bfloat16 is measured in two ways. On the random model: the share of tokens whose most
-likely next token stays the same, and the divergence from the float32 logits, beside the same
-figures for transformers in bfloat16. (Its routing changes where two scores are almost equal.) On a
-small model trained for a minute: bits per byte of held-out text in both precisions.
+likely next token stays the same, and the divergence from the float32 logits; both also for
+transformers in bfloat16. (Its routing changes where two scores are almost equal.) On a small model
+trained for a minute: bits per byte of held-out text in both precisions.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict
         inputs = peers.random_tokens(ours.config, batch, plan.decode_steps, seed=2)
         calls = {}
         for who, model in (("ours", ours), ("peer", peer)):
-            kept = peers.widen(who, peers.prefill(who, model, prompt)[1], batch)
-            calls[who] = partial(peers.decode, who, model, kept, inputs)
+            cache = peers.widen(who, peers.prefill(who, model, prompt)[1], batch)
+            calls[who] = partial(peers.decode, who, model, cache, inputs)
         seconds = measure.alternate(calls, plan.decode_rounds)
         yield measure.compare(
             "decode", seconds, tokens=batch * plan.decode_steps, aim=plan.aim(DECODE_AIMS[batch]),

@@ -143,11 +143,11 @@ def check_same_model(
     prompt = ours(tokens[:, :length], cache)
     reference = peer(tokens[:, :length], use_cache=True)
     mine, theirs = [prompt.logits], [reference.logits]
-    memory = reference.past_key_values
+    peer_cache = reference.past_key_values
     for position in range(length, length + 8):
         step = tokens[:, position : position + 1]
         mine.append(ours(step, cache).logits)
-        theirs.append(peer(step, past_key_values=memory, use_cache=True).logits)
+        theirs.append(peer(step, past_key_values=peer_cache, use_cache=True).logits)
     worst = (torch.cat(mine, 1) - torch.cat(theirs, 1)).abs().amax(-1).flatten()
     error = worst.sort().values[: int(0.99 * worst.numel())].max().item()
     if not error <= tolerance:
@@ -235,7 +235,7 @@ def prefill(who: str, model: Any, tokens: Tensor) -> tuple[Tensor, Any]:
 
 
 @torch.inference_mode()
-def decode(who: str, model: Any, memory: Any, tokens: Tensor) -> Tensor:
+def decode(who: str, model: Any, cache: Any, tokens: Tensor) -> Tensor:
     """Greedy decoding steps: reads `tokens` `b steps`, returns the tokens chosen, `b steps`.
 
     The next input is given, not taken from the output, so that both programs do the same work even
@@ -244,20 +244,20 @@ def decode(who: str, model: Any, memory: Any, tokens: Tensor) -> Tensor:
     written = []
     for column in tokens.split(1, dim=1):
         if who == "ours":
-            logits = model(column, memory, logits_to_keep=1).logits
+            logits = model(column, cache, logits_to_keep=1).logits
         else:
-            logits = model(column, past_key_values=memory, use_cache=True, logits_to_keep=1).logits
+            logits = model(column, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         written.append(logits.argmax(-1))
     return torch.cat(written, 1)
 
 
-def widen(who: str, memory: Any, rows: int) -> Any:
+def widen(who: str, cache: Any, rows: int) -> Any:
     """The cache of one sequence, copied to `rows` rows: a long context is read only once."""
     if who == "peer":
-        memory.reorder_cache(torch.zeros(rows, dtype=torch.long))
-        return memory
+        cache.reorder_cache(torch.zeros(rows, dtype=torch.long))
+        return cache
     layers: list[Any] = []
-    for layer in memory.layers:
+    for layer in cache.layers:
         if isinstance(layer, KVCache):
             layers.append(KVCache(layer.k.repeat(rows, 1, 1, 1), layer.v.repeat(rows, 1, 1, 1)))
         elif isinstance(layer, MambaCache):
@@ -266,7 +266,7 @@ def widen(who: str, memory: Any, rows: int) -> Any:
             )
         else:
             layers.append(None)
-    return Cache(layers, memory.lengths.tolist() * rows, memory.device)
+    return Cache(layers, cache.lengths.tolist() * rows, cache.device)
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:

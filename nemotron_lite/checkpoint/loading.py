@@ -178,12 +178,23 @@ def _check_folder(folder: Path) -> None:
         problem = (
             f"it is missing, but an interrupted save left the old one as {left[-1]}: rename it"
         )
-    else:
+    elif _looks_like_hub_name(folder):
         problem = (
             "there is no such folder. Models are read from disk: download one first, for example "
             f"with `hf download {folder} --local-dir DIR`"
         )
+    else:
+        problem = (
+            "there is no such folder. `make run` trains a small model and saves it as runs/lite; "
+            f"`hf download OWNER/NAME --local-dir {folder}` downloads a published one"
+        )
     raise CheckpointError(folder, [problem])
+
+
+def _looks_like_hub_name(folder: Path) -> bool:
+    """Whether this is rather OWNER/NAME on the hub than a place on this disk."""
+    two_names = len(folder.parts) == 2 and not folder.is_absolute()
+    return two_names and folder.parts[0] != "runs" and not folder.parent.is_dir()
 
 
 def _config(

@@ -7,7 +7,8 @@
     nemotron-lite quantize --model runs/mine/model --out runs/small --bits 4.75
 
 Each command has its own module and uses only public functions of the package, so Python code can do
-the same. torch is imported inside the commands, so that `--help` and `info` on a preset are fast.
+the same. torch, and every module that needs it, is imported inside the commands, so that `--help`
+does not wait for it.
 
 An error of the user (a wrong size, a missing file, a damaged checkpoint) ends in one message and
 exit code 1. `nemotron-lite --traceback ...` shows where a message came from.

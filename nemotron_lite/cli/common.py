@@ -7,6 +7,7 @@ in one message and exit code 1. A bug still shows its traceback.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ def plain_errors() -> Iterator[None]:
             raise
         err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def program() -> str:
+    """How these commands were started, for a command that is shown to be copied."""
+    started_as_module = Path(sys.argv[0]).name == "__main__.py"
+    return f"{sys.executable} -m nemotron_lite" if started_as_module else sys.argv[0]
 
 
 def title(step: int, text: str) -> None:

@@ -68,8 +68,12 @@ def generate(
         if ssm_dtype not in SSM_DTYPES:
             raise ValueError(f"--ssm-dtype {ssm_dtype}: expected one of {', '.join(SSM_DTYPES)}.")
         speculation = None
+        if draft not in (None, "mtp"):
+            raise ValueError(
+                f"--draft {draft}: expected mtp. Omit this option to decode without drafts."
+            )
         if draft is not None:
-            speculation = SpeculationOptions(draft, draft_length, adaptive)
+            speculation = SpeculationOptions(draft_length=draft_length, adaptive=adaptive)
         options = GenerationOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
             seed=seed, speculation=speculation, prepare_weights=prepare_weights,

@@ -1,7 +1,7 @@
 """`nemotron-lite info`: parameters, FLOPs and cache size of a model, and the format of each matrix.
 
-For a preset all of it is computed from the sizes, without torch. For a checkpoint folder the
-headers of the files are read too. They give the format and the size of the stored matrices.
+All of it is computed from the sizes: no weight is made or read. For a checkpoint folder the headers
+of the files are read too. They give the format and the size of the stored matrices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import Precision, app, out, plain_errors
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
@@ -30,6 +29,8 @@ def info(
 ) -> None:
     """Show the parameters, FLOPs and cache size of a model, and the format of each matrix."""
     with plain_errors():
+        from nemotron_lite.cli import tables
+
         config, chosen = read_config(model), get_recipe(precision)
         out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_lite import ledger
 from nemotron_lite.cli.common import DTYPES, err
 from nemotron_lite.config import PRESETS, NemotronConfig
 
@@ -81,6 +80,8 @@ def check_memory(config: NemotronConfig) -> None:
     Raises:
         ValueError: weights, gradients and AdamW's moments need more memory than the machine has.
     """
+    from nemotron_lite import ledger
+
     needed = ledger.parameters(config).total * TRAINING_BYTES
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > have:

@@ -12,7 +12,6 @@ files store, so they differ by the stored weights alone.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from nemotron_lite.cli import tables
-from nemotron_lite.cli.common import Seed, Text, app, err, out, plain_errors, title
+from nemotron_lite.cli.common import Seed, Text, app, err, out, plain_errors, program, title
 from nemotron_lite.cli.inputs import read_model
 
 if TYPE_CHECKING:
@@ -66,6 +64,7 @@ def quantize(
         import torch
 
         from nemotron_lite.checkpoint import save, storage_summary, weight_bytes
+        from nemotron_lite.cli import tables
         from nemotron_lite.data import sample_windows
         from nemotron_lite.quantization import bits_per_weight, calibrate, quantize_model
         from nemotron_lite.train import evaluate
@@ -107,7 +106,7 @@ def quantize(
             out.print(tables.loss_table(lines))
         out.print(
             f"The model is in {escape(str(save_to))}. To keep its weights packed in memory too:\n"
-            f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} --packed "
+            f"  {escape(program())} generate --model {escape(str(save_to))} --packed "
             '--prompt "class Tree:"',
             soft_wrap=True,
         )

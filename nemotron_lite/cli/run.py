@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import (
     ModelSizes,
     Precision,
@@ -18,6 +16,7 @@ from nemotron_lite.cli.common import (
     app,
     out,
     plain_errors,
+    program,
     title,
 )
 from nemotron_lite.cli.generate import write
@@ -46,6 +45,7 @@ def run(
     """
     with plain_errors():
         from nemotron_lite.checkpoint import save
+        from nemotron_lite.cli import tables
         from nemotron_lite.model import Nemotron
         from nemotron_lite.train import TrainConfig, evaluate
         from nemotron_lite.train import train as train_model
@@ -82,7 +82,7 @@ def run(
             f"\nTraining read {result.tokens / result.seconds:,.0f} tokens/s, "
             f"scoring {score.tokens_per_second:,.0f}; writing took {speed:,.0f} tokens/s.\n"
             f"The model is in {escape(str(save_to))}. Continue with it:\n"
-            f"  {escape(sys.argv[0])} generate --model {escape(str(save_to))} "
+            f"  {escape(program())} generate --model {escape(str(save_to))} "
             f'--temperature {TEMPERATURE} --prompt "class Tree:"',
             soft_wrap=True,
         )

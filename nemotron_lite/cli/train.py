@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from nemotron_lite.cli import tables
 from nemotron_lite.cli.common import ModelSizes, Precision, Seed, Text, app, out, plain_errors
 from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, prepare_text, read_config
 
@@ -43,6 +42,7 @@ def train(
     """
     with plain_errors():
         from nemotron_lite.checkpoint import save
+        from nemotron_lite.cli import tables
         from nemotron_lite.model import Nemotron
         from nemotron_lite.train import TrainConfig, evaluate
         from nemotron_lite.train import train as train_model

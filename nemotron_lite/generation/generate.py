@@ -28,14 +28,14 @@ prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nemotron_lite.generation.options import GenerationOptions
+from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
 from nemotron_lite.generation.prefill import pad_right, prefill
 from nemotron_lite.generation.prepared_weights import prepare_weights
 from nemotron_lite.generation.prompts import Prompts, TextRow, continuation, encode_prompts
@@ -52,7 +52,7 @@ def generate(
     *,
     options: GenerationOptions | None = None,
     return_statistics: bool = False,
-    **settings: Any,
+    **settings: Unpack[GenerationSettings],
 ) -> Any:
     """Continue each prompt.
 
@@ -124,7 +124,7 @@ def stream(
     max_new_tokens: int | None = None,
     *,
     options: GenerationOptions | None = None,
-    **settings: Any,
+    **settings: Unpack[GenerationSettings],
 ) -> TokenStream:
     """`generate`, one step at a time.
 
@@ -141,7 +141,7 @@ def stream(
 
 
 def _options(
-    options: GenerationOptions | None, max_new_tokens: int | None, settings: dict[str, Any]
+    options: GenerationOptions | None, max_new_tokens: int | None, settings: Mapping[str, Any]
 ) -> GenerationOptions:
     if max_new_tokens is not None:
         settings = {**settings, "max_new_tokens": max_new_tokens}
@@ -152,12 +152,11 @@ class _Run:
     """Prompts and options, checked and ready to be continued."""
 
     def __init__(self, model: Nemotron, prompts: Prompts, options: GenerationOptions) -> None:
-        self.model, self.options = model, options
-        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
         if options.stop is None:
             options = options.replace(stop=model.config.eos_token_ids)
         assert options.stop is not None
-        self.stop = frozenset(options.stop)
+        self.model, self.options, self.stop = model, options, frozenset(options.stop)
+        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
         prompt, lengths = pad_right(self.rows)
         decoding = PlainDecoding if options.speculation is None else SpeculativeDecoding
         self.decoding = decoding(model, prompt, lengths, options)
@@ -217,8 +216,8 @@ class PlainDecoding:
             # Inference mode must not stay on while the caller holds the iterator.
             with torch.inference_mode():
                 if step == 0:
-                    chunk = self.options.prefill_chunk
-                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, chunk)
+                    segment = self.options.prefill_segment
+                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, segment)
                 else:
                     out = self.model(chosen.unsqueeze(1), self.cache, logits_to_keep=1)
                     logits = out.logits[:, 0]

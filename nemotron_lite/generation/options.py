@@ -1,7 +1,8 @@
-"""The options of generation, each defined once: for `generate`, `stream` and the command line.
+"""The options of generation, in one place: for `generate`, `stream` and the command line.
 
     SamplingOptions      from logits to a distribution: temperature, top_k, top_p
     GenerationOptions    those, and everything else that a text depends on
+    GenerationSettings   the same as keywords, for editors and type checkers
     SpeculationOptions   drafting with the MTP module
     SpeculationCosts     what drafting and verifying cost
 
@@ -9,8 +10,8 @@ All are frozen dataclasses that check their values when they are made. An error 
 says what is expected.
 
 The default temperature is 1.0 with top_p 0.95, everywhere: it is what the release recommends for
-Nemotron 3. A base model, or a small one, often writes
-better text with a lower temperature; 0 is greedy decoding, which always gives the same text.
+Nemotron 3. A base model, or a small one, often writes better text with a lower temperature; 0 is
+greedy decoding, which always gives the same text.
 
 This module does not import torch, so that the command line can show the defaults at once.
 
@@ -23,9 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
-
-DRAFTERS = ("mtp",)
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,9 @@ class SpeculationCosts:
 
 @dataclass(frozen=True)
 class SpeculationOptions:
-    """How drafts are made; see `speculative/`.
+    """How the model's MTP module makes drafts; see `speculative/`.
 
     Attributes:
-        drafter: what drafts; "mtp" is the model's own MTP module, and the only choice so far.
         draft_length: the most tokens of a draft.
         adaptive: draft only as far as it pays; False always drafts `draft_length` tokens.
         costs: what `adaptive` compares the gain with. None takes the costs that follow from the
@@ -106,18 +104,12 @@ class SpeculationOptions:
         ValueError: a value out of range.
     """
 
-    drafter: str = "mtp"
     draft_length: int = 4
     adaptive: bool = True
     costs: SpeculationCosts | None = None
     shortlist: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.drafter not in DRAFTERS:
-            raise ValueError(
-                f"drafter={self.drafter!r} does not exist: expected one of {DRAFTERS}. To decode "
-                "without drafts, give no SpeculationOptions."
-            )
         if self.draft_length < 1:
             raise ValueError(
                 f"draft_length={self.draft_length} does not work: expected at least 1. To decode "
@@ -127,7 +119,7 @@ class SpeculationOptions:
 
 @dataclass(frozen=True)
 class GenerationOptions(SamplingOptions):
-    """Everything that a text depends on beside the model and the prompt.
+    """Everything that a text depends on, in addition to the model and the prompt.
 
     Attributes:
         max_new_tokens: the most tokens to write per row.
@@ -135,7 +127,7 @@ class GenerationOptions(SamplingOptions):
             (`config.eos_token_ids`); `()` never stops before `max_new_tokens`.
         seed: row r draws its random numbers from a stream with seed `seed + r`, so the same call
             gives the same text. None takes a fresh seed.
-        prefill_chunk: tokens of the prompt per forward pass; None lets the model choose. Every
+        prefill_segment: tokens of the prompt per forward pass; None lets the model choose. Every
             value gives the same logits up to rounding.
         ssm_dtype: of the SSM states in the cache, `torch.float32` or `torch.float16`; None is
             float32. float16 halves their memory. The states are then rounded stochastically, with
@@ -152,7 +144,7 @@ class GenerationOptions(SamplingOptions):
     max_new_tokens: int = 200
     stop: Collection[int] | None = None
     seed: int | None = None
-    prefill_chunk: int | None = None
+    prefill_segment: int | None = None
     ssm_dtype: Any = None  # torch.dtype | None, without importing torch
     speculation: SpeculationOptions | None = None
     prepare_weights: bool = True
@@ -163,10 +155,10 @@ class GenerationOptions(SamplingOptions):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} does not work: expected 0 or more."
             )
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+        if self.prefill_segment is not None and self.prefill_segment < 1:
             raise ValueError(
-                f"prefill_chunk={self.prefill_chunk} does not work: expected at least 1, or None "
-                "to let the model choose."
+                f"prefill_segment={self.prefill_segment} does not work: expected at least 1, or "
+                "None to let the model choose."
             )
         if self.stop is not None:
             object.__setattr__(self, "stop", _token_ids(self.stop))
@@ -190,6 +182,23 @@ class GenerationOptions(SamplingOptions):
     def ssm_seed(self) -> int:
         """The seed for rounding SSM states to float16."""
         return (self.seed or 0) % 2**63
+
+
+class GenerationSettings(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keywords, so that editors and type checkers know them.
+
+    `max_new_tokens` is missing: `generate` and `stream` have it as an argument of its own.
+    """
+
+    temperature: float | int
+    top_k: int | None
+    top_p: float | int | None
+    stop: Collection[int] | None
+    seed: int | None
+    prefill_segment: int | None
+    ssm_dtype: Any
+    speculation: SpeculationOptions | None
+    prepare_weights: bool
 
 
 def _token_ids(stop: Any) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Prefill: rows of any lengths as one tensor, read into a cache in pieces.
+"""Prefill: rows of any lengths as one tensor, read into a cache segment by segment.
 
 Rows are padded on the right. A padding token changes neither the cache nor any logits of its row.
-So a row gives what it would give alone, and every way of cutting the prompt into pieces gives the
-same logits up to rounding.
+So a row gives what it would give alone, and every length of the segments gives the same
+logits up to rounding.
 
 Left out: sharing the cache of prompts that begin alike, and several prompts in one row.
 """
@@ -24,7 +24,7 @@ def prefill(
     prompt: Int[Tensor, "b t"],
     lengths: list[int],
     cache: Cache,
-    chunk: int | None = None,
+    segment: int | None = None,
     *,
     on_hidden: Callable[[Tensor, int], None] | None = None,
 ) -> Float[Tensor, "b v"]:
@@ -33,22 +33,23 @@ def prefill(
     Args:
         prompt: padded on the right.
         lengths: real tokens per row.
-        chunk: tokens per pass; None is all at once.
+        segment: tokens of the prompt per forward pass; None gives the whole prompt to the
+            model, which cuts long ones itself (`model.segment`).
         on_hidden: called after each pass with the hidden states `b s d` and the position of the
             first.
     """
     prompt = prompt.to(model.device)
     total = prompt.shape[1]
     if min(lengths) == total:
-        for start in range(0, total, chunk or total):
-            out = model(prompt[:, start : start + (chunk or total)], cache, logits_to_keep=1)
+        for start in range(0, total, segment or total):
+            out = model(prompt[:, start : start + (segment or total)], cache, logits_to_keep=1)
             if on_hidden is not None:
                 on_hidden(out.hidden, start)
         return out.logits[:, 0]
     ends = torch.tensor(lengths, device=model.device)
     logits: Tensor | None = None
-    for start in range(0, total, chunk or total):
-        part = prompt[:, start : start + (chunk or total)]
+    for start in range(0, total, segment or total):
+        part = prompt[:, start : start + (segment or total)]
         real = (ends - start).clamp(0, part.shape[1])
         out = model(part, cache, lengths=real, logits_to_keep=1)
         if on_hidden is not None:

@@ -27,21 +27,30 @@ Post-training quantization, from a trained model to a smaller one:
     packed_layers.py      layers that keep their weights in four or eight bits in memory
     pack_model.py         replaces a model's plain weights by packed layers
 
+A name below is imported when it is first used (PEP 562), as in `nemotron_lite` itself: the command
+line reads the recipes without waiting for torch.
+
 Source: Nemotron 3 Super report 4.1, 4.2 and table 7; reference sheet 6. Left out: fine-tuning after
 quantization (distillation), and searches over the format of the KV cache.
 """
 
-from nemotron_lite.quantization.bit_allocation import allocate_bits, minimize_cost
-from nemotron_lite.quantization.calibration import Calibration, calibrate
-from nemotron_lite.quantization.pack_model import quantize_model
-from nemotron_lite.quantization.quantizable import (
-    QuantizableModule,
-    bits_per_weight,
-    quantizable_modules,
-    single_format,
-)
-from nemotron_lite.quantization.scale_search import search_block_scales
-from nemotron_lite.quantization.sensitivity import Sensitivity, measure_sensitivity
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemotron_lite.quantization.bit_allocation import allocate_bits, minimize_cost
+    from nemotron_lite.quantization.calibration import Calibration, calibrate
+    from nemotron_lite.quantization.pack_model import quantize_model
+    from nemotron_lite.quantization.quantizable import (
+        QuantizableModule,
+        bits_per_weight,
+        quantizable_modules,
+        single_format,
+    )
+    from nemotron_lite.quantization.scale_search import search_block_scales
+    from nemotron_lite.quantization.sensitivity import Sensitivity, measure_sensitivity
 
 __all__ = [
     "Calibration",
@@ -57,3 +66,33 @@ __all__ = [
     "search_block_scales",
     "single_format",
 ]
+
+_MODULE_OF = {
+    "Calibration": "calibration",
+    "QuantizableModule": "quantizable",
+    "Sensitivity": "sensitivity",
+    "allocate_bits": "bit_allocation",
+    "bits_per_weight": "quantizable",
+    "calibrate": "calibration",
+    "measure_sensitivity": "sensitivity",
+    "minimize_cost": "bit_allocation",
+    "quantizable_modules": "quantizable",
+    "quantize_model": "pack_model",
+    "search_block_scales": "scale_search",
+    "single_format": "quantizable",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use; afterwards it is an ordinary attribute."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(
+        f"nemotron_lite.quantization has no {name!r}; its public names are {__all__}."
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,8 +17,8 @@ are computed as in BF16 training. Master weights, gradients and AdamW's moments 
 A `Recipe` holds such a table, together with a `GemmRecipe`: how the five operands of the three
 matrix products of an NVFP4 layer are quantized. Both are plain dataclasses. So an ablation is one
 `replace` call, and a checkpoint can store the recipe of its run. `module_formats` applies a recipe
-to the sizes of a model. It needs no torch, so `nemotron-lite info` can list the formats of Super at
-once.
+to the sizes of a model. This module needs no torch, so the command line can name the recipes in
+`--help` at once.
 
 Source: Nemotron 3 Super report table 3; arXiv 2509.25149 section 4; Transformer Engine's
 NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded. It

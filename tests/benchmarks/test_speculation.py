@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import record
+from benchmarks import figures, record
 from benchmarks.model import speculation
 from nemotron_lite.generation.speculative import SpeculationCosts, Statistics
 from nemotron_lite.generation.speculative.measured_costs import costs_from_seconds, measure_seconds
@@ -62,7 +64,16 @@ def test_prices_are_measured_in_plain_steps() -> None:
         measure_seconds(Nemotron(SMALL, seed=0), 1)
 
 
-def test_both_ways_of_going_back_are_measured(capsys) -> None:
-    accept, clone = speculation.measure_rollback(Nemotron(SMALL, seed=0), 2)
+def test_both_ways_of_going_back_are_measured(capsys, tmp_path) -> None:
+    accept, clone = found = speculation.measure_rollback(Nemotron(SMALL, seed=0), 2)
     assert (accept["way"], clone["way"]) == ("accept", "clone")
     assert 0 < accept["bytes_kept"] < clone["bytes_kept"]
+    # The page of figures can be written from these entries.
+    committed = json.loads((record.RECORDS / "speculation.json").read_text())
+    decoding = [entry for entry in committed["results"] if entry["what"] != "rollback"]
+    new = json.dumps(committed | {"results": [*found, *decoding]})
+    (tmp_path / "speculation.json").write_text(new)
+    text = figures.speculation(tmp_path).replace("\n", " ")
+    for entry, what in ((accept, "the inputs of each token"), (clone, "a copy of the whole cache")):
+        times = f"{entry['verify_and_keep_over_a_plain_step']:.2f} plain steps"
+        assert f"{entry['bytes_kept']:,} bytes and {times} with {what}" in text

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import nemotron_lite
 from nemotron_lite import cli, data
-from nemotron_lite.cli import app, tables
+from nemotron_lite.cli import app, common, tables
 from nemotron_lite.config import NemotronConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_train_leaves_a_checkpoint_that_generates_the_same_again(sizes, text, tm
     assert "acceptance length" in drafted.stderr
     assert "acceptance length" not in first.stderr
     wrong = call("generate", *options, "--draft", "eagle", code=1)
-    assert "drafter='eagle' does not exist: expected one of" in wrong.stderr
+    assert "--draft eagle: expected mtp" in wrong.stderr
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
@@ -230,17 +230,39 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 def test_the_installed_command_starts_without_torch():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, name = scripts["nemotron-lite"].split(":")
-    program = (
-        f"import sys; from {module} import {name}\n"
-        f"try: {name}(['info', 'nano'], prog_name='nemotron-lite')\n"
-        "finally: print('torch' in sys.modules)"
-    )
+    for arguments, shown, needs_torch in (
+        (["--help"], "quantize", False),
+        (["generate", "--help"], "--max-new-tokens", False),
+        (["info", "nano"], "31,577,940,288", True),  # the layers hold the formulas of the ledger
+    ):
+        program = (
+            f"import sys; from {module} import {name}\n"
+            f"try: {name}({arguments}, prog_name='nemotron-lite')\n"
+            "finally: print('torch' in sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+        assert done.stdout.splitlines()[-1] == str(needs_torch)
+
+
+def test_the_package_is_a_program(tmp_path):
+    """`python -m nemotron_lite` is the command, for those who have no script on their path."""
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "nemotron_lite", "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "31,577,940,288" in done.stdout
-    assert done.stdout.splitlines()[-1] == "False"
+    assert "Usage: python -m nemotron_lite" in done.stdout
+
+
+def test_the_command_that_is_shown_can_be_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [".venv/bin/nemotron-lite", "run"])
+    assert common.program() == ".venv/bin/nemotron-lite"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/nemotron_lite/__main__.py", "run"])
+    assert common.program() == f"{sys.executable} -m nemotron_lite"
 
 
 def test_numbers_and_sizes_are_readable():

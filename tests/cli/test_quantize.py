@@ -108,7 +108,7 @@ def test_packed_weights_generate_the_same_text(trained: Path, text: Path, tmp_pa
     assert half.stdout.startswith("def f")
     assert run_command(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
     plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
-    assert "is quantized. Leave it away" in run_command(*plain_folder, code=1).stderr
+    assert "is quantized. Omit this option" in run_command(*plain_folder, code=1).stderr
     assert (
         "--ssm-dtype int8: expected" in run_command(*options, "--ssm-dtype", "int8", code=1).stderr
     )

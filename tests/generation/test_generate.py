@@ -34,16 +34,16 @@ def test_greedy_equals_full_forwards_row_by_row(model: Nemotron) -> None:
     assert found == [_greedy_by_hand(model, p, 10) for p in prompts]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 50])
-def test_chunked_prefill(model: Nemotron, chunk: int) -> None:
+@pytest.mark.parametrize("segment", [1, 3, 50])
+def test_prefill_in_segments(model: Nemotron, segment: int) -> None:
     prompts = [_tokens(1, n)[0].tolist() for n in (9, 2)]
     whole = generate(model, prompts, 6, **GREEDY)
-    assert generate(model, prompts, 6, prefill_chunk=chunk, **GREEDY) == whole
+    assert generate(model, prompts, 6, prefill_segment=segment, **GREEDY) == whole
     padded = torch.zeros(2, 9, dtype=torch.int64)
     padded[0], padded[1, :2] = torch.tensor(prompts[0]), torch.tensor(prompts[1])
     with torch.no_grad():
         whole = prefill(model, padded, [9, 2], model.empty_cache(2))
-        parts = prefill(model, padded, [9, 2], model.empty_cache(2), chunk)
+        parts = prefill(model, padded, [9, 2], model.empty_cache(2), segment)
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
 
 
@@ -147,7 +147,7 @@ def test_no_tokens_asked_for(model: Nemotron) -> None:
         (dict(top_k=0), "top_k=0"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_p=1.5), "top_p=1.5"),
-        (dict(prefill_chunk=0), "prefill_chunk=0"),
+        (dict(prefill_segment=0), "prefill_segment=0"),
     ],
 )
 def test_bad_arguments_are_named_at_once(model: Nemotron, arguments: dict, message: str) -> None:

@@ -9,17 +9,20 @@ import sys
 import weakref
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from nemotron_lite import GenerationOptions, SpeculationOptions, generate, stream
+from nemotron_lite.cli import app
 from nemotron_lite.cli.generate import generate as generate_command
 from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation import prepared_weights
-from nemotron_lite.generation.options import SamplingOptions
+from nemotron_lite.generation.options import GenerationSettings, SamplingOptions
 from nemotron_lite.generation.prompts import encode_prompts
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import GREEDY, SMALL
@@ -189,6 +192,12 @@ def test_options_as_keywords_and_together(model: Nemotron) -> None:
     assert hash(options) == hash(dataclasses.replace(options))
 
 
+def test_the_keywords_of_generate_are_the_options() -> None:
+    options = get_type_hints(GenerationOptions)
+    del options["max_new_tokens"]  # an argument of its own
+    assert get_type_hints(GenerationSettings) == options
+
+
 def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> None:
     """Temperature 1.0 and top_p 0.95, in the API and on the command line."""
     assert (SamplingOptions().temperature, SamplingOptions().top_p) == (1.0, 0.95)
@@ -200,6 +209,54 @@ def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> No
     assert generate(model, [5], 9, seed=1) == generate(
         model, [5], 9, seed=1, temperature=1.0, top_p=0.95
     )
+
+
+def test_the_command_passes_every_option_on(
+    model: Nemotron, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All options that `nemotron-lite generate` takes, each with another value than its default."""
+    passed: list[GenerationOptions] = []
+
+    def write(model: Nemotron, prompt: str, options: GenerationOptions) -> tuple[float, Any]:
+        passed.append(options)
+        return 1.0, None
+
+    read: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "nemotron_lite.cli.generate.read_model",
+        lambda path, dtype, packed: read.append(dict(path=path, dtype=dtype, packed=packed)),
+    )
+    monkeypatch.setattr("nemotron_lite.cli.generate.write", write)
+    fixed = ["generate", "--model", str(tmp_path), "--prompt", "x"]
+    values: dict[str, tuple[list[str], Any]] = {
+        "max_new_tokens": (["--max-new-tokens", "7"], 7),
+        "temperature": (["--temperature", "0.3"], 0.3),
+        "top_p": (["--top-p", "0.5"], 0.5),
+        "top_k": (["--top-k", "11"], 11),
+        "seed": (["--seed", "5"], 5),
+        "ssm_dtype": (["--ssm-dtype", "float16"], torch.float16),
+        "prepare_weights": (["--no-prepare-weights"], False),
+        "speculation": (
+            ["--draft", "mtp", "--draft-length", "3", "--fixed"],
+            SpeculationOptions(draft_length=3, adaptive=False),
+        ),
+    }
+    flags = [flag for some, _ in values.values() for flag in some]
+    others = ["--dtype", "bfloat16", "--packed"]
+    result = CliRunner().invoke(app, [*fixed, *flags, *others])
+    assert result.exit_code == 0, result.output
+    assert passed.pop() == GenerationOptions(**{name: value for name, (_, value) in values.items()})
+    assert read.pop() == dict(path=tmp_path, dtype="bfloat16", packed=True)
+    known = {parameter.opts[0] for parameter in get_command(app).commands["generate"].params}
+    used = {argument for argument in [*fixed, *flags, *others] if argument.startswith("--")}
+    spelled = {"--no-prepare-weights": "--prepare-weights", "--fixed": "--adaptive"}
+    assert {spelled.get(flag, flag) for flag in used} == known
+    # Only these two cannot be chosen on the command line.
+    assert {field.name for field in dataclasses.fields(GenerationOptions)} - values.keys() == {
+        "stop", "prefill_segment"
+    }  # fmt: skip
+    CliRunner().invoke(app, fixed)
+    assert passed.pop() == GenerationOptions(seed=0)
 
 
 def test_the_command_line_reads_the_defaults_without_torch() -> None:

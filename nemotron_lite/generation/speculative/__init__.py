@@ -1,4 +1,6 @@
-"""Speculative decoding: the MTP module drafts, the backbone verifies, the text stays the same.
+"""Speculative decoding: the MTP module drafts, the backbone verifies.
+
+The distribution of the text stays that of plain decoding; greedy text stays the same.
 
     draft     d_1 .. d_k        k steps of the one MTP module, each reading the one before
     verify    p_1 .. p_{k+1}    one pass of the backbone over the chosen token and the draft

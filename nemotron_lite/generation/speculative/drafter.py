@@ -137,7 +137,7 @@ class Drafter:
         lengths: list[int],
         start: int,
     ) -> None:
-        """Read a piece of the prompts: hidden states of the t positions from `start` on.
+        """Read a segment of the prompts: hidden states of the t positions from `start` on.
 
         The last position of a row has no token after it yet; `add_first_token` gives it.
         """

@@ -76,7 +76,7 @@ class SpeculativeDecoding:
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.options = options
         self.max_new_tokens, self.stop = options.max_new_tokens, frozenset(options.stop or ())
-        self.chunk = options.prefill_chunk or segment(self.prompt)
+        self.segment = options.prefill_segment or segment(self.prompt)
         self.max_draft = speculation.draft_length
         self.statistics = Statistics()
         rows, capacity = len(lengths), prompt.shape[1] + self.max_new_tokens + self.max_draft + 1
@@ -108,7 +108,7 @@ class SpeculativeDecoding:
             self.drafter = Drafter(self.model, self.cache, self.options, self.shortlist)
             add_prompt = partial(self.drafter.add_prompt, prompt=self.prompt, lengths=self.lengths)
             logits = prefill(
-                self.model, self.prompt, self.lengths, self.cache, self.chunk,
+                self.model, self.prompt, self.lengths, self.cache, self.segment,
                 on_hidden=lambda hidden, start: add_prompt(hidden, start=start),
             )  # fmt: skip
             self.chosen = self._choose(logits, self._uniforms(1))

@@ -87,15 +87,15 @@ def test_float32_and_one_count_for_all_rows(way: str) -> None:
 @settings(max_examples=8)
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3), k=st.integers(1, 5),
-    most=st.integers(2, 14), chunk=st.sampled_from([None, 1, 3]), adaptive=st.booleans(),
+    most=st.integers(2, 14), segment=st.sampled_from([None, 1, 3]), adaptive=st.booleans(),
 )  # fmt: skip
 def test_the_mtp_module_s_cache_after_a_whole_run(
-    lengths: list[int], k: int, most: int, chunk: int | None, adaptive: bool
+    lengths: list[int], k: int, most: int, segment: int | None, adaptive: bool
 ) -> None:
     """As if it had read the final text at once, whatever was drafted and thrown away."""
     prompt = _tokens(len(lengths), 8)
     options = GenerationOptions(
-        max_new_tokens=most, temperature=1.5, top_p=None, stop=(), seed=0, prefill_chunk=chunk,
+        max_new_tokens=most, temperature=1.5, top_p=None, stop=(), seed=0, prefill_segment=segment,
         speculation=SpeculationOptions(draft_length=k, adaptive=adaptive),
     )  # fmt: skip
     run = SpeculativeDecoding(MODEL, prompt, lengths, options)
