@@ -21,15 +21,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep
+from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep, to_int64
 from nemotron_lite.layers import (
     MTP,
     Block,
@@ -41,6 +41,8 @@ from nemotron_lite.layers import (
     RouterStats,
     run_layers,
 )
+
+M = TypeVar("M", bound="Nemotron")
 
 # Prefill segments: tokens per row that one pass of a long input without gradients reads.
 SEGMENT = 2048
@@ -188,11 +190,22 @@ class Nemotron(nn.Module):
         return self.lm_head.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Nemotron:
-        """`nemotron_lite.load` under the name that transformers gives it; the same arguments."""
-        from nemotron_lite.checkpoint import load
+    def from_pretrained(
+        cls: type[M],
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        mtp: Literal["auto", "require", "drop"] = "auto",
+        packed: bool = False,
+    ) -> M:
+        """`nemotron_lite.load` under the name that transformers gives it; the same arguments.
 
-        return load(path, **options)
+        Called on a subclass, it returns a model of that class, made by `cls(config)`.
+        """
+        from nemotron_lite.checkpoint import load_as
+
+        return load_as(cls, path, dtype=dtype, device=device, mtp=mtp, packed=packed)
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """`nemotron_lite.save` under the name that transformers gives it; the same arguments."""
@@ -257,7 +270,7 @@ class Nemotron(nn.Module):
         tokens: Int[Tensor, "b t"],
         cache: Cache | None = None,
         *,
-        lengths: Int[Tensor, "b"] | None = None,
+        lengths: Integer[Tensor, "b"] | None = None,
         seq_idx: Int[Tensor, "b t"] | None = None,
         mtp_depths: int = 0,
         router_stats: bool = False,
@@ -284,6 +297,7 @@ class Nemotron(nn.Module):
             ValueError: arguments that do not fit together; the message says which.
         """
         check_logits_to_keep(logits_to_keep, tokens)
+        lengths = to_int64(lengths)
         found = self.forward_hidden(
             tokens,
             cache,
@@ -306,7 +320,7 @@ class Nemotron(nn.Module):
         tokens: Int[Tensor, "b t"],
         cache: Cache | None = None,
         *,
-        lengths: Int[Tensor, "b"] | None = None,
+        lengths: Integer[Tensor, "b"] | None = None,
         seq_idx: Int[Tensor, "b t"] | None = None,
         mtp_depths: int = 0,
         router_stats: bool = False,
@@ -315,6 +329,7 @@ class Nemotron(nn.Module):
         """`forward` without the head, for a loss that applies the head piece by piece."""
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
+        lengths = to_int64(lengths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.input_checks import check_call
+from nemotron_lite.input_checks import check_call, to_int64
 from nemotron_lite.model import SEGMENT, Nemotron
 
 TINY = NemotronConfig(
@@ -102,6 +102,26 @@ def test_ragged_rows_equal_each_row_alone(model: Nemotron) -> None:
     for i, n in enumerate(lengths):
         alone = model(rows[i][None]).logits[0, n - 1 :]
         torch.testing.assert_close(found[i], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_lengths_of_any_integer_dtype(model: Nemotron, dtype: torch.dtype) -> None:
+    """In rows that are longer than the largest number of the dtype."""
+    tokens, lengths = _tokens(2, 300), torch.tensor([1, 120])
+    for n in (0, 3):
+        expected = model(tokens, lengths=lengths, logits_to_keep=n).logits
+        found = model(tokens, lengths=lengths.to(dtype), logits_to_keep=n).logits
+        assert torch.equal(found, expected)
+    cache = model.empty_cache(2)
+    model(tokens, cache, lengths=lengths.to(dtype))
+    assert cache.lengths.tolist() == [1, 120]
+    hidden = model.forward_hidden(tokens, lengths=lengths.to(dtype)).hidden
+    assert torch.equal(hidden, model.forward_hidden(tokens, lengths=lengths).hidden)
+
+
+def test_lengths_that_are_no_integers() -> None:
+    with pytest.raises(ValueError, match=r"lengths have dtype torch.float32; expected integers"):
+        to_int64(torch.tensor([1.5]))
 
 
 def test_only_the_last_logits_are_kept(model: Nemotron) -> None:

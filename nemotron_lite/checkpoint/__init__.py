@@ -11,9 +11,17 @@
 Saving is atomic: `nemotron_lite/files.py` replaces a folder as a whole.
 """
 
-from nemotron_lite.checkpoint.loading import load
+from nemotron_lite.checkpoint.loading import load, load_as
 from nemotron_lite.checkpoint.saving import save
 from nemotron_lite.checkpoint.storage import StorageRow, storage_summary, weight_bytes
 from nemotron_lite.checkpoint.validation import CheckpointError
 
-__all__ = ["CheckpointError", "StorageRow", "load", "save", "storage_summary", "weight_bytes"]
+__all__ = [
+    "CheckpointError",
+    "StorageRow",
+    "load",
+    "load_as",
+    "save",
+    "storage_summary",
+    "weight_bytes",
+]

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -59,6 +59,7 @@ _DTYPES = {
 }
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "FP8": 1, "NVFP4": 0.5625}
 QuantizedTensors = dict[str, Tensor]  # weight, weight_scale, ... of one module
+M = TypeVar("M", bound=Nemotron)
 
 
 def load(
@@ -94,6 +95,23 @@ def load(
         CheckpointError: all problems of the folder, in one message.
         ValueError: `dtype` or `mtp` has an unknown value.
     """
+    return load_as(Nemotron, path, dtype=dtype, device=device, mtp=mtp, packed=packed)
+
+
+def load_as(
+    model_class: type[M],
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    mtp: Literal["auto", "require", "drop"],
+    packed: bool,
+) -> M:
+    """`load` for a subclass of `Nemotron`, which is made by `model_class(config)`.
+
+    Its warning names the line that called the caller of this function: `load` or
+    `Nemotron.from_pretrained`.
+    """
     folder = Path(path)
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype={dtype} does not work: expected one of {list(_DTYPES.values())}.")
@@ -118,7 +136,7 @@ def load(
         raise CheckpointError(folder, problems)
 
     with torch.device("meta"):
-        model = Nemotron(config)
+        model = model_class(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = found.stored
     if mtp == "drop":
@@ -139,7 +157,7 @@ def load(
             "transformers drops them when it saves. The model is loaded without it, so it cannot "
             'draft. Give load(path, mtp="drop") to leave it out without this warning, or '
             'mtp="require" to make it an error.',
-            stacklevel=2,
+            stacklevel=3,
         )
     return model.eval()
 
@@ -212,13 +230,23 @@ def _named_dtype(hf: Mapping[str, Any]) -> tuple[torch.dtype | None, list[str]]:
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of the folder, if any, without truncation and padding; and the problems.
+
+    A call such as `tokenizer(texts, truncation=True)` in transformers leaves its truncation and
+    padding in the tokenizer, and so in the tokenizer.json that is saved later. They belong to that
+    call and not to the model: transformers sets both anew at every call. Here they would cut
+    prompts, or add padding tokens to them, without a message.
+    """
     file = folder / "tokenizer.json"
     if not file.exists():
         return None, []
     try:
-        return Tokenizer.from_file(str(file)), []
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         return None, [f"tokenizer.json is unreadable ({error}); download or copy it again"]
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, []
 
 
 def _check_cache_scales(found: GroupedTensors, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

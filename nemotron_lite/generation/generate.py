@@ -29,7 +29,7 @@ prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Unpack
 
 import torch
@@ -73,9 +73,9 @@ def generate(
         `return_statistics`, a pair: that, and the statistics.
 
     Raises:
-        ValueError: an option out of range, an empty prompt, text for a model without a tokenizer,
-            speculation with a model that has no MTP module, or an `ssm_dtype` that caches do not
-            have.
+        ValueError: an option out of range, an empty prompt, a prompt that is neither text nor token
+            ids, text for a model without a tokenizer, speculation with a model that has no MTP
+            module, or an `ssm_dtype` that caches do not have.
         TypeError: an option that does not exist.
     """
     run = _Run(model, prompts, _options(options, max_new_tokens, settings))
@@ -101,7 +101,7 @@ class TokenStream(Iterator[Any]):
         statistics: counted while the run goes on; complete after the last step.
     """
 
-    def __init__(self, steps: Iterator[Any], statistics: Statistics) -> None:
+    def __init__(self, steps: Generator[Any, None, None], statistics: Statistics) -> None:
         self._steps = steps
         self.statistics = statistics
 
@@ -110,6 +110,13 @@ class TokenStream(Iterator[Any]):
 
     def __next__(self) -> Any:
         return next(self._steps)
+
+    def close(self) -> None:
+        """End the run before its last step and free its cache; no step follows.
+
+        `with contextlib.closing(stream(...)) as steps:` calls it at the end of the block.
+        """
+        self._steps.close()
 
 
 def stream(
@@ -162,7 +169,7 @@ class _Run:
             prepare_weights(self.model, self.options.max_new_tokens)
         yield from self.decoding.steps()
 
-    def pieces(self) -> Iterator[Any]:
+    def pieces(self) -> Generator[Any, None, None]:
         """The steps as `stream` gives them."""
         most = self.options.max_new_tokens
         texts = [

@@ -5,6 +5,9 @@
     [5, 17, 3], or a `t` tensor    the token ids of one       one list of ids
     [[5, 17], [3]], `b t` tensor   the ids of several         a list of lists
 
+Instead of a tensor, a NumPy array may be given; both may have any integer dtype. Bytes are refused:
+they may be text or ids, and nobody can tell which.
+
 So what comes out is of the kind that went in. Text is read with `model.tokenizer`, whose
 tokenizer.json alone decides whether a beginning-of-text token (BOS) is put in front. An empty text
 becomes the config's `bos_token_id`, because a prompt needs at least one token. Token ids are taken
@@ -15,11 +18,13 @@ Left out: chat templates.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
-from jaxtyping import Int
+import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -31,8 +36,12 @@ Prompts = (
     | Sequence[str]
     | Sequence[int]
     | Sequence[Sequence[int]]
-    | Int[Tensor, "t"]
-    | Int[Tensor, "b t"]
+    | Integer[Tensor, "t"]
+    | Integer[Tensor, "b t"]
+    | Integer[np.ndarray, "t"]
+    | Integer[np.ndarray, "b t"]
+    | Sequence[Integer[Tensor, "_"]]
+    | Sequence[Integer[np.ndarray, "_"]]
 )
 
 
@@ -51,9 +60,13 @@ def encode_prompts(model: Nemotron, prompts: Prompts) -> EncodedPrompts:
         ValueError: no prompts, an empty row of ids, text for a model without a tokenizer, or
             something that is neither text nor token ids.
     """
-    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], Integral))
-    rows = [given] if single else list(given)
+    given = _as_list(prompts)
+    single = isinstance(given, str) or (
+        isinstance(given, list) and len(given) > 0 and _is_id(given[0])
+    )
+    if not single and not isinstance(given, list):
+        raise _wrong_prompt(given)
+    rows = [given] if single else [_as_list(row) for row in given]
     if rows and all(isinstance(row, str) for row in rows):
         tokenizer = model.tokenizer
         if tokenizer is None:
@@ -65,17 +78,41 @@ def encode_prompts(model: Nemotron, prompts: Prompts) -> EncodedPrompts:
         encoded = [tokenizer.encode(row).ids or [model.config.bos_token_id] for row in rows]
         return EncodedPrompts(encoded, single, tokenizer)
     for row in rows:
-        if isinstance(row, str | Integral) or not all(isinstance(token, Integral) for token in row):
-            raise ValueError(
-                f"the prompt {row!r} is not a list of token ids: expected one text, one list of "
-                "token ids, several texts, or several lists of token ids, and not a mixture."
-            )
+        if not isinstance(row, list) or not all(map(_is_id, row)):
+            raise _wrong_prompt(row)
     if not rows or not all(len(row) for row in rows):
         raise ValueError(
             "every prompt needs at least one token: give a list of token ids such as "
             f"[{model.config.bos_token_id}] (bos_token_id) for each."
         )
     return EncodedPrompts([[int(token) for token in row] for row in rows], single, None)
+
+
+def _as_list(value: Any) -> Any:
+    """A tensor, array or sequence as a list; text, bytes and everything else unchanged."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return list(value)
+    return value
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool)
+
+
+def _wrong_prompt(prompt: Any) -> ValueError:
+    shown = reprlib.repr(prompt)
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        return ValueError(
+            f"the prompt {shown} is of type {type(prompt).__name__}, which may be text or token "
+            "ids: give text (bytes.decode() makes it), or list(prompt) for token ids."
+        )
+    return ValueError(
+        f"the prompt {shown} is not a list of token ids: expected one text, one list of token ids, "
+        "several texts, or several lists of token ids, and not a mixture. Token ids are integers; "
+        "in place of lists, tensors and NumPy arrays of one or two axes are accepted."
+    )
 
 
 class TextRow:

@@ -24,6 +24,7 @@ from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.ops.verification import draw
 
 CANDIDATES = 256
+TINY_TEMPERATURE = 1e-20  # below it, logits / temperature may be infinite in float32
 
 
 def probabilities(
@@ -49,7 +50,8 @@ def distribution(
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-    scaled = logits / temperature
+    tiny = temperature < TINY_TEMPERATURE
+    scaled = _divide_by_tiny(logits, temperature) if tiny else logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = scaled.topk(top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, float("-inf"))
@@ -61,6 +63,19 @@ def distribution(
     kept = ordered.masked_fill(before >= top_p, 0.0)
     kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter_(-1, places, kept)
+
+
+def _divide_by_tiny(logits: Float[Tensor, "b v"], temperature: float) -> Float[Tensor, "b v"]:
+    """`logits / temperature`, minus the maximum of each row, which changes no probability.
+
+    The most likely tokens get 0; where the others overflow, they get -inf, which is correct. Values
+    without the maximum subtracted would overflow to +inf, and their softmax would be NaN.
+
+    The smallest positive float is 5e-324, but its inverse is infinite, and on a GPU PyTorch divides
+    by multiplying with the inverse: 1e-300 takes its place. Both give the same probabilities.
+    """
+    below = (logits - logits.amax(-1, keepdim=True)).double()
+    return (below / max(temperature, 1e-300)).to(logits.dtype)
 
 
 def _most_likely(probabilities: Tensor, top_p: float | int) -> tuple[Tensor, Tensor]:

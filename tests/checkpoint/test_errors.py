@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,18 @@ def test_mtp_lost_by_transformers(saved: Path) -> None:
     text = message(saved, mtp="require")
     assert 'load(path, mtp="drop")' in text, "also if other tensors are missing"
     assert "lm_head.weight" in message(saved), "the warning does not hide other missing tensors"
+
+
+@pytest.mark.parametrize("call", ["load", "Nemotron.from_pretrained"])
+def test_the_warning_names_the_line_of_the_caller(saved: Path, tmp_path: Path, call: str) -> None:
+    """In a process of its own: the checks of types add calls between the two."""
+    edit_weights(saved, lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")])
+    script = tmp_path / "caller.py"
+    script.write_text(f"from nemotron_lite import Nemotron, load\n\n{call}({str(saved)!r})\n")
+    root = Path(__file__).resolve().parents[2]
+    code = f"import runpy, sys; sys.path.insert(0, {str(root)!r}); runpy.run_path({str(script)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"{script}:3: UserWarning" in run.stderr
 
 
 def test_a_part_of_the_mtp_module_is_an_error(saved: Path) -> None:

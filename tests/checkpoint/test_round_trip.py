@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,22 @@ def test_load_and_save_under_the_names_of_transformers(saved: Path, tmp_path: Pa
     assert len(list((tmp_path / "copy").glob("model-*"))) > 1
 
 
+def test_a_subclass_loads_as_itself(saved: Path) -> None:
+    class Mine(Nemotron):
+        pass
+
+    model = Mine.from_pretrained(saved)
+    assert type(model) is Mine and type(Nemotron.from_pretrained(saved)) is Nemotron
+    assert_same(model, load(saved))
+
+
+def test_from_pretrained_has_the_arguments_of_load() -> None:
+    load_arguments, ours = (
+        inspect.signature(function).parameters for function in (load, Nemotron.from_pretrained)
+    )
+    assert dict(load_arguments) == dict(ours)
+
+
 def test_loading_does_not_change_the_random_state(saved: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -242,6 +259,22 @@ def test_tokenizer_is_saved_and_loaded_with_the_model(
     assert load(tmp_path / "again").tokenizer is None, (
         "the tokenizer of the previous model must not stay"
     )
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(
+    tmp_path: Path, tiny: NemotronConfig, make: Make
+) -> None:
+    words = tokenizer(128)
+    words.enable_truncation(2)
+    words.enable_padding(length=9)
+    save(make(tiny), tmp_path, words)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert stored["truncation"] and stored["padding"]
+    model = load(tmp_path)
+    assert model.tokenizer.encode("w5 w7 w6").ids == [5, 7, 6]
+    options = dict(temperature=0, stop=())
+    ids = generate(model, [5, 7, 6], 4, **options)
+    assert generate(model, "w5 w7 w6", 4, **options) == " " + model.tokenizer.decode(ids)
 
 
 def test_tokenizer_opens_in_transformers(tmp_path: Path, tiny: NemotronConfig, make: Make) -> None:

@@ -89,6 +89,27 @@ def test_filters() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-19, 1e-21, 1e-38, 1e-40, 5e-324])
+def test_tiny_temperatures(temperature: float, dtype: torch.dtype) -> None:
+    """The most likely tokens share all probability, though logits / temperature may overflow."""
+    logits = torch.tensor([[30.0, 2.0, 30.0, -torch.inf], [-5.0, -4.0, -6.0, -4.5]], dtype=dtype)
+    expected = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]], dtype=dtype)
+    assert torch.equal(distribution(logits, temperature), expected)
+    assert torch.equal(distribution(logits, temperature, top_k=1, top_p=0.95), expected)
+
+
+def test_close_logits_at_a_tiny_temperature() -> None:
+    """Logits as small as the temperature still give more than one token a probability."""
+    found = distribution(torch.tensor([[3e-30, 1e-30]]), 2e-30)
+    torch.testing.assert_close(found, torch.softmax(torch.tensor([[1.0, 0.0]]), -1))
+
+
+def test_generation_at_a_tiny_temperature(model: Nemotron) -> None:
+    found = generate(model, [5, 6], 8, temperature=1e-40, seed=0, stop=())
+    assert found == generate(model, [5, 6], 8, **GREEDY)
+
+
 def test_stop_tokens_end_their_row_only(model: Nemotron) -> None:
     prompts = [_tokens(1, n)[0].tolist() for n in (7, 3)]
     free = generate(model, prompts, 12, **GREEDY)

@@ -6,9 +6,12 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+import weakref
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from typer.main import get_command
@@ -20,6 +23,7 @@ from nemotron_lite.cli.generate import generate as generate_command
 from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation import prepared_weights
 from nemotron_lite.generation.options import GenerationSettings, SamplingOptions
+from nemotron_lite.generation.prompts import encode_prompts
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import GREEDY, SMALL
 
@@ -103,11 +107,74 @@ def test_text_needs_a_tokenizer(bare: Nemotron, prompts: Any) -> None:
 
 @pytest.mark.parametrize("prompts", [["a", [1]], [[1], "a"], [[1], 2], [[1.5]], [["a"]]])
 def test_a_mixture_is_refused(model: Nemotron, prompts: Any) -> None:
-    from nemotron_lite.generation.prompts import encode_prompts
-
     plain = getattr(encode_prompts, "__wrapped__", encode_prompts)  # without the check of types
     with pytest.raises(ValueError, match="and not a mixture"):
         plain(model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (b"text", r"b'text' is of type bytes, which may be text or token ids: give text \(bytes"),
+        ([b"text"], "b'text' is of type bytes"),
+        (bytearray(b"text"), "is of type bytearray"),
+        (torch.tensor([1.0, 2.0]), "the prompt 1.0 is not a list of token ids"),
+        (np.array([[1.0, 2.0]]), r"the prompt \[1.0, 2.0\] is not a list of token ids"),
+        (torch.tensor([True, False]), "the prompt True is not.*Token ids are integers"),
+        (torch.tensor(3), "the prompt 3 is not a list of token ids"),
+        (torch.zeros(1, 1, 1, dtype=torch.int64), r"the prompt \[\[0\]\] is not a list"),
+        (3, "the prompt 3 is not a list of token ids"),
+        (None, "the prompt None is not a list of token ids"),
+        ({0: 1}, r"the prompt \{0: 1\} is not a list of token ids"),
+        ([None], "the prompt None is not a list of token ids"),
+        ([[1] * 500, "a"], "the prompt 'a' is not"),
+        ([], "every prompt needs at least one token"),
+        (torch.zeros(2, 0, dtype=torch.int64), "every prompt needs at least one token"),
+    ],
+)
+def test_prompts_that_are_not_token_ids(model: Nemotron, prompts: Any, message: str) -> None:
+    plain = getattr(encode_prompts, "__wrapped__", encode_prompts)  # without the check of types
+    with pytest.raises(ValueError, match=message):
+        plain(model, prompts)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_ids_of_any_integer_dtype(bare: Nemotron, dtype: str) -> None:
+    rows = [[5, 6], [7, 8]]
+    expected = generate(bare, rows, 5, **GREEDY)
+    array, tensor = np.array(rows, dtype=dtype), torch.tensor(rows, dtype=getattr(torch, dtype))
+    for prompts in (array, tensor, list(array), list(tensor)):
+        assert generate(bare, prompts, 5, **GREEDY) == expected
+    assert generate(bare, array[0], 5, **GREEDY) == expected[0]
+    assert generate(bare, tensor[0], 5, **GREEDY) == expected[0]
+    plain = getattr(encode_prompts, "__wrapped__", encode_prompts)  # without the check of types
+    assert plain(bare, list(array[0])).rows == rows[:1]
+
+
+@pytest.mark.parametrize("speculation", [None, SpeculationOptions(draft_length=3)])
+def test_a_stream_can_be_closed(
+    bare: Nemotron, speculation: SpeculationOptions | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[weakref.ref[Any]] = []
+    empty_cache = Nemotron.empty_cache
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        cache = empty_cache(*args, **kwargs)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Nemotron, "empty_cache", remember)
+    with closing(stream(bare, [3, 4], 9, speculation=speculation, **GREEDY)) as steps:
+        first = next(steps)
+        assert caches[0]() is not None
+    assert first == generate(bare, [3, 4], 1, **GREEDY)[0]
+    assert list(steps) == []
+    assert caches[0]() is None, "the cache is freed"
+    assert steps.statistics.seconds["prompt"] > 0
+    steps.close()
+    unread = stream(bare, [3, 4], 9, **GREEDY)
+    unread.close()
+    assert list(unread) == []
 
 
 def test_options_as_keywords_and_together(model: Nemotron) -> None:
