@@ -60,6 +60,7 @@ from nemotron_lite.layers import MIXERS, CacheOptions, KVCache, LayerCache, Mamb
 
 FORMAT = "nemotron_lite.cache.v3"
 _KINDS: tuple[type[LayerCache], ...] = (MambaCache, KVCache)  # told apart by their tensors' names
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cache:
@@ -206,8 +207,16 @@ class Cache:
             counts: 0 to the draft's length, for all rows or row by row. 0 drops the draft.
 
         Raises:
-            ValueError: no draft is waiting, or counts out of range.
+            ValueError: no draft is waiting, or counts that are no integers or out of range.
         """
+        if isinstance(counts, Tensor):
+            whole = counts.dim() == 1 and counts.dtype in _INTEGERS
+        else:
+            whole = type(counts) is int
+        if not whole:
+            raise ValueError(
+                f"counts={counts!r}: expected an int, or a tensor of integers with one per row."
+            )
         each = self._per_row(counts)
         if not self.draft_length:
             raise ValueError("no draft is waiting: call model(tokens, cache, draft=True) first.")
@@ -313,7 +322,15 @@ class Cache:
                 f"{path} is not a saved cache: its format is {found!r}, expected {FORMAT!r}. Give "
                 "a file that Cache.save wrote."
             )
-        extras = json.loads(metadata["dithers"])
+        try:
+            extras = json.loads(metadata["dithers"])
+            count, mtp_count = json.loads(metadata["layers"])
+            lengths, mtp_lengths = json.loads(metadata["lengths"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a saved cache: its metadata is incomplete or damaged "
+                f"({type(error).__name__}: {error}). Give a file that Cache.save wrote."
+            ) from error
 
         def layer_cache(name: str) -> LayerCache | None:
             for kind in _KINDS:
@@ -322,8 +339,6 @@ class Cache:
                     return kind.from_saved(mine, extras.get(name))
             return None
 
-        count, mtp_count = json.loads(metadata["layers"])
-        lengths, mtp_lengths = json.loads(metadata["lengths"])
         layers = [layer_cache(f"{i}") for i in range(count)]
         mtp = [layer_cache(f"mtp.{i}") for i in range(mtp_count)]
         return cls(layers, lengths, torch.device(device), mtp, mtp_lengths)
