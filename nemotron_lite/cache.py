@@ -65,6 +65,7 @@ from nemotron_lite.files import atomic_file
 from nemotron_lite.layers import MIXERS, CacheOptions, LayerCache
 
 FORMAT = "nemotron_lite.cache.v4"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cache:
@@ -220,8 +221,16 @@ class Cache:
                 draft: the cache continues exactly as if it had not read it.
 
         Raises:
-            ValueError: no draft is waiting, or counts out of range.
+            ValueError: no draft is waiting, or counts that are no integers or out of range.
         """
+        if isinstance(counts, Tensor):
+            whole = counts.dim() == 1 and counts.dtype in _INTEGERS
+        else:
+            whole = type(counts) is int
+        if not whole:
+            raise ValueError(
+                f"counts={counts!r}: expected an int, or a tensor of integers with one per row."
+            )
         each = self._per_row(counts)
         if not self.draft_length:
             raise ValueError("no draft is waiting: call model(tokens, cache, draft=True) first.")
@@ -335,7 +344,15 @@ class Cache:
                 f"{path} is not a saved cache: its format is {found!r}, expected {FORMAT!r}. Give "
                 "a file that Cache.save wrote."
             )
-        extras = json.loads(metadata["extras"])
+        try:
+            extras = json.loads(metadata["extras"])
+            pattern, mtp_pattern = json.loads(metadata["patterns"])
+            lengths, mtp_lengths = json.loads(metadata["lengths"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a saved cache: its metadata is incomplete or damaged "
+                f"({type(error).__name__}: {error}). Give a file that Cache.save wrote."
+            ) from error
 
         def layer_cache(kind: str, name: str) -> LayerCache | None:
             layer_class = MIXERS[kind].CACHE
@@ -344,8 +361,6 @@ class Cache:
             mine = {part: tensors[f"{name}.{part}"] for part in layer_class.TENSORS}
             return layer_class.from_saved(mine, extras.get(name))
 
-        pattern, mtp_pattern = json.loads(metadata["patterns"])
-        lengths, mtp_lengths = json.loads(metadata["lengths"])
         layers = [layer_cache(kind, f"{i}") for i, kind in enumerate(pattern)]
         mtp = [layer_cache(kind, f"mtp.{i}") for i, kind in enumerate(mtp_pattern)]
         device = torch.device(device)

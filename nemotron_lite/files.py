@@ -3,7 +3,7 @@
 A process can be killed at any moment, and a disk can be full. Neither may leave a half-written file
 under the final name, or destroy the old content before the new one is complete.
 
-A file (`atomic_file`) is written under a temporary name in the same folder, flushed to the disk
+A file (`atomic_file`) is written inside a temporary folder beside the old file, flushed to the disk
 (fsync) and renamed. A rename replaces the old file in one step.
 
 A folder (`atomic_folder`) holds many files and takes minutes to write:
@@ -19,9 +19,15 @@ or the disk supports neither, the old folder is first renamed to `.NAME.old-...`
 if the second rename fails. A process that is killed exactly between these two renames leaves the
 old folder complete under that name.
 
-A killed process leaves its temporary file `.NAME.writing-...` or folder `.NAME.saving-...` behind.
-The next atomic write removes it: of a file, in the same folder; of a folder, to the same path. What
-a running process is still writing is not removed. It is locked, and a lock ends with its process.
+A killed process leaves its temporary folder behind: `.nemotron-lite.writing-` and 16 hexadecimal
+digits for a file, `.NAME.saving-` and 16 such digits for a folder. The next atomic write removes
+it: of a file, in the same folder; of a folder, to the same path. Nothing with another name is
+removed. What a running process is still writing stays: its temporary folder is locked, and the lock
+ends with the process. The lock is on the folder, because a library may replace the file inside
+(safetensors does). What cannot be removed, such as another user's folder, is left where it is.
+
+The new file or folder has the permissions of the one that it replaces. A file that replaces nothing
+has the usual ones (umask), also where a library would create it with others.
 
 Both need disk space for the old and the new content at the same time. Files in the old folder that
 the new one does not replace (a README, an optimizer's state) are kept, as hard links where the disk
@@ -32,13 +38,14 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import glob
 import os
+import re
 import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -53,23 +60,21 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with atomic_file("scores.json") as temporary:
             temporary.write_text(content)
 
-    If the block or the disk fails, `path` stays as it was and the temporary file is removed.
+    If the block or the disk fails, `path` stays as it was and the temporary file is removed. The
+    block may replace the temporary file, and may write other files beside it, which are removed.
 
     Raises:
         OSError: the disk refused the write.
     """
     path = Path(path).resolve()
-    _remove_abandoned(path.parent.glob(".*.writing-*"))
-    temporary = path.with_name(f".{path.name}.writing-{secrets.token_hex(4)}")
-    lock = os.open(temporary, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _try_lock(lock)
+    with _temporary_folder(path.parent, ".nemotron-lite.writing-", 0o700) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        permissions = _permissions(path if path.exists() else temporary)
         yield temporary
+        temporary.chmod(permissions)
         _sync_file(temporary)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(lock)
     _sync_folder(path.parent)
 
 
@@ -98,51 +103,80 @@ def atomic_folder(
     if path == here or path in here.parents:
         raise ValueError(
             f"{path} is the current folder (or holds it), which cannot be replaced as a whole; "
-            f"save into a folder inside it, such as {path / 'checkpoint'}."
+            f"save into a folder inside it, such as {path / 'new'}."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}.saving-*"))
-    temporary = path.parent / f".{path.name}.saving-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        _try_lock(lock)
+    permissions = _permissions(path) if path.is_dir() else 0o777
+    with _temporary_folder(
+        path.parent, f".{path.name}.saving-", permissions | stat.S_IRWXU
+    ) as temporary:
         yield temporary
         if path.is_dir():
             _keep_other_files(path, temporary, replaces)
+            temporary.chmod(_permissions(path))
         _sync_tree(temporary)
         _put_in_place(temporary, path)
-    finally:
-        # Here `temporary` is a half-written new folder, or the old one after the exchange.
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
     _sync_folder(path.parent)
 
 
-def _try_lock(handle: int) -> bool:
-    """Lock an open file or folder. False if it is locked already, or the disk has no locks."""
+def _permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def _temporary_folder(parent: Path, prefix: str, permissions: int) -> Iterator[Path]:
+    """A new locked folder, which is deleted when the block ends.
+
+    Its name is `prefix` and 16 hexadecimal digits. Folders with such a name that killed processes
+    left are deleted first.
+    """
+    _remove_abandoned(parent, prefix)
+    folder, lock = _create_and_lock(parent, prefix, permissions)
+    try:
+        yield folder
+    finally:
+        # After an exchange of two folders, the old one has this name now.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _create_and_lock(parent: Path, prefix: str, permissions: int) -> tuple[Path, int]:
+    """A new folder and the handle that holds its lock.
+
+    Another process may take the folder for abandoned before it is locked. That process locks it
+    before it deletes it, so this one waits for the lock, looks whether its folder is still there,
+    and creates another one if not.
+    """
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(8)}"
+        folder.mkdir(permissions)
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        with suppress(OSError):  # a disk without locks: then nobody deletes the folder either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, handle
+        os.close(handle)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Delete temporary folders that killed processes left, as far as this process may."""
+    ours = re.compile(re.escape(prefix) + "[0-9a-f]{16}")
+    with suppress(OSError):
+        for name in filter(ours.fullmatch, os.listdir(parent)):
+            with suppress(OSError):
+                _remove_if_unlocked(parent / name)
+
+
+def _remove_if_unlocked(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _remove_abandoned(candidates: Iterable[Path]) -> None:
-    """Delete temporary files and folders that a killed process left."""
-    for left in candidates:
-        try:
-            handle = os.open(left, os.O_RDONLY)
-        except FileNotFoundError:  # its process has just finished
-            continue
-        try:
-            if _try_lock(handle):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _keep_other_files(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:

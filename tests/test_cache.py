@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nemotron_lite.cache import Cache
+from nemotron_lite.cache import FORMAT, Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import KVCache
 from nemotron_lite.model import Nemotron
@@ -96,6 +100,67 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved cache"):
         Cache.load(tmp_path / "weights")
+    for rest in ({}, {"dithers": "{}", "layers": "3", "lengths": "[[1], [0]]"}):
+        save_file({"x": torch.zeros(1)}, tmp_path / "part", metadata={"format": FORMAT, **rest})
+        with pytest.raises(ValueError, match="not a saved cache: its metadata is incomplete"):
+            Cache.load(tmp_path / "part")
+
+
+SAVE_OFTEN = """
+import sys
+from nemotron_lite import Cache, NemotronConfig
+
+cache = Cache.empty(NemotronConfig(pattern="M", vocab_size=16, hidden_size=16), 64)
+for _ in range(60):
+    cache.save(sys.argv[1])
+"""
+
+
+def test_two_processes_save_into_one_folder(tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", SAVE_OFTEN, str(tmp_path / name)])
+        for name in ("a", "b")
+    ]
+    assert [one.wait() for one in both] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from nemotron_lite import Cache, NemotronConfig, cache
+
+def write_half(tensors, path, metadata):
+    (path.parent / ".tmp123").write_text("half")  # what safetensors writes before it renames
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache.save_file = write_half
+Cache.empty(NemotronConfig(pattern="M", vocab_size=16, hidden_size=16), 1).save(sys.argv[1])
+"""
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "a")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    Cache.empty(TINY, 1).save(tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [1.0, True, [1, 1], torch.tensor([1.0, 1.0]), torch.tensor([True, True]), torch.tensor(1)],
+    ids=str,
+)
+def test_counts_that_are_no_integers_change_nothing(model: Nemotron, counts: Any) -> None:
+    accept = getattr(Cache.accept, "__wrapped__", Cache.accept)  # without the check of types
+    cache, tokens = model.empty_cache(2), _tokens(2, 3)
+    model(tokens, cache, draft=True)
+    with pytest.raises(ValueError, match="expected an int, or a tensor of integers"):
+        accept(cache, counts)
+    cache.accept(3)
+    new = _tokens(2, 1)
+    expected = model(torch.cat([tokens, new], 1)).logits[:, 3:]
+    torch.testing.assert_close(model(new, cache).logits, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_sizes_of_super() -> None:

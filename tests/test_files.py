@@ -1,15 +1,19 @@
-"""`atomic_file`: the path holds the old content or the new one, and no temporary file stays."""
+"""Atomic writes: the path holds the old content or the new one, and no temporary file stays."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemotron_lite.files import atomic_file
+from nemotron_lite import files
+from nemotron_lite.files import atomic_file, atomic_folder
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path: Path) -> None:
@@ -91,3 +95,121 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
+
+
+def test_a_library_may_replace_the_temporary_file(tmp_path: Path) -> None:
+    """safetensors does: the lock has to outlive the first file of that name."""
+    with atomic_file(tmp_path / "one") as first:
+        (first.parent / ".tmp123").write_text("1")
+        (first.parent / ".tmp123").replace(first)
+        with atomic_file(tmp_path / "two") as second:
+            second.write_text("2")
+        (first.parent / ".tmp456").write_text("left over")
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+    assert (tmp_path / "one").read_text() == "1"
+
+
+def test_a_folder_that_was_taken_for_abandoned_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the creation of a temporary folder and its lock, another process may delete it."""
+    real, names = secrets.token_hex, []
+
+    def name(size: int) -> str:
+        names.append(real(size))
+        return names[-1]
+
+    def delete_first(handle: int, operation: int) -> None:
+        if len(names) == 1:
+            shutil.rmtree(tmp_path / f".nemotron-lite.writing-{names[0]}")
+
+    monkeypatch.setattr(files.secrets, "token_hex", name)
+    monkeypatch.setattr(files.fcntl, "flock", delete_first)
+    with atomic_file(tmp_path / "one") as temporary:
+        temporary.write_text("1")
+    assert len(names) == 2
+    assert os.listdir(tmp_path) == ["one"]
+
+
+def test_files_of_others_are_not_removed(tmp_path: Path) -> None:
+    digits = "0123456789abcdef"
+    kept = [
+        ".novel.writing-2026",
+        f".novel.writing-{digits}",
+        f".nemotron-lite.writing-{digits}.txt",
+        ".nemotron-lite.writing-draft",
+        ".m.saving-20261129",
+        ".m.saving-anything",
+        f".other.saving-{digits}",
+    ]
+    for other in kept:
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "chapter1").write_text("x")
+    abandoned = [f".nemotron-lite.writing-{digits}", f".m.saving-{digits}"]
+    for ours in abandoned:
+        (tmp_path / ours).mkdir()
+    with atomic_file(tmp_path / "scores.json") as temporary:
+        temporary.write_text("{}")
+    with atomic_folder(tmp_path / "m") as folder:
+        (folder / "file").touch()
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "m", "scores.json"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_or_a_link_with_our_name_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    pipe, link = (tmp_path / f".nemotron-lite.writing-{digit * 16}" for digit in "01")
+    os.mkfifo(pipe)  # opening it to read would wait for ever
+    link.symlink_to(tmp_path / "mine")
+    with atomic_file(tmp_path / "scores.json") as temporary:
+        temporary.write_text("{}")
+    assert (tmp_path / "mine" / "file").exists()
+
+
+def test_what_cannot_be_removed_does_not_stop_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the folder that a killed process of another user left in a shared folder."""
+    left = tmp_path / f".nemotron-lite.writing-{'0' * 16}"
+    left.mkdir()
+    real = os.open
+
+    def refuse(path: Any, *args: Any) -> int:
+        if Path(path) == left:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with atomic_file(tmp_path / "scores.json") as temporary:
+        temporary.write_text("{}")
+    assert (tmp_path / "scores.json").read_text() == "{}"
+
+
+def test_permissions_are_kept(tmp_path: Path) -> None:
+    """Also where a library replaces the temporary file by one with other permissions."""
+    usual = tmp_path / "usual"
+    usual.touch()
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.touch()
+    old.chmod(0o640)
+    for path in (old, new):
+        with atomic_file(path) as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+    assert old.stat().st_mode & 0o777 == 0o640
+    assert new.stat().st_mode == usual.stat().st_mode
+
+
+def test_permissions_of_a_folder_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    for permissions in (0o700, 0o750):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old").chmod(permissions)
+        with atomic_folder(tmp_path / "old") as folder:
+            (folder / "file").touch()
+            assert folder.stat().st_mode & 0o777 & ~permissions == 0, "nor open while it is written"
+        assert (tmp_path / "old").stat().st_mode & 0o777 == permissions
+    with atomic_folder(tmp_path / "new") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode

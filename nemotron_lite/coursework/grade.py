@@ -10,7 +10,8 @@ The steps:
     2. find the submitted notebooks (`submissions`),
     3. copy each one, cleaned, into its own temporary folder and run it in its own process,
     4. read the points off its test cells,
-    5. write all results into a new folder, which then replaces the old one in one step.
+    5. write all results into a new folder, which then replaces the old one in one step. It is
+       created before step 1, so that a wrong --out is reported before any submission runs.
 
 A submission that cannot be read, or whose process had to be stopped, gets a result that says so.
 The other submissions are graded all the same.
@@ -40,7 +41,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -300,7 +301,8 @@ def grade_folder(
         What scores.json holds.
 
     Raises:
-        SubmissionError: no such folder, nothing in it, or `out` lies inside it.
+        SubmissionError: no such folder, nothing in it, `out` lies inside it, or `out` cannot be
+            written. No submission has run then.
         CourseworkError: nbgrader could not make the assignments.
     """
     folder, out, limits = folder.resolve(), out.resolve(), limits or Limits()
@@ -312,6 +314,20 @@ def grade_folder(
         raise SubmissionError(
             f"{folder} is not a folder; SUBMISSIONS must name a folder with notebooks in it."
         )
+    with ExitStack() as stack:
+        try:
+            fresh = stack.enter_context(atomic_folder(out, lambda name: name in RESULTS))
+        except (OSError, ValueError) as error:
+            raise SubmissionError(
+                f"the results cannot be written into --out {out}: {error}"
+            ) from error
+        return _grade_into(fresh, folder, limits, jobs, source)
+
+
+def _grade_into(
+    fresh: Path, folder: Path, limits: Limits, jobs: int, source: Path | None
+) -> dict[str, Any]:
+    """Grade every submission below `folder` and write the results into the folder `fresh`."""
     before = _folder_hash(folder)
     with tempfile.TemporaryDirectory(prefix="course-") as work:
         course = Path(work)
@@ -330,24 +346,23 @@ def grade_folder(
             ]
             done = [r.result() for r in tqdm(running, "grading", unit="submission", leave=False)]
     results = []
-    with atomic_folder(out, replaces=lambda name: name in RESULTS) as fresh:
-        for one, (result, feedback) in zip(found, done, strict=True):
-            page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
-            (fresh / page).parent.mkdir(parents=True, exist_ok=True)
-            (fresh / page).write_text(feedback_page(result, feedback), encoding="utf-8")
-            file = str(one.path.relative_to(folder))
-            results.append({**result, "file": file, "feedback": page.as_posix()})
-        summary = {
-            "submissions": results, "network": isolation.network, "processes": isolation.processes,
-            "limits": asdict(limits), "versions": _versions(),
-            "submissions_unchanged": _folder_hash(folder) == before,
-            "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }  # fmt: skip
-        (fresh / "scores.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        with (fresh / "scores.csv").open("w", newline="", encoding="utf-8") as table:
-            rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
-            rows.writeheader()
-            rows.writerows(results)
+    for one, (result, feedback) in zip(found, done, strict=True):
+        page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
+        (fresh / page).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / page).write_text(feedback_page(result, feedback), encoding="utf-8")
+        file = str(one.path.relative_to(folder))
+        results.append({**result, "file": file, "feedback": page.as_posix()})
+    summary = {
+        "submissions": results, "network": isolation.network, "processes": isolation.processes,
+        "limits": asdict(limits), "versions": _versions(),
+        "submissions_unchanged": _folder_hash(folder) == before,
+        "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    (fresh / "scores.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    with (fresh / "scores.csv").open("w", newline="", encoding="utf-8") as table:
+        rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+        rows.writeheader()
+        rows.writerows(results)
     return summary
 
 
@@ -366,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gib)
     try:
         summary = grade_folder(chosen.submissions, chosen.out, limits=limits, jobs=chosen.jobs)
-    except (SubmissionError, CourseworkError, NotADirectoryError) as error:
+    except (SubmissionError, CourseworkError) as error:
         print(f"Nothing was graded: {error}", file=sys.stderr)
         return 2
     for one in summary["submissions"]:

@@ -75,9 +75,19 @@ def check_same_run(
     """Refuse to resume a run with another config than it was started with.
 
     Raises:
-        ResumeError: names the first field that differs.
+        ResumeError: names the fields that only one of the two configs has, or else the first field
+            that differs.
     """
-    for name in sorted({*saved, *now} - may_differ):
+    only_saved = sorted(set(saved) - set(now) - may_differ)
+    only_now = sorted(set(now) - set(saved) - may_differ)
+    if only_saved or only_now:
+        raise ResumeError(
+            "this run was saved by another version of nemotron_lite and cannot be resumed by this "
+            f"one. Fields only in its config: {', '.join(only_saved) or 'none'}; fields only in "
+            f"the config of this version: {', '.join(only_now) or 'none'}. Start a new run in "
+            "another folder, or resume with the version that saved it."
+        )
+    for name in sorted(set(saved) - may_differ):
         if saved.get(name) != now.get(name):
             raise ResumeError(
                 f"{name} was {saved.get(name)!r} when this run was saved and is "

@@ -241,6 +241,21 @@ def test_a_missing_folder_is_reported_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", [".", "..", "file", "file/results"])
+def test_a_wrong_out_is_reported_before_anything_runs(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "subs" / "ann" / "x.ipynb", "{}")
+    put(tmp_path / "here" / "file", "mine")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(grade, "write_source", lambda course: pytest.fail("the grading began"))
+    assert grade.main([str(tmp_path / "subs"), "--out", out]) == 2
+    messages = capsys.readouterr().err
+    assert messages.startswith("Nothing was graded: the results cannot be written into --out ")
+    assert (tmp_path / "here" / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["here", "subs"]
+
+
 def test_a_page_shows_names_and_messages_as_text() -> None:
     result = {
         "student": "<b>Ann</b>", "assignment": "", "points": 0.0, "max_points": None,

@@ -74,5 +74,14 @@ def test_differences_between_two_configs_are_named() -> None:
     check_same_run({"lr": 1, "keep": 2}, {"lr": 1, "keep": 3}, may_differ={"keep"})
     with pytest.raises(ResumeError, match="lr was 1 when this run was saved and is 2 now"):
         check_same_run({"lr": 1}, {"lr": 2}, may_differ=set())
-    with pytest.raises(ResumeError, match="new was None"):
+    with pytest.raises(ResumeError, match=r"another version .*version: new\. Start a new run"):
         check_same_run({}, {"new": 1}, may_differ=set())
+
+
+def test_a_run_of_another_version_is_not_asked_to_set_a_field_back() -> None:
+    saved, now = {"accumulation": 1, "lr": 1}, {"micro_batches": 1, "lr": 2}
+    with pytest.raises(ResumeError, match="another version of nemotron_lite") as error:
+        check_same_run(saved, now, may_differ=set())
+    assert "only in its config: accumulation;" in str(error.value)
+    assert "this version: micro_batches." in str(error.value)
+    check_same_run({"lr": 1, "old": 1}, {"lr": 1, "new": 1}, may_differ={"old", "new"})
