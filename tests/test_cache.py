@@ -100,7 +100,7 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved cache"):
         Cache.load(tmp_path / "weights")
-    for rest in ({}, {"dithers": "{}", "layers": "3", "lengths": "[[1], [0]]"}):
+    for rest in ({}, {"extras": "{}", "patterns": "3", "lengths": "[[1], [0]]"}):
         save_file({"x": torch.zeros(1)}, tmp_path / "part", metadata={"format": FORMAT, **rest})
         with pytest.raises(ValueError, match="not a saved cache: its metadata is incomplete"):
             Cache.load(tmp_path / "part")
