@@ -60,7 +60,6 @@ from nemotron_lite.layers import MIXERS, CacheOptions, KVCache, LayerCache, Mamb
 
 FORMAT = "nemotron_lite.cache.v3"
 _KINDS: tuple[type[LayerCache], ...] = (MambaCache, KVCache)  # told apart by their tensors' names
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cache:
@@ -210,7 +209,8 @@ class Cache:
             ValueError: no draft is waiting, or counts that are no integers or out of range.
         """
         if isinstance(counts, Tensor):
-            whole = counts.dim() == 1 and counts.dtype in _INTEGERS
+            inexact = counts.is_floating_point() or counts.is_complex()
+            whole = counts.dim() == 1 and not inexact and counts.dtype != torch.bool
         else:
             whole = type(counts) is int
         if not whole:
