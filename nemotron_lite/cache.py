@@ -13,20 +13,26 @@ tokens and then accepts only the first few. It goes like this:
     out = model(draft, cache, draft=True)    logits for all tokens; the cache is not advanced
     cache.accept(counts)                     take in the first `counts` tokens of each row
 
-Keys and values are written behind a row's length, so accepting them means to count them. The inputs
-of the convolution are a slice of those before and in the draft. The SSM state is computed from the
-old one: x, dt and B of every token of the draft are kept, and `accept` adds the c tokens that stay
+Keys and values are written after a row's last token, so `accept` only raises the row's length. The
+inputs of the convolution are a slice of those before and in the draft. The SSM state is computed
+from the old one. x, dt and B of every token of the draft are kept, and `accept` adds those of the
+first c tokens:
 
     S' = exp(s_c) S + sum_{r <= c} exp(s_c - s_r) dt_r x_r (outer) B_r       (ops/draft_scan.py)
 
 with s_r the sum of dt A over the first r tokens of the draft.
 
-The result equals a cache that never saw the rejected tokens. The other way would be a copy of the
-state after every token. x, dt and B of one token are a hundredth of a state (37 KB against 4 MiB
-per layer of Super), and the draft is read as one small chunk instead of token by token. The tests
-compare with such copies.
+With states in float32 or float64, the result equals, up to rounding, a cache that never saw the
+rejected tokens. States in float16 are close to those of such a cache, but they may be rounded with
+other random bits: each write takes the next seed, and the accepted tokens are written at once and
+not one by one. After `accept(0)` a cache of any dtype continues exactly as if it had not read the
+draft.
 
-To branch anywhere else, copy the cache: `cache.clone()`.
+The other way would be a copy of the state after every token. x, dt and B of one token are a
+hundredth of a state (37 KB against 4 MiB per layer of Super), and the draft is read as one small
+chunk instead of token by token. The tests compare with such copies.
+
+To continue from one point in several ways, copy the cache: `cache.clone()`.
 
 Rows of a batch may have different lengths. `model(tokens, cache)` advances a cache in place. The
 MTP module has an attention layer with keys and values of its own. They are in `mtp` and have
@@ -56,10 +62,9 @@ from torch import Tensor
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.files import atomic_file
-from nemotron_lite.layers import MIXERS, CacheOptions, KVCache, LayerCache, MambaCache
+from nemotron_lite.layers import MIXERS, CacheOptions, LayerCache
 
-FORMAT = "nemotron_lite.cache.v3"
-_KINDS: tuple[type[LayerCache], ...] = (MambaCache, KVCache)  # told apart by their tensors' names
+FORMAT = "nemotron_lite.cache.v4"
 
 
 class Cache:
@@ -68,8 +73,9 @@ class Cache:
     Use `Cache.empty(config, batch)`, or `model.empty_cache(batch)`, for one that has read nothing.
 
     Attributes:
+        pattern: of the backbone's layers, one letter per layer as in the config.
         layers: of the backbone, one entry per layer; None for layers that remember nothing.
-        mtp: the same for the MTP module; empty where no room was made for it.
+        mtp_pattern, mtp: the same for the MTP module; empty in a cache without it.
         draft_length: tokens per row of a draft that waits for `accept`; 0 when there is none.
         checked_for: config and dtype of the model that this cache was last found to fit
             (input_checks.py).
@@ -77,14 +83,18 @@ class Cache:
 
     def __init__(
         self,
+        pattern: str,
         layers: list[LayerCache | None],
         lengths: list[int],
         device: torch.device,
+        mtp_pattern: str = "",
         mtp: list[LayerCache | None] | None = None,
         mtp_lengths: list[int] | None = None,
     ) -> None:
+        self.pattern = pattern
         self.layers = layers
         self.device = device
+        self.mtp_pattern = mtp_pattern
         self.mtp = mtp or []
         self.draft_length = 0
         self.checked_for: tuple[NemotronConfig, torch.dtype] | None = None
@@ -130,10 +140,13 @@ class Cache:
         if ssm_dtype == torch.float16 and ssm_seed is not None and not 0 <= ssm_seed < 2**63:
             raise ValueError(f"ssm_seed={ssm_seed}: expected 0 to 2^63 - 1, or None.")
         options = CacheOptions(batch, capacity, dtype, ssm_dtype or wide, ssm_seed, device)
-        whole = config.pattern + (config.mtp_pattern if mtp else "")
-        layers = [MIXERS[kind].empty_cache(config, i, options) for i, kind in enumerate(whole)]
+        mtp_pattern = config.mtp_pattern if mtp else ""
+        layers = [
+            MIXERS[kind].empty_cache(config, i, options)
+            for i, kind in enumerate(config.pattern + mtp_pattern)
+        ]
         count = config.num_layers
-        return cls(layers[:count], [0] * batch, device, layers[count:])
+        return cls(config.pattern, layers[:count], [0] * batch, device, mtp_pattern, layers[count:])
 
     @property
     def batch(self) -> int:
@@ -203,7 +216,8 @@ class Cache:
         """Take in the first `counts` tokens of the waiting draft and drop the others.
 
         Args:
-            counts: 0 to the draft's length, for all rows or row by row. 0 drops the draft.
+            counts: 0 to the draft's length, for all rows or row by row. 0 for all rows drops the
+                draft: the cache continues exactly as if it had not read it.
 
         Raises:
             ValueError: no draft is waiting, or counts that are no integers or out of range.
@@ -258,7 +272,15 @@ class Cache:
             [None if cache is None else cache.clone() for cache in caches]
             for caches in (self.layers, self.mtp)
         )
-        copy = Cache(layers, list(self._lengths), self.device, mtp, list(self._mtp_lengths))
+        copy = Cache(
+            self.pattern,
+            layers,
+            list(self._lengths),
+            self.device,
+            self.mtp_pattern,
+            mtp,
+            list(self._mtp_lengths),
+        )
         copy.checked_for = self.checked_for
         return copy
 
@@ -293,9 +315,9 @@ class Cache:
                     extras[f"{prefix}{i}"] = extra
         metadata = {
             "format": FORMAT,
-            "layers": json.dumps([len(self.layers), len(self.mtp)]),
+            "patterns": json.dumps([self.pattern, self.mtp_pattern]),
             "lengths": json.dumps([self._lengths, self._mtp_lengths]),
-            "dithers": json.dumps(extras),
+            "extras": json.dumps(extras),
         }
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -323,25 +345,26 @@ class Cache:
                 "a file that Cache.save wrote."
             )
         try:
-            extras = json.loads(metadata["dithers"])
-            count, mtp_count = json.loads(metadata["layers"])
+            extras = json.loads(metadata["extras"])
+            pattern, mtp_pattern = json.loads(metadata["patterns"])
             lengths, mtp_lengths = json.loads(metadata["lengths"])
+
+            def layer_cache(kind: str, name: str) -> LayerCache | None:
+                layer_class = MIXERS[kind].CACHE
+                if layer_class is None:
+                    return None
+                mine = {part: tensors[f"{name}.{part}"] for part in layer_class.TENSORS}
+                return layer_class.from_saved(mine, extras.get(name))
+
+            layers = [layer_cache(kind, f"{i}") for i, kind in enumerate(pattern)]
+            mtp = [layer_cache(kind, f"mtp.{i}") for i, kind in enumerate(mtp_pattern)]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a saved cache: its metadata is incomplete or damaged "
+                f"{path} is not a saved cache: its metadata or tensors are incomplete or damaged "
                 f"({type(error).__name__}: {error}). Give a file that Cache.save wrote."
             ) from error
-
-        def layer_cache(name: str) -> LayerCache | None:
-            for kind in _KINDS:
-                if all(f"{name}.{tensor}" in tensors for tensor in kind.TENSORS):
-                    mine = {tensor: tensors[f"{name}.{tensor}"] for tensor in kind.TENSORS}
-                    return kind.from_saved(mine, extras.get(name))
-            return None
-
-        layers = [layer_cache(f"{i}") for i in range(count)]
-        mtp = [layer_cache(f"mtp.{i}") for i in range(mtp_count)]
-        return cls(layers, lengths, torch.device(device), mtp, mtp_lengths)
+        device = torch.device(device)
+        return cls(pattern, layers, lengths, device, mtp_pattern, mtp, mtp_lengths)
 
 
 def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:

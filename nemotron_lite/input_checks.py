@@ -2,8 +2,8 @@
 
 The arguments of `model(tokens, cache, lengths=..., seq_idx=...)` may not fit together: more rows
 than the cache has, lengths beyond the row, a cache of another model. Without these checks such a
-mistake shows later, as an error about a tensor deep inside a layer, or not at all and as wrong
-numbers. Each check names the value, what was expected, and what to do where that is not obvious.
+mistake would show later, as an error about a tensor deep inside a layer, or not at all and as wrong
+numbers. Each error names the value, what was expected, and what to do where that is not obvious.
 
 The checks run at every decoded token. So they look at shapes and counts, not at numbers on a
 device, and a cache is compared with the model only once, at its first call.

@@ -5,21 +5,22 @@ the course. The formula that is shown is the one that is evaluated:
 
     in_proj    d * (2*h*p + 2*g*n + h)    4096 * (2*128*64 + 2*8*128 + 128)    76,021,760
 
-The formulas of a layer stand with its mixer (`stored`, `operations` and `cached` in layers/). Here
-they are counted over the layers of a config, and embedding, final norm and head are added.
+The formulas of a layer are in the file of its mixer (`parameter_lines`, `flop_lines` and
+`cache_lines` in layers/). Here they are counted over the layers of a config, and embedding, final
+norm and head are added.
 
 Three questions:
 
 - `parameters`: how many numbers the model stores, and how many of them one token reads. A mixture
-  of experts stores e experts and reads k, which is why 120.7 billion parameters cost 12.8.
+  of experts stores e experts and reads k: of Super's 120.7 billion parameters a token reads 12.8.
 - `flops`: how much arithmetic one token takes. A multiply-add is two. Counted: matrix products, the
   convolution, attention's two products, the scan. Left out: norms, activations, softmax, decays,
   top-k, which are a few operations per element beside thousands.
 - `cache`: how many bytes a sequence of t tokens keeps. Attention's keys and values grow with t;
   the convolution's last k-1 inputs and the scan's state do not.
 
-Causal work is counted once: attention token t reads t keys, and inside a chunk of the scan position
-l reads l. Programs that multiply whole squares and mask one half do about twice that part.
+Only causal work is counted: in attention token t reads t keys, and in a chunk of the scan position
+l reads l positions. Programs that multiply whole squares and mask one half do about twice as much.
 
 Source: Nemotron 3 Super report (arXiv 2604.12374) Table 1. Letters beside those of the course:
 j key-value heads, s width of the shared expert, a keys that a token reads, w positions of its chunk
@@ -35,7 +36,7 @@ from functools import lru_cache
 from types import CodeType
 
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
-from nemotron_lite.layers import MIXERS, MTP, Block, Line
+from nemotron_lite.layers import MIXERS, MTP, Block, LedgerLine
 
 Number = int | float
 
@@ -175,16 +176,16 @@ def parameters(config: NemotronConfig) -> Parameters:
     >>> parameters(NemotronConfig.from_preset("super")).backbone
     120668707840
     """
-    rows = [_row(config, "embedding", Line("weight", "v * d"))]
+    rows = [_row(config, "embedding", LedgerLine("weight", "v * d"))]
     for letter, count in _counts(config.pattern).items():
-        for line in Block.stored(config, letter):
+        for line in Block.parameter_lines(config, letter):
             rows.append(_row(config, letter, line, count=count))
-    rows.append(_row(config, "norm", Line("norm_f", "d")))
-    rows.append(_row(config, "head", Line("weight", "v * d")))
+    rows.append(_row(config, "norm", LedgerLine("norm_f", "d")))
+    rows.append(_row(config, "head", LedgerLine("weight", "v * d")))
     if config.mtp_pattern:
-        rows += [_row(config, "mtp", line, mtp=True) for line in MTP.stored()]
+        rows += [_row(config, "mtp", line, mtp=True) for line in MTP.parameter_lines()]
         for letter, count in _counts(config.mtp_pattern).items():
-            for line in Block.stored(config, letter):
+            for line in Block.parameter_lines(config, letter):
                 rows.append(_row(config, letter, line, count=count, mtp=True))
     layers = []
     for index, letter in enumerate(config.pattern):
@@ -248,20 +249,20 @@ def flops(
         head = f"{logits_to_keep} * 2*d*v / t"
     times = "3 * ({})" if mode == "train" else "{}"
 
-    def row(part: str, line: Line, count: int = 1, mtp: bool = False) -> Row:
-        line = Line(line.name, times.format(line.formula))
+    def row(part: str, line: LedgerLine, count: int = 1, mtp: bool = False) -> Row:
+        line = LedgerLine(line.name, times.format(line.formula))
         return _row(config, part, line, extra=extra, count=count, mtp=mtp)
 
     rows = []
     for letter, count in _counts(config.pattern).items():
-        rows += [row(letter, line, count) for line in MIXERS[letter].operations(config, mode)]
-    rows.append(row("head", Line("logits", head)))
+        rows += [row(letter, line, count) for line in MIXERS[letter].flop_lines(config, mode)]
+    rows.append(row("head", LedgerLine("logits", head)))
     if mtp_depths:
-        rows += [row("mtp", line, mtp_depths, True) for line in MTP.operations()]
+        rows += [row("mtp", line, mtp_depths, True) for line in MTP.flop_lines()]
         for letter, count in _counts(config.mtp_pattern).items():
-            for line in MIXERS[letter].operations(config, mode):
+            for line in MIXERS[letter].flop_lines(config, mode):
                 rows.append(row(letter, line, count * mtp_depths, True))
-        rows.append(row("head", Line("logits", head), mtp_depths, True))
+        rows.append(row("head", LedgerLine("logits", head), mtp_depths, True))
     return Flops(tuple(rows), mode, context)
 
 
@@ -295,19 +296,24 @@ def cache(
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 sequence.")
     width = {"kv": bytes_of(kv_dtype), "conv": bytes_of(conv_dtype), "ssm": bytes_of(ssm_dtype)}
-    pattern = config.pattern + (config.mtp_pattern if mtp else "")
+    values = cached_values(config, context, mtp=mtp)
+    kept = {name: batch * count * width[name] for name, count in values.items()}
+    kv_per_token = cached_values(config, 1, mtp=mtp)["kv"] * width["kv"]
+    return CacheBytes(kv_per_token, kept["kv"], kept["conv"], kept["ssm"])
 
-    def bytes_after(tokens: int) -> dict[str, int]:
-        """Of one sequence, by the name of the line."""
-        kept = dict.fromkeys(width, 0)
-        for letter, count in _counts(pattern).items():
-            for line in MIXERS[letter].cached(config):
-                row = _row(config, letter, line, extra={"t": tokens}, count=count)
-                kept[line.name] += int(row.total) * width[line.name]
-        return kept
 
-    kept = {name: batch * size for name, size in bytes_after(context).items()}
-    return CacheBytes(bytes_after(1)["kv"], kept["kv"], kept["conv"], kept["ssm"])
+def cached_values(config: NemotronConfig, context: int, *, mtp: bool = False) -> dict[str, int]:
+    """Numbers that one sequence of `context` tokens keeps: "kv", "conv" and "ssm".
+
+    Args:
+        mtp: count the MTP module's own layers too.
+    """
+    values = dict.fromkeys(("kv", "conv", "ssm"), 0)
+    for letter, count in _counts(config.pattern + (config.mtp_pattern if mtp else "")).items():
+        for line in MIXERS[letter].cache_lines(config):
+            row = _row(config, letter, line, extra={"t": context}, count=count)
+            values[line.name] += int(row.total)
+    return values
 
 
 def bytes_of(dtype: object) -> int:
@@ -321,7 +327,7 @@ def bytes_of(dtype: object) -> int:
 def _row(
     config: NemotronConfig,
     part: str,
-    line: Line,
+    line: LedgerLine,
     *,
     extra: Mapping[str, Number] | None = None,
     count: int = 1,

@@ -91,11 +91,11 @@ class Backbone(nn.Module):
         )
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Fresh weights (see `layers.Mixer.init_weights`)."""
         nn.init.normal_(self.embeddings.weight, std=std)
         for layer in self.layers:
-            cast(Block, layer).init_weights(std, depth)
+            cast(Block, layer).init_weights(std, residual_divisor)
         self.norm_f.init_weights()
 
     def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
@@ -170,11 +170,11 @@ class Nemotron(nn.Module):
         """
         std = self.config.initializer_range
         scaled = self.config.rescale_prenorm_residual
-        depth = math.sqrt(self.config.num_layers) if scaled else 1.0
-        self.backbone.init_weights(std, depth)
+        residual_divisor = math.sqrt(self.config.num_layers) if scaled else 1.0
+        self.backbone.init_weights(std, residual_divisor)
         self.lm_head.init_weights(std)
         if self.mtp is not None:
-            self.mtp.init_weights(std, depth)
+            self.mtp.init_weights(std, residual_divisor)
 
     @property
     def device(self) -> torch.device:
@@ -258,8 +258,8 @@ class Nemotron(nn.Module):
         """Logits for every token, or for the last ones of each row.
 
         Args:
-            tokens: ids; rows that are shorter than t are padded on the right with anything.
-            cache: what came before; advanced in place. With a cache no gradients are recorded.
+            tokens: ids; rows that are shorter than t are padded on the right with any ids.
+            cache: of the tokens before; advanced in place. With a cache no gradients are recorded.
             lengths: real tokens in each row; all t when None.
             seq_idx: the document of each token, in rows of concatenated documents: nothing is
                 carried from one document to the next.

@@ -1,4 +1,4 @@
-"""Cache: copies and rollback continue the same; files are whole or absent; sizes."""
+"""Cache: a copy continues the same; a file is whole or absent; sizes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,12 @@ from nemotron_lite.cache import FORMAT, Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import KVCache
 from nemotron_lite.model import Nemotron
-from tests.cache_oracles import rollback, snapshot
 from tests.test_model import TINY, _tokens
 
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
     return Nemotron(TINY, dtype=torch.float64, seed=1)
-
-
-def test_rollback_by_snapshots_continues_the_same(model: Nemotron) -> None:
-    tokens = _tokens(2, 20)
-    cache = model.empty_cache(2, capacity=4)
-    model(tokens[:, :8], cache)
-    taken = snapshot(cache)
-    for _ in range(2):
-        model(_tokens(2, 5), cache)  # a draft that is thrown away
-        model(_tokens(2, 1), cache)
-        rollback(cache, taken)
-        assert cache.lengths.tolist() == [8, 8]
-    out = model(tokens[:, 8:], cache).logits
-    torch.testing.assert_close(out, model(tokens).logits[:, 8:], rtol=1e-9, atol=1e-9)
 
 
 def test_a_clone_continues_the_same_whatever_the_other_does(model: Nemotron) -> None:
@@ -56,14 +41,6 @@ def test_a_clone_continues_the_same_whatever_the_other_does(model: Nemotron) -> 
     assert early.nbytes < late.nbytes == cache.nbytes
 
 
-def test_a_snapshot_does_not_grow_with_the_context(model: Nemotron) -> None:
-    cache = model.empty_cache(1)
-    model(_tokens(1, 3), cache)
-    short = snapshot(cache).nbytes
-    model(_tokens(1, 300), cache)
-    assert snapshot(cache).nbytes == short > 0
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 def test_save_and_load(model: Nemotron, tmp_path: Path, ragged: bool) -> None:
     tokens = _tokens(2, 9)
@@ -71,6 +48,7 @@ def test_save_and_load(model: Nemotron, tmp_path: Path, ragged: bool) -> None:
     model(tokens, cache, lengths=torch.tensor([9, 4]) if ragged else None)
     cache.save(tmp_path / "cache")
     again = Cache.load(tmp_path / "cache")
+    assert (again.pattern, again.mtp_pattern) == (TINY.pattern, "")
     assert again.lengths.tolist() == cache.lengths.tolist()
     new = _tokens(2, 3)
     assert torch.equal(model(new, again).logits, model(new, cache).logits)
@@ -78,6 +56,18 @@ def test_save_and_load(model: Nemotron, tmp_path: Path, ragged: bool) -> None:
     kv = 2 * 2 * 2 * 9 * 8 * 8  # k and v, rows, heads, valid tokens, width, bytes
     mamba = 2 * 2 * (4 * 8 * 8 + 3 * TINY.conv_dim) * 8
     assert (tmp_path / "cache").stat().st_size < kv + mamba + 2000
+
+
+def test_the_mtp_module_s_cache_is_saved_with_its_pattern(tmp_path: Path) -> None:
+    config = TINY.replace(mtp_pattern="*E", mtp_depths=1)
+    cache = Cache.empty(config, 1, mtp=True)
+    cache.mtp[0].k.fill_(3)
+    cache.advance_mtp(2)
+    cache.save(tmp_path / "cache")
+    again = Cache.load(tmp_path / "cache")
+    assert (again.pattern, again.mtp_pattern) == (config.pattern, "*E")
+    assert [type(layer) for layer in again.mtp] == [KVCache, type(None)]
+    assert torch.equal(again.mtp[0].k, cache.mtp[0].k[:, :, :2])
 
 
 def test_a_failed_save_keeps_the_old_file(
@@ -110,9 +100,10 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved cache"):
         Cache.load(tmp_path / "weights")
-    for rest in ({}, {"dithers": "{}", "layers": "3", "lengths": "[[1], [0]]"}):
+    whole = {"extras": "{}", "patterns": '["M", ""]', "lengths": "[[1], [0]]"}
+    for rest in ({}, {**whole, "patterns": "3"}, whole):  # the last one has no tensors of a layer
         save_file({"x": torch.zeros(1)}, tmp_path / "part", metadata={"format": FORMAT, **rest})
-        with pytest.raises(ValueError, match="not a saved cache: its metadata is incomplete"):
+        with pytest.raises(ValueError, match="metadata or tensors are incomplete"):
             Cache.load(tmp_path / "part")
 
 

@@ -113,6 +113,21 @@ def test_nothing_taken_in_changes_nothing(model: Nemotron) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ssm(cache), before, strict=True))
 
 
+@pytest.mark.parametrize("counts", [0, torch.tensor([0, 0])])
+def test_a_rejected_draft_does_not_change_later_roundings(
+    model: Nemotron, counts: int | torch.Tensor
+) -> None:
+    tokens = _tokens(2, 20)
+    drafted, plain = (model.empty_cache(2, ssm_dtype=HALF) for _ in range(2))
+    for cache in (drafted, plain):
+        model(tokens[:, :10], cache)
+    model(_tokens(2, 4), drafted, draft=True)
+    drafted.accept(counts)
+    found, expected = (write(model, cache, tokens[:, 10:], 4) for cache in (drafted, plain))
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(ssm(drafted), ssm(plain), strict=True))
+
+
 @pytest.mark.parametrize("speculation", [None, SpeculationOptions()])
 def test_generation_with_it_can_be_repeated(speculation: SpeculationOptions | None) -> None:
     model = Nemotron(SMALL, seed=0).eval()

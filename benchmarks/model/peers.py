@@ -266,7 +266,7 @@ def widen(who: str, memory: Any, rows: int) -> Any:
             )
         else:
             layers.append(None)
-    return Cache(layers, memory.lengths.tolist() * rows, memory.device)
+    return Cache(memory.pattern, layers, memory.lengths.tolist() * rows, memory.device)
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:

@@ -1,9 +1,9 @@
 """The parts a Nemotron model is made of, as `nn.Module`s over `nemotron_lite.ops`.
 
-mixer       what every mixer brings along: initial weights, a cache, its lines of the ledger
+mixer       what every mixer provides: initial weights, a cache, lines of the ledger, matrices
 mamba2      Mamba-2        attention   grouped-query attention
 moe         LatentMoE      mlp         two matrices
-block       a norm, one mixer and the residual sum; the list of all kinds of mixers
+block       a norm, one mixer and the residual sum; which mixer each pattern letter stands for
 mtp         the multi-token prediction module
 context     the positions of one call's tokens
 linear, norm   a matrix; RMSNorm
@@ -17,7 +17,7 @@ from nemotron_lite.layers.block import MIXERS, Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mamba2 import GatedRMSNorm, Mamba2, MambaCache
-from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
@@ -35,10 +35,11 @@ __all__ = [
     "GatedRMSNorm",
     "KVCache",
     "LayerCache",
-    "Line",
+    "LedgerLine",
     "Linear",
     "Mamba2",
     "MambaCache",
+    "Matrix",
     "Mixer",
     "MoE",
     "RMSNorm",

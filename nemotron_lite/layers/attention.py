@@ -20,7 +20,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
 
 
 class KVCache(LayerCache):
@@ -103,6 +103,7 @@ class Attention(Mixer):
         "p": "head_dim",
         "j": "num_key_value_heads",
     }
+    CACHE = KVCache
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -114,11 +115,11 @@ class Attention(Mixer):
         self.v_proj = Linear(config.hidden_size, shared)
         self.o_proj = Linear(width, config.hidden_size)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Normal matrices; `o_proj` writes into the residual stream."""
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             projection.init_weights(std)
-        self.o_proj.init_weights(std, depth)
+        self.o_proj.init_weights(std, residual_divisor)
 
     def forward(
         self,
@@ -136,12 +137,11 @@ class Attention(Mixer):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def forward_last(
-        self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
+        self, x: Float[Tensor, "b t d"], cache: KVCache | None, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
-        """Take every token into the cache, but give the output of each row's last real token only.
-
-        Drafting needs no more than that.
-        """
+        """Keys and values of every token, but a query of each row's last real token only."""
+        if cache is None:
+            return super().forward_last(x, cache, context)
         k, v = cache.append(
             self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), context.starts
         )
@@ -160,20 +160,36 @@ class Attention(Mixer):
         return KVCache(k, v)
 
     @classmethod
-    def stored(cls, config: NemotronConfig) -> list[Line]:
+    def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters."""
-        return [Line("q_proj, o_proj", "2 * d * h*p"), Line("k_proj, v_proj", "2 * d * j*p")]
-
-    @classmethod
-    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
-        """Its FLOPs per token. The last line grows with the context: a token reads a keys."""
         return [
-            Line("q_proj, o_proj", "2 * 2*d * h*p"),
-            Line("k_proj, v_proj", "2 * 2*d * j*p"),
-            Line("scores and values", "2 * 2*h*p * a"),
+            LedgerLine("q_proj, o_proj", "2 * d * h*p"),
+            LedgerLine("k_proj, v_proj", "2 * d * j*p"),
         ]
 
     @classmethod
-    def cached(cls, config: NemotronConfig) -> list[Line]:
+    def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:
+        """Its FLOPs per token. The last line grows with the context: a token reads a keys."""
+        return [
+            LedgerLine("q_proj, o_proj", "2 * 2*d * h*p"),
+            LedgerLine("k_proj, v_proj", "2 * 2*d * j*p"),
+            LedgerLine("scores and values", "2 * 2*h*p * a"),
+        ]
+
+    @classmethod
+    def cache_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Keys and values of t tokens."""
-        return [Line("kv", "2 * j*p * t")]
+        return [LedgerLine("kv", "2 * j*p * t")]
+
+    @classmethod
+    def matrices(cls, config: NemotronConfig) -> list[Matrix]:
+        """The four projections."""
+        d = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        return [
+            Matrix("q_proj", "attention", d * queries),
+            Matrix("k_proj", "attention", d * keys),
+            Matrix("v_proj", "attention", d * keys),
+            Matrix("o_proj", "attention", queries * d),
+        ]

@@ -3,7 +3,7 @@
     x <- x + Mixer(RMSNorm(x))
 
 The hybrid has one mixer per layer, not a mixer and a feed-forward pair. What a Transformer calls a
-block is here two layers, and the pattern string decides which kinds stand where.
+block is here two layers, and the pattern string says which mixer each layer has.
 
 Source: reference sheet 1.4.
 """
@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers.attention import Attention, KVCache
+from nemotron_lite.layers.attention import Attention
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.mamba2 import Mamba2
-from nemotron_lite.layers.mixer import LayerCache, Line, Mixer
+from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Mixer
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.layers.norm import RMSNorm
 
-# The only list of the kinds of layers: the character in the pattern, and the mixer it stands for.
+# Which mixer each character of a pattern stands for. `config.LAYER_KINDS` has the same characters.
 MIXERS: dict[str, type[Mixer]] = {"M": Mamba2, "*": Attention, "E": MoE, "-": MLP}
 
 
@@ -37,10 +37,10 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[kind].build(config, f"{name}.mixer")
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Fresh weights for norm and mixer (see `Mixer.init_weights`)."""
         self.norm.init_weights()
-        self.mixer.init_weights(std, depth)
+        self.mixer.init_weights(std, residual_divisor)
 
     def forward(
         self,
@@ -59,16 +59,15 @@ class Block(nn.Module):
         return x + y, stats
 
     def forward_last(
-        self, x: Float[Tensor, "b t d"], cache: KVCache, context: ForwardContext
+        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
     ) -> Float[Tensor, "b 1 d"]:
-        """For an attention layer: all tokens go into the cache, the last of each row comes out."""
-        assert isinstance(self.mixer, Attention)
+        """`forward` for the last real token of each row; the cache takes in all tokens."""
         return context.last_tokens(x) + self.mixer.forward_last(self.norm(x), cache, context)
 
     @staticmethod
-    def stored(config: NemotronConfig, kind: str) -> list[Line]:
+    def parameter_lines(config: NemotronConfig, kind: str) -> list[LedgerLine]:
         """Parameters of a layer of this kind, for the ledger: its norm and its mixer."""
-        return [Line("prenorm", "d"), *MIXERS[kind].stored(config)]
+        return [LedgerLine("prenorm", "d"), *MIXERS[kind].parameter_lines(config)]
 
 
 def run_layers(

@@ -37,7 +37,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import CacheOptions, LayerCache, Line, Mixer
+from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
 from nemotron_lite.ops.scan import step_sizes
 
 
@@ -82,7 +82,7 @@ class MambaDraft:
 class MambaCache(LayerCache):
     """What one Mamba layer remembers: `conv` b k-1 c in the model's dtype, `ssm` b h p n.
 
-    `draft` is a draft that waits for `accept`. `dither` is the random stream of the stochastic
+    `draft` is a draft that waits for `accept`. `rounding_seeds` are the seeds of the stochastic
     rounding of a float16 state; None for a state in float32 or float64.
     """
 
@@ -92,9 +92,9 @@ class MambaCache(LayerCache):
         self,
         conv: Float[Tensor, "b km1 c"],
         ssm: Float[Tensor, "b h p n"],
-        dither: ops.RoundingSeeds | None = None,
+        rounding_seeds: ops.RoundingSeeds | None = None,
     ) -> None:
-        self.conv, self.ssm, self.dither = conv, ssm, dither
+        self.conv, self.ssm, self.rounding_seeds = conv, ssm, rounding_seeds
         self.draft: MambaDraft | None = None
 
     @property
@@ -109,28 +109,34 @@ class MambaCache(LayerCache):
 
     def clone(self) -> MambaCache:
         """A copy without the draft. A float16 copy rounds its next states as this one would."""
-        dither = None if self.dither is None else replace(self.dither)
-        return MambaCache(self.conv.clone(), self.ssm.clone(), dither)
+        seeds = None if self.rounding_seeds is None else replace(self.rounding_seeds)
+        return MambaCache(self.conv.clone(), self.ssm.clone(), seeds)
 
     def read_state(self) -> Float[Tensor, "b h p n"]:
         """The state for arithmetic: itself, or a float32 copy of a float16 state."""
-        return self.ssm if self.dither is None else self.ssm.float()
+        return self.ssm if self.rounding_seeds is None else self.ssm.float()
 
     def write_state(self, ssm: Float[Tensor, "b h p n"]) -> None:
         """Keep a new state; a float16 cache rounds it."""
-        if self.dither is None:
+        if self.rounding_seeds is None:
             self.ssm = ssm.to(self.ssm.dtype)
         else:
-            self.ssm = ops.round_to_float16(ssm.float(), self.dither.next())
+            self.ssm = ops.round_to_float16(ssm.float(), self.rounding_seeds.next())
 
     def next_seed(self) -> int | None:
         """The seed of the rounding, for a step that writes the state itself."""
-        return None if self.dither is None else self.dither.next()
+        return None if self.rounding_seeds is None else self.rounding_seeds.next()
 
     def accept(self, counts: int | Int[Tensor, "b"]) -> None:
-        """Take in the first `counts` tokens of the draft and drop the others."""
+        """Take in the first `counts` tokens of the draft and drop the others.
+
+        With 0 for all rows nothing is written and no rounding seed is used. So a float16 cache
+        continues exactly as if it had not read the draft.
+        """
         draft, self.draft = self.draft, None
         assert draft is not None
+        if isinstance(counts, int) and counts == 0:
+            return
         if not isinstance(counts, int):
             counts = counts.to(self.conv.device)
         self.conv = draft.conv_after(counts, self.conv.shape[1])
@@ -140,16 +146,18 @@ class MambaCache(LayerCache):
         """Nothing to do: this cache does not grow."""
 
     def saved_extra(self) -> dict[str, Any] | None:
-        """The random stream, so that a loaded cache rounds as if it had not been saved."""
-        return None if self.dither is None else asdict(self.dither)
+        """The rounding seeds, so that a loaded cache rounds as if it had not been saved."""
+        if self.rounding_seeds is None:
+            return None
+        return {"rounding_seeds": asdict(self.rounding_seeds)}
 
     @classmethod
     def from_saved(
         cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
     ) -> MambaCache:
-        """Buffers as they were saved, with the random stream that goes with them."""
-        dither = None if extra is None else ops.RoundingSeeds(**extra)
-        return cls(tensors["conv"], tensors["ssm"], dither)
+        """Buffers as they were saved, with the rounding seeds that go with them."""
+        seeds = None if extra is None else ops.RoundingSeeds(**extra["rounding_seeds"])
+        return cls(tensors["conv"], tensors["ssm"], seeds)
 
 
 class GatedRMSNorm(nn.Module):
@@ -181,6 +189,7 @@ class Mamba2(Mixer):
         "g": "n_groups",
         "k": "conv_kernel",
     }
+    CACHE = MambaCache
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -203,7 +212,7 @@ class Mamba2(Mixer):
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
         self.out_proj = Linear(inner, config.hidden_size)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Normal matrices, and rates A and step sizes dt that cover short and long memories.
 
         A is uniform in [1, 16]; dt_bias makes the first step sizes log-uniform in [time_step_min,
@@ -217,7 +226,7 @@ class Mamba2(Mixer):
         self.conv1d.reset_parameters()
         self.in_proj.init_weights(std)
         self.norm.init_weights()
-        self.out_proj.init_weights(std, depth)
+        self.out_proj.init_weights(std, residual_divisor)
 
     def forward(
         self,
@@ -325,43 +334,52 @@ class Mamba2(Mixer):
         return MambaCache(conv, ssm, ops.RoundingSeeds(o.ssm_seed, layer) if half else None)
 
     @classmethod
-    def stored(cls, config: NemotronConfig) -> list[Line]:
+    def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters. The convolution has k taps and perhaps a bias for each channel."""
         conv = "(k + 1) * (h*p + 2*g*n)" if config.use_conv_bias else "k * (h*p + 2*g*n)"
         return [
-            Line("in_proj", "d * (2*h*p + 2*g*n + h)"),
-            Line("conv1d", conv),
-            Line("A_log, D, dt_bias", "3 * h"),
-            Line("norm", "h*p"),
-            Line("out_proj", "h*p * d"),
+            LedgerLine("in_proj", "d * (2*h*p + 2*g*n + h)"),
+            LedgerLine("conv1d", conv),
+            LedgerLine("A_log, D, dt_bias", "3 * h"),
+            LedgerLine("norm", "h*p"),
+            LedgerLine("out_proj", "h*p * d"),
         ]
 
     @classmethod
-    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+    def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:
         """Its FLOPs per token: a chunked scan, or one step of the recurrence in decode.
 
         In a chunked scan a token reads w positions of its chunk, and the prompt has c chunks.
         """
         if mode == "decode":
             # Decay, outer product and sum are three; the product with C is a multiply-add.
-            scan = [Line("scan: one step", "3*h*p*n + 2*h*p*n")]
+            scan = [LedgerLine("scan: one step", "3*h*p*n + 2*h*p*n")]
         else:
             scan = [
-                Line("scan: within chunks", "2*(g*n + h*p) * w"),
-                Line("scan: write and read states", "2*h*p*n + 2*h*p*n"),
-                Line("scan: carry states", "2*h*p*n * c/t"),
+                LedgerLine("scan: within chunks", "2*(g*n + h*p) * w"),
+                LedgerLine("scan: write and read states", "2*h*p*n + 2*h*p*n"),
+                LedgerLine("scan: carry states", "2*h*p*n * c/t"),
             ]
         return [
-            Line("in_proj", "2*d * (2*h*p + 2*g*n + h)"),
-            Line("conv1d", "2*k * (h*p + 2*g*n)"),
+            LedgerLine("in_proj", "2*d * (2*h*p + 2*g*n + h)"),
+            LedgerLine("conv1d", "2*k * (h*p + 2*g*n)"),
             *scan,
-            Line("out_proj", "2*h*p * d"),
+            LedgerLine("out_proj", "2*h*p * d"),
         ]
 
     @classmethod
-    def cached(cls, config: NemotronConfig) -> list[Line]:
+    def cache_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """The same for every length: inputs of the convolution, and the state."""
-        return [Line("conv", "(k - 1) * (h*p + 2*g*n)"), Line("ssm", "h*p*n")]
+        return [LedgerLine("conv", "(k - 1) * (h*p + 2*g*n)"), LedgerLine("ssm", "h*p*n")]
+
+    @classmethod
+    def matrices(cls, config: NemotronConfig) -> list[Matrix]:
+        """The two projections. They have roles of their own: Super trains them in two formats."""
+        d = config.hidden_size
+        return [
+            Matrix("in_proj", "mamba.in_proj", d * config.mamba_in_proj_size),
+            Matrix("out_proj", "mamba.out_proj", config.mamba_inner_size * d),
+        ]
 
 
 def _wide(x: Tensor) -> Tensor:

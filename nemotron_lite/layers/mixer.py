@@ -1,17 +1,21 @@
-"""What every mixer brings along, and what a layer's cache can do.
+"""What every mixer provides, and what a layer's cache can do.
 
 A residual layer holds one mixer: Mamba-2, attention, a mixture of experts or an MLP. All that is
-special about a kind of layer stands in the file of its mixer:
+special about a kind of layer is in the file of its mixer:
 
 - the computation: `mixer(x, cache, context)`;
 - its initial weights: `init_weights`;
-- its cache: `empty_cache` makes a `LayerCache`, or None where a layer remembers nothing;
-- its lines of the ledger: `stored`, `operations` and `cached` give formulas for its parameters, its
-  FLOPs and its cache, in the letters of the course. `LETTERS` says which field of the config each
-  letter stands for.
+- its cache: `empty_cache` makes a `LayerCache` of the class `CACHE`; both are None where a layer
+  remembers nothing;
+- its lines of the ledger: `parameter_lines`, `flop_lines` and `cache_lines` give formulas for its
+  parameters, its FLOPs and its cache, in the letters of the course. `LETTERS` says which field of
+  the config each letter stands for;
+- its matrices: `matrices` names them and their role in a precision recipe.
 
-The model, the cache, the checks of inputs and the ledger ask the mixer and do not need to know
-which kinds exist. `block.MIXERS` lists the kinds.
+The model, the cache, the checks of inputs, the ledger and the recipes use these methods and do not
+need to know which kinds exist. `block.MIXERS` says which mixer each letter of a pattern stands for.
+`config.LAYER_KINDS` has the same letters with a name for each, because a config must be checked
+without importing the layers; a test compares the two.
 
 The methods about sizes are class methods that take a config: a ledger or an empty cache needs no
 model.
@@ -32,7 +36,7 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 
 
-class Line(NamedTuple):
+class LedgerLine(NamedTuple):
     """One line of the ledger, for one layer.
 
     Attributes:
@@ -44,6 +48,20 @@ class Line(NamedTuple):
     name: str
     formula: str
     active: str | None = None
+
+
+class Matrix(NamedTuple):
+    """One module of a mixer that holds weight matrices, as precision recipes see it.
+
+    Attributes:
+        name: path of the module in the mixer.
+        role: a key of `quantization.recipe.ROLES`.
+        parameters: numbers in its matrices.
+    """
+
+    name: str
+    role: str
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class LayerCache(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that must be the model's."""
+        """The dtype that has to equal that of the model."""
         return self.buffers[0].dtype
 
     @abstractmethod
@@ -117,7 +135,7 @@ class LayerCache(ABC):
         return {name: getattr(self, name).contiguous() for name in self.TENSORS}
 
     def saved_extra(self) -> dict[str, Any] | None:
-        """What has to be saved beside the tensors, as JSON; None if nothing has."""
+        """What has to be saved beside the tensors, as JSON; None if there is nothing."""
         return None
 
     @classmethod
@@ -135,18 +153,19 @@ class Mixer(nn.Module):
     """
 
     LETTERS: ClassVar[Mapping[str, str]] = {}  # letter of the formulas -> field of the config
+    CACHE: ClassVar[type[LayerCache] | None] = None  # what `empty_cache` makes
 
     @classmethod
     def build(cls, config: NemotronConfig, name: str) -> Mixer:
         """The mixer of one layer; `name` is its path in the model."""
         return cls(config)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Draw fresh weights from torch's global generator.
 
         Args:
             std: standard deviation of the matrices.
-            depth: divides the matrices that write into the residual stream.
+            residual_divisor: divides the matrices that write into the residual stream.
         """
         raise NotImplementedError
 
@@ -156,6 +175,18 @@ class Mixer(nn.Module):
         """`forward`, and what the router decided; None for a mixer without a router."""
         return self(x, cache, context), None
 
+    def forward_last(
+        self, x: Float[Tensor, "b t d"], cache: Any, context: ForwardContext
+    ) -> Float[Tensor, "b 1 d"]:
+        """The output of each row's last real token; the cache takes in all tokens.
+
+        A mixer that can compute less than `forward` does overrides this.
+
+        Args:
+            cache: of the class `CACHE`, or None.
+        """
+        return context.last_tokens(self(x, cache, context))
+
     @classmethod
     def empty_cache(
         cls, config: NemotronConfig, layer: int, options: CacheOptions
@@ -163,21 +194,26 @@ class Mixer(nn.Module):
         """The cache before the first token; None for a mixer that looks at one token at a time.
 
         Args:
-            layer: index of the layer in the model, so that layers have different random streams.
+            layer: index of the layer in the model, so that each layer rounds with its own seeds.
         """
         return None
 
     @classmethod
-    def stored(cls, config: NemotronConfig) -> list[Line]:
+    def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters, tensor by tensor."""
         raise NotImplementedError
 
     @classmethod
-    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+    def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:
         """Its FLOPs per token; `mode` is "prefill", "decode" or "train"."""
         raise NotImplementedError
 
     @classmethod
-    def cached(cls, config: NemotronConfig) -> list[Line]:
+    def cache_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Values that one sequence keeps after t tokens, named "kv", "conv" or "ssm"."""
         return []
+
+    @classmethod
+    def matrices(cls, config: NemotronConfig) -> list[Matrix]:
+        """Its modules with weight matrices, in the order of the computation."""
+        raise NotImplementedError

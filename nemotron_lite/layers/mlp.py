@@ -20,7 +20,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import Line, Mixer
+from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer
 
 
 class MLP(Mixer):
@@ -38,10 +38,10 @@ class MLP(Mixer):
         """The mixer of a `-` layer."""
         return cls(config.hidden_size, config.intermediate_size)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Normal matrices; `down_proj` writes into the residual stream."""
         self.up_proj.init_weights(std)
-        self.down_proj.init_weights(std, depth)
+        self.down_proj.init_weights(std, residual_divisor)
 
     def forward(
         self, x: Float[Tensor, "*rows d"], cache: None = None, context: ForwardContext | None = None
@@ -50,11 +50,17 @@ class MLP(Mixer):
         return self.down_proj(ops.squared_relu(self.up_proj(x)))
 
     @classmethod
-    def stored(cls, config: NemotronConfig) -> list[Line]:
+    def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters."""
-        return [Line("up_proj, down_proj", "2 * d * f")]
+        return [LedgerLine("up_proj, down_proj", "2 * d * f")]
 
     @classmethod
-    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+    def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:
         """Its FLOPs per token, the same in every mode."""
-        return [Line("up_proj, down_proj", "2 * 2*d * f")]
+        return [LedgerLine("up_proj, down_proj", "2 * 2*d * f")]
+
+    @classmethod
+    def matrices(cls, config: NemotronConfig) -> list[Matrix]:
+        """The two matrices of a `-` layer."""
+        size = config.hidden_size * config.intermediate_size
+        return [Matrix("up_proj", "mlp", size), Matrix("down_proj", "mlp", size)]

@@ -26,7 +26,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LayerCache, Line, Mixer
+from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Matrix, Mixer
 from nemotron_lite.layers.mlp import MLP
 
 
@@ -123,15 +123,15 @@ class MoE(Mixer):
         """The mixer of an `E` layer, whose router statistics carry its name."""
         return cls(config, name)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Normal matrices. The last matrix of each path writes into the residual stream."""
         self.gate.init_weights(std)
-        self.experts.init_weights(std, 1.0 if self.latent else depth)
+        self.experts.init_weights(std, 1.0 if self.latent else residual_divisor)
         if self.latent:
             self.fc1_latent_proj.init_weights(std)
-            self.fc2_latent_proj.init_weights(std, depth)
+            self.fc2_latent_proj.init_weights(std, residual_divisor)
         if self.shared_experts is not None:
-            self.shared_experts.init_weights(std, depth)
+            self.shared_experts.init_weights(std, residual_divisor)
 
     def forward(
         self,
@@ -166,25 +166,44 @@ class MoE(Mixer):
         return y
 
     @classmethod
-    def stored(cls, config: NemotronConfig) -> list[Line]:
+    def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters. A token reads k of the e experts."""
         lines = [
-            Line("router", "e * d"),
-            Line("router selection bias", "e"),
-            Line("experts", "2 * e * f * l", active="2 * k * f * l"),
+            LedgerLine("router", "e * d"),
+            LedgerLine("router selection bias", "e"),
+            LedgerLine("experts", "2 * e * f * l", active="2 * k * f * l"),
         ]
         if config.moe_latent_size is not None:
-            lines.append(Line("latent projections", "2 * d * l"))
+            lines.append(LedgerLine("latent projections", "2 * d * l"))
         if config.n_shared_experts:
-            lines.append(Line("shared expert", "2 * d * s"))
+            lines.append(LedgerLine("shared expert", "2 * d * s"))
         return lines
 
     @classmethod
-    def operations(cls, config: NemotronConfig, mode: str) -> list[Line]:
+    def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:
         """Its FLOPs per token, the same in every mode."""
-        lines = [Line("router", "2*d * e"), Line("experts", "k * 2 * 2*f*l")]
+        lines = [LedgerLine("router", "2*d * e"), LedgerLine("experts", "k * 2 * 2*f*l")]
         if config.moe_latent_size is not None:
-            lines.append(Line("latent projections", "2 * 2*d * l"))
+            lines.append(LedgerLine("latent projections", "2 * 2*d * l"))
         if config.n_shared_experts:
-            lines.append(Line("shared expert", "2 * 2*d * s"))
+            lines.append(LedgerLine("shared expert", "2 * 2*d * s"))
         return lines
+
+    @classmethod
+    def matrices(cls, config: NemotronConfig) -> list[Matrix]:
+        """The router, the experts as one module, and the projections and shared expert if any."""
+        d, width = config.hidden_size, config.expert_size
+        found = [Matrix("gate", "router", config.n_routed_experts * d)]
+        if config.moe_latent_size is not None:
+            found.append(Matrix("fc1_latent_proj", "latent", d * width))
+        experts = 2 * config.n_routed_experts * config.moe_intermediate_size * width
+        found.append(Matrix("experts", "experts", experts))
+        if config.moe_latent_size is not None:
+            found.append(Matrix("fc2_latent_proj", "latent", width * d))
+        if config.n_shared_experts:
+            size = d * config.moe_shared_expert_intermediate_size
+            found += [
+                Matrix("shared_experts.up_proj", "shared", size),
+                Matrix("shared_experts.down_proj", "shared", size),
+            ]
+        return found

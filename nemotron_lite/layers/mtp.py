@@ -7,11 +7,11 @@ At depth k it joins the hidden state of position i with the token that actually 
     h^k_i = norm_final(x)        ->  the shared head predicts t_{i+k+1}
 
 with h^0 the backbone's output after its final norm. The weights are the same at every depth: Super
-trains two depths, and drafting may go on beyond them. Embedding and head belong to the backbone.
+trains two depths, and a drafter may apply more. Embedding and head belong to the backbone.
 
 Drafting (generation/speculative/) needs the output of one token per row, and the keys and values of
-every token. `forward_last` computes no more than that: after the last attention layer only the last
-token of each row goes on.
+every token. `forward_last` computes no more than that: after the last layer with a cache, only the
+last token of each row goes on.
 
 Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 """
@@ -26,11 +26,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers.attention import KVCache
 from nemotron_lite.layers.block import Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LayerCache, Line
+from nemotron_lite.layers.mixer import LayerCache, LedgerLine
 from nemotron_lite.layers.norm import RMSNorm
 
 
@@ -44,8 +43,8 @@ class _Entry(Block):
         self.hnorm = RMSNorm(d, config.norm_eps)
         self.eh_proj = Linear(2 * d, d)
 
-    def init_weights(self, std: float, depth: float) -> None:
-        super().init_weights(std, depth)
+    def init_weights(self, std: float, residual_divisor: float) -> None:
+        super().init_weights(std, residual_divisor)
         self.enorm.init_weights()
         self.hnorm.init_weights()
         self.eh_proj.init_weights(std)
@@ -68,10 +67,10 @@ class MTP(nn.Module):
         layers[-1].add_module("final_layernorm", RMSNorm(config.hidden_size, config.norm_eps))
         self.layers = nn.ModuleList(layers)
 
-    def init_weights(self, std: float, depth: float) -> None:
+    def init_weights(self, std: float, residual_divisor: float) -> None:
         """Fresh weights for every layer (see `Mixer.init_weights`)."""
         for layer in self.layers:
-            cast(Block, layer).init_weights(std, depth)
+            cast(Block, layer).init_weights(std, residual_divisor)
         self._final_norm.init_weights()
 
     @property
@@ -112,29 +111,27 @@ class MTP(nn.Module):
         context: ForwardContext,
     ) -> Float[Tensor, "b 1 d"]:
         """Take all tokens into the module's own cache; h^k of the last real one of each row."""
-        last_attention = max((j for j, entry in enumerate(cache) if entry is not None), default=-1)
-        if last_attention < 0:  # no layer has a cache: the other tokens change nothing
+        last_cached = max((j for j, entry in enumerate(cache) if entry is not None), default=-1)
+        if last_cached < 0:  # no layer has a cache: the other tokens change nothing
             hidden, embedded = context.last_tokens(hidden), context.last_tokens(embedded)
         x = self._entry.join(embedded, hidden)
         for j, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            if j == last_attention:
-                assert isinstance(layer, Block)
-                assert isinstance(layer_cache, KVCache)
-                x = layer.forward_last(x, layer_cache, context)
+            if j == last_cached:
+                x = cast(Block, layer).forward_last(x, layer_cache, context)
             else:
-                x = layer(x, layer_cache, context if j < last_attention else ForwardContext())
+                x = layer(x, layer_cache, context if j < last_cached else ForwardContext())
         return self._final_norm(x)
 
     @staticmethod
-    def stored() -> list[Line]:
+    def parameter_lines() -> list[LedgerLine]:
         """Parameters of the module beside those of its layers, for the ledger."""
         return [
-            Line("enorm, hnorm", "2 * d"),
-            Line("eh_proj", "2 * d * d"),
-            Line("final_layernorm", "d"),
+            LedgerLine("enorm, hnorm", "2 * d"),
+            LedgerLine("eh_proj", "2 * d * d"),
+            LedgerLine("final_layernorm", "d"),
         ]
 
     @staticmethod
-    def operations() -> list[Line]:
+    def flop_lines() -> list[LedgerLine]:
         """FLOPs per token and depth beside those of its layers, for the ledger."""
-        return [Line("eh_proj", "4*d*d")]
+        return [LedgerLine("eh_proj", "4*d*d")]

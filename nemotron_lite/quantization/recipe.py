@@ -16,9 +16,11 @@ are computed as in BF16 training. Master weights, gradients and AdamW's moments 
 
 A `Recipe` holds such a table, together with a `GemmRecipe`: how the five operands of the three
 matrix products of an NVFP4 layer are quantized. Both are plain dataclasses. So an ablation is one
-`replace` call, and a checkpoint can store the recipe of its run. `module_formats` applies a recipe
-to the sizes of a model. It needs no torch, so `nemotron-lite info` can list the formats of Super at
-once.
+`replace` call, and a checkpoint can store the recipe of its run. The recipes themselves need no
+torch, so `nemotron-lite --help` can name them at once.
+
+`module_formats` applies a recipe to the sizes of a model, without building it. Each mixer says
+which matrices it has (`Mixer.matrices`).
 
 Source: Nemotron 3 Super report table 3; arXiv 2509.25149 section 4; Transformer Engine's
 NVFP4BlockScaling; reference sheet 6.3 and 6.5. The report does not say how 15 % is rounded. It
@@ -28,10 +30,9 @@ Super's 88. Megatron-LM's test of Super's release, which is in MXFP8, keeps 14.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from nemotron_lite.config import LAYER_KINDS, NemotronConfig
+from nemotron_lite.config import NemotronConfig
 
 FORMATS = ("fp32", "bf16", "mxfp8", "nvfp4")
 ROLES = {
@@ -278,12 +279,14 @@ class ModuleFormat:
 
 def module_formats(config: NemotronConfig, recipe: str | Recipe) -> tuple[ModuleFormat, ...]:
     """Every module with matrices of a model of these sizes, in order, and its format."""
+    from nemotron_lite.layers import MIXERS  # needs torch, and the rest of this file does not
+
     recipe = get_recipe(recipe)
     tail_start = config.num_layers - recipe.tail_layers(config.num_layers)
     table = config.vocab_size * config.hidden_size
     found = [ModuleFormat("backbone.embeddings", "embedding", recipe.format_of("embedding"), table)]
     for i, letter in enumerate(config.pattern):
-        for name, role, size in _matrices(config, LAYER_KINDS[letter]):
+        for name, role, size in MIXERS[letter].matrices(config):
             in_tail = i >= tail_start and role != "router"
             format = "bf16" if in_tail else recipe.format_of(role)
             path = f"backbone.layers.{i}.mixer.{name}"
@@ -293,40 +296,8 @@ def module_formats(config: NemotronConfig, recipe: str | Recipe) -> tuple[Module
         size = 2 * config.hidden_size**2
         found.append(ModuleFormat("mtp.layers.0.eh_proj", "mtp", recipe.format_of("mtp"), size))
     for i, letter in enumerate(config.mtp_pattern):
-        for name, role, size in _matrices(config, LAYER_KINDS[letter]):
+        for name, role, size in MIXERS[letter].matrices(config):
             role = "router" if role == "router" else "mtp"
             path = f"mtp.layers.{i}.mixer.{name}"
             found.append(ModuleFormat(path, role, recipe.format_of(role), size))
     return tuple(found)
-
-
-def _matrices(config: NemotronConfig, kind: str) -> Iterator[tuple[str, str, int]]:
-    """(name, role, parameter count) of the modules with matrices in one mixer."""
-    d = config.hidden_size
-    if kind == "mamba":
-        yield "in_proj", "mamba.in_proj", d * config.mamba_in_proj_size
-        yield "out_proj", "mamba.out_proj", config.mamba_inner_size * d
-    elif kind == "attention":
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        for name, width in zip("qkvo", (queries, keys, keys, queries), strict=True):
-            yield f"{name}_proj", "attention", d * width
-    elif kind == "mlp":
-        for name in ("up_proj", "down_proj"):
-            yield name, "mlp", d * config.intermediate_size
-    else:
-        width = config.expert_size
-        yield "gate", "router", config.n_routed_experts * d
-        if config.moe_latent_size is not None:
-            yield "fc1_latent_proj", "latent", d * width
-        yield (
-            "experts",
-            "experts",
-            2 * config.n_routed_experts * config.moe_intermediate_size * width,
-        )
-        if config.moe_latent_size is not None:
-            yield "fc2_latent_proj", "latent", d * width
-        if config.n_shared_experts:
-            for name in ("up_proj", "down_proj"):
-                size = d * config.moe_shared_expert_intermediate_size
-                yield f"shared_experts.{name}", "shared", size

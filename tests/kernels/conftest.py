@@ -34,6 +34,13 @@ if not INTERPRET:
 interpreter.indices_from_arrays()
 interpreter.patch_once_per_launch()
 
+# `torch.device(...)` as a context manager keeps, from its first use in a process, the set of the
+# functions that it sends to the device. Used here once, before `torch.empty` is replaced below:
+# otherwise that set would name the replacement, and every later model "on the meta device" would
+# take real memory, hundreds of GB for Super.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def fill(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -76,6 +76,12 @@ def test_fresh_memory_is_poisoned() -> None:
     assert (torch.empty(3, dtype=torch.int32) == 2**31 - 1).all()
 
 
+def test_a_device_as_context_is_obeyed_while_fresh_memory_is_poisoned() -> None:
+    with torch.device("meta"):
+        made = [torch.empty(3), torch.empty_strided((3,), (1,)), torch.zeros(3)]
+    assert all(tensor.is_meta for tensor in made)
+
+
 def test_an_overflowing_offset_raises_and_a_wide_one_does_not() -> None:
     y = torch.zeros(16)
     with overflow_is_an_error():

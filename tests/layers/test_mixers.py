@@ -1,4 +1,4 @@
-"""What every mixer promises: a cache, lines of the ledger, and statistics beside its output."""
+"""What every mixer provides: a cache, ledger lines, matrices, statistics beside its output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from nemotron_lite.layers import (
     MIXERS,
     Block,
     CacheOptions,
+    Experts,
     ForwardContext,
     LayerCache,
+    Linear,
     MambaCache,
+    Router,
     RouterStats,
 )
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization.recipe import ROLES
 from tests.test_model import TINY
 
 WITH_CACHE = ["M", "*"]
@@ -40,8 +44,49 @@ def inputs(tokens: int) -> torch.Tensor:
     return torch.randn(2, tokens, TINY.hidden_size, dtype=torch.float64, generator=generator)
 
 
-def test_there_is_a_mixer_for_every_kind_of_layer() -> None:
+def test_the_config_and_the_layers_know_the_same_kinds() -> None:
     assert list(MIXERS) == list(LAYER_KINDS)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("reduced", [False, True], ids=["all parts", "without optional parts"])
+def test_matrices_are_those_of_the_real_module(kind: str, reduced: bool) -> None:
+    changes = dict(moe_latent_size=None, n_shared_experts=0) if reduced else {}
+    config = TINY.replace(pattern=kind, mtp_pattern="", mtp_depths=0, **changes)
+    with torch.device("meta"):
+        mixer = MIXERS[kind].build(config, "")
+    expected = {
+        name: sum(p.numel() for p in module.parameters(recurse=False))
+        for name, module in mixer.named_modules()
+        if isinstance(module, Linear | Experts | Router)
+    }
+    assert {matrix.name: matrix.parameters for matrix in mixer.matrices(config)} == expected
+    assert {matrix.role for matrix in mixer.matrices(config)} <= set(ROLES)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_the_cache_is_of_the_class_that_the_mixer_names(kind: str) -> None:
+    options = CacheOptions(1, 1, torch.float32, torch.float32, None, torch.device("cpu"))
+    cache = MIXERS[kind].empty_cache(TINY, 0, options)
+    assert type(cache) is (MIXERS[kind].CACHE or type(None))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 2])])
+def test_the_output_of_the_last_token_is_that_of_forward(
+    kind: str, lengths: torch.Tensor | None
+) -> None:
+    layer, x = block(kind), inputs(4)
+    caches = [empty(kind) if kind in WITH_CACHE else None for _ in range(2)]
+    context = ForwardContext(lengths=lengths)
+    with torch.no_grad():
+        found = layer.forward_last(x, caches[0], context)
+        expected = context.last_tokens(layer(x, caches[1], context))
+        torch.testing.assert_close(found, expected)
+        if kind in WITH_CACHE:
+            after = ForwardContext(starts=4 if lengths is None else lengths)
+            found, expected = (layer(inputs(1), cache, after) for cache in caches)
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -3,16 +3,18 @@
 At small batches decoding is bound by memory traffic: each pass reads the weights that it uses once.
 Per pass over t tokens of one row
 
-    bytes(t) = dense weights + experts that t tokens use + SSM states    e (1 - (1 - k/e)^t) experts
+    bytes(t) = dense weights + experts that t tokens use + SSM states
 
-Dense weights cost the same for one token and for ten, so verifying k + 1 tokens is cheap. In a
-mixture of experts it is not free, because different tokens use different experts. In units of a
-plain step (bytes(1)), and with c_d for the MTP module and the head once,
+where t tokens use e (1 - (1 - k/e)^t) of e experts on average. Dense weights cost the same for one
+token and for ten, so verifying k + 1 tokens is cheap. In a mixture of experts it is not free,
+because different tokens use different experts. With bytes(1), a plain step, as the unit of cost,
+and c_d for one pass of the MTP module and the head,
 
     gain = acceptance length / (bytes(k+1) / bytes(1) + k c_d)
 
-Each term is the ledger's. Where a machine is not bound by memory traffic (a CPU that spends its
-time between small operations, a large batch), measured costs say more: `measured_costs`.
+Each term comes from the ledger. Some machines are not bound by memory traffic: a CPU that spends
+its time between small operations, or any machine at a large batch. There, measure the costs instead
+(`measured_costs`).
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def weights_read(config: NemotronConfig, tokens: int) -> float:
         if row.mtp or row.part == "embedding":
             continue
         total += row.active * (hit / k if row.name == "experts" else 1)
-    state = config.mamba_inner_size * config.ssm_state_size
-    return total + 2 * state * config.pattern.count("M")  # read and written, once per pass
+    states = ledger.cached_values(config, 0)["ssm"]
+    return total + 2 * states  # read and written, once per pass
 
 
 def expected_acceptance_length(rates: Sequence[float]) -> float:
