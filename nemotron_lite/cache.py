@@ -65,7 +65,6 @@ from nemotron_lite.files import atomic_file
 from nemotron_lite.layers import MIXERS, CacheOptions, LayerCache
 
 FORMAT = "nemotron_lite.cache.v4"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Cache:
@@ -120,8 +119,8 @@ class Cache:
         Args:
             batch: rows.
             dtype: of keys, values and conv inputs.
-            capacity: tokens per row to allocate at first; the KV buffers grow when it is exceeded.
-            mtp: allocate the MTP module's keys and values too.
+            capacity: tokens per row to make room for; the KV buffers grow when it is exceeded.
+            mtp: make room for the MTP module's keys and values too.
             ssm_dtype: of SSM states; float16 halves them. None is float32, or float64 with `dtype`.
             ssm_seed: of the stochastic rounding of float16 states; None rounds to nearest, whose
                 errors add up.
@@ -224,7 +223,8 @@ class Cache:
             ValueError: no draft is waiting, or counts that are no integers or out of range.
         """
         if isinstance(counts, Tensor):
-            whole = counts.dim() == 1 and counts.dtype in _INTEGERS
+            inexact = counts.is_floating_point() or counts.is_complex()
+            whole = counts.dim() == 1 and not inexact and counts.dtype != torch.bool
         else:
             whole = type(counts) is int
         if not whole:
@@ -255,7 +255,7 @@ class Cache:
         return each
 
     def reserve(self, tokens: int) -> None:
-        """Allocate KV buffers for `tokens` per row, so that they need not grow later."""
+        """Make room for `tokens` per row in the KV buffers, so that they need not grow later."""
         for cache in self._present():
             cache.reserve(tokens)
 
@@ -327,7 +327,7 @@ class Cache:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: `path` does not exist.
+            FileNotFoundError: no such file.
             ValueError: the file is damaged, or is not a saved cache.
         """
         if not Path(path).is_file():
@@ -348,21 +348,21 @@ class Cache:
             extras = json.loads(metadata["extras"])
             pattern, mtp_pattern = json.loads(metadata["patterns"])
             lengths, mtp_lengths = json.loads(metadata["lengths"])
+
+            def layer_cache(kind: str, name: str) -> LayerCache | None:
+                layer_class = MIXERS[kind].CACHE
+                if layer_class is None:
+                    return None
+                mine = {part: tensors[f"{name}.{part}"] for part in layer_class.TENSORS}
+                return layer_class.from_saved(mine, extras.get(name))
+
+            layers = [layer_cache(kind, f"{i}") for i, kind in enumerate(pattern)]
+            mtp = [layer_cache(kind, f"mtp.{i}") for i, kind in enumerate(mtp_pattern)]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a saved cache: its metadata is incomplete or damaged "
+                f"{path} is not a saved cache: its metadata or tensors are incomplete or damaged "
                 f"({type(error).__name__}: {error}). Give a file that Cache.save wrote."
             ) from error
-
-        def layer_cache(kind: str, name: str) -> LayerCache | None:
-            layer_class = MIXERS[kind].CACHE
-            if layer_class is None:
-                return None
-            mine = {part: tensors[f"{name}.{part}"] for part in layer_class.TENSORS}
-            return layer_class.from_saved(mine, extras.get(name))
-
-        layers = [layer_cache(kind, f"{i}") for i, kind in enumerate(pattern)]
-        mtp = [layer_cache(kind, f"mtp.{i}") for i, kind in enumerate(mtp_pattern)]
         device = torch.device(device)
         return cls(pattern, layers, lengths, device, mtp_pattern, mtp, mtp_lengths)
 

@@ -100,9 +100,10 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="not a saved cache"):
         Cache.load(tmp_path / "weights")
-    for rest in ({}, {"extras": "{}", "patterns": "3", "lengths": "[[1], [0]]"}):
+    whole = {"extras": "{}", "patterns": '["M", ""]', "lengths": "[[1], [0]]"}
+    for rest in ({}, {**whole, "patterns": "3"}, whole):  # the last one has no tensors of a layer
         save_file({"x": torch.zeros(1)}, tmp_path / "part", metadata={"format": FORMAT, **rest})
-        with pytest.raises(ValueError, match="not a saved cache: its metadata is incomplete"):
+        with pytest.raises(ValueError, match="metadata or tensors are incomplete"):
             Cache.load(tmp_path / "part")
 
 
