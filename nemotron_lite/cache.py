@@ -119,8 +119,8 @@ class Cache:
         Args:
             batch: rows.
             dtype: of keys, values and conv inputs.
-            capacity: tokens per row to make room for; the KV buffers grow when it is exceeded.
-            mtp: make room for the MTP module's keys and values too.
+            capacity: tokens per row to allocate at first; the KV buffers grow when it is exceeded.
+            mtp: allocate the MTP module's keys and values too.
             ssm_dtype: of SSM states; float16 halves them. None is float32, or float64 with `dtype`.
             ssm_seed: of the stochastic rounding of float16 states; None rounds to nearest, whose
                 errors add up.
@@ -255,7 +255,7 @@ class Cache:
         return each
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` per row in the KV buffers, so that they need not grow later."""
+        """Allocate KV buffers for `tokens` per row, so that they need not grow later."""
         for cache in self._present():
             cache.reserve(tokens)
 
@@ -327,7 +327,7 @@ class Cache:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: `path` does not exist.
             ValueError: the file is damaged, or is not a saved cache.
         """
         if not Path(path).is_file():
