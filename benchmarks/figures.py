@@ -119,9 +119,10 @@ class Entries:
             ValueError: there are none.
         """
         found = [
-            entry for entry in self._entries.get(what, [])
+            entry
+            for entry in self._entries.get(what, [])
             if all(entry[label] == value for label, value in labels.items())
-        ]  # fmt: skip
+        ]
         if not found:
             raise ValueError(f"no record has {what!r} {labels or ''}: run model_speed first.")
         return found
@@ -200,9 +201,10 @@ def operator(records: Path) -> str:
     found = _read(records / "ssd_operator.json")
     ratios = _operator_ratios(found)
     (worst,) = (
-        max(result["errors"]["ours"].values()) for result in found["results"]
+        max(result["errors"]["ours"].values())
+        for result in found["results"]
         if result["what"] == "relative rms error against float64" and result["decay"] == "strong"
-    )  # fmt: skip
+    )
     error = f"{worst:.0e}".replace("e-0", "e-")
     peers = ratios["peers"]
     others = f"the best of {peers:.0f} peers" if peers > 1 else "transformers' implementation"
@@ -221,14 +223,16 @@ def growth(records: Path) -> str:
     for result in found["results"]:
         times = result["microseconds_per_token"]
         cache = result["state_bytes"]
-        rows.append([
-            f"{result['length'] // 1024}K",
-            f"{times['ours']['median']:.0f}",
-            f"{times['peer']['median']:.0f}" if "peer" in times else "–",
-            f"{sum(cache.values()) / 1e6:.1f} MB",
-            f"{(cache['conv'] + cache['ssm']) / 1e6:.1f} MB",
-            f"{result['all_attention_bytes'] / 1e6:.1f} MB",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{result['length'] // 1024}K",
+                f"{times['ours']['median']:.0f}",
+                f"{times['peer']['median']:.0f}" if "peer" in times else "–",
+                f"{sum(cache.values()) / 1e6:.1f} MB",
+                f"{(cache['conv'] + cache['ssm']) / 1e6:.1f} MB",
+                f"{result['all_attention_bytes'] / 1e6:.1f} MB",
+            ]
+        )
     heads = [
         "tokens", "us per token", "transformers", "cache", "of it Mamba layers",
         "if all were attention",
@@ -322,10 +326,16 @@ def loss_of_checkpoints(records: Path) -> str:
     rows = []
     for entry in found["results"]:
         if "weights" in entry:
-            rows.append([
-                names.get(entry["as"], entry["as"]), f"{entry['bits_a_weight']:.2f}",
-                *(_percent(entry[w]["change_percent"]) for w in ("weights", "weights and inputs")),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    names.get(entry["as"], entry["as"]),
+                    f"{entry['bits_a_weight']:.2f}",
+                    *(
+                        _percent(entry[w]["change_percent"])
+                        for w in ("weights", "weights and inputs")
+                    ),
+                ]
+            )
     groups = found["results"][0]["nats_per_token"]["n"]
     text = (
         f"Change of held-out loss in percent, for the model `{found['model']}` after "
@@ -374,11 +384,13 @@ def speculation(records: Path) -> str:
         if entry["what"] == "decode":
             ratio = entry["times_faster"]
             predicted = entry["predicted_times_faster"]
-            by_way.setdefault(entry["way"], [names[entry["way"]]]).extend([
-                f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
-                f"{predicted['ledger']:.2f} / {predicted['measured']:.2f}",
-                f"{entry['statistics']['acceptance_length']:.2f}",
-            ])  # fmt: skip
+            by_way.setdefault(entry["way"], [names[entry["way"]]]).extend(
+                [
+                    f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
+                    f"{predicted['ledger']:.2f} / {predicted['measured']:.2f}",
+                    f"{entry['statistics']['acceptance_length']:.2f}",
+                ]
+            )
             differ += entry.get("texts_that_differ", 0)
     text = (
         f"Record: {_link('speculation.json', 'speculation.json')}. The model `{found['model']}` "

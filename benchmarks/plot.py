@@ -63,9 +63,12 @@ def figure(record: dict[str, Any]) -> go.Figure:
         found.add_trace(_line(name, look, lengths, values), row=1, col=2)
     axis = dict(gridcolor=GRID, linecolor=TEXT, ticks="outside", tickcolor=TEXT, zeroline=False)
     found.update_xaxes(
-        **axis, type="log", title_text="length of the prompt (tokens)", tickvals=lengths,
+        **axis,
+        type="log",
+        title_text="length of the prompt (tokens)",
+        tickvals=lengths,
         ticktext=[f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths],
-    )  # fmt: skip
+    )
     found.update_yaxes(**axis)
     found.update_yaxes(title_text="microseconds per token", rangemode="tozero", col=1)
     found.update_yaxes(
@@ -75,15 +78,25 @@ def figure(record: dict[str, Any]) -> go.Figure:
     found.add_annotation(
         text=f"Size {record['size']}, float32, {machine['cpu']}, {machine['threads']} threads, "
         f"{record['date'][:10]}. Bars: fastest and slowest run.",
-        x=0, y=-0.3, xref="paper", yref="paper", xanchor="left", showarrow=False, font_size=12,
-    )  # fmt: skip
+        x=0,
+        y=-0.3,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+        showarrow=False,
+        font_size=12,
+    )
     found.update_xaxes(title_font_size=14)
     found.update_yaxes(title_font_size=14)
     return found.update_layout(
-        width=WIDTH, height=HEIGHT, paper_bgcolor=BACKGROUND, plot_bgcolor=BACKGROUND,
-        font=dict(family="Helvetica, Arial, sans-serif", size=14, color=TEXT), showlegend=False,
+        width=WIDTH,
+        height=HEIGHT,
+        paper_bgcolor=BACKGROUND,
+        plot_bgcolor=BACKGROUND,
+        font=dict(family="Helvetica, Arial, sans-serif", size=14, color=TEXT),
+        showlegend=False,
         margin=dict(l=70, r=160, t=40, b=95),
-    )  # fmt: skip
+    )
 
 
 def mamba_bytes(result: dict[str, Any]) -> int:
@@ -96,12 +109,17 @@ def _line(
 ) -> go.Scatter:
     """A line whose name stands at its end, so that the picture needs no legend."""
     return go.Scatter(
-        name=name, x=lengths, y=values, mode="lines+markers+text", cliponaxis=False,
+        name=name,
+        x=lengths,
+        y=values,
+        mode="lines+markers+text",
+        cliponaxis=False,
         line=dict(color=look["color"], dash=look["dash"], width=2.5),
         marker=dict(symbol=look["symbol"], size=8),
-        text=[""] * (len(lengths) - 1) + [f" {name}"], textposition="middle right",
+        text=[""] * (len(lengths) - 1) + [f" {name}"],
+        textposition="middle right",
         textfont_color=look["color"],
-    )  # fmt: skip
+    )
 
 
 def summary(record: dict[str, Any]) -> str:

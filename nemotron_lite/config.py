@@ -100,12 +100,26 @@ class NemotronConfig:
         if self.mtp_pattern != "":
             self._check_pattern("mtp_pattern", self.mtp_pattern, {"*", "E"})
         self._check_positive(
-            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel",
-            "chunk_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-            "moe_shared_expert_intermediate_size", "intermediate_size", "n_group", "topk_group",
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "mamba_num_heads",
+            "mamba_head_dim",
+            "ssm_state_size",
+            "n_groups",
+            "conv_kernel",
+            "chunk_size",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "intermediate_size",
+            "n_group",
+            "topk_group",
             "max_position_embeddings",
-        )  # fmt: skip
+        )
         if self.moe_latent_size is not None:
             self._check_positive("moe_latent_size")
         self._check_divides("num_key_value_heads", "num_attention_heads")

@@ -229,9 +229,15 @@ class Nemotron(nn.Module):
     ) -> Cache:
         """`Cache.empty` for this model's sizes, device and dtype."""
         cache = Cache.empty(
-            self.config, batch, capacity=capacity, mtp=mtp, device=self.device, dtype=self.dtype,
-            ssm_dtype=ssm_dtype, ssm_seed=ssm_seed,
-        )  # fmt: skip
+            self.config,
+            batch,
+            capacity=capacity,
+            mtp=mtp,
+            device=self.device,
+            dtype=self.dtype,
+            ssm_dtype=ssm_dtype,
+            ssm_seed=ssm_seed,
+        )
         cache.checked_for = (self.config, self.dtype)
         return cache
 

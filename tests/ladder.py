@@ -96,15 +96,20 @@ def write() -> Path:
         )
     pairs = [
         {
-            "operation": operation, "rung": rung, "against": below,
-            "dtype": dtype, "quantity": quantity,
+            "operation": operation,
+            "rung": rung,
+            "against": below,
+            "dtype": dtype,
+            "quantity": quantity,
             "relative_rms_error": {
-                "n": len(errors), "median": statistics.median(errors),
-                "min": min(errors), "max": max(errors),
+                "n": len(errors),
+                "median": statistics.median(errors),
+                "min": min(errors),
+                "max": max(errors),
             },
         }
         for (operation, rung, below, dtype, quantity), errors in sorted(_errors.items())
-    ]  # fmt: skip
+    ]
     what = "relative rms error of each form of an operation against the one below it"
     path = "the public functions of nemotron_lite.ops, with each `impl`"
     environment = "NEMOTRON_LADDER=write"

@@ -31,24 +31,39 @@ _COMMON: dict[str, Any] = {
 
 SUPER: dict[str, Any] = _COMMON | {
     "hybrid_override_pattern": (
-        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
-        "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
     ),
-    "num_hidden_layers": 88, "hidden_size": 4096, "mamba_num_heads": 128,
-    "intermediate_size": 2688, "n_routed_experts": 512, "num_experts_per_tok": 22,
-    "moe_intermediate_size": 2688, "moe_latent_size": 1024,
-    "moe_shared_expert_intermediate_size": 5376, "moe_shared_expert_overlap": False,
-    "routed_scaling_factor": 5.0, "num_nextn_predict_layers": 1,
-    "mtp_hybrid_override_pattern": "*E", "dtype": "bfloat16", "transformers_version": "4.57.6",
-}  # fmt: skip
+    "num_hidden_layers": 88,
+    "hidden_size": 4096,
+    "mamba_num_heads": 128,
+    "intermediate_size": 2688,
+    "n_routed_experts": 512,
+    "num_experts_per_tok": 22,
+    "moe_intermediate_size": 2688,
+    "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376,
+    "moe_shared_expert_overlap": False,
+    "routed_scaling_factor": 5.0,
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+    "dtype": "bfloat16",
+    "transformers_version": "4.57.6",
+}
 
 NANO: dict[str, Any] = _COMMON | {
     "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    "num_hidden_layers": 52, "hidden_size": 2688, "mamba_num_heads": 64,
-    "intermediate_size": 1856, "n_routed_experts": 128, "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
-    "routed_scaling_factor": 2.5, "torch_dtype": "bfloat16", "transformers_version": "4.53.2",
-}  # fmt: skip
+    "num_hidden_layers": 52,
+    "hidden_size": 2688,
+    "mamba_num_heads": 64,
+    "intermediate_size": 1856,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712,
+    "routed_scaling_factor": 2.5,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.53.2",
+}
 
 ULTRA: dict[str, Any] = {
     "model_type": "nemotron_h",

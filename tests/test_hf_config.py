@@ -32,9 +32,10 @@ def test_the_released_files_are_the_presets(name: str, file: dict[str, Any]) -> 
     the 0.02 of the files, and of Ultra's factor there is no word in what is known of its file."""
     found, preset = from_hf(file), PRESETS[name]
     unlike = {
-        field.name for field in dataclasses.fields(preset)
+        field.name
+        for field in dataclasses.fields(preset)
         if getattr(found, field.name) != getattr(preset, field.name)
-    }  # fmt: skip
+    }
     assert (
         unlike
         == {

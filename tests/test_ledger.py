@@ -225,8 +225,11 @@ def test_training_costs_three_forward_passes_with_mtp():
     train = ledger.flops(SUPER, 4096, "train")
     assert train.per_token == pytest.approx(3 * forward.per_token)
     assert ledger.flops(SUPER, 4096, "train", mtp_depths=0).by_part.keys() == {
-        "mamba", "attention", "moe", "head",
-    }  # fmt: skip
+        "mamba",
+        "attention",
+        "moe",
+        "head",
+    }
 
 
 @pytest.mark.parametrize(

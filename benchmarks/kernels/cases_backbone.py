@@ -170,9 +170,16 @@ def _update_mamba(state, x, dt, A, B, C, D, dt_bias):
 
     _, h, p, n = state.shape
     y = peer(
-        state, x, dt[..., None].expand(-1, -1, p), A[:, None, None].expand(h, p, n), B, C,
-        D[:, None].expand(h, p), dt_bias=dt_bias[:, None].expand(h, p), dt_softplus=True,
-    )  # fmt: skip
+        state,
+        x,
+        dt[..., None].expand(-1, -1, p),
+        A[:, None, None].expand(h, p, n),
+        B,
+        C,
+        D[:, None].expand(h, p),
+        dt_bias=dt_bias[:, None].expand(h, p),
+        dt_softplus=True,
+    )
     return y, state
 
 
@@ -195,17 +202,24 @@ def _update_cases(model: str) -> list[Case]:
 
             cases.append(
                 Case(
-                    op="selective_state_update", name=kind, shape=f"{model}, batch {batch}",
-                    inputs=_state_inputs(model, batch, dtype), run=run, exact=_update_exact,
+                    op="selective_state_update",
+                    name=kind,
+                    shape=f"{model}, batch {batch}",
+                    inputs=_state_inputs(model, batch, dtype),
+                    run=run,
+                    exact=_update_exact,
                     tolerance=(4e-3, 2e-6 if seed is None else 1e-3),
                     bytes=2 * word * batch * heads * p * n + small,
                     in_place=("state",),
-                    peers={} if seed is not None else {
-                        "mamba_ssm": _update_mamba, "torch": _update_torch,
+                    peers={}
+                    if seed is not None
+                    else {
+                        "mamba_ssm": _update_mamba,
+                        "torch": _update_torch,
                     },
                     key=f"selective_state_update {kind}",
                 )
-            )  # fmt: skip
+            )
     return cases
 
 
@@ -220,44 +234,72 @@ def _cases(model: str) -> list[Case]:
             variant = name + (", documents" if documents else "")
             cases.append(
                 Case(
-                    op="causal_conv1d", name=variant, shape=shape,
-                    inputs=_conv_inputs(model, documents), run=_conv, exact=_conv_exact,
-                    tolerance=4e-3, bytes=element * conv * (3 if backward else 2),
-                    leaves=("x", "weight", "bias") if backward else (), backward=backward,
-                    peers={} if documents else {
-                        "fla": _conv_fla, "torch": _conv_torch, "compiled": _compile(_conv_torch),
+                    op="causal_conv1d",
+                    name=variant,
+                    shape=shape,
+                    inputs=_conv_inputs(model, documents),
+                    run=_conv,
+                    exact=_conv_exact,
+                    tolerance=4e-3,
+                    bytes=element * conv * (3 if backward else 2),
+                    leaves=("x", "weight", "bias") if backward else (),
+                    backward=backward,
+                    peers={}
+                    if documents
+                    else {
+                        "fla": _conv_fla,
+                        "torch": _conv_torch,
+                        "compiled": _compile(_conv_torch),
                     },
                     key=f"causal_conv1d {variant}",
                 )
-            )  # fmt: skip
+            )
         cases.append(
             Case(
-                op="gated_rms_norm", name=name, shape=shape, inputs=_gated_inputs(model),
-                run=lambda y, z, weight: gated_rms_norm(y, z, weight, 8), exact=_gated_exact,
-                tolerance=4e-3, bytes=element * inner * (5 if backward else 3),
-                leaves=("y", "z", "weight") if backward else (), backward=backward,
+                op="gated_rms_norm",
+                name=name,
+                shape=shape,
+                inputs=_gated_inputs(model),
+                run=lambda y, z, weight: gated_rms_norm(y, z, weight, 8),
+                exact=_gated_exact,
+                tolerance=4e-3,
+                bytes=element * inner * (5 if backward else 3),
+                leaves=("y", "z", "weight") if backward else (),
+                backward=backward,
                 peers={"mamba_ssm": _gated_mamba, "compiled": _compile(_gated_exact)},
                 key=f"gated_rms_norm {name}, {model}",
             )
-        )  # fmt: skip
+        )
         cases.append(
             Case(
-                op="rms_norm", name=name, shape=shape, inputs=_plain_inputs(model),
-                run=rms_norm, exact=lambda x, weight: ops.rms_norm(x, weight, impl="naive"),
-                tolerance=4e-3, bytes=element * width * (3 if backward else 2),
-                leaves=("x", "weight") if backward else (), backward=backward,
+                op="rms_norm",
+                name=name,
+                shape=shape,
+                inputs=_plain_inputs(model),
+                run=rms_norm,
+                exact=lambda x, weight: ops.rms_norm(x, weight, impl="naive"),
+                tolerance=4e-3,
+                bytes=element * width * (3 if backward else 2),
+                leaves=("x", "weight") if backward else (),
+                backward=backward,
                 peers={"torch": lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-5)},
                 key=f"rms_norm {name}, {model}",
             )
-        )  # fmt: skip
+        )
     cases.append(
         Case(
-            op="causal_conv1d_step", name="forward", shape=f"{model}, batch {BATCH}",
-            inputs=_step_inputs(model), run=causal_conv1d_step, exact=ops.causal_conv1d_step,
-            tolerance=4e-3, bytes=2 * 8 * BATCH * conv, peers={"torch": _step_torch},
+            op="causal_conv1d_step",
+            name="forward",
+            shape=f"{model}, batch {BATCH}",
+            inputs=_step_inputs(model),
+            run=causal_conv1d_step,
+            exact=ops.causal_conv1d_step,
+            tolerance=4e-3,
+            bytes=2 * 8 * BATCH * conv,
+            peers={"torch": _step_torch},
             key="causal_conv1d_step",
         )
-    )  # fmt: skip
+    )
     return cases + _update_cases(model)
 
 

@@ -95,27 +95,35 @@ def _route_cases(model: MoE) -> list[Case]:
     table, chosen = TOKENS * model.experts * 4, TOKENS * model.top_k
     return [
         Case(
-            op="route", name="backward" if backward else "forward",
-            shape=f"{model.name}, {TOKENS} tokens", inputs=_route_inputs(model), run=run,
-            exact=eager, tolerance=1e-6,
+            op="route",
+            name="backward" if backward else "forward",
+            shape=f"{model.name}, {TOKENS} tokens",
+            inputs=_route_inputs(model),
+            run=run,
+            exact=eager,
+            tolerance=1e-6,
             # Forward writes weights and scores; backward reads logits, both gradients, indices.
             bytes=3 * table + 12 * chosen if backward else 2 * table + 12 * chosen,
-            leaves=("logits",) if backward else (), backward=backward,
+            leaves=("logits",) if backward else (),
+            backward=backward,
             peers={"torch": eager, "compiled": compiled},
         )
         for backward in (False, True)
-    ]  # fmt: skip
+    ]
 
 
 def _sort_case(model: MoE) -> Case:
     return Case(
-        op="sort_by_expert", name="forward", shape=f"{model.name}, {TOKENS} tokens",
+        op="sort_by_expert",
+        name="forward",
+        shape=f"{model.name}, {TOKENS} tokens",
         inputs=lambda draw: {"indices": draw.integers(0, model.experts, TOKENS, model.top_k)},
         run=lambda indices: sort_by_expert(indices, model.experts, 128).pairs,
-        exact=lambda indices: indices.flatten().argsort(stable=True), tolerance=1e-12,
+        exact=lambda indices: indices.flatten().argsort(stable=True),
+        tolerance=1e-12,
         bytes=TOKENS * model.top_k * (8 + 4 + 4),
         peers={"torch": lambda indices: indices.flatten().argsort(stable=True)},
-    )  # fmt: skip
+    )
 
 
 def _expert_inputs(model: MoE, tokens: int) -> Callable[[Draw], Inputs]:
@@ -161,16 +169,21 @@ def _expert_case(model: MoE, tokens: int, backward: bool = False) -> Case:
     tiles = f"tiles of {tile_rows(pairs, e, dtype)}" if sorted_pairs else "few tokens"
     kind = "float32" if dtype == torch.float32 else "16 bits"
     return Case(
-        op="expert_mlp", name=name, shape=f"{model.name}, {tokens} tokens",
-        inputs=_expert_inputs(model, tokens), run=expert_mlp, exact=_torch,
+        op="expert_mlp",
+        name=name,
+        shape=f"{model.name}, {tokens} tokens",
+        inputs=_expert_inputs(model, tokens),
+        run=expert_mlp,
+        exact=_torch,
         tolerance=1e-6 if dtype == torch.float32 else 8e-3,
         # Backward reads the matrices, the squared hidden rows, z, dy; writes dz, dup and ddown.
         bytes=2 * matrices + pairs * f * word + 3 * rows if backward else matrices + 2 * rows,
         flops=(8 if backward else 4) * pairs * f * width,
-        leaves=("z", "up", "down", "weights") if backward else (), backward=backward,
+        leaves=("z", "up", "down", "weights") if backward else (),
+        backward=backward,
         peers={"torch": _torch, "grouped_mm": _grouped_mm},
         key=f"expert_mlp {name}, {tiles}, {kind}",
-    )  # fmt: skip
+    )
 
 
 CASES = [

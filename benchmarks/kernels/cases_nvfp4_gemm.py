@@ -86,13 +86,18 @@ def _case(tokens: int, what: str, matrix: tuple[int, int], packed: bool = False)
     form = "W4A4" if packed else "W4A16"
     x_bytes = tokens * matrix[1] * (BITS / 8 if packed else 2)
     return Case(
-        op="nvfp4_matmul", name=form, shape=f"{what} of Super, {tokens} tokens",
-        inputs=_inputs(tokens, matrix, packed), run=_run, exact=_exact,
+        op="nvfp4_matmul",
+        name=form,
+        shape=f"{what} of Super, {tokens} tokens",
+        inputs=_inputs(tokens, matrix, packed),
+        run=_run,
+        exact=_exact,
         tolerance=4e-3,  # of a result in bfloat16; tests require 1e-6 of float32
         bytes=round(numbers * BITS / 8 + x_bytes + 2 * tokens * matrix[0]),
-        flops=2 * tokens * numbers, peers={"cuBLAS bfloat16": _cublas},
+        flops=2 * tokens * numbers,
+        peers={"cuBLAS bfloat16": _cublas},
         key=f"nvfp4_matmul {form}, {kernel}",
-    )  # fmt: skip
+    )
 
 
 def _expert_inputs(tokens: int) -> Callable[[Draw], Inputs]:
@@ -123,12 +128,18 @@ def _expert_case(tokens: int) -> Case:
     few = pairs <= few_pairs(EXPERTS, TOP_K)
     tiles = "few tokens" if few else f"tiles of {tile_rows(pairs, EXPERTS, torch.bfloat16)}"
     return Case(
-        op="nvfp4_expert_mlp", name="W4A16", shape=f"Super, {tokens} tokens",
-        inputs=_expert_inputs(tokens), run=_run_experts, exact=_exact_experts, tolerance=8e-3,
+        op="nvfp4_expert_mlp",
+        name="W4A16",
+        shape=f"Super, {tokens} tokens",
+        inputs=_expert_inputs(tokens),
+        run=_run_experts,
+        exact=_exact_experts,
+        tolerance=8e-3,
         bytes=round(busy * 2 * HIDDEN * LATENT * BITS / 8) + 4 * tokens * LATENT,
-        flops=4 * pairs * HIDDEN * LATENT, peers={"bfloat16 kernel": _bfloat16},
+        flops=4 * pairs * HIDDEN * LATENT,
+        peers={"bfloat16 kernel": _bfloat16},
         key=f"nvfp4_expert_mlp W4A16, {tiles}",
-    )  # fmt: skip
+    )
 
 
 CASES = [

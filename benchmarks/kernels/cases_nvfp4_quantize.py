@@ -53,9 +53,14 @@ def _torchao(x: Tensor) -> Outputs:
 
 
 def _case(
-    operand: str, *, columns: bool = False, hadamard: bool = False, stochastic: bool = False,
-    square: bool = False, fake: bool = False,
-) -> Case:  # fmt: skip
+    operand: str,
+    *,
+    columns: bool = False,
+    hadamard: bool = False,
+    stochastic: bool = False,
+    square: bool = False,
+    fake: bool = False,
+) -> Case:
     rows = HIDDEN if square else TOKENS
     block = "16x16" if square else "1x16"
     seed = SEED if stochastic else None
@@ -85,10 +90,17 @@ def _case(
     if not fake and not (hadamard or stochastic or square):
         peers = {"torchao, compiled": lambda x: _torchao(x.mT.contiguous() if columns else x)}
     return Case(
-        op=op, name=name, shape=f"{operand} of Super", inputs=inputs, run=run, exact=exact,
-        tolerance=0.0, bytes=round(rows * WIDTH * (2 + 2 + (2 if fake else 4.5 / 8))),
-        peers=peers, key=f"{op} {name}",
-    )  # fmt: skip
+        op=op,
+        name=name,
+        shape=f"{operand} of Super",
+        inputs=inputs,
+        run=run,
+        exact=exact,
+        tolerance=0.0,
+        bytes=round(rows * WIDTH * (2 + 2 + (2 if fake else 4.5 / 8))),
+        peers=peers,
+        key=f"{op} {name}",
+    )
 
 
 def _packed(draw: Draw) -> Inputs:

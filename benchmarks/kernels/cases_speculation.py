@@ -62,9 +62,16 @@ def _torch(p: Tensor, q: Tensor, drafts: Tensor, uniforms: Tensor) -> tuple[Tens
 
 CASES = [
     Case(
-        op="verify", name="forward", shape=f"{batch} drafts of {DRAFT}, Super's vocabulary",
-        inputs=_inputs(batch), run=_run, exact=_torch, tolerance=1e-12,
-        bytes=2 * batch * VOCABULARY * 4, peers={"torch": _torch}, key="verify",
+        op="verify",
+        name="forward",
+        shape=f"{batch} drafts of {DRAFT}, Super's vocabulary",
+        inputs=_inputs(batch),
+        run=_run,
+        exact=_torch,
+        tolerance=1e-12,
+        bytes=2 * batch * VOCABULARY * 4,
+        peers={"torch": _torch},
+        key="verify",
     )
     for batch in (1, 16, 64)
-]  # fmt: skip
+]

@@ -87,9 +87,18 @@ def _mamba(chunk: int) -> Callable[..., Any]:
 
         seq_idx = None if seq_idx is None else seq_idx.int()
         return peer(
-            x, dt, A, B, C, chunk, D=D, dt_bias=dt_bias, seq_idx=seq_idx,
-            dt_softplus=True, return_final_states=True,
-        )  # fmt: skip
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk,
+            D=D,
+            dt_bias=dt_bias,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            return_final_states=True,
+        )
 
     return run
 
@@ -111,10 +120,17 @@ def _torch(x, dt, A, B, C, D, dt_bias, seq_idx=None):
 
 
 def _case(
-    model: str, name: str, run: Callable[..., Any], *, key: str, tokens: int = 8192,
-    dtype: torch.dtype = torch.bfloat16, documents: bool = False, backward: bool = False,
+    model: str,
+    name: str,
+    run: Callable[..., Any],
+    *,
+    key: str,
+    tokens: int = 8192,
+    dtype: torch.dtype = torch.bfloat16,
+    documents: bool = False,
+    backward: bool = False,
     peers: dict[str, Callable[..., Any]] | None = None,
-) -> Case:  # fmt: skip
+) -> Case:
     heads, e = HEADS[model], dtype.itemsize
     per_token = heads * (3 * P + 2) + 4 * G * N if backward else heads * (2 * P + 1) + 2 * G * N
     flops = tokens * (heads * (2 * Q * P + 4 * N * P) + 2 * G * Q * N)
@@ -152,21 +168,31 @@ def _cases(model: str) -> list[Case]:
             cases.append(_case(model, name, _run(), key=f"ssd {name}", backward=True, peers=peers))
         cases.append(
             _case(
-                model, several, _run(), key=f"ssd {several}", documents=True, backward=backward,
+                model,
+                several,
+                _run(),
+                key=f"ssd {several}",
+                documents=True,
+                backward=backward,
                 peers=peers,
             )
-        )  # fmt: skip
+        )
     return cases
 
 
 def _float32_cases() -> list[Case]:
     return [
         _case(
-            "Nano", f"{name}, float32", _run(), key=f"ssd {name}, float32", tokens=2048,
-            dtype=torch.float32, backward=backward,
+            "Nano",
+            f"{name}, float32",
+            _run(),
+            key=f"ssd {name}, float32",
+            tokens=2048,
+            dtype=torch.float32,
+            backward=backward,
         )
         for backward, name in enumerate(("forward", "backward"))
-    ]  # fmt: skip
+    ]
 
 
 def _alternatives() -> list[Case]:
@@ -180,11 +206,13 @@ def _alternatives() -> list[Case]:
             how = f"{kernel} {blocks}, {config.num_warps} warps, {config.num_stages} stages"
             cases.append(
                 _case(
-                    "Super", f"{'backward' if backward else 'forward'}: {how}",
+                    "Super",
+                    f"{'backward' if backward else 'forward'}: {how}",
                     _run(kernel, config, variant=variant),
-                    key="ssd backward" if backward else default, backward=backward,
+                    key="ssd backward" if backward else default,
+                    backward=backward,
                 )
-            )  # fmt: skip
+            )
     return cases
 
 

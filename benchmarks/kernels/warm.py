@@ -104,11 +104,14 @@ def compile_in_parallel(arch: int, only: str = "", workers: int | None = None) -
     command += ["--arch", str(arch), "--only", only]
     running = [
         subprocess.Popen(
-            [*command, "--share", str(share), str(workers)], cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [*command, "--share", str(share), str(workers)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for share in range(workers)
-    ]  # fmt: skip
+    ]
     failed = []
     for process in running:
         said = process.communicate()[1]

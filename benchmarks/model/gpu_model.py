@@ -93,9 +93,13 @@ def fits(call: Callable[[], object]) -> bool:
 
 
 def entry(
-    what: str, calls: dict[str, Callable[[], object]], rounds: int, tokens: int, bound: float,
+    what: str,
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    tokens: int,
+    bound: float,
     **labels: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Ours beside the peer, if it fits, and beside `bound`, the shortest possible seconds."""
     if "peer" in calls and not fits(calls["peer"]):
         del calls["peer"]
@@ -183,9 +187,15 @@ def measure_train(
     calls: dict[str, Callable[[], object]] = {who: partial(step, who) for who in peaks}
     work = ledger.flops(ours.config, length, "train").per_token * batch * length
     yield entry(
-        "train", calls, 5, batch * length, work / ceilings["flops_per_s"],
-        batch=batch, length=length, peak_bytes=peaks,
-    )  # fmt: skip
+        "train",
+        calls,
+        5,
+        batch * length,
+        work / ceilings["flops_per_s"],
+        batch=batch,
+        length=length,
+        peak_bytes=peaks,
+    )
     ours.eval()
     peer.eval()
 

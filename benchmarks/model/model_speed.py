@@ -106,9 +106,13 @@ def measure_decode(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict
             calls[who] = partial(peers.decode, who, model, cache, inputs)
         seconds = measure.alternate(calls, plan.decode_rounds)
         yield measure.compare(
-            "decode", seconds, tokens=batch * plan.decode_steps, aim=plan.aim(DECODE_AIMS[batch]),
-            batch=batch, context=context,
-        )  # fmt: skip
+            "decode",
+            seconds,
+            tokens=batch * plan.decode_steps,
+            aim=plan.aim(DECODE_AIMS[batch]),
+            batch=batch,
+            context=context,
+        )
 
 
 def measure_train(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -167,15 +171,23 @@ def measure_bf16(ours: Nemotron, peer: nn.Module, plan: Plan) -> Iterator[dict[s
             rounds,
         )
         yield measure.compare(
-            "bf16", seconds, over="ours in float32", tokens=length, aim=plan.aim(BF16_AIM),
+            "bf16",
+            seconds,
+            over="ours in float32",
+            tokens=length,
+            aim=plan.aim(BF16_AIM),
             length=length,
-        )  # fmt: skip
+        )
         yield measure.compare("bf16 against the peer's", seconds, tokens=length, length=length)
         together = plan.aim(BF16_AIM * PREFILL_AIMS.get(length, 1.0))
         yield measure.compare(
-            "bf16 against the peer's float32", seconds, over="peer in float32", tokens=length,
-            aim=together, length=length,
-        )  # fmt: skip
+            "bf16 against the peer's float32",
+            seconds,
+            over="peer in float32",
+            tokens=length,
+            aim=together,
+            length=length,
+        )
     tokens = peers.random_tokens(ours.config, 1, 512)
     with torch.inference_mode():
         exact = ours(tokens).logits

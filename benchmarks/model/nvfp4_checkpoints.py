@@ -107,15 +107,20 @@ def measure_size(config: NemotronConfig, folder: Path, tokens: int) -> list[dict
     found: list[dict[str, Any]] = []
     for name in ("bf16", "nvfp4"):
         experts = [held for held in storage_summary(folder / name) if held.role == "experts"]
-        found.append({
-            "what": "on disk", "folder": name, "bytes": weight_bytes(folder / name),
-            "routed_experts": {
-                "weights": sum(held.weights for held in experts),
-                "bytes": sum(held.num_bytes for held in experts),
-                "bits_a_weight": 8 * sum(h.num_bytes for h in experts)
-                / sum(h.weights for h in experts),
-            },
-        })  # fmt: skip
+        found.append(
+            {
+                "what": "on disk",
+                "folder": name,
+                "bytes": weight_bytes(folder / name),
+                "routed_experts": {
+                    "weights": sum(held.weights for held in experts),
+                    "bytes": sum(held.num_bytes for held in experts),
+                    "bits_a_weight": 8
+                    * sum(h.num_bytes for h in experts)
+                    / sum(h.weights for h in experts),
+                },
+            }
+        )
     for way in WAYS:
         peaks = {
             what: measure.in_own_process(
@@ -145,9 +150,13 @@ def measure_speed(folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]
             if way == "bf16":
                 continue
             entry = measure.compare(
-                "decode", {"ours": seconds[way], "bf16": seconds["bf16"]}, over="bf16",
-                tokens=rows * tokens, way=way, rows=rows,
-            )  # fmt: skip
+                "decode",
+                {"ours": seconds[way], "bf16": seconds["bf16"]},
+                over="bf16",
+                tokens=rows * tokens,
+                way=way,
+                rows=rows,
+            )
             found.append(entry)
             print(f"  {measure.describe(entry)}", flush=True)
     return found
@@ -243,8 +252,9 @@ def measure_loss(
         print(
             f"  {name}: {entry['bits_a_weight']:.3f} bits, weights {change[0]['median']:+.3f} % "
             f"({change[0]['min']:+.3f} to {change[0]['max']:+.3f}), and inputs "
-            f"{change[1]['median']:+.3f} %", flush=True,
-        )  # fmt: skip
+            f"{change[1]['median']:+.3f} %",
+            flush=True,
+        )
     return found
 
 

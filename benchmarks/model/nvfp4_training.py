@@ -50,11 +50,21 @@ from nemotron_lite.train import TrainConfig, evaluate, loop, train
 KEPT = measure.ROOT / "runs" / "nvfp4_training"
 LITE = NemotronConfig.from_preset("lite")
 SMALL = LITE.replace(
-    pattern="MEMEM*EME", vocab_size=1024, hidden_size=128,
-    num_attention_heads=4, num_key_value_heads=1, mamba_num_heads=8, ssm_state_size=32,
-    n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=96, moe_latent_size=32,
-    moe_shared_expert_intermediate_size=176, mtp_pattern="", mtp_depths=0,
-)  # fmt: skip
+    pattern="MEMEM*EME",
+    vocab_size=1024,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    mamba_num_heads=8,
+    ssm_state_size=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=96,
+    moe_latent_size=32,
+    moe_shared_expert_intermediate_size=176,
+    mtp_pattern="",
+    mtp_depths=0,
+)
 VARIANTS = {name: RECIPES[name] for name in ("bf16", "nvfp4")}
 ABLATIONS = {f"nvfp4 without {name}": RECIPES["nvfp4"].without(name) for name in INGREDIENTS}
 STEP_AIM = 2.5
@@ -75,9 +85,13 @@ class Scale:
     def recipe(self, variant: str, seed: int) -> TrainConfig:
         """The configuration of a variant's run; only the precision differs between variants."""
         return TrainConfig(
-            steps=self.steps, batch_size=self.batch_size, seq_len=self.length,
-            bias_rate=0.02, precision=self.variants[variant], seed=seed,
-        )  # fmt: skip
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seq_len=self.length,
+            bias_rate=0.02,
+            precision=self.variants[variant],
+            seed=seed,
+        )
 
 
 SCALES = {
@@ -243,8 +257,9 @@ def measure_runs(name: str, minutes: float, record: bool = True) -> dict[str, An
             run = runs[variant, seed] = one_run(scale, variant, seed, data)
             print(
                 f"{variant}, seed {seed}: held out {run['held_out_nats']:.4f} nats, "
-                f"last tenth {run['train_nats']:.4f}, {run['seconds']:.0f} s", flush=True,
-            )  # fmt: skip
+                f"last tenth {run['train_nats']:.4f}, {run['seconds']:.0f} s",
+                flush=True,
+            )
             if record:
                 keep(name, scale, run)
                 write_record(f"nvfp4_training_{name}", summarize(name, scale, runs.values()))
@@ -263,7 +278,7 @@ def step_times(
         for name in ("bf16", "nvfp4", "fp32"):
             recipe = TrainConfig(
                 steps=10_000, batch_size=batch_size, seq_len=length, precision=name
-            )  # fmt: skip
+            )
             updates[name] = _update(loop._Run(Nemotron(config, seed=0).train(), data, recipe, None))
         seconds = measure.alternate(updates, rounds)
         entry: dict[str, Any] = {
@@ -277,8 +292,9 @@ def step_times(
         print(
             f"{batch_size} x {length}: an NVFP4 step takes {ratio['median']:.2f} times a BF16 step "
             f"({ratio['min']:.2f}-{ratio['max']:.2f}), {entry['times_fp32']['median']:.2f} times "
-            "an FP32 step", flush=True,
-        )  # fmt: skip
+            "an FP32 step",
+            flush=True,
+        )
         results.append(entry)
     return results
 

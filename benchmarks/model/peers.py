@@ -72,9 +72,11 @@ def build_peer(
     fields = dict(config.to_hf()) | {"time_step_min": 1e-12}
     torch.manual_seed(seed)
     peer = NemotronHForCausalLM._from_config(
-        NemotronHConfig(**fields), attn_implementation="sdpa", experts_implementation="grouped_mm",
+        NemotronHConfig(**fields),
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
         dtype=dtype,
-    )  # fmt: skip
+    )
     randomize(peer, config)
     return peer.eval()
 

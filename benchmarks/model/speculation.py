@@ -91,9 +91,11 @@ def trained_model(seconds: float, prompts: int) -> Trained:
         written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
         wrote = time.perf_counter() - began - whole.seconds
         how = TrainConfig(
-            max_seconds=max(1.0, seconds - whole.seconds - wrote), seq_len=LEAD + WRITTEN,
-            mtp_weight=1.0, mtp_target="backbone",
-        )  # fmt: skip
+            max_seconds=max(1.0, seconds - whole.seconds - wrote),
+            seq_len=LEAD + WRITTEN,
+            mtp_weight=1.0,
+            mtp_target="backbone",
+        )
         # Judging is not training, and stands outside the time: other held-out files than those
         # that are measured later.
         others = _beginnings(data, prompts + 6)[prompts:] or judges
@@ -158,9 +160,13 @@ def poor(model: Nemotron) -> Nemotron:
 
 
 def write_all(
-    model: Nemotron, prompts: list[list[int]], tokens: int, texts: list[list[int]],
-    statistics: list[Statistics], **options: Any,
-) -> None:  # fmt: skip
+    model: Nemotron,
+    prompts: list[list[int]],
+    tokens: int,
+    texts: list[list[int]],
+    statistics: list[Statistics],
+    **options: Any,
+) -> None:
     """Continue the prompts one after another; `texts` becomes what was written."""
     texts.clear()
     for i, prompt in enumerate(prompts):
@@ -172,9 +178,14 @@ def write_all(
 
 
 def measure_decoding(
-    model: Nemotron, prompts: list[list[int]], tokens: int, rounds: int, temperature: float,
-    prices: dict[str, SpeculationCosts], tokens_to_draft: tuple[int, ...] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: Nemotron,
+    prompts: list[list[int]],
+    tokens: int,
+    rounds: int,
+    temperature: float,
+    prices: dict[str, SpeculationCosts],
+    tokens_to_draft: tuple[int, ...] | None = None,
+) -> list[dict[str, Any]]:
     """One entry per way of drafting, each against plain decoding in the same rounds."""
     ways = {
         f"fixed {k}": SpeculationOptions(draft_length=k, adaptive=False, shortlist=tokens_to_draft)
@@ -195,18 +206,28 @@ def measure_decoding(
     }
     for name, way in ways.items():
         calls[name] = partial(
-            write_all, models[name], prompts, tokens, texts[name], told[name],
-            speculation=way, **sampling,
-        )  # fmt: skip
+            write_all,
+            models[name],
+            prompts,
+            tokens,
+            texts[name],
+            told[name],
+            speculation=way,
+            **sampling,
+        )
     seconds = measure.alternate(calls, rounds)
     entries = []
     for name in ways:
         statistics = sum(told[name], Statistics())
         entry = measure.compare(
-            "decode", {"ours": seconds[name], "plain": seconds["plain"]}, over="plain",
-            tokens=len(prompts) * tokens, aim=FLOOR if name == "poor" else AIM,
-            way=name, temperature=temperature,
-        )  # fmt: skip
+            "decode",
+            {"ours": seconds[name], "plain": seconds["plain"]},
+            over="plain",
+            tokens=len(prompts) * tokens,
+            aim=FLOOR if name == "poor" else AIM,
+            way=name,
+            temperature=temperature,
+        )
         # Every round of measurement wrote the same texts; the counts are those of all rounds.
         entry |= {"statistics": statistics.to_dict(), "predicted_times_faster": {}}
         for kind, price in prices.items():

@@ -108,11 +108,15 @@ def measure_errors(calls: Mapping[str, Callable[..., Tensor]], tokens: int) -> l
         worst = max(e if e is not None else float("inf") for e in errors["ours"].values())
         entries.append(
             {
-                "what": "relative rms error against float64", "decay": decay, "tokens": tokens,
-                "float64_against_recurrence": check, "errors": errors,
-                "aim": ERROR_AIM, "reached": worst <= ERROR_AIM,
+                "what": "relative rms error against float64",
+                "decay": decay,
+                "tokens": tokens,
+                "float64_against_recurrence": check,
+                "errors": errors,
+                "aim": ERROR_AIM,
+                "reached": worst <= ERROR_AIM,
             }
-        )  # fmt: skip
+        )
     return entries
 
 
@@ -151,11 +155,15 @@ def measure_speed(
         least = min(entry["median"] for entry in faster.values())
         entries.append(
             {
-                "what": what, "tokens": tokens, "threads": torch.get_num_threads(),
+                "what": what,
+                "tokens": tokens,
+                "threads": torch.get_num_threads(),
                 "seconds": {name: summary(values) for name, values in seconds.items()},
-                "times_faster": faster, "aim": SPEED_AIM, "reached": least >= SPEED_AIM,
+                "times_faster": faster,
+                "aim": SPEED_AIM,
+                "reached": least >= SPEED_AIM,
             }
-        )  # fmt: skip
+        )
     return entries
 
 

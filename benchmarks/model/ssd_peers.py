@@ -92,9 +92,14 @@ def _simple_gla(checkouts: Path) -> Peer:
         shared = x.shape[2] // B.shape[2]
         B, C = (v.repeat_interleave(shared, dim=2) for v in (B, C))
         y, _ = scan(
-            C, B, x * dt.unsqueeze(-1), dt * A,
-            output_final_state=True, chunk_size=chunk, scale=1.0,
-        )  # fmt: skip
+            C,
+            B,
+            x * dt.unsqueeze(-1),
+            dt * A,
+            output_final_state=True,
+            chunk_size=chunk,
+            scale=1.0,
+        )
         return y
 
     return call

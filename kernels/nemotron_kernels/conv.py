@@ -41,7 +41,7 @@ from nemotron_kernels._compat import (
     check_rows,
     on_device,
     unit_stride,
-)  # fmt: skip
+)
 
 FORWARD = {
     0: Config({"BLOCK_T": 64, "BLOCK_C": 512}),
@@ -64,11 +64,26 @@ def tap(w_ptr, channel, inside, w_stride, J: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def _conv_forward(
-    x_ptr, w_ptr, bias_ptr, initial_ptr, seq_ptr, lengths_ptr, y_ptr, final_ptr,
-    length, channels,
-    x_stride_b, x_stride_t, w_stride, initial_stride_b, initial_stride_k, seq_stride_b,
-    TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    initial_ptr,
+    seq_ptr,
+    lengths_ptr,
+    y_ptr,
+    final_ptr,
+    length,
+    channels,
+    x_stride_b,
+    x_stride_t,
+    w_stride,
+    initial_stride_b,
+    initial_stride_k,
+    seq_stride_b,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     block = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(2).to(tl.int64)
@@ -145,9 +160,16 @@ def _conv_forward(
 
 @triton.jit
 def _window_row(
-    x_ptr, initial_ptr, t, length, channel, channels, x_stride_t, initial_stride_k,
+    x_ptr,
+    initial_ptr,
+    t,
+    length,
+    channel,
+    channels,
+    x_stride_t,
+    initial_stride_k,
     TAPS: tl.constexpr,
-):  # fmt: skip
+):
     """x_t; from the initial state where t < 0; zero outside both."""
     x = tl.load(
         x_ptr + t * x_stride_t + channel,
@@ -172,13 +194,34 @@ def _same_document(seq_ptr, t, document, latest):
 
 @triton.jit(do_not_specialize=["length"])
 def _conv_backward(
-    x_ptr, w_ptr, bias_ptr, initial_ptr, seq_ptr, lengths_ptr, dy_ptr, dfinal_ptr,
-    dx_ptr, dinitial_ptr, partial_ptr,
-    length, channels, stretches,
-    x_stride_b, x_stride_t, w_stride, initial_stride_b, initial_stride_k, seq_stride_b,
-    dy_stride_b, dy_stride_t, dfinal_stride_b, dfinal_stride_k,
-    TAPS: tl.constexpr, STRETCH: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    initial_ptr,
+    seq_ptr,
+    lengths_ptr,
+    dy_ptr,
+    dfinal_ptr,
+    dx_ptr,
+    dinitial_ptr,
+    partial_ptr,
+    length,
+    channels,
+    stretches,
+    x_stride_b,
+    x_stride_t,
+    w_stride,
+    initial_stride_b,
+    initial_stride_k,
+    seq_stride_b,
+    dy_stride_b,
+    dy_stride_t,
+    dfinal_stride_b,
+    dfinal_stride_k,
+    TAPS: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     stretch = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(2).to(tl.int64)
@@ -209,12 +252,15 @@ def _conv_backward(
 
     # x3, x2, x1: the inputs 3, 2 and 1 tokens back. dx3, dx2, dx1: the gradients of those inputs,
     # summed over the tokens so far.
-    x3 = _window_row(x_ptr, initial_ptr, start - 3, length, channel, channels, x_stride_t,
-                     initial_stride_k, TAPS)  # fmt: skip
-    x2 = _window_row(x_ptr, initial_ptr, start - 2, length, channel, channels, x_stride_t,
-                     initial_stride_k, TAPS)  # fmt: skip
-    x1 = _window_row(x_ptr, initial_ptr, start - 1, length, channel, channels, x_stride_t,
-                     initial_stride_k, TAPS)  # fmt: skip
+    x3 = _window_row(
+        x_ptr, initial_ptr, start - 3, length, channel, channels, x_stride_t, initial_stride_k, TAPS
+    )
+    x2 = _window_row(
+        x_ptr, initial_ptr, start - 2, length, channel, channels, x_stride_t, initial_stride_k, TAPS
+    )
+    x1 = _window_row(
+        x_ptr, initial_ptr, start - 1, length, channel, channels, x_stride_t, initial_stride_k, TAPS
+    )
     dx3 = tl.zeros((BLOCK_C,), dtype=tl.float32)
     dx2, dx1 = dx3, dx3
     dw0, dw1, dw2, dw3, dbias = dx3, dx3, dx3, dx3, dx3
@@ -290,10 +336,21 @@ class _CausalConv1d(torch.autograd.Function):
         grid = (max(1, cdiv(t, config["BLOCK_T"])), cdiv(c, config["BLOCK_C"]), b)
         with on_device(x):
             _conv_forward[grid](
-                x, weight, bias, initial_state, seq_idx, lengths, y, state,
-                t, c, *x.stride()[:2], *_strides(weight, initial_state, seq_idx),
-                TAPS=taps, **config.kwargs,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                initial_state,
+                seq_idx,
+                lengths,
+                y,
+                state,
+                t,
+                c,
+                *x.stride()[:2],
+                *_strides(weight, initial_state, seq_idx),
+                TAPS=taps,
+                **config.kwargs,
+            )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx, lengths)
         return y, state
@@ -306,19 +363,37 @@ class _CausalConv1d(torch.autograd.Function):
         dy = unit_stride(torch.zeros_like(x) if dy is None else dy)
         dfinal = None if dfinal is None else unit_stride(dfinal)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dinitial = None if initial_state is None else torch.empty_like(
-            initial_state, memory_format=torch.contiguous_format
-        )  # fmt: skip
+        dinitial = (
+            None
+            if initial_state is None
+            else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+        )
         config = by_arch(BACKWARD)
         stretches = max(1, cdiv(t, config["STRETCH"]))
         partial = torch.empty(b, stretches, 5, c, dtype=torch.float32, device=x.device)
         with on_device(x):
             _conv_backward[stretches, cdiv(c, config["BLOCK_C"]), b](
-                x, weight, bias, initial_state, seq_idx, lengths, dy, dfinal, dx, dinitial, partial,
-                t, c, stretches, *x.stride()[:2], *_strides(weight, initial_state, seq_idx),
-                *dy.stride()[:2], *((0, 0) if dfinal is None else dfinal.stride()[:2]),
-                TAPS=weight.shape[1], **config.kwargs,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                initial_state,
+                seq_idx,
+                lengths,
+                dy,
+                dfinal,
+                dx,
+                dinitial,
+                partial,
+                t,
+                c,
+                stretches,
+                *x.stride()[:2],
+                *_strides(weight, initial_state, seq_idx),
+                *dy.stride()[:2],
+                *((0, 0) if dfinal is None else dfinal.stride()[:2]),
+                TAPS=weight.shape[1],
+                **config.kwargs,
+            )
         sums = partial.sum((0, 1))
         dweight = sums[4 - weight.shape[1] : 4].t().to(weight.dtype)
         dbias = None if bias is None else sums[4].to(bias.dtype)
@@ -358,9 +433,14 @@ def causal_conv1d(
     b, t, c = x.shape
     check_rows("causal_conv1d", b)
     check_shapes(
-        "causal_conv1d", c, weight, bias=(bias, (c,)), seq_idx=(seq_idx, (b, t)),
-        initial_state=(initial_state, (b, weight.shape[1] - 1, c)), lengths=(lengths, (b,)),
-    )  # fmt: skip
+        "causal_conv1d",
+        c,
+        weight,
+        bias=(bias, (c,)),
+        seq_idx=(seq_idx, (b, t)),
+        initial_state=(initial_state, (b, weight.shape[1] - 1, c)),
+        lengths=(lengths, (b,)),
+    )
     x, weight = unit_stride(x), weight.contiguous()
     bias, lengths = (None if v is None else v.contiguous() for v in (bias, lengths))
     initial_state = None if initial_state is None else unit_stride(initial_state)

@@ -40,10 +40,22 @@ STEP = {0: Config({"BLOCK_C": 1024}), 80: Config({"BLOCK_C": 256}, num_warps=1)}
 
 @triton.jit
 def _conv_step(
-    state_ptr, x_ptr, w_ptr, bias_ptr, y_ptr, out_ptr,
-    channels, state_stride_b, state_stride_k, out_stride_b, out_stride_k, x_stride_b, w_stride,
-    TAPS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    state_ptr,
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    out_ptr,
+    channels,
+    state_stride_b,
+    state_stride_k,
+    out_stride_b,
+    out_stride_k,
+    x_stride_b,
+    w_stride,
+    TAPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.program_id(1).to(tl.int64)
     inside = channel < channels
@@ -89,9 +101,13 @@ def causal_conv1d_step(
     (b, c), kept = x.shape, (x.shape[0], weight.shape[1] - 1, x.shape[1])
     check_rows("causal_conv1d_step", b)
     check_shapes(
-        "causal_conv1d_step", c, weight, bias=(bias, (c,)), state=(state, kept),
+        "causal_conv1d_step",
+        c,
+        weight,
+        bias=(bias, (c,)),
+        state=(state, kept),
         out_state=(out_state, kept),
-    )  # fmt: skip
+    )
     if out_state is None:
         out_state = torch.empty(kept, dtype=state.dtype, device=x.device)
     if out_state.stride(-1) != 1 and c > 1:
@@ -102,8 +118,18 @@ def causal_conv1d_step(
     config = by_arch(STEP)
     with on_device(x):
         _conv_step[cdiv(c, config["BLOCK_C"]), b](
-            state, x, weight, bias, y, out_state,
-            c, *state.stride()[:2], *out_state.stride()[:2], x.stride(0), weight.stride(0),
-            TAPS=weight.shape[1], **config.kwargs,
-        )  # fmt: skip
+            state,
+            x,
+            weight,
+            bias,
+            y,
+            out_state,
+            c,
+            *state.stride()[:2],
+            *out_state.stride()[:2],
+            x.stride(0),
+            weight.stride(0),
+            TAPS=weight.shape[1],
+            **config.kwargs,
+        )
     return y, out_state

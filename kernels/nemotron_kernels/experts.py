@@ -57,10 +57,18 @@ from nemotron_kernels.sorting import Order, sort_by_expert
 
 @triton.jit
 def _combine_kernel(
-    rows_ptr, places_ptr, weights_ptr, out_ptr, tokens,
-    TOP_K: tl.constexpr, WIDTH: tl.constexpr, SORTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    places_ptr,
+    weights_ptr,
+    out_ptr,
+    tokens,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SORTED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """out[t] = sum_j w[t, j] rows[place of (t, j)], in float32 and in the order of the slots."""
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     token = tl.program_id(0) // across * TOKENS + tl.arange(0, TOKENS)
@@ -88,11 +96,22 @@ def _matvec_name(kernel: Any) -> str:
 
 @triton.jit(repr=_matvec_name)
 def _matvec_kernel(
-    x_ptr, matrix_ptr, indices_ptr, y_ptr,
-    stride_x, stride_e, stride_n, stride_k,
-    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PAIRS_PER_ROW: tl.constexpr,
-    ACTIVATE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    matrix_ptr,
+    indices_ptr,
+    y_ptr,
+    stride_x,
+    stride_e,
+    stride_n,
+    stride_k,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """y[pair] = matrix[expert of pair] x[row of pair], for one pair and one tile of its rows."""
     down: tl.constexpr = (N + ROWS - 1) // ROWS
     pair = tl.program_id(0) // down
@@ -138,10 +157,17 @@ def _combine(rows: Tensor, top_k: int, places: Tensor | None, weights: Tensor | 
     grid = cdiv(tokens, config["TOKENS"]) * cdiv(width, config["COLUMNS"])
     with on_device(rows):
         _combine_kernel[(grid,)](
-            rows, rows if places is None else places, rows if weights is None else weights, out,
-            tokens, TOP_K=top_k, WIDTH=width, SORTED=places is not None,
-            WEIGHTED=weights is not None, **config.kwargs,
-        )  # fmt: skip
+            rows,
+            rows if places is None else places,
+            rows if weights is None else weights,
+            out,
+            tokens,
+            TOP_K=top_k,
+            WIDTH=width,
+            SORTED=places is not None,
+            WEIGHTED=weights is not None,
+            **config.kwargs,
+        )
     return out
 
 
@@ -152,10 +178,19 @@ def _matvec(x: Tensor, matrix: Tensor, indices: Tensor, activate: bool) -> Tenso
     config = by_arch(MATVEC)
     with on_device(x):
         _matvec_kernel[(pairs * cdiv(n, config["ROWS"]),)](
-            x, matrix, indices, y, x.stride(0), *matrix.stride(),
-            E=experts, N=n, K=k, PAIRS_PER_ROW=pairs // x.shape[0], ACTIVATE=activate,
+            x,
+            matrix,
+            indices,
+            y,
+            x.stride(0),
+            *matrix.stride(),
+            E=experts,
+            N=n,
+            K=k,
+            PAIRS_PER_ROW=pairs // x.shape[0],
+            ACTIVATE=activate,
             **config.kwargs,
-        )  # fmt: skip
+        )
     return y
 
 

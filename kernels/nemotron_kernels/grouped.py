@@ -59,13 +59,31 @@ def _outer_name(kernel: Any) -> str:
 
 @triton.jit(repr=_rows_name)
 def _grouped_rows_kernel(
-    a_ptr, b_ptr, c_ptr, active_ptr, weights_ptr, partial_ptr,
-    pairs_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr,
-    stride_a, stride_be, stride_bk, stride_bn, stride_partial,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, STAGE: tl.constexpr,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    active_ptr,
+    weights_ptr,
+    partial_ptr,
+    pairs_ptr,
+    starts_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    stride_a,
+    stride_be,
+    stride_bk,
+    stride_bn,
+    stride_partial,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STAGE: tl.constexpr,
+    GATHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across  # neighbours share their rows, and their expert's matrix
     column = tl.program_id(0) % across
@@ -114,12 +132,24 @@ def _grouped_rows_kernel(
 
 @triton.jit(repr=_outer_name)
 def _grouped_outer_kernel(
-    s_ptr, g_ptr, weights_ptr, c_ptr, pairs_ptr, starts_ptr,
-    stride_g, stride_cm, stride_cn,
-    M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    s_ptr,
+    g_ptr,
+    weights_ptr,
+    c_ptr,
+    pairs_ptr,
+    starts_ptr,
+    stride_g,
+    stride_cm,
+    stride_cn,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     down: tl.constexpr = (M + ROWS - 1) // ROWS
     across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // (down * across)
@@ -210,9 +240,14 @@ def grouped_rows(
 
 
 def grouped_rows_backward(
-    grad: Tensor, b: Tensor, order: Order, top_k: int, precision: str,
-    active: Tensor, weights: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    b: Tensor,
+    order: Order,
+    top_k: int,
+    precision: str,
+    active: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Backward of the second matrix and the activation: `(dh, dweights)`.
 
     Args:
@@ -230,9 +265,17 @@ def grouped_rows_backward(
 
 
 def _rows(
-    a: Tensor, b: Tensor, order: Order, top_k: int, precision: str, transposed: bool,
-    gather: bool, activate: bool, active: Tensor | None, weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    a: Tensor,
+    b: Tensor,
+    order: Order,
+    top_k: int,
+    precision: str,
+    transposed: bool,
+    gather: bool,
+    activate: bool,
+    active: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     pairs, depth = order.pairs.numel(), a.shape[1]
     columns = b.shape[1 if transposed else 2]
     config = by_arch(ROWS[a.dtype.itemsize][order.tile_rows])
@@ -245,15 +288,30 @@ def _rows(
     stage = BACKWARD if active is not None else ACTIVATE if activate else PLAIN
     with on_device(a):
         _grouped_rows_kernel[(order.tile_experts.numel() * across,)](
-            a, b, c,
+            a,
+            b,
+            c,
             c if active is None else active,  # pointers that only the backward stage reads
             order.pairs if weights is None else weights,
             c if partial is None else partial,
-            order.pairs, order.starts, order.tile_experts, order.tile_starts,
-            a.stride(0), b.stride(0), stride_k, stride_n, pairs,
-            N=columns, K=depth, TOP_K=top_k, STAGE=stage.value, GATHER=gather,
-            PRECISION=precision, ROWS=order.tile_rows, **config.kwargs,
-        )  # fmt: skip
+            order.pairs,
+            order.starts,
+            order.tile_experts,
+            order.tile_starts,
+            a.stride(0),
+            b.stride(0),
+            stride_k,
+            stride_n,
+            pairs,
+            N=columns,
+            K=depth,
+            TOP_K=top_k,
+            STAGE=stage.value,
+            GATHER=gather,
+            PRECISION=precision,
+            ROWS=order.tile_rows,
+            **config.kwargs,
+        )
     return c, partial
 
 
@@ -287,9 +345,20 @@ def grouped_outer(
     grid = experts * cdiv(m, config["ROWS"]) * cdiv(n, config["COLUMNS"])
     with on_device(rows):
         _grouped_outer_kernel[(grid,)](
-            rows, tokens, order.pairs if weights is None else weights, c,
-            order.pairs, order.starts, tokens.stride(0), stride_m, stride_n,
-            M=m, N=n, TOP_K=top_k, WEIGHTED=weights is not None, PRECISION=precision,
+            rows,
+            tokens,
+            order.pairs if weights is None else weights,
+            c,
+            order.pairs,
+            order.starts,
+            tokens.stride(0),
+            stride_m,
+            stride_n,
+            M=m,
+            N=n,
+            TOP_K=top_k,
+            WEIGHTED=weights is not None,
+            PRECISION=precision,
             **config.kwargs,
-        )  # fmt: skip
+        )
     return c

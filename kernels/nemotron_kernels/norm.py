@@ -64,9 +64,19 @@ def _inverse_rms(a, inside, size, eps):
 
 @triton.jit
 def _norm_forward(
-    y_ptr, z_ptr, w_ptr, out_ptr, rows, channels, size, eps, y_stride, z_stride,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    z_ptr,
+    w_ptr,
+    out_ptr,
+    rows,
+    channels,
+    size,
+    eps,
+    y_stride,
+    z_stride,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     place = tl.arange(0, BLOCK_N)
     channel = tl.program_id(1) * size + place
@@ -89,10 +99,24 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    y_ptr, z_ptr, w_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
-    rows, channels, size, eps, y_stride, z_stride, dout_stride,
-    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    z_ptr,
+    w_ptr,
+    dout_ptr,
+    dy_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    channels,
+    size,
+    eps,
+    y_stride,
+    z_stride,
+    dout_stride,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     stretch = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK_N)
     channel = tl.program_id(1) * size + place
@@ -161,9 +185,23 @@ class _RmsNorm(torch.autograd.Function):
         partial = torch.empty(stretches, channels, dtype=torch.float32, device=y.device)
         with on_device(y):
             _norm_backward[stretches, ctx.groups](
-                y, z, weight, dout, dy, dz, partial, rows, channels, size, ctx.eps,
-                y.stride(0), _row_stride(z), dout.stride(0), ROWS=config["ROWS"], **options,
-            )  # fmt: skip
+                y,
+                z,
+                weight,
+                dout,
+                dy,
+                dz,
+                partial,
+                rows,
+                channels,
+                size,
+                ctx.eps,
+                y.stride(0),
+                _row_stride(z),
+                dout.stride(0),
+                ROWS=config["ROWS"],
+                **options,
+            )
         return dy, dz, partial.sum(0).to(weight.dtype), None, None
 
 

@@ -33,9 +33,19 @@ from nemotron_kernels.nvfp4_rounding import decode_e4m3, rounded_to
 
 @triton.jit
 def _nvfp4_dequantize(
-    codes_ptr, scales_ptr, scale_ptr, out_ptr, rows, columns, each,
-    stride_c, stride_s, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    codes_ptr,
+    scales_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    columns,
+    each,
+    stride_c,
+    stride_s,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     across = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % across * COLUMNS
@@ -58,8 +68,9 @@ def _nvfp4_dequantize(
     k = first + tl.arange(0, COLUMNS)
     tl.store(
         out_ptr + row[:, None] * columns + k[None, :],
-        rounded_to(value, out_ptr.dtype.element_ty), mask=inside & (k < columns)[None, :],
-    )  # fmt: skip
+        rounded_to(value, out_ptr.dtype.element_ty),
+        mask=inside & (k < columns)[None, :],
+    )
 
 
 CONFIGS = {
@@ -97,10 +108,18 @@ def nvfp4_dequantize(w: Packed, dtype: torch.dtype = torch.float32) -> Float[Ten
     tiles = cdiv(rows, small["ROWS"]) * cdiv(columns, small["COLUMNS"])
     with on_device(codes):
         _nvfp4_dequantize[(tiles,)](
-            codes, scales, w.scale.contiguous(), out, rows, columns, rows // w.scale.numel(),
-            codes.stride(0), scales.stride(0), WHOLE=columns % small["COLUMNS"] == 0,
+            codes,
+            scales,
+            w.scale.contiguous(),
+            out,
+            rows,
+            columns,
+            rows // w.scale.numel(),
+            codes.stride(0),
+            scales.stride(0),
+            WHOLE=columns % small["COLUMNS"] == 0,
             **{**config.kwargs, **small},
-        )  # fmt: skip
+        )
     return out
 
 

@@ -79,13 +79,32 @@ def _bytes(at, row_inside, column_inside, WHOLE: tl.constexpr):
 
 @triton.jit(repr=_rows_name)
 def _rows_kernel(
-    x_ptr, codes_ptr, scales_ptr, scale_ptr, y_ptr,
-    pairs_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr,
-    tokens, stride_x, stride_ce, stride_cn, stride_se, stride_sn,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SORTED: tl.constexpr,
-    GATHER: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_ptr,
+    y_ptr,
+    pairs_ptr,
+    starts_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    tokens,
+    stride_x,
+    stride_ce,
+    stride_cn,
+    stride_se,
+    stride_sn,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SORTED: tl.constexpr,
+    GATHER: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     across: tl.constexpr = (N + ROWS - 1) // ROWS
     filled: tl.constexpr = (K + 15) // 16 * 16
     tile = tl.program_id(0) // across  # neighbours share their rows, and their expert's matrix
@@ -136,11 +155,25 @@ def _rows_kernel(
 
 @triton.jit(repr=_packed_name)
 def _packed_kernel(
-    x_codes_ptr, x_scales_ptr, x_scale_ptr, codes_ptr, scales_ptr, scale_ptr, y_ptr,
-    tokens, stride_xc, stride_xs, stride_cn, stride_sn,
-    N: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x_codes_ptr,
+    x_scales_ptr,
+    x_scale_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_ptr,
+    y_ptr,
+    tokens,
+    stride_xc,
+    stride_xs,
+    stride_cn,
+    stride_sn,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     across: tl.constexpr = (N + ROWS - 1) // ROWS
     filled: tl.constexpr = (K + 15) // 16 * 16
     whole: tl.constexpr = filled % DEPTH == 0
@@ -232,9 +265,17 @@ def grouped_rows(
 
 
 def _rows(
-    x: Tensor, w: Packed, rows: int, dtype: torch.dtype, tile: int, precision: str,
-    order: Order | None = None, top_k: int = 1, gather: bool = False, activate: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    w: Packed,
+    rows: int,
+    dtype: torch.dtype,
+    tile: int,
+    precision: str,
+    order: Order | None = None,
+    top_k: int = 1,
+    gather: bool = False,
+    activate: bool = False,
+) -> Tensor:
     n, k = w.shape[-2:]
     codes, scales, strides = packed_parts(w)
     y = torch.empty(rows, n, device=x.device, dtype=dtype)
@@ -245,10 +286,25 @@ def _rows(
         sort = order.pairs, order.starts, order.tile_experts, order.tile_starts
     with on_device(x):
         _rows_kernel[(tiles * cdiv(n, config["ROWS"]),)](
-            x, codes, scales, w.scale, y, *sort, rows, x.stride(0), *strides,
-            N=n, K=k, TOP_K=top_k, SORTED=order is not None, GATHER=gather, ACTIVATE=activate,
-            PRECISION=precision, TOKENS=tile, **config.kwargs,
-        )  # fmt: skip
+            x,
+            codes,
+            scales,
+            w.scale,
+            y,
+            *sort,
+            rows,
+            x.stride(0),
+            *strides,
+            N=n,
+            K=k,
+            TOP_K=top_k,
+            SORTED=order is not None,
+            GATHER=gather,
+            ACTIVATE=activate,
+            PRECISION=precision,
+            TOKENS=tile,
+            **config.kwargs,
+        )
     return y
 
 
@@ -262,10 +318,24 @@ def _packed(x: Packed, w: Packed, rows: int, dtype: torch.dtype) -> Tensor:
     config = by_arch(PACKED[tile])
     with on_device(x_codes):
         _packed_kernel[(cdiv(rows, tile) * cdiv(n, config["ROWS"]),)](
-            x_codes, x_scales, x.scale, codes, scales, w.scale, y,
-            rows, x_codes.stride(0), x_scales.stride(0), strides[1], strides[3],
-            N=n, K=k, SCALED=tile == 128 and arch() >= 100, TOKENS=tile, **config.kwargs,
-        )  # fmt: skip
+            x_codes,
+            x_scales,
+            x.scale,
+            codes,
+            scales,
+            w.scale,
+            y,
+            rows,
+            x_codes.stride(0),
+            x_scales.stride(0),
+            strides[1],
+            strides[3],
+            N=n,
+            K=k,
+            SCALED=tile == 128 and arch() >= 100,
+            TOKENS=tile,
+            **config.kwargs,
+        )
     return y
 
 

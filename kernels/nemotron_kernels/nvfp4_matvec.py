@@ -36,11 +36,26 @@ def _name(kernel: Any) -> str:
 
 @triton.jit(repr=_name)
 def _matvec_kernel(
-    x_ptr, codes_ptr, scales_ptr, scale_ptr, indices_ptr, y_ptr,
-    stride_x, stride_ce, stride_cn, stride_se, stride_sn,
-    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PAIRS_PER_ROW: tl.constexpr,
-    CHOSEN: tl.constexpr, ACTIVATE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_ptr,
+    indices_ptr,
+    y_ptr,
+    stride_x,
+    stride_ce,
+    stride_cn,
+    stride_se,
+    stride_sn,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     down: tl.constexpr = (N + ROWS - 1) // ROWS
     filled: tl.constexpr = (K + 15) // 16 * 16
     pair = tl.program_id(0) // down
@@ -109,8 +124,20 @@ def _launch(
     config = by_arch(MATVEC)
     with on_device(x):
         _matvec_kernel[(pairs * cdiv(n, config["ROWS"]),)](
-            x, codes, scales, w.scale, indices, y, x.stride(0), *strides,
-            E=1 if indices is None else w.shape[0], N=n, K=k, PAIRS_PER_ROW=pairs // x.shape[0],
-            CHOSEN=indices is not None, ACTIVATE=activate, **config.kwargs,
-        )  # fmt: skip
+            x,
+            codes,
+            scales,
+            w.scale,
+            indices,
+            y,
+            x.stride(0),
+            *strides,
+            E=1 if indices is None else w.shape[0],
+            N=n,
+            K=k,
+            PAIRS_PER_ROW=pairs // x.shape[0],
+            CHOSEN=indices is not None,
+            ACTIVATE=activate,
+            **config.kwargs,
+        )
     return y

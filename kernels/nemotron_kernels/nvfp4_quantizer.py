@@ -166,10 +166,18 @@ def nvfp4_fake_quantize(
 
 
 def _launch(
-    op: str, x: Tensor, amax: Tensor, block: str, hadamard: bool, seed: int | Tensor | None,
-    bits: Tensor | None, codes: Tensor | None, scales: Tensor | None, scale: Tensor | None,
+    op: str,
+    x: Tensor,
+    amax: Tensor,
+    block: str,
+    hadamard: bool,
+    seed: int | Tensor | None,
+    bits: Tensor | None,
+    codes: Tensor | None,
+    scales: Tensor | None,
+    scale: Tensor | None,
     out: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     on_gpu_seed = seed if isinstance(seed, Tensor) else None
     check_inputs(op, x, amax, bits, on_gpu_seed)
     _check(op, x, amax, block, seed, bits)
@@ -191,15 +199,30 @@ def _launch(
     config = _config(x)
     with on_device(x):
         _quantize_kernel[(_tiles(x, filled, config),)](
-            x, amax.contiguous(), bits, codes, scales, scale, out, seed,
-            matrices // max(1, amax.numel()), m, k, filled,
-            0 if bits is None else bits.shape[2], 0 if out is None else out.shape[2],
-            *x.stride(), *((0,) * 3 if bits is None else bits.stride()),
+            x,
+            amax.contiguous(),
+            bits,
+            codes,
+            scales,
+            scale,
+            out,
+            seed,
+            matrices // max(1, amax.numel()),
+            m,
+            k,
+            filled,
+            0 if bits is None else bits.shape[2],
+            0 if out is None else out.shape[2],
+            *x.stride(),
+            *((0,) * 3 if bits is None else bits.stride()),
             *((0,) * 3 if out is None else out.stride()),
-            SQUARE=block == "16x16", HADAMARD=hadamard, ROUNDING=rounding,
+            SQUARE=block == "16x16",
+            HADAMARD=hadamard,
+            ROUNDING=rounding,
             FAKE=out is not None,
-            NATIVE=out is None and arch() >= 100, **config,
-        )  # fmt: skip
+            NATIVE=out is None and arch() >= 100,
+            **config,
+        )
 
 
 def _matrices(x: Tensor, batch_dims: int) -> Tensor:

@@ -94,8 +94,12 @@ def encode_pair(even, odd):
     """Two numbers in a byte, by the instruction of sm_100; ties to even, larger numbers to 6."""
     return tl.inline_asm_elementwise(
         "{ .reg .b8 both; cvt.rn.satfinite.e2m1x2.f32 both, $2, $1; cvt.u32.u8 $0, both; }",
-        "=r,f,f", [even, odd], dtype=tl.uint32, is_pure=True, pack=1,
-    ).to(tl.uint8)  # fmt: skip
+        "=r,f,f",
+        [even, odd],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    ).to(tl.uint8)
 
 
 @triton.jit
@@ -118,8 +122,9 @@ def round_stochastically(v, halves):
 
 
 @triton.jit
-def random_halves(seed, row, first, counters, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
+def random_halves(
+    seed, row, first, counters, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """16 random bits for each number of a tile, as `nemotron_lite.ops.philox` lays them out.
 
     Args:

@@ -76,8 +76,21 @@ def _at(ptr, matrix, m, k, stride_b, stride_m, stride_k):
 
 
 @triton.jit
-def _load(x_ptr, matrix, m, k, M, K, stride_b, stride_m, stride_k, TRANSPOSED: tl.constexpr,
-          HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _load(
+    x_ptr,
+    matrix,
+    m,
+    k,
+    M,
+    K,
+    stride_b,
+    stride_m,
+    stride_k,
+    TRANSPOSED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """A tile in float32, zero outside the matrix.
 
     HADAMARD: the Hadamard transform of the tile, rounded to the dtype of x.
@@ -92,9 +105,19 @@ def _load(x_ptr, matrix, m, k, M, K, stride_b, stride_m, stride_k, TRANSPOSED: t
 
 @triton.jit
 def _nvfp4_amax(
-    x_ptr, partial_ptr, M, K, stride_b, stride_m, stride_k, STACKED: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HADAMARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    partial_ptr,
+    M,
+    K,
+    stride_b,
+    stride_m,
+    stride_k,
+    STACKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     matrix, m, k = _place(M, K, STACKED, ROWS, COLUMNS)
     m, k = (
         _rows(m + tl.arange(0, ROWS), TRANSPOSED),
@@ -108,8 +131,9 @@ def _nvfp4_amax(
 
 
 @triton.jit
-def _largest(x, TRANSPOSED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr):  # fmt: skip
+def _largest(
+    x, TRANSPOSED: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The largest magnitude of each block: `ROWS, COLUMNS / 16`, or its transpose."""
     size = tl.abs(x)
     if TRANSPOSED:
@@ -161,13 +185,39 @@ def _name(kernel: Any) -> str:
 
 @triton.jit(repr=_name, do_not_specialize=["seed"])
 def _quantize_kernel(
-    x_ptr, amax_ptr, bits_ptr, codes_ptr, scales_ptr, scale_ptr, out_ptr, seed, each,
-    M, K, filled, given, width, stride_b, stride_m, stride_k,
-    bits_b, bits_m, bits_k, out_b, out_m, out_k,
-    STACKED: tl.constexpr, TRANSPOSED: tl.constexpr, SQUARE: tl.constexpr, HADAMARD: tl.constexpr,
-    ROUNDING: tl.constexpr, FAKE: tl.constexpr, NATIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    amax_ptr,
+    bits_ptr,
+    codes_ptr,
+    scales_ptr,
+    scale_ptr,
+    out_ptr,
+    seed,
+    each,
+    M,
+    K,
+    filled,
+    given,
+    width,
+    stride_b,
+    stride_m,
+    stride_k,
+    bits_b,
+    bits_m,
+    bits_k,
+    out_b,
+    out_m,
+    out_k,
+    STACKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SQUARE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    FAKE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     matrix, top, first = _place(M, filled, STACKED, ROWS, COLUMNS)
     m = _rows(top + tl.arange(0, ROWS), TRANSPOSED)
     k = _columns(first + tl.arange(0, COLUMNS), TRANSPOSED)

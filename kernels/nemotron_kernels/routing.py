@@ -106,10 +106,14 @@ def _value(key):
 
 @triton.jit
 def _drop_weak_groups(
-    keys, experts,
-    E: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    keys,
+    experts,
+    E: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """Give the experts outside the best groups a score of minus infinity."""
     group_of = experts // (E // N_GROUP)
     groups = tl.arange(0, GROUPS)[None, :]
@@ -134,12 +138,24 @@ def _drop_weak_groups(
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, bias_ptr, weights_ptr, indices_ptr, scores_ptr,
-    tokens, stride_t, scale,
-    E: tl.constexpr, TOP_K: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr,
-    NORMALIZE: tl.constexpr, ROWS: tl.constexpr,
-    EXPERTS: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    indices_ptr,
+    scores_ptr,
+    tokens,
+    stride_t,
+    scale,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    N_GROUP: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = rows.to(tl.int64)[:, None]
     experts = tl.arange(0, EXPERTS)[None, :]
@@ -177,12 +193,23 @@ def _route_kernel(
 
 @triton.jit
 def _route_backward_kernel(
-    logits_ptr, indices_ptr, grad_weights_ptr, grad_scores_ptr, grad_logits_ptr,
-    tokens, stride_t, scale,
-    E: tl.constexpr, TOP_K: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_SCORES: tl.constexpr,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    indices_ptr,
+    grad_weights_ptr,
+    grad_scores_ptr,
+    grad_logits_ptr,
+    tokens,
+    stride_t,
+    scale,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < tokens
     wide = rows.to(tl.int64)
@@ -242,12 +269,24 @@ class _Route(torch.autograd.Function):
             config = by_arch(FORWARD)
             with on_device(logits):
                 _route_kernel[(cdiv(tokens, config["ROWS"]),)](
-                    logits, bias, weights, indices, scores, tokens, logits.stride(0), scale,
-                    E=experts, TOP_K=top_k, N_GROUP=n_group, TOPK_GROUP=topk_group,
-                    NORMALIZE=normalize, EXPERTS=next_power_of_2(experts),
-                    SLOTS=next_power_of_2(top_k), GROUPS=next_power_of_2(n_group),
+                    logits,
+                    bias,
+                    weights,
+                    indices,
+                    scores,
+                    tokens,
+                    logits.stride(0),
+                    scale,
+                    E=experts,
+                    TOP_K=top_k,
+                    N_GROUP=n_group,
+                    TOPK_GROUP=topk_group,
+                    NORMALIZE=normalize,
+                    EXPERTS=next_power_of_2(experts),
+                    SLOTS=next_power_of_2(top_k),
+                    GROUPS=next_power_of_2(n_group),
                     **config.kwargs,
-                )  # fmt: skip
+                )
         return weights, indices, scores
 
     @staticmethod
@@ -264,12 +303,22 @@ class _Route(torch.autograd.Function):
             ]
             with on_device(logits):
                 _route_backward_kernel[(cdiv(tokens, config["ROWS"]),)](
-                    logits, indices, *parts, grad_logits, tokens, logits.stride(0), ctx.scale,
-                    E=experts, TOP_K=indices.shape[1], NORMALIZE=ctx.normalize,
-                    HAS_WEIGHTS=grad_weights is not None, HAS_SCORES=grad_scores is not None,
-                    EXPERTS=next_power_of_2(experts), SLOTS=next_power_of_2(indices.shape[1]),
+                    logits,
+                    indices,
+                    *parts,
+                    grad_logits,
+                    tokens,
+                    logits.stride(0),
+                    ctx.scale,
+                    E=experts,
+                    TOP_K=indices.shape[1],
+                    NORMALIZE=ctx.normalize,
+                    HAS_WEIGHTS=grad_weights is not None,
+                    HAS_SCORES=grad_scores is not None,
+                    EXPERTS=next_power_of_2(experts),
+                    SLOTS=next_power_of_2(indices.shape[1]),
                     **config.kwargs,
-                )  # fmt: skip
+                )
         return grad_logits, None, None, None, None, None, None
 
 

@@ -59,9 +59,13 @@ class Order(NamedTuple):
 
 @triton.jit
 def _count_kernel(
-    indices_ptr, table_ptr, pairs,
-    E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    indices_ptr,
+    table_ptr,
+    pairs,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0)
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     e = tl.load(indices_ptr + i, mask=i < pairs, other=0).to(tl.int32)
@@ -73,9 +77,13 @@ def _count_kernel(
 
 @triton.jit
 def _offsets_kernel(
-    table_ptr, counts_ptr, blocks,
-    E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    table_ptr,
+    counts_ptr,
+    blocks,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Replace the counts per block, in place, by the number of pairs in earlier blocks."""
     experts = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], dtype=tl.int32)
@@ -92,9 +100,16 @@ def _offsets_kernel(
 
 @triton.jit
 def _tiles_kernel(
-    counts_ptr, starts_ptr, tile_experts_ptr, tile_starts_ptr, tiles,
-    E: tl.constexpr, EXPERTS: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    counts_ptr,
+    starts_ptr,
+    tile_experts_ptr,
+    tile_starts_ptr,
+    tiles,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     experts = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + experts, mask=experts < E, other=0)
     starts = tl.cumsum(counts, axis=0) - counts
@@ -115,9 +130,16 @@ def _tiles_kernel(
 
 @triton.jit
 def _place_kernel(
-    indices_ptr, table_ptr, starts_ptr, pairs_ptr, places_ptr, pairs,
-    E: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    indices_ptr,
+    table_ptr,
+    starts_ptr,
+    pairs_ptr,
+    places_ptr,
+    pairs,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     block = tl.program_id(0)
     first = block.to(tl.int64) * BLOCK
     mine = tl.arange(0, BLOCK)
@@ -188,9 +210,14 @@ def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 6
 
     tiles = tile_bound(pairs, experts, tile_rows)
     order = Order(
-        ints(pairs), ints(pairs), ints(experts), ints(experts + 1), ints(tiles), ints(tiles),
+        ints(pairs),
+        ints(pairs),
+        ints(experts),
+        ints(experts + 1),
+        ints(tiles),
+        ints(tiles),
         tile_rows,
-    )  # fmt: skip
+    )
     place, offsets, cut = by_arch(PLACE), by_arch(OFFSETS), by_arch(TILES)
     width = next_power_of_2(experts)
     blocks = cdiv(pairs, place["BLOCK"])
@@ -198,19 +225,37 @@ def sort_by_expert(indices: Int[Tensor, "t k"], experts: int, tile_rows: int = 6
     with on_device(indices):
         if blocks:
             _count_kernel[(blocks,)](
-                indices, table, pairs,
-                E=experts, EXPERTS=width, BLOCK=place["BLOCK"], **by_arch(COUNT).kwargs,
-            )  # fmt: skip
+                indices,
+                table,
+                pairs,
+                E=experts,
+                EXPERTS=width,
+                BLOCK=place["BLOCK"],
+                **by_arch(COUNT).kwargs,
+            )
         _offsets_kernel[(cdiv(experts, offsets["COLUMNS"]),)](
             table, order.counts, blocks, E=experts, **offsets.kwargs
         )
         _tiles_kernel[(max(cdiv(tiles, cut["BLOCK"]), 1),)](
-            order.counts, order.starts, order.tile_experts, order.tile_starts, tiles,
-            E=experts, EXPERTS=width, TILE_ROWS=tile_rows, **cut.kwargs,
-        )  # fmt: skip
+            order.counts,
+            order.starts,
+            order.tile_experts,
+            order.tile_starts,
+            tiles,
+            E=experts,
+            EXPERTS=width,
+            TILE_ROWS=tile_rows,
+            **cut.kwargs,
+        )
         if blocks:
             _place_kernel[(blocks,)](
-                indices, table, order.starts, order.pairs, order.places, pairs,
-                E=experts, **place.kwargs,
-            )  # fmt: skip
+                indices,
+                table,
+                order.starts,
+                order.pairs,
+                order.places,
+                pairs,
+                E=experts,
+                **place.kwargs,
+            )
     return order

@@ -154,9 +154,18 @@ def mamba_chunk_scan_combined(
         dt_bias, dt_softplus = None, False
     per_channel = D is not None and D.ndim == 2
     y, last = ssd(
-        x, dt, A, B, C, None if per_channel else D, initial_states, seq_idx, chunk_size,
-        dt_bias=dt_bias, dt_softplus=dt_softplus,
-    )  # fmt: skip
+        x,
+        dt,
+        A,
+        B,
+        C,
+        None if per_channel else D,
+        initial_states,
+        seq_idx,
+        chunk_size,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+    )
     if D is not None and per_channel:
         y = (y + D * x).to(x.dtype)
     if z is not None:
@@ -218,9 +227,16 @@ def _variant(x: Tensor) -> str:
 
 
 def _check_shapes(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    initial_state: Tensor | None, seq_idx: Tensor | None, dt_bias: Tensor | None,
-) -> None:  # fmt: skip
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_bias: Tensor | None,
+) -> None:
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
             f"x must be (b, t, h, p) and B (b, t, g, n); got {tuple(x.shape)} and {tuple(B.shape)}."

@@ -63,12 +63,41 @@ from nemotron_kernels.ssd_states import states
 
 @triton.jit
 def grad_bc_kernel(
-    x, xs, dt, ds, A, B, bs, C, cs, dt_bias, seq, ss, gy, gys, before, after, gB, gC, reads,
-    T, chunks, H, G, splits,
-    R: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
-    Q: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    x,
+    xs,
+    dt,
+    ds,
+    A,
+    B,
+    bs,
+    C,
+    cs,
+    dt_bias,
+    seq,
+    ss,
+    gy,
+    gys,
+    before,
+    after,
+    gB,
+    gC,
+    reads,
+    T,
+    chunks,
+    H,
+    G,
+    splits,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    PAD_P: tl.constexpr,
+    N: tl.constexpr,
+    PAD_N: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """gB and gC of one chunk, group and block of n, summed over HEADS heads of the group."""
     b, c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     parts = G * splits
@@ -118,12 +147,42 @@ def grad_bc_kernel(
 
 @triton.jit
 def grad_x_kernel(
-    x, xs, dt, ds, A, B, bs, C, cs, D, dt_bias, seq, ss, gy, gys, after, reads, gx, gxs,
-    gdt, gds, sums, T, chunks, H,
-    R: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
-    Q: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    x,
+    xs,
+    dt,
+    ds,
+    A,
+    B,
+    bs,
+    C,
+    cs,
+    D,
+    dt_bias,
+    seq,
+    ss,
+    gy,
+    gys,
+    after,
+    reads,
+    gx,
+    gxs,
+    gdt,
+    gds,
+    sums,
+    T,
+    chunks,
+    H,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    PAD_P: tl.constexpr,
+    N: tl.constexpr,
+    PAD_N: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCKS_N: tl.constexpr,
-):  # fmt: skip
+):
     """gx and gdt of one chunk for HEADS heads, and the chunk's part of gA, gD and the bias's."""
     b, c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     h0 = tl.program_id(2).to(tl.int64) * HEADS
@@ -152,8 +211,9 @@ def grad_x_kernel(
         from_here = tl.cumsum(exponents, 1, reverse=True)
         steps = tl.sum(tl.where(q[:, None] < q[None, :], from_here, 0.0), 0)
 
-        at, inside = state_tile(after + ((b * chunks + c) * H + h) * P * N,
-                                0, P, N, PAD_P, 0, PAD_N)  # fmt: skip
+        at, inside = state_tile(
+            after + ((b * chunks + c) * H + h) * P * N, 0, P, N, PAD_P, 0, PAD_N
+        )
         gstate = tl.load(at, mask=inside, other=0.0)
         lives = fade(end - total, doc == final)
         kept = lives[:, None] * mm(Bt, tl.trans(gstate), PRECISION)
@@ -228,9 +288,23 @@ def backward(
     gB, gC = (x.new_empty(splits, b, t, groups, n, dtype=kind) for _ in range(2))
     reads = x.new_empty(blocks, b, h, t, dtype=torch.float32)
     grad_bc_kernel[chunks, b, groups * splits * blocks](
-        x, x.stride(), *times, dt_bias, *row, before, after, gB, gC, reads,
-        t, chunks, h, groups, splits, **{**how, **common, "HEADS": heads},
-    )  # fmt: skip
+        x,
+        x.stride(),
+        *times,
+        dt_bias,
+        *row,
+        before,
+        after,
+        gB,
+        gC,
+        reads,
+        t,
+        chunks,
+        h,
+        groups,
+        splits,
+        **{**how, **common, "HEADS": heads},
+    )
 
     gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     gdt = torch.empty_like(dt, memory_format=torch.contiguous_format)
@@ -238,10 +312,25 @@ def backward(
     how = dict(config("grad_x", x).kwargs)
     heads = heads_per_program(x, groups, chunks * b * groups, how["HEADS"])
     grad_x_kernel[chunks, b, h // heads](
-        x, x.stride(), *times, D, dt_bias, *row, after, reads, gx, gx.stride(),
-        gdt, gdt.stride(), sums, t, chunks, h,
-        BLOCKS_N=blocks, **{**how, **common, "HEADS": heads},
-    )  # fmt: skip
+        x,
+        x.stride(),
+        *times,
+        D,
+        dt_bias,
+        *row,
+        after,
+        reads,
+        gx,
+        gx.stride(),
+        gdt,
+        gdt.stride(),
+        sums,
+        t,
+        chunks,
+        h,
+        BLOCKS_N=blocks,
+        **{**how, **common, "HEADS": heads},
+    )
     gA, gD, gbias = sums.sum((0, 1), dtype=torch.float64).unbind(-1)
     gB, gC = (v[0] if splits == 1 else v.sum(0).to(B.dtype) for v in (gB, gC))
     return Gradients(gx, gdt, gA, gB, gC, gD, gbias, ginitial)

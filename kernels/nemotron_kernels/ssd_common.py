@@ -101,8 +101,19 @@ def fade(exponent, alive):
 
 
 @triton.jit
-def tile(ptr, strides, b, t0, h, left, Q: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-         first, KIND: tl.constexpr):  # fmt: skip
+def tile(
+    ptr,
+    strides,
+    b,
+    t0,
+    h,
+    left,
+    Q: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    first,
+    KIND: tl.constexpr,
+):
     """Load Q tokens x BLOCK columns, starting at column `first`, of one head; zero outside.
 
     The tensor is `b t h p`, of any strides.
@@ -115,8 +126,15 @@ def tile(ptr, strides, b, t0, h, left, Q: tl.constexpr, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def state_tile(at, first, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr,
-               first_n, BLOCK_N: tl.constexpr):  # fmt: skip
+def state_tile(
+    at,
+    first,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    first_n,
+    BLOCK_N: tl.constexpr,
+):
     """Addresses and mask of a tile of the p x n state `at`, from row `first`, column `first_n`."""
     p = first + tl.arange(0, BLOCK_P)[:, None]
     n = first_n + tl.arange(0, BLOCK_N)[None, :]

@@ -44,10 +44,35 @@ from nemotron_kernels.ssd_states import states
 
 @triton.jit
 def fused_kernel(
-    x, xs, dt, ds, A, B, bs, C, cs, D, dt_bias, initial, seq, ss, y, ys, last, T, chunks, H,
-    R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr, Q: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    x,
+    xs,
+    dt,
+    ds,
+    A,
+    B,
+    bs,
+    C,
+    cs,
+    D,
+    dt_bias,
+    initial,
+    seq,
+    ss,
+    y,
+    ys,
+    last,
+    T,
+    chunks,
+    H,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PAD_N: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """All chunks of one row, head and block of p. The state is kept transposed, n x p."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     g, first = h // R, tl.program_id(0) * BLOCK_P
@@ -85,10 +110,35 @@ def fused_kernel(
 
 @triton.jit
 def scan_kernel(
-    x, xs, dt, ds, A, B, bs, C, cs, D, dt_bias, seq, ss, states, y, ys, T, chunks, H,
-    R: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
-    Q: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    x,
+    xs,
+    dt,
+    ds,
+    A,
+    B,
+    bs,
+    C,
+    cs,
+    D,
+    dt_bias,
+    seq,
+    ss,
+    states,
+    y,
+    ys,
+    T,
+    chunks,
+    H,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    PAD_P: tl.constexpr,
+    N: tl.constexpr,
+    PAD_N: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """The outputs of one chunk for HEADS heads of a group, which share C B^T."""
     b, c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     h0 = tl.program_id(2).to(tl.int64) * HEADS
@@ -105,8 +155,9 @@ def scan_kernel(
         h = h0 + i
         step, total, _ = steps_and_sums(dt, ds, dt_bias, A, b, t0, h, left, Q, SOFTPLUS)
         xt = tile(x, xs, b, t0, h, left, Q, P, PAD_P, 0, KIND)
-        at, inside = state_tile(states + ((b * chunks + c) * H + h) * P * N,
-                                0, P, N, PAD_P, 0, PAD_N)  # fmt: skip
+        at, inside = state_tile(
+            states + ((b * chunks + c) * H + h) * P * N, 0, P, N, PAD_P, 0, PAD_N
+        )
         state = tl.load(at, mask=inside, other=0.0).to(KIND)
         mix = scores * fade(total[:, None] - total[None, :], sees) * step[None, :]
         out = mm(mix.to(KIND), xt, PRECISION)
@@ -127,9 +178,29 @@ def forward_fused(inputs: Inputs, chunk: int, precision: str) -> tuple[Tensor, T
     how["BLOCK_P"] = min(how["BLOCK_P"], padded(p))
     how = {**how, **sizes(inputs, chunk)}
     fused_kernel[cdiv(p, how["BLOCK_P"]), h, b](
-        x, x.stride(), dt, dt.stride(), A, B, B.stride(), C, C.stride(), D, dt_bias, initial,
-        seq, strides(seq), y, y.stride(), last, t, cdiv(t, chunk), h, PRECISION=precision, **how,
-    )  # fmt: skip
+        x,
+        x.stride(),
+        dt,
+        dt.stride(),
+        A,
+        B,
+        B.stride(),
+        C,
+        C.stride(),
+        D,
+        dt_bias,
+        initial,
+        seq,
+        strides(seq),
+        y,
+        y.stride(),
+        last,
+        t,
+        cdiv(t, chunk),
+        h,
+        PRECISION=precision,
+        **how,
+    )
     return y, last
 
 
@@ -145,8 +216,27 @@ def forward_three(inputs: Inputs, chunk: int, precision: str) -> tuple[Tensor, T
     heads = heads_per_program(x, groups, chunks * b * groups, how["HEADS"])
     how = {**how, **sizes(inputs, chunk), "HEADS": heads}
     scan_kernel[chunks, b, h // heads](
-        x, x.stride(), dt, dt.stride(), A, B, B.stride(), C, C.stride(), D, dt_bias,
-        seq, strides(seq), before, y, y.stride(), t, chunks, h,
-        PAD_P=padded(p), PRECISION=precision, **how,
-    )  # fmt: skip
+        x,
+        x.stride(),
+        dt,
+        dt.stride(),
+        A,
+        B,
+        B.stride(),
+        C,
+        C.stride(),
+        D,
+        dt_bias,
+        seq,
+        strides(seq),
+        before,
+        y,
+        y.stride(),
+        t,
+        chunks,
+        h,
+        PAD_P=padded(p),
+        PRECISION=precision,
+        **how,
+    )
     return y, last

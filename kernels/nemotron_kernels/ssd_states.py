@@ -41,11 +41,34 @@ from nemotron_kernels.ssd_common import (
 
 @triton.jit
 def states_kernel(
-    u, us, dt, ds, A, v, vs, dt_bias, initial, seq, ss, out, keep, last, T, chunks, H,
-    R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr, Q: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, LOOP: tl.constexpr,
+    u,
+    us,
+    dt,
+    ds,
+    A,
+    v,
+    vs,
+    dt_bias,
+    initial,
+    seq,
+    ss,
+    out,
+    keep,
+    last,
+    T,
+    chunks,
+    H,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PAD_N: tl.constexpr,
+    Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+    LOOP: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     """What chunks add to the state, or to its gradient (REVERSE: u is gy and v is C).
 
     LOOP: one program per row, head and block of p goes through all chunks in order and writes the
@@ -74,8 +97,9 @@ def states_kernel(
         vt = tile(v, vs, b, t0, g, left, Q, N, PAD_N, 0, KIND)
         added = mm(tl.trans((ut * weight[:, None]).to(KIND)), vt, PRECISION)
         kept = fade(end, final == 0)
-        to, inside = state_tile(out + ((b * chunks + c) * H + h) * P * N,
-                                first, P, N, BLOCK_P, 0, PAD_N)  # fmt: skip
+        to, inside = state_tile(
+            out + ((b * chunks + c) * H + h) * P * N, first, P, N, BLOCK_P, 0, PAD_N
+        )
         if LOOP:
             tl.store(to, state, mask=inside)
             state = state * kept + added
@@ -89,9 +113,17 @@ def states_kernel(
 
 @triton.jit
 def pass_kernel(
-    added, keep, initial, out, last, chunks, H, size,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    added,
+    keep,
+    initial,
+    out,
+    last,
+    chunks,
+    H,
+    size,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The recurrence from chunk to chunk: `out` gets the state before each chunk."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -110,9 +142,15 @@ def pass_kernel(
 
 
 def states(
-    inputs: Inputs, u: Tensor, v: Tensor, initial: Tensor | None, chunk: int, precision: str,
-    *, reverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs: Inputs,
+    u: Tensor,
+    v: Tensor,
+    initial: Tensor | None,
+    chunk: int,
+    precision: str,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
     """States before each chunk, `b c h p n` in the dtype of x, and the last one in float32.
 
     Forward: u is x, v is B and `initial` is the first state. Reverse: u is the gradient of y, v is
@@ -129,10 +167,28 @@ def states(
     added = out if loop else torch.empty_like(out, dtype=torch.float32)
     keep = None if loop else u.new_empty(b, chunks, h, dtype=torch.float32)
     states_kernel[1 if loop else chunks, h * cdiv(p, how["BLOCK_P"]), b](
-        u, u.stride(), inputs.dt, inputs.dt.stride(), inputs.A, v, v.stride(), inputs.dt_bias,
-        initial, inputs.seq_idx, strides(inputs.seq_idx), added, keep, last, t, chunks, h,
-        PRECISION=precision, REVERSE=reverse, LOOP=loop, **{**how, **sizes(inputs, chunk)},
-    )  # fmt: skip
+        u,
+        u.stride(),
+        inputs.dt,
+        inputs.dt.stride(),
+        inputs.A,
+        v,
+        v.stride(),
+        inputs.dt_bias,
+        initial,
+        inputs.seq_idx,
+        strides(inputs.seq_idx),
+        added,
+        keep,
+        last,
+        t,
+        chunks,
+        h,
+        PRECISION=precision,
+        REVERSE=reverse,
+        LOOP=loop,
+        **{**how, **sizes(inputs, chunk)},
+    )
     if not loop:
         how = dict(config("pass", inputs.x).kwargs)
         how["BLOCK"] = min(how["BLOCK"], next_power_of_2(p * n))

@@ -55,8 +55,9 @@ PHILOX_ROUNDS = 5
 
 
 @triton.jit
-def random_halves(seed, row, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-                  ROUNDS: tl.constexpr):  # fmt: skip
+def random_halves(
+    seed, row, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr
+):
     """16 random bits for each number of BLOCK_P rows; `row` is the index in the whole state."""
     counter = row[:, None] * ((N + 7) // 8) + tl.arange(0, BLOCK_N // 8)[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter, ROUNDS)
@@ -80,13 +81,50 @@ def round_to_half(value, random):
 
 @triton.jit(do_not_specialize=["seed"])
 def _state_update(
-    state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, index_ptr, seed, out_ptr,
-    heads, heads_per_group,
-    state_b, state_h, state_p, x_b, x_h, dt_b, dt_h, dt_p, A_h, A_p,
-    B_b, B_g, C_b, C_g, D_h, D_p, z_b, z_h, bias_h, bias_p, out_b, out_h,
-    P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr, SEEDED: tl.constexpr,
-    ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    state_ptr,
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    index_ptr,
+    seed,
+    out_ptr,
+    heads,
+    heads_per_group,
+    state_b,
+    state_h,
+    state_p,
+    x_b,
+    x_h,
+    dt_b,
+    dt_h,
+    dt_p,
+    A_h,
+    A_p,
+    B_b,
+    B_g,
+    C_b,
+    C_g,
+    D_h,
+    D_p,
+    z_b,
+    z_h,
+    bias_h,
+    bias_p,
+    out_b,
+    out_h,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    SEEDED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     head = tl.program_id(1).to(tl.int64)
@@ -191,16 +229,40 @@ def selective_state_update(
     block_p = min(max(1, config["TILE"] // block_n), next_power_of_2(width))
     with on_device(x):
         _state_update[cdiv(width, block_p), heads, batch](
-            state, x, dt, A, B, C, D, z, dt_bias, indices, seed, out,
-            heads, heads // groups,
-            *state.stride()[:3], *x.stride()[:2], *dt.stride(), *A.stride()[:2],
-            *B.stride()[:2], *C.stride()[:2], *((0, 0) if D is None else D.stride()),
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias,
+            indices,
+            seed,
+            out,
+            heads,
+            heads // groups,
+            *state.stride()[:3],
+            *x.stride()[:2],
+            *dt.stride(),
+            *A.stride()[:2],
+            *B.stride()[:2],
+            *C.stride()[:2],
+            *((0, 0) if D is None else D.stride()),
             *((0, 0) if z is None else z.stride()[:2]),
-            *((0, 0) if dt_bias is None else dt_bias.stride()), *out.stride()[:2],
-            P=width, N=n, SOFTPLUS=dt_softplus, SEEDED=seed is not None, ROUNDS=philox_rounds,
-            BLOCK_P=block_p, BLOCK_N=block_n, num_warps=config.num_warps,
+            *((0, 0) if dt_bias is None else dt_bias.stride()),
+            *out.stride()[:2],
+            P=width,
+            N=n,
+            SOFTPLUS=dt_softplus,
+            SEEDED=seed is not None,
+            ROUNDS=philox_rounds,
+            BLOCK_P=block_p,
+            BLOCK_N=block_n,
+            num_warps=config.num_warps,
             enable_fp_fusion=config.fp_fusion,
-        )  # fmt: skip
+        )
     return out
 
 
@@ -244,9 +306,16 @@ def _per_channel(
 
 
 def _check(
-    op: str, state: Tensor, x: Tensor, B: Tensor, C: Tensor, z: Tensor | None,
-    indices: Tensor | None, seed: int | Tensor | None, rounds: int,
-) -> None:  # fmt: skip
+    op: str,
+    state: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    indices: Tensor | None,
+    seed: int | Tensor | None,
+    rounds: int,
+) -> None:
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
     if heads % groups:

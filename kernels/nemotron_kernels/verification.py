@@ -63,10 +63,21 @@ def _sum_of(p_row, q_row, size, q_end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _verify_kernel(
-    p_ptr, q_ptr, drafts_ptr, uniforms_ptr, lengths_ptr, accepted_ptr, token_ptr,
-    k, size, p_row, p_place, q_row, q_place,
+    p_ptr,
+    q_ptr,
+    drafts_ptr,
+    uniforms_ptr,
+    lengths_ptr,
+    accepted_ptr,
+    token_ptr,
+    k,
+    size,
+    p_row,
+    p_place,
+    q_row,
+    q_place,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + row)
     kept = length * 0
@@ -154,9 +165,19 @@ def verify(
     if b:
         with on_device(p):
             _verify_kernel[(b,)](
-                p, q if k else p, drafts.contiguous() if k else accepted,
-                uniforms.double().contiguous(), lengths.contiguous(), accepted, token, k, size,
-                p.stride(0), p.stride(1), q.stride(0), q.stride(1),
+                p,
+                q if k else p,
+                drafts.contiguous() if k else accepted,
+                uniforms.double().contiguous(),
+                lengths.contiguous(),
+                accepted,
+                token,
+                k,
+                size,
+                p.stride(0),
+                p.stride(1),
+                q.stride(0),
+                q.stride(1),
                 **by_arch(BLOCKS).kwargs,
-            )  # fmt: skip
+            )
     return Verified(accepted, token)

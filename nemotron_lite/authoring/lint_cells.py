@@ -108,8 +108,10 @@ def figures_without_text(notebook: NotebookNode) -> list[str]:
         if PLOTLY in data:
             alt = _alt(data[PLOTLY])
             if len(alt) < SHORTEST_ALT:
-                found.append(f"cell {index} shows a figure without alt text; end its function with "
-                             "described(fig, …) and display it with show(fig).")  # fmt: skip
+                found.append(
+                    f"cell {index} shows a figure without alt text; end its function with "
+                    "described(fig, …) and display it with show(fig)."
+                )
             elif alt not in " ".join(plain.split()):
                 found.append(f"cell {index} shows a figure whose text/plain is not its alt text.")
         elif any(kind.startswith("image/") for kind in data) and (
@@ -162,8 +164,10 @@ def section_problems(notebook: NotebookNode, chapter: str) -> list[str]:
     present = [tag for tag in SECTIONS if tag in places]
     for before, after in pairwise(present):
         if places[before][0] >= places[after][0]:
-            found.append(f"nl:{after} (cell {places[after][0]}) comes before nl:{before} "
-                         f"(cell {places[before][0]}).")  # fmt: skip
+            found.append(
+                f"nl:{after} (cell {places[after][0]}) comes before nl:{before} "
+                f"(cell {places[before][0]})."
+            )
     exercises = places.get("exercise", [])
     if len(exercises) < LEAST_EXERCISES:
         found.append(f"{len(exercises)} exercises; expected at least {LEAST_EXERCISES}.")

@@ -64,8 +64,10 @@ def redefined_names(notebook: NotebookNode, public: Mapping[str, str]) -> list[s
         for node in ast.walk(tree):
             for name in _defined(node):
                 if name in public:
-                    found.append(f"cell {index} redefines {name}; import it from {public[name]}, "
-                                 "or choose another name.")  # fmt: skip
+                    found.append(
+                        f"cell {index} redefines {name}; import it from {public[name]}, "
+                        "or choose another name."
+                    )
     return found
 
 
@@ -110,8 +112,10 @@ def typed_facts(notebook: NotebookNode, facts: Mapping[str, tuple[str, ...]]) ->
         for key, ways in facts.items():
             for way in ways:
                 if re.search(rf"(?<![\w.,]){re.escape(way)}(?![\w]|[.,]\d)", text):
-                    found.append(f"cell {index} types {way!r}, which is the fact {key}; use "
-                                 f'tell("… {{{key}}} …") instead.')  # fmt: skip
+                    found.append(
+                        f"cell {index} types {way!r}, which is the fact {key}; use "
+                        f'tell("… {{{key}}} …") instead.'
+                    )
                     break
     return found
 
@@ -135,9 +139,11 @@ def claims_without_record(notebook: NotebookNode, root: Path) -> list[str]:
             ]
             claim = _CLAIM.search(prose(paragraph))
             if claim and len(missing) == len(records):
-                found.append(f"cell {index} says {claim[0]!r} without a record: measure it in a "
-                             "cell, link to benchmarks/records/….json in the same paragraph, or "
-                             "give the reason in metadata.nl_figures.")  # fmt: skip
+                found.append(
+                    f"cell {index} says {claim[0]!r} without a record: measure it in a "
+                    "cell, link to benchmarks/records/….json in the same paragraph, or "
+                    "give the reason in metadata.nl_figures."
+                )
     return found
 
 
@@ -195,17 +201,23 @@ def changed_exercises(notebook: NotebookNode, defined: Sequence[Exercise]) -> li
     for task, index, name in exercise_cells(notebook):
         seen.append(name)
         if name not in by_id:
-            found.append(f"the exercise at cell {task} has nl_exercise {name!r}; expected one of "
-                         f"{sorted(by_id)}.")  # fmt: skip
+            found.append(
+                f"the exercise at cell {task} has nl_exercise {name!r}; expected one of "
+                f"{sorted(by_id)}."
+            )
             continue
         exercise = by_id[name]
         if not notebook.cells[task].source.rstrip().endswith(exercise.text):
-            found.append(f"cell {task} does not end in the text of {name}; it is what "
-                         f'exercises.exercise("{name}").text gives.')  # fmt: skip
+            found.append(
+                f"cell {task} does not end in the text of {name}; it is what "
+                f'exercises.exercise("{name}").text gives.'
+            )
         stub = notebook.cells[index].source
         if _without_blank_lines(stub) != _without_blank_lines(exercise.cell):
-            found.append(f"cell {index} is not the untouched stub of {name} followed by "
-                         f'check("{name}", {exercise.function_name}).')  # fmt: skip
+            found.append(
+                f"cell {index} is not the untouched stub of {name} followed by "
+                f'check("{name}", {exercise.function_name}).'
+            )
     found += [f"exercise {name} has no cell." for name in by_id if name not in seen]
     found += [f"exercise {name} is there twice." for name in by_id if seen.count(name) > 1]
     return found

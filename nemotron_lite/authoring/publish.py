@@ -106,9 +106,12 @@ def execute(
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
-        fresh, timeout=seconds, kernel_name="python3", allow_errors=False,
+        fresh,
+        timeout=seconds,
+        kernel_name="python3",
+        allow_errors=False,
         resources={"metadata": {"path": str(folder)}},
-    )  # fmt: skip
+    )
     try:
         client.execute()
     except CellTimeoutError as error:
@@ -125,8 +128,9 @@ def clean(notebook: NotebookNode) -> NotebookNode:
     tidy = copy.deepcopy(notebook)
     tidy.metadata = NotebookNode(
         {k: v for k, v in sorted(tidy.metadata.items()) if k.startswith("nl")},
-        kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(LANGUAGE),
-    )  # fmt: skip
+        kernelspec=NotebookNode(KERNEL),
+        language_info=NotebookNode(LANGUAGE),
+    )
     tidy.nbformat, tidy.nbformat_minor = 4, 5
     ran = 0
     for position, cell in enumerate(tidy.cells):

@@ -79,9 +79,18 @@ def ssd(
     from nemotron_kernels.ssd import ssd
 
     return ssd(
-        x, dt, A, B, C, D, initial_state, seq_idx, chunk,
-        dt_bias=dt_bias, dt_softplus=dt_softplus,
-    )  # fmt: skip
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        initial_state,
+        seq_idx,
+        chunk,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+    )
 
 
 def ssd_step(

@@ -253,9 +253,10 @@ def _quantization(
             not_quantized.append(name)
         elif isinstance(module, Experts | PackedExperts):
             not_quantized += [
-                f"{name}.{matrix}" for matrix in ("up_proj", "down_proj")
+                f"{name}.{matrix}"
+                for matrix in ("up_proj", "down_proj")
                 if isinstance(getattr(module, matrix), nn.Parameter)
-            ]  # fmt: skip
+            ]
     cache = any(isinstance(module, LinearWithKVScale) for module in model.modules())
     return modelopt_config.describe(formats, not_quantized, cache)
 

@@ -26,8 +26,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 app = typer.Typer(
     help="A small Nemotron 3 Super: train it, load it, quantize it, generate text with it.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 settings = SimpleNamespace(traceback=False)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

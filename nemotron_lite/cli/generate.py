@@ -75,9 +75,14 @@ def generate(
         if draft is not None:
             speculation = SpeculationOptions(draft_length=draft_length, adaptive=adaptive)
         options = GenerationOptions(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-            seed=seed, speculation=speculation, prepare_weights=prepare_weights,
-        )  # fmt: skip
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            speculation=speculation,
+            prepare_weights=prepare_weights,
+        )
         import torch
 
         if ssm_dtype == "float16":

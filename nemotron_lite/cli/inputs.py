@@ -70,8 +70,10 @@ def for_our_tokenizer(config: NemotronConfig, vocab_size: int | None = None) -> 
 
     return config.replace(
         vocab_size=vocab_size or config.vocab_size,
-        bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID, pad_token_id=END_OF_TEXT_ID,
-    )  # fmt: skip
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=END_OF_TEXT_ID,
+    )
 
 
 def check_memory(config: NemotronConfig) -> None:

@@ -32,13 +32,21 @@ def brief_table(config: NemotronConfig, context: int) -> Table:
     table = _table("part", "layers", "parameters", "a token uses", "FLOPs per token")
     for part, count in stored.by_part.items():
         table.add_row(
-            part, _layers(config, part), number(count), number(stored.active_by_part[part]),
+            part,
+            _layers(config, part),
+            number(count),
+            number(stored.active_by_part[part]),
             number(cost[part]) if part in cost else "-",
-        )  # fmt: skip
+        )
     active = sum(stored.active_by_part.values())
     table.add_section()
-    table.add_row("all", str(len(config.pattern)), number(stored.total), number(active),
-                  number(sum(cost.values())))  # fmt: skip
+    table.add_row(
+        "all",
+        str(len(config.pattern)),
+        number(stored.total),
+        number(active),
+        number(sum(cost.values())),
+    )
     return table
 
 
@@ -180,9 +188,13 @@ def stored_table(groups: Iterable[StorageRow]) -> Table:
     table.add_section()
     weights, stored = sum(g.weights for g in groups), sum(g.num_bytes for g in groups)
     table.add_row(
-        "[bold]in all", "", "", number(weights), f"{8 * stored / weights:.3f}",
+        "[bold]in all",
+        "",
+        "",
+        number(weights),
+        f"{8 * stored / weights:.3f}",
         f"[bold]{size(stored)}",
-    )  # fmt: skip
+    )
     return table
 
 

@@ -148,9 +148,10 @@ class Exercise:
         """Run source code (the solution, if None) and return the function or class it defines."""
         text = self.solution if source is None else source
         imports = [
-            node for node in ast.parse(self.stub).body
+            node
+            for node in ast.parse(self.stub).body
             if isinstance(node, ast.Import | ast.ImportFrom)
-        ]  # fmt: skip
+        ]
         space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
         exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
         name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
@@ -326,9 +327,10 @@ def _count(number: int, of: int, what: str) -> str:
 def _defined_name(source: str) -> str:
     """The name of the last function or class that some source code defines."""
     names = [
-        node.name for node in ast.parse(source).body
+        node.name
+        for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]  # fmt: skip
+    ]
     if not names:
         raise ExerciseError(f"{source[:60]!r} defines no function or class; it must define one.")
     return names[-1]

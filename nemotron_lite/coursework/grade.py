@@ -147,9 +147,15 @@ def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds
     """
     with (home / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, cwd=home,
-            env=submission_environment(home), start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+            cwd=home,
+            env=submission_environment(home),
+            start_new_session=True,
+        )
         try:
             process.communicate(json.dumps(job), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -284,9 +290,13 @@ def _folder_hash(folder: Path) -> str:
 
 
 def grade_folder(
-    folder: Path, out: Path, *, limits: Limits | None = None, jobs: int = 1,
+    folder: Path,
+    out: Path,
+    *,
+    limits: Limits | None = None,
+    jobs: int = 1,
     source: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Grade every submission below `folder` and write the results into `out`.
 
     Args:

@@ -195,9 +195,10 @@ def _notebooks_of(entry: Path) -> Iterator[Submission]:
     match = EXCHANGE_FOLDER.fullmatch(entry.name)
     student = match["student"] if match else entry.name
     notebooks = [
-        p for p in sorted(entry.rglob("*.ipynb"))
+        p
+        for p in sorted(entry.rglob("*.ipynb"))
         if not any(part.startswith(".") for part in p.relative_to(entry).parts)
-    ]  # fmt: skip
+    ]
     if not notebooks:
         problem = f"there is no notebook in {entry.name}/."
         yield Submission(student, entry, match["assignment"] if match else "", problem)

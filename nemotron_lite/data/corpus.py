@@ -31,10 +31,20 @@ from pathlib import Path
 
 SKIPPED_FOLDERS = frozenset(
     {
-        "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test",
-        "encodings", "pydoc_data", "lib2to3", "ensurepip", "lib-dynload",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "ensurepip",
+        "lib-dynload",
     }
-)  # fmt: skip
+)
 LARGEST_HELD_OUT_FILE = 32 * 1024  # bytes
 
 

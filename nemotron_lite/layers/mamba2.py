@@ -203,9 +203,12 @@ class Mamba2(Mixer):
         self.in_proj = Linear(config.hidden_size, config.mamba_in_proj_size)
         # Only holds the taps under their published name; `ops.causal_conv1d` computes.
         self.conv1d = nn.Conv1d(
-            config.conv_dim, config.conv_dim, config.conv_kernel,
-            groups=config.conv_dim, bias=config.use_conv_bias,
-        )  # fmt: skip
+            config.conv_dim,
+            config.conv_dim,
+            config.conv_kernel,
+            groups=config.conv_dim,
+            bias=config.use_conv_bias,
+        )
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -254,12 +257,16 @@ class Mamba2(Mixer):
         if real is not None:  # padding gets a step size of zero
             dt = dt.masked_fill(~real.unsqueeze(-1), -math.inf if to_steps else 0.0)
         y, ssm = ops.ssd(
-            x, dt, self._rates(), B, C,
+            x,
+            dt,
+            self._rates(),
+            B,
+            C,
             D=self.D,
             initial_state=None if cache is None else cache.read_state(),
             seq_idx=context.seq_idx,
             **to_steps,
-        )  # fmt: skip
+        )
         if cache is not None:
             cache.conv = conv
             cache.write_state(ssm)
@@ -327,9 +334,13 @@ class Mamba2(Mixer):
             o.batch, config.conv_kernel - 1, config.conv_dim, dtype=o.dtype, device=o.device
         )
         ssm = torch.zeros(
-            o.batch, heads, config.mamba_head_dim, config.ssm_state_size,
-            dtype=o.ssm_dtype, device=o.device,
-        )  # fmt: skip
+            o.batch,
+            heads,
+            config.mamba_head_dim,
+            config.ssm_state_size,
+            dtype=o.ssm_dtype,
+            device=o.device,
+        )
         half = o.ssm_dtype == torch.float16
         return MambaCache(conv, ssm, ops.RoundingSeeds(o.ssm_seed, layer) if half else None)
 

@@ -71,9 +71,14 @@ def causal_attention(
     if impl == "auto" and q.is_cuda and not torch.is_grad_enabled():
         impl = "gpu"
     run = choose(
-        "causal_attention", impl, q,
-        naive=_naive, torch=_torch, cpu=cpu_attention.attend, gpu=gpu_attention.attend,
-    )  # fmt: skip
+        "causal_attention",
+        impl,
+        q,
+        naive=_naive,
+        torch=_torch,
+        cpu=cpu_attention.attend,
+        gpu=gpu_attention.attend,
+    )
     return run(q, k, v, starts, documents)
 
 

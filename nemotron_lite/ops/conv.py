@@ -54,9 +54,14 @@ def causal_conv1d(
         ValueError: unknown `impl`.
     """
     run = choose(
-        "causal_conv1d", impl, x,
-        naive=_naive, torch=_torch, cpu=_cpu, triton=triton.causal_conv1d,
-    )  # fmt: skip
+        "causal_conv1d",
+        impl,
+        x,
+        naive=_naive,
+        torch=_torch,
+        cpu=_cpu,
+        triton=triton.causal_conv1d,
+    )
     return run(x, weight, bias, initial_state, seq_idx, lengths)
 
 
@@ -76,10 +81,14 @@ def causal_conv1d_window(
         ValueError: unknown `impl` ("naive", "torch", "cpu", "triton").
     """
     run = choose(
-        "causal_conv1d_window", impl, window,
-        naive=_loop_over_taps, torch=_all_taps,
-        cpu=cpu_conv.causal_conv1d_window, triton=triton.causal_conv1d_window,
-    )  # fmt: skip
+        "causal_conv1d_window",
+        impl,
+        window,
+        naive=_loop_over_taps,
+        torch=_all_taps,
+        cpu=cpu_conv.causal_conv1d_window,
+        triton=triton.causal_conv1d_window,
+    )
     return run(window, weight, bias)
 
 
@@ -101,9 +110,13 @@ def causal_conv1d_step(
 
 
 def _naive(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     window = _window(x, weight, initial_state)
     documents = None if seq_idx is None else number_documents(seq_idx)
     y = _loop_over_taps(window, weight, bias, documents)
@@ -111,9 +124,13 @@ def _naive(
 
 
 def _torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     window = _window(x, weight, initial_state)
     documents = None if seq_idx is None else number_documents(seq_idx)
     y = _all_taps(window, weight, bias, documents)
@@ -121,9 +138,13 @@ def _torch(
 
 
 def _cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None,
-    initial_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     window = _window(x, weight, initial_state)
     starts = None if seq_idx is None else document_starts(seq_idx)
     y = cpu_conv.causal_conv1d(window, weight, bias, starts)

@@ -66,9 +66,13 @@ def ssd_read_draft(
     ):
         check_shapes(x, dt, A, B, C, D, state, None)
     run = choose(
-        "ssd_read_draft", impl, x,
-        naive=_naive_read, torch=_torch_read, cpu=cpu_draft_scan.ssd_read_draft,
-    )  # fmt: skip
+        "ssd_read_draft",
+        impl,
+        x,
+        naive=_naive_read,
+        torch=_torch_read,
+        cpu=cpu_draft_scan.ssd_read_draft,
+    )
     return run(state, x, dt, A, B, C, D, decays)
 
 
@@ -105,9 +109,13 @@ def ssd_accept_draft(
             "number of tokens of the draft."
         )
     run = choose(
-        "ssd_accept_draft", impl, x,
-        naive=_naive_accept, torch=_torch_accept, cpu=cpu_draft_scan.ssd_accept_draft,
-    )  # fmt: skip
+        "ssd_accept_draft",
+        impl,
+        x,
+        naive=_naive_accept,
+        torch=_torch_accept,
+        cpu=cpu_draft_scan.ssd_accept_draft,
+    )
     return run(state, x, dt, A, B, counts, decays)
 
 
@@ -127,16 +135,27 @@ def _range(counts: Tensor) -> tuple[int, int]:
 
 
 def _naive_read(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
     decays: Decays | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return selective_scan(x, dt, A, B, C, D=D, initial_state=state)[0]
 
 
 def _naive_accept(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    counts: int | Tensor,
     decays: Decays | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     each = [counts] * len(x) if isinstance(counts, int) else counts.tolist()
     rows = []
     for row, count in enumerate(each):
@@ -151,9 +170,15 @@ def _naive_accept(
 
 
 def _torch_read(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
     decays: Decays | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     wide, shared = state.dtype, x.shape[2] // B.shape[2]
     inputs, keys, queries = x.to(wide), *(v.repeat_interleave(shared, 2).to(wide) for v in (B, C))
     s = (dt.double() * A.double()).cumsum(1)  # b t h
@@ -167,9 +192,14 @@ def _torch_read(
 
 
 def _torch_accept(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: int | Tensor,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    counts: int | Tensor,
     decays: Decays | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     wide, shared = state.dtype, x.shape[2] // B.shape[2]
     inputs, keys = x.to(wide), B.repeat_interleave(shared, 2).to(wide)
     ends = torch.as_tensor(counts, device=x.device).reshape(-1, 1, 1)

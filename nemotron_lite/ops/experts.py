@@ -48,9 +48,14 @@ def expert_mlp(
         ValueError: unknown `impl`.
     """
     run = choose(
-        "expert_mlp", impl, z,
-        naive=_naive, torch=_torch, cpu=cpu_experts.expert_mlp, triton=triton.expert_mlp,
-    )  # fmt: skip
+        "expert_mlp",
+        impl,
+        z,
+        naive=_naive,
+        torch=_torch,
+        cpu=cpu_experts.expert_mlp,
+        triton=triton.expert_mlp,
+    )
     return run(z, up, down, weights, indices)
 
 

@@ -42,9 +42,14 @@ def rms_norm(
         ValueError: unknown `impl`.
     """
     run = choose(
-        "rms_norm", impl, x,
-        naive=_naive, torch=_torch, cpu=cpu_norm.rms_norm, triton=triton.rms_norm,
-    )  # fmt: skip
+        "rms_norm",
+        impl,
+        x,
+        naive=_naive,
+        torch=_torch,
+        cpu=cpu_norm.rms_norm,
+        triton=triton.rms_norm,
+    )
     return run(x, weight, eps)
 
 
@@ -76,10 +81,14 @@ def gated_rms_norm(
             "that divides them."
         )
     run = choose(
-        "gated_rms_norm", impl, y,
-        naive=_naive_gated, torch=_torch_gated,
-        cpu=cpu_norm.gated_rms_norm, triton=triton.gated_rms_norm,
-    )  # fmt: skip
+        "gated_rms_norm",
+        impl,
+        y,
+        naive=_naive_gated,
+        torch=_torch_gated,
+        cpu=cpu_norm.gated_rms_norm,
+        triton=triton.gated_rms_norm,
+    )
     return run(y, z, weight, groups, eps)
 
 

@@ -77,9 +77,15 @@ def _scores(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _naive(
-    x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
-) -> Routing:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+) -> Routing:
     scores = _scores(x, weight)
     per_group = weight.shape[0] // n_group
     weights, indices = [], []
@@ -98,9 +104,15 @@ def _naive(
 
 
 def _torch(
-    x: Tensor, weight: Tensor, bias: Tensor,
-    top_k: int, n_group: int, topk_group: int, normalize: bool, scale: float,
-) -> Routing:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+) -> Routing:
     scores = _scores(x, weight)
     biased = (scores.detach() if scores.requires_grad else scores) + bias
     if n_group > 1:

@@ -133,16 +133,29 @@ def ssd_step(
             "without a seed, or float16."
         )
     run = choose(
-        "ssd_step", impl, x,
-        naive=_naive_step, torch=_torch_step, cpu=_cpu_step, triton=triton.ssd_step,
-    )  # fmt: skip
+        "ssd_step",
+        impl,
+        x,
+        naive=_naive_step,
+        torch=_torch_step,
+        cpu=_cpu_step,
+        triton=triton.ssd_step,
+    )
     return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
 
 
 def _naive_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
     dt = step_sizes(dt, dt_bias, dt_softplus)
     x, dt, B, C = (part.unsqueeze(1) for part in (x, dt, B, C))
     y, new = selective_scan(x, dt, A, B, C, D=D, initial_state=state)
@@ -150,9 +163,17 @@ def _naive_step(
 
 
 def _torch_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
     dt = step_sizes(dt, dt_bias, dt_softplus)
     check_shapes(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state, None)
     wide, heads = wide_dtype(x), x.shape[1] // B.shape[1]
@@ -172,9 +193,17 @@ def _rounded_as(state: Tensor, new: Tensor, seed: int | None) -> Tensor:
 
 
 def _cpu_step(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    dt_bias: Tensor | None, dt_softplus: bool, seed: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seed: int | None,
+) -> tuple[Tensor, Tensor]:
     dt = step_sizes(dt, dt_bias, dt_softplus)
     groups, n = B.shape[1:]
     if state.shape != (*x.shape, n) or C.shape != B.shape or x.shape[1] % groups:

@@ -185,9 +185,16 @@ def _naive(v: Inputs) -> tuple[Tensor, Tensor]:
 def _torch(v: Inputs) -> tuple[Tensor, Tensor]:
     size = {} if v.chunk is None else {"chunk_size": v.chunk}
     return chunked_scan(
-        v.x, v.steps(), v.A, v.B, v.C,
-        D=v.D, initial_state=v.initial_state, seq_idx=v.seq_idx, **size,
-    )  # fmt: skip
+        v.x,
+        v.steps(),
+        v.A,
+        v.B,
+        v.C,
+        D=v.D,
+        initial_state=v.initial_state,
+        seq_idx=v.seq_idx,
+        **size,
+    )
 
 
 def _cpu(v: Inputs) -> tuple[Tensor, Tensor]:

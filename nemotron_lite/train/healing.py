@@ -142,10 +142,16 @@ def measure_acceptance(
 ) -> Statistics:
     """Generate with drafts of exactly `draft_length` tokens, and count the accepted ones."""
     _, statistics = generate(
-        model, prompts, max_new_tokens, temperature=temperature, top_p=None, seed=seed, stop=(),
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_p=None,
+        seed=seed,
+        stop=(),
         speculation=SpeculationOptions(draft_length=draft_length, adaptive=False),
         return_statistics=True,
-    )  # fmt: skip
+    )
     return statistics
 
 

@@ -132,9 +132,12 @@ class _Run:
             )
         self.model, self.data, self.config, self.folder = model, data, config, folder
         self.optimizer = make_optimizer(
-            model, lr=config.lr, betas=config.betas, eps=config.eps,
+            model,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
             weight_decay=config.weight_decay,
-        )  # fmt: skip
+        )
         self.precision = EmulatedPrecision(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
         self.result = TrainResult()
@@ -288,9 +291,13 @@ class _Run:
             )
             loss = distillation_loss if self.config.mtp_target == "backbone" else token_loss
             tokens = loss(
-                output.hidden, output.mtp_hidden, self.model.lm_head.weight, batch,
-                mtp_weight=self.config.mtp_weight, counts=counts,
-            )  # fmt: skip
+                output.hidden,
+                output.mtp_hidden,
+                self.model.lm_head.weight,
+                batch,
+                mtp_weight=self.config.mtp_weight,
+                counts=counts,
+            )
         total = tokens.total
         top_k = self.model.config.num_experts_per_tok
         terms = [

@@ -17,14 +17,21 @@ from nemotron_lite.course.exercises import Check, Exercise
 ALT = "One line that rises from left to right, steeply at first and then ever more slowly."
 EXERCISES = tuple(
     Exercise(
-        id=f"01.{name}", title=name.title(), objective=f"O{number}: {name} a number.", minutes=5,
-        difficulty=1, importance=2, points=1, task=f"Return x, {name}d.",
+        id=f"01.{name}",
+        title=name.title(),
+        objective=f"O{number}: {name} a number.",
+        minutes=5,
+        difficulty=1,
+        importance=2,
+        points=1,
+        task=f"Return x, {name}d.",
         stub=f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n',
-        solution=f"def {name}(x):\n    return x\n", hints=("one", "two", "three"),
+        solution=f"def {name}(x):\n    return x\n",
+        hints=("one", "two", "three"),
         checks=(Check("a number", lambda function: None),),
     )
     for number, name in enumerate(("discretise", "memorise"), 1)
-)  # fmt: skip
+)
 OBJECTIVES = "- **O1** Discretise.\n- **O2** Memorise.\n- **O3** Say why."
 HEADER = (
     "| | |\n|---|---|\n| **Time** | 5 minutes to read, 10 for the exercises |\n"

@@ -134,10 +134,18 @@ def test_a_record_of_every_part(records, monkeypatch):
     assert set(written["path"]) == {"prefill", "decode", "train"}
     entries = written["measurements"]
     assert [entry["what"] for entry in entries] == [
-        "prefill", "decode", "decode", "train", "train memory", "prefill memory",
-        "bf16 bare product", "bf16", "bf16 against the peer's", "bf16 against the peer's float32",
+        "prefill",
+        "decode",
+        "decode",
+        "train",
+        "train memory",
+        "prefill memory",
+        "bf16 bare product",
+        "bf16",
+        "bf16 against the peer's",
+        "bf16 against the peer's float32",
         "bf16 agreement with float32 on the random model",
-    ]  # fmt: skip
+    ]
     timed = [entry for entry in entries if "seconds" in entry]
     assert [entry["times_faster"]["n"] for entry in timed] == [2, 2, 2, 2, 31, 2, 2, 2]
     assert all(entry["seconds"]["ours"]["n"] == entry["times_faster"]["n"] for entry in timed)

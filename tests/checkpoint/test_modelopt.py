@@ -140,10 +140,16 @@ def test_without_input_scales_and_with_a_dropped_module(quantized: Path) -> None
 def test_one_format_for_all(saved: Path, tiny: NemotronConfig) -> None:
     tensors = load_file(saved / "model.safetensors")
     q = quantize(tensors[f"{IN_PROJ}.weight"])
-    edit(saved, lambda t: t.update({
-        f"{IN_PROJ}.weight": q.codes, f"{IN_PROJ}.weight_scale": q.scales,
-        f"{IN_PROJ}.weight_scale_2": q.scale,
-    }))  # fmt: skip
+    edit(
+        saved,
+        lambda t: t.update(
+            {
+                f"{IN_PROJ}.weight": q.codes,
+                f"{IN_PROJ}.weight_scale": q.scales,
+                f"{IN_PROJ}.weight_scale_2": q.scale,
+            }
+        ),
+    )
     declared = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*.q_proj"]}
     whole = {"producer": {"name": "modelopt"}, "quantization": declared}
     (saved / "hf_quant_config.json").write_text(json.dumps(whole))
@@ -261,10 +267,13 @@ def test_experts_of_one_stack_in_two_formats(quantized: Path) -> None:
     tensors = load_file(quantized / "model.safetensors")
     value = by_hand(tensors, EXPERT, 16)
     f = quantize_fp8(value)
-    edit(quantized, lambda t: (
-        t.update({f"{EXPERT}.weight": f.codes, f"{EXPERT}.weight_scale": f.scale}),
-        t.pop(f"{EXPERT}.weight_scale_2"),
-    ))  # fmt: skip
+    edit(
+        quantized,
+        lambda t: (
+            t.update({f"{EXPERT}.weight": f.codes, f"{EXPERT}.weight_scale": f.scale}),
+            t.pop(f"{EXPERT}.weight_scale_2"),
+        ),
+    )
     edit_quant_config(
         quantized, lambda q: q["quantized_layers"].update({EXPERT: {"quant_algo": "FP8"}})
     )

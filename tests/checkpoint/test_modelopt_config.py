@@ -17,7 +17,7 @@ from tests.checkpoint.modelopt_folder import (
     edit_config,
     edit_quant_config,
     message,
-)  # fmt: skip
+)
 
 DECLARED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another format": (

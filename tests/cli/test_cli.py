@@ -103,9 +103,22 @@ def test_info_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
 def test_train_writes_a_checkpoint_and_generate_is_reproducible(sizes, text, tmp_path):
     run = tmp_path / "run"
     shown = call(
-        "train", "--model", sizes, "--text", text, "--out", run, "--steps", 3,
-        "--batch-size", 2, "--seq-len", 32, "--seed", 1,
-    ).stdout  # fmt: skip
+        "train",
+        "--model",
+        sizes,
+        "--text",
+        text,
+        "--out",
+        run,
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--seq-len",
+        32,
+        "--seed",
+        1,
+    ).stdout
     assert re.search(r"this Nemotron\W+\d\.\d{3}", shown)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3]
@@ -160,8 +173,12 @@ def test_run_prints_all_its_steps(sizes, text, tmp_path):
     ).stdout
     titles = re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE)
     assert titles == [
-        ("1", "Assemble"), ("2", "Read"), ("3", "Train"), ("4", "Score"), ("5", "Write"),
-    ]  # fmt: skip
+        ("1", "Assemble"),
+        ("2", "Read"),
+        ("3", "Train"),
+        ("4", "Score"),
+        ("5", "Write"),
+    ]
     assert tables.number(TINY_PARAMETERS) in shown
     scores = dict(
         re.findall(r"│ (this Nemotron|gzip -9|LZMA|6-gram of bytes) +│ +(\d\.\d+)", shown)
@@ -252,8 +269,11 @@ def test_the_package_is_a_program(tmp_path):
     """`python -m nemotron_lite` is the command, for those who have no script on their path."""
     done = subprocess.run(
         [sys.executable, "-m", "nemotron_lite", "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "Usage: python -m nemotron_lite" in done.stdout
 

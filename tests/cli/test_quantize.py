@@ -57,17 +57,34 @@ def trained(text: Path) -> Path:
 
 def quantize(trained: Path, text: Path, out: Path, *more: object, code: int = 0) -> Result:
     return run_command(
-        "quantize", "--model", trained, "--out", out, "--text", text, "--prompts", 4,
-        "--tokens", 32, "--held-out", 2_000, *more, code=code,
-    )  # fmt: skip
+        "quantize",
+        "--model",
+        trained,
+        "--out",
+        out,
+        "--text",
+        text,
+        "--prompts",
+        4,
+        "--tokens",
+        32,
+        "--held-out",
+        2_000,
+        *more,
+        code=code,
+    )
 
 
 def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     shown = quantize(trained, text, out, "--format", "nvfp4", "--cache").stdout
     assert re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE) == [
-        ("1", "Read"), ("2", "Calibrate"), ("3", "Choose"), ("4", "Write"), ("5", "Score"),
-    ]  # fmt: skip
+        ("1", "Read"),
+        ("2", "Calibrate"),
+        ("3", "Choose"),
+        ("4", "Write"),
+        ("5", "Score"),
+    ]
     # The experts' second matrix has 24 columns, padded to 32. Each matrix has two float32 scales.
     bits = (4 * (24 * 16 * 4.5 + 64) + 4 * (16 * 32 * 4.5 + 64)) / (2 * 4 * 24 * 16)
     row = re.search(r"│ NVFP4 +│ routed experts +│ +2 │ +(\S+ K) │ +([\d.]+) │", shown)

@@ -39,15 +39,23 @@ def slopes(function: Callable[..., Any]) -> None:
 
 
 FADE = Exercise(
-    id="99.fade", title="Fade", objective="O1: fade.", minutes=5, difficulty=1, importance=5,
-    points=6, task="Write `fade`.", stub=STUB, solution=SOLUTION,
+    id="99.fade",
+    title="Fade",
+    objective="O1: fade.",
+    minutes=5,
+    difficulty=1,
+    importance=5,
+    points=6,
+    task="Write `fade`.",
+    stub=STUB,
+    solution=SOLUTION,
     hints=("Think of A = 0.", "Use `torch.exp`.", "Do not detach."),
     checks=(
         Check("by hand", by_hand, hint=1, points=1),
         Check("many values", many, hint=2, points=2),
         Check("gradients", slopes, hint=3, points=3),
     ),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +120,10 @@ def test_a_class_can_be_the_answer() -> None:
     exercise = replace(FADE, stub=stub, solution=solution, points=1, checks=(Check("x", run),))
     assert grade(exercise, exercise.build()).passed
     assert "not done yet" in grade(exercise, exercise.build(stub)).message
-    assert "is a `return` missing" in grade(
-        exercise, exercise.build(stub.replace("...", "self.a * 2"))
-    ).message  # fmt: skip
+    assert (
+        "is a `return` missing"
+        in grade(exercise, exercise.build(stub.replace("...", "self.a * 2"))).message
+    )
 
 
 WRONG = {
@@ -285,9 +294,10 @@ def test_the_cell_is_the_stub_and_its_check() -> None:
 
 def test_a_source_is_built_with_the_imports_of_the_stub() -> None:
     exercise = replace(
-        FADE, stub="from fractions import Fraction\n\n\n" + STUB,
+        FADE,
+        stub="from fractions import Fraction\n\n\n" + STUB,
         solution="def fade(dt, A):\n    return Fraction(1, 2)\n",
-    )  # fmt: skip
+    )
     assert exercise.build()(1, 2) == 0.5
 
 

@@ -123,8 +123,9 @@ def test_a_folder_of_submissions_is_graded(
     assert "was it renamed" in messages["dora"]["00.read_pattern"]
     assert status["dora"]["00.moe_parameters"] == "failed"
     assert status["dora"]["00.kv_bytes"] == "passed"
-    assert any("00.moe_parameters: the test cell had been changed" in n
-               for n in found["dora"]["notes"])  # fmt: skip
+    assert any(
+        "00.moe_parameters: the test cell had been changed" in n for n in found["dora"]["notes"]
+    )
     assert any("00.kv_bytes: the test cell was missing" in n for n in found["dora"]["notes"])
 
     assert (found["eve"]["status"], found["eve"]["points"]) == ("unreadable", 0)

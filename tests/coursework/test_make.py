@@ -25,10 +25,19 @@ uses_nbgrader = pytest.mark.xdist_group("nbgrader")
 def example(stub: str, solution: str) -> Exercise:
     """An exercise of which only stub and solution matter."""
     return Exercise(
-        id="99.twice", title="Twice", objective="O1: double.", minutes=1, difficulty=1,
-        importance=1, points=1, task="Double it.", stub=stub, solution=solution,
-        hints=("a", "b", "c"), checks=(Check("anything", lambda function: None),),
-    )  # fmt: skip
+        id="99.twice",
+        title="Twice",
+        objective="O1: double.",
+        minutes=1,
+        difficulty=1,
+        importance=1,
+        points=1,
+        task="Double it.",
+        stub=stub,
+        solution=solution,
+        hints=("a", "b", "c"),
+        checks=(Check("anything", lambda function: None),),
+    )
 
 
 STUB = 'def twice(x):\n    """Double x."""\n    raise NotImplementedError\n'

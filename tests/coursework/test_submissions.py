@@ -51,9 +51,13 @@ def assignment(chapter: str) -> Assignment:
         answer = f"def {name}():\n    raise NotImplementedError"
         cells += [
             code(key, answer, nbgrader=marks(key, solution=True)),
-            code(f"{key}-check", test, nbgrader=marks(f"{key}-check", solution=False),
-                 nemotron_lite=about),
-        ]  # fmt: skip
+            code(
+                f"{key}-check",
+                test,
+                nbgrader=marks(f"{key}-check", solution=False),
+                nemotron_lite=about,
+            ),
+        ]
     return Assignment(f"chapter_{chapter}", tuple(cells), {"kernelspec": {"name": "python3"}})
 
 
@@ -272,8 +276,9 @@ def test_junk_between_the_cells_is_left_out() -> None:
 )
 def test_answers_that_import_the_package_are_noted(source: str, noted: str) -> None:
     _, notes = copied(edit("01-one", source=source))
-    assert notes == ([f"imports {noted}: read the answers, they may call what they teach"]
-                     if noted else [])  # fmt: skip
+    assert notes == (
+        [f"imports {noted}: read the answers, they may call what they teach"] if noted else []
+    )
 
 
 def test_the_assignment_is_that_of_most_of_the_cells() -> None:

@@ -183,9 +183,11 @@ def test_options_as_keywords_and_together(model: Nemotron) -> None:
     assert len(found) == 6
     assert found == generate(model, [5], max_new_tokens=6, temperature=0.7, seed=3, stop=())
     assert found[:4] == generate(model, [5], 4, options=options)
-    assert found == generate(model, [5], options=GenerationOptions(stop=()).replace(
-        max_new_tokens=6, temperature=0.7, seed=3
-    ))  # fmt: skip
+    assert found == generate(
+        model,
+        [5],
+        options=GenerationOptions(stop=()).replace(max_new_tokens=6, temperature=0.7, seed=3),
+    )
     with pytest.raises(TypeError, match="no option 'temprature'; its options are temperature"):
         generate(model, [5], temprature=0.7)
     assert GenerationOptions(stop=[3, 4]) == GenerationOptions(stop=(3, 4))
@@ -253,8 +255,9 @@ def test_the_command_passes_every_option_on(
     assert {spelled.get(flag, flag) for flag in used} == known
     # Only these two cannot be chosen on the command line.
     assert {field.name for field in dataclasses.fields(GenerationOptions)} - values.keys() == {
-        "stop", "prefill_segment"
-    }  # fmt: skip
+        "stop",
+        "prefill_segment",
+    }
     CliRunner().invoke(app, fixed)
     assert passed.pop() == GenerationOptions(seed=0)
 

@@ -31,8 +31,12 @@ known = pytest.mark.skipif(
 def _python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
 
 
 @known
@@ -128,9 +132,14 @@ def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
     grown["fresh"] = [{**kernel, "registers": 32}]
     del grown["left"]
     run = subprocess.run(
-        [sys.executable, "-c", COMPARE], cwd=ROOT, env=compiling_environment,
-        input=json.dumps([grown, kept]), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", COMPARE],
+        cwd=ROOT,
+        env=compiling_environment,
+        input=json.dumps([grown, kept]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     faults, too_large = json.loads(run.stdout)
     assert faults == [
@@ -143,9 +152,7 @@ def test_growth_is_found(compiling_environment: dict[str, str]) -> None:
         "fresh: not in the snapshot.",
         "left: gone.",
     ]
-    assert too_large == [
-        "case: _k takes 131072 bytes of shared memory; sm_120 has 101376."
-    ]  # fmt: skip
+    assert too_large == ["case: _k takes 131072 bytes of shared memory; sm_120 has 101376."]
 
 
 WRITE = """

@@ -47,14 +47,20 @@ def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def _norm(backward: bool):
     return Case(
-        op="rms_norm", name="backward" if backward else "forward", shape="small",
+        op="rms_norm",
+        name="backward" if backward else "forward",
+        shape="small",
         inputs=lambda draw: {
             "x": draw.normal(5, 24, dtype=torch.float16),
             "weight": draw.normal(24, dtype=torch.float16),
         },
-        run=rms_norm, exact=lambda x, weight: ops.rms_norm(x, weight, impl="naive"),
-        tolerance=1e-3, bytes=1, leaves=("x", "weight") if backward else (), backward=backward,
-    )  # fmt: skip
+        run=rms_norm,
+        exact=lambda x, weight: ops.rms_norm(x, weight, impl="naive"),
+        tolerance=1e-3,
+        bytes=1,
+        leaves=("x", "weight") if backward else (),
+        backward=backward,
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -99,7 +105,9 @@ def test_a_state_updated_in_place_is_restored_for_the_second_run(device: ModuleT
         return ops.ssd_step(state, x, F.softplus(dt), A, B, C, impl="naive")
 
     case = Case(
-        op="selective_state_update", name="float32", shape="small",
+        op="selective_state_update",
+        name="float32",
+        shape="small",
         inputs=lambda draw: {
             "state": draw.normal(2, 4, 8, 16, dtype=torch.float32),
             "x": draw.normal(2, 4, 8, dtype=torch.float32),
@@ -108,8 +116,12 @@ def test_a_state_updated_in_place_is_restored_for_the_second_run(device: ModuleT
             "B": draw.normal(2, 2, 16, dtype=torch.float32),
             "C": draw.normal(2, 2, 16, dtype=torch.float32),
         },
-        run=run, exact=exact, tolerance=(2e-6, 2e-6), bytes=1, in_place=("state",),
-    )  # fmt: skip
+        run=run,
+        exact=exact,
+        tolerance=(2e-6, 2e-6),
+        bytes=1,
+        in_place=("state",),
+    )
     assert device.check(case)["passed"]
     assert not device.check(replace(case, in_place=()))["passed"]
 
@@ -152,13 +164,15 @@ def test_times_lower_bounds_and_ratios(device: ModuleType, gpu: FakeGpu, backwar
 
     case = _norm(backward)
     case = replace(
-        case, bytes=50_000,
+        case,
+        bytes=50_000,
         run=lambda x, weight: Slow.apply(rms_norm(x, weight)),
         peers={
             "slower": lambda x, weight: Slow.apply(Slow.apply(ops.rms_norm(x, weight))),
-            "absent": absent, "by hand": gpu.takes(4, needs_the_host),
+            "absent": absent,
+            "by hand": gpu.takes(4, needs_the_host),
         },
-    )  # fmt: skip
+    )
     result = device.measure(case, 4, CEILINGS)
     took = 5_000 if backward else 3_000
     assert result["time_us"] == {"n": 4, "median": took, "q1": took, "q3": took}
@@ -367,10 +381,21 @@ def test_everything_is_compiled_beforehand_in_several_processes(
 ) -> None:
     run = subprocess.run(
         [
-            sys.executable, "-m", "benchmarks.kernels.warm",
-            "--arch", "90", "--only", "conv1d_step", "--workers", "2",
+            sys.executable,
+            "-m",
+            "benchmarks.kernels.warm",
+            "--arch",
+            "90",
+            "--only",
+            "conv1d_step",
+            "--workers",
+            "2",
         ],
-        cwd=ROOT, env=compiling_environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=compiling_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("compiled for sm_90 in ")

@@ -51,9 +51,20 @@ def test_the_scan() -> None:
     x, dt, A, B, C, D = v.values()
     seq_idx = (torch.arange(70) // 30).expand(2, 70).int()
     found, last = mamba_chunk_scan_combined(
-        x, dt, A, B, C, 256, D=D, z=z, dt_bias=bias, initial_states=state, seq_idx=seq_idx,
-        dt_softplus=True, return_final_states=True,
-    )  # fmt: skip
+        x,
+        dt,
+        A,
+        B,
+        C,
+        256,
+        D=D,
+        z=z,
+        dt_bias=bias,
+        initial_states=state,
+        seq_idx=seq_idx,
+        dt_softplus=True,
+        return_final_states=True,
+    )
     y, expected = selective_scan(
         x, F.softplus(dt + bias), A, B, C, D=D, initial_state=state, seq_idx=seq_idx
     )

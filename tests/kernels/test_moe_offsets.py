@@ -77,11 +77,31 @@ def test_grouped_rows(last_pair: torch.Tensor, gather: bool, stage: int) -> None
     across = HIDDEN // 128
     with _last_program(across - 1):
         grouped._grouped_rows_kernel[(1,)](
-            x, x, x, x, x, x, last_pair, ends, torch.tensor([E - 1], dtype=torch.int32), tile,
-            APART, HIDDEN * WIDTH, 1, WIDTH, sorting.MAX_PAIRS,
-            N=HIDDEN, K=WIDTH, TOP_K=TOP_K, STAGE=stage, GATHER=gather, PRECISION="ieee",
-            ROWS=16, COLUMNS=128, DEPTH=64,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            x,
+            x,
+            x,
+            last_pair,
+            ends,
+            torch.tensor([E - 1], dtype=torch.int32),
+            tile,
+            APART,
+            HIDDEN * WIDTH,
+            1,
+            WIDTH,
+            sorting.MAX_PAIRS,
+            N=HIDDEN,
+            K=WIDTH,
+            TOP_K=TOP_K,
+            STAGE=stage,
+            GATHER=gather,
+            PRECISION="ieee",
+            ROWS=16,
+            COLUMNS=128,
+            DEPTH=64,
+        )
 
 
 @pytest.mark.parametrize("strides", [(WIDTH, 1), (1, HIDDEN)])
@@ -90,10 +110,23 @@ def test_grouped_outer(last_pair: torch.Tensor, strides: tuple[int, int]) -> Non
     tiles = (HIDDEN // 128) * (WIDTH // 128)
     with _last_program(E * tiles - 1):
         grouped._grouped_outer_kernel[(1,)](
-            x, x, x, x, last_pair, starts, APART, *strides,
-            M=HIDDEN, N=WIDTH, TOP_K=TOP_K, WEIGHTED=True, PRECISION="ieee",
-            ROWS=128, COLUMNS=128, DEPTH=64,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            x,
+            last_pair,
+            starts,
+            APART,
+            *strides,
+            M=HIDDEN,
+            N=WIDTH,
+            TOP_K=TOP_K,
+            WEIGHTED=True,
+            PRECISION="ieee",
+            ROWS=128,
+            COLUMNS=128,
+            DEPTH=64,
+        )
 
 
 @pytest.mark.parametrize("is_sorted", [True, False])
@@ -101,9 +134,18 @@ def test_combine(last_pair: torch.Tensor, is_sorted: bool) -> None:
     x = torch.zeros(1)
     with _last_program(2 * TOKENS - 1):
         experts._combine_kernel[(1,)](
-            x, last_pair, x, x, TOKENS, TOP_K=TOP_K, WIDTH=WIDTH, SORTED=is_sorted, WEIGHTED=True,
-            TOKENS=1, COLUMNS=1024,
-        )  # fmt: skip
+            x,
+            last_pair,
+            x,
+            x,
+            TOKENS,
+            TOP_K=TOP_K,
+            WIDTH=WIDTH,
+            SORTED=is_sorted,
+            WEIGHTED=True,
+            TOKENS=1,
+            COLUMNS=1024,
+        )
 
 
 def test_matvec() -> None:
@@ -111,9 +153,22 @@ def test_matvec() -> None:
     indices = torch.full((pairs,), E - 1)
     with _last_program(pairs * HIDDEN // 16 - 1):
         experts._matvec_kernel[(1,)](
-            x, x, indices, x, WIDTH, HIDDEN * WIDTH, WIDTH, 1,
-            E=E, N=HIDDEN, K=WIDTH, PAIRS_PER_ROW=TOP_K, ACTIVATE=True, ROWS=16, DEPTH=512,
-        )  # fmt: skip
+            x,
+            x,
+            indices,
+            x,
+            WIDTH,
+            HIDDEN * WIDTH,
+            WIDTH,
+            1,
+            E=E,
+            N=HIDDEN,
+            K=WIDTH,
+            PAIRS_PER_ROW=TOP_K,
+            ACTIVATE=True,
+            ROWS=16,
+            DEPTH=512,
+        )
 
 
 def test_router_at_eight_million_tokens() -> None:
@@ -121,13 +176,42 @@ def test_router_at_eight_million_tokens() -> None:
     assert tokens * E > 2**31
     with _last_program(tokens // 4 - 1, integers=False):
         routing._route_kernel[(1,)](
-            x, x, x, i, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, N_GROUP=8, TOPK_GROUP=4,
-            NORMALIZE=True, ROWS=4, EXPERTS=E, SLOTS=32, GROUPS=8,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            i,
+            x,
+            tokens,
+            E,
+            5.0,
+            E=E,
+            TOP_K=TOP_K,
+            N_GROUP=8,
+            TOPK_GROUP=4,
+            NORMALIZE=True,
+            ROWS=4,
+            EXPERTS=E,
+            SLOTS=32,
+            GROUPS=8,
+        )
         routing._route_backward_kernel[(1,)](
-            x, i, x, x, x, tokens, E, 5.0, E=E, TOP_K=TOP_K, NORMALIZE=True,
-            HAS_WEIGHTS=True, HAS_SCORES=True, ROWS=4, EXPERTS=E, SLOTS=32,
-        )  # fmt: skip
+            x,
+            i,
+            x,
+            x,
+            x,
+            tokens,
+            E,
+            5.0,
+            E=E,
+            TOP_K=TOP_K,
+            NORMALIZE=True,
+            HAS_WEIGHTS=True,
+            HAS_SCORES=True,
+            ROWS=4,
+            EXPERTS=E,
+            SLOTS=32,
+        )
 
 
 def test_sort_of_as_many_pairs_as_it_takes() -> None:
@@ -135,7 +219,15 @@ def test_sort_of_as_many_pairs_as_it_takes() -> None:
     with _last_program(sorting.MAX_PAIRS // 256, integers=False):
         sorting._count_kernel[(1,)](i, i, sorting.MAX_PAIRS, E=E, EXPERTS=E, BLOCK=256)
         sorting._place_kernel[(1,)](
-            i, i, i, i, i, sorting.MAX_PAIRS, E=E, BLOCK=256, CHUNK=64,
-        )  # fmt: skip
+            i,
+            i,
+            i,
+            i,
+            i,
+            sorting.MAX_PAIRS,
+            E=E,
+            BLOCK=256,
+            CHUNK=64,
+        )
     with _last_program(E // 16 - 1, integers=False):
         sorting._offsets_kernel[(1,)](i, i, 600, E=E, ROWS=64, COLUMNS=16)

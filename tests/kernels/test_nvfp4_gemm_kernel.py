@@ -276,17 +276,59 @@ def test_a_million_tokens_and_stacks_beyond_32_bits() -> None:
             if grouped:
                 _indices_are(2**24)
             nvfp4_gemm._rows_kernel[(1,)](
-                x, byte, byte, x, x, i, i, i, i, TOKENS, PROJECTION, *strides, TOP_K=2,
-                SORTED=grouped, GATHER=grouped, ACTIVATE=grouped, PRECISION="ieee", **shared,
-            )  # fmt: skip
+                x,
+                byte,
+                byte,
+                x,
+                x,
+                i,
+                i,
+                i,
+                i,
+                TOKENS,
+                PROJECTION,
+                *strides,
+                TOP_K=2,
+                SORTED=grouped,
+                GATHER=grouped,
+                ACTIVATE=grouped,
+                PRECISION="ieee",
+                **shared,
+            )
     with _program(last):
         nvfp4_gemm._packed_kernel[(1,)](
-            byte, byte, x, byte, byte, x, x, TOKENS, PROJECTION // 2, PROJECTION // 16,
-            strides[1], strides[3], SCALED=False, **shared,
-        )  # fmt: skip
+            byte,
+            byte,
+            x,
+            byte,
+            byte,
+            x,
+            x,
+            TOKENS,
+            PROJECTION // 2,
+            PROJECTION // 16,
+            strides[1],
+            strides[3],
+            SCALED=False,
+            **shared,
+        )
     with _program(TOKENS * (n // 16) - 1):
         _indices_are(2**20)
         nvfp4_matvec._matvec_kernel[(1,)](
-            x, byte, byte, x, i, x, PROJECTION, *strides, E=2**21, N=n, K=k, PAIRS_PER_ROW=1,
-            CHOSEN=True, ACTIVATE=True, ROWS=16, DEPTH=64,
-        )  # fmt: skip
+            x,
+            byte,
+            byte,
+            x,
+            i,
+            x,
+            PROJECTION,
+            *strides,
+            E=2**21,
+            N=n,
+            K=k,
+            PAIRS_PER_ROW=1,
+            CHOSEN=True,
+            ACTIVATE=True,
+            ROWS=16,
+            DEPTH=64,
+        )

@@ -61,9 +61,13 @@ EXPECTED = {
 @pytest.mark.parametrize("arch", EXPECTED)
 def test_the_instruction_is_issued(arch: int, compiling_environment: dict[str, str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=compiling_environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", COMPILE, str(arch)],
+        cwd=ROOT,
+        env=compiling_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     listing = json.loads(run.stdout)
     name, ptx, sass = EXPECTED[arch]

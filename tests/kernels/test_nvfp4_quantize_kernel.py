@@ -320,14 +320,36 @@ def test_a_million_tokens(transposed: bool, fake: bool) -> None:
         )
         for rounding in (1, 2):
             nvfp4_tile._quantize_kernel[(1,)](
-                x, x, i, byte, byte, x, x, 7, 1, m, k, k, k, k, *strides, *strides, *strides,
-                STACKED=True, TRANSPOSED=transposed, SQUARE=True, HADAMARD=True,
-                ROUNDING=rounding, FAKE=fake, NATIVE=False, **shared,
-            )  # fmt: skip
+                x,
+                x,
+                i,
+                byte,
+                byte,
+                x,
+                x,
+                7,
+                1,
+                m,
+                k,
+                k,
+                k,
+                k,
+                *strides,
+                *strides,
+                *strides,
+                STACKED=True,
+                TRANSPOSED=transposed,
+                SQUARE=True,
+                HADAMARD=True,
+                ROUNDING=rounding,
+                FAKE=fake,
+                NATIVE=False,
+                **shared,
+            )
     with _program(3 * tiles - 1):
         nvfp4_dequantizer._nvfp4_dequantize[(1,)](
             byte, byte, x, x, 3 * m, k, m, k // 2, k // 16, WHOLE=False, **shared
-        )  # fmt: skip
+        )
 
 
 def test_a_seed_gives_the_bits_of_the_reference() -> None:

@@ -76,9 +76,13 @@ MOST = {
 @lru_cache
 def _compiled(arch: int, environment: frozenset[tuple[str, str]]) -> dict[str, dict]:
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(arch)], cwd=ROOT, env=dict(environment),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", COMPILE, str(arch)],
+        cwd=ROOT,
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
 

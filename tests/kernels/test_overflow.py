@@ -75,9 +75,24 @@ def test_convolution_forward(tokens: int, row: int, width: int, options: bool) -
     for block in (tokens // 16 - 1, 0):
         with _program(block, CHANNELS // 256 - 1, row):
             conv._conv_forward[(1,)](
-                x, x, x, *given, x, x, tokens, CHANNELS, tokens * width, width, 4,
-                3 * CHANNELS, CHANNELS, tokens, TAPS=4, BLOCK_T=16, BLOCK_C=256,
-            )  # fmt: skip
+                x,
+                x,
+                x,
+                *given,
+                x,
+                x,
+                tokens,
+                CHANNELS,
+                tokens * width,
+                width,
+                4,
+                3 * CHANNELS,
+                CHANNELS,
+                tokens,
+                TAPS=4,
+                BLOCK_T=16,
+                BLOCK_C=256,
+            )
 
 
 @pytest.mark.parametrize("options", [False, True])
@@ -88,10 +103,28 @@ def test_convolution_backward(tokens: int, row: int, width: int, options: bool) 
     stretches = tokens // 4
     with _program(stretches - 1, CHANNELS // 256 - 1, row):
         conv._conv_backward[(1,)](
-            x, x, x, *given, x, tokens, CHANNELS, stretches, tokens * width, width, 4,
-            3 * CHANNELS, CHANNELS, tokens, tokens * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
-            TAPS=4, STRETCH=4, BLOCK_C=256,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            *given,
+            x,
+            tokens,
+            CHANNELS,
+            stretches,
+            tokens * width,
+            width,
+            4,
+            3 * CHANNELS,
+            CHANNELS,
+            tokens,
+            tokens * CHANNELS,
+            CHANNELS,
+            3 * CHANNELS,
+            CHANNELS,
+            TAPS=4,
+            STRETCH=4,
+            BLOCK_C=256,
+        )
 
 
 def test_convolution_step_of_the_most_sequences() -> None:
@@ -99,9 +132,22 @@ def test_convolution_step_of_the_most_sequences() -> None:
     assert batch * 3 * CHANNELS > 2**31
     with _program(CHANNELS // 256 - 1, batch - 1):
         conv_step._conv_step[(1,)](
-            x, x, x, x, x, x, CHANNELS, 3 * CHANNELS, CHANNELS, 3 * CHANNELS, CHANNELS,
-            PROJECTION, 4, TAPS=4, BLOCK_C=256,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            x,
+            x,
+            x,
+            CHANNELS,
+            3 * CHANNELS,
+            CHANNELS,
+            3 * CHANNELS,
+            CHANNELS,
+            PROJECTION,
+            4,
+            TAPS=4,
+            BLOCK_C=256,
+        )
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -115,9 +161,24 @@ def test_norms(gated: bool) -> None:
         )
     with _program(TOKENS // 4 - 1, groups - 1):
         norm._norm_backward[(1,)](
-            x, z, x, x, x, z, x, TOKENS, INNER, size, 1e-5, INNER, PROJECTION, INNER,
-            ROWS=4, BLOCK_R=1, BLOCK_N=size,
-        )  # fmt: skip
+            x,
+            z,
+            x,
+            x,
+            x,
+            z,
+            x,
+            TOKENS,
+            INNER,
+            size,
+            1e-5,
+            INNER,
+            PROJECTION,
+            INNER,
+            ROWS=4,
+            BLOCK_R=1,
+            BLOCK_N=size,
+        )
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -126,11 +187,50 @@ def test_state_update_of_four_thousand_sequences(half: bool) -> None:
     state = x.half() if half else x
     with _program(P // 16 - 1, HEADS - 1, batch - 1):
         state_update._state_update[(1,)](
-            state, x, x, x, x, x, x, x, x, None, 2**40, x, HEADS, HEADS // 8,
-            HEADS * P * N, P * N, N, PROJECTION, P, PROJECTION, 1, 0, 1, 0,
-            PROJECTION, N, PROJECTION, N, 1, 0, PROJECTION, P, 1, 0, HEADS * P, P,
-            P=P, N=N, SOFTPLUS=True, SEEDED=half, ROUNDS=5, BLOCK_P=16, BLOCK_N=N,
-        )  # fmt: skip
+            state,
+            x,
+            x,
+            x,
+            x,
+            x,
+            x,
+            x,
+            x,
+            None,
+            2**40,
+            x,
+            HEADS,
+            HEADS // 8,
+            HEADS * P * N,
+            P * N,
+            N,
+            PROJECTION,
+            P,
+            PROJECTION,
+            1,
+            0,
+            1,
+            0,
+            PROJECTION,
+            N,
+            PROJECTION,
+            N,
+            1,
+            0,
+            PROJECTION,
+            P,
+            1,
+            0,
+            HEADS * P,
+            P,
+            P=P,
+            N=N,
+            SOFTPLUS=True,
+            SEEDED=half,
+            ROUNDS=5,
+            BLOCK_P=16,
+            BLOCK_N=N,
+        )
 
 
 def test_verification_of_four_thousand_drafts() -> None:
@@ -138,9 +238,21 @@ def test_verification_of_four_thousand_drafts() -> None:
     assert batch * (k + 1) * size > 2**31
     with _program(batch - 1):
         verification._verify_kernel[(1,)](
-            x, x, i, x.double(), i, i, i, k, size, (k + 1) * size, size, k * size, size,
+            x,
+            x,
+            i,
+            x.double(),
+            i,
+            i,
+            i,
+            k,
+            size,
+            (k + 1) * size,
+            size,
+            k * size,
+            size,
             BLOCK=16_384,
-        )  # fmt: skip
+        )
 
 
 def test_more_rows_than_a_grid_has_are_refused() -> None:

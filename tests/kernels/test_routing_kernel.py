@@ -29,9 +29,16 @@ def _exact(logits, bias, k, n_group, topk_group, normalize=True, scale=1.0):
     """The naive definition. The router's matrix is the identity, so the input is the logits."""
     eye = torch.eye(logits.shape[1], dtype=logits.dtype)
     return ops.route(
-        logits, eye, bias.to(logits.dtype), top_k=k, n_group=n_group, topk_group=topk_group,
-        normalize=normalize, scale=scale, impl="naive",
-    )  # fmt: skip
+        logits,
+        eye,
+        bias.to(logits.dtype),
+        top_k=k,
+        n_group=n_group,
+        topk_group=topk_group,
+        normalize=normalize,
+        scale=scale,
+        impl="naive",
+    )
 
 
 def _inputs(t: int, e: int, spread: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,9 +36,15 @@ LENGTHS = [1, 63, 64, 65, 200]
 
 
 def make(
-    b: int, t: int, h: int = 4, p: int = 16, g: int = 2, n: int = 16,
-    dtype: torch.dtype = torch.float32, decay: float = 4.0,
-) -> dict[str, Tensor]:  # fmt: skip
+    b: int,
+    t: int,
+    h: int = 4,
+    p: int = 16,
+    g: int = 2,
+    n: int = 16,
+    dtype: torch.dtype = torch.float32,
+    decay: float = 4.0,
+) -> dict[str, Tensor]:
     """Inputs in `dtype`; numbers per head and the state in float32."""
     v = {
         "x": torch.randn(b, t, h, p), "dt": torch.randn(b, t, h) - 1,

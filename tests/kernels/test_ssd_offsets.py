@@ -92,9 +92,24 @@ def test_states_of_every_chunk(reverse: bool, arguments: Arguments) -> None:
     for b, index in ((0, CHUNKS - 1), (ROWS, 0)):
         with _program(index, H - 1, b):
             ssd_states.states_kernel[(1,)](
-                *v["x"], *v["dt"], v["A"], *v["B"], v["A"], None, *v["row"], v["A"], v["A"], v["A"],
-                T, CHUNKS, H, REVERSE=reverse, LOOP=False, BLOCK_P=P, **SIZES,
-            )  # fmt: skip
+                *v["x"],
+                *v["dt"],
+                v["A"],
+                *v["B"],
+                v["A"],
+                None,
+                *v["row"],
+                v["A"],
+                v["A"],
+                v["A"],
+                T,
+                CHUNKS,
+                H,
+                REVERSE=reverse,
+                LOOP=False,
+                BLOCK_P=P,
+                **SIZES,
+            )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -105,14 +120,37 @@ def test_loops_over_the_chunks_of_many_rows_and_of_many_chunks(
         v = arguments(tokens)
         with _program(0, H - 1, row):
             ssd_states.states_kernel[(1,)](
-                *v["x"], *v["dt"], v["A"], *v["B"], v["A"], v["A"], *v["row"], v["x"][0], None,
-                v["A"], tokens, chunks, H, REVERSE=reverse, LOOP=True, BLOCK_P=P, **SIZES,
-            )  # fmt: skip
+                *v["x"],
+                *v["dt"],
+                v["A"],
+                *v["B"],
+                v["A"],
+                v["A"],
+                *v["row"],
+                v["x"][0],
+                None,
+                v["A"],
+                tokens,
+                chunks,
+                H,
+                REVERSE=reverse,
+                LOOP=True,
+                BLOCK_P=P,
+                **SIZES,
+            )
         with _program(0, H - 1, row):
             ssd_states.pass_kernel[(1,)](
-                v["A"], v["A"], v["A"], v["x"][0], v["A"], chunks, H, P * N,
-                REVERSE=reverse, BLOCK=P * N,
-            )  # fmt: skip
+                v["A"],
+                v["A"],
+                v["A"],
+                v["x"][0],
+                v["A"],
+                chunks,
+                H,
+                P * N,
+                REVERSE=reverse,
+                BLOCK=P * N,
+            )
 
 
 @pytest.mark.parametrize(("row", "tokens"), [(ROWS, 2 * Q), (0, T)])
@@ -120,9 +158,23 @@ def test_fused_rows(row: int, tokens: int, arguments: Arguments) -> None:
     v = arguments(tokens)
     with _program(0, H - 1, row):
         ssd_forward.fused_kernel[(1,)](
-            *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], v["A"], *v["row"],
-            *v["x"], v["A"], tokens, tokens // Q, H, BLOCK_P=P, **SIZES,
-        )  # fmt: skip
+            *v["x"],
+            *v["dt"],
+            v["A"],
+            *v["B"],
+            *v["C"],
+            v["A"],
+            v["A"],
+            v["A"],
+            *v["row"],
+            *v["x"],
+            v["A"],
+            tokens,
+            tokens // Q,
+            H,
+            BLOCK_P=P,
+            **SIZES,
+        )
 
 
 @triton.jit
@@ -142,9 +194,23 @@ def test_scan_of_the_last_chunk(arguments: Arguments) -> None:
     v = arguments(T)
     with _program(CHUNKS - 1, 0, H - 1):
         ssd_forward.scan_kernel[(1,)](
-            *v["x"], *v["dt"], v["A"], *v["B"], *v["C"], v["A"], v["A"], *v["row"], v["x"][0],
-            *v["x"], T, CHUNKS, H, PAD_P=P, HEADS=1, **SIZES,
-        )  # fmt: skip
+            *v["x"],
+            *v["dt"],
+            v["A"],
+            *v["B"],
+            *v["C"],
+            v["A"],
+            v["A"],
+            *v["row"],
+            v["x"][0],
+            *v["x"],
+            T,
+            CHUNKS,
+            H,
+            PAD_P=P,
+            HEADS=1,
+            **SIZES,
+        )
 
 
 @pytest.mark.parametrize("row", [0, 30])
@@ -154,11 +220,42 @@ def test_gradients_of_the_last_chunk(row: int, arguments: Arguments) -> None:
     given = (*v["x"], *v["dt"], number, *v["B"], *v["C"])
     with _program(CHUNKS - 1, row, 2 * H - 1):  # the second block of n, a program for every head
         ssd_backward.grad_bc_kernel[(1,)](
-            *given, number, *v["row"], *v["x"], half, half, half, half, number,
-            T, CHUNKS, H, G, H // G, PAD_P=P, HEADS=1, BLOCK_N=64, **SIZES,
-        )  # fmt: skip
+            *given,
+            number,
+            *v["row"],
+            *v["x"],
+            half,
+            half,
+            half,
+            half,
+            number,
+            T,
+            CHUNKS,
+            H,
+            G,
+            H // G,
+            PAD_P=P,
+            HEADS=1,
+            BLOCK_N=64,
+            **SIZES,
+        )
     with _program(CHUNKS - 1, row, H - 1):
         ssd_backward.grad_x_kernel[(1,)](
-            *given, number, number, *v["row"], *v["x"], half, number, *v["x"], *v["dt"], number,
-            T, CHUNKS, H, PAD_P=P, HEADS=1, BLOCKS_N=2, **SIZES,
-        )  # fmt: skip
+            *given,
+            number,
+            number,
+            *v["row"],
+            *v["x"],
+            half,
+            number,
+            *v["x"],
+            *v["dt"],
+            number,
+            T,
+            CHUNKS,
+            H,
+            PAD_P=P,
+            HEADS=1,
+            BLOCKS_N=2,
+            **SIZES,
+        )

@@ -167,11 +167,17 @@ def test_the_reference_gives_the_known_answers() -> None:
     """Philox-4x32-10 of Random123's kat_vectors."""
     ones = 0xFFFFFFFF
     assert [hex(int(w)) for w in philox.philox([0, 0, 0, 0], (0, 0), 10)] == [
-        "0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8",
-    ]  # fmt: skip
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
     assert [hex(int(w)) for w in philox.philox([ones] * 4, (ones, ones), 10)] == [
-        "0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd",
-    ]  # fmt: skip
+        "0x408f276d",
+        "0x41c83b0e",
+        "0xa20bc7c6",
+        "0x6d5451fd",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ def test_the_reference_gives_the_known_answers() -> None:
 )
 def test_the_same_bits_as_the_reference(
     b: int, h: int, p: int, n: int, seed: int, rounds: int
-) -> None:  # fmt: skip
+) -> None:
     inputs = _inputs(b, h, p, 1, n)
     half = inputs.pop("state").half()
     wide = half.float()

@@ -75,8 +75,10 @@ def test_accepting_is_the_scan_of_a_prefix(data: st.DataObject, b: int, t: int, 
     for impl in ("torch", "cpu"):
         torch.testing.assert_close(
             ops.ssd_accept_draft(state[:1].clone(), **_first_row(given), counts=same, impl=impl),
-            exact[:1], rtol=1e-9, atol=1e-9,
-        )  # fmt: skip
+            exact[:1],
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
 def _first_row(given: Drawn) -> Drawn:

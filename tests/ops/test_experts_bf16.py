@@ -42,9 +42,12 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("together", [1, 3, 5, 12])
 @pytest.mark.parametrize("t", [64, 131])
 def test_batches_equal_float64_up_to_rounding(
-    monkeypatch: pytest.MonkeyPatch, batches: list[tuple[int, ...]], t: int, together: int,
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[tuple[int, ...]],
+    t: int,
+    together: int,
     busy: int | None,
-) -> None:  # fmt: skip
+) -> None:
     (z, up, down, weights), indices = inputs(t, busy=busy)
     monkeypatch.setattr(cpu_experts, "TOGETHER", together)
     exact = expert_mlp(*(x.double() for x in (z, up, down, weights)), indices, impl="naive")

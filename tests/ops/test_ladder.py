@@ -161,9 +161,16 @@ def split_at(cut: float, impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
                 fresh = ids[:, 0] != seq_idx[:, at - 1]
                 state = state.masked_fill(fresh[:, None, None, None], 0.0)
             y, state = ssd(
-                x[:, part], dt[:, part], A, B[:, part], C[:, part],
-                D=D, initial_state=state, seq_idx=ids, impl=impl,
-            )  # fmt: skip
+                x[:, part],
+                dt[:, part],
+                A,
+                B[:, part],
+                C[:, part],
+                D=D,
+                initial_state=state,
+                seq_idx=ids,
+                impl=impl,
+            )
             ys.append(y)
         return torch.cat(ys, dim=1), state
 
@@ -198,9 +205,15 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
         pytest.skip("one token cannot be split")
     dtype = torch.float32
     found = ladder.climb(
-        "ssd", rung, bind(RUNGS[rung], case), inputs_of(case, dtype), OUTPUTS,
-        exact(case, dtype), "recurrence in float64", dtype,
-    )  # fmt: skip
+        "ssd",
+        rung,
+        bind(RUNGS[rung], case),
+        inputs_of(case, dtype),
+        OUTPUTS,
+        exact(case, dtype),
+        "recurrence in float64",
+        dtype,
+    )
     holds(found, case, dtype)
 
 
@@ -214,9 +227,15 @@ def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
     gradient of y; where they are sums that cancel, this error becomes larger.
     """
     found = ladder.climb(
-        "ssd", rung, bind(RUNGS[rung], case), inputs_of(case, dtype), OUTPUTS,
-        exact(case, dtype), "recurrence in float64", dtype,
-    )  # fmt: skip
+        "ssd",
+        rung,
+        bind(RUNGS[rung], case),
+        inputs_of(case, dtype),
+        OUTPUTS,
+        exact(case, dtype),
+        "recurrence in float64",
+        dtype,
+    )
     if dtype == torch.bfloat16:
         assert found.pop("state") < TOLERANCE[torch.float32]
         assert found.pop("y") < TOLERANCE[dtype]
@@ -230,9 +249,15 @@ def test_the_definition_in_float32(rung: str, case: Case) -> None:
     form = {"recurrence": selective_scan, "step": one_at_a_time}[rung]
     dtype = torch.float32
     found = ladder.climb(
-        "ssd", rung, bind(form, case), inputs_of(case, dtype), OUTPUTS,
-        exact(case, dtype), "recurrence in float64", dtype,
-    )  # fmt: skip
+        "ssd",
+        rung,
+        bind(form, case),
+        inputs_of(case, dtype),
+        OUTPUTS,
+        exact(case, dtype),
+        "recurrence in float64",
+        dtype,
+    )
     holds(found, case, dtype, factor=3.0)
 
 

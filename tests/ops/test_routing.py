@@ -70,6 +70,8 @@ def test_scores_are_float32_whatever_the_model() -> None:
         mixed = route(x.bfloat16(), weight, bias, top_k=2)
     assert mixed.scores.dtype == torch.float32
     torch.testing.assert_close(
-        mixed.scores.double(), torch.sigmoid(x.bfloat16().double() @ weight.double().t()),
-        rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
+        mixed.scores.double(),
+        torch.sigmoid(x.bfloat16().double() @ weight.double().t()),
+        rtol=1e-5,
+        atol=1e-6,
+    )

@@ -50,11 +50,15 @@ def test_two_tokens_by_hand() -> None:
     expected = torch.stack([s1 * c1 + skip * x1, s2 * c2 + skip * x2])
     for impl in ("naive", "torch", "cpu"):
         y, state = ssd(
-            torch.tensor([x1, x2]).view(1, 2, 1, 1), torch.tensor([d1, d2]).view(1, 2, 1),
-            torch.tensor([a]), torch.tensor([b1, b2]).view(1, 2, 1, 1),
-            torch.tensor([c1, c2]).view(1, 2, 1, 1), D=torch.tensor([skip]),
-            initial_state=torch.tensor(s0).view(1, 1, 1, 1), impl=impl,
-        )  # fmt: skip
+            torch.tensor([x1, x2]).view(1, 2, 1, 1),
+            torch.tensor([d1, d2]).view(1, 2, 1),
+            torch.tensor([a]),
+            torch.tensor([b1, b2]).view(1, 2, 1, 1),
+            torch.tensor([c1, c2]).view(1, 2, 1, 1),
+            D=torch.tensor([skip]),
+            initial_state=torch.tensor(s0).view(1, 1, 1, 1),
+            impl=impl,
+        )
         torch.testing.assert_close(y.flatten(), expected)
         torch.testing.assert_close(state.flatten(), s2.view(1))
 
@@ -67,9 +71,13 @@ def test_gradients_against_central_differences(documents: bool, impl: str) -> No
 
     def call(*values: Tensor) -> tuple[Tensor, Tensor]:
         return ssd(
-            *values[:5], D=values[5], initial_state=values[6], seq_idx=seq_idx, chunk_size=3,
+            *values[:5],
+            D=values[5],
+            initial_state=values[6],
+            seq_idx=seq_idx,
+            chunk_size=3,
             impl=impl,
-        )  # fmt: skip
+        )
 
     assert torch.autograd.gradcheck(call, [v.requires_grad_() for v in inputs.values()])
 
@@ -130,8 +138,9 @@ def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
     """Concatenated documents equal separate ones; gradients across a boundary are zero."""
     lengths = (1, 70, 64, 3, 90)
     inputs = make(1, sum(lengths))
-    seq_idx = torch.repeat_interleave(torch.tensor([4, 0, 0, 7, 2]) + torch.arange(5) * 10,
-                                      torch.tensor(lengths)).unsqueeze(0)  # fmt: skip
+    seq_idx = torch.repeat_interleave(
+        torch.tensor([4, 0, 0, 7, 2]) + torch.arange(5) * 10, torch.tensor(lengths)
+    ).unsqueeze(0)
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     y, last = ssd(**leaves, seq_idx=seq_idx, impl=impl)
     start = 0

@@ -72,8 +72,10 @@ def test_nan_infinity_and_numbers_too_large() -> None:
 def test_each_write_has_its_own_bits_and_they_are_reproducible() -> None:
     seeds = {
         RoundingSeeds(seed, layer, writes).next()
-        for seed in range(3) for layer in range(3) for writes in range(50)
-    }  # fmt: skip
+        for seed in range(3)
+        for layer in range(3)
+        for writes in range(50)
+    }
     assert len(seeds) == 450
     assert all(0 <= seed < 2**63 for seed in seeds)
     one, other = RoundingSeeds(5, 2), RoundingSeeds(5, 2)

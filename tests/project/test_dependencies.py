@@ -148,9 +148,10 @@ def test_tests_and_benchmarks_import_only_declared_dependencies(folder: str) -> 
     peers = {"fla", "mamba_ssm", "torchao"} if folder == "benchmarks" else set()
     allowed = set(declared(PYPROJECT)) | peers
     missing = {
-        name for p in (ROOT / folder).rglob("*.py")
+        name
+        for p in (ROOT / folder).rglob("*.py")
         for name in undeclared_imports(p.read_text(), allowed)
-    }  # fmt: skip
+    }
     assert missing == set()
 
 

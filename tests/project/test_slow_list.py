@@ -40,10 +40,12 @@ def test_each_line_names_a_test(line: str) -> None:
 
 
 FOLDERS = [
-    path.name for path in sorted((ROOT / "tests").iterdir())
-    if path.is_dir() and any(path.rglob("test_*.py"))
+    path.name
+    for path in sorted((ROOT / "tests").iterdir())
+    if path.is_dir()
+    and any(path.rglob("test_*.py"))
     and path.name not in ("browser", "notebooks", "cuda")
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -51,8 +53,9 @@ def test_check_runs_something_of_each_folder(folder: str) -> None:
     files = (ROOT / "tests" / folder).rglob("test_*.py")
     ids = [
         f"{path.relative_to(ROOT).as_posix()}::{name}"
-        for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
-    ]  # fmt: skip
+        for path in files
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    ]
     assert any(not CONFTEST.is_slow(test, LISTED) for test in ids)
 
 

@@ -40,9 +40,13 @@ CLOSE = 2e-6  # relative rms: float32 sums of at most a few hundred terms; measu
 def operand(x: Tensor, how: Operand, bits: Tensor | None = None) -> Tensor:
     """x in float64 after quantization to NVFP4, blocks along the last dimension."""
     quantized = nvfp4.quantize(
-        x, block=how.block, hadamard=how.hadamard, stochastic=how.stochastic,
-        bits=bits if how.stochastic else None, impl="naive",
-    )  # fmt: skip
+        x,
+        block=how.block,
+        hadamard=how.hadamard,
+        stochastic=how.stochastic,
+        bits=bits if how.stochastic else None,
+        impl="naive",
+    )
     return quantized.dequantize(torch.float32).double()
 
 
@@ -100,8 +104,10 @@ def test_linear_reads_bfloat16_under_autocast() -> None:
         y = layer(x)
         y.backward(grad)  # inside: the products of the backward pass must not be cast either
     assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (
-        torch.bfloat16, torch.float32, torch.float32,
-    )  # fmt: skip
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     rows, call = x.detach().bfloat16().flatten(0, 1), StochasticSeeds(1).next_call(0, "")
     expected = slow_linear(rows, layer.weight.detach(), grad.flatten(0, 1), FULL, call)
     assert relative_rms(layer.weight.grad, expected[2]) < CLOSE
@@ -198,9 +204,12 @@ def test_each_product_of_the_experts_equals_the_definition(recipe: GemmRecipe, t
     assert len(mine[5]) == 0
     assert sum(map(len, mine)) == 3 * t
     y, dx, dw = slow_product(
-        [x.detach()[rows] for rows in mine], weight.detach(), [grad[rows] for rows in mine],
-        recipe, call,
-    )  # fmt: skip
+        [x.detach()[rows] for rows in mine],
+        weight.detach(),
+        [grad[rows] for rows in mine],
+        recipe,
+        call,
+    )
     order = torch.cat(mine)
     assert relative_rms(found[0][order], torch.cat(y)) < CLOSE
     assert relative_rms(found[1][order], torch.cat(dx)) < CLOSE

@@ -135,8 +135,10 @@ def test_a_mix_and_what_stays_plain(fresh: Fresh) -> None:
     model = quantize_model(model, chosen).to(torch.bfloat16)
     packed = {name for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     assert packed == {
-        f"{EXPERTS}.up_proj", f"{EXPERTS}.down_proj", "backbone.layers.0.mixer.in_proj",
-    }  # fmt: skip
+        f"{EXPERTS}.up_proj",
+        f"{EXPERTS}.down_proj",
+        "backbone.layers.0.mixer.in_proj",
+    }
     assert model.backbone.layers[0].mixer.out_proj.weight.dtype == torch.bfloat16
     assert torch.equal(
         model.backbone.layers[0].mixer.out_proj.weight,

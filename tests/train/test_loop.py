@@ -114,15 +114,28 @@ def test_log_file_is_the_history(
 ) -> None:
     seen: list[dict[str, Any]] = []
     result = train(
-        model, text, TrainConfig(steps=3, **SMALL), out_dir=tmp_path, progress=False,
+        model,
+        text,
+        TrainConfig(steps=3, **SMALL),
+        out_dir=tmp_path,
+        progress=False,
         on_step=seen.append,
-    )  # fmt: skip
+    )
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records == result.history == seen
     assert set(records[0]) == {
-        "step", "loss", "ce", "mtp", "balance", "lr", "grad_norm", "max_vio", "tokens", "seconds",
+        "step",
+        "loss",
+        "ce",
+        "mtp",
+        "balance",
+        "lr",
+        "grad_norm",
+        "max_vio",
+        "tokens",
+        "seconds",
         "tokens_per_second",
-    }  # fmt: skip
+    }
     assert result.checkpoint == tmp_path / "checkpoints" / "step-00000003.pt"
     assert result.checkpoint.exists()
     for r in records:

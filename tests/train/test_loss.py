@@ -180,9 +180,13 @@ def test_accumulated_shares_add_up_to_the_whole(
         for batch in batches:
             out = model.forward_hidden(batch.tokens, seq_idx=batch.seq_idx, mtp_depths=2)
             loss = token_loss(
-                out.hidden, out.mtp_hidden, model.lm_head.weight, batch,
-                mtp_weight=0.3, counts=counts,
-            )  # fmt: skip
+                out.hidden,
+                out.mtp_hidden,
+                model.lm_head.weight,
+                batch,
+                mtp_weight=0.3,
+                counts=counts,
+            )
             loss.total.backward()
             parts = [a + b for a, b in zip(parts, loss.by_depth, strict=True)]
         return parts, torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -144,12 +144,15 @@ def matrix(
     bound = float(np.nanmax(np.abs(z), initial=0.0)) or 1.0
     fig = go.Figure(
         go.Heatmap(
-            z=z, zmin=-bound if diverging else None, zmax=bound if diverging else None,
+            z=z,
+            zmin=-bound if diverging else None,
+            zmax=bound if diverging else None,
             colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL,
-            texttemplate=f"%{{z:.{digits}f}}" if numbers else None, textfont_size=12,
+            texttemplate=f"%{{z:.{digits}f}}" if numbers else None,
+            textfont_size=12,
             hovertemplate="row %{y}, column %{x}: %{z}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     fig.update_layout(title_text=title, height=height)
     fig.update_xaxes(title_text=x_title, showgrid=False, constrain="domain")
     fig.update_yaxes(title_text=y_title, showgrid=False, autorange="reversed")

@@ -96,8 +96,9 @@ def _highlighted(
         return layers, f"the {' and '.join(names)} layers are"
     beyond = sorted(i for i in highlight if not 0 <= i < config.num_layers)
     if beyond:
-        raise ValueError(f"highlight has layer {beyond[0]}; this model has 0 to "
-                         f"{config.num_layers - 1}.")  # fmt: skip
+        raise ValueError(
+            f"highlight has layer {beyond[0]}; this model has 0 to {config.num_layers - 1}."
+        )
     listed = ", ".join(str(i) for i in sorted(highlight))
     return set(highlight), f"layers {listed} are"
 
@@ -113,14 +114,20 @@ def _blocks(
     look = theme.KINDS[kind]
     fills = [look.strong if s else look.pale for s in strong]
     return dict(
-        x=[column for column, _ in places], y=[0.76] * len(places),
-        base=[row - 0.38 for _, row in places], width=0.92,
+        x=[column for column, _ in places],
+        y=[0.76] * len(places),
+        base=[row - 0.38 for _, row in places],
+        width=0.92,
         text=letters if isinstance(letters, list) else [letters] * len(places),
-        textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        constraintext="none",
         insidetextfont=dict(family=theme.MONO, size=14, color=[theme.text_on(f) for f in fills]),
         marker=dict(color=fills, line=dict(color=look.strong, width=1.5)),
-        hovertext=hover, hoverinfo="text",
-    )  # fmt: skip
+        hovertext=hover,
+        hoverinfo="text",
+    )
 
 
 def _axes(fig: go.Figure, columns: int, rows: int, config: NemotronConfig) -> None:
@@ -130,9 +137,15 @@ def _axes(fig: go.Figure, columns: int, rows: int, config: NemotronConfig) -> No
         names.append("MTP")
     fig.update_xaxes(visible=False, range=[-0.6, max(columns, 8) - 0.4], fixedrange=True)
     fig.update_yaxes(
-        tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.4, -0.6],
-        showgrid=False, showline=False, ticks="", zeroline=False, fixedrange=True,
-    )  # fmt: skip
+        tickvals=list(range(len(names))),
+        ticktext=names,
+        range=[len(names) - 0.4, -0.6],
+        showgrid=False,
+        showline=False,
+        ticks="",
+        zeroline=False,
+        fixedrange=True,
+    )
     legend = dict(orientation="h", x=0, y=-0.02, yanchor="top", traceorder="normal")
     fig.update_layout(barmode="overlay", height=150 + 36 * len(names), legend=legend)
     fig.update_layout(plot_bgcolor=theme.CARD, margin=dict(l=72, r=16, t=52, b=72))

@@ -119,14 +119,16 @@ def _template() -> go.layout.Template:
     look.layout = go.Layout(
         font=dict(family=FONT, size=13, color=INK),
         title=dict(font_size=16, x=0.02, xanchor="left"),
-        paper_bgcolor=CARD, plot_bgcolor=PLOT,
+        paper_bgcolor=CARD,
+        plot_bgcolor=PLOT,
         colorway=[s.colour for s in SERIES],
         colorscale=dict(sequential=SEQUENTIAL, diverging=DIVERGING),
         hoverlabel=dict(bgcolor=PLOT, bordercolor=MUTED, font=dict(color=INK, size=13)),
         legend=dict(font_size=13, bgcolor="rgba(255,255,255,0.85)"),
         margin=dict(l=64, r=24, t=56, b=52),
-        xaxis=axis, yaxis=axis,
-    )  # fmt: skip
+        xaxis=axis,
+        yaxis=axis,
+    )
     look.data.scatter = [
         go.Scatter(
             line=dict(color=s.colour, dash=s.dash, width=2),

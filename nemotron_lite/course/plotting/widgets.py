@@ -68,11 +68,15 @@ def slider(
     """
     start = low if value is None else value
     if not low < high or not low <= start <= high:
-        raise ValueError(f"slider {label!r}: expected low <= value <= high and low < high, got "
-                         f"low={low}, value={start}, high={high}.")  # fmt: skip
+        raise ValueError(
+            f"slider {label!r}: expected low <= value <= high and low < high, got "
+            f"low={low}, value={start}, high={high}."
+        )
     if log and (low <= 0 or step is not None):
-        raise ValueError(f"slider {label!r}: log needs low above 0 and takes no step; got "
-                         f"low={low}, step={step}.")  # fmt: skip
+        raise ValueError(
+            f"slider {label!r}: log needs low above 0 and takes no step; got "
+            f"low={low}, step={step}."
+        )
     common = dict(
         description=label, continuous_update=True, style={"description_width": "initial"},
         layout=ipywidgets.Layout(width="min(100%, 460px)"),
@@ -82,9 +86,14 @@ def slider(
 
         ends = log10(low), log10(high)
         return ipywidgets.FloatLogSlider(
-            value=start, base=10, min=ends[0], max=ends[1], step=(ends[1] - ends[0]) / 100,
-            readout_format=".3g", **common,
-        )  # fmt: skip
+            value=start,
+            base=10,
+            min=ends[0],
+            max=ends[1],
+            step=(ends[1] - ends[0]) / 100,
+            readout_format=".3g",
+            **common,
+        )
     if all(isinstance(n, int) for n in (low, high, start, step or 1)):
         return ipywidgets.IntSlider(value=start, min=low, max=high, step=step or 1, **common)
     move = step or (high - low) / 100

@@ -108,9 +108,13 @@ class SpeculativeDecoding:
             self.drafter = Drafter(self.model, self.cache, self.options, self.shortlist)
             add_prompt = partial(self.drafter.add_prompt, prompt=self.prompt, lengths=self.lengths)
             logits = prefill(
-                self.model, self.prompt, self.lengths, self.cache, self.segment,
+                self.model,
+                self.prompt,
+                self.lengths,
+                self.cache,
+                self.segment,
                 on_hidden=lambda hidden, start: add_prompt(hidden, start=start),
-            )  # fmt: skip
+            )
             self.chosen = self._choose(logits, self._uniforms(1))
             self.drafter.add_first_token(self.chosen)
             self._write([[token] for token in self.chosen.tolist()])
@@ -172,10 +176,12 @@ class SpeculativeDecoding:
             assert draft.q is not None
             k = self.max_draft
             verdict = ops.verify(
-                probabilities(out.logits, self.options), draft.q, draft.tokens,
+                probabilities(out.logits, self.options),
+                draft.q,
+                draft.tokens,
                 torch.cat([uniforms[:, k : k + length], uniforms[:, -1:]], dim=1),
                 torch.tensor(draft.lengths, device=inputs.device),
-            )  # fmt: skip
+            )
             accepted, following = verdict.accepted.tolist(), verdict.token.tolist()
         new = [
             [*row[:n], token] for row, n, token in zip(drafted, accepted, following, strict=True)

@@ -239,9 +239,14 @@ def _scale_blocks(x: Tensor, dim: int, options: QuantizeOptions) -> _ScaledBlock
         dither = _Dither(options.seed, bits, dim == -2, groups_per_matrix, row_length // 8)
     block_dim = 1 if sixteen_rows else -1
     return _ScaledBlocks(
-        groups, times.unsqueeze(block_dim), factor.unsqueeze(block_dim), scales, decode, clips,
+        groups,
+        times.unsqueeze(block_dim),
+        factor.unsqueeze(block_dim),
+        scales,
+        decode,
+        clips,
         dither,
-    )  # fmt: skip
+    )
 
 
 def _pieces(groups: Tensor) -> Iterator[slice]:

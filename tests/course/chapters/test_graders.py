@@ -256,8 +256,14 @@ def test_deletions_are_found_in_every_block() -> None:
         "    if y:\n        y = 1\n    else:\n        y = 2\n    return y\n"
     )
     assert [statement.partition("\n")[0] for statement, _ in deletions(source)] == [
-        "y = 0", "for i in x:", "if y:", "return y", "y += i", "y = 1", "y = 2",
-    ]  # fmt: skip
+        "y = 0",
+        "for i in x:",
+        "if y:",
+        "return y",
+        "y += i",
+        "y = 1",
+        "y = 2",
+    ]
     without = dict(deletions(source))
     assert "pass" in without["y += i"]
     assert "else" not in without["y = 2"]

@@ -47,9 +47,17 @@ def _enumerate(model: Nemotron, temperature: float, top_k: int | None, top_p: fl
 def _counts(model: Nemotron, setting, **options) -> tuple[Tensor, Statistics]:
     temperature, top_k, top_p = setting
     rows, statistics = generate(
-        model, [PROMPT] * ROWS, 3, temperature=temperature, top_k=top_k, top_p=top_p, seed=11,
-        stop=(), speculation=SpeculationOptions(draft_length=2, **options), return_statistics=True,
-    )  # fmt: skip
+        model,
+        [PROMPT] * ROWS,
+        3,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=11,
+        stop=(),
+        speculation=SpeculationOptions(draft_length=2, **options),
+        return_statistics=True,
+    )
     a, b, c = torch.tensor(rows).T
     return torch.bincount(a * V * V + b * V + c, minlength=V**3), statistics
 

@@ -95,9 +95,14 @@ def test_the_mtp_module_s_cache_after_a_whole_run(
     """As if it had read the final text at once, whatever was drafted and thrown away."""
     prompt = _tokens(len(lengths), 8)
     options = GenerationOptions(
-        max_new_tokens=most, temperature=1.5, top_p=None, stop=(), seed=0, prefill_segment=segment,
+        max_new_tokens=most,
+        temperature=1.5,
+        top_p=None,
+        stop=(),
+        seed=0,
+        prefill_segment=segment,
         speculation=SpeculationOptions(draft_length=k, adaptive=adaptive),
-    )  # fmt: skip
+    )
     run = SpeculativeDecoding(MODEL, prompt, lengths, options)
     for _ in run.passes():
         pass

@@ -66,19 +66,31 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
     for letter in LETTERS:
         look = theme.KINDS[letter]
         fig.add_scatter(
-            mode="markers+text", name=f"{letter}  {look.name}", legendgroup=letter,
-            textfont=dict(family=theme.MONO, size=13), hoverinfo="text",
+            mode="markers+text",
+            name=f"{letter}  {look.name}",
+            legendgroup=letter,
+            textfont=dict(family=theme.MONO, size=13),
+            hoverinfo="text",
             marker=dict(symbol="square", size=19, line=dict(color=look.strong, width=1.5)),
-            row=1, col=1,
-        )  # fmt: skip
+            row=1,
+            col=1,
+        )
     for letter in (*LETTERS, REST):
         fig.add_bar(
-            orientation="h", name="embedding and head" if letter == REST else letter,
-            legendgroup=letter, showlegend=False, textposition="inside", insidetextanchor="middle",
-            textangle=0, constraintext="none", textfont_size=13, hoverinfo="text",
+            orientation="h",
+            name="embedding and head" if letter == REST else letter,
+            legendgroup=letter,
+            showlegend=False,
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            constraintext="none",
+            textfont_size=13,
+            hoverinfo="text",
             marker_line=dict(color=theme.INK, width=1),
-            row=1, col=2,
-        )  # fmt: skip
+            row=1,
+            col=2,
+        )
     fig.update_xaxes(visible=False, fixedrange=True, col=1)
     fig.update_yaxes(
         showgrid=False, showline=False, ticks="", zeroline=False, fixedrange=True, col=1
@@ -90,10 +102,13 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
         tickvals=[0, 1, 2, 3], range=[3.5, -0.5], fixedrange=True, showgrid=False, ticks="", col=2
     )
     fig.update_layout(
-        title_text="Four quantities of the same layers", barmode="stack", bargap=0.28,
-        plot_bgcolor=theme.CARD, height=470,
+        title_text="Four quantities of the same layers",
+        barmode="stack",
+        bargap=0.28,
+        plot_bgcolor=theme.CARD,
+        height=470,
         legend=dict(orientation="h", x=0, y=-0.12, yanchor="top"),
-    )  # fmt: skip
+    )
     fig.update_xaxes(showgrid=False)
     _draw_atlas(fig, config, context, kind)
     rows = ", ".join(pattern_lines(config.pattern))
@@ -132,8 +147,7 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         ]
         trace.marker.color, trace.textfont.color = fill, theme.text_on(fill)
         trace.showlegend = bool(mine)
-    for trace, letter in zip(fig.data[len(LETTERS) :], (*LETTERS, REST),
-                             strict=True):  # fmt: skip
+    for trace, letter in zip(fig.data[len(LETTERS) :], (*LETTERS, REST), strict=True):
         parts = [asked[q][letter] / sum(asked[q].values()) for q in QUANTITIES]
         pale = kind not in ("all", letter)
         fill, least = _fill(letter, pale), 0.19 if letter == REST else SMALLEST_LABEL
@@ -188,10 +202,13 @@ def atlas_widget() -> Explorer:
 def context_slider(value: int) -> ipywidgets.SelectionSlider:
     """Tokens of context in powers of two, 1K to 1M."""
     return ipywidgets.SelectionSlider(
-        options=[(format_tokens(n), n) for n in CONTEXTS], value=value, description="context",
-        continuous_update=True, style={"description_width": "90px"},
+        options=[(format_tokens(n), n) for n in CONTEXTS],
+        value=value,
+        description="context",
+        continuous_update=True,
+        style={"description_width": "90px"},
         layout=ipywidgets.Layout(width="min(100%, 460px)"),
-    )  # fmt: skip
+    )
 
 
 def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> go.Figure:
@@ -202,28 +219,54 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
         anchors: attention layers among the places that mix tokens.
         context: position of the mark.
     """
-    fig = make_subplots(cols=2, subplot_titles=("remembered", "FLOPs of the next token"),
-                        horizontal_spacing=0.16)  # fmt: skip
+    fig = make_subplots(
+        cols=2, subplot_titles=("remembered", "FLOPs of the next token"), horizontal_spacing=0.16
+    )
     for col in (1, 2):
         for name, look in LINES.items():
             fig.add_scatter(
-                name=name, mode="lines", legendgroup=name, showlegend=col == 1,
-                line=dict(color=look.colour, dash=look.dash, width=2.5), row=1, col=col,
-            )  # fmt: skip
+                name=name,
+                mode="lines",
+                legendgroup=name,
+                showlegend=col == 1,
+                line=dict(color=look.colour, dash=look.dash, width=2.5),
+                row=1,
+                col=col,
+            )
         fig.add_scatter(name="here", mode="markers", showlegend=False, row=1, col=col)
         fig.data[-1].marker = dict(color=theme.INK, symbol="circle", size=12)
         fig.update_xaxes(
-            type="log", title_text="context in tokens", tickvals=CONTEXTS[::2],
-            ticktext=[format_tokens(n) for n in CONTEXTS[::2]], row=1, col=col,
-        )  # fmt: skip
+            type="log",
+            title_text="context in tokens",
+            tickvals=CONTEXTS[::2],
+            ticktext=[format_tokens(n) for n in CONTEXTS[::2]],
+            row=1,
+            col=col,
+        )
     memory = [2**i for i in (24, 27, 30, 33, 36)]
     work = [1e9, 1e10, 1e11, 1e12]
-    fig.update_yaxes(type="log", tickvals=memory, ticktext=[format_bytes(n) for n in memory],
-                     range=[7.1, 11.4], row=1, col=1)  # fmt: skip
-    fig.update_yaxes(type="log", tickvals=work, ticktext=[format_count(n) for n in work],
-                     range=[8.9, 12.8], row=1, col=2)  # fmt: skip
-    fig.update_layout(height=450, title_text="What a longer context costs", margin_t=92,
-                      legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"))  # fmt: skip
+    fig.update_yaxes(
+        type="log",
+        tickvals=memory,
+        ticktext=[format_bytes(n) for n in memory],
+        range=[7.1, 11.4],
+        row=1,
+        col=1,
+    )
+    fig.update_yaxes(
+        type="log",
+        tickvals=work,
+        ticktext=[format_count(n) for n in work],
+        range=[8.9, 12.8],
+        row=1,
+        col=2,
+    )
+    fig.update_layout(
+        height=450,
+        title_text="What a longer context costs",
+        margin_t=92,
+        legend=dict(orientation="h", x=0, y=-0.2, yanchor="top"),
+    )
     _draw_curves(fig, width, anchors, context)
     return described(
         fig,
@@ -267,13 +310,16 @@ def ledger_widget() -> Explorer:
         update,
         context=context_slider(8192),
         width=ipywidgets.SelectionSlider(
-            options=[(f"{n:,}", n) for n in WIDTHS], value=4096, description="width d",
-            style=wide, layout=layout,
+            options=[(f"{n:,}", n) for n in WIDTHS],
+            value=4096,
+            description="width d",
+            style=wide,
+            layout=layout,
         ),
         anchors=ipywidgets.IntSlider(
             value=8, min=0, max=MIXING_PLACES, description="attention", style=wide, layout=layout
         ),
-    )  # fmt: skip
+    )
 
 
 def memory_lines(
@@ -288,9 +334,15 @@ def memory_lines(
         alt: the alternative text.
     """
     fig = lines(
-        contexts, series, title=title, alt=alt, x_title="context in tokens", y_title="",
-        log_x=True, log_y=True,
-    )  # fmt: skip
+        contexts,
+        series,
+        title=title,
+        alt=alt,
+        x_title="context in tokens",
+        y_title="",
+        log_x=True,
+        log_y=True,
+    )
     most, least = (pick(pick(values) for values in series.values()) for pick in (max, min))
     step = 3 if most > 64 * least else 1  # a mark for each factor of eight, or of two
     marks = [2**i for i in range(10, 50, step) if least / 4 <= 2**i <= most * 4]
@@ -314,18 +366,26 @@ def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.F
     fills = [theme.KINDS["M"].strong if name in ours else theme.KINDS["M"].pale for name in best]
     fig = go.Figure(
         go.Bar(
-            orientation="h", y=best, x=[scores[name] for name in best],
-            text=[f"{scores[name]:.2f}" for name in best], textposition="outside",
-            cliponaxis=False, marker=dict(color=fills, line=dict(color=theme.INK, width=1)),
+            orientation="h",
+            y=best,
+            x=[scores[name] for name in best],
+            text=[f"{scores[name]:.2f}" for name in best],
+            textposition="outside",
+            cliponaxis=False,
+            marker=dict(color=fills, line=dict(color=theme.INK, width=1)),
             hovertemplate="%{y}: %{x:.3f} bits per byte<extra></extra>",
         )
-    )  # fmt: skip
+    )
     fig.update_xaxes(
         title_text="bits per byte of held-out files (lower is better)", rangemode="tozero"
     )
     fig.update_yaxes(autorange="reversed", showgrid=False)
-    fig.update_layout(title_text="Bits needed for the held-out files", bargap=0.35,
-                      height=130 + 44 * len(best), showlegend=False)  # fmt: skip
+    fig.update_layout(
+        title_text="Bits needed for the held-out files",
+        bargap=0.35,
+        height=130 + 44 * len(best),
+        showlegend=False,
+    )
     names = ", ".join(sorted(scores))
     return described(
         fig, f"Bars of bits per byte on held-out files, the shortest on top, for: {names}."
@@ -399,11 +459,14 @@ def resized(width: int, anchors: int) -> NemotronConfig:
             pattern += "*" if place in chosen else "M"
             place += 1
     return PRESETS["super"].replace(
-        pattern=pattern, hidden_size=width, num_attention_heads=width // 128,
-        mamba_num_heads=width // 32, moe_latent_size=width // 4,
+        pattern=pattern,
+        hidden_size=width,
+        num_attention_heads=width // 128,
+        mamba_num_heads=width // 32,
+        moe_latent_size=width // 4,
         moe_intermediate_size=width * 21 // 32,
         moe_shared_expert_intermediate_size=width * 21 // 16,
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -92,9 +92,13 @@ def trace(x: ArrayLike, dt: ArrayLike, A: float, *, title: str, alt: str) -> go.
     fig.update_yaxes(range=[0, 1.05], row=2, col=1)
     fig.update_xaxes(title_text="token", row=3, col=1)
     fig.update_layout(
-        title_text=title, height=480, bargap=0.4, margin_t=92, title_y=0.96,
+        title_text=title,
+        height=480,
+        bargap=0.4,
+        margin_t=92,
+        title_y=0.96,
         legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom"),
-    )  # fmt: skip
+    )
     return described(fig, alt)
 
 
@@ -102,11 +106,14 @@ def explorer() -> tuple[Explorer, go.Figure]:
     """Sliders for dt, A and the input, and the figure that is shown when no kernel runs."""
     x, dt = _inputs(20, 0.0), np.full(TOKENS, 0.25)
     still = trace(
-        x, dt, -0.4, title="One number of the state",
+        x,
+        dt,
+        -0.4,
+        title="One number of the state",
         alt="Three plots over 48 tokens. Two inputs come in, at token 4 and token 20. The share of "
         "the state that is kept is the same at every token. The state jumps at each input and "
         "falls off exponentially after it; what the first input wrote is almost gone at the end.",
-    )  # fmt: skip
+    )
     waits = ipywidgets.Checkbox(value=False, description="selective: dt = 0 where x is silent")
     waits.style.description_width = "initial"
 
@@ -128,13 +135,14 @@ def explorer() -> tuple[Explorer, go.Figure]:
         )
 
     view = explore(
-        still, update,
+        still,
+        update,
         dt=slider("step dt", 0.01, 4.0, value=0.25, log=True),
         A=slider("rate A", -4.0, -0.05, value=-0.4, step=0.05),
         place=slider("second input at token", 5, TOKENS - 4, value=20),
         noise=slider("noise between them", 0.0, 0.5, value=0.0, step=0.05),
         waits=waits,
-    )  # fmt: skip
+    )
     return view, still
 
 
@@ -168,9 +176,11 @@ def two_rules(exponents: ArrayLike) -> go.Figure:
     fig.update_yaxes(range=[0, 1.1], row=1, col=2)
     fig.update_xaxes(title_text="-dt A", type="log", tickvals=[0.01, 0.1, 1])
     fig.update_layout(
-        title_text="One step by different rules", height=400, margin_t=96,
+        title_text="One step by different rules",
+        height=400,
+        margin_t=96,
         legend=dict(orientation="h", y=-0.28, x=0),
-    )  # fmt: skip
+    )
     return described(
         fig,
         "Two plots against minus dt A, from a hundredth to four. Left, the fade: the exact one "
@@ -216,18 +226,26 @@ def wiring(t: int = 8) -> go.Figure:
         for at, pairs in enumerate(plan):
             for earlier, later in pairs:
                 fig.add_scatter(
-                    x=[earlier, later], y=[at, at + 1], mode="lines", hoverinfo="skip",
+                    x=[earlier, later],
+                    y=[at, at + 1],
+                    mode="lines",
+                    hoverinfo="skip",
                     line=dict(color=theme.SERIES[1].colour, width=2, dash="solid"),
-                    row=1, col=column,
-                )  # fmt: skip
+                    row=1,
+                    col=column,
+                )
         lanes = [(i, at) for at in range(len(plan) + 1) for i in range(t)]
         busy = {(later, at + 1) for at, pairs in enumerate(plan) for _, later in pairs}
         fills = [theme.SERIES[0].colour if lane in busy else theme.PLOT for lane in lanes]
         fig.add_scatter(
-            x=[i for i, _ in lanes], y=[at for _, at in lanes], mode="markers",
+            x=[i for i, _ in lanes],
+            y=[at for _, at in lanes],
+            mode="markers",
             marker=dict(size=12, color=fills, symbol="circle", line=dict(color=theme.INK, width=1)),
-            hoverinfo="skip", row=1, col=column,
-        )  # fmt: skip
+            hoverinfo="skip",
+            row=1,
+            col=column,
+        )
         fig.update_xaxes(
             title_text=f"{kind}<br>{sum(map(len, plan))} combinations", row=1, col=column
         )
@@ -260,16 +278,24 @@ def costs(lengths: Sequence[int]) -> go.Figure:
             (2, [sum(map(len, p)) for p in plans]),
         ):
             fig.add_scatter(
-                x=list(lengths), y=values, name=kind, legendgroup=kind, showlegend=column == 1,
+                x=list(lengths),
+                y=values,
+                name=kind,
+                legendgroup=kind,
+                showlegend=column == 1,
                 line=dict(color=look.colour, dash=look.dash, width=2),
-                marker=dict(color=look.colour, symbol=look.marker, size=8), row=1, col=column,
-            )  # fmt: skip
+                marker=dict(color=look.colour, symbol=look.marker, size=8),
+                row=1,
+                col=column,
+            )
     fig.update_xaxes(title_text="tokens", type="log", tickvals=list(lengths)[::3])
     fig.update_yaxes(type="log", dtick=1)
     fig.update_layout(
-        title_text="What a parallel scan costs", height=400, margin_t=96,
+        title_text="What a parallel scan costs",
+        height=400,
+        margin_t=96,
         legend=dict(orientation="h", y=-0.25, x=0),
-    )  # fmt: skip
+    )
     return described(
         fig,
         "Two plots with logarithmic axes against the number of tokens. Left, rounds: one by one "
@@ -288,11 +314,15 @@ def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
     """
     first, *others = rows
     fig = lines(
-        steps, rows, title="Selective copy: rows repeated without a mistake", x_title="updates",
-        y_title="rows of 100", markers=False,
+        steps,
+        rows,
+        title="Selective copy: rows repeated without a mistake",
+        x_title="updates",
+        y_title="rows of 100",
+        markers=False,
         alt=f"Faultless rows of 100 against training updates. All lines start at zero. The line of "
         f"{first} rises to nearly all rows. Below it, in this order: {'; '.join(others)}.",
-    )  # fmt: skip
+    )
     fig.update_yaxes(range=[-2, 103])
     fig.update_layout(legend=dict(orientation="h", y=-0.25, x=0))
     return fig

@@ -160,9 +160,10 @@ def norm_groups(function: Answer) -> None:
     v["y"] = v["y"].clone()
     v["y"][..., 8:] *= 100
     close(
-        function(*v.values(), 3)[..., :8], before[..., :8],
+        function(*v.values(), 3)[..., :8],
+        before[..., :8],
         what="the first two groups, when the third becomes 100 times larger",
-    )  # fmt: skip
+    )
 
 
 def norm_small(function: Answer) -> None:

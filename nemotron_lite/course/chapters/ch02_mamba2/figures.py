@@ -112,9 +112,12 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
     t = len(whole)
     lengths = _chunk_lengths(t)
     fig = make_subplots(
-        1, 2, column_widths=[0.52, 0.48], horizontal_spacing=0.12,
+        1,
+        2,
+        column_widths=[0.52, 0.48],
+        horizontal_spacing=0.12,
         subplot_titles=("how each block is computed", "multiply-adds per token and head"),
-    )  # fmt: skip
+    )
     fig.add_trace(_heatmap(_blank_above(whole), diverging=True), 1, 1)
     for name, colour, dash in (
         ("step 1: a small masked matrix", INSIDE, "solid"),
@@ -127,14 +130,20 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
     # Dark, light and medium, in the order of the stack, so that they differ without colour too.
     for (name, each), colour in zip(work.items(), (theme.INK, "#9CCDEB", "#E69F00"), strict=True):
         fig.add_bar(
-            x=[str(q) for q in lengths], y=each, name=name, marker_color=colour,
-            row=1, col=2,
-        )  # fmt: skip
+            x=[str(q) for q in lengths],
+            y=each,
+            name=name,
+            marker_color=colour,
+            row=1,
+            col=2,
+        )
     fig.update_layout(
-        barmode="stack", height=430, margin=dict(t=40, b=130),
+        barmode="stack",
+        height=430,
+        margin=dict(t=40, b=130),
         shapes=_outlines(t, _at_least_one(chunk)),
         legend=dict(orientation="h", y=-0.2, yanchor="top", x=0, traceorder="normal"),
-    )  # fmt: skip
+    )
     _square_axes(fig, 1, "r, the token that wrote")
     fig.update_yaxes(title_text="l, the token that reads", col=1)
     fig.update_xaxes(title_text="chunk length q, tokens", type="category", col=2)
@@ -197,9 +206,13 @@ def explore_chunks(
     moving = go.Figure(figure)
     moving.data[0].z = _cells(_blank_above(matrix(half_life)))
     length = ipywidgets.SelectionSlider(
-        options=lengths, value=chunk, description="chunk length q", continuous_update=True,
-        style={"description_width": "initial"}, layout=ipywidgets.Layout(width="min(100%, 460px)"),
-    )  # fmt: skip
+        options=lengths,
+        value=chunk,
+        description="chunk length q",
+        continuous_update=True,
+        style={"description_width": "initial"},
+        layout=ipywidgets.Layout(width="min(100%, 460px)"),
+    )
     fade = slider("half-life, tokens", 0.5, 64.0, value=half_life, log=True)
     return explore(moving, update, chunk=length, half_life=fade), figure
 
@@ -229,16 +242,22 @@ def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
         raise ValueError(f"added is {new.shape} and states {after.shape}; expected c p n twice.")
     count = len(new)
     fig = make_subplots(
-        2, count, column_titles=[f"chunk {c}" for c in range(count)], horizontal_spacing=0.03,
+        2,
+        count,
+        column_titles=[f"chunk {c}" for c in range(count)],
+        horizontal_spacing=0.03,
         vertical_spacing=0.12,
-    )  # fmt: skip
+    )
     bound = float(max(np.abs(new).max(), np.abs(after).max())) or 1.0
     for row, pictures in enumerate((new, after), start=1):
         for column, picture in enumerate(pictures, start=1):
             fig.add_heatmap(
-                z=picture, coloraxis="coloraxis", row=row, col=column,
+                z=picture,
+                coloraxis="coloraxis",
+                row=row,
+                col=column,
                 hovertemplate="p %{y}, n %{x}: %{z:.3f}<extra></extra>",
-            )  # fmt: skip
+            )
     fig.update_xaxes(showticklabels=False, showgrid=False, ticks="")
     fig.update_yaxes(showticklabels=False, showgrid=False, ticks="", autorange="reversed")
     fig.update_yaxes(title_text="step 2: adds U", row=1, col=1)
@@ -262,12 +281,18 @@ def memory(lengths: ArrayLike, kept: Mapping[str, ArrayLike]) -> go.Figure:
         kept: name → `k` bytes.
     """
     return lines(
-        lengths, kept, title="What one layer remembers", x_title="tokens", y_title="bytes",
-        log_x=True, log_y=True, height=320,
+        lengths,
+        kept,
+        title="What one layer remembers",
+        x_title="tokens",
+        y_title="bytes",
+        log_x=True,
+        log_y=True,
+        height=320,
         alt="Bytes kept against tokens read, both axes logarithmic. The line of the attention "
         "layer starts far below and rises steadily; that of the Mamba-2 layer is level; they "
         "cross.",
-    )  # fmt: skip
+    )
 
 
 def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
@@ -278,11 +303,16 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
         seconds: `k` times.
     """
     fig = lines(
-        chunks, {"time": 1e3 * np.asarray(seconds, dtype=float)}, title="The same scan in chunks",
-        x_title="chunk length q, tokens", y_title="milliseconds", log_x=True, height=300,
+        chunks,
+        {"time": 1e3 * np.asarray(seconds, dtype=float)},
+        title="The same scan in chunks",
+        x_title="chunk length q, tokens",
+        y_title="milliseconds",
+        log_x=True,
+        height=300,
         alt="Time against chunk length: a valley. The shortest chunks take longer than those in "
         "the middle, and from there on time rises with the length.",
-    )  # fmt: skip
+    )
     fig.update_xaxes(tickvals=np.asarray(chunks))
     fig.update_yaxes(rangemode="tozero")
     return fig
@@ -314,18 +344,30 @@ def mixer_layout(config: NemotronConfig) -> go.Figure:
         widths = [width for _, _, width, _ in parts]
         fills = [theme.PALETTE[colour] for *_, colour in parts]
         fig.add_bar(
-            y=[name] * len(parts), x=widths, base=(start + np.cumsum([0, *widths[:-1]])).tolist(),
-            orientation="h", width=0.66, showlegend=False, marker_color=fills,
+            y=[name] * len(parts),
+            x=widths,
+            base=(start + np.cumsum([0, *widths[:-1]])).tolist(),
+            orientation="h",
+            width=0.66,
+            showlegend=False,
+            marker_color=fills,
             text=[f"<b>{label}</b> {w:,}" if w > 0.05 * inner else "" for label, _, w, _ in parts],
-            textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            constraintext="none",
             insidetextfont=dict(size=13, color=[theme.text_on(fill) for fill in fills]),
             hovertext=[f"{label}: {meaning}, {w:,} channels" for label, meaning, w, _ in parts],
             hoverinfo="text",
-        )  # fmt: skip
+        )
     fig.add_annotation(
-        x=config.mamba_in_proj_size, y="in_proj", text=f"<b>dt</b> {heads}", showarrow=False,
-        xanchor="left", xshift=6,
-    )  # fmt: skip
+        x=config.mamba_in_proj_size,
+        y="in_proj",
+        text=f"<b>dt</b> {heads}",
+        showarrow=False,
+        xanchor="left",
+        xshift=6,
+    )
     fig.update_layout(barmode="overlay", height=310, margin_t=24)
     fig.update_xaxes(title_text="channels", range=[0, 1.08 * config.mamba_in_proj_size])
     fig.update_yaxes(categoryorder="array", categoryarray=[r[0] for r in rows], showgrid=False)
@@ -352,15 +394,23 @@ def crossing(
     fig = go.Figure()
     for name, times in seconds.items():
         fig.add_scatter(
-            x=np.asarray(lengths), y=1e3 * np.asarray(times, dtype=float), name=name,
+            x=np.asarray(lengths),
+            y=1e3 * np.asarray(times, dtype=float),
+            name=name,
             mode="lines+markers",
-        )  # fmt: skip
+        )
     if at is not None:
         fig.add_vline(x=at, line=dict(color=theme.MUTED, dash="dot", width=2))
         fig.add_annotation(
-            x=float(np.log10(at)), y=1.0, yref="paper", text="equal", showarrow=False,
-            xanchor="left", xshift=4, yanchor="top",
-        )  # fmt: skip
+            x=float(np.log10(at)),
+            y=1.0,
+            yref="paper",
+            text="equal",
+            showarrow=False,
+            xanchor="left",
+            xshift=4,
+            yanchor="top",
+        )
     fig.update_xaxes(title_text="tokens", type="log", tickvals=np.asarray(lengths))
     fig.update_yaxes(title_text="milliseconds", type="log")
     fig.update_layout(height=330, margin_t=24)
@@ -390,25 +440,41 @@ def fingerprints(
     columns = min(2, len(errors))
     rows = -(-len(errors) // columns)
     fig = make_subplots(
-        rows, columns, shared_xaxes=True, shared_yaxes=True, subplot_titles=list(errors),
-        horizontal_spacing=0.06, vertical_spacing=0.14,
-    )  # fmt: skip
+        rows,
+        columns,
+        shared_xaxes=True,
+        shared_yaxes=True,
+        subplot_titles=list(errors),
+        horizontal_spacing=0.06,
+        vertical_spacing=0.14,
+    )
     look = theme.SERIES[1]
     for i, (name, values) in enumerate(errors.items()):
         y = np.maximum(np.asarray(values, dtype=np.float32), np.float32(floor))
         where = dict(row=i // columns + 1, col=i % columns + 1)
         fig.add_scatter(
-            y=y, name=name, mode="lines", showlegend=False,
-            line=dict(color=look.colour, dash="solid"), **where,
-        )  # fmt: skip
+            y=y,
+            name=name,
+            mode="lines",
+            showlegend=False,
+            line=dict(color=look.colour, dash="solid"),
+            **where,
+        )
         for position in marks.values():
             line = dict(color=theme.MUTED, dash="dot", width=2)
             fig.add_vline(x=position - 0.5, line=line, **where)
     for label, position in marks.items():
         fig.add_annotation(
-            x=position, y=0.02, yref="y domain", xref="x", text=label, showarrow=False,
-            xanchor="left", yanchor="bottom", xshift=2,
-        )  # fmt: skip
+            x=position,
+            y=0.02,
+            yref="y domain",
+            xref="x",
+            text=label,
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
+            xshift=2,
+        )
     fig.update_yaxes(type="log", range=[np.log10(floor), 1.2], exponentformat="power")
     fig.update_yaxes(title_text="largest error", col=1)
     fig.update_xaxes(title_text="position in the text", row=rows)
@@ -434,11 +500,15 @@ def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
     """
     count = len(np.asarray(next(iter(curves.values()))))
     return lines(
-        np.arange(count) * every + (every + 1) / 2, curves, height=320,
-        title=f"Training loss, mean of {every} steps", x_title="step", y_title="nats per byte",
+        np.arange(count) * every + (every + 1) / 2,
+        curves,
+        height=320,
+        title=f"Training loss, mean of {every} steps",
+        x_title="step",
+        y_title="nats per byte",
         alt=f"Training loss against steps for {'; '.join(curves)}. All fall; the curve of "
         f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
-    )  # fmt: skip
+    )
 
 
 def _row_of_matrices(
@@ -456,9 +526,14 @@ def _row_of_matrices(
     for column, sign in enumerate(signs, start=1):
         edge = fig.layout[f"xaxis{column if column > 1 else ''}"].domain[1]
         fig.add_annotation(
-            x=edge + 0.022, y=0.5, xref="paper", yref="paper", text=sign, showarrow=False,
+            x=edge + 0.022,
+            y=0.5,
+            xref="paper",
+            yref="paper",
+            text=sign,
+            showarrow=False,
             font_size=24,
-        )  # fmt: skip
+        )
     fig.update_yaxes(title_text="l, reads", col=1)
     fig.update_layout(height=300, margin_t=40)
     return described(fig, alt)
@@ -468,23 +543,35 @@ def _heatmap(values: ndarray, *, diverging: bool, bound: float | None = None) ->
     limit = bound or float(np.nanmax(np.abs(values))) or 1.0
     return go.Heatmap(
         z=np.asarray(values, dtype=np.float32),  # a third of the bytes in a committed chapter
-        zmin=-limit if diverging else 0, zmax=limit if diverging else 1,
-        colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL, showscale=False,
-        hovertemplate="row %{y}, column %{x}: %{z:.3f}<extra></extra>", hoverongaps=False,
-    )  # fmt: skip
+        zmin=-limit if diverging else 0,
+        zmax=limit if diverging else 1,
+        colorscale=theme.DIVERGING if diverging else theme.SEQUENTIAL,
+        showscale=False,
+        hovertemplate="row %{y}, column %{x}: %{z:.3f}<extra></extra>",
+        hoverongaps=False,
+    )
 
 
 def _square_axes(fig: go.Figure, column: int, x_title: str) -> None:
     """First row on top, square cells, ticks few enough to read."""
     x = f"x{column if column > 1 else ''}"
     fig.update_xaxes(
-        title_text=x_title, showgrid=False, zeroline=False, constrain="domain", nticks=5,
+        title_text=x_title,
+        showgrid=False,
+        zeroline=False,
+        constrain="domain",
+        nticks=5,
         col=column,
-    )  # fmt: skip
+    )
     fig.update_yaxes(
-        autorange="reversed", showgrid=False, zeroline=False, constrain="domain", scaleanchor=x,
-        nticks=5, col=column,
-    )  # fmt: skip
+        autorange="reversed",
+        showgrid=False,
+        zeroline=False,
+        constrain="domain",
+        scaleanchor=x,
+        nticks=5,
+        col=column,
+    )
 
 
 def _outlines(t: int, chunk: int) -> list[dict[str, object]]:
@@ -510,10 +597,18 @@ def _point_at(
         top = float(sum(each[at] for each in work.values()))
         titles.append(
             go.layout.Annotation(
-                name="here", x=at, y=top, xref="x2", yref="y2", text=f"q = {chunk}", ay=-28, ax=0,
-                arrowhead=2, arrowcolor=theme.INK,
+                name="here",
+                x=at,
+                y=top,
+                xref="x2",
+                yref="y2",
+                text=f"q = {chunk}",
+                ay=-28,
+                ax=0,
+                arrowhead=2,
+                arrowcolor=theme.INK,
             )
-        )  # fmt: skip
+        )
     fig.layout.annotations = titles
 
 

@@ -77,16 +77,29 @@ def panels(
     high = max(float(np.nanmax(z)) for z in named.values())
     for column, (name, z) in enumerate(named.items(), 1):
         fig.add_heatmap(
-            z=z, coloraxis="coloraxis", row=1, col=column, name=name,
+            z=z,
+            coloraxis="coloraxis",
+            row=1,
+            col=column,
+            name=name,
             hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
-        )  # fmt: skip
+        )
         rows, columns = (marks or {}).get(name, ((), ()))
         fig.add_scatter(
-            x=np.asarray(columns), y=np.asarray(rows), mode="markers", row=1, col=column,
-            marker=dict(symbol="x", size=8, color=theme.PALETTE["vermillion"],
-                        line=dict(color=theme.PLOT, width=1)),
-            hoverinfo="skip", showlegend=False,
-        )  # fmt: skip
+            x=np.asarray(columns),
+            y=np.asarray(rows),
+            mode="markers",
+            row=1,
+            col=column,
+            marker=dict(
+                symbol="x",
+                size=8,
+                color=theme.PALETTE["vermillion"],
+                line=dict(color=theme.PLOT, width=1),
+            ),
+            hoverinfo="skip",
+            showlegend=False,
+        )
         fig.update_xaxes(title_text=x_title, range=[-0.5, z.shape[1] - 0.5], row=1, col=column)
         fig.update_yaxes(range=[z.shape[0] - 0.5, -0.5], row=1, col=column)
     fig.update_xaxes(showgrid=False, zeroline=False)
@@ -94,10 +107,14 @@ def panels(
     fig.update_yaxes(title_text=y_title, row=1, col=1)
     fig.update_annotations(font_size=14)
     fig.update_layout(
-        title_text=title, height=height, margin_t=92, plot_bgcolor=theme.GRID,
-        coloraxis=dict(colorscale=SHADES, cmin=low, cmax=high,
-                       colorbar=dict(outlinewidth=0, tickfont_size=12)),
-    )  # fmt: skip
+        title_text=title,
+        height=height,
+        margin_t=92,
+        plot_bgcolor=theme.GRID,
+        coloraxis=dict(
+            colorscale=SHADES, cmin=low, cmax=high, colorbar=dict(outlinewidth=0, tickfont_size=12)
+        ),
+    )
     return described(fig, alt)
 
 
@@ -158,13 +175,14 @@ def crowding(pairs: int = 32, n: int = 8, *, seed: int = 0) -> go.Figure:
     fig = panels(
         read,
         title=f"{pairs} pairs: one state of {VALUE_WIDTH} x {n}, and a cache",
-        x_title="answer", y_title="question",
+        x_title="answer",
+        y_title="question",
         marks={name: mistakes(z) for name, z in read.items()},
         alt=f"Two square maps, {pairs} questions down and {pairs} answers across. The cache's map "
         "is a clean diagonal: each question finds its own answer. On the state's map the diagonal "
         "stands in a haze of other answers, more of it the fewer numbers a key has, and crosses "
         "mark the questions where another answer comes out on top.",
-    )  # fmt: skip
+    )
     # One fixed scale, so that the slider's pictures can be compared; negative values are white.
     fig.update_layout(coloraxis=dict(cmin=0, cmax=1.5, colorbar_title_text="likeness"))
     return fig
@@ -192,10 +210,11 @@ def crowding_widget(pairs: int = 32, n: int = 8, *, seed: int = 0) -> Explorer:
         )
 
     return explore(
-        crowding(pairs, n, seed=seed), update,
+        crowding(pairs, n, seed=seed),
+        update,
         pairs=slider("pairs", 1, MOST_PAIRS, value=pairs),
         n=slider("state size n", 1, 64, value=n),
-    )  # fmt: skip
+    )
 
 
 def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.Figure:
@@ -207,12 +226,16 @@ def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.F
     """
     shares = {name: 100 * np.asarray(values, dtype=float) for name, values in recall.items()}
     fig = lines(
-        pairs, shares, log_x=True, title="Recall against the number of pairs",
-        x_title="pairs to remember", y_title="right answers, %",
+        pairs,
+        shares,
+        log_x=True,
+        title="Recall against the number of pairs",
+        x_title="pairs to remember",
+        y_title="right answers, %",
         alt=f"Share of right answers over the number of pairs, for {'; '.join(recall)}. The lines "
         "of Mamba alone with a small state fall as the pairs grow, and so does that of attention "
         "alone; with a large state, or with Mamba and attention together, the line stays high.",
-    )  # fmt: skip
+    )
     fig.update_xaxes(tickvals=list(pairs), ticktext=[str(p) for p in pairs])
     fig.update_yaxes(range=[-4, 104])
     return fig
@@ -233,14 +256,17 @@ def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
             raise ValueError(f"{name!r} reads key heads {list(heads)}; there are 0 to {kv - 1}.")
     grids = {name: np.eye(kv)[list(heads)].T for name, heads in shared.items()}
     fig = panels(
-        grids, title="Query heads and the key head each one reads",
-        x_title="query head", y_title="key head", height=250,
+        grids,
+        title="Query heads and the key head each one reads",
+        x_title="query head",
+        y_title="key head",
+        height=250,
         alt="; ".join(
             f"{name}: query heads 0 to {len(heads) - 1} read key heads "
             + " ".join(str(head) for head in heads)
             for name, heads in shared.items()
         ),
-    )  # fmt: skip
+    )
     for trace, grid in zip(fig.data[::2], grids.values(), strict=True):
         marks = np.where(grid > 0, "●", "")
         trace.update(xgap=3, ygap=3, text=marks, texttemplate="%{text}", textfont_size=14)
@@ -271,11 +297,16 @@ def bars(
     heights = list(values.values())
     fig = go.Figure(
         go.Bar(
-            x=list(values), y=heights, marker_color=theme.PALETTE["sky"], width=0.6,
-            text=[format(height, form) for height in heights], textposition="outside",
-            textfont_size=13, cliponaxis=False,
+            x=list(values),
+            y=heights,
+            marker_color=theme.PALETTE["sky"],
+            width=0.6,
+            text=[format(height, form) for height in heights],
+            textposition="outside",
+            textfont_size=13,
+            cliponaxis=False,
         )
-    )  # fmt: skip
+    )
     fig.update_layout(title_text=title, height=360, showlegend=False)
     fig.update_yaxes(title_text=y_title, type="log" if log_y else "-", exponentformat="power")
     return described(fig, alt)
@@ -305,13 +336,17 @@ def memory(config: NemotronConfig) -> go.Figure:
             "states of the Mamba layers": [rest] * len(_CONTEXTS),
             "keys and values, were every layer attention": _kv(all_attention, _CONTEXTS),
         },
-        title="What one sequence keeps in memory", x_title="context, tokens",
-        y_title="GiB", log_x=True, log_y=True, height=430,
+        title="What one sequence keeps in memory",
+        x_title="context, tokens",
+        y_title="GiB",
+        log_x=True,
+        log_y=True,
+        height=430,
         alt="Memory of one sequence over its context, both axes logarithmic. Keys and values grow "
         "in a straight line, those of a model with attention in every layer far above those of the "
         "anchors alone. The states of the Mamba layers are a level line that the anchors' keys "
         "and values cross at some tens of thousands of tokens.",
-    )  # fmt: skip
+    )
     ticks = _CONTEXTS[::2]
     fig.update_xaxes(tickvals=ticks, ticktext=[_tokens(int(t)) for t in ticks])
     fig.update_yaxes(dtick=1)  # whole powers of ten
@@ -338,24 +373,31 @@ def memory_widget(config: NemotronConfig) -> Explorer:
 
     figure = memory(config)
     figure.add_scatter(
-        x=[2**20], y=[0], mode="markers", name="the context chosen",
+        x=[2**20],
+        y=[0],
+        mode="markers",
+        name="the context chosen",
         marker=dict(size=13, symbol="star", color=theme.INK),
-    )  # fmt: skip
+    )
     halves = [h for h in (1, 2, 4, 8, 16, 32, 64) if config.num_attention_heads % h == 0]
     return explore(
-        figure, update,
+        figure,
+        update,
         tokens=_steps("context", {_tokens(int(t)): int(t) for t in _CONTEXTS}, 2**20),
         anchors=slider("anchors", 0, 40, value=config.pattern.count("*")),
         key_heads=_steps("key heads", {str(h): h for h in halves}, config.num_key_value_heads),
-    )  # fmt: skip
+    )
 
 
 def _steps(label: str, options: Mapping[str, int], value: int) -> ipywidgets.SelectionSlider:
     """A slider over a few numbers that are not evenly spaced."""
     return ipywidgets.SelectionSlider(
-        description=label, options=list(options.items()), value=value,
-        style={"description_width": "initial"}, layout=ipywidgets.Layout(width="min(100%, 460px)"),
-    )  # fmt: skip
+        description=label,
+        options=list(options.items()),
+        value=value,
+        style={"description_width": "initial"},
+        layout=ipywidgets.Layout(width="min(100%, 460px)"),
+    )
 
 
 def _tokens(t: int) -> str:

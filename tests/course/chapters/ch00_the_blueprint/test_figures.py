@@ -86,8 +86,11 @@ def test_resized_refuses_what_cannot_be(width: int, anchors: int, match: str) ->
 def test_atlas_shows_every_layer_once_and_bars_of_a_hundred_percent() -> None:
     fig = figures.atlas(SUPER)
     tiles = fig.data[: len(figures.LETTERS)]
-    placed = {(y, x): letter for trace in tiles for x, y, letter in zip(trace.x, trace.y,
-              trace.text, strict=True)}  # fmt: skip
+    placed = {
+        (y, x): letter
+        for trace in tiles
+        for x, y, letter in zip(trace.x, trace.y, trace.text, strict=True)
+    }
     lines = figures.pattern_lines(SUPER.pattern)
     assert placed == {(r, c): own for r, line in enumerate(lines) for c, own in enumerate(line)}
     bars = np.array([trace.x for trace in fig.data[len(figures.LETTERS) :]])

@@ -98,9 +98,14 @@ def test_outlines_cover_the_lower_triangle_of_blocks_once(chunk: int) -> None:
 def test_multiply_adds_are_those_of_the_ledger(chunk: int) -> None:
     p, n, context = 32, 64, 4096
     config = LITE.replace(
-        pattern="M", mamba_num_heads=1, n_groups=1, mamba_head_dim=p, ssm_state_size=n,
-        mtp_pattern="", mtp_depths=0,
-    )  # fmt: skip
+        pattern="M",
+        mamba_num_heads=1,
+        n_groups=1,
+        mamba_head_dim=p,
+        ssm_state_size=n,
+        mtp_pattern="",
+        mtp_depths=0,
+    )
     rows = ledger.flops(config, context=context, chunk=chunk, mode="prefill").rows
     scan = [row.each / 2 for row in rows if row.name.startswith("scan")]
     mine = [float(each[0]) for each in figures.multiply_adds([chunk], p, n).values()]

@@ -46,9 +46,7 @@ def test_orthogonal_keys_do_not_disturb_each_other() -> None:
 
 def right(pairs: int, n: int, name: str) -> float:
     """Share of right answers over five draws."""
-    wrong = [
-        len(figures.mistakes(figures._crowded(pairs, n, seed)[name])[0]) for seed in range(5)
-    ]  # fmt: skip
+    wrong = [len(figures.mistakes(figures._crowded(pairs, n, seed)[name])[0]) for seed in range(5)]
     return 1 - sum(wrong) / (5 * pairs)
 
 
