@@ -26,9 +26,22 @@ def clone(tmp_path: Path) -> Path:
     return folder
 
 
+# What an outer make hands down: its own flags, and variables of its command line.
+OUTER = (
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "MFLAGS",
+    "MAKEOVERRIDES",
+    "ORDER",
+    "ARGS",
+    "WORKERS",
+    "SUBMISSIONS",
+)
+
+
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run make without the variables that an outer `make test` hands down."""
-    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    env = {k: v for k, v in os.environ.items() if k not in OUTER}
     command = ["make", *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
 
