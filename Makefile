@@ -27,7 +27,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## install everything into .venv; the other targets do it on their own
 
-run: $(STAMP)  ## assemble a small Nemotron 3 Super, train it on text of this machine, let it write
+run: $(STAMP)  ## train a small Nemotron 3 Super on Python's standard library, then let it write
 	$(BIN)/nemotron-lite run $(ARGS)
 
 # Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.
