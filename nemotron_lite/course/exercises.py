@@ -6,7 +6,7 @@ the tests of the graders are all made from it.
 
     Exercise(
         id="01.discretise", title="Discretise", objective="O1: …", minutes=10, difficulty=2,
-        importance=5, points=4, task="…markdown…", hints=("…", "…", "…"),
+        points=4, task="…markdown…", hints=("…", "…", "…"),
         stub="def discretise(A, dt): …; raise NotImplementedError",
         solution="def discretise(A, dt): return torch.exp(dt * A)",
         checks=(Check("one step by hand", by_hand, hint=1, points=2),
@@ -18,7 +18,9 @@ is wrong (`compare` has the helpers: close, gradients, raises, keeps_inputs, str
 its own seed, so its inputs are the same each time and the notebook's random numbers do not change.
 It never looks the function up by name: the function that is passed in is the one that is graded.
 
-Stub and solution can use the names of `PRELUDE` and what their own first lines import.
+Stub and solution can use the names of `PRELUDE`, what their own first lines import, and the
+functions of the exercises that they need: with `needs=("01.combine_spans",)` they may call
+`combine_spans`. In a notebook that is the learner's own function, from an earlier cell.
 
 Left out: protection from a learner who wants to cheat. Anybody can read the checks.
 """
@@ -31,7 +33,7 @@ import linecache
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +67,7 @@ __all__ = [
 PRELUDE = (
     "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
 )
+KINDS = ("must", "optional", "stretch")
 _HINTS_READ: dict[str, int] = {}
 
 
@@ -94,20 +97,22 @@ class Exercise:
     objective: str
     minutes: int
     difficulty: int
-    importance: int
     points: int
     task: str
     stub: str
     solution: str
     hints: tuple[str, ...]
     checks: tuple[Check, ...]
+    kind: str = "must"
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for wrong, expected in (
             (not re.fullmatch(r"\d\d\.[a-z0-9_]+", self.id), "an id such as '01.discretise'"),
             (not re.match(r"O\d: \S", self.objective), "an objective like 'O1: read it.'"),
             (not 1 <= self.difficulty <= 5, "a difficulty from 1 to 5"),
-            (not 1 <= self.importance <= 5, "an importance from 1 to 5"),
+            (self.kind not in KINDS, f"a kind out of {KINDS}"),
+            (self.id in self.needs, "other exercises in `needs`, not itself"),
             (len(self.hints) != 3, "three hints"),
             (not self.checks, "at least one check"),
             (any(not 1 <= c.hint <= 3 for c in self.checks), "hint numbers from 1 to 3"),
@@ -130,12 +135,17 @@ class Exercise:
         return _defined_name(self.stub)
 
     @property
+    def dots(self) -> str:
+        """The difficulty as five dots, such as ●●○○○."""
+        return "●" * self.difficulty + "○" * (5 - self.difficulty)
+
+    @property
     def text(self) -> str:
         """The task as a chapter shows it: the last lines of the markdown cell above the stub."""
         return (
             f"### Exercise · {self.title}\n\n"
-            f"*{self.objective} About {self.minutes} minutes, difficulty {self.difficulty} of 5, "
-            f"importance {self.importance} of 5.*\n\n{self.task.strip()}\n\n"
+            f"*{self.kind} · difficulty {self.dots} · about {self.minutes} minutes · "
+            f"{self.objective}*\n\n{self.task.strip()}\n\n"
             f'Stuck? `hint("{self.id}")` gives one step at a time, three in all.'
         )
 
@@ -144,8 +154,14 @@ class Exercise:
         """The code cell of the notebook: the stub and the call that grades it."""
         return f'{self.stub.rstrip()}\n\n\ncheck("{self.id}", {self.function_name})'
 
-    def build(self, source: str | None = None) -> Any:
-        """Run source code (the solution, if None) and return the function or class it defines."""
+    def build(self, source: str | None = None, own: Mapping[str, Any] | None = None) -> Any:
+        """Run source code and return the function or class that it defines.
+
+        Args:
+            source: the solution, if None.
+            own: answers to the exercises in `needs`, by id; those that are missing are built from
+                their solutions.
+        """
         text = self.solution if source is None else source
         imports = [
             node
@@ -154,6 +170,9 @@ class Exercise:
         ]
         space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
         exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
+        for needed in map(exercise, self.needs):
+            answer = (own or {}).get(needed.id)
+            space[needed.function_name] = needed.build(own=own) if answer is None else answer
         name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
         # Tracebacks and inspect.getsource look the text up here.
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

@@ -172,8 +172,8 @@ def _task(exercise: Exercise, number: int) -> str:
     goal = f"*{objective}*\n\n" if " " in objective else ""  # some are only a chapter's number
     return (
         f"## {number} · {exercise.title}\n\n"
-        f"{exercise.points} points · about {exercise.minutes} minutes · "
-        f"difficulty {exercise.difficulty} of 5 · importance {exercise.importance} of 5\n\n{goal}"
+        f"{exercise.kind} · {exercise.points} points · about {exercise.minutes} minutes · "
+        f"difficulty {exercise.dots}\n\n{goal}"
         f"{textwrap.dedent(exercise.task).strip()}\n\n"
         f'Stuck? Run `hint("{exercise.id}")` in a cell of your own; there are three, each stronger '
         "than the one before."

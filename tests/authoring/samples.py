@@ -22,7 +22,6 @@ EXERCISES = tuple(
         objective=f"O{number}: {name} a number.",
         minutes=5,
         difficulty=1,
-        importance=2,
         points=1,
         task=f"Return x, {name}d.",
         stub=f'def {name}(x):\n    """Return x, {name}d."""\n    raise NotImplementedError\n',

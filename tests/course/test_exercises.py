@@ -44,7 +44,6 @@ FADE = Exercise(
     objective="O1: fade.",
     minutes=5,
     difficulty=1,
-    importance=5,
     points=6,
     task="Write `fade`.",
     stub=STUB,
@@ -264,7 +263,7 @@ def test_hints_come_one_after_another(shown: Callable[..., Shown]) -> None:
     [
         (dict(id="1.fade"), "an id such as"),
         (dict(difficulty=6), "a difficulty from 1 to 5"),
-        (dict(importance=0), "an importance"),
+        (dict(kind="maybe"), "a kind"),
         (dict(objective="Fade."), "an objective like"),
         (dict(hints=("a", "b")), "three hints"),
         (dict(checks=()), "at least one check"),
@@ -282,7 +281,7 @@ def test_an_invalid_exercise_is_refused(change: dict[str, Any], words: str) -> N
 
 def test_the_text_is_what_a_chapter_and_its_exercise_say() -> None:
     assert FADE.text == (
-        "### Exercise · Fade\n\n*O1: fade. About 5 minutes, difficulty 1 of 5, importance 5 of 5.*"
+        "### Exercise · Fade\n\n*must · difficulty ●○○○○ · about 5 minutes · O1: fade.*"
         '\n\nWrite `fade`.\n\nStuck? `hint("99.fade")` gives one step at a time, three in all.'
     )
 

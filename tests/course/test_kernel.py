@@ -34,7 +34,7 @@ from nemotron_lite.course import exercises
 def run(f):
     exercises.close(f(2), 4, what="twice 2")
 twice = exercises.Exercise(
-    id="99.twice", title="", objective="O1: double.", minutes=1, difficulty=1, importance=1,
+    id="99.twice", title="", objective="O1: double.", minutes=1, difficulty=1,
     points=1, task="", stub="def twice(x):\\n    raise NotImplementedError\\n",
     solution="def twice(x):\\n    return 2 * x\\n", hints=("a", "b", "c"),
     checks=(Check("by hand", run),))

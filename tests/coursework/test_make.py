@@ -30,7 +30,6 @@ def example(stub: str, solution: str) -> Exercise:
         objective="O1: double.",
         minutes=1,
         difficulty=1,
-        importance=1,
         points=1,
         task="Double it.",
         stub=stub,

@@ -25,7 +25,6 @@ READ_PATTERN = Exercise(
     objective="O1: read a model from its pattern string.",
     minutes=5,
     difficulty=1,
-    importance=4,
     points=3,
     task="""A model of this family is a string. Write the function that reads it: where does each
 kind of layer stand?
@@ -82,7 +81,6 @@ MOE_PARAMETERS = Exercise(
     objective="O2: count what a layer stores, and what one token reads.",
     minutes=12,
     difficulty=2,
-    importance=5,
     points=5,
     task="""Count one `E` layer from its config: how many numbers it stores, and how many of them
 one token reads. Count everything `show_source(layers.MoE)` creates, the router's selection bias
@@ -147,7 +145,6 @@ KV_BYTES = Exercise(
     objective="O3: say how many bytes a conversation occupies.",
     minutes=6,
     difficulty=2,
-    importance=5,
     points=5,
     task="""Every token leaves a key and a value in each attention layer, and they stay until the
 conversation ends. How many bytes is that, for the whole model?""",
@@ -194,7 +191,6 @@ DECODE_FLOPS = Exercise(
     objective="O4: price the arithmetic of the next token.",
     minutes=15,
     difficulty=3,
-    importance=4,
     points=5,
     task="""How much arithmetic is one more token, after `context` tokens? A multiply-add counts as
 two. Three terms are enough to come within two percent:

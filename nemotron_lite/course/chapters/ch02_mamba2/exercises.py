@@ -20,7 +20,6 @@ DECAY_MASK = Exercise(
     objective="O1: write the recurrence of a head as a masked matrix.",
     minutes=10,
     difficulty=2,
-    importance=5,
     points=5,
     task=r"""
 For each head, build the matrix $L$ with
@@ -82,7 +81,6 @@ ONE_CHUNK = Exercise(
     objective="O2: compute the scan in chunks, in four numbered steps.",
     minutes=25,
     difficulty=4,
-    importance=5,
     points=8,
     task=r"""
 Compute one chunk of the scan from matrix products: the outputs of its q tokens, and the state it
@@ -158,7 +156,6 @@ GATE_AND_NORM = Exercise(
     objective="O3: follow a token through the mixer, to its gate and its grouped norm.",
     minutes=10,
     difficulty=2,
-    importance=4,
     points=5,
     task=r"""
 The mixer's last step before its output projection. Gate first, $v = y \cdot \mathrm{silu}(z)$, then
@@ -218,7 +215,6 @@ CONV_TOKEN = Exercise(
     objective="O4: continue from a state, one token at a time.",
     minutes=10,
     difficulty=2,
-    importance=4,
     points=5,
     task=r"""
 While a model writes, the causal convolution sees one token at a time. It remembers the last

@@ -20,7 +20,6 @@ OUTER_MEMORY = Exercise(
     objective="O1: say what a state of fixed size stores, and why recall falls as pairs crowd it.",
     minutes=8,
     difficulty=2,
-    importance=4,
     points=4,
     task="""
 Store pairs in one matrix and ask for them again. This is the core of a Mamba
@@ -74,7 +73,6 @@ GROUPED_ATTENTION = Exercise(
     objective="O2: write causal attention in which query heads share key heads.",
     minutes=12,
     difficulty=3,
-    importance=5,
     points=5,
     task=r"""
 Write the attention of an anchor, the whole sequence at once: causal, scale $1/\sqrt p$, no
@@ -127,7 +125,6 @@ EXTEND_CACHE = Exercise(
     objective="O3: continue attention from a KV cache, several tokens at a time.",
     minutes=12,
     difficulty=3,
-    importance=5,
     points=5,
     task="""
 A cache is a pair of buffers with room for more tokens than there are. `used` slots are
@@ -181,7 +178,6 @@ MEMORY_BYTES = Exercise(
     objective="O5: reckon what a sequence costs in memory, in both kinds of layer.",
     minutes=10,
     difficulty=2,
-    importance=4,
     points=3,
     task="""
 How many bytes does one sequence of `context` tokens keep? Return two whole numbers: keys and values
