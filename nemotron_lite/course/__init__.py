@@ -5,9 +5,10 @@ A chapter begins with the first two lines below, and then calls these functions:
     from nemotron_lite.course import check, facts_table, measured, predict, setup, show, show_source
 
     session = setup("01")                             # seeds, threads, device, plot theme
-    predict("crossover", "From which length on is the scan faster?", guess=None, unit="tokens")
-    measured("crossover", 740, low=16, high=65_536)   # the guess and the measurement, side by side
-    show_source(ops.scan.selective_scan)              # the package's own code, never a copy
+    quiz("01", "opening")                             # three questions from earlier chapters
+    predict("crossover")                              # asks for a guess, from predictions.toml
+    measured("crossover", 740)                        # the guess and the measurement, side by side
+    show_source(ops.selective_scan, folded="Compare with yours")    # the package's own code
     show(slider_box, figure)                          # live widget; later a picture and its text
     check("01.discretise", discretise)                # grades the function that is passed in
     hint("01.discretise")                             # the next of three hints
@@ -23,7 +24,7 @@ that the tests of the chapters can compare it; it never contains a measured valu
 The modules:
 
     session      setup: seeds, threads, device, versions
-    predictions  predict, measured
+    predictions  predict, measured, over the predictions.toml of a chapter
     sources      show_source
     display      show, progress, progress_hook
     factsheet    facts, tell, facts_table, over facts.toml
@@ -33,7 +34,8 @@ The modules:
     own_answers  own: the learner's answer in later cells and chapters
     progress_store  what a learner has done, kept in files
     compare      comparisons for the checks, with messages that help
-    plotting     the theme, figures with alt text, sliders
+    plotting     the theme, figures with alt text, sliders, steppers
+    style        how JupyterLab shows the outputs, in its light and its dark theme
     chapters     one folder for each chapter
 
 Names are imported when they are first used. plotly, ipywidgets and IPython belong to the `lab`
