@@ -467,7 +467,8 @@ class ToyModel(nn.Module):
         "`ToyLayer.forward` adds to the x that came in, not to the normalized one: "
         '`x + self.mixer(normalize(x, self.norm["weight"], self.eps))`. `self.eps` is that of the '
         "config.",
-        "`ToyModel.forward`: look the tokens up, apply the layers one after the other, then "
+        "A layer whose mixer returns zeros must leave x as it is: look at the `x + …` of "
+        "`ToyLayer`. `ToyModel.forward`: look the tokens up, apply the layers in order, then "
         '`normalize(x, self.backbone.norm_f["weight"], self.eps)`, then `self.lm_head`. The final '
         "norm is easily forgotten.",
     ),
@@ -489,21 +490,24 @@ TRITON_NORM = Exercise(
     objective="O2: write RMSNorm as a Triton kernel of one program per row.",
     minutes=20,
     difficulty=3,
-    points=4,
+    points=3,
     kind="optional",
     task="""A Triton kernel is a function that runs many times at once; each run is called a
 program. Here each program normalizes one row. Complete the body:
 
-1. load the row of x and the weight, with `mask=inside` and `other=0.0`, and convert both to float32
-   with `.to(tl.float32)`;
+1. load the row of x and the weight with `tl.load(pointers, mask=inside, other=0.0)`, and convert
+   both to float32 with `.to(tl.float32)`;
 2. sum the squares (`tl.sum(…, axis=0)`) and divide by `size`, the real width of the row;
 3. multiply by `tl.rsqrt(… + eps)` and by the weight;
-4. store the result with the same mask.
+4. store the result with `tl.store(pointers, values, mask=inside)`.
 
-A pointer plus a block of offsets is a block of pointers: `x_ptr + row * size + channel` points at
-the numbers of this row. `BLOCK` is a power of two, as Triton requires, and the mask switches off
-the places behind the end of the row. Without a GPU, Triton runs the kernel in its interpreter.""",
-    stub='''import torch
+A pointer plus a block of offsets is a block of pointers: `x_row` points at the numbers of this
+row, `out_row` at the places of the result. `BLOCK` is a power of two, as Triton requires; the mask
+switches off the places behind the end of the row. Without a GPU, Triton runs the kernel in its
+interpreter.""",
+    stub='''import math
+
+import torch
 import triton
 import triton.language as tl
 
@@ -511,20 +515,24 @@ import triton.language as tl
 @triton.jit
 def norm_kernel(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr):
     """One program: RMSNorm of one row of `size` numbers."""
-    row = tl.num_programs(0) - 1 - tl.program_id(0)  # the row of this program; the last one first
+    row = tl.program_id(0)  # the row of this program
     channel = tl.arange(0, BLOCK)  # 0, 1, … BLOCK - 1, all at once
     inside = channel < size
+    x_row, out_row = x_ptr + row * size + channel, out_ptr + row * size + channel
     raise NotImplementedError
 
 
 def triton_norm(x, weight, eps=1e-5):
     """RMSNorm of each row by `norm_kernel`. x: rows d, contiguous; weight: d."""
     rows, size = x.shape
-    out = x.new_empty(rows + 1, size)  # a spare row, for a store without its mask
+    out = x.new_ones(rows + 1, size)  # one row more, which no program may write into
     norm_kernel[(rows,)](x, weight, out, size, eps, BLOCK=triton.next_power_of_2(size))
-    return out[:rows]
+    untouched = (out[rows] == 1).all()
+    return out[:rows] if untouched else torch.full_like(x, math.nan)
 ''',
-    solution='''import torch
+    solution='''import math
+
+import torch
 import triton
 import triton.language as tl
 
@@ -532,37 +540,38 @@ import triton.language as tl
 @triton.jit
 def norm_kernel(x_ptr, weight_ptr, out_ptr, size, eps, BLOCK: tl.constexpr):
     """One program: RMSNorm of one row of `size` numbers."""
-    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.program_id(0)
     channel = tl.arange(0, BLOCK)
     inside = channel < size
-    x = tl.load(x_ptr + row * size + channel, mask=inside, other=0.0).to(tl.float32)
+    x_row, out_row = x_ptr + row * size + channel, out_ptr + row * size + channel
+    x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(x * x, axis=0) / size
     normed = x * tl.rsqrt(mean_square + eps) * weight
-    tl.store(out_ptr + row * size + channel, normed.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_row, normed.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def triton_norm(x, weight, eps=1e-5):
     """RMSNorm of each row by `norm_kernel`. x: rows d, contiguous; weight: d."""
     rows, size = x.shape
-    out = x.new_empty(rows + 1, size)  # a spare row, for a store without its mask
+    out = x.new_ones(rows + 1, size)  # one row more, which no program may write into
     norm_kernel[(rows,)](x, weight, out, size, eps, BLOCK=triton.next_power_of_2(size))
-    return out[:rows]
+    untouched = (out[rows] == 1).all()
+    return out[:rows] if untouched else torch.full_like(x, math.nan)
 ''',
     hints=(
-        "`x = tl.load(x_ptr + row * size + channel, mask=inside, other=0.0).to(tl.float32)`. The "
-        "weight is the same for every row, so its pointers have no `row`.",
-        "Zeros behind the end of the row do not change the sum of squares, but they would change a "
-        "mean over `BLOCK` places: divide by `size`. Convert to float32 before you square.",
-        "`tl.store(out_ptr + row * size + channel, normed.to(out_ptr.dtype.element_ty), "
-        "mask=inside)`. Without the mask the store overwrites the next row, which another program "
-        "has written.",
+        "`x = tl.load(x_row, mask=inside, other=0.0).to(tl.float32)`. The weight is the same for "
+        "every row: its pointers are `weight_ptr + channel`.",
+        "`BLOCK` may be larger than the row. Zeros behind the end do not change the sum of "
+        "squares, but divide by `size`, not by `BLOCK`. Convert to float32 before you square. "
+        "Without `mask=inside` the store overwrites the next row; then all values become NaN.",
+        "`tl.store(out_row, normed.to(out_ptr.dtype.element_ty), mask=inside)` is the last line; "
+        "`normed = x * tl.rsqrt(mean_square + eps) * weight` the one above it.",
     ),
     checks=(
         Check("rows of eight", checks.kernel_rows, hint=1, points=1),
         Check("widths that are no power of two", checks.kernel_ragged, hint=2, points=1),
-        Check("eps, and half precision", checks.kernel_half, hint=2, points=1),
-        Check("no row is overwritten by another", checks.kernel_bounds, hint=3, points=1),
+        Check("eps, and half precision", checks.kernel_half, hint=3, points=1),
     ),
 )
 

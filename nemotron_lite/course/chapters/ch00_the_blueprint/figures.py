@@ -1,4 +1,6 @@
-"""Chapter 00's figures: the layers in lines, and what each kind stores, reads, costs and keeps.
+"""Chapter 00's figures: one token in three layers, and what layers store, read, cost and keep.
+
+`walk` follows one token through a model of three layers, and shows what each keeps of it.
 
 `atlas` writes a pattern in lines that end with an attention layer, so that its rhythm can be seen:
 pairs of M and E, then attention. Beside it four bars show four quantities of the same layers. They
@@ -31,7 +33,7 @@ from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, PRESETS, SUPER_PATTERN, NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
-from nemotron_lite.course.plotting.widgets import Explorer, explore
+from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, stepper
 from nemotron_lite.ledger import Number
 
 QUANTITIES = ("stored", "read", "arithmetic", "remembered")
@@ -47,6 +49,125 @@ LINES = {
     "no attention": theme.SERIES[2],
 }
 WIDTHS = (1024, 2048, 3072, 4096, 6144, 8192)
+STAGES = ("M", "E", "*", "head")  # where a token can be, after it was looked up
+WALKED = ("def", " mean", "(", "values", ")", ":")  # the tokens of `walk_stepper`
+
+
+def walk(config: NemotronConfig, step: int = 0) -> go.Figure:
+    """One token on its way through a model of three layers, and what the cache keeps.
+
+    Args:
+        config: its pattern is "ME*".
+        step: 0 to len(WALKED) * len(STAGES) - 1.
+    """
+    fig = make_subplots(
+        cols=2,
+        column_widths=[0.42, 0.58],
+        horizontal_spacing=0.2,
+        subplot_titles=("the way of one token", "what is kept, float32"),
+    )
+    boxes = dict(textposition="inside", insidetextanchor="middle", textangle=0)
+    fig.add_bar(
+        orientation="h", y=[0, 1, 2, 3, 4], x=[1] * 5, **boxes, constraintext="none",
+        textfont_size=14, marker_line=dict(color=theme.INK, width=1), hoverinfo="skip",
+        row=1, col=1,
+    )  # fmt: skip
+    for i in range(len(WALKED) + 1):  # the block of M, then one block for each token
+        fig.add_bar(
+            orientation="h", y=[2 if i else 0], x=[0.0], hoverinfo="text",
+            marker_line=dict(color=theme.INK, width=1), row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(visible=False, range=[0, 1], fixedrange=True, col=1)
+    fig.update_yaxes(visible=False, range=[4.6, -0.6], fixedrange=True, col=1)
+    most = sum(_walk_bytes(config, 0)) / 1024
+    fig.update_xaxes(title_text="KiB", range=[0, 1.15 * most], fixedrange=True, col=2)
+    fig.update_yaxes(
+        tickvals=[0, 1, 2],
+        ticktext=["<b>M</b>  state", "<b>E</b>  nothing", "<b>*</b>  keys, values"],
+        range=[2.6, -0.6], fixedrange=True, showgrid=False, ticks="", col=2,
+    )  # fmt: skip
+    fig.update_layout(barmode="stack", bargap=0.3, height=340, showlegend=False)
+    draw_walk(fig, config, step)
+    return described(
+        fig,
+        "Left, five boxes from top to bottom: embedding, the layers M, E and *, norm and head; the "
+        "box in which the token is now is filled strongly. Right, bars of the bytes that are kept: "
+        "for M one block of constant size, for * one small block for each token read, for E "
+        "nothing.",
+    )
+
+
+def draw_walk(fig: BaseFigure, config: NemotronConfig, step: int) -> str:
+    """Show one step of `walk`; returns the step in words."""
+    token, place = divmod(step, len(STAGES))
+    stage = STAGES[place]
+    state, each = _walk_bytes(config, token)[0], _walk_bytes(config, 1)[1]
+    kept = token + (place >= STAGES.index("*"))  # tokens whose keys and values are in the cache
+    boxes, blocks = fig.data[0], fig.data[1:]
+    names = [f"embedding of “{WALKED[token].strip()}”", "M  Mamba-2", "E  experts", "*  attention",
+             "norm and head"]  # fmt: skip
+    fills = [_stage_fill(own, own == stage) for own in ("embedding", *STAGES)]
+    boxes.text, boxes.marker.color = names, fills
+    boxes.insidetextfont = dict(color=[theme.text_on(fill) for fill in fills])
+    blocks[0].x, blocks[0].marker.color = [state / 1024], _stage_fill("M", stage == "M")
+    blocks[0].hovertext = f"{format_bytes(state)}, overwritten by every token"
+    for i, block in enumerate(blocks[1:]):
+        block.x = [each / 1024 if i < kept else 0.0]
+        block.marker.color = _stage_fill("*", stage == "*" and i == token)
+        block.hovertext = f"“{WALKED[i].strip()}”: {format_bytes(each)}"
+    return _walk_words(config, token, stage, state, each, kept)
+
+
+def _walk_words(
+    config: NemotronConfig, token: int, stage: str, state: int, each: int, kept: int
+) -> str:
+    here = f"Token {token + 1}, “{WALKED[token].strip()}”. "
+    if stage == "M":
+        before = "It is empty." if token == 0 else f"It holds a summary of {_tokens(token)}."
+        return here + (
+            f"The Mamba-2 layer reads its state. {before} Then it overwrites the state: "
+            f"{format_bytes(state)}, as for every token."
+        )
+    if stage == "E":
+        return here + (
+            f"The mixture reads this token alone: its router chooses {config.num_experts_per_tok} "
+            f"of {config.n_routed_experts} experts. Nothing is kept."
+        )
+    if stage == "*":
+        return here + (
+            f"The attention layer keeps the token's key and value, {format_bytes(each)} more, and "
+            f"compares its query with the keys of {_tokens(kept)}, its own included."
+        )
+    return here + (
+        f"Norm and head give one score for each of {config.vocab_size:,} tokens. Kept after "
+        f"{_tokens(kept)}: {format_bytes(state)} in M, {format_bytes(kept * each)} in *."
+    )
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
+def _stage_fill(stage: str, active: bool) -> str:
+    if stage not in theme.KINDS:
+        return theme.MUTED if active else theme.PLOT
+    return theme.KINDS[stage].strong if active else theme.KINDS[stage].pale
+
+
+def _walk_bytes(config: NemotronConfig, context: int) -> tuple[int, int]:
+    """Bytes of the Mamba layer's and of the attention layer's cache, all numbers in float32."""
+    full = dict(kv_dtype="float32", conv_dtype="float32", ssm_dtype="float32")
+    kept = ledger.cache(config, context, **full)
+    return kept.conv + kept.ssm, kept.kv
+
+
+def walk_stepper(config: NemotronConfig) -> Stepper:
+    """`walk`, one step at a time."""
+
+    def update(fig: go.FigureWidget, step: int) -> str:
+        return draw_walk(fig, config, step)
+
+    return stepper(walk(config), update, steps=len(WALKED) * len(STAGES), label="step")
 
 
 def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> go.Figure:
