@@ -69,7 +69,7 @@ def hint(exercise_id: str, n: int | None = None) -> None:
 def hints_read(exercise_id: str) -> set[int]:
     """The numbers of the hints that the learner has read, today or in an earlier session."""
     read = progress_store.get(f"hints/{exercise_id}", [])
-    return set(read) & {1, 2, 3} if isinstance(read, list) else set()
+    return {n for n in (1, 2, 3) if n in read} if isinstance(read, list) else set()
 
 
 def solution(exercise_id: str) -> None:

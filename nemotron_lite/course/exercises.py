@@ -261,7 +261,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
         try:
             with _seeded(f"{found.id}/{test.name}{f'/{salt}' if salt else ''}"):
                 test.run(function)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an answer may call sys.exit
             if _is_stub_error(found, function, bodies, error):
                 if _nothing_written(found, bodies):
                     return not_done(found)
@@ -275,7 +275,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
 
 
 def _is_stub_error(
-    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: Exception
+    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: BaseException
 ) -> bool:
     """Whether a part of the answer that is still to be written raised the error."""
     if isinstance(learner_code.root_cause(error), NotImplementedError):
@@ -292,7 +292,7 @@ def _nothing_written(found: Exercise, bodies: Mapping[str, learner_code.Body]) -
     return learner_code.unwritten_bodies(found.stub, bodies) == asked
 
 
-def _raising_part(found: Exercise, error: Exception) -> str:
+def _raising_part(found: Exercise, error: BaseException) -> str:
     """The name of the function or method of the stub that raised the error."""
     code = learner_code.raising_code(error)
     for name in learner_code.asked_for(found.stub):

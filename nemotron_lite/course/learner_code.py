@@ -240,7 +240,7 @@ def raised_by_triton(error: BaseException) -> bool:
     return _is_triton(root_cause(error))
 
 
-def describe_error(function: Any, error: Exception) -> str:
+def describe_error(function: Any, error: BaseException) -> str:
     """The error in words, with the learner's line that led to it."""
     cause = root_cause(error)
     lines = str(cause).strip().splitlines()

@@ -160,7 +160,7 @@ def _built(found: Exercise, source: str | None, needs: Mapping[str, Answer]) -> 
             thing = found.build(source, own=things)
             if not trusted and not grade(found, thing).passed:
                 problem = "does not pass its checks today"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if trusted:
                 raise
             problem = f"cannot be run ({type(error).__name__})"

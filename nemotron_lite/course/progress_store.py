@@ -131,7 +131,8 @@ def _read(key: str) -> tuple[Any, str] | None:
             changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             return text, changed.isoformat(timespec="seconds")
         fact = json.loads(text)
-        return fact["value"], str(fact["saved"])
+        saved = datetime.fromisoformat(fact["saved"])
+        return fact["value"], saved.isoformat(timespec="seconds")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -16,7 +16,17 @@ from nemotron_lite.course import (
 )
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import ExerciseError, close, grade
-from tests.course.sample_exercises import FADE, STUB, by_hand, forget, many, use
+from tests.course.sample_exercises import (
+    ADD,
+    FADE,
+    GATE,
+    KERNEL,
+    STUB,
+    by_hand,
+    forget,
+    many,
+    use,
+)
 
 RIGHT = """99.fade: right. 3 of 3 checks, 6 of 6 points.
   ✓ by hand
@@ -173,6 +183,84 @@ def test_a_check_draws_the_same_numbers_each_time_and_restores_the_generators() 
 def test_the_same_mistake_gives_the_same_message() -> None:
     source = "def fade(dt, A):\n    return torch.exp(dt * A) * (1 + 1e-3 * torch.rand(()))\n"
     assert grade(FADE, FADE.build(source)) == grade(FADE, FADE.build(source))
+
+
+def test_an_answer_that_ends_python_is_wrong() -> None:
+    source = "import sys\n\n\ndef fade(dt, A):\n    sys.exit(0)\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised SystemExit: 0. Your line: sys.exit(0)" in message
+
+
+def test_a_salt_gives_other_numbers_and_the_reference_passes_with_each() -> None:
+    drawn = []
+
+    def draw(function: Callable[..., Any]) -> None:
+        drawn.append(tuple(torch.rand(3).tolist()))
+
+    exercise = replace(FADE, points=1, checks=(Check("a", draw),))
+    for salt in ("", "one", "two", "one"):
+        assert grade(exercise, FADE.build(), salt).passed
+        assert grade(FADE, FADE.build(), salt).passed
+    assert drawn[1] == drawn[3]
+    assert len(set(drawn)) == 3
+
+
+class FromElsewhere:
+    """Forwards calls, as the object that stands for an answer in another process."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self._answer = answer
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return self._answer(*arguments, **named)
+        except Exception as error:
+            again: Any = type(error)(*error.args)
+            again.raised_by_learner, again.learner_line = True, "return dt.view(7)"
+            raise again from None
+
+
+def test_an_answer_in_another_process_is_graded_by_its_calls() -> None:
+    assert grade(FADE, FromElsewhere(FADE.build()), "salt").passed
+    wrong = grade(FADE, FromElsewhere(FADE.build("def fade(dt, A):\n    return dt.view(7)\n")))
+    assert "Your line: return dt.view(7)" in wrong.message
+    assert "not done yet" in grade(FADE, FromElsewhere(FADE.build(STUB))).message
+    asserts = FADE.build("def fade(dt, A):\n    assert dt < 0\n")
+    assert "it raised AssertionError" in grade(FADE, FromElsewhere(asserts)).message
+    half = GATE.build(GATE.stub.replace("raise NotImplementedError", "return self.gain * x", 1))
+    message = grade(GATE, FromElsewhere(half)).message
+    assert message.startswith("99.gate: not right yet. 1 of 2 checks")
+
+
+KERNELS = {
+    "the stub": ("    raise NotImplementedError\n", "99.add: not done yet"),
+    "begun": ("    a = tl.load(x + i, mask=mask)\n    raise NotImplementedError\n", "not done yet"),
+    "wrong": (
+        "    tl.store(out + i, tl.load(x + i, mask=mask), mask=mask)\n",
+        "ten numbers: x + y differs in 10 of 10 values.",
+    ),
+    "not Triton": ("    tl.loud(x)\n", "has no attribute 'loud'. Your line: tl.loud(x)"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_graded_through_its_launcher(name: str) -> None:
+    body, words = KERNELS[name]
+    assert words in grade(ADD, ADD.build(KERNEL.format(body=body))).message
+
+
+def test_a_kernel_that_was_begun_is_not_done_where_it_is_compiled() -> None:
+    """Triton's compiler raises an error of its own for a `raise` in a kernel."""
+    from triton.compiler.errors import UnsupportedLanguageConstruct
+
+    begun = ADD.build(ADD.stub.replace("    raise", "    a = i + 1\n    raise"))
+
+    def compiled(function: Callable[..., Any]) -> None:
+        raise UnsupportedLanguageConstruct(None, None, "raise")
+
+    exercise = replace(ADD, checks=(Check("a", compiled),))
+    assert "not done yet" in grade(exercise, begun).message
+    assert "not right" in grade(exercise, ADD.build()).message
 
 
 def test_an_interrupt_is_not_a_wrong_answer() -> None:

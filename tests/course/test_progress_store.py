@@ -82,7 +82,8 @@ DAMAGED = {
     "cut off": b'{"saved": "2026',
     "empty": b"",
     "not a fact": b"[1, 2]",
-    "no value": b'{"saved": "2026"}',
+    "no value": b'{"saved": "2026-01-02"}',
+    "no date": b'{"saved": "yesterday", "value": 1}',
     "not text": b"\xff\xfe\x00",
 }
 
@@ -118,6 +119,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     progress_store.put(KEY, 3)  # space was freed: the same value is written now
     progress_store.forget_memory()
     assert progress_store.get(KEY) == 3
+
+
+def test_an_answer_whose_bytes_are_no_text_is_set_aside(course: Path) -> None:
+    (course / "answers").mkdir()
+    (course / "answers" / "01.discretise.py").write_bytes(b"\xff\xfe")
+    assert progress_store.get("answers/01.discretise.py") is None
+    assert (course / "answers" / "01.discretise.py.damaged").exists()
 
 
 def test_a_value_in_memory_is_newer_than_the_file(course: Path) -> None:
