@@ -30,14 +30,12 @@ READ_PATTERN = Exercise(
     minutes=5,
     difficulty=1,
     points=3,
-    task="""A model of this family is written as a string, one letter a layer. Return the positions
-of each kind of layer. The first layer has position 0.
+    task="""Return the positions of each kind of layer. The first layer has position 0.
 
-`M` is `"mamba"`, `*` is `"attention"`, `E` is `"moe"` (mixture of experts) and `-` is `"mlp"` (a
-dense feed-forward layer, which Super does not use). A string from another program may hold other
-characters: Megatron writes `|` between pipeline stages, and the MTP module behind a `/`. Raise
-`ValueError` for them. A reader that skips unknown characters builds a different model without a
-warning.""",
+`M` is `"mamba"`, `*` is `"attention"`, `E` is `"moe"` and `-` is `"mlp"` (a dense feed-forward
+layer, which Super does not use). Strings of other programs may hold other characters: Megatron
+writes `|` between pipeline stages. Raise `ValueError` for them. A reader that skips what it does
+not know builds a different model without a warning.""",
     stub='''def read_pattern(pattern: str) -> dict[str, list[int]]:
     """Positions of each kind of layer.
 
@@ -89,11 +87,11 @@ NORMALIZE = Exercise(
     task=r"""Write the norm that stands in front of every mixer. Each row of $d$ numbers is divided
 by its root mean square, and each channel is multiplied by a learned weight:
 
-$$y_i = w_i \, \frac{x_i}{\sqrt{\frac{1}{d} \sum_j x_j^2 + \epsilon}}$$
+$$y_i=w_i\,\frac{x_i}{\sqrt{\frac{1}{d}\sum_jx_j^2+\epsilon}}$$
 
-The mean goes over the last axis only. $\epsilon$ (`eps`) stands under the root. Compute in float32,
-whatever the dtype of `x`, and return the dtype of `x`: in float16 the square of 300 is already
-infinite. Use operations that autograd knows; then the gradient needs no code of yours.""",
+The mean goes over the last axis only. $\epsilon$ (`eps`) stands under the root. Compute in float32
+and return the dtype of `x`: in float16 the square of 300 is already infinite. Use operations that
+autograd knows; then the gradient needs no code of yours.""",
     stub='''import torch
 
 
@@ -152,15 +150,14 @@ token reads. Both must be exact integers. These are the tensors, with the letter
 table:
 
 - every layer: the weight of its norm, d.
-- `M`: `in_proj` (2hp + 2gn + h) × d; a convolution with k taps and one bias for each of its
-  hp + 2gn channels; `A_log`, `D` and `dt_bias` of h each; a second norm of hp; `out_proj` d × hp.
-- `*`: `q_proj` hp × d and `o_proj` d × hp, with h query heads; `k_proj` and `v_proj` jp × d each,
-  with j key-value heads.
-- `E`: a router e × d, and one selection bias per expert; two latent projections, l × d and d × l;
-  e experts, each f × l and l × f; one shared expert, s × d and d × s.
+- `M`: `in_proj` (2hp+2gn+h)×d; a convolution with k taps and one bias for each of its hp+2gn
+  channels; `A_log`, `D` and `dt_bias` of h each; a second norm of hp; `out_proj` d×hp.
+- `*`: `q_proj` hp×d and `o_proj` d×hp, with h query heads; `k_proj` and `v_proj` jp×d each.
+- `E`: a router e×d, and one selection bias per expert; latent projections l×d and d×l; e experts,
+  each f×l and l×f; one shared expert, s×d and d×s.
 
 A token reads all of a layer, except the experts that it does not choose. Without a latent
-(`moe_latent_size=None`) the two latent projections are absent and the experts work at width d;
+(`moe_latent_size=None`) there are no latent projections and the experts work at width d;
 `config.expert_size` is l or d accordingly. The shared expert is there if `n_shared_experts` is
 1.""",
     stub='''from nemotron_lite import NemotronConfig
@@ -236,15 +233,14 @@ CACHE_BYTES = Exercise(
     difficulty=2,
     points=6,
     needs=("00.read_pattern",),
-    task="""What a model keeps of the tokens that it has read is its cache. Two kinds of layers have
-one:
+    task="""Two kinds of layers have a cache:
 
-- **attention** keeps a key and a value of every token: for each, j key-value heads of p numbers;
-- **Mamba-2** keeps a state of h·p·n numbers, and the last k - 1 inputs of its convolution, each of
-  hp + 2gn numbers. Both are overwritten with every token, so their size is constant.
+- **attention** keeps a key and a value of every token, each of j heads of p numbers;
+- **Mamba-2** keeps a state of h·p·n numbers, and the last k-1 inputs of its convolution, each of
+  hp+2gn numbers. Both are overwritten with every token, so their size is constant.
 
-Return the bytes that each further token adds, and the bytes that are there from the first token on,
-for the whole model. `read_pattern` may be called.""",
+Return the bytes that each further token adds, and the bytes that are constant, for the whole model.
+`read_pattern` may be called.""",
     stub='''from nemotron_lite import NemotronConfig
 
 
@@ -305,16 +301,15 @@ DECODE_FLOPS = Exercise(
     points=5,
     needs=("00.read_pattern", "00.layer_parameters"),
     task="""How many FLOPs does one more token take, after `context` tokens? A multiply-add counts
-as two. Three terms are enough to come within two percent:
+as two. Three terms come within two percent of `ledger.flops`:
 
-1. every number that the token reads takes part in one multiply-add: all layers, and the head, which
-   has vocabulary × width numbers. The embedding is only looked up;
-2. every attention layer compares the token's query with `context + 1` keys and adds up as many
-   values. Each of its h query heads does both, at p numbers per key and per value;
-3. every Mamba layer updates its state and reads it: 5 operations for each of its h·p·n numbers.
+1. every number that the token reads takes part in one multiply-add: those of all layers, and the
+   head of v×d numbers. The embedding is only looked up;
+2. every attention layer compares the query with `context+1` keys and adds up as many values. Each
+   of its h query heads does both, with p numbers per key and per value;
+3. every Mamba layer takes 5 operations for each of the h·p·n numbers of its state.
 
-`read_pattern` and `layer_parameters` may be called; `ledger.flops` is what you are compared
-with.""",
+`read_pattern` and `layer_parameters` may be called.""",
     stub='''from nemotron_lite import NemotronConfig
 
 
@@ -370,21 +365,17 @@ TOY_MODEL = Exercise(
     difficulty=3,
     points=8,
     needs=("00.normalize",),
-    task=r"""Now put the parts together, for any pattern of `M`, `E` and `*`:
+    task=r"""Put the parts together, for any pattern of `M`, `E` and `*`, as in the equations above:
+embedding, residual layers, final norm, head. `ToyLayer` is one residual layer, `ToyModel` the
+model. The mixers are the package's: `layers.Mamba2(config)`, `layers.MoE(config)` and
+`layers.Attention(config)`. Called with `b t d`, each returns `b t d`. The norm, in both classes, is
+your `normalize` with `config.norm_eps`.
 
-$$x = \mathrm{Emb}(\text{tokens}) \qquad
-x \leftarrow x + \mathrm{mixer}(\mathrm{norm}(x)) \ \text{for each layer} \qquad
-\text{logits} = W\,\mathrm{norm}_f(x)$$
-
-`ToyLayer` is one residual layer, `ToyModel` the model. The mixers are the package's:
-`layers.Mamba2(config)`, `layers.MoE(config)` and `layers.Attention(config)`; called with `b t d`,
-each returns `b t d`. The norm is your `normalize`, in both classes, with `config.norm_eps`.
-
-The names matter: the weights of the package's model have to load. What is given makes
-`backbone.layers.0.norm.weight` and `backbone.norm_f.weight` (a `ParameterDict` gives its entries
-such names). Add `mixer` to a layer, `embeddings` (an `nn.Embedding`) and `layers` (an
-`nn.ModuleList`) to `self.backbone`, and `lm_head` (an `nn.Linear` without bias) to the model. The
-mixers' weights are uninitialized until weights are loaded.""",
+The names matter, because the package's weights have to load. The given lines make
+`backbone.layers.0.norm.weight` and `backbone.norm_f.weight`. Add `mixer` to a layer, `embeddings`
+(an `nn.Embedding`) and `layers` (an `nn.ModuleList`) to `self.backbone`, and `lm_head` (an
+`nn.Linear` without bias) to the model. The mixers' weights are uninitialized until you load
+some.""",
     stub='''import torch
 from torch import nn
 

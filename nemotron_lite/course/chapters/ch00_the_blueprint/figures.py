@@ -9,7 +9,7 @@ look very different, and that is what the design is about:
     stored       numbers in the model              nearly all in the experts
     read         numbers that one token uses       a few experts, and everything that is no expert
     arithmetic   FLOPs of the next token           grows with the context, in attention alone
-    remembered   bytes a conversation keeps        grows with the context, in attention alone
+    cached       bytes a sequence keeps            grows with the context, in attention alone
 
 `ledger_curves` shows the last two over the context, between a model in which every layer that
 mixes tokens is attention and one in which none is. `resized` makes the models in between: Super's
@@ -33,10 +33,11 @@ from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, PRESETS, SUPER_PATTERN, NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
+from nemotron_lite.course.plotting.removal import removal_figure
 from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, stepper
 from nemotron_lite.ledger import Number
 
-QUANTITIES = ("stored", "read", "arithmetic", "remembered")
+QUANTITIES = ("stored", "read", "arithmetic", "cached")
 LETTERS = tuple(letter for letter in theme.KINDS if letter in LAYER_KINDS)
 REST = "rest"  # embedding, head and the last norm: no layer's
 MIXING_PLACES = len(SUPER_PATTERN) - SUPER_PATTERN.count("E")  # layers that mix tokens
@@ -74,7 +75,7 @@ def walk(config: NemotronConfig, step: int = 0) -> go.Figure:
     )  # fmt: skip
     for i in range(len(WALKED) + 1):  # the block of M, then one block for each token
         fig.add_bar(
-            orientation="h", y=[2 if i else 0], x=[0.0], hoverinfo="text",
+            orientation="h", y=[2 if i else 0], x=[0.0], width=0.7, hoverinfo="text",
             marker_line=dict(color=theme.INK, width=1), row=1, col=2,
         )  # fmt: skip
     fig.update_xaxes(visible=False, range=[0, 1], fixedrange=True, col=1)
@@ -237,7 +238,7 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
         fig,
         f"Left, the {config.num_layers} layers in lines that end in an attention layer: {rows}. "
         "Right, four stacked bars with the share of each kind of layer: of the numbers stored and "
-        "of those a token reads, of the arithmetic of the next token, and of the bytes remembered. "
+        "of those a token reads, of the arithmetic of the next token, and of the cache in bytes. "
         "Experts fill most of the first bar and nothing of the last, which Mamba-2 and attention "
         "share between them.",
     )
@@ -259,10 +260,10 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         fill = _fill(letter, pale=kind not in ("all", letter))
         trace.x, trace.y = [places[i][1] for i in mine], [places[i][0] for i in mine]
         trace.text = [letter] * len(mine)
-        kept = asked["remembered"][letter] / max(1, len(mine))
+        kept = asked["cached"][letter] / max(1, len(mine))
         trace.hovertext = [
             f"layer {i}: {theme.KINDS[letter].name}<br>stores {int(layers[i].total):,}<br>"
-            f"a token reads {int(layers[i].active):,}<br>remembers {format_bytes(kept)} after "
+            f"a token reads {int(layers[i].active):,}<br>keeps {format_bytes(kept)} after "
             f"{format_tokens(context)} tokens"
             for i in mine
         ]
@@ -287,7 +288,7 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         f"<b>stored</b><br>{format_count(totals['stored'])}",
         f"<b>read</b> per token<br>{format_count(totals['read'])}",
         f"<b>arithmetic</b><br>{format_count(totals['arithmetic'])} FLOPs",
-        f"<b>remembered</b><br>{format_bytes(totals['remembered'])}",
+        f"<b>cached</b><br>{format_bytes(totals['cached'])}",
     ]
 
 
@@ -299,13 +300,13 @@ def atlas_widget() -> Explorer:
         _draw_atlas(fig, config, context, kind)
         asked = shares(config, context)
         totals = {name: sum(parts.values()) for name, parts in asked.items()}
-        remembered = asked["remembered"]
-        most = max(("M", "*"), key=lambda letter: remembered[letter])
-        part = remembered[most] / totals["remembered"]
+        cached = asked["cached"]
+        most = max(("M", "*"), key=lambda letter: cached[letter])
+        part = cached[most] / totals["cached"]
         return (
             f"{model} after {format_tokens(context)} tokens: of {format_count(totals['stored'])} "
-            f"numbers one token reads {format_count(totals['read'])}; it remembers "
-            f"{format_bytes(totals['remembered'])}, {part:.0%} of it in {theme.KINDS[most].name} "
+            f"numbers one token reads {format_count(totals['read'])}; its cache holds "
+            f"{format_bytes(totals['cached'])}, {part:.0%} of it in {theme.KINDS[most].name} "
             "layers."
         )
 
@@ -333,7 +334,7 @@ def context_slider(value: int) -> ipywidgets.SelectionSlider:
 
 
 def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> go.Figure:
-    """Bytes remembered and FLOPs of the next token over the context, at one width.
+    """Bytes of the cache and FLOPs of the next token over the context, at one width.
 
     Args:
         width: d; everything else follows in Super's proportions.
@@ -341,7 +342,9 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
         context: position of the mark.
     """
     fig = make_subplots(
-        cols=2, subplot_titles=("remembered", "FLOPs of the next token"), horizontal_spacing=0.16
+        cols=2,
+        subplot_titles=("bytes of the cache", "FLOPs of the next token"),
+        horizontal_spacing=0.16,
     )
     for col in (1, 2):
         for name, look in LINES.items():
@@ -391,7 +394,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     _draw_curves(fig, width, anchors, context)
     return described(
         fig,
-        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes remembered "
+        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: the cache in bytes "
         "and FLOPs of the next token. Without attention both are flat. With attention in every "
         "place both begin below that line, cross it, and rise in proportion to the context. The "
         "model as set starts near the flat line, leaves it late and stays below the other.",
@@ -416,11 +419,11 @@ def ledger_widget() -> Explorer:
         _draw_curves(fig, width, anchors, context)
         numbers = ledger.parameters(resized(width, anchors))
         memory, work = cost_lines(width, anchors)
-        remembered, flops = (start + slope * context for start, slope in (memory, work))
+        cached, flops = (start + slope * context for start, slope in (memory, work))
         return (
             f"Width {width:,}, {anchors} attention layers: {format_count(numbers.backbone)} "
             f"numbers stored, {format_count(numbers.active_without_embedding)} read by a token. "
-            f"After {format_tokens(context)} tokens it remembers {format_bytes(remembered)}, and "
+            f"After {format_tokens(context)} tokens its cache holds {format_bytes(cached)}, and "
             f"the next token takes {format_count(flops)} FLOPs."
         )
 
@@ -476,6 +479,56 @@ def memory_lines(
     return fig
 
 
+EQUAL_CURVES = dict(
+    title="Two models learn alike",
+    alt="Two training losses over the updates, the learner's class and the package's model: they "
+    "lie on each other and fall, steeply at first and then more slowly.",
+)
+WITHOUT_MAMBA = dict(
+    title="Three layers, with and without Mamba-2",
+    alt="Two training losses over the updates. Both fall; the model with a Mamba-2 layer falls "
+    "further, and the one with attention in its place stays above it.",
+)
+
+
+def removed_kinds() -> go.Figure:
+    """What the model of seven layers loses without each kind of layer, from the record."""
+    kinds = ("mamba", "attention", "experts")
+    return removal_figure("text", kinds, title="Seven layers, one kind replaced")
+
+
+def planner(contexts: Sequence[int], plan: Sequence[Number], kept: Sequence[Number]) -> go.Figure:
+    """The bytes that a planner for Transformers expects, and those that Super keeps."""
+    return memory_lines(
+        contexts,
+        {"the plan": plan, "cache_bytes": kept},
+        title="Cache of one conversation",
+        alt="Two lines over the context. The plan is straight. The other line is flat first and "
+        "rises later. The plan starts far below it, crosses it, and ends far above.",
+    )
+
+
+def loss_curves(curves: Mapping[str, Sequence[float]], *, alt: str, title: str) -> go.Figure:
+    """The loss of each update, smoothed over ten.
+
+    Args:
+        curves: name → losses in nats per token, of equal length.
+        alt: what the curves do.
+        title: of the figure.
+    """
+    steps = list(range(1, 1 + max(map(len, curves.values()))))
+    return lines(
+        steps,
+        {name: smoothed(losses) for name, losses in curves.items()},
+        title=title,
+        alt=alt,
+        x_title="updates",
+        y_title="nats per token",
+        markers=False,
+        height=340,
+    )
+
+
 def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.Figure:
     """Bits per byte as horizontal bars, best on top; lower is better.
 
@@ -526,11 +579,11 @@ def pattern_lines(pattern: str) -> list[str]:
 
 
 def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
-    """What each kind of layer stores, reads, computes and remembers; see the module text.
+    """What each kind of layer stores, reads, computes and keeps; see the module text.
 
     Keys are `QUANTITIES`, then the letters of the pattern and "rest". Stored and read are counts
     (the embedding, of which a token reads one row, is stored but not read), arithmetic is FLOPs
-    of the token after `context` others, remembered is bytes after `context` tokens. The MTP module
+    of the token after `context` others, cached is bytes after `context` tokens. The MTP module
     is not counted.
     """
     count = ledger.parameters(config)
@@ -538,12 +591,12 @@ def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
     kept = ledger.cache(config, context)
     stored, read = _by_letter(count.by_part), _by_letter(count.active_by_part)
     read[REST] -= count.active_by_part["embedding"]
-    remembered = dict.fromkeys(stored, 0.0) | {"M": kept.conv + kept.ssm, "*": kept.kv}
+    cached = dict.fromkeys(stored, 0.0) | {"M": kept.conv + kept.ssm, "*": kept.kv}
     return {
         "stored": stored,
         "read": read,
         "arithmetic": _by_letter(cost.by_part),
-        "remembered": {k: float(v) for k, v in remembered.items()},
+        "cached": {k: float(v) for k, v in cached.items()},
     }
 
 
@@ -592,7 +645,7 @@ def resized(width: int, anchors: int) -> NemotronConfig:
 
 @cache
 def cost_lines(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
-    """Bytes remembered and FLOPs of the next token of `resized(width, anchors)`.
+    """Bytes of the cache and FLOPs of the next token of `resized(width, anchors)`.
 
     Both are straight lines over the context: (at no tokens, for each token).
     """
@@ -600,6 +653,17 @@ def cost_lines(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[N
     kept = ledger.cache(config, 0)
     first, second = (ledger.flops(config, t, "decode").per_token for t in (0, 1))
     return (kept.total, kept.kv_per_token), (first, second - first)
+
+
+def smoothed(losses: Sequence[float], width: int = 10) -> list[float]:
+    """The mean of each loss and those before it, `width` at most.
+
+    >>> smoothed([4.0, 2.0, 0.0], width=2)
+    [4.0, 3.0, 1.0]
+    """
+    return [
+        sum(losses[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(losses))
+    ]
 
 
 def format_count(n: Number) -> str:

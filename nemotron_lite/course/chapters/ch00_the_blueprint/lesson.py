@@ -14,11 +14,14 @@ matrices. `nemotron_lite.train` does all of it.
 
 from __future__ import annotations
 
+from html import escape
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.course import output
 from nemotron_lite.course.display import progress
 from nemotron_lite.data.batches import BatchSource
 
@@ -30,6 +33,29 @@ TOY = NemotronConfig(
     moe_shared_expert_intermediate_size=96, routed_scaling_factor=2.5,
     bos_token_id=0, eos_token_id=0, pad_token_id=0,
 )  # fmt: skip
+
+# Text of the map, with figures from facts.toml.
+LETTERS_AND_CLAIMS = """
+| letter | layer | what it does with a token | you build it in |
+|---|---|---|---|
+| `M` | Mamba-2 | passes information on through a state of constant size | 01, 02 |
+| `*` | attention | looks at every earlier token | 03 |
+| `E` | mixture of experts | uses a few of many small networks, for this token alone | planned |
+
+The [report](https://arxiv.org/abs/2604.12374) makes six claims. No laptop can repeat the benchmarks
+of such a model, but it can test the mechanism behind each claim:
+
+1. **Quality for its cost**: experts store much and each token reads little of it; only
+   {super.attention_layers} of {super.layers} layers are attention. → **00** counts both, **01** to
+   **03** build both kinds.
+2. **LatentMoE**: MMLU-Pro from {latent_moe.standard_mmlu_pro} to {latent_moe.latent_mmlu_pro} % at
+   equal cost. → **00**: its cost. The rest is planned.
+3. **Multi-token prediction**: {super.mtp_acceptance_length} tokens accepted per step. → Planned.
+4. **Training in NVFP4**, four bits a number: a loss gap below {nvfp4.gap_a8b} %. → Planned.
+5. **RL for agents**, in {super.rl_environments} environments. → Planned.
+6. **A million tokens of context**: RULER {super.ruler_1m} %. → **00**: its memory. **02**: its
+   cost. **03**: recall.
+"""
 
 
 def train_toy(
@@ -63,8 +89,8 @@ def train_toy(
     model.train()
     for i in progress(range(steps), label):
         tokens = data.batch(i, batch_size=batch_size, seq_len=seq_len, seed=seed).tokens
-        output = model(tokens)
-        logits = getattr(output, "logits", output)
+        found = model(tokens)
+        logits = getattr(found, "logits", found)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -76,10 +102,6 @@ def train_toy(
     return losses
 
 
-def smoothed(losses: list[float], width: int = 10) -> list[float]:
-    """The mean of each loss and those before it, `width` at most."""
-    means = []
-    for i in range(len(losses)):
-        last = losses[max(0, i + 1 - width) : i + 1]
-        means.append(sum(last) / len(last))
-    return means
+def show_text(title: str, text: str) -> None:
+    """Show what a model wrote. It differs between machines, so the compared text is the title."""
+    output.show_output(title, f"<b>{escape(title)}</b><pre>{escape(text)}</pre>")
