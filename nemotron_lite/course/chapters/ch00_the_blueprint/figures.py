@@ -394,7 +394,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     _draw_curves(fig, width, anchors, context)
     return described(
         fig,
-        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: the cache in bytes "
+        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes of cache "
         "and FLOPs of the next token. Without attention both are flat. With attention in every "
         "place both begin below that line, cross it, and rise in proportion to the context. The "
         "model as set starts near the flat line, leaves it late and stays below the other.",

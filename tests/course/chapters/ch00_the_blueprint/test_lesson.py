@@ -32,7 +32,7 @@ class Repeated:
 def token_loss_of(logits: Tensor, tokens: Tensor) -> float:
     """The mean of -log p(token | the tokens before it)."""
     log_p = logits.log_softmax(-1)[:, :-1]
-    return float(-log_p.gather(-1, tokens[:, 1:, None]).mean())
+    return float(-log_p.gather(-1, tokens[:, 1:, None]).mean().detach())
 
 
 def test_the_toy_has_one_layer_of_each_kind_and_a_state_larger_than_a_few_tokens() -> None:
