@@ -153,8 +153,8 @@ table:
 - `M`: `in_proj` (2hp+2gn+h)×d; a convolution with k taps and one bias for each of its hp+2gn
   channels; `A_log`, `D` and `dt_bias` of h each; a second norm of hp; `out_proj` d×hp.
 - `*`: `q_proj` hp×d and `o_proj` d×hp, with h query heads; `k_proj` and `v_proj` jp×d each.
-- `E`: a router e×d, and one selection bias per expert; latent projections l×d and d×l; e experts,
-  each f×l and l×f; one shared expert, s×d and d×s.
+- `E`: a router e×d, and one selection bias per expert (it balances their use); latent projections
+  l×d and d×l; e experts, each f×l and l×f; one shared expert, s×d and d×s.
 
 A token reads all of a layer, except the experts that it does not choose. Without a latent
 (`moe_latent_size=None`) there are no latent projections and the experts work at width d;

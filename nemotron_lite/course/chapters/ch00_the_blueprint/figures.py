@@ -124,9 +124,9 @@ def _walk_words(
 ) -> str:
     here = f"Token {token + 1}, “{WALKED[token].strip()}”. "
     if stage == "M":
-        before = "It is empty." if token == 0 else f"It holds a summary of {_tokens(token)}."
+        holds = "zeros" if token == 0 else f"a summary of {_tokens(token)}"
         return here + (
-            f"The Mamba-2 layer reads its state. {before} Then it overwrites the state: "
+            f"The Mamba-2 layer reads its state, which holds {holds}, and overwrites it: "
             f"{format_bytes(state)}, as for every token."
         )
     if stage == "E":
