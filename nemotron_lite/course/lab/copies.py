@@ -41,9 +41,9 @@ from nbformat.v4.rwbase import rejoin_lines
 from nbformat.validator import iter_validate
 
 from nemotron_lite.course.lab import merge as merging
+from nemotron_lite.course.progress_store import FOLDER
 from nemotron_lite.files import atomic_file
 
-STORE = ".course"
 BASE = "nl_base"  # metadata of a copy: the version of the chapter it was made from
 PROGRESS = "progress.ipynb"
 EMPTY: merging.Notebook = {"cells": [], "metadata": {}}
@@ -120,7 +120,7 @@ def _update_file(path: Path, text: str) -> Outcome:
     """Copy or update one file; `text` is the chapter as it is now."""
     version = hashlib.sha256(text.encode()).hexdigest()[:16]
     new = _parsed(text)
-    store = path.parent / STORE
+    store = path.parent / FOLDER
     base_path = store / "base" / f"{path.stem}.{version}.ipynb"
     if not base_path.exists():
         _write(base_path, text)
@@ -237,7 +237,7 @@ def _no_longer_there(path: Path) -> Outcome:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Hold the lock of the store, so that two starts do not update at the same time."""
-    store = work / STORE
+    store = work / FOLDER
     store.mkdir(parents=True, exist_ok=True)
     handle = os.open(store, os.O_RDONLY)
     try:

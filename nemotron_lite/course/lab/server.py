@@ -34,6 +34,7 @@ from typing import Any
 
 from nemotron_lite.course import output
 from nemotron_lite.course.display import WIDGET
+from nemotron_lite.course.progress_store import FOLDER
 from nemotron_lite.files import atomic_file
 
 STYLES = Path(__file__).parents[1] / "style"  # holds custom.css
@@ -51,7 +52,7 @@ def start(root: Path, work: Path, arguments: Sequence[str] = ()) -> None:
         arguments: for JupyterLab; they win over ours.
     """
     main = output.import_lab("jupyterlab.labapp").main
-    settings = work / ".course" / "jupyter"
+    settings = work / FOLDER / "jupyter"
     write_settings(settings)
     prepare_environment(os.environ, settings)
     # JupyterLab quotes this in messages about its use.
