@@ -187,8 +187,8 @@ def published_layers(function: Answer) -> None:
 def _kept(function: Answer, config: NemotronConfig, part: int, what: str, **precision: int) -> None:
     names = {1: "float8_e4m3fn", 2: "bfloat16", 4: "float32"}
     given = {"kv_bytes": 2, "conv_bytes": 2, "state_bytes": 4} | precision
-    dtypes = zip(("kv_dtype", "conv_dtype", "ssm_dtype"), given.values(), strict=True)
-    kept = ledger.cache(config, 0, **{name: names[size] for name, size in dtypes})
+    kv, conv, state = (names[size] for size in given.values())
+    kept = ledger.cache(config, 0, kv_dtype=kv, conv_dtype=conv, ssm_dtype=state)
     expected = (kept.kv_per_token, kept.conv + kept.ssm)
     found = function(config, **precision)
     pair = isinstance(found, tuple) and len(found) == 2
@@ -369,8 +369,8 @@ def model_gradients(function: Answer) -> None:
     sizes = []
     for logits, owner in ((model(tokens), model), (reference(tokens).logits, reference)):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        slopes = [p.grad for p in owner.parameters()]
-        assert all(slope is not None for slope in slopes), "a weight has no gradient"
+        slopes = [p.grad for p in owner.parameters() if p.grad is not None]
+        assert len(slopes) == len(list(owner.parameters())), "a weight has no gradient"
         sizes.append(sorted(float(slope.norm()) for slope in slopes))
     close(sizes[0], sizes[1], what="the sizes of the gradients", rtol=1e-2, atol=1e-5)
 

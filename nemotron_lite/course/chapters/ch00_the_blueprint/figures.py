@@ -157,8 +157,9 @@ def _stage_fill(stage: str, active: bool) -> str:
 
 def _walk_bytes(config: NemotronConfig, context: int) -> tuple[int, int]:
     """Bytes of the Mamba layer's and of the attention layer's cache, all numbers in float32."""
-    full = dict(kv_dtype="float32", conv_dtype="float32", ssm_dtype="float32")
-    kept = ledger.cache(config, context, **full)
+    kept = ledger.cache(
+        config, context, kv_dtype="float32", conv_dtype="float32", ssm_dtype="float32"
+    )
     return kept.conv + kept.ssm, kept.kv
 
 
