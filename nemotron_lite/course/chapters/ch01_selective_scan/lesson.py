@@ -1,99 +1,133 @@
-"""The model of chapter 01, which is a scan and nothing else, and its training.
+"""What chapter 01 builds around the learner's code: a model of scan layers, and Nemotron.
 
-    embedding → (norm → scan → +) twice → norm → logits
+    embedding → (norm → scan layer → +) twice → norm → logits
 
-It has no convolution, no gate and no attention, so only the scan can learn. With `selective=True`
-dt, B and C are computed from each token, as in Mamba. With `selective=False` the same linear map
-gets zeros as input, so only its bias is left: dt, B and C are learned, and equal for all tokens.
-Both variants have the same parameters; the second is a convolution with a learned kernel.
+`ScanModel` has no convolution, no gate and no attention, so only the scan can learn. It takes the
+class of its layers as an argument: the learner's, or `ScanLayer`, the package's answer to the same
+exercise. Both have the same names of weights. With `selective=False` a layer computes dt, B and C
+from zeros instead of from the token: they are still learned, and equal for all tokens.
 
-Left out: what a good layer needs besides (see `layers/mamba2.py`).
+`with_scan` gives every Mamba-2 layer of a Nemotron another function for the scan, such as the
+learner's, and leaves the rest of the layer and all weights as they are.
+
+Left out: what a good layer needs besides the scan (see `layers/mamba2.py`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron_lite import ops
+from nemotron_lite import Nemotron, ops
 from nemotron_lite.course.display import progress
 from nemotron_lite.data.batches import Batch, BatchSource
+from nemotron_lite.layers import ForwardContext
+from nemotron_lite.layers.mamba2 import Mamba2, MambaCache
 
 CHUNK = 32  # rows of the chapter are about this long
+EVERY_TOKEN = ForwardContext()  # whole rows of one document each
+
+# x, dt, A, B, C, D, state -> y, state
+Scan = Callable[..., tuple[Tensor, Tensor]]
 
 
 class ScanLayer(nn.Module):
-    """One scan, its inputs and its output projection.
+    """One scan with its projections: the package's answer to exercise 01.scan_layer.
 
     Args:
         d: width.
-        selective: dt, B and C from the token, or from a learned constant.
         h: heads, in one group.
         p: width of a head.
         n: size of the state.
+        selective: dt, B and C from the token, or from zeros.
     """
 
-    def __init__(self, d: int, *, selective: bool, h: int = 2, p: int = 16, n: int = 16) -> None:
+    def __init__(self, d: int, h: int, p: int, n: int, selective: bool = True) -> None:
         super().__init__()
-        self.selective, self.heads, self.sizes = selective, (h, p), (n, n, h)
-        self.norm, self.write = nn.RMSNorm(d), nn.Linear(d, h * p, bias=False)
-        self.control, self.out = nn.Linear(d, 2 * n + h), nn.Linear(h * p, d, bias=False)
-        self.A_log = nn.Parameter(torch.linspace(math.log(0.05), math.log(2), h))
-        nn.init.normal_(self.control.bias)
+        self.heads, self.selective = h, selective
+        self.x_proj, self.dt_proj = nn.Linear(d, h * p, bias=False), nn.Linear(d, h)
+        self.B_proj, self.C_proj = nn.Linear(d, n), nn.Linear(d, n)
+        self.out_proj = nn.Linear(h * p, d, bias=False)
+        self.A_log = nn.Parameter(torch.linspace(math.log(0.1), 0.0, h))
+        self.D = nn.Parameter(torch.ones(h))
+        steps = torch.linspace(math.log(0.05), 0.0, h).exp()
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(torch.log(torch.expm1(steps)))
 
-    def forward(self, u: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """Add what the scan reads to the stream."""
-        v = self.norm(u)
-        x = self.write(v).unflatten(-1, self.heads)
-        dt, B, C = self.controls(v)
-        y, _ = ops.ssd(x, dt, -self.A_log.exp(), B, C, chunk_size=CHUNK)
-        return u + self.out(y.flatten(2))
+    def controls(self, u: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """dt `b t h`, B and C `b t 1 n`: from each token, or from zeros through the same maps."""
+        seen = u if self.selective else torch.zeros_like(u)
+        dt = F.softplus(self.dt_proj(seen))
+        return dt, self.B_proj(seen).unsqueeze(2), self.C_proj(seen).unsqueeze(2)
 
-    def controls(self, v: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """dt `b t h`, B and C `b t 1 n`: from each token, or from zeros through the same map."""
-        B, C, dt = self.control(v if self.selective else 0 * v).split(self.sizes, -1)
-        return F.softplus(dt), B.unsqueeze(2), C.unsqueeze(2)
+    def forward(
+        self, u: Float[Tensor, "b t d"], state: Float[Tensor, "b h p n"] | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b h p n"]]:
+        """The output, and the state after the last token."""
+        x = self.x_proj(u).unflatten(-1, (self.heads, -1))
+        dt, B, C = self.controls(u)
+        y, state = ops.ssd(
+            x, dt, -self.A_log.exp(), B, C, D=self.D, initial_state=state, chunk_size=CHUNK
+        )
+        return self.out_proj(y.flatten(2)), state
 
 
 class ScanModel(nn.Module):
-    """Embedding, `layers` scan layers, logits.
+    """Embedding, two scan layers with norms and residual connections, logits.
 
     Args:
         vocab_size: tokens.
-        selective: see `ScanLayer`.
+        layer: the class of the layers, with the arguments of `ScanLayer`.
+        selective: passed on to the layers.
         d: width.
-        layers: how many.
+        h, p, n: heads, their width, and the size of the state.
         seed: of the weights.
     """
 
     def __init__(
-        self, vocab_size: int, *, selective: bool, d: int = 32, layers: int = 2, seed: int = 0
+        self,
+        vocab_size: int,
+        layer: Callable[..., nn.Module] = ScanLayer,
+        *,
+        selective: bool = True,
+        d: int = 32,
+        h: int = 4,
+        p: int = 8,
+        n: int = 8,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(vocab_size, d)
-            self.layers = nn.Sequential(*(ScanLayer(d, selective=selective) for _ in range(layers)))
+            self.layers = nn.ModuleList(layer(d, h, p, n, selective) for _ in range(2))
+            self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(2))
             self.norm, self.head = nn.RMSNorm(d), nn.Linear(d, vocab_size, bias=False)
+            for one in cast(Sequence[Any], self.layers):  # B and C must differ from zero early on
+                nn.init.normal_(one.B_proj.bias)
+                nn.init.normal_(one.C_proj.bias)
 
     def forward(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Logits of the next token at each position."""
-        logits: Tensor = self.head(self.norm(self.layers(self.embedding(tokens))))
+        stream = self.embedding(tokens)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            stream = stream + layer(norm(stream))[0]
+        logits: Tensor = self.head(self.norm(stream))
         return logits
 
     @torch.no_grad()
-    def step_sizes(self, tokens: Int[Tensor, "b t"]) -> list[Float[Tensor, "b t h"]]:
-        """dt of every layer at every token."""
-        found, stream = [], self.embedding(tokens)
-        for layer in self.layers:
-            assert isinstance(layer, ScanLayer)
-            found.append(layer.controls(layer.norm(stream))[0])
-            stream = layer(stream)
-        return found
+    def step_sizes(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t h"]:
+        """dt of the first layer at every token."""
+        first = cast(Any, self.layers[0])
+        dt: Tensor = first.controls(self.norms[0](self.embedding(tokens)))[0]
+        return dt
 
 
 @torch.no_grad()
@@ -118,8 +152,8 @@ def train_scan(
     exam: Batch,
     name: str,
     *,
-    steps: int = 400,
-    batch_size: int = 64,
+    steps: int = 200,
+    batch_size: int = 32,
     lr: float = 0.01,
     seed: int = 0,
     every: int = 25,
@@ -143,7 +177,8 @@ def train_scan(
     adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
     length = exam.tokens.shape[1]
-    curve = [exact_rows(model(exam.tokens), exam)]
+    with torch.no_grad():
+        curve = [exact_rows(model(exam.tokens), exam)]
     for i in progress(range(steps), name):
         batch = task.batch(i, batch_size=batch_size, seq_len=length, seed=seed)
         assert batch.mask is not None
@@ -158,3 +193,67 @@ def train_scan(
             with torch.no_grad():
                 curve.append(exact_rows(model(exam.tokens), exam))
     return curve
+
+
+class Mamba2WithScan(Mamba2):
+    """The package's Mamba-2 layer, with `scan` in place of `ops.ssd` and `ops.ssd_step`.
+
+    Projections, convolution, gate and norm are the package's. `scan` is called in the same way for
+    a prompt and for one token. Left out: padding, drafts, and several documents in a row.
+    """
+
+    scan: Scan
+
+    def forward(
+        self,
+        u: Float[Tensor, "b t d"],
+        cache: MambaCache | None = None,
+        context: ForwardContext = EVERY_TOKEN,
+    ) -> Float[Tensor, "b t d"]:
+        """As `Mamba2.forward`.
+
+        Raises:
+            ValueError: padded rows, several documents in a row, or a draft.
+        """
+        if context.lengths is not None or context.seq_idx is not None or context.draft:
+            raise ValueError(
+                "a layer with another scan reads whole rows of one document: call the model "
+                "without lengths, seq_idx and draft."
+            )
+        z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
+        xBC, conv = ops.causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=None if cache is None else cache.conv,
+        )
+        x, B, C = self._split_heads(xBC)
+        if cache is None:
+            state = x.new_zeros(x.shape[0], *x.shape[2:], self.state_size)
+        else:
+            state = cache.read_state()
+        y, state = self.scan(x, self._step_sizes(dt), self._rates(), B, C, self.D, state)
+        if cache is not None:
+            cache.conv = conv
+            cache.write_state(state)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+
+def with_scan(model: Nemotron, scan: Scan) -> Nemotron:
+    """A copy of the model whose Mamba-2 layers call `scan`; the weights are equal.
+
+    Args:
+        model: it is not changed.
+        scan: called with x, dt, A, B, C, D and the state, as in exercise 01.selective_recurrence.
+
+    Raises:
+        ValueError: the model has no Mamba-2 layer.
+    """
+    changed = copy.deepcopy(model)
+    mixers = [m for m in changed.modules() if type(m) is Mamba2]
+    if not mixers:
+        raise ValueError(f"the model {model.config.pattern!r} has no Mamba-2 layer.")
+    for mixer in mixers:
+        mixer.__class__ = Mamba2WithScan
+        cast(Mamba2WithScan, mixer).scan = scan
+    return changed
