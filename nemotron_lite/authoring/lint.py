@@ -46,6 +46,7 @@ __all__ = [
     "lint_notebook",
 ]
 
+DEEPER = "_deeper"  # end of the name of the notebook beside a chapter
 PACKAGE = Path(__file__).resolve().parents[1]
 PUBLIC_FOLDERS = (
     "checkpoint", "course", "course/plotting", "data", "generation", "layers", "ops",
@@ -71,13 +72,16 @@ class LintContext:
     root: Path = PACKAGE.parent
 
 
-def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) -> list[str]:
-    """All problems of one chapter.
+def lint_notebook(
+    notebook: NotebookNode, chapter: str, context: LintContext, *, deeper: bool = False
+) -> list[str]:
+    """All problems of one notebook.
 
     Args:
         notebook: version 4.
         chapter: its two digits.
         context: what the chapter is compared with.
+        deeper: it is the notebook beside the chapter.
     """
     found = [
         *cells.not_executed(notebook),
@@ -85,7 +89,7 @@ def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) ->
         *cells.figures_without_text(notebook),
         *cells.figures_without_picture(notebook),
         *cells.volatile_content(notebook),
-        *cells.too_long(notebook),
+        *cells.too_long(notebook, deeper=deeper),
         *cells.too_large(notebook),
         *cells.uncompared_cells(notebook),
         *cells.outside_references(notebook),
@@ -98,7 +102,7 @@ def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) ->
         *build.visible_plumbing(notebook),
         *build.dead_links(notebook, context.root),
     ]
-    if cells.is_deeper(notebook):
+    if deeper:
         return found
     return [
         *found,
@@ -112,8 +116,9 @@ def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) ->
 
 def lint_file(path: Path) -> list[str]:
     """All problems of the notebook in `path`, whose file name starts with the chapter's digits."""
-    chapter = path.name[:2]
-    return lint_notebook(nbformat.read(path, as_version=4), chapter, lint_context(chapter))
+    chapter, notebook = path.name[:2], nbformat.read(path, as_version=4)
+    deeper = path.stem.endswith(DEEPER)
+    return lint_notebook(notebook, chapter, lint_context(chapter), deeper=deeper)
 
 
 def lint_chapter(paths: Sequence[Path]) -> list[str]:

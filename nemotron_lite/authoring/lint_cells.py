@@ -208,9 +208,8 @@ def volatile_content(notebook: NotebookNode) -> list[str]:
     return [f"{problem} Run `make notebooks`." for problem in found]
 
 
-def too_long(notebook: NotebookNode) -> list[str]:
+def too_long(notebook: NotebookNode, *, deeper: bool = False) -> list[str]:
     """Notebooks of too many cells or words, and cells of too many lines. A stub may be longer."""
-    deeper = is_deeper(notebook)
     most_cells = MOST_CELLS_DEEPER if deeper else MOST_CELLS
     most_words = MOST_WORDS_DEEPER if deeper else MOST_WORDS
     found = []
@@ -229,11 +228,6 @@ def too_long(notebook: NotebookNode) -> list[str]:
 def count_words(notebook: NotebookNode) -> int:
     """Words of the markdown cells."""
     return sum(len(cell.source.split()) for _, cell in markdown_cells(notebook))
-
-
-def is_deeper(notebook: NotebookNode) -> bool:
-    """Whether this is the notebook beside a chapter, for those who want to know more."""
-    return "header" not in {tag for cell in notebook.cells for tag in tags(cell)}
 
 
 def exercise_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:

@@ -451,9 +451,10 @@ def test_a_deeper_notebook_needs_no_sections_and_is_shorter() -> None:
     numbered(notebook.cells)
     for cell in notebook.cells:
         cell.metadata["tags"] = [t for t in cell.metadata.get("tags", ()) if t == "nl:exercise"]
-    found = problems(notebook)
+    found = lint.lint_notebook(notebook, "01", CONTEXT, deeper=True)
     assert [p for p in found if "at most" not in p] == []
     append(notebook, *[new_markdown_cell("a") for _ in range(30)])
-    assert any("cells; at most 25" in p for p in problems(notebook))
     write(notebook, "def ssd(x):\n    return x")
-    assert any("redefines ssd" in p for p in problems(notebook))
+    found = lint.lint_notebook(notebook, "01", CONTEXT, deeper=True)
+    assert any("cells; at most 25" in p for p in found)
+    assert any("redefines ssd" in p for p in found)
