@@ -243,10 +243,10 @@ def spans_of(fade: Tensor, write: Tensor) -> Span:
 
 
 def prefixes_by_hand(function: Answer) -> None:
-    fade, write = tensor([2.0, 1.0, 0.5, 3.0, 1.0]), tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    found = function(fade.view(5, 1), write.view(5, 1))
-    expected = tensor([2.0, 2.0, 1.0, 3.0, 3.0]), tensor([1.0, 3.0, 4.5, 17.5, 22.5])
-    compare_spans(found, (expected[0].view(5, 1), expected[1].view(5, 1)), "5 tokens by hand")
+    fade, write = tensor([2.0, 1.0, 0.5, 3.0]), tensor([1.0, 2.0, 3.0, 4.0])
+    found = function(fade.view(4, 1), write.view(4, 1))
+    expected = tensor([2.0, 2.0, 1.0, 3.0]), tensor([1.0, 3.0, 4.5, 17.5])
+    compare_spans(found, (expected[0].view(4, 1), expected[1].view(4, 1)), "4 tokens by hand")
 
 
 def token_inputs(t: int) -> Span:

@@ -281,7 +281,7 @@ def parallel_scan(fade, write):
         "fades, never divide by them: a product of many fades is too small for that.",
     ),
     checks=(
-        Check("five tokens by hand", checks.prefixes_by_hand, hint=1, points=1),
+        Check("four tokens by hand", checks.prefixes_by_hand, hint=1, points=1),
         Check("any length, also one", checks.prefixes_of_any_length, hint=2, points=1),
         Check("a fade that broadcasts", checks.prefixes_broadcast, hint=1, points=1),
         Check("long rows and the caller's tensors", checks.prefixes_of_long_rows, hint=3, points=1),
@@ -503,6 +503,7 @@ last state. `P` and `N` are powers of two, and all tensors are float32.
 """.strip(),
     stub='''
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -521,13 +522,18 @@ def scan_kernel(x, dt, A, B, C, D, state):
     """`selective_recurrence` for float32, p and n powers of two: launch one program a head."""
     (b, t, h, p), n = x.shape, B.shape[-1]
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
-    x, dt, B, C = (v.transpose(1, 2).contiguous() for v in (x, dt, B, C))  # b h t ...
-    y, state = torch.empty_like(x), state.clone()
+    x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
+    # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
+    x, dt, A, B, C, D, state, y = (
+        F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
+        for v in (x, dt, A, B, C, D, state, 0 * x)
+    )
     _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, h, P=p, N=n)
     return y.transpose(1, 2), state
 '''.strip(),
     solution='''
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -556,8 +562,12 @@ def scan_kernel(x, dt, A, B, C, D, state):
     """`selective_recurrence` for float32, p and n powers of two: launch one program a head."""
     (b, t, h, p), n = x.shape, B.shape[-1]
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
-    x, dt, B, C = (v.transpose(1, 2).contiguous() for v in (x, dt, B, C))  # b h t ...
-    y, state = torch.empty_like(x), state.clone()
+    x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
+    # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
+    x, dt, A, B, C, D, state, y = (
+        F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
+        for v in (x, dt, A, B, C, D, state, 0 * x)
+    )
     _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, h, P=p, N=n)
     return y.transpose(1, 2), state
 '''.strip(),

@@ -20,16 +20,24 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron_lite import Nemotron, ops
-from nemotron_lite.course.display import progress
-from nemotron_lite.data.batches import Batch, BatchSource
+from nemotron_lite import Nemotron, NemotronConfig, ops
+from nemotron_lite.course.display import progress, progress_hook
+from nemotron_lite.data.batches import (
+    Batch,
+    BatchSource,
+    ConcatenatedDocuments,
+    concatenate_documents,
+)
+from nemotron_lite.data.corpus import load_corpus
 from nemotron_lite.layers import ForwardContext
 from nemotron_lite.layers.mamba2 import Mamba2, MambaCache
+from nemotron_lite.train import TrainConfig, train
 
 CHUNK = 32  # rows of the chapter are about this long
 EVERY_TOKEN = ForwardContext()  # whole rows of one document each
@@ -257,3 +265,28 @@ def with_scan(model: Nemotron, scan: Scan) -> Nemotron:
         mixer.__class__ = Mamba2WithScan
         cast(Mamba2WithScan, mixer).scan = scan
     return changed
+
+
+SMALL = NemotronConfig(
+    "MEM*E", vocab_size=256, hidden_size=64, initializer_range=0.1,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16, n_groups=2, chunk_size=64,
+    n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, moe_latent_size=32,
+    moe_shared_expert_intermediate_size=64, intermediate_size=128,
+    bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+
+
+def byte_text() -> ConcatenatedDocuments:
+    """Python's standard library as bytes: one token each, so nothing has to be prepared."""
+    documents = [np.frombuffer(d.content, dtype=np.uint8) for d in load_corpus().train]
+    return ConcatenatedDocuments(*concatenate_documents(documents), isolate_documents=False)
+
+
+def train_small(
+    model: Nemotron, text: BatchSource, name: str, *, steps: int = 80, seed: int = 0
+) -> list[float]:
+    """Train a model of `SMALL` in place, with a bar; returns its loss at every update."""
+    recipe = TrainConfig(steps=steps, batch_size=4, seq_len=64, lr=4e-3, min_lr=4e-5, seed=seed)
+    result = train(model, text, recipe, progress=False, on_step=progress_hook(name, steps))
+    return [float(record["ce"]) for record in result.history]
