@@ -102,9 +102,8 @@ Write the definition, with a Python loop over tokens:
 
 $$S_t = e^{dt_t A} S_{t-1} + dt_t\, x_t \otimes B_t \qquad y_t = S_t C_t + D x_t$$
 
-Each head has its own $S$ of $p \times n$ numbers, and its own $dt$, $A$ and $D$. Neighbouring heads
-share $B$ and $C$ in groups: head $i$ uses group `i // (h // g)`. Your `discretise` with the rule
-`"euler"` gives both factors of $dt$.
+Each head has its own $S$, $dt$, $A$ and $D$. Neighbouring heads share $B$ and $C$ in groups: head
+$i$ uses group `i // (h // g)`. Your `discretise` with the rule `"euler"` gives both factors.
 """.strip(),
     stub='''
 import torch
@@ -173,10 +172,9 @@ COMBINE = Exercise(
     difficulty=3,
     points=5,
     task=r"""
-One token maps $S$ to $f S + w$. A whole span of tokens does the same with another pair $(f, w)$:
-$f$ is the fade over the span, and $w$ is what the span has added to the state by its end.
-
-Write the pair of two spans that follow each other. A parallel scan needs no other arithmetic.
+One token maps $S$ to $f S + w$. A span of tokens does the same with another pair $(f, w)$: its
+whole fade, and what it has added to the state by its end. Write the pair of two spans that follow
+each other.
 """.strip(),
     stub='''
 import torch
@@ -230,13 +228,11 @@ PARALLEL_SCAN = Exercise(
     points=5,
     needs=("01.combine_spans",),
     task=r"""
-Compute all prefixes: entry $i$ of the result is the span of tokens $0$ to $i$. Use doubling. Before
-the first round, entry $i$ is token $i$ alone. In the rounds with distance $s = 1, 2, 4, \dots$ each
-entry $i \ge s$ is combined with entry $i - s$, all entries at the same time. The entries before $s$
-are already complete. Stop when $s$ reaches the length.
+Compute all prefixes by doubling. At first, entry $i$ is token $i$ alone. In rounds with distances
+$s = 1, 2, 4, \dots$ each entry $i \ge s$ is combined with entry $i - s$, all at the same time. The
+entries before $s$ are complete. Stop when $s$ reaches the length, which can be any number.
 
-One call of your `combine_spans` does a whole round: give it slices, not single tokens. The length
-can be any number, not only a power of two.
+One call of your `combine_spans` does a whole round: give it slices, not single tokens.
 """.strip(),
     stub='''
 import torch
@@ -299,10 +295,8 @@ PARALLEL_SELECTIVE_SCAN = Exercise(
     needs=("01.discretise", "01.parallel_scan"),
     task=r"""
 Compute what `selective_recurrence` computes, without a loop over tokens. Make the fade and the
-write of every token, scan them with your `parallel_scan`, and read all states at once.
-
-The scan gives the span from the first token to each token. A span maps the first state to
-$f S + w$, so this is also how the given `state` comes in.
+write of every token, scan them with your `parallel_scan`, and read all states at once. Remember the
+given `state`: a span maps it to $f S + w$.
 """.strip(),
     stub='''
 import torch
@@ -367,23 +361,20 @@ SCAN_LAYER = Exercise(
     task=r"""
 Build the layer. Its weights:
 
-- `A_log` and `D`, parameters of shape `h`. The rates are $A = -e^{\mathtt{A\_log}}$. Start with
-  $|A|$ from 0.1 (head 0) to 1 (last head), evenly spaced in the logarithm, and with `D` at one.
-- the bias of `dt_proj`. Start it so that $\mathrm{softplus}(\mathrm{bias})$ gives steps from 0.05
-  (head 0) to 1 (last head), evenly spaced in the logarithm. The inverse of softplus is
-  $\log(e^{dt} - 1)$.
+- `A_log` and `D`, parameters of shape `h`, with $A = -e^{\mathtt{A\_log}}$. Start with $|A|$ from
+  0.1 (head 0) to 1 (last head), evenly spaced in the logarithm, and with `D` at one.
+- the bias of `dt_proj`. Start with $\mathrm{softplus}(\mathrm{bias})$ from 0.05 (head 0) to 1 (last
+  head), evenly spaced in the logarithm. The inverse of softplus is $\log(e^{dt} - 1)$.
 
 `controls` returns $dt = \mathrm{softplus}(W u + \mathrm{bias})$ from `dt_proj`, and $B$ and $C$
-with an axis for their single group. With `selective=False` the three projections get zeros of the
-shape of $u$, so that only their biases are left: the same dt, B and C for every token.
+with an axis for their single group. With `selective=False` these three projections get zeros like
+$u$, so that only their biases are left.
 
-`forward` makes $x$ with `x_proj` from the token (in both cases), scans with your
-`parallel_selective_scan`, and returns the output after `out_proj` and the last state. It starts
-from `state`, or from zeros if that is None.
+`forward` makes $x$ with `x_proj` (always from the token), scans with your
+`parallel_selective_scan`, and returns the output of `out_proj` and the last state. It starts from
+`state`, or from zeros if that is None.
 """.strip(),
     stub='''
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -419,8 +410,6 @@ class ScanLayer(nn.Module):
         raise NotImplementedError
 '''.strip(),
     solution='''
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -437,11 +426,11 @@ class ScanLayer(nn.Module):
         self.B_proj = nn.Linear(d, n)
         self.C_proj = nn.Linear(d, n)
         self.out_proj = nn.Linear(h * p, d, bias=False)
-        self.A_log = nn.Parameter(torch.linspace(math.log(0.1), 0.0, h))
+        spread = torch.linspace(1.0, 0.0, h)
+        self.A_log = nn.Parameter(torch.log(0.1**spread))
         self.D = nn.Parameter(torch.ones(h))
-        dt = torch.linspace(math.log(0.05), 0.0, h).exp()
         with torch.no_grad():
-            self.dt_proj.bias.copy_(torch.log(torch.expm1(dt)))
+            self.dt_proj.bias.copy_(torch.log(torch.expm1(0.05**spread)))
 
     def controls(self, u):
         """dt `b t h`, B and C `b t 1 n` for tokens u `b t d`."""
@@ -461,9 +450,9 @@ class ScanLayer(nn.Module):
         return self.out_proj(y.flatten(2)), state
 '''.strip(),
     hints=(
-        "Evenly spaced in the logarithm: `A_log` itself is `torch.linspace(math.log(0.1), 0.0, h)`."
-        " Both `A_log` and `D` are `nn.Parameter`. Write into `dt_proj.bias` under "
-        "`torch.no_grad()`, with `copy_`.",
+        "Evenly spaced in the logarithm: `0.1 ** torch.linspace(1.0, 0.0, h)` for $|A|$. `A_log` "
+        "is its logarithm. `A_log` and `D` are `nn.Parameter`. Write into `dt_proj.bias` with "
+        "`copy_`, under `torch.no_grad()`.",
         "`dt = F.softplus(self.dt_proj(u))`: the bias inside the linear map is the bias of dt. "
         "`unsqueeze(2)` gives B and C their group. `selective=False` replaces u by "
         "`torch.zeros_like(u)` in `controls`, and only there: x always comes from the token.",
@@ -493,26 +482,25 @@ SCAN_KERNEL = Exercise(
     points=4,
     kind="optional",
     task=r"""
-One program of the kernel runs one head of one row: it loops over the tokens and keeps the state of
-$p \times n$ numbers in registers. Write the body of `_scan`.
+One program runs one head: it loops over the tokens and keeps the state of $p \times n$ numbers in
+registers. Write the rest of `_scan`. The wrapper below it is given.
 
-The wrapper below it is given. It copies the inputs so that the numbers of a program stand one after
-the other: `x_ptr` and `y_ptr` point to tensors `row t p`, `dt_ptr` to `row t`, `B_ptr` and `C_ptr`
-to `row t n`, and `state_ptr` to `row p n`. A program overwrites its part of `state_ptr` with the
-last state. `P` and `N` are powers of two, and all tensors are float32.
+All tensors are contiguous and float32: `x_ptr` and `y_ptr` point to `row t p`, `dt_ptr` to `row t`,
+`B_ptr` and `C_ptr` to `row t n`. Start from the state at `place`, and store the last state there.
+`P` and `N` are powers of two.
 """.strip(),
     stub='''
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _scan(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, t, h,
-          P: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0)  # batch and head
-    A, D = tl.load(A_ptr + row % h), tl.load(D_ptr + row % h)
+def _scan(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, t, P: tl.constexpr, N: tl.constexpr
+):
+    row = tl.program_id(0)  # one head of one row of the batch
+    A, D = tl.load(A_ptr + row), tl.load(D_ptr + row)
     p, n = tl.arange(0, P), tl.arange(0, N)
     place = state_ptr + (row * P + p[:, None]) * N + n[None, :]  # pointers, P N
     raise NotImplementedError
@@ -523,26 +511,27 @@ def scan_kernel(x, dt, A, B, C, D, state):
     (b, t, h, p), n = x.shape, B.shape[-1]
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
     x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
+    A, D = A.repeat(b), D.repeat(b)
     # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
     x, dt, A, B, C, D, state, y = (
         F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
         for v in (x, dt, A, B, C, D, state, 0 * x)
     )
-    _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, h, P=p, N=n)
+    _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, P=p, N=n)
     return y.transpose(1, 2), state
 '''.strip(),
     solution='''
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _scan(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, t, h,
-          P: tl.constexpr, N: tl.constexpr):
-    row = tl.program_id(0)  # batch and head
-    A, D = tl.load(A_ptr + row % h), tl.load(D_ptr + row % h)
+def _scan(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, state_ptr, y_ptr, t, P: tl.constexpr, N: tl.constexpr
+):
+    row = tl.program_id(0)  # one head of one row of the batch
+    A, D = tl.load(A_ptr + row), tl.load(D_ptr + row)
     p, n = tl.arange(0, P), tl.arange(0, N)
     place = state_ptr + (row * P + p[:, None]) * N + n[None, :]  # pointers, P N
     state = tl.load(place)
@@ -563,12 +552,13 @@ def scan_kernel(x, dt, A, B, C, D, state):
     (b, t, h, p), n = x.shape, B.shape[-1]
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
     x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
+    A, D = A.repeat(b), D.repeat(b)
     # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
     x, dt, A, B, C, D, state, y = (
         F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
         for v in (x, dt, A, B, C, D, state, 0 * x)
     )
-    _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, h, P=p, N=n)
+    _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, P=p, N=n)
     return y.transpose(1, 2), state
 '''.strip(),
     hints=(

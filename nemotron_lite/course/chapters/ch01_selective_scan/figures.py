@@ -554,14 +554,12 @@ def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
     return fig
 
 
-def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure:
+def chosen_steps(text: str, dt: ArrayLike) -> go.Figure:
     """The step size of each head at each token of a row, as a picture.
 
     Args:
         text: the tokens, separated by blanks.
         dt: `h t`.
-        title: over the plot.
-        alt: the alternative text (see `described`).
     """
     tokens = text.split()
     z = np.asarray(dt, dtype=float)
@@ -574,26 +572,41 @@ def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure
     )
     fig.update_xaxes(title_text="token")
     fig.update_yaxes(title_text="head", showgrid=False, dtick=1)
-    fig.update_layout(title_text=title, height=320)
-    return described(fig, alt)
+    fig.update_layout(title_text="The dt of each token in the first trained layer", height=320)
+    return described(
+        fig,
+        f"A picture of {len(z)} heads by {len(tokens)} tokens of one row. In at least one head the "
+        "step size is larger at the letters than in the silence between them.",
+    )
 
 
-def half_lives(tokens: Mapping[str, ArrayLike], *, title: str, alt: str) -> go.Figure:
+def half_lives(layers: Sequence[ArrayLike]) -> go.Figure:
     """After how many tokens each head has forgotten half, longest first.
 
     Args:
-        tokens: name of a layer → half-lives of its heads, in tokens.
-        title: over the plot.
-        alt: the alternative text (see `described`).
+        layers: for each layer the half-lives of its heads, in tokens.
     """
     fig = go.Figure()
-    for name, values in tokens.items():
+    for number, values in enumerate(layers, 1):
         ordered = np.sort(np.asarray(values, dtype=float))[::-1]
-        fig.add_scatter(y=ordered, x=np.arange(len(ordered)), name=name, mode="lines+markers")
-    fig.update_xaxes(title_text="head, longest memory first")
-    fig.update_yaxes(title_text="tokens until half is forgotten", type="log", dtick=1)
-    fig.update_layout(title_text=title, height=380, showlegend=len(tokens) > 1)
-    return described(fig, alt)
+        fig.add_scatter(
+            y=ordered,
+            x=np.arange(1, len(ordered) + 1),
+            name=f"Mamba-2 layer {number}",
+            mode="lines+markers",
+        )
+    fig.update_xaxes(title_text="head, longest memory first", dtick=1)
+    fig.update_yaxes(title_text="tokens until half has faded", type="log", dtick=1)
+    fig.update_layout(
+        title_text="Memory of the heads of an untrained model",
+        height=340,
+        showlegend=len(layers) > 1,
+    )
+    return described(
+        fig,
+        f"Half-lives of the heads of {len(layers)} layers, in tokens, on a logarithmic axis, "
+        "longest first. In every layer they differ by more than a factor of two.",
+    )
 
 
 def losses(curves: Mapping[str, Sequence[float]]) -> go.Figure:

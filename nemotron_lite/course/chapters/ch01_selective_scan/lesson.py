@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -35,12 +37,25 @@ from nemotron_lite.data.batches import (
     concatenate_documents,
 )
 from nemotron_lite.data.corpus import load_corpus
+from nemotron_lite.data.tasks.selective_copy import SelectiveCopy
 from nemotron_lite.layers import ForwardContext
 from nemotron_lite.layers.mamba2 import Mamba2, MambaCache
 from nemotron_lite.train import TrainConfig, train
 
 CHUNK = 32  # rows of the chapter are about this long
 EVERY_TOKEN = ForwardContext()  # whole rows of one document each
+
+# Facts of Super, and the same of the model that the chapter trains.
+OURS: Mapping[str, float] = {
+    "super.mamba_layers": 2,
+    "super.mamba_heads": 4,
+    "super.mamba_head_width": 8,
+    "super.state_size": 8,
+    "super.groups": 1,
+    "super.scan_states_per_layer": 4 * 8 * 8,
+    "super.dt_min": 0.05,
+    "super.dt_max": 1.0,
+}
 
 # x, dt, A, B, C, D, state -> y, state
 Scan = Callable[..., tuple[Tensor, Tensor]]
@@ -136,6 +151,15 @@ class ScanModel(nn.Module):
         first = cast(Any, self.layers[0])
         dt: Tensor = first.controls(self.norms[0](self.embedding(tokens)))[0]
         return dt
+
+
+def letters_to_silence(model: ScanModel, task: SelectiveCopy, exam: Batch) -> float:
+    """The mean dt of letters over that of silence, in the head of the first layer that differs most."""
+    assert exam.mask is not None
+    steps = model.step_sizes(exam.tokens)
+    letters = (exam.tokens >= task.FIRST_LETTER) & ~exam.mask
+    silence = exam.tokens == task.SILENCE
+    return float((steps[letters].mean(0) / steps[silence].mean(0)).max())
 
 
 @torch.no_grad()
@@ -290,3 +314,60 @@ def train_small(
     recipe = TrainConfig(steps=steps, batch_size=4, seq_len=64, lr=4e-3, min_lr=4e-5, seed=seed)
     result = train(model, text, recipe, progress=False, on_step=progress_hook(name, steps))
     return [float(record["ce"]) for record in result.history]
+
+
+def random_inputs(
+    t: int,
+    generator: torch.Generator,
+    *,
+    h: int = 4,
+    p: int = 8,
+    g: int = 2,
+    n: int = 8,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D and a zero state, in the order in which a scan takes them."""
+    normal = partial(torch.randn, generator=generator, dtype=dtype)
+    dt = F.softplus(normal(1, t, h) - 2)
+    A = -torch.linspace(0.5, 4, h, dtype=dtype)
+    state = torch.zeros(1, h, p, n, dtype=dtype)
+    return normal(1, t, h, p), dt, A, normal(1, t, g, n), normal(1, t, g, n), normal(h), state
+
+
+def package_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The package's scan, which works in chunks, with the arguments of the exercises."""
+    return ops.ssd(x, dt, A, B, C, D=D, initial_state=state)
+
+
+@torch.no_grad()
+def seconds(scan: Scan, inputs: Sequence[Tensor], runs: int = 3) -> float:
+    """The shortest of some runs: other programs can only make one longer."""
+    took = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        scan(*inputs)
+        took.append(time.perf_counter() - start)
+    return min(took)
+
+
+def time_scans(
+    scans: Mapping[str, Scan], lengths: Sequence[int], generator: torch.Generator
+) -> dict[str, list[float]]:
+    """Seconds of each scan at each length, for a small state in float32."""
+    took: dict[str, list[float]] = {name: [] for name in scans}
+    for t in progress(lengths, "timing"):
+        inputs = random_inputs(t, generator, dtype=torch.float32)
+        for name, scan in scans.items():
+            took[name].append(seconds(scan, inputs))
+    return took
+
+
+def half_lives(model: Nemotron) -> list[Tensor]:
+    """For each Mamba-2 layer, after how many tokens its heads keep half of a state, `h`.
+
+    The step size of a token is that of an input of zero: softplus(dt_bias).
+    """
+    mixers = [m for m in model.modules() if isinstance(m, Mamba2)]
+    return [math.log(2) / (F.softplus(m.dt_bias) * m.A_log.exp()).detach() for m in mixers]

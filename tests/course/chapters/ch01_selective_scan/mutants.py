@@ -265,15 +265,15 @@ def parallel_scan(fade, write):
             "A_log is not trained",
             altered(
                 SCAN_LAYER,
-                "self.A_log = nn.Parameter(torch.linspace(math.log(0.1), 0.0, h))",
-                'self.register_buffer("A_log", torch.linspace(math.log(0.1), 0.0, h))',
+                "self.A_log = nn.Parameter(torch.log(0.1**spread))",
+                'self.register_buffer("A_log", torch.log(0.1**spread))',
             ),
             hint=1,
             bug="a tensor kept as a buffer: it is saved and loaded, and the optimizer misses it",
         ),
         Mutant(
             "the bias is the step itself",
-            altered(SCAN_LAYER, "torch.log(torch.expm1(dt))", "dt"),
+            altered(SCAN_LAYER, "torch.log(torch.expm1(0.05**spread))", "0.05**spread"),
             hint=1,
             bug="dt_bias without the inverse of softplus: all heads start with steps near 1",
         ),
