@@ -154,7 +154,7 @@ class ScanModel(nn.Module):
 
 
 def letters_to_silence(model: ScanModel, task: SelectiveCopy, exam: Batch) -> float:
-    """The mean dt of letters over that of silence, in the head of the first layer that differs most."""
+    """Mean dt of letters over that of silence, in the head of layer 1 where it is largest."""
     assert exam.mask is not None
     steps = model.step_sizes(exam.tokens)
     letters = (exam.tokens >= task.FIRST_LETTER) & ~exam.mask
