@@ -87,10 +87,10 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def deletions(source: str) -> list[tuple[str, str]]:
-    """Each statement of the functions in `source`, and the source without it."""
+    """Each statement of the functions and methods in `source`, and the source without it."""
     places = []
     tree = ast.parse(source)
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         for node in ast.walk(function):
             for block in ("body", "orelse", "finalbody"):
                 statements = getattr(node, block, None)
@@ -241,12 +241,14 @@ def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> Non
 
 def test_small_alterations_are_noticed() -> None:
     alive, tried = [], 0
-    for exercise in EXERCISES.values():
+    # An altered address of a Triton kernel can store outside of the tensors and end the process.
+    safe = [e for e in EXERCISES.values() if "import triton" not in e.solution]
+    for exercise in safe:
         changes = alterations(exercise.solution)
         some = random.Random(exercise.id).sample(changes, min(SAMPLED, len(changes)))
         alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
         tried += len(some)
-    assert tried >= 3 * len(EXERCISES)
+    assert tried >= 3 * len(safe)
     assert len(alive) <= (1 - LEAST_NOTICED) * tried, f"of {tried} unnoticed: {alive}"
 
 

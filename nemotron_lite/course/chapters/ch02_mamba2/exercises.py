@@ -159,7 +159,7 @@ CHUNKED_SCAN = Exercise(
 Cut the text into chunks of `chunk_size` tokens; the last one may be shorter. For each chunk of $q$
 tokens, with $S$ the state before it and $s$ the running sum of $a = dt\,A$ **inside the chunk**:
 
-1. inside the chunk: $y_l = \sum_{r \le l} L_{lr}\,(C_l \cdot B_r)\, dt_r x_r$, your `scan_by_matrix`
+1. inside: $y_l = \sum_{r \le l} L_{lr}\,(C_l \cdot B_r)\, dt_r x_r$, your `scan_by_matrix`
 2. from the chunk into the state: $U = \sum_r e^{s_q - s_r}\, dt_r\, x_r \otimes B_r$
 3. from state to state: $S' = e^{s_q} S + U$
 4. from the state to the outputs: $y_l \mathrel{+}= e^{s_l}\, S\, C_l$
@@ -400,10 +400,12 @@ Put your functions together. Three methods are left to write:
 
 - `project`: one projection gives $z \mid xBC \mid dt$, in this order, of widths
   `mamba_inner_size`, `conv_dim` and `mamba_num_heads`. `causal_conv` runs over $xBC$ as a whole.
-  Its result is $x \mid B \mid C$; reshape them to heads and groups. $dt$ gets its bias and a softplus.
+  Its result is $x \mid B \mid C$; reshape them to heads and groups. $dt$ gets its bias and a
+  softplus.
 - `finish`: add $D\,x$ to $y$, then gate, norm (`norm_eps` of the config), and output projection.
-- `forward`: `project`, `chunked_scan` with $A = -e^{A_{log}}$ and chunks of 64, `finish`. It returns
-  the output and the new cache, as `nn.GRU` does. Do not change the cache that was passed in.
+- `forward`: `project`, `chunked_scan` with $A = -e^{A_{log}}$ and chunks of 64, `finish`. It
+  returns the output and the new cache, as `nn.GRU` does. Do not change the cache that was passed
+  in.
 """.strip(),
     stub=f'''
 {_CLASS_HEAD}
@@ -573,14 +575,14 @@ STEP_KERNEL = Exercise(
     kind="optional",
     task=r"""
 In PyTorch the update of the state reads and writes $S$ several times: once for the decay, once for
-the sum, once for the product with $C$. A kernel loads it once. One program does one head of one row:
-it loads its $p \times n$ numbers, computes
+the sum, once for the product with $C$. A kernel loads it once. One program does one head of one
+row: it loads its $p \times n$ numbers, computes
 
 $$S \leftarrow e^{dt\,A} S + dt\, x \otimes B, \qquad y = S\,C + D\,x$$
 
-and stores both. `p` and `n` are the offsets of the rows and columns of $S$; here all widths are
-powers of two, so no mask is needed. All tensors are contiguous. Without a GPU the kernel runs in
-Triton's interpreter.
+and stores both. All tensors are contiguous, and all widths are powers of two, so no mask is needed.
+Without a GPU the kernel runs in Triton's interpreter. Save the notebook first: a store to a wrong
+address can end the kernel of the notebook.
 """.strip(),
     stub='''
 import torch
@@ -595,6 +597,7 @@ def step_kernel(S, x, dt, A, B, C, D, y, new, H, G, P: tl.constexpr, N: tl.const
     group = row * G + head // (H // G)  # which n numbers of B and C
     unit = row * H + head  # which numbers of S, x, dt and y
     p, n = tl.arange(0, P), tl.arange(0, N)
+    places = unit * P * N + p[:, None] * N + n[None, :]  # which numbers of S and new
     raise NotImplementedError
 
 
@@ -618,11 +621,11 @@ def step_kernel(S, x, dt, A, B, C, D, y, new, H, G, P: tl.constexpr, N: tl.const
     group = row * G + head // (H // G)  # which n numbers of B and C
     unit = row * H + head  # which numbers of S, x, dt and y
     p, n = tl.arange(0, P), tl.arange(0, N)
+    places = unit * P * N + p[:, None] * N + n[None, :]  # which numbers of S and new
     step = tl.load(dt + unit)
     inputs = tl.load(x + unit * P + p)
     keys = tl.load(B + group * N + n)
     queries = tl.load(C + group * N + n)
-    places = unit * P * N + p[:, None] * N + n[None, :]
     state = tl.load(S + places)
     decay = tl.exp(step * tl.load(A + head))
     state = decay * state + (step * inputs)[:, None] * keys[None, :]
@@ -639,13 +642,12 @@ def step_by_kernel(state, x, dt, A, B, C, D):
     return y, new
 '''.strip(),
     hints=(
-        "`tl.load(dt + unit)` is one number, `tl.load(x + unit * P + p)` a vector of P. The "
-        "addresses of S are a matrix: `unit * P * N + p[:, None] * N + n[None, :]`. A and D have "
-        "one number per head: `A + head`.",
+        "`tl.load(dt + unit)` is one number, `tl.load(x + unit * P + p)` a vector of P, and "
+        "`tl.load(S + places)` a matrix of P x N. A and D have one number per head: `A + head`.",
         "The outer product of two vectors is `v[:, None] * w[None, :]`, the product with C is "
         "`tl.sum(state * c[None, :], axis=1)`. B and C start at `group * N`.",
-        "Read after the write: y comes from the new state. Store the new state to `new`, at the "
-        "same addresses relative to it, and y at `unit * P + p`. S stays as it is.",
+        "Read after the write: y comes from the new state. Store the new state to "
+        "`new + places`, and y to `y + unit * P + p`. S stays as it is.",
     ),
     checks=(
         Check("one head", checks.kernel_one_head, hint=1, points=1),
@@ -669,8 +671,8 @@ One head, one chunk, with $w_r = dt_r x_r$ and the running sum $s$:
 $$y = (L \circ C B^\top)\, w + e^{s} \circ (C S^\top), \qquad
 S' = e^{s_q} S + \sum_r e^{s_q - s_r}\, w_r \otimes B_r$$
 
-Given the gradients of the loss with respect to $y$ and $S'$, compute those with respect to $w$, $s$,
-$B$, $C$ and $S$, without autograd and without a loop. The last entry of $s$ is $s_q$.
+Given the gradients of the loss with respect to $y$ and $S'$, compute those with respect to $w$,
+$s$, $B$, $C$ and $S$, without autograd and without a loop. The last entry of $s$ is $s_q$.
 """.strip(),
     stub='''
 import torch
