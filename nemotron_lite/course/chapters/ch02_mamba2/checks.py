@@ -312,7 +312,7 @@ def norm_half(function: Answer) -> None:
 def norm_gradients(function: Answer) -> None:
     gradients(
         lambda **named: function(*named.values(), 2, 1e-5),
-        lambda **named: ops.gated_rms_norm(*named.values(), 2, 1e-5, impl="naive"),
+        lambda y, z, weight: ops.gated_rms_norm(y, z, weight, 2, 1e-5, impl="naive"),
         norm_inputs(8),
     )
 
@@ -524,7 +524,8 @@ def kernel_inputs(b: int, h: int, g: int, p: int = 4, n: int = 8) -> dict[str, T
 
 
 def reference_step(v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return ops.ssd_step(**v, impl="torch")
+    scan: dict[str, Any] = dict(v)
+    return ops.ssd_step(**scan, impl="torch")
 
 
 def kernel_one_head(function: Answer) -> None:

@@ -1,0 +1,159 @@
+"""What chapter 02 runs beside the learner's code: comparisons, times, wrong ports, training.
+
+The ports are the learner's own layer with one published bug each. They show how an error looks
+when it is drawn over the positions of a text that is read in three ways: a piece at once, a second
+piece after the cache of the first, and then token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nemotron_lite import data, ops
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.course import display
+from nemotron_lite.model import Nemotron
+from nemotron_lite.train import TrainConfig, train
+
+PIECES = (48, 24, *[1] * 24)
+MARKS = {"second piece": 48, "one by one": 72}
+
+# A model of bytes that trains in seconds: two Mamba-2 layers, an attention layer and experts.
+SMALL = NemotronConfig.from_preset(
+    "lite",
+    pattern="ME*M",
+    vocab_size=256,
+    hidden_size=96,
+    mamba_num_heads=6,
+    n_groups=2,
+    ssm_state_size=16,
+    num_attention_heads=4,
+    head_dim=24,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    moe_latent_size=32,
+    moe_shared_expert_intermediate_size=96,
+    mtp_pattern="",
+    mtp_depths=0,
+)
+EVERY = 10  # steps that one value of the loss curves is the mean of
+
+
+def same(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-3) -> None:
+    """Assert that two results agree up to rounding, and say so.
+
+    Raises:
+        AssertionError: they differ by more than `tolerance`.
+    """
+    gap = (found - expected).abs().max().item()
+    assert gap < tolerance, f"{what} differ by {gap:.3g}; expected less than {tolerance:g}"
+    print(f"{what}: equal, no number differs by more than {tolerance:g}")
+
+
+def loaded(make: Callable[[NemotronConfig], Any], layer: nn.Module, config: NemotronConfig) -> Any:
+    """A layer made by `make`, with the weights of `layer`."""
+    made = make(config)
+    made.load_state_dict(layer.state_dict())
+    return made
+
+
+def read(layer: Any, u: Tensor, pieces: Sequence[int] = PIECES) -> Tensor:
+    """The outputs of a layer that reads `u`, `b t d`, in pieces of these lengths."""
+    outputs, cache = [], None
+    with torch.no_grad():
+        for piece in u.split(list(pieces), dim=1):
+            out, cache = layer(piece, cache)
+            outputs.append(out)
+    return torch.cat(outputs, dim=1)
+
+
+def error_by_token(layer: Any, right: Tensor, u: Tensor) -> Tensor:
+    """The largest error at each position, `t`, of a layer that reads `u` in pieces."""
+    return (read(layer, u) - right).abs().amax((0, 2))
+
+
+def ports(layer: Any) -> dict[str, Any]:
+    """The same layer with one published bug each, by the name of the bug."""
+    base: Any = type(layer)
+
+    class OneNorm(base):  # type: ignore[misc]
+        """huggingface/transformers#35943: one norm over all groups."""
+
+        def finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+            y = (y + self.D.unsqueeze(-1) * x).flatten(-2)
+            normed = ops.gated_rms_norm(y, z, self.norm.weight, 1, self.config.norm_eps)
+            result: Tensor = self.out_proj(normed)
+            return result
+
+    class FromNothing(base):  # type: ignore[misc]
+        """huggingface/transformers#46741: a second piece starts from an empty state."""
+
+        def forward(self, u: Tensor, cache: Any = None) -> Any:
+            if cache is not None and u.shape[1] > 1:
+                cache = cache[0], torch.zeros_like(cache[1])
+            return super().forward(u, cache)
+
+    class KeepsOutputs(base):  # type: ignore[misc]
+        """state-spaces/mamba#1027: a prefill keeps outputs of the convolution, not inputs."""
+
+        def project(self, u: Tensor, conv: Tensor) -> Any:
+            z, x, dt, B, C, after = super().project(u, conv)
+            if u.shape[1] > 1:
+                outputs = torch.cat([x.flatten(2), B.flatten(2), C.flatten(2)], dim=-1)
+                after = outputs[:, -conv.shape[1] :]
+            return z, x, dt, B, C, after
+
+    class ClampsSteps(base):  # type: ignore[misc]
+        """huggingface/transformers#48989: dt is clamped from below in prefill only."""
+
+        def project(self, u: Tensor, conv: Tensor) -> Any:
+            z, x, dt, B, C, after = super().project(u, conv)
+            if u.shape[1] > 1:
+                dt = dt.clamp(min=self.config.time_step_min)
+            return z, x, dt, B, C, after
+
+    bugs = {
+        "one norm": OneNorm,
+        "from nothing": FromNothing,
+        "keeps outputs": KeepsOutputs,
+        "clamps dt": ClampsSteps,
+    }
+    return {name: loaded(port, layer, layer.config) for name, port in bugs.items()}
+
+
+def seconds(*runs: Callable[[], object], repeats: int = 3) -> list[float]:
+    """CPU seconds of each call, the median of `repeats` rounds; the calls take turns.
+
+    CPU time does not count what other programs do meanwhile.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for run, found in zip(runs, times, strict=True):
+                start = time.process_time()
+                run()
+                found.append(time.process_time() - start)
+    return [float(np.median(found[1:])) for found in times]  # the first round warms up
+
+
+def python_source() -> data.ConcatenatedDocuments:
+    """Python source code, byte by byte."""
+    documents = [np.frombuffer(d.content, np.uint8) for d in data.load_corpus().train]
+    return data.ConcatenatedDocuments(*data.concatenate_documents(documents))
+
+
+def train_briefly(
+    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 60
+) -> np.ndarray:
+    """Train in place; returns the mean loss of every `EVERY` steps, in nats per byte."""
+    recipe = TrainConfig(steps=steps, batch_size=4, seq_len=128, lr=5e-3)
+    hook = display.progress_hook(f"training with {name}", total=steps)
+    run = train(model, source, recipe, progress=False, on_step=hook)
+    return np.reshape([record["ce"] for record in run.history], (-1, EVERY)).mean(1)
