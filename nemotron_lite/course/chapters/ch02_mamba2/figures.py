@@ -283,7 +283,7 @@ class _Chunks:
         self, x: ndarray, dt: ndarray, B: ndarray, C: ndarray, *, rate: float, size: int
     ) -> None:
         self.t, self.chunk = len(x), size
-        self.count = -(-self.t // chunk)
+        self.count = -(-self.t // size)
         s = np.cumsum(dt * rate)
         self.matrix = np.tril(np.exp(np.minimum(s[:, None] - s[None, :], 0))) * (C @ B.T)
         where = np.arange(self.t) // size

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron_lite import data, ops
@@ -128,19 +129,38 @@ def ports(layer: Any) -> dict[str, Any]:
     return {name: loaded(port, layer, layer.config) for name, port in bugs.items()}
 
 
-def seconds(*runs: Callable[[], object], repeats: int = 3) -> list[float]:
+def scan_inputs(config: NemotronConfig, tokens: int, random: torch.Generator) -> list[Tensor]:
+    """x, dt, A, B, C and a state of zero, for one text in the sizes of a layer of `config`."""
+    h, p = config.mamba_num_heads, config.mamba_head_dim
+    g, n = config.n_groups, config.ssm_state_size
+    B, C = torch.randn(2, 1, tokens, g, n, generator=random)
+    return [
+        torch.randn(1, tokens, h, p, generator=random),
+        F.softplus(torch.randn(1, tokens, h, generator=random) - 3),
+        -torch.rand(h, generator=random).mul(15).add(1),
+        B,
+        C,
+        torch.zeros(1, h, p, n),
+    ]
+
+
+def seconds(*runs: Callable[[], object], label: str, repeats: int = 2) -> list[float]:
     """CPU seconds of each call, the median of `repeats` rounds; the calls take turns.
 
     CPU time does not count what other programs do meanwhile.
+
+    Args:
+        runs: what is timed.
+        label: of the progress bar.
+        repeats: rounds that count; one more before them warms up.
     """
     times: list[list[float]] = [[] for _ in runs]
     with torch.no_grad():
-        for _ in range(repeats + 1):
-            for run, found in zip(runs, times, strict=True):
-                start = time.process_time()
-                run()
-                found.append(time.process_time() - start)
-    return [float(np.median(found[1:])) for found in times]  # the first round warms up
+        for turn in display.progress(range((repeats + 1) * len(runs)), label):
+            start = time.process_time()
+            runs[turn % len(runs)]()
+            times[turn % len(runs)].append(time.process_time() - start)
+    return [float(np.median(found[1:])) for found in times]
 
 
 def python_source() -> data.ConcatenatedDocuments:
