@@ -7,8 +7,9 @@ piece after the cache of the first, and then token by token.
 
 from __future__ import annotations
 
+import html
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from nemotron_lite import data, ops
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.course import display
+from nemotron_lite.course import display, output
+from nemotron_lite.generation.generate import generate
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import TrainConfig, train
 
@@ -170,10 +172,102 @@ def python_source() -> data.ConcatenatedDocuments:
 
 
 def train_briefly(
-    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 60
+    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 120
 ) -> np.ndarray:
     """Train in place; returns the mean loss of every `EVERY` steps, in nats per byte."""
     recipe = TrainConfig(steps=steps, batch_size=4, seq_len=128, lr=5e-3)
     hook = display.progress_hook(f"training with {name}", total=steps)
     run = train(model, source, recipe, progress=False, on_step=hook)
     return np.reshape([record["ce"] for record in run.history], (-1, EVERY)).mean(1)
+
+
+def write_with(first: Nemotron, second: Nemotron, prompt: str, new: int = 120) -> None:
+    """Let two models with the same weights continue a prompt greedily, and show the text.
+
+    Raises:
+        AssertionError: they write different bytes.
+    """
+    ids = list(prompt.encode())
+    one, other = (generate(net, ids, new, temperature=0, stop=()) for net in (first, second))
+    assert one == other, "two models with the same weights should write the same text"
+    text = html.escape(prompt + bytes(one).decode(errors="replace"))
+    output.show_output(f"both models wrote the same {new} bytes", f"<pre>{text}</pre>")
+
+
+def show_scores(scores: Mapping[str, float]) -> None:
+    """Show the share of right answers of each model; only the HTML has the numbers."""
+    rows = [[output.inline_html(name), f"{share:.0%}"] for name, share in scores.items()]
+    names = ", ".join(scores)
+    table = output.html_table(["model", "right answers"], rows, title="Recall, measured here")
+    output.show_output(f"share of right answers: {names}", table)
+
+
+def with_step_kernel(layer: Any, step_by_kernel: Callable[..., tuple[Tensor, Tensor]]) -> Any:
+    """The same layer; the recurrence of its one-token path is computed by `step_by_kernel`."""
+    base: Any = type(layer)
+
+    class KernelStep(base):  # type: ignore[misc]
+        def step(self, u: Tensor, cache: Any) -> Any:
+            z, x, dt, B, C, conv = self.project(u.unsqueeze(1), cache[0])
+            parts = [part[:, 0].contiguous() for part in (x, dt)]
+            directions = [part[:, 0].contiguous() for part in (B, C)]
+            no_path = torch.zeros_like(self.D)  # `finish` adds D x
+            y, ssm = step_by_kernel(cache[1], *parts, -self.A_log.exp(), *directions, no_path)
+            return self.finish(y.unsqueeze(1), x, z)[:, 0], (conv, ssm)
+
+    return loaded(KernelStep, layer, layer.config)
+
+
+def compare_chunk_gradients(
+    chunk_gradients: Callable[..., Sequence[Tensor]],
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk: int,
+) -> None:
+    """Compare the gradient of a text, chunk by chunk from its end, with that of the recurrence.
+
+    Args:
+        chunk_gradients: the answer to 02.chunk_gradients.
+        x: `t p`, one head.
+        dt: `t`.
+        A: one number.
+        B, C: `t n`.
+        chunk: tokens per chunk.
+
+    Raises:
+        AssertionError: a gradient differs.
+    """
+    leaves = [v.detach().clone().requires_grad_() for v in (x, dt, B, C)]
+    x_, dt_, B_, C_ = (v.unsqueeze(0) for v in leaves)
+    y, _ = ops.selective_scan(
+        x_.unsqueeze(2), dt_.unsqueeze(2), A.view(1), B_.unsqueeze(2), C_.unsqueeze(2)
+    )
+    grad_y = y.detach()[0, :, 0]  # of half the sum of squares
+    expected = torch.autograd.grad(y.square().sum() / 2, leaves)
+
+    parts = [v.split(chunk) for v in (dt.unsqueeze(1) * x, dt * A, B, C, grad_y)]
+    chunks = list(zip(*parts, strict=True))
+    state = x.new_zeros(x.shape[1], B.shape[1])
+    before = []
+    for w, a, keys, _, _ in chunks:
+        before.append(state)
+        s = a.cumsum(0)
+        state = s[-1].exp() * state + ((s[-1] - s).exp().unsqueeze(1) * w).T @ keys
+    grad_state = torch.zeros_like(state)
+    found: list[list[Tensor]] = []
+    for (w, a, keys, queries, grad), old in reversed(list(zip(chunks, before, strict=True))):
+        grad_w, grad_s, *directions, grad_state = chunk_gradients(
+            w, a.cumsum(0), keys, queries, old, grad, grad_state
+        )
+        # s is a running sum: the gradient of a is the sum of those behind it.
+        grad_a = grad_s.flip(0).cumsum(0).flip(0)
+        found.insert(0, [grad_w, grad_a, *directions])
+    grad_w, grad_a, grad_B, grad_C = (torch.cat(v) for v in zip(*found, strict=True))
+    grad_dt = (grad_w * x).sum(1) + A * grad_a
+    pairs = ((dt.unsqueeze(1) * grad_w, "x"), (grad_dt, "dt"), (grad_B, "B"), (grad_C, "C"))
+    for (mine, name), theirs in zip(pairs, expected, strict=True):
+        same(mine, theirs, f"gradient of {name}")
