@@ -59,12 +59,12 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         raise ValueError(f"decay is {mask.shape} and scores are {dots.shape}; they must agree.")
     return _row_of_matrices(
         {
-            "decay mask L (dark is 1)": (mask, False),
+            "decay mask L (1 on the diagonal)": (mask, False),
             "scores C·B": (dots, True),
             "matrix M": (mask * dots, True),
         },
         "×=",
-        "Three lower triangles side by side. The decay mask is one on the diagonal and fades to "
+        "Three lower triangles side by side. The decay mask is one on the diagonal and decays to "
         "the lower left. The scores have both signs everywhere. Their product, the matrix, keeps "
         "the scores near the diagonal and loses them far from it.",
     )
@@ -128,8 +128,8 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
         f"Left: a lower triangle of {t} tokens cut into chunks of {chunk}. Blocks on the diagonal "
         "are outlined as small masked matrices, and the strip to the left of each block as done "
         "through the state. Right: stacked bars of multiply-adds per token over the chunk length. "
-        "Short chunks spend on the walk from chunk to chunk, long ones inside the chunks, and into "
-        "and out of the state is the same for all.",
+        "Short chunks have more work from chunk to chunk, long ones inside the chunks. Into "
+        "and out of the state there is less, the fewer chunks there are.",
     )
 
 
@@ -271,7 +271,9 @@ def step_chunks(
         "left. Right the outputs of the first two chunks as bars; those of the second chunk have "
         "two parts, one from inside the chunk and one from the state.",
     )
-    view = stepper(fig, scan.draw, 3 * scan.count, "step")
+    moving = go.Figure(fig)
+    moving.data[0].z = _cells(_blank_above(scan.matrix))
+    view = stepper(moving, scan.draw, 3 * scan.count, "step")
     scan.draw(fig, 4)
     return view, fig
 
@@ -329,19 +331,20 @@ class _Chunks:
         head = f"Chunk {now}, tokens {first} to {last}. "
         if phase == 0:
             return head + (
-                "Step 1: the block on the diagonal is what these tokens read from each other."
+                "Inside the chunk: the block on the diagonal is what these tokens read from each "
+                "other."
             )
         if phase == 1 and now == 0:
-            return head + "Step 4: there is no state yet, so it adds nothing."
+            return head + "From the state: it is still zero, so it adds nothing."
         if phase == 1:
             strip = (last - first + 1) * first
             return head + (
-                f"Step 4: each token reads the state. That stands for the dashed strip, {strip} "
-                "numbers of the matrix that are never formed."
+                "From the state: each token reads it. It stands for the dashed strip, "
+                f"{strip} numbers of the matrix that are never formed."
             )
         return head + (
-            f"Steps 2 and 3: the state keeps {self.kept[now]:.2f} of itself and takes in what the "
-            f"chunk wrote. Now it stands for tokens 0 to {last}."
+            f"Into the state: it keeps {self.kept[now]:.2f} of itself and takes in what the chunk "
+            f"wrote. Now it stands for tokens 0 to {last}."
         )
 
 

@@ -21,6 +21,7 @@ from nemotron_lite import data, ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import display, output
 from nemotron_lite.generation.generate import generate
+from nemotron_lite.generation.options import GenerationSettings
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import TrainConfig, train
 
@@ -182,13 +183,16 @@ def train_briefly(
 
 
 def write_with(first: Nemotron, second: Nemotron, prompt: str, new: int = 120) -> None:
-    """Let two models with the same weights continue a prompt greedily, and show the text.
+    """Let two models with the same weights continue a prompt, and show the text.
+
+    Both draw with the same random numbers.
 
     Raises:
         AssertionError: they write different bytes.
     """
     ids = list(prompt.encode())
-    one, other = (generate(net, ids, new, temperature=0, stop=()) for net in (first, second))
+    how: GenerationSettings = {"temperature": 0.6, "seed": 1, "stop": ()}
+    one, other = (generate(net, ids, new, **how) for net in (first, second))
     assert one == other, "two models with the same weights should write the same text"
     text = html.escape(prompt + bytes(one).decode(errors="replace"))
     output.show_output(f"both models wrote the same {new} bytes", f"<pre>{text}</pre>")

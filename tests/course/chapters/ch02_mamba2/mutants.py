@@ -510,7 +510,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "the matrix is not transposed",
             altered(CHUNK_GRADIENTS, "(L * (C @ B.T)).T @ grad_y", "(L * (C @ B.T)) @ grad_y"),
             hint=1,
-            bug="the gradient flows to earlier tokens, so the triangle is turned over",
+            bug="the gradient flows to earlier tokens, so the triangle is transposed",
         ),
         Mutant(
             "the state after the chunk sends nothing back to w",

@@ -137,8 +137,9 @@ def test_the_stepper_shows_the_chunked_scan() -> None:
         states.append(state)
     view, _ = figures.step_chunks(*HEAD, chunk=12)  # chunks of 12, 12 and 8
     assert view.controls["step"].max == 8
+    assert "nan" not in json.dumps(view.figure.to_plotly_json()["data"][0]["z"]).lower()
     for step, words in enumerate(
-        ["Step 1: ", "there is no state yet", "Now it stands for tokens 0 to 11",
+        ["Inside the chunk: ", "it is still zero", "Now it stands for tokens 0 to 11",
          "Chunk 1, tokens 12 to 23", "dashed strip, 144 numbers", "0 to 23",
          "Chunk 2, tokens 24 to 31", "dashed strip, 192 numbers", "0 to 31"]
     ):  # fmt: skip
