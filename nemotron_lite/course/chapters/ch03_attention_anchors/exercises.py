@@ -565,7 +565,7 @@ def merge_partials(o1, l1, o2, l2):
 '''.strip(),
     solution="""def merge_partials(o1, l1, o2, l2):
     both = torch.logaddexp(l1, l2)
-    w1, w2 = ((part - both).exp().nan_to_num(0.0).unsqueeze(-1) for part in (l1, l2))
+    w1, w2 = ((part - both).exp().nan_to_num().unsqueeze(-1) for part in (l1, l2))
     return w1 * o1 + w2 * o2, both
 """,
     hints=(
@@ -574,7 +574,7 @@ def merge_partials(o1, l1, o2, l2):
         "Each output was divided by its own sum. It enters with weight `exp(l1 - l)`: its share of "
         "the whole sum. The two weights add up to 1.",
         "If both are empty, `l1 - l` is -inf minus -inf, which is NaN. Set such weights to 0: "
-        "`(l1 - l).exp().nan_to_num(0.0)`.",
+        "`(l1 - l).exp().nan_to_num()`.",
     ),
     checks=(
         Check("two halves of one softmax", checks.merge_halves, hint=2, points=1),
