@@ -27,6 +27,7 @@ loses in a short run. It does not say what Super would lose.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -217,9 +218,9 @@ def train_small(
     if task not in RECIPES:
         raise RemovalError(f"task is {task!r}; expected one of {list(RECIPES)}.")
     recipe = RECIPES[task]
-    options = {**recipe.to_dict(), "seed": seed, "steps": steps or recipe.steps}
+    config = replace(recipe, seed=seed, steps=steps or recipe.steps)
     source = RECALL if task == "recall" else data or text_data()
-    result = train(model, source, TrainConfig(**options), progress=False, on_step=on_step)
+    result = train(model, source, config, progress=False, on_step=on_step)
     return [float(record["ce"]) for record in result.history]
 
 
