@@ -1,0 +1,125 @@
+"""What chapter 03 runs beside the learner's own code: short trainings, and a look into a cache.
+
+    teach      a short training on the recall task, with a bar
+    book       one row of the task in words
+    watch      what a trained model keeps and looks at, token by token
+    shuffled   how far the last output moves when the tokens before it change places
+
+The models are those of `course.removal`: one Mamba-2 layer and one attention layer. `watch` reads
+a row token by token with a cache, as a decoder does, and copies what each layer holds after every
+token. The attention weights are computed from the layer's own projections.
+
+Left out: batches, and models with more than these two layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.course import removal
+from nemotron_lite.course.display import progress_hook
+from nemotron_lite.model import Nemotron
+from nemotron_lite.ops import causal_attention
+
+STEPS = 200  # updates; the record of the course uses 400
+TOKENS = 64  # of the text that `shuffled` shuffles
+
+
+def teach(model: Nemotron, label: str) -> list[float]:
+    """Train a model of `removal.small_model("recall")` for `STEPS` updates; its losses."""
+    hook = progress_hook(label, STEPS)
+    return removal.train_small(model, "recall", steps=STEPS, on_step=hook)
+
+
+def book(pairs: int = 8, questions: int = 4) -> Tensor:
+    """The tokens of one row of the task, `1 t`."""
+    return removal.RECALL.test_set(pairs, rows=1, questions=questions).tokens
+
+
+def spelled(tokens: Tensor) -> list[str]:
+    """The tokens of one row as text: keys are numbers, values are letters."""
+    keys = removal.RECALL.keys
+    return [str(t) if t < keys else chr(ord("A") + t - keys) for t in tokens.flatten().tolist()]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a model of one Mamba-2 and one attention layer holds after every token of a row.
+
+    Attributes:
+        names: the tokens as text.
+        keys: all keys of the attention layer's cache at the end; after token i rows 0 to i exist.
+        weights: row i is what the query of token i puts on the tokens, mean over the heads.
+        states: the state of one Mamba-2 head after each token.
+    """
+
+    names: list[str]
+    keys: Float[Tensor, "t c"]
+    weights: Float[Tensor, "t t"]
+    states: Float[Tensor, "t n p"]
+
+
+@torch.no_grad()
+def watch(model: Nemotron, tokens: Tensor, head: int = 0) -> Watched:
+    """Read one row token by token and keep what the layers hold.
+
+    Args:
+        model: with the pattern `M*`.
+        tokens: `1 t`.
+        head: which head of the Mamba-2 layer.
+
+    Raises:
+        ValueError: another pattern, or more than one row.
+    """
+    if model.config.pattern != "M*" or len(tokens) != 1:
+        raise ValueError(
+            f"pattern {model.config.pattern!r}, {len(tokens)} rows: expected 'M*' and one row."
+        )
+    cache = model.empty_cache(1, capacity=tokens.shape[1])
+    mamba: Any = cache.layers[0]
+    attention: Any = cache.layers[1]
+    states = []
+    for i in range(tokens.shape[1]):
+        model(tokens[:, i : i + 1], cache)
+        states.append(mamba.ssm[0, head].T.clone())
+    keys = attention.k[0].transpose(0, 1).flatten(1)
+    return Watched(spelled(tokens), keys, attention_weights(model, tokens), torch.stack(states))
+
+
+@torch.no_grad()
+def attention_weights(model: Nemotron, tokens: Tensor) -> Float[Tensor, "t t"]:
+    """Weights of the attention layer of an `M*` model on one row, mean over its heads.
+
+    The output of attention is weights times values. With the identity matrix as values it is the
+    weights themselves.
+    """
+    layers: Any = model.backbone.layers
+    mixer = layers[1].mixer
+    x = layers[1].norm(layers[0](model.backbone.embed(tokens)))
+    width = model.config.head_dim
+    q, k = (
+        projection(x).unflatten(-1, (-1, width)).transpose(1, 2)
+        for projection in (mixer.q_proj, mixer.k_proj)
+    )
+    identity = torch.eye(tokens.shape[1]).expand(1, model.config.num_key_value_heads, -1, -1)
+    return causal_attention(q, k, identity)[0].mean(0)
+
+
+@torch.no_grad()
+def shuffled(pattern: str, config: NemotronConfig, generator: torch.Generator) -> float:
+    """How far the last output of some layers moves when the tokens before it are shuffled.
+
+    The layers have fresh weights. The distance is relative to what the layers had added.
+    """
+    order = torch.cat([torch.randperm(TOKENS - 1, generator=generator), torch.tensor([TOKENS - 1])])
+    x = torch.randn(1, TOKENS, config.hidden_size, generator=generator)
+    y, other = x, x[:, order]
+    for layer in Nemotron(config.replace(pattern=pattern), seed=0).backbone.layers:
+        y, other = layer(y), layer(other)
+    return float((y - other)[:, -1].norm() / (y - x)[:, -1].norm())
