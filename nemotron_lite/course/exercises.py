@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from nemotron_lite.course import learner_code, output, progress_store
+from nemotron_lite.course import learner_code, output
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
 
@@ -172,7 +172,7 @@ class Exercise:
         name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
         # Tracebacks and inspect.getsource look the text up here.
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        exec(compile(text, name, "exec"), space)
+        exec(compile(text, name, "exec", dont_inherit=True), space)  # as a notebook compiles it
         return space[self.function_name]
 
     @cached_property
@@ -213,12 +213,6 @@ class CheckResult:
             output.show_output(self.message)
 
 
-def reset_hints() -> None:
-    """Forget the hints that are kept in memory only; those on disk stay."""
-    for key in progress_store.keys("hints"):
-        progress_store.remove_from_memory(key)
-
-
 def exercises(chapter: str) -> tuple[Exercise, ...]:
     """The exercises of a chapter, such as "01".
 
@@ -256,7 +250,8 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
     """
     if not callable(function):
         raise TypeError(
-            f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
+            f"{found.id} was given {function!r:.60}, which cannot be called; "
+            f"pass {found.function_name} itself."
         )
     bodies = found.bodies(function)
     if learner_code.is_untouched(found.stub, bodies):
@@ -266,7 +261,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
         try:
             with _seeded(f"{found.id}/{test.name}{f'/{salt}' if salt else ''}"):
                 test.run(function)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an answer may call sys.exit
             if _is_stub_error(found, function, bodies, error):
                 if _nothing_written(found, bodies):
                     return not_done(found)
@@ -280,7 +275,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
 
 
 def _is_stub_error(
-    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: Exception
+    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: BaseException
 ) -> bool:
     """Whether a part of the answer that is still to be written raised the error."""
     if isinstance(learner_code.root_cause(error), NotImplementedError):
@@ -297,7 +292,7 @@ def _nothing_written(found: Exercise, bodies: Mapping[str, learner_code.Body]) -
     return learner_code.unwritten_bodies(found.stub, bodies) == asked
 
 
-def _raising_part(found: Exercise, error: Exception) -> str:
+def _raising_part(found: Exercise, error: BaseException) -> str:
     """The name of the function or method of the stub that raised the error."""
     code = learner_code.raising_code(error)
     for name in learner_code.asked_for(found.stub):
