@@ -26,12 +26,12 @@ OUTER_MEMORY = Exercise(
     difficulty=2,
     points=4,
     task="""
-Store pairs in one matrix and read them again. This is the core of a Mamba head: `keys` are its B,
-`values` its x, `queries` its C, and `keep` is the decay of one step.
+Store pairs in one matrix and read them again, as a Mamba head does: `keys` are its B, `values` its
+x, `queries` its C, and `keep` is the decay of one step.
 
 Start with a state of zeros, `p n`. For each pair, in order, first multiply the state by `keep`,
-then add the outer product of value and key. After the last pair, answer each query with the product
-of state and query. Reading does not change the state.
+then add the outer product of value and key. After the last pair, each answer is the product of
+state and query.
 """.strip(),
     stub='''
 def outer_memory(keys, values, queries, keep=1.0):
@@ -80,9 +80,8 @@ GROUPED_ATTENTION = Exercise(
     points=5,
     task=r"""
 Write attention with matrix products and a softmax (do not call `scaled_dot_product_attention`).
-The scale is $1/\sqrt p$, where $p$ is the width of one head. `mask` is True where a query may look;
-every query may look at one key at least. There are fewer key heads than query heads: query head $i$
-reads key head $\lfloor i\,m/h \rfloor$. So with 4 query heads on 2 key heads the order is 0 0 1 1.
+The scale is $1/\sqrt p$. `mask` is True where a query may look, at one key at least. Query head $i$
+reads key head $\lfloor i\,m/h \rfloor$: with 4 query heads on 2 key heads the order is 0 0 1 1.
 """.strip(),
     stub='''
 def grouped_attention(q, k, v, mask):
@@ -131,15 +130,13 @@ BLOCKED_ATTENTION = Exercise(
     difficulty=4,
     points=6,
     task=r"""
-Compute the same result without ever holding all the scores. Go over the keys `block` at a time,
-and keep three tensors for each query: the largest score so far, `top`; the sum of the weights
-$\exp(\text{score} - \text{top})$, `total`; and the sum of weights times values, `mixed`. If a block
-has a larger score, multiply the old `total` and `mixed` by $\exp(\text{old top} - \text{new top})$
-before you add to them. At the end divide `mixed` by `total`.
+Read `block` keys at a time, and keep three tensors for each query: the largest score so far, `top`;
+the sum of the weights $\exp(\text{score} - \text{top})$, `total`; and the sum of weights times
+values, `mixed`. When `top` changes, multiply the old `total` and `mixed` by
+$\exp(\text{old top} - \text{new top})$, then add those of the block. At the end divide.
 
-The mask is as before, and each query may look at a key of the first block. Here every query head
-has a key head of its own. The last block may be shorter. Scores can be large, and $\exp(800)$
-overflows.
+Here every query head has its own key head, and each query may look at a key of the first block. The
+last block may be shorter. Scores can be large: $\exp(800)$ overflows.
 """.strip(),
     stub='''
 def blocked_attention(q, k, v, mask, block):
@@ -198,15 +195,13 @@ KV_CACHE = Exercise(
     difficulty=3,
     points=7,
     task="""
-Write a cache for one attention layer. `k` and `v` are buffers with room for more tokens than there
-are; `length` counts the tokens that are valid.
+`length` counts the valid tokens; the buffers `k` and `v` have room for more.
 
-- `append` writes the new keys and values behind the valid ones. If they do not fit, the room
-  doubles, or becomes exactly what is needed if that is more; what was stored stays. It returns the
-  valid keys and values, old and new, and the mask of the new tokens: new token i is at position
-  `old length + i` and sees keys up to its own position.
-- `drop` forgets the last `count` tokens, for example a draft that was rejected. The buffers need
-  not be cleared: what lies beyond `length` is never read.
+- `append` writes new keys and values behind the valid ones. If they do not fit, the room doubles,
+  or becomes exactly what is needed if that is more. It returns the valid keys and values, and the
+  mask of the new tokens: new token i is at position `old length + i` and sees keys up to there.
+- `drop` forgets the last `count` tokens, such as a rejected draft. Nothing beyond `length` is ever
+  read, so nothing need be cleared.
 """.strip(),
     stub='''
 class KVCache:
@@ -284,16 +279,13 @@ MEMORY_BYTES = Exercise(
     difficulty=2,
     points=3,
     task="""
-Compare one attention layer with one Mamba layer. Return three whole numbers:
+Return three whole numbers: `kv`, the bytes of keys and values in one attention layer after
+`context` tokens, in bfloat16 (2 bytes a number); `state`, the bytes of the state $S$ of one Mamba-2
+layer, in float32 (4 bytes a number); and `crossing`, the smallest number of tokens at which keys
+and values have at least as many bytes.
 
-- `kv`: bytes of keys and values that one attention layer keeps after `context` tokens, in bfloat16
-  (2 bytes a number);
-- `state`: bytes of the state $S$ that one Mamba layer keeps, in float32 (4 bytes a number);
-- `crossing`: the smallest number of tokens at which the keys and values have at least as many bytes
-  as the state.
-
-The fields that you need are `num_key_value_heads`, `head_dim`, `mamba_num_heads`, `mamba_head_dim`
-and `ssm_state_size`. Values of the last inputs of the convolution are not counted.
+Use `num_key_value_heads`, `head_dim`, `mamba_num_heads`, `mamba_head_dim` and `ssm_state_size` of
+the config. What the convolution keeps is not counted.
 """.strip(),
     stub='''
 def memory_bytes(config, context):
@@ -337,15 +329,13 @@ GROUPED_QUERY_ATTENTION = Exercise(
     difficulty=3,
     points=8,
     task="""
-Put your parts together into the layer of Nemotron 3. Four `nn.Linear` without bias: `q_proj` to
-`num_attention_heads` heads of `head_dim` numbers, `k_proj` and `v_proj` to `num_key_value_heads`
-heads, and `o_proj` from all query heads back to `hidden_size`. These names are those of the
-published weights. `head_dim` is a field of its own: it need not be `hidden_size` divided by the
-number of heads. There are no positions.
+The layer has four `nn.Linear` without bias: `q_proj` to `num_attention_heads` heads of `head_dim`
+numbers, `k_proj` and `v_proj` to `num_key_value_heads` heads, and `o_proj` from all query heads
+back to `hidden_size`. `head_dim` need not be `hidden_size` divided by the number of heads.
 
-`forward` splits the outputs of the projections into heads (`b t h*p` to `b h t p`), appends keys
-and values to the cache if there is one, attends, and joins the heads again. Without a cache the
-mask is the causal triangle. `grouped_attention` and `KVCache` are yours.
+`forward` splits the projections into heads (`b t h*p` to `b h t p`), appends keys and values to the
+cache if there is one, attends, and joins the heads. Without a cache the mask is the causal
+triangle. Use your `grouped_attention` and `KVCache`.
 """.strip(),
     stub='''
 class GroupedQueryAttention(nn.Module):
@@ -426,14 +416,14 @@ DECODE_KERNEL = Exercise(
     difficulty=4,
     points=4,
     task="""
-Write the kernel that a decoder runs for each new token. One program computes one query head. Its
-query `q` is loaded and scaled already. Write the loop over the cache: load `BLOCK` keys and values
-at a time, and keep `top`, `total` and `mixed` as in `blocked_attention`. Then store the result.
+One program computes one query head; its query `q` is loaded and scaled. Write the loop over the
+cache: load `BLOCK` keys and values at a time, keep `top`, `total` and `mixed` as in
+`blocked_attention`, and store the result.
 
-Key `row` of this head begins at `k_ptr + first + row * width`. Rows from `length` on are room that
-must not be read. `top` and `total` are numbers here, `mixed` has `width` numbers, and the scores
-are `tl.sum(keys * q[None, :], axis=1)`. You need `tl.arange`, `tl.load` with `mask=` and `other=`,
-`tl.where`, `tl.maximum`, `tl.max`, `tl.sum`, `tl.exp` and `tl.store`.
+Key `row` of this head begins at `k_ptr + first + row * width`; rows from `length` on must not be
+read. Scores are `tl.sum(keys * q[None, :], axis=1)`, `mixed` has `width` numbers. You need
+`tl.arange`, `tl.load` with `mask=` and `other=`, `tl.where`, `tl.maximum`, `tl.max`, `tl.sum`,
+`tl.exp` and `tl.store`.
 """.strip(),
     stub='''
 import triton

@@ -4,6 +4,7 @@
     crowding        many pairs in one state, beside a cache, and a widget for both
     recall_curves   recall against the number of pairs
     key_heads       which key head each query head reads
+    who_looks_where attention weights of several ways to read a row
     bars            a few numbers, on a linear or logarithmic axis
     memory          bytes of one layer of each kind against the context, and a widget
     losses          the losses of two trainings
@@ -29,8 +30,10 @@ from collections.abc import Mapping, Sequence
 import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from numpy.typing import ArrayLike, NDArray
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from nemotron_lite import ledger
 from nemotron_lite.config import NemotronConfig
@@ -279,6 +282,31 @@ def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
     pale_to_strong = [[0, theme.KINDS["*"].pale], [1, theme.KINDS["*"].strong]]
     fig.update_layout(coloraxis=dict(showscale=False, colorscale=pale_to_strong))
     return fig
+
+
+SHUFFLED = (
+    "Four bars on a logarithmic axis, one for each stack of layers. One attention layer does not "
+    "notice the shuffle: its bar is rounding error. Two attention layers notice part of it. A "
+    "Mamba layer, alone or in front of an attention layer, changes its output by about its size."
+)
+
+
+def who_looks_where(weights: Mapping[str, Tensor]) -> go.Figure:
+    """Attention weights of several ways to read the same row; grey where a key is not seen.
+
+    Args:
+        weights: name → `1 1 t t`.
+    """
+    maps = {name: w[0, 0].where(w[0, 0] > 0, torch.nan).numpy() for name, w in weights.items()}
+    return panels(
+        maps,
+        title="Who looks where",
+        x_title="key",
+        y_title="query",
+        alt="Two maps of attention weights, queries down, keys across. Left a full lower triangle. "
+        "Right the same for the first piece; then the triangle begins again at the left edge: the "
+        "first query of the second piece sees the first key only, and no query of it sees its own.",
+    )
 
 
 def bars(

@@ -4,6 +4,7 @@
     book       one row of the task in words
     watch      what a trained model keeps and looks at, token by token
     shuffled   how far the last output moves when the tokens before it change places
+    at_full_scale   Super's attention layers in words
 
 The models are those of `course.removal`: one Mamba-2 layer and one attention layer. `watch` reads
 a row token by token with a cache, as a decoder does, and copies what each layer holds after every
@@ -24,6 +25,7 @@ from torch import Tensor
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import removal
 from nemotron_lite.course.display import progress_hook
+from nemotron_lite.course.factsheet import tell
 from nemotron_lite.model import Nemotron
 from nemotron_lite.ops import causal_attention
 
@@ -123,3 +125,24 @@ def shuffled(pattern: str, config: NemotronConfig, generator: torch.Generator) -
     for layer in Nemotron(config.replace(pattern=pattern), seed=0).backbone.layers:
         y, other = layer(y), layer(other)
     return float((y - other)[:, -1].norm() / (y - x)[:, -1].norm())
+
+
+def at_full_scale() -> None:
+    """Super's attention layers in words, with numbers from facts.toml."""
+    tell("""
+Super has {super.attention_layers} attention layers among {super.layers} layers, at
+{super.attention_positions}. Each stands right behind a Mamba-2 layer; the first comes after several
+of them. {super.query_heads} query heads share {super.kv_heads} key heads. Together the attention
+layers store {super.kv_bytes_per_token:unit} for each token, {super.kv_gib_at_1m:unit} at
+{super.context:unit}. With attention in every layer it would be
+{super.all_attention_gib_at_1m:unit}.
+
+All of Super has five Mamba-2 layers for each attention layer, so all its caches together are as
+large as all its states after five times the length of the crossing:
+{super.state_equals_kv_at:unit}.
+
+Your hybrid has one task. In a trained Super an attention layer serves many purposes, and the states
+hold far more than pairs. Whether so few attention layers are enough for a long text cannot be
+derived. It is measured, with tests such as RULER, which hides facts in a long text and asks for
+them. Super's base model scores {super.ruler_base_64k} % at 64K tokens, {super.ruler_base_256k} % at
+256K and {super.ruler_base_1m} % at 1M.""")
