@@ -198,8 +198,8 @@ KV_CACHE = Exercise(
 `length` counts the valid tokens; the buffers `k` and `v` have room for more.
 
 - `append` writes new keys and values behind the valid ones. If they do not fit, the room doubles,
-  or becomes exactly what is needed if that is more. It returns the valid keys and values, and the
-  mask of the new tokens: new token i is at position `old length + i` and sees keys up to there.
+  or becomes exactly what is needed if that is more. New token i is at position `old length + i` and
+  sees keys up to there.
 - `drop` forgets the last `count` tokens, such as a rejected draft. Nothing beyond `length` is ever
   read, so nothing need be cleared.
 """.strip(),
@@ -283,16 +283,14 @@ Return three whole numbers: `kv`, the bytes of keys and values in one attention 
 `context` tokens, in bfloat16 (2 bytes a number); `state`, the bytes of the state $S$ of one Mamba-2
 layer, in float32 (4 bytes a number); and `crossing`, the smallest number of tokens at which keys
 and values have at least as many bytes.
-
-Use `num_key_value_heads`, `head_dim`, `mamba_num_heads`, `mamba_head_dim` and `ssm_state_size` of
-the config. What the convolution keeps is not counted.
 """.strip(),
     stub='''
 def memory_bytes(config, context):
     """Bytes that one layer of each kind keeps for one sequence.
 
     Args:
-        config: a NemotronConfig.
+        config: a NemotronConfig; needed are num_key_value_heads, head_dim, mamba_num_heads,
+            mamba_head_dim and ssm_state_size. What the convolution keeps is not counted.
         context: tokens of the sequence.
 
     Returns:
@@ -420,10 +418,8 @@ One program computes one query head; its query `q` is loaded and scaled. Write t
 cache: load `BLOCK` keys and values at a time, keep `top`, `total` and `mixed` as in
 `blocked_attention`, and store the result.
 
-Key `row` of this head begins at `k_ptr + first + row * width`; rows from `length` on must not be
-read. Scores are `tl.sum(keys * q[None, :], axis=1)`, `mixed` has `width` numbers. You need
-`tl.arange`, `tl.load` with `mask=` and `other=`, `tl.where`, `tl.maximum`, `tl.max`, `tl.sum`,
-`tl.exp` and `tl.store`.
+Key `row` of this head begins at `k_ptr + first + row * P`; rows from `length` on must not be read.
+Scores are `tl.sum(keys * q[None, :], axis=1)`, `mixed` has `P` numbers.
 """.strip(),
     stub='''
 import triton
@@ -431,17 +427,16 @@ import triton.language as tl
 
 
 @triton.jit
-def decode_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, length, room,
-    shared: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr,
-):
+def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, room, shared, P: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0)
-    column = tl.arange(0, width)
-    q = tl.load(q_ptr + head * width + column) * width**-0.5
-    first = (head // shared) * room * width  # where this key head begins in the buffers
+    column = tl.arange(0, P)
+    q = tl.load(q_ptr + head * P + column) * P**-0.5
+    first = (head // shared) * room * P  # where this key head begins in the buffers
     top = float("-inf")
     total = 0.0
-    mixed = tl.zeros([width], dtype=tl.float32)
+    mixed = tl.zeros([P], dtype=tl.float32)
+    # You need tl.arange, tl.load with mask= and other=, tl.where, tl.maximum, tl.max, tl.sum,
+    # tl.exp and tl.store.
     raise NotImplementedError
 
 
@@ -457,32 +452,28 @@ def decode_attention(q, k, v, length, block=16):
     Returns:
         Float32 tensor `h p`.
     """
-    out = torch.empty_like(q)
-    shared = q.shape[0] // k.shape[0]
-    decode_kernel[(q.shape[0],)](
-        q, k, v, out, length, k.shape[1], shared=shared, width=q.shape[1], BLOCK=block
-    )
-    return out
+    (h, p), (m, room, _) = q.shape, k.shape
+    # Copies with zeros on both sides: a wrong address then overwrites nothing else.
+    q, k, v, out = (F.pad(x.flatten(), (65536, 65536))[65536:-65536] for x in (q, k, v, q))
+    _decode[(h,)](q, k, v, out, length, room, h // m, P=p, BLOCK=block)
+    return out.view(h, p)
 '''.strip(),
     solution="""import triton
 import triton.language as tl
 
 
 @triton.jit
-def decode_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, length, room,
-    shared: tl.constexpr, width: tl.constexpr, BLOCK: tl.constexpr,
-):
+def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, room, shared, P: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0)
-    column = tl.arange(0, width)
-    q = tl.load(q_ptr + head * width + column) * width**-0.5
-    first = (head // shared) * room * width  # where this key head begins in the buffers
+    column = tl.arange(0, P)
+    q = tl.load(q_ptr + head * P + column) * P**-0.5
+    first = (head // shared) * room * P  # where this key head begins in the buffers
     top = float("-inf")
     total = 0.0
-    mixed = tl.zeros([width], dtype=tl.float32)
+    mixed = tl.zeros([P], dtype=tl.float32)
     for start in range(0, length, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        place = first + row[:, None] * width + column[None, :]
+        place = first + row[:, None] * P + column[None, :]
         valid = row < length
         keys = tl.load(k_ptr + place, mask=valid[:, None], other=0.0)
         values = tl.load(v_ptr + place, mask=valid[:, None], other=0.0)
@@ -493,27 +484,26 @@ def decode_kernel(
         total = fade * total + tl.sum(weights, axis=0)
         mixed = fade * mixed + tl.sum(weights[:, None] * values, axis=0)
         top = new_top
-    tl.store(o_ptr + head * width + column, mixed / total)
+    tl.store(o_ptr + head * P + column, mixed / total)
 
 
 def decode_attention(q, k, v, length, block=16):
-    out = torch.empty_like(q)
-    shared = q.shape[0] // k.shape[0]
-    decode_kernel[(q.shape[0],)](
-        q, k, v, out, length, k.shape[1], shared=shared, width=q.shape[1], BLOCK=block
-    )
-    return out
+    (h, p), (m, room, _) = q.shape, k.shape
+    # Copies with zeros on both sides: a wrong address then overwrites nothing else.
+    q, k, v, out = (F.pad(x.flatten(), (65536, 65536))[65536:-65536] for x in (q, k, v, q))
+    _decode[(h,)](q, k, v, out, length, room, h // m, P=p, BLOCK=block)
+    return out.view(h, p)
 """,
     hints=(
         "`row = start + tl.arange(0, BLOCK)` are the rows of a block, and "
-        "`place = first + row[:, None] * width + column[None, :]` their numbers in memory. Load "
+        "`place = first + row[:, None] * P + column[None, :]` their numbers in memory. Load "
         "keys and values with `mask=(row < length)[:, None], other=0.0`.",
         "A row that was not loaded holds zeros, so its score is 0, not -inf. Set it with "
         '`tl.where(row < length, scores, float("-inf"))`, or it takes part in the softmax.',
         "`new_top = tl.maximum(top, tl.max(scores, axis=0))`; weights are "
         "`tl.exp(scores - new_top)`; `tl.exp(top - new_top)` multiplies the old `total` and "
         "`mixed`; `tl.sum(weights[:, None] * values, axis=0)` is added to `mixed`. Store "
-        "`mixed / total` at `o_ptr + head * width + column`.",
+        "`mixed / total` at `o_ptr + head * P + column`.",
     ),
     checks=(
         Check("one full block", checks.kernel_one_block, hint=1, points=1),

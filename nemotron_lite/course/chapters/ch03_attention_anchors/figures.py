@@ -5,6 +5,7 @@
     recall_curves   recall against the number of pairs
     key_heads       which key head each query head reads
     who_looks_where attention weights of several ways to read a row
+    shuffled        how far outputs move when the past is shuffled
     bars            a few numbers, on a linear or logarithmic axis
     memory          bytes of one layer of each kind against the context, and a widget
     losses          the losses of two trainings
@@ -284,11 +285,18 @@ def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
     return fig
 
 
-SHUFFLED = (
-    "Four bars on a logarithmic axis, one for each stack of layers. One attention layer does not "
-    "notice the shuffle: its bar is rounding error. Two attention layers notice part of it. A "
-    "Mamba layer, alone or in front of an attention layer, changes its output by about its size."
-)
+def shuffled(change: Mapping[str, float]) -> go.Figure:
+    """How far the last output moves when the past is shuffled, a bar for each stack of layers."""
+    return bars(
+        change,
+        title="Shuffle the past: how far the last output moves",
+        y_title="change / what the layers added",
+        log_y=True,
+        alt="Four bars on a logarithmic axis, one for each stack of layers. One attention layer "
+        "does not notice the shuffle: its bar is rounding error. Two attention layers notice part "
+        "of it. A Mamba layer, alone or in front of an attention layer, changes its output by "
+        "about its size.",
+    )
 
 
 def who_looks_where(weights: Mapping[str, Tensor]) -> go.Figure:
