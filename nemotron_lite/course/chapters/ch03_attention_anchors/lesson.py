@@ -1,6 +1,8 @@
 """What chapter 03 runs beside the learner's own code: short trainings, and a look into a cache.
 
     teach      a short training on the recall task, with a bar
+    recall_model, recall_of   such a model with another n, and its score for any number of pairs
+    tiled      the model with its key heads in the wrong order
     book       one row of the task in words
     watch      what a trained model keeps and looks at, token by token
     shuffled   how far the last output moves when the tokens before it change places
@@ -15,6 +17,7 @@ Left out: batches, and models with more than these two layers.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +29,12 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import removal
 from nemotron_lite.course.display import progress_hook
 from nemotron_lite.course.factsheet import tell
+from nemotron_lite.data.tasks.recall import recall_score
 from nemotron_lite.model import Nemotron
 from nemotron_lite.ops import causal_attention
 
 STEPS = 200  # updates; the record of the course uses 400
+SLOW = -2.8  # A_log of heads that remember about 16 tokens, as in `course.removal`
 TOKENS = 64  # of the text that `shuffled` shuffles
 
 
@@ -37,6 +42,43 @@ def teach(model: Nemotron, label: str) -> list[float]:
     """Train a model of `removal.small_model("recall")` for `STEPS` updates; its losses."""
     hook = progress_hook(label, STEPS)
     return removal.train_small(model, "recall", steps=STEPS, on_step=hook)
+
+
+def recall_model(pattern: str, n: int) -> Nemotron:
+    """An untrained model like that of `removal.small_model("recall")`, with other layers or n."""
+    config = removal.CONFIGS["recall"].replace(pattern=pattern, ssm_state_size=n)
+    model = Nemotron(config, seed=0)
+    for layer in model.backbone.layers:
+        mixer: Any = layer.mixer
+        if layer.kind == "M":
+            torch.nn.init.constant_(mixer.A_log, SLOW)
+    return model
+
+
+@torch.no_grad()
+def recall_of(model: Nemotron, pairs: int) -> float:
+    """Share of right answers about that many pairs, over 64 rows."""
+    exam = removal.RECALL.test_set(pairs, rows=64)
+    return recall_score(model.eval()(exam.tokens).logits, exam)
+
+
+@torch.no_grad()
+def tiled(model: Nemotron) -> Nemotron:
+    """A copy of an `M*` model whose query heads read the key heads in the order of `repeat`.
+
+    The query heads (and the columns of `o_proj` behind them) change places instead of the key
+    heads, which gives the same numbers.
+    """
+    config, copied = model.config, copy.deepcopy(model)
+    layers: Any = copied.backbone.layers
+    mixer = layers[1].mixer
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    order = torch.arange(heads).view(-1, keys).T.flatten()
+    queries = mixer.q_proj.weight.view(heads, config.head_dim, -1)
+    mixer.q_proj.weight.copy_(queries[order].flatten(0, 1))
+    columns = mixer.o_proj.weight.view(-1, heads, config.head_dim)
+    mixer.o_proj.weight.copy_(columns[:, order].flatten(1))
+    return copied
 
 
 def book(pairs: int = 8, questions: int = 4) -> Tensor:
