@@ -30,8 +30,8 @@ from nemotron_lite.course import removal
 from nemotron_lite.course.display import progress_hook
 from nemotron_lite.course.factsheet import tell
 from nemotron_lite.data.tasks.recall import recall_score
+from nemotron_lite.masks import visible_keys
 from nemotron_lite.model import Nemotron
-from nemotron_lite.ops import causal_attention
 
 STEPS = 200  # updates; the record of the course uses 400
 SLOW = -2.8  # A_log of heads that remember about 16 tokens, as in `course.removal`
@@ -138,11 +138,7 @@ def watch(model: Nemotron, tokens: Tensor, head: int = 0) -> Watched:
 
 @torch.no_grad()
 def attention_weights(model: Nemotron, tokens: Tensor) -> Float[Tensor, "t t"]:
-    """Weights of the attention layer of an `M*` model on one row, mean over its heads.
-
-    The output of attention is weights times values. With the identity matrix as values it is the
-    weights themselves.
-    """
+    """Weights of the attention layer of an `M*` model on one row, mean over its heads."""
     layers: Any = model.backbone.layers
     mixer = layers[1].mixer
     x = layers[1].norm(layers[0](model.backbone.embed(tokens)))
@@ -151,8 +147,10 @@ def attention_weights(model: Nemotron, tokens: Tensor) -> Float[Tensor, "t t"]:
         projection(x).unflatten(-1, (-1, width)).transpose(1, 2)
         for projection in (mixer.q_proj, mixer.k_proj)
     )
-    identity = torch.eye(tokens.shape[1]).expand(1, model.config.num_key_value_heads, -1, -1)
-    return causal_attention(q, k, identity)[0].mean(0)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    seen = visible_keys(tokens.shape[1], tokens.shape[1], 0, None, tokens.device)
+    scores = (q @ k.mT * width**-0.5).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1)[0].mean(0)
 
 
 @torch.no_grad()

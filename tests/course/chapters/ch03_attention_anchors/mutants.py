@@ -484,7 +484,8 @@ def merge_partials(o1, l1, o2, l2):
             name="NaN for two empty parts",
             source=_with("03.merge_partials", (".nan_to_num()", "")),
             hint=3,
-            bug="-inf minus -inf in a merge of partial attentions (vllm-project/vllm#39148, flashinfer#4051).",
+            bug="-inf minus -inf, two empty parts (vllm-project/vllm#39148, "
+            "flashinfer-ai/flashinfer#4051).",
         ),
     ],
 }
