@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ LITE = NemotronConfig.from_preset("lite")
 
 @pytest.fixture(scope="module")
 def model() -> removal.Nemotron:
-    """Weights so large that attention is uneven."""
+    """Weights large enough that attention is not even over all tokens."""
     made = removal.small_model("recall").eval()
     with torch.no_grad():
         for parameter in made.backbone.layers[1].mixer.parameters():
@@ -42,19 +40,26 @@ def test_what_is_watched_is_what_the_model_holds(model: removal.Nemotron) -> Non
     assert found.names == lesson.spelled(tokens)
 
 
-def test_the_weights_are_those_of_the_layer(model: removal.Nemotron) -> None:
-    """With equal values in all heads, the mean weights times the values are the layer's output."""
-    layer = copy.deepcopy(model.backbone.layers[1])
+def test_the_weights_give_the_layers_output(model: removal.Nemotron) -> None:
+    """With one value for all heads, weights times values is what the layer writes."""
     tokens = lesson.book(pairs=4, questions=2)
     weights = lesson.attention_weights(model, tokens)
     torch.testing.assert_close(weights.sum(1), torch.ones(12))
     assert bool((weights.triu(1) == 0).all())
+    layer = model.backbone.layers[1]
     with torch.no_grad():
-        layer.mixer.v_proj.weight[16:] = layer.mixer.v_proj.weight[:16]
-        layer.mixer.o_proj.weight.copy_(torch.eye(16).repeat(4, 4) / 4)  # the mean of the heads
         x = layer.norm(model.backbone.layers[0](model.backbone.embed(tokens)))
-        values = layer.mixer.v_proj(x)[0, :, :16]
-        torch.testing.assert_close(layer.mixer(x)[0, :, :16], weights @ values)
+        heads = [layer.mixer.v_proj(x)[..., :16], layer.mixer.v_proj(x)[..., 16:]]
+        layer.mixer.o_proj.weight.copy_(torch.eye(64).view(4, 16, 64).mean(0).repeat(4, 1))
+        mean = layer.mixer(x)[0, :, :16]
+        q, k = (p(x).unflatten(-1, (-1, 16)).transpose(1, 2)
+                for p in (layer.mixer.q_proj, layer.mixer.k_proj))  # fmt: skip
+        scores = q @ k.repeat_interleave(2, 1).mT / 4
+        hidden = torch.ones(12, 12, dtype=torch.bool).triu(1)
+        each = scores.masked_fill(hidden, -torch.inf).softmax(-1)[0]
+    torch.testing.assert_close(weights, each.mean(0))
+    expected = sum(each[i] @ heads[i // 2][0] for i in range(4)) / 4
+    torch.testing.assert_close(mean, expected)
 
 
 def test_another_model_is_refused() -> None:
