@@ -173,8 +173,8 @@ def _appended(cache: Any, k: Tensor, v: Tensor) -> tuple[Any, Any, Any]:
     return keys, values, mask
 
 
-def _cache(answer: Answer, room: int = 12, heads: int = 2, width: int = 3) -> Any:
-    return answer(2, heads, width, room=room, dtype=torch.float64)
+def _cache(answer: Answer, capacity: int = 12, heads: int = 2, width: int = 3) -> Any:
+    return answer(2, heads, width, capacity=capacity, dtype=torch.float64)
 
 
 def cache_writes(answer: Answer) -> None:
@@ -198,23 +198,23 @@ def cache_masks(answer: Answer) -> None:
 
 
 def cache_grows(answer: Answer) -> None:
-    cache = _cache(answer, room=4)
+    cache = _cache(answer, capacity=4)
     k, v = _random(2, 2, 40, 3), _random(2, 2, 40, 3)
-    rooms = []
+    sizes = []
     for i in range(17):
         keys, values, _ = _appended(cache, k[:, :, i : i + 1], v[:, :, i : i + 1])
-        rooms.append((cache.k.shape[2], cache.v.shape[2]))
-    close(keys, k[:, :, :17], what="the keys after 17 tokens, from a room of 4")
-    close(values, v[:, :, :17], what="the values after 17 tokens, from a room of 4")
+        sizes.append((cache.k.shape[2], cache.v.shape[2]))
+    close(keys, k[:, :, :17], what="the keys after 17 tokens, from a capacity of 4")
+    close(values, v[:, :, :17], what="the values after 17 tokens, from a capacity of 4")
     expected = [4] * 4 + [8] * 4 + [16] * 8 + [32]
-    assert rooms == [(n, n) for n in expected], (
-        f"the room of keys and values, token by token from 4: {rooms}; expected {expected}."
+    assert sizes == [(n, n) for n in expected], (
+        f"the capacity of keys and values, token by token from 4: {sizes}; expected {expected}."
     )
-    cache = _cache(answer, room=4)
+    cache = _cache(answer, capacity=4)
     keys, values, _ = _appended(cache, k, v)
-    close(keys, k, what="40 keys at once, into a room of 4")
-    close(values, v, what="40 values at once, into a room of 4")
-    assert cache.k.shape[2] == 40, f"a room of 4 became {cache.k.shape[2]}; 40 were needed."
+    close(keys, k, what="40 keys at once, into a capacity of 4")
+    close(values, v, what="40 values at once, into a capacity of 4")
+    assert cache.k.shape[2] == 40, f"a capacity of 4 became {cache.k.shape[2]}; 40 were needed."
 
 
 def cache_drops(answer: Answer) -> None:
@@ -235,7 +235,7 @@ def cache_pieces(answer: Answer) -> None:
     q, k, v = _qkv(2, 2, 2, 10, 10, 4)
     whole = _attention(q, k, v, _causal(10, 10))
     for sizes in ((7, 3), (1, 1, 5, 3)):
-        cache = _cache(answer, room=2, width=4)
+        cache = _cache(answer, capacity=2, width=4)
         at = 0
         for new in sizes:
             piece = slice(at, at + new)
@@ -364,8 +364,8 @@ def _decoded(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     return F.scaled_dot_product_attention(q[None, :, None], k, v, enable_gqa=True)[0, :, 0]
 
 
-def _decoding(h: int, m: int, room: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
-    k, v = _random(2, m, room, p, dtype=torch.float32)
+def _decoding(h: int, m: int, rows: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = _random(2, m, rows, p, dtype=torch.float32)
     return 3 * _random(h, p, dtype=torch.float32), k, v
 
 
@@ -375,13 +375,13 @@ def kernel_one_block(answer: Answer) -> None:
     close(got, _decoded(q, k, v, 8), what="eight tokens in one block")
 
 
-def kernel_room(answer: Answer) -> None:
+def kernel_length(answer: Answer) -> None:
     q, k, v = _decoding(2, 2, 16, 4)
     for buffer in (k, v):
         buffer[:, 5:] = 50.0
     for length in (5, 1):
         got = answer(q, k, v, length, 8)
-        close(got, _decoded(q, k, v, length), what=f"{length} tokens in a room of 16")
+        close(got, _decoded(q, k, v, length), what=f"{length} tokens in a buffer of 16")
 
 
 def kernel_blocks(answer: Answer) -> None:

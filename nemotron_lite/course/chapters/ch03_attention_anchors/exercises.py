@@ -162,9 +162,9 @@ def blocked_attention(q, k, v, mask, block):
         scores = scores.masked_fill(~mask[:, start : start + block], -math.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = (scores - new_top).exp()
-        fade = (top - new_top).exp()
-        total = fade * total + weights.sum(-1, keepdim=True)
-        mixed = fade * mixed + weights @ values
+        rescale = (top - new_top).exp()
+        total = rescale * total + weights.sum(-1, keepdim=True)
+        mixed = rescale * mixed + weights @ values
         top = new_top
     return mixed / total
 """,
@@ -174,7 +174,7 @@ def blocked_attention(q, k, v, mask, block):
         "Inside a block: `new_top = torch.maximum(top, scores.amax(-1, keepdim=True))`, and the "
         "weights are `(scores - new_top).exp()`. The maximum is the running one, so the exponent "
         "is never above 0.",
-        "`fade = (top - new_top).exp()` multiplies both `total` and `mixed`, before the block is "
+        "`rescale = (top - new_top).exp()` multiplies `total` and `mixed` before the block is "
         "added. Keep `new_top` for the next block. Divide once, after the loop.",
     ),
     checks=(
@@ -195,11 +195,11 @@ KV_CACHE = Exercise(
     difficulty=3,
     points=7,
     task="""
-`length` counts the valid tokens; the buffers `k` and `v` have room for more.
+`length` counts the valid tokens; the buffers `k` and `v` have a capacity for more.
 
-- `append` writes new keys and values behind the valid ones. If they do not fit, the room doubles,
-  or becomes exactly what is needed if that is more. New token i is at position `old length + i` and
-  sees keys up to there.
+- `append` writes new keys and values behind the valid ones. If they do not fit, the capacity
+  doubles, or becomes exactly what is needed if that is more. New token i is at position
+  `old length + i` and sees keys up to there.
 - `drop` forgets the last `count` tokens, such as a rejected draft. Nothing beyond `length` is ever
   read, so nothing need be cleared.
 """.strip(),
@@ -207,9 +207,9 @@ KV_CACHE = Exercise(
 class KVCache:
     """Keys and values of one attention layer, in buffers that double when they are full."""
 
-    def __init__(self, batch, heads, width, room=4, dtype=torch.float32):
-        self.k = torch.zeros(batch, heads, room, width, dtype=dtype)
-        self.v = torch.zeros(batch, heads, room, width, dtype=dtype)
+    def __init__(self, batch, heads, width, capacity=4, dtype=torch.float32):
+        self.k = torch.zeros(batch, heads, capacity, width, dtype=dtype)
+        self.v = torch.zeros(batch, heads, capacity, width, dtype=dtype)
         self.length = 0
 
     def append(self, k, v):
@@ -229,16 +229,16 @@ class KVCache:
         raise NotImplementedError
 '''.strip(),
     solution="""class KVCache:
-    def __init__(self, batch, heads, width, room=4, dtype=torch.float32):
-        self.k = torch.zeros(batch, heads, room, width, dtype=dtype)
-        self.v = torch.zeros(batch, heads, room, width, dtype=dtype)
+    def __init__(self, batch, heads, width, capacity=4, dtype=torch.float32):
+        self.k = torch.zeros(batch, heads, capacity, width, dtype=dtype)
+        self.v = torch.zeros(batch, heads, capacity, width, dtype=dtype)
         self.length = 0
 
     def append(self, k, v):
-        new, room = k.shape[2], self.k.shape[2]
+        new, capacity = k.shape[2], self.k.shape[2]
         total = self.length + new
-        if total > room:
-            more = max(room, total - room)
+        if total > capacity:
+            more = max(capacity, total - capacity)
             self.k = F.pad(self.k, (0, 0, 0, more))
             self.v = F.pad(self.v, (0, 0, 0, more))
         self.k[:, :, self.length : total] = k
@@ -253,18 +253,18 @@ class KVCache:
     hints=(
         "New tokens go to the places `length` to `length + t` of the buffers "
         "(`self.k[:, :, a:b] = k`); then `length` grows by t. Return the buffers up to there: "
-        "what follows is room, or old values of a rejected draft.",
+        "what follows is unused, or old values of a rejected draft.",
         "The i-th new token sees keys 0 to `old length + i`. `torch.ones(t, total).tril()` starts "
         "its triangle in the top left corner, which is right for an empty cache only; `tril` "
         "takes a `diagonal`.",
         "To grow, make a larger buffer that begins with the old one: "
         "`F.pad(self.k, (0, 0, 0, more))` adds `more` places at the end of the third axis. With "
-        "`more = max(room, total - room)` the room doubles, or fits. `drop` only counts back.",
+        "`more = max(capacity, total - capacity)` it doubles, or fits. `drop` only counts back.",
     ),
     checks=(
         Check("keys and values in their places", checks.cache_writes, hint=1, points=1),
         Check("the mask", checks.cache_masks, hint=2, points=2),
-        Check("the room doubles and keeps what was stored", checks.cache_grows, hint=3, points=1),
+        Check("the capacity doubles, what was stored stays", checks.cache_grows, hint=3, points=1),
         Check("a draft is dropped", checks.cache_drops, hint=3, points=1),
         Check("pieces equal the whole", checks.cache_pieces, hint=2, points=2),
     ),
@@ -282,7 +282,7 @@ MEMORY_BYTES = Exercise(
 Return three whole numbers: `kv`, the bytes of keys and values in one attention layer after
 `context` tokens, in bfloat16 (2 bytes a number); `state`, the bytes of the state $S$ of one Mamba-2
 layer, in float32 (4 bytes a number); and `crossing`, the smallest number of tokens at which keys
-and values have at least as many bytes.
+and values have at least as many bytes as the state.
 """.strip(),
     stub='''
 def memory_bytes(config, context):
@@ -427,11 +427,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, room, shared, P: tl.constexpr, BLOCK: tl.constexpr):
+def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, rows, shared, P: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0)
     column = tl.arange(0, P)
     q = tl.load(q_ptr + head * P + column) * P**-0.5
-    first = (head // shared) * room * P  # where this key head begins in the buffers
+    first = (head // shared) * rows * P  # where this key head begins in the buffers
     top = float("-inf")
     total = 0.0
     mixed = tl.zeros([P], dtype=tl.float32)
@@ -445,17 +445,17 @@ def decode_attention(q, k, v, length, block=16):
 
     Args:
         q: float32 tensor `h p`; p is a power of two.
-        k, v: float32 buffers `m room p`, of which the first `length` rows are valid.
+        k, v: float32 buffers `m rows p`, of which the first `length` rows are valid.
         length: tokens in the cache, at least 1.
         block: rows that are read at a time, a power of two.
 
     Returns:
         Float32 tensor `h p`.
     """
-    (h, p), (m, room, _) = q.shape, k.shape
+    (h, p), (m, rows, _) = q.shape, k.shape
     # Copies with zeros on both sides: a wrong address then overwrites nothing else.
     q, k, v, out = (F.pad(x.flatten(), (65536, 65536))[65536:-65536] for x in (q, k, v, q))
-    _decode[(h,)](q, k, v, out, length, room, h // m, P=p, BLOCK=block)
+    _decode[(h,)](q, k, v, out, length, rows, h // m, P=p, BLOCK=block)
     return out.view(h, p)
 '''.strip(),
     solution="""import triton
@@ -463,11 +463,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, room, shared, P: tl.constexpr, BLOCK: tl.constexpr):
+def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, rows, shared, P: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0)
     column = tl.arange(0, P)
     q = tl.load(q_ptr + head * P + column) * P**-0.5
-    first = (head // shared) * room * P  # where this key head begins in the buffers
+    first = (head // shared) * rows * P  # where this key head begins in the buffers
     top = float("-inf")
     total = 0.0
     mixed = tl.zeros([P], dtype=tl.float32)
@@ -480,18 +480,18 @@ def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, room, shared, P: tl.constexpr, B
         scores = tl.where(valid, tl.sum(keys * q[None, :], axis=1), float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=0))
         weights = tl.exp(scores - new_top)
-        fade = tl.exp(top - new_top)
-        total = fade * total + tl.sum(weights, axis=0)
-        mixed = fade * mixed + tl.sum(weights[:, None] * values, axis=0)
+        rescale = tl.exp(top - new_top)
+        total = rescale * total + tl.sum(weights, axis=0)
+        mixed = rescale * mixed + tl.sum(weights[:, None] * values, axis=0)
         top = new_top
     tl.store(o_ptr + head * P + column, mixed / total)
 
 
 def decode_attention(q, k, v, length, block=16):
-    (h, p), (m, room, _) = q.shape, k.shape
+    (h, p), (m, rows, _) = q.shape, k.shape
     # Copies with zeros on both sides: a wrong address then overwrites nothing else.
     q, k, v, out = (F.pad(x.flatten(), (65536, 65536))[65536:-65536] for x in (q, k, v, q))
-    _decode[(h,)](q, k, v, out, length, room, h // m, P=p, BLOCK=block)
+    _decode[(h,)](q, k, v, out, length, rows, h // m, P=p, BLOCK=block)
     return out.view(h, p)
 """,
     hints=(
@@ -507,7 +507,7 @@ def decode_attention(q, k, v, length, block=16):
     ),
     checks=(
         Check("one full block", checks.kernel_one_block, hint=1, points=1),
-        Check("room behind the last token is not read", checks.kernel_room, hint=2, points=1),
+        Check("nothing behind the last token is read", checks.kernel_length, hint=2, points=1),
         Check("several blocks", checks.kernel_blocks, hint=3, points=1),
         Check("query heads share key heads in order", checks.kernel_shares, hint=1, points=1),
     ),

@@ -550,8 +550,8 @@ def filling_stepper(found: Watched, start: int) -> Stepper:
 
 
 def _filled(found: Watched, step: int) -> dict[str, Matrix]:
-    """The panels after token `step`; what does not exist yet is nan."""
-    keys = np.full((found.keys.shape[1], found.keys.shape[0]), np.nan)
+    """The panels after token `step`; what does not exist yet is 0, which is drawn as white."""
+    keys = np.zeros((found.keys.shape[1], found.keys.shape[0]))
     keys[:, : step + 1] = found.keys[: step + 1].T.numpy()
     weights = np.zeros(len(found.names))
     weights[: step + 1] = found.weights[step, : step + 1].numpy()

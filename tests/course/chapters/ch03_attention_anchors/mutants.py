@@ -157,7 +157,7 @@ def grouped_attention(q, k, v, mask):
                     "torch.maximum(top, scores.amax(-1, keepdim=True))",
                     "torch.zeros_like(total)",
                 ),
-                ("fade = (top - new_top).exp()", "fade = torch.ones_like(total)"),
+                ("rescale = (top - new_top).exp()", "rescale = torch.ones_like(total)"),
             ),
             hint=2,
             bug="exp without its maximum: right in every small test, inf at large scores.",
@@ -175,14 +175,14 @@ def grouped_attention(q, k, v, mask):
             bug="Falls back to a smaller maximum; a hidden block makes it -inf, and NaN follows.",
         ),
         Mutant(
-            name="the old values are not faded",
-            source=_with("03.blocked_attention", ("fade * mixed", "mixed")),
+            name="the old values are not rescaled",
+            source=_with("03.blocked_attention", ("rescale * mixed", "mixed")),
             hint=3,
             bug="The accumulator is not rescaled when the maximum changes.",
         ),
         Mutant(
-            name="the old sum is not faded",
-            source=_with("03.blocked_attention", ("fade * total", "total")),
+            name="the old sum is not rescaled",
+            source=_with("03.blocked_attention", ("rescale * total", "total")),
             hint=3,
             bug="The same for the denominator.",
         ),
@@ -211,7 +211,7 @@ def grouped_attention(q, k, v, mask):
     ],
     "03.kv_cache": [
         Mutant(
-            name="the room is returned too",
+            name="the whole buffer is returned",
             source=_with(
                 "03.kv_cache",
                 (
@@ -272,7 +272,7 @@ def grouped_attention(q, k, v, mask):
         ),
         Mutant(
             name="one more place for each token",
-            source=_with("03.kv_cache", ("max(room, total - room)", "total - room")),
+            source=_with("03.kv_cache", ("max(capacity, total - capacity)", "total - capacity")),
             hint=3,
             bug="torch.cat for every token: the whole cache is copied for each, in quadratic time.",
         ),
@@ -420,7 +420,7 @@ def memory_bytes(config, context):
     ],
     "03.decode_kernel": [
         Mutant(
-            name="room takes part",
+            name="unused rows take part",
             source=_with(
                 "03.decode_kernel",
                 (
@@ -432,8 +432,8 @@ def memory_bytes(config, context):
             bug="Padding rows of zeros have the score 0, not -inf.",
         ),
         Mutant(
-            name="the accumulator is not faded",
-            source=_with("03.decode_kernel", ("fade * mixed", "mixed")),
+            name="the accumulator is not rescaled",
+            source=_with("03.decode_kernel", ("rescale * mixed", "mixed")),
             hint=3,
             bug="The accumulator is not rescaled when the maximum changes.",
         ),
