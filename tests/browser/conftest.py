@@ -15,6 +15,7 @@ from tests.browser import chromium
 from tests.course.lab.serving import Server, serve
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "work/empty"  # a folder of the learner without .course: what is done there is not stored
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 FIGURE = """
@@ -61,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The learner's JupyterLab; work/ has the chapters and three small notebooks."""
     chromium.required()
     folder = tmp_path_factory.mktemp("lab")
-    for name in ("notebooks", "work"):
+    for name in ("notebooks", "work", FOLDER):
         (folder / name).mkdir()
     for path in CHAPTERS:
         shutil.copy(path, folder / "notebooks")

@@ -219,7 +219,7 @@ def _texts(found: Locator) -> list[str]:
 
 
 def _drag_all(page: Page, seen: Visit) -> None:
-    page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
+    page.wait_for_timeout(1000)  # the last widgets draw after the last cell has ended
     sliders = page.locator(".widget-slider")
     seen.sliders = sliders.count()
     for index in range(seen.sliders):
@@ -294,7 +294,7 @@ def _answer(page: Page, slider: Locator) -> float:
     return statistics.median(times)
 
 
-def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: float = 8.0) -> str:
+def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: float = 15.0) -> str:
     """ "figure" once a plot's data differ, "words" if only a text does, "" if nothing does."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
