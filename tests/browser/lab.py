@@ -70,10 +70,16 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
   }}, {{once: true, capture: true}});
 }}); }}"""
 _OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
+_ASK_FOR_WIDGETS = """async () => {
+  const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const late = new Promise(done => setTimeout(done, 20000));
+  await Promise.race([kernel.requestCommInfo({target_name: 'jupyter.widget'}), late]);
+}"""
 _IN_FRONT = "path => jupyterapp.shell.currentWidget?.context?.path === path"
-_CLOSE = """() => {
+_CLOSE = """async () => {
   const shown = jupyterapp.shell.currentWidget;
-  shown.sessionContext.shutdown();
+  const late = new Promise(done => setTimeout(done, 20000));
+  await Promise.race([shown.sessionContext.shutdown(), late]);
   shown.context.model.dirty = false;
   shown.close();
 }"""
@@ -130,14 +136,24 @@ def look(page: Page, theme: str = THEMES[0]) -> Look:
     )
     # Whether a widget is found is known once the page has asked the kernel for all of them.
     page.wait_for_function("() => !document.body.innerText.includes('Loading widget')")
-    page.wait_for_timeout(500)  # figures are drawn after the cells
-    figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
+    figures = _drawn_figures(page)
     return Look(
         _texts(page.get_by_text(BROKEN)),
         len(figures),
         page.evaluate(_CUT),
         [_brightness(found) for found in figures],
     )
+
+
+def _drawn_figures(page: Page) -> list[Locator]:
+    """The visible figures, once their number has not changed for two seconds."""
+    counts: list[int] = []
+    while True:
+        figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
+        counts.append(len(figures))
+        if counts[-5:] == [len(figures)] * 5 or len(counts) > 40:
+            return figures
+        page.wait_for_timeout(500)  # figures are drawn after the cells
 
 
 def _brightness(figure: Locator) -> float:
@@ -151,6 +167,10 @@ def notebook(page: Page, name: str) -> Iterator[None]:
     page.evaluate(_OPEN, name)
     page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
     page.wait_for_function(_IDLE, timeout=60_000)
+    # The page now asks the kernel for the widgets that it has. A widget that a cell makes before
+    # the answer is created twice, and one of the two is deaf. The answer to us comes after it.
+    page.wait_for_timeout(1_000)
+    page.evaluate(_ASK_FOR_WIDGETS)
     try:
         yield
     finally:
