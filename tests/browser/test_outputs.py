@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemotron_lite.course.plotting import theme as colours
-from tests.browser.conftest import EVERYTHING
+from tests.browser.conftest import EVERYTHING, FOLDER
 
 THEMES = ("JupyterLab Dark", "JupyterLab Light")
 CELLS = (
@@ -38,16 +38,16 @@ _INKS = """() => {
 
 
 @pytest.fixture(scope="module")
-def page(lab: str, browser: Any) -> Iterator[Any]:
-    """JupyterLab with the notebook above in front, run."""
-    from tests.browser.lab import Visit, notebook, opened, run_all
+def page(lab: Any) -> Iterator[Any]:
+    """The page with the notebook above in front, run. In its folder, no guess is stored yet."""
+    from tests.browser.lab import notebook, run_all
 
-    with opened(browser, lab, "work/good.ipynb", Visit()) as page:
-        write(page, "work/outputs.ipynb", [code_cell(source) for source in CELLS])
-        with notebook(page, "work/outputs.ipynb"):
-            assert run_all(page) == []
-            page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
-            yield page
+    page = lab.page
+    write(page, f"{FOLDER}/outputs.ipynb", [code_cell(source) for source in CELLS])
+    with notebook(page, f"{FOLDER}/outputs.ipynb"):
+        assert run_all(page) == []
+        page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
+        yield page
 
 
 def code_cell(source: str) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def test_a_copy_that_is_not_trusted_shows_everything_at_rest(page: Any) -> None:
     for cell in cells:
         cell["metadata"].pop("trusted", None)
         cell["source"] += "  # not as it was signed"
-    write(page, "work/copy.ipynb", cells)
-    with notebook(page, "work/copy.ipynb"):
+    write(page, f"{FOLDER}/copy.ipynb", cells)
+    with notebook(page, f"{FOLDER}/copy.ipynb"):
         dark = look(page, THEMES[0])
         assert dark.figures == 3
         assert all(bright < 100 for bright in dark.brightness)
