@@ -100,7 +100,7 @@ def _unwrapped(member: Any) -> list[Any]:
             member = member.__func__
         elif _is_triton(member) and hasattr(member, "fn"):
             member = member.fn  # a JIT function, an autotuner or the interpreter's wrapper
-        elif isinstance(member, FunctionType) and hasattr(member, "__wrapped__"):
+        elif "__wrapped__" in getattr(member, "__dict__", {}):
             member = member.__wrapped__
         else:
             break
@@ -300,7 +300,7 @@ def answer_source(thing: Any, name: str, provided: Iterable[str] = ()) -> tuple[
     if not functions:
         return "", unknown
     collected = _Collected(functions[0].__globals__, set(provided) - {name})
-    if not collected.add_definition(actual, functions[0].__code__.co_filename):
+    if not collected.add_object(actual, thing):
         return "", unknown
     source = collected.text(f"\n\n{name} = {actual}" if actual != name else "")
     if missing := _undefined(source, provided):
@@ -337,6 +337,13 @@ class _Collected:
         """All statements as source code, `last` at the end."""
         pieces = [*sorted(self.futures), *self.pieces, *([last] if last else [])]
         return "\n".join(pieces) + "\n"
+
+    def add_object(self, name: str, value: Any) -> bool:
+        """Add the cell that defines a function or class; False if it is not found."""
+        files = [function.__code__.co_filename for function in functions_of(value)]
+        if isinstance(value, type):  # a data class, or one without methods, has no code of a cell
+            files += [file for file in reversed(list(linecache.cache)) if is_cell(file)]
+        return any(self.add_definition(name, file) for file in dict.fromkeys(files))
 
     def add_definition(self, name: str, filename: str) -> bool:
         """Add the statements of a cell that bind `name`, and what they use; False if none do."""
@@ -396,8 +403,7 @@ class _Collected:
         elif imported := _import_line(name, value):
             self.pieces.append(imported)
         else:
-            for function in functions_of(value)[:1]:
-                self.add_definition(name, function.__code__.co_filename)
+            self.add_object(name, value)
 
 
 def _is_future(node: ast.stmt) -> bool:

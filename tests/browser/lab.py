@@ -70,14 +70,11 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
     requestAnimationFrame(look);
   }}, {{once: true, capture: true}});
 }}); }}"""
-_OPEN = """async path => {
-  const opened = await jupyterapp.commands.execute('docmanager:open', {path});
-  await opened.context.ready;
-  await opened.sessionContext.ready;
-}"""
-_CLOSE = """async () => {
+_OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
+_IN_FRONT = "path => jupyterapp.shell.currentWidget?.context?.path === path"
+_CLOSE = """() => {
   const shown = jupyterapp.shell.currentWidget;
-  await shown.sessionContext.shutdown();
+  shown.sessionContext.shutdown();
   shown.context.model.dirty = false;
   shown.close();
 }"""
@@ -138,8 +135,13 @@ def _brightness(figure: Locator) -> float:
 def notebook(page: Page, name: str) -> Iterator[None]:
     """Another notebook in front of a page that is open; it is closed afterwards, not saved."""
     page.evaluate(_OPEN, name)
-    yield
-    page.evaluate(_CLOSE)
+    page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
+    page.wait_for_function(_IDLE, timeout=60_000)
+    try:
+        yield
+    finally:
+        page.evaluate(_CLOSE)
+        page.wait_for_function(f"path => !({_IN_FRONT})(path)", arg=name, timeout=60_000)
 
 
 def run_all(page: Page) -> list[str]:

@@ -142,7 +142,8 @@ def test_without_the_save_hook_a_reopened_widget_is_an_error(lab: str, page: Any
                 "text/plain": "the text",
             }}],
         }],
-        "metadata": {}, "nbformat": 4, "nbformat_minor": 5,
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4, "nbformat_minor": 5,
     }  # fmt: skip
     command = "([path, content]) => jupyterapp.serviceManager.contents"
     page.evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,12 @@ from nemotron_lite.course import (
 )
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import ExerciseError, close, grade
+from nemotron_lite.course.sources import source_of
 from tests.course.sample_exercises import (
     ADD,
     FADE,
     GATE,
+    GATE_STEP,
     KERNEL,
     STUB,
     by_hand,
@@ -185,6 +188,20 @@ def test_the_same_mistake_gives_the_same_message() -> None:
     assert grade(FADE, FADE.build(source)) == grade(FADE, FADE.build(source))
 
 
+def test_the_source_of_a_built_class_can_be_shown() -> None:
+    built = GATE.build(), GATE.build(GATE.solution.replace("A gain", "The gain"))
+    assert [source_of(one)[0].count("The gain") for one in built] == [0, 0]  # the docstring
+    assert [source_of(one, docstring=True)[0].count("The gain") for one in built] == [0, 1]
+    assert source_of(built[0].step)[0] == textwrap.dedent(GATE_STEP).rstrip()
+
+
+def test_a_data_class_can_be_part_of_an_answer() -> None:
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+    source += "@dataclass\nclass Pair:\n    a: Tensor\n\n\n"
+    source += "def fade(dt, A):\n    return Pair(dt * A).a.exp()\n"
+    assert grade(FADE, FADE.build(source)).passed
+
+
 def test_an_answer_that_ends_python_is_wrong() -> None:
     source = "import sys\n\n\ndef fade(dt, A):\n    sys.exit(0)\n"
     message = grade(FADE, FADE.build(source)).message
@@ -230,6 +247,21 @@ def test_an_answer_in_another_process_is_graded_by_its_calls() -> None:
     half = GATE.build(GATE.stub.replace("raise NotImplementedError", "return self.gain * x", 1))
     message = grade(GATE, FromElsewhere(half)).message
     assert message.startswith("99.gate: not right yet. 1 of 2 checks")
+
+
+def test_a_class_that_stands_for_one_in_another_process_keeps_its_points() -> None:
+    half = GATE.build(GATE.stub.replace("raise NotImplementedError", "return self.gain * x", 1))
+
+    class Elsewhere:
+        def __init__(self, gain: float) -> None:
+            self._there = half(gain)
+
+        def __getattr__(self, name: str) -> Any:
+            return FromElsewhere(getattr(self._there, name))
+
+    result = grade(GATE, Elsewhere)
+    assert (result.points, result.failed) == (1, ("step",))
+    assert "is not written yet" in result.message
 
 
 KERNELS = {

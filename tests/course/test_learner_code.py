@@ -36,7 +36,14 @@ def cell(source: str, space: dict[str, Any], number: int) -> dict[str, Any]:
     """Run source code as IPython runs a cell: its text is in linecache under a file name."""
     name = f"/tmp/ipykernel_1/{number}.py"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    exec(compile(source, name, "exec"), space)
+    exec(compile(source, name, "exec", dont_inherit=True), space)
+    return space
+
+
+def rebuilt(source: str) -> dict[str, Any]:
+    """What source code defines, in a module of its own."""
+    space: dict[str, Any] = {"__name__": "elsewhere"}
+    exec(compile(source, "<answer>", "exec", dont_inherit=True), space)
     return space
 
 
@@ -207,8 +214,7 @@ def test_the_text_is_the_definition_and_what_it_uses_from_any_cell() -> None:
     assert sorted(source.split()) == sorted(EXPECTED.split())
     assert "UNUSED" not in source
     assert "check(" not in source
-    again: dict[str, Any] = {"__name__": "elsewhere"}
-    exec(source, again)
+    again = rebuilt(source)
     assert again["answer"](2.5) == space["answer"](2.5) == 22.5
 
 
@@ -225,6 +231,17 @@ def test_the_text_of_a_class_is_found_through_its_methods(body: str) -> None:
     source, problem = learner_code.answer_source(space["Gate"], "Gate", GATE.provided)
     assert problem == ""
     assert (GATE_HEAD + body).strip() in source
+
+
+def test_the_text_of_a_class_without_methods_is_found_too() -> None:
+    first = "from dataclasses import dataclass\n\n@dataclass\nclass State:\n    n: int = 3\n\n"
+    space = cell(first + "class Wrong(ValueError):\n    pass\n", {"__name__": "__main__"}, 9)
+    with_module = {**space, "__name__": "__main__"}
+    cell("def fade(dt, A):\n    return State(2).n, Wrong\n", with_module, 10)
+    source, problem = learner_code.answer_source(with_module["fade"], "fade")
+    assert problem == ""
+    again = rebuilt(source)
+    assert again["fade"](0, 0)[0] == 2
 
 
 def test_the_text_of_a_kernel_comes_with_its_launcher() -> None:
