@@ -16,8 +16,13 @@ from nemotron_lite.course.plotting import theme as colours
 from tests.browser.conftest import EVERYTHING, FOLDER
 
 THEMES = ("JupyterLab Dark", "JupyterLab Light")
+STEPPER = """def go_on(fig, step):
+    fig.data[0].y = [step, 2, 4]
+    return f"step {step}"
+
+show(stepper(figure, go_on, steps=9, label="token", start=4), figure)"""
 CELLS = (
-    *EVERYTHING,
+    *(STEPPER if "stepper(figure" in cell else cell for cell in EVERYTHING),
     "from nemotron_lite import ops\nshow_source(ops.selective_scan, folded='Compare with yours')",
 )
 PLAIN = {"metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
@@ -124,6 +129,7 @@ def test_a_stepper_plays_to_its_end_with_the_keyboard(page: Any) -> None:
     stepper.get_by_role("button", name="Pause").wait_for(timeout=8_000)
     page.wait_for_function("e => e.innerText == '8'", arg=steps.element_handle(), timeout=20_000)
     stepper.get_by_role("button", name="Play").wait_for(timeout=8_000)
+    stepper.locator("[aria-live=polite]", has_text="step 8").wait_for(timeout=8_000)
 
 
 @pytest.mark.parametrize("theme", THEMES)
