@@ -1,0 +1,716 @@
+"""The process in which a learner's code runs. It executes cells, and answers the grading process.
+
+It has the notebook and nothing that scores. The grading process (`proxy`, on the other end of two
+pipes) sends requests, and each gets one answer:
+
+    run       execute a cell; the answer holds its outputs for the feedback page
+    lookup    is there a function or class of that name?
+    call      call it, or a method of an object, with these arguments
+    get, set  an attribute of an object
+    backward  the gradients of an earlier call's tensors
+    define    put the reference of an exercise that another one needs under its name
+
+Tensors arrive as new leaves, with the strides they had. A call that is made with gradients on keeps
+its graph here until the grading process has no use for it. Objects that are no plain data (modules,
+caches that a learner's class made) stay here; the other side holds numbers for them. Arguments that
+the code changed in place are sent back.
+
+The code in here can do to this process what it likes: forge an answer, print into the pipe, end the
+process. It can only answer for itself: inputs are hidden until they are sent, the expected values
+and the comparisons are elsewhere, and an answer that is malformed counts as wrong.
+
+A cell or call that takes too long is interrupted by a signal, with an exception that `except
+Exception` does not catch. What does not react is killed from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+MOST_TEXT = 100_000  # characters of one output, and of all printed text of a cell
+MOST_PICTURE = 1_000_000
+MOST_OUTPUTS = 50
+MOST_ITEMS = 100_000  # of an iterator
+MOST_FRAMES = 20
+SPECIAL = ("__call__", "__getitem__", "__setitem__", "__len__", "__iter__", "__contains__")
+KINDS_SHOWN = (
+    "text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg",
+    "image/svg+xml",
+)  # fmt: skip
+
+
+class TimeOverError(BaseException):
+    """The time of a cell or call is over; not an Exception, so that `except` lets it through."""
+
+
+def limit_memory(gib: float) -> bool:
+    """Limit the memory of this process and of each child; False if the system cannot."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux" or not gib:
+        return False
+    amount = int(gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (amount, amount))
+    return True
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+
+
+def cut_off() -> bool:
+    """Whether this process has no network: every interface except loopback is down.
+
+    Interfaces may exist: a new namespace can start with tunnels that are down.
+    """
+    if sys.platform != "linux":
+        return False
+    import fcntl
+    import socket
+    import struct
+
+    def up(handle: socket.socket, name: str) -> bool:
+        get_flags, is_up = 0x8913, 0x1  # SIOCGIFFLAGS, IFF_UP of Linux
+        found = fcntl.ioctl(handle, get_flags, struct.pack("16sh14x", name.encode(), 0))
+        return bool(int(struct.unpack("16sh14x", found)[1]) & is_up)
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
+        names = {name for _, name in socket.if_nameindex()} - {"lo"}
+        return not any(up(handle, name) for name in names)
+
+
+def probe(hidden: list[str]) -> dict[str, bool]:
+    """What separates this process from the machine; `hidden` are folders it should not see."""
+    seen = [path for path in hidden if _entries(path)]
+    return {"cut_off": cut_off(), "own_processes": os.getpid() == 1, "files_hidden": not seen}
+
+
+def _entries(path: str) -> set[str]:
+    with contextlib.suppress(OSError):
+        return set(os.listdir(path)) - {".venv"}
+    return set()
+
+
+class NotHere:
+    """An import hook: what is missing of the package on purpose says so."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        """Refuse a module of this package that no finder before this one has found."""
+        if name.partition(".")[0] in ("nemotron_lite", "nemotron_kernels"):
+            raise ModuleNotFoundError(
+                f"{name} is not available where coursework is graded: an answer can use torch and "
+                "what the handed-out cells import.",
+                name=name,
+            )
+
+
+class Printed(io.TextIOBase):
+    """stdout or stderr of a cell: its text becomes an output."""
+
+    def __init__(self, name: str, outputs: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.name, self.outputs = name, outputs
+
+    def writable(self) -> bool:
+        """It is written to."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Add text to the last output, if it is of the same stream."""
+        last = self.outputs[-1] if self.outputs else {}
+        if last.get("output_type") == "stream" and last["name"] == self.name:
+            last["text"] = (last["text"] + text)[:MOST_TEXT]
+        elif len(self.outputs) < MOST_OUTPUTS:
+            stream = {"output_type": "stream", "name": self.name, "text": text[:MOST_TEXT]}
+            self.outputs.append(stream)
+        return len(text)
+
+
+def make_shell(outputs: list[dict[str, Any]]) -> Any:
+    """An IPython shell without history and files; what a cell shows is appended to `outputs`."""
+    from IPython.core.compilerop import CachingCompiler
+    from IPython.core.displayhook import DisplayHook
+    from IPython.core.displaypub import DisplayPublisher
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets import Type
+    from traitlets.config import Config
+
+    def add(kind: str, data: dict[str, Any]) -> None:
+        shown = {}
+        for name in KINDS_SHOWN:
+            value = data.get(name)
+            most = MOST_PICTURE if name.startswith("image/") else MOST_TEXT
+            if isinstance(value, bytes):
+                import base64
+
+                value = base64.b64encode(value).decode()
+            if isinstance(value, str):
+                shown[name] = value if len(value) <= most else "(too large to be shown)"
+        if len(outputs) < MOST_OUTPUTS:
+            outputs.append({"output_type": kind, "data": shown, "metadata": {}})
+
+    class Compiler(CachingCompiler):  # type: ignore[misc]
+        """Gives a cell's code the cell's name, which tracebacks then show."""
+
+        cell = "a cell"
+
+        def get_code_name(self, raw_code: str, transformed_code: str, number: int) -> str:
+            return self.cell
+
+    class Hook(DisplayHook):  # type: ignore[misc]
+        """Keeps the value of a cell's last expression."""
+
+        def __call__(self, result: Any = None) -> None:
+            if result is not None and not self.quiet():
+                data, _ = self.compute_format_data(result)
+                self.update_user_ns(result)
+                add("execute_result", data)
+
+    class Publisher(DisplayPublisher):  # type: ignore[misc]
+        """Keeps what `display` shows."""
+
+        def publish(self, data: dict[str, Any], *unused: Any, **ignored: Any) -> None:
+            add("display_data", data)
+
+        def clear_output(self, wait: bool = False) -> None:
+            outputs.clear()
+
+    class Shell(InteractiveShell):  # type: ignore[misc]
+        """A shell that writes errors among the outputs."""
+
+        displayhook_class = Type(Hook)
+        display_pub_class = Type(Publisher)
+        compiler_class = Type(Compiler)
+        failed = False
+
+        def showtraceback(self, *unused: Any, **ignored: Any) -> None:
+            """Append the error to the outputs."""
+            self.failed = True
+            error = sys.exc_info()[1]
+            if error is not None:
+                outputs.append(error_output(error))
+
+        showsyntaxerror = showindentationerror = showtraceback
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    config.InteractiveShell.colors = "NoColor"
+    return Shell.instance(config=config)
+
+
+def error_output(error: BaseException) -> dict[str, Any]:
+    """An error as an output of a cell, with the learner's lines that led to it."""
+    import linecache
+    import traceback
+
+    lines = [
+        f"{frame.filename.strip('<>')}, line {frame.lineno}: "
+        f"{linecache.getline(frame.filename, frame.lineno or 0).strip()}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith("<")
+    ]
+    if isinstance(error, SyntaxError) and error.text:
+        lines = [f"line {error.lineno}: {error.text.strip()}"]
+    return {
+        "output_type": "error", "ename": type(error).__name__, "evalue": _text(error)[:MOST_TEXT],
+        "traceback": [line[:1000] for line in lines[-MOST_FRAMES:]],
+    }  # fmt: skip
+
+
+def special_methods(kind: type) -> list[str]:
+    """Which of the methods that operators call an object of this class has."""
+    return [name for name in SPECIAL if getattr(kind, name, None) is not None]
+
+
+def _version(leaf: Any) -> tuple[Any, ...]:
+    """Changes when a parameter gets new values, another dtype or other memory."""
+    return leaf._version, leaf.dtype, leaf.data_ptr()
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, TimeOverError):
+        return "stopped because its time was over: an endless loop?"
+    try:
+        return str(error)
+    except BaseException:
+        return ""
+
+
+class Alarm:
+    """Raises TimeOverError in code that runs too long, again each second."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        signal.signal(signal.SIGALRM, self._ring)
+
+    def _ring(self, number: int, frame: types.FrameType | None) -> None:
+        if self.armed:
+            raise TimeOverError
+
+    @contextlib.contextmanager
+    def after(self, seconds: float) -> Iterator[None]:
+        """Interrupt the block after so many seconds."""
+        self.armed = True
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 1.0)
+        try:
+            yield
+        finally:
+            self.armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class Learner:
+    """The state of this process: the notebook's names, objects, leaves and graphs."""
+
+    def __init__(self, channel: Any) -> None:
+        import torch
+
+        from nemotron_lite.coursework import wire
+
+        self.torch, self.wire, self.channel = torch, wire, channel
+        self.outputs: list[dict[str, Any]] = []
+        self.shell = make_shell(self.outputs)
+        self.alarm = Alarm()
+        self.objects: dict[int, Any] = {}
+        self.numbers: dict[int, int] = {}  # id of an object → its number
+        self.count = 0
+        self.leaves: dict[int, Any] = {}  # inputs of calls with gradients
+        self.graphs: dict[int, list[Any]] = {}  # token of a call → its differentiable results
+        self.parameters: dict[int, Any] = {}  # leaves that live here
+        self.parameter_numbers: dict[int, int] = {}
+        self.sent_versions: dict[int, tuple[Any, ...]] = {}
+        self.seed: int | None = None
+
+    def serve(self) -> None:
+        """Answer requests until the grading process closes its end."""
+        while True:
+            try:
+                request, body = self.channel.receive()
+            except self.wire.ClosedError:
+                return
+            self.writer = writer = self.wire.Writer(self._opaque)
+            answer: dict[str, Any] = {"id": request["id"]}
+            try:
+                answer |= getattr(self, f"do_{request['op']}")(request, body, writer)
+            except BaseException as error:
+                self.writer = writer = self.wire.Writer(self._opaque)
+                answer = {"id": request["id"]}
+                answer["error"] = self._error(error)
+            answer["storages"], data = writer.body()
+            try:
+                self.channel.send(answer, data)
+            except self.wire.ClosedError:
+                return
+            except (self.wire.WireError, TypeError, ValueError) as error:
+                self.channel.send({"id": request["id"], "error": self._error(error)}, b"")
+
+    # Requests
+
+    def do_run(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Execute a cell."""
+        self.outputs.clear()
+        self.shell.compile.cell = request["name"]
+        self.shell.failed = False
+        streams = Printed("stdout", self.outputs), Printed("stderr", self.outputs)
+        try:
+            with (
+                contextlib.redirect_stdout(streams[0]),  # type: ignore[type-var]
+                contextlib.redirect_stderr(streams[1]),  # type: ignore[type-var]
+                self.alarm.after(request["seconds"]),
+            ):
+                self.shell.run_cell(request["source"], store_history=False)
+        except TimeOverError as error:
+            self.outputs.append(error_output(error))
+        return {"outputs": json.loads(json.dumps(self.outputs)), "failed": self.shell.failed}
+
+    def do_lookup(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Whether there is something to call under a name, and whether it does nothing."""
+        from nemotron_lite.course.learner_code import compiled_bodies, does_nothing
+
+        found = self.shell.user_ns.get(request["name"])
+        if not callable(found):
+            return {"object": None, "there": request["name"] in self.shell.user_ns}
+        bodies = compiled_bodies(found)
+        empty = bool(bodies) and all(does_nothing(one) for one in bodies)
+        about: dict[str, Any] = {"class": isinstance(found, type), "empty": empty}
+        about["special"] = special_methods(found) if isinstance(found, type) else []
+        return {"object": self._number(found), "there": True, **about}
+
+    def do_define(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Run sources in a namespace of their own and take over one of the names."""
+        space: dict[str, Any] = {"__name__": "given"}
+        for source in request["sources"]:
+            exec(compile(source, "given", "exec"), space)
+        if request["own"]:
+            import nemotron_lite.course as stand_in
+
+            stand_in.GIVEN[request["own"]] = space[request["name"]]
+        else:
+            before = self.shell.user_ns.get(request["name"])
+            self.shell.user_ns[request["name"]] = space[request["name"]]
+            return {"before": None if before is None else self._number(before)}
+        return {}
+
+    def do_restore(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Put what `define` replaced back under its name."""
+        if request["before"] is None:
+            self.shell.user_ns.pop(request["name"], None)
+        else:
+            self.shell.user_ns[request["name"]] = self.objects[request["before"]]
+        return {}
+
+    def do_get(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """An attribute of an object; a method is only said to be one."""
+
+        def read() -> Any:
+            return getattr(self.objects[request["target"]], request["name"])
+
+        return self._used(request, body, writer, read, methods=True)
+
+    def do_set(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Set an attribute of an object."""
+        arguments = Arguments(self, request, body)
+        value = arguments.read(request["value"])
+        return self._used(
+            request, body, writer,
+            lambda: setattr(self.objects[request["target"]], request["name"], value),
+        )  # fmt: skip
+
+    def do_call(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Call an object or its method."""
+        arguments = Arguments(self, request, body)
+        args, kwargs = arguments.read(request["args"]), arguments.read(request["kwargs"])
+        target = self.objects[request["target"]]
+        modules = [target] + arguments.objects
+
+        def call() -> Any:
+            function = target if request["method"] is None else getattr(target, request["method"])
+            return function(*args, **kwargs)
+
+        return self._used(request, body, writer, call, arguments=arguments, modules=modules)
+
+    def _used(
+        self,
+        request: dict[str, Any],
+        body: bytearray,
+        writer: Any,
+        use: Callable[[], Any],
+        *,
+        methods: bool = False,
+        arguments: Arguments | None = None,
+        modules: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Run the learner's code with the seed, gradients and time of the request; its result."""
+        if request["seed"] != self.seed:
+            self.seed = request["seed"]
+            self.torch.manual_seed(self.seed)
+        for number, value in request.get("updates", []):
+            self._update(number, Arguments(self, request, body).read(value))
+        nowhere: list[dict[str, Any]] = []
+        with (
+            contextlib.redirect_stdout(Printed("stdout", nowhere)),  # type: ignore[type-var]
+            contextlib.redirect_stderr(Printed("stderr", nowhere)),  # type: ignore[type-var]
+            self.torch.set_grad_enabled(request["grad"]),
+            self.alarm.after(request["seconds"]),
+        ):
+            result = use()
+            if isinstance(result, Iterator) and not isinstance(result, list):
+                result = Items(item for item, _ in zip(result, range(MOST_ITEMS), strict=False))
+        if methods and isinstance(result, types.MethodType | types.BuiltinMethodType):
+            return {"method": True}
+        results: list[Any] = []
+        writer.special = Results(self, arguments, results, writer)
+        answer: dict[str, Any] = {"value": writer.write(result)}
+        if arguments is not None:
+            answer["changed"] = arguments.changed(writer)
+        answer["parameters"] = self._new_parameters(modules or [], writer)
+        answer["results"] = len(results)
+        if results:
+            self.graphs[request["token"]] = results
+        return answer
+
+    def do_backward(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """The gradients of a call's results with respect to leaves."""
+        arguments = Arguments(self, request, body)
+        grads = arguments.read(request["grads"])
+        kept = [
+            (result, grad)
+            for result, grad in zip(self.graphs[request["token"]], grads, strict=True)
+            if grad is not None
+        ]
+        wanted = [
+            self.leaves[number] if kind == "leaf" else self.parameters[number]
+            for kind, number in request["inputs"]
+        ]
+        with self.torch.enable_grad(), self.alarm.after(request["seconds"]):
+            found = self.torch.autograd.grad(
+                [result for result, _ in kept],
+                wanted,
+                [grad for _, grad in kept],
+                allow_unused=True,
+                retain_graph=True,
+            )
+        return {"value": writer.write(list(found))}
+
+    def do_drop(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Forget what the grading process has no use for any more."""
+        for token in request["tokens"]:
+            self.graphs.pop(token, None)
+        for leaf in request["leaves"]:
+            self.leaves.pop(leaf, None)
+        for number in request["objects"]:
+            gone = self.objects.pop(number, None)
+            if gone is not None:
+                self.numbers.pop(id(gone), None)
+        return {}
+
+    # Objects and parameters
+
+    def _number(self, thing: Any) -> int:
+        """The number of an object that stays here."""
+        number = self.numbers.get(id(thing))
+        if number is None or self.objects.get(number) is not thing:
+            self.count = number = self.count + 1
+            self.objects[number] = thing
+            self.numbers[id(thing)] = number
+        return number
+
+    def _opaque(self, thing: Any) -> Any:
+        """What goes to the grading process in the place of a thing that is no plain data."""
+        import dataclasses
+
+        kind = type(thing)
+        if isinstance(thing, Items):
+            raise self.wire.WireError("an iterator inside a result cannot be sent.")
+        if kind.__module__ == "numpy" and getattr(thing, "shape", None) == ():
+            return thing.item()  # a number
+        about: dict[str, Any] = {"k": "object", "h": self._number(thing), "type": kind.__name__}
+        about["special"] = special_methods(kind)
+        fields = getattr(thing, "_fields", None)
+        if isinstance(thing, tuple) and isinstance(fields, tuple):
+            about["fields"] = [str(name) for name in fields]
+            about["items"] = [self.writer.write(item) for item in thing]
+        elif isinstance(thing, self.torch.nn.Module):
+            about["module"] = True
+        elif dataclasses.is_dataclass(kind) and kind.__module__.startswith("nemotron_lite."):
+            about["data"] = self.writer.data(thing)
+        return about
+
+    def export(self, leaf: Any) -> tuple[int, bool]:
+        """The number of a leaf that lives here, and whether the other side knows it."""
+        number = self.parameter_numbers.get(id(leaf))
+        if number is not None and self.parameters.get(number) is leaf:
+            return number, True
+        number = len(self.parameters)
+        self.parameters[number] = leaf
+        self.parameter_numbers[id(leaf)] = number
+        return number, False
+
+    def _update(self, number: int, value: Any) -> None:
+        leaf = self.parameters[number]
+        with self.torch.no_grad():
+            leaf.copy_(value)
+        self.sent_versions[number] = _version(leaf)
+
+    def _new_parameters(self, modules: list[Any], writer: Any) -> list[Any]:
+        """Parameters of the modules that the other side does not know, and those that changed."""
+        for module in modules:
+            if isinstance(module, self.torch.nn.Module):
+                for parameter in module.parameters():
+                    if parameter.requires_grad:
+                        self.export(parameter)
+        new = []
+        for number, leaf in self.parameters.items():
+            version = _version(leaf)
+            if self.sent_versions.get(number) != version:
+                self.sent_versions[number] = version
+                writer.special = lambda tensor: None
+                new.append([number, writer.write(leaf.detach())])
+        return new
+
+    def _error(self, error: BaseException) -> dict[str, Any]:
+        """An error as data: its classes, its text, and where it was raised."""
+        import traceback
+
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+        beyond = frames[own[-1] + 1 :] if own else frames
+        with contextlib.suppress(BaseException):
+            if isinstance(error, TimeOverError):  # the alarm's own frames are the last ones
+                beyond = [f for f in frames if f.filename != __file__ and "contextlib" not in f[0]]
+        return {
+            "classes": [kind.__name__ for kind in type(error).__mro__],
+            "text": _text(error)[:MOST_TEXT],
+            "late": isinstance(error, TimeOverError),
+            "frames": [[f.filename, f.lineno or 1, f.name] for f in beyond][-MOST_FRAMES:],
+        }
+
+
+class Items(list[Any]):
+    """The items of an iterator that a call returned."""
+
+
+class Arguments:
+    """Reads the arguments of a call, and finds out later which of them were changed in place."""
+
+    def __init__(self, learner: Learner, request: dict[str, Any], body: bytearray) -> None:
+        self.learner, torch = learner, learner.torch
+        self.tensors: dict[int, Any] = {}  # number of an argument → the tensor the code gets
+        self.numbers: dict[int, int] = {}  # id of that tensor → number
+        self.versions: dict[int, int] = {}
+        self.containers: dict[int, tuple[Any, list[int]]] = {}
+        self.objects: list[Any] = []
+        self._before: dict[int, Any] = {}
+        owner = self
+
+        class Reader(learner.wire.Reader):  # type: ignore[misc,name-defined]
+            """Makes leaves of the tensors that are differentiated."""
+
+            def tensor(self, data: dict[str, Any]) -> Any:
+                plain = super().tensor(data)
+                number = data.get("i")
+                if number is None:
+                    return plain
+                if number in owner.tensors:
+                    return owner.tensors[number]
+                given = plain
+                if data.get("leaf") is not None:
+                    leaf = plain.requires_grad_()
+                    learner.leaves[data["leaf"]] = leaf
+                    given = leaf
+                    if data.get("inner"):
+                        # Not a leaf where the check made it, so it may be changed in place.
+                        with torch.enable_grad():
+                            new = torch.empty_strided(
+                                leaf.shape, leaf.stride(), dtype=leaf.dtype
+                            )
+                            given = new.copy_(leaf) if _fills(leaf) else leaf.clone()
+                owner.tensors[number] = given
+                owner.numbers[id(given)] = number
+                owner.versions[number] = given._version
+                owner._before[number] = given.detach().clone()
+                return given
+
+            def read(self, data: Any, depth: int = 0) -> Any:
+                value = super().read(data, depth)
+                if isinstance(value, list | dict) and isinstance(data, dict) and "i" in data:
+                    items = value if isinstance(value, list) else list(value.values())
+                    owner.containers[data["i"]] = value, [id(item) for item in items]
+                return value
+
+        self._reader = Reader(request, body, self._opaque)
+
+    def read(self, data: Any) -> Any:
+        """A value from its JSON."""
+        return self._reader.read(data)
+
+    def _opaque(self, data: dict[str, Any]) -> Any:
+        if data.get("k") == "object":
+            found = self.learner.objects[data["h"]]
+            self.objects.append(found)
+            return found
+        if data.get("k") == "parameter":
+            return self.learner.parameters[data["v"]]
+        raise self.learner.wire.WireError(f"a request has an unknown kind {data.get('k')!r}")
+
+    def changed(self, writer: Any) -> list[Any]:
+        """The arguments that were changed in place, with their new values."""
+        torch, found = self.learner.torch, []
+        special = writer.special
+        for number, tensor in self.tensors.items():
+            now, before = tensor.detach(), self._before[number]
+            if now.shape != before.shape or not _same_bytes(torch, now, before):
+                writer.special = lambda tensor: None
+                found.append([number, writer.write(now)])
+        writer.special = special
+        for number, (value, before_ids) in self.containers.items():
+            items = value if isinstance(value, list) else list(value.values())
+            if [id(item) for item in items] != before_ids:
+                found.append([number, writer.write(value)])
+        return found
+
+
+def _fills(tensor: Any) -> bool:
+    """Whether no two elements share their place in memory."""
+    return all(n == 1 or s > 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _same_bytes(torch: Any, one: Any, other: Any) -> bool:
+    """Equality that takes NaN for equal to itself."""
+    if one.dtype is not other.dtype:
+        return False
+    flat = [t.contiguous().reshape(-1) for t in (one, other)]
+    return bool(torch.equal(*(t.view(torch.uint8) for t in flat))) if one.numel() else True
+
+
+class Results:
+    """What is sent in the place of a tensor of a result.
+
+    An argument that is returned is named as that argument. A parameter keeps its identity. A tensor
+    that gradients flow through gets a number, and stays in the graph of its call.
+    """
+
+    def __init__(
+        self, learner: Learner, arguments: Arguments | None, results: list[Any], writer: Any
+    ) -> None:
+        self.learner, self.results, self.writer = learner, results, writer
+        self.arguments = arguments
+
+    def __call__(self, tensor: Any) -> dict[str, Any] | None:
+        """The data to be sent, or None for a plain tensor."""
+        given = self.arguments
+        number = given.numbers.get(id(tensor)) if given is not None else None
+        if given is not None and number is not None and given.tensors[number] is tensor:
+            if not tensor.requires_grad or tensor._version == given.versions[number]:
+                return {"k": "argument", "v": number}
+        if not tensor.requires_grad:
+            return None
+        if tensor.is_leaf and not any(tensor is leaf for leaf in self.learner.leaves.values()):
+            number, _ = self.learner.export(tensor)
+            return {"k": "parameter", "v": number}
+        data: dict[str, Any] = self.writer.data_of(tensor)
+        data["out"] = len(self.results)
+        self.results.append(tensor)
+        return data
+
+
+def main() -> None:
+    """Serve on the two pipes whose numbers stand in the arguments, or answer `probe`."""
+    die_with_parent()
+    command, *rest = sys.argv[1:]
+    if command == "probe":
+        json.dump(probe(rest), sys.stdout)
+        return
+    reading, writing, memory_gib, home = int(command), int(rest[0]), float(rest[1]), rest[2]
+    if Path(home).is_dir():
+        os.chdir(home)
+    limited = limit_memory(memory_gib)
+    sys.meta_path.append(NotHere)
+    import torch
+
+    from nemotron_lite.coursework.wire import Channel
+
+    torch.set_num_threads(1)
+    channel = Channel(reading, writing)
+    learner = Learner(channel)
+    channel.send({"id": 0, "memory_limited": limited, "cut_off": cut_off()}, b"")
+    learner.serve()
+
+
+if __name__ == "__main__":
+    main()
