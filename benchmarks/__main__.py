@@ -1,6 +1,6 @@
 """Run the benchmarks: `python -m benchmarks`, or one of them with its options.
 
-    python -m benchmarks                              all of them, about an hour on two cores
+    python -m benchmarks                              all of them, nearly two hours on two cores
     python -m benchmarks --quick                      all of them on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
     python -m benchmarks growth --peer-limit 8192
@@ -26,6 +26,7 @@ BENCHMARKS = (
     "speculation",
     "nvfp4_training",
     "nvfp4_checkpoints",
+    "removal",
 )
 BY_NAME = ("gpu_model", "figures")  # only run by name
 

@@ -63,7 +63,7 @@ def for_document(records: Path) -> dict[str, str]:
     functions: dict[str, Callable[[Path], str]] = {
         "model": model, "bfloat16": bfloat16, "operator": operator, "growth": growth, "gpu": gpu,
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
-        "training": training, "speculation": speculation,
+        "training": training, "speculation": speculation, "removal": removal,
     }  # fmt: skip
     return {name: function(records) for name, function in functions.items()}
 
@@ -437,6 +437,35 @@ ROLLBACK |= {
     "snapshots": "a copy of the Mamba layers' states after every token, which `Cache` did earlier "
     "and does no longer",
 }
+
+
+def removal(records: Path) -> str:
+    """What small models lose without one of their parts."""
+    found = _read(records / "removal.json")
+    by_part: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in found["results"]:
+        by_part.setdefault(entry["without"] or "nothing", {})[entry["task"]] = entry
+    rows = []
+    for part, tasks in by_part.items():
+        row = [part]
+        for task in ("text", "recall"):
+            if task not in tasks:
+                row += ["", ""]
+                continue
+            score, gap = tasks[task]["score"], tasks[task]["difference"]
+            row.append(f"{score['median']:.3f}")
+            spread = f"{gap['median']:+.3f} ({gap['min']:+.3f} to {gap['max']:+.3f})"
+            row.append("" if part == "nothing" else spread)
+        rows.append(row)
+    steps = {task: recipe["steps"] for task, recipe in found["recipes"].items()}
+    seeds = found["results"][0]["score"]["n"]
+    text = (
+        f"Record: {_link('removal.json', 'removal.json')}. {seeds} seeds; {steps['text']} steps on "
+        f"text, {steps['recall']} on recall. Median, and in brackets the smallest and largest "
+        "difference between runs of one seed."
+    )
+    heads = ["without", "bits per byte", "more than whole", "recall", "more than whole"]
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
 
 
 def _percent(summary: dict[str, float]) -> str:

@@ -2,8 +2,9 @@
 
 A chapter `NN_name` is one notebook, one folder of the package and one folder of tests:
 
-    notebooks/NN_name.ipynb
-    nemotron_lite/course/chapters/chNN_name/   exercises.py checks.py quiz.toml figures.py
+    notebooks/NN_name.ipynb                    perhaps NN_name_deeper.ipynb
+    nemotron_lite/course/chapters/chNN_name/   exercises.py checks.py figures.py
+                                               quiz.toml predictions.toml
                                                lesson.py, if it has a small model or data of its own
     tests/course/chapters/chNN_name/           mutants.py test_figures.py
                                                test_lesson.py, if there is a lesson.py
@@ -29,7 +30,8 @@ def chapter_names(root: Path) -> list[str]:
 
     A folder that holds nothing but `__pycache__` does not count.
     """
-    names = {path.stem for path in (root / NOTEBOOKS).glob("*.ipynb")}
+    notebooks = (root / NOTEBOOKS).glob("*.ipynb")
+    names = {path.stem.removesuffix("_deeper") for path in notebooks}
     for folder in (PACKAGE, TESTS):
         for path in (root / folder).glob("ch*"):
             if path.is_dir() and any(part.name != "__pycache__" for part in path.iterdir()):
@@ -46,6 +48,7 @@ def parts(root: Path, name: str) -> dict[str, Path]:
         "its exercises": package / "exercises.py",
         "the checks of its exercises": package / "checks.py",
         "its quiz": package / "quiz.toml",
+        "its predictions": package / "predictions.toml",
         "its figures": package / "figures.py",
         "wrong answers for its checks": tests / "mutants.py",
         "tests of its figures": tests / "test_figures.py",

@@ -9,15 +9,20 @@ list of problems, one sentence each. The tests have a small bad notebook for eac
     lint_text    what is written: no copies of the package, no numbers typed by hand, predictions
                  that are measured, exercises as they are defined, objectives with recap and quiz,
                  a header with times and requirements
+    lint_build   what the learner builds: no answer above its question, every answer is used
 
-`lint_notebook` applies all rules to one notebook, `lint_file` to a chapter on disk. No rule can see
-whether the chapter is correct and worth reading: open it and read it.
+A chapter may have a second notebook, `NN_name_deeper.ipynb`, for those who want to know more. It
+has no fixed sections; the other rules hold for it too. An exercise may stand in either notebook.
+
+`lint_notebook` applies all rules to one notebook, `lint_file` to a notebook on disk, `lint_chapter`
+to the notebooks of a chapter together. No rule can see whether the chapter is correct and worth
+reading: open it and read it.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,14 +30,23 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from nemotron_lite.authoring import lint_build as build
 from nemotron_lite.authoring import lint_cells as cells
 from nemotron_lite.authoring import lint_text as text
 from nemotron_lite.authoring.lint_cells import CHAPTER_SECONDS
 from nemotron_lite.course import exercises, quizzes
 from nemotron_lite.course.exercises import Exercise
 
-__all__ = ["CHAPTER_SECONDS", "LintContext", "lint_context", "lint_file", "lint_notebook"]
+__all__ = [
+    "CHAPTER_SECONDS",
+    "LintContext",
+    "lint_chapter",
+    "lint_context",
+    "lint_file",
+    "lint_notebook",
+]
 
+DEEPER = "_deeper"  # end of the name of the notebook beside a chapter
 PACKAGE = Path(__file__).resolve().parents[1]
 PUBLIC_FOLDERS = (
     "checkpoint", "course", "course/plotting", "data", "generation", "layers", "ops",
@@ -58,39 +72,60 @@ class LintContext:
     root: Path = PACKAGE.parent
 
 
-def lint_notebook(notebook: NotebookNode, chapter: str, context: LintContext) -> list[str]:
-    """All problems of one chapter.
+def lint_notebook(
+    notebook: NotebookNode, chapter: str, context: LintContext, *, deeper: bool = False
+) -> list[str]:
+    """All problems of one notebook.
 
     Args:
         notebook: version 4.
         chapter: its two digits.
         context: what the chapter is compared with.
+        deeper: it is the notebook beside the chapter.
     """
-    return [
+    found = [
         *cells.not_executed(notebook),
         *cells.stored_errors(notebook),
         *cells.figures_without_text(notebook),
         *cells.figures_without_picture(notebook),
-        *cells.section_problems(notebook, chapter),
         *cells.volatile_content(notebook),
-        *cells.too_long(notebook),
+        *cells.too_long(notebook, deeper=deeper),
         *cells.too_large(notebook),
         *cells.uncompared_cells(notebook),
         *cells.outside_references(notebook),
         *text.redefined_names(notebook, context.public_names),
         *text.typed_facts(notebook, context.fact_spellings),
         *text.claims_without_record(notebook, context.root),
-        *text.unmatched_predictions(notebook),
         *text.changed_exercises(notebook, context.exercises),
+        *build.shown_too_early(notebook, context.exercises),
+        *build.unused_answers(notebook, context.exercises),
+        *build.visible_plumbing(notebook),
+        *build.dead_links(notebook, context.root),
+    ]
+    if deeper:
+        return found
+    return [
+        *found,
+        *cells.section_problems(notebook, chapter),
+        *build.open_measurements(notebook),
+        *text.unmatched_predictions(notebook),
         *text.header_problems(notebook, context.exercises),
         *text.objective_problems(notebook, context.exercises, context.quiz_objectives),
     ]
 
 
 def lint_file(path: Path) -> list[str]:
-    """All problems of the chapter in `path`, whose file name starts with its two digits."""
-    chapter = path.name[:2]
-    return lint_notebook(nbformat.read(path, as_version=4), chapter, lint_context(chapter))
+    """All problems of the notebook in `path`, whose file name starts with the chapter's digits."""
+    chapter, notebook = path.name[:2], nbformat.read(path, as_version=4)
+    deeper = path.stem.endswith(DEEPER)
+    return lint_notebook(notebook, chapter, lint_context(chapter), deeper=deeper)
+
+
+def lint_chapter(paths: Sequence[Path]) -> list[str]:
+    """Problems of the notebooks of one chapter together: an exercise that has no cell, or two."""
+    chapter = paths[0].name[:2]
+    notebooks = [nbformat.read(path, as_version=4) for path in paths]
+    return text.missing_exercises(notebooks, exercises.exercises(chapter))
 
 
 def lint_context(chapter: str) -> LintContext:

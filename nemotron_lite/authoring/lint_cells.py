@@ -22,7 +22,8 @@ from nbformat import NotebookNode
 from nemotron_lite.course.display import PLOTLY, SHORTEST_ALT, WIDGET
 
 MOST_BYTES = 500_000
-MOST_CELLS = 64
+MOST_CELLS, MOST_WORDS = 45, 2300  # of a chapter
+MOST_CELLS_DEEPER, MOST_WORDS_DEEPER = 25, 1300  # of the notebook beside it
 MOST_LINES = 15  # of code in one cell; a stub may be longer
 MOST_IGNORED = 2  # cells whose output is not compared
 CHAPTER_SECONDS = 75  # alone on two quiet cores; the tests run each chapter twice
@@ -30,12 +31,13 @@ CHAPTER_SECONDS = 75  # alone on two quiet cores; the tests run each chapter twi
 # The sections of a chapter, in order. Those in REPEATED may come again later; an exercise can be
 # anywhere after the intuition.
 SECTIONS = (
-    "header", "setup", "objectives", "map", "demo", "predict", "intuition", "widget", "math",
-    "rung1", "rung2", "rung3", "measure", "break", "integrate", "fullscale", "recap", "quiz",
-    "trouble", "more",
+    "header", "setup", "opening", "objectives", "map", "demo", "intuition", "stepper", "math",
+    "kernel", "break", "integrate", "fullscale", "recap", "quiz", "more",
 )  # fmt: skip
-REPEATED = {"predict", "widget", "measure", "exercise"}
-LEAST_EXERCISES = 2
+ANYWHERE = ("exercise", "predict", "measure", "without")  # after the opening, as often as needed
+CODE_SECTIONS = {"setup", "opening", "quiz", "predict"}
+REPEATED = {"stepper"}
+LEAST_EXERCISES = 4
 
 _VOLATILE = {"execution", "ExecuteTime", "scrolled", "collapsed", "vscode", "colab"}
 _IGNORING = re.compile(r"NBVAL_(?:IGNORE_OUTPUT|SKIP|RAISES_EXCEPTION)")
@@ -153,11 +155,11 @@ def section_problems(notebook: NotebookNode, chapter: str) -> list[str]:
     for index, cell in enumerate(notebook.cells):
         for tag in tags(cell):
             places.setdefault(tag, []).append(index)
-            if tag not in {*SECTIONS, "exercise"}:
+            if tag not in {*SECTIONS, *ANYWHERE}:
                 found.append(f"cell {index} has the unknown tag nl:{tag}.")
-            elif cell.cell_type != ("code" if tag == "setup" else "markdown"):
+            elif cell.cell_type != ("code" if tag in CODE_SECTIONS else "markdown"):
                 found.append(f"cell {index} with nl:{tag} is a {cell.cell_type} cell.")
-    found += [f"nl:{tag} is missing." for tag in SECTIONS if tag not in places]
+    found += [f"nl:{tag} is missing." for tag in (*SECTIONS, *ANYWHERE) if tag not in places]
     for tag, at in places.items():
         if len(at) > 1 and tag in set(SECTIONS) - REPEATED:
             found.append(f"nl:{tag} is there {len(at)} times, in cells {at}.")
@@ -171,8 +173,9 @@ def section_problems(notebook: NotebookNode, chapter: str) -> list[str]:
     exercises = places.get("exercise", [])
     if len(exercises) < LEAST_EXERCISES:
         found.append(f"{len(exercises)} exercises; expected at least {LEAST_EXERCISES}.")
-    elif exercises[0] < places.get("intuition", [0])[0]:
-        found.append(f"nl:exercise (cell {exercises[0]}) comes before nl:intuition.")
+    for tag in ANYWHERE:
+        if tag in places and places[tag][0] < places.get("opening", [0])[0]:
+            found.append(f"nl:{tag} (cell {places[tag][0]}) comes before nl:opening.")
     return found + _opening(notebook, chapter, places)
 
 
@@ -205,17 +208,26 @@ def volatile_content(notebook: NotebookNode) -> list[str]:
     return [f"{problem} Run `make notebooks`." for problem in found]
 
 
-def too_long(notebook: NotebookNode) -> list[str]:
-    """Chapters of too many cells, and cells of too many lines. A stub may be longer."""
+def too_long(notebook: NotebookNode, *, deeper: bool = False) -> list[str]:
+    """Notebooks of too many cells or words, and cells of too many lines. A stub may be longer."""
+    most_cells = MOST_CELLS_DEEPER if deeper else MOST_CELLS
+    most_words = MOST_WORDS_DEEPER if deeper else MOST_WORDS
     found = []
-    if len(notebook.cells) > MOST_CELLS:
-        found.append(f"{len(notebook.cells)} cells; at most {MOST_CELLS}.")
+    if len(notebook.cells) > most_cells:
+        found.append(f"{len(notebook.cells)} cells; at most {most_cells}.")
+    if (words := count_words(notebook)) > most_words:
+        found.append(f"{words} words of text; at most {most_words}.")
     stubs = {index for _, index, _ in exercise_cells(notebook)}
     for index, cell in code_cells(notebook):
         lines = sum(1 for line in cell.source.splitlines() if line.strip())
         if lines > MOST_LINES and index not in stubs:
             found.append(f"cell {index} has {lines} lines of code; at most {MOST_LINES}.")
     return found
+
+
+def count_words(notebook: NotebookNode) -> int:
+    """Words of the markdown cells."""
+    return sum(len(cell.source.split()) for _, cell in markdown_cells(notebook))
 
 
 def exercise_cells(notebook: NotebookNode) -> Iterator[tuple[int, int, str]]:

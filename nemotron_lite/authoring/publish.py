@@ -288,6 +288,11 @@ def main(arguments: list[str] | None = None) -> int:
             for problem in problems:
                 print(f"  {problem}")
             failed += bool(problems)
+        for chapter in sorted({path.name[:2] for path in paths}):
+            missing = lint.lint_chapter(sorted(chosen.folder.glob(f"{chapter}_*.ipynb")))
+            for problem in missing:
+                print(f"{chapter}: {problem}")
+            failed += bool(missing)
     return int(failed > 0)
 
 

@@ -5,12 +5,15 @@ A chapter begins with the first two lines below, and then calls these functions:
     from nemotron_lite.course import check, facts_table, measured, predict, setup, show, show_source
 
     session = setup("01")                             # seeds, threads, device, plot theme
-    predict("crossover", "From which length on is the scan faster?", guess=None, unit="tokens")
-    measured("crossover", 740, low=16, high=65_536)   # the guess and the measurement, side by side
-    show_source(ops.scan.selective_scan)              # the package's own code, never a copy
+    quiz("01", "opening")                             # three questions from earlier chapters
+    predict("crossover")                              # asks for a guess, from predictions.toml
+    measured("crossover", 740)                        # the guess and the measurement, side by side
+    show_source(ops.selective_scan, folded="Compare with yours")    # the package's own code
     show(slider_box, figure)                          # live widget; later a picture and its text
     check("01.discretise", discretise)                # grades the function that is passed in
     hint("01.discretise")                             # the next of three hints
+    discretise = own("01.discretise", discretise)     # yours if it passes, else the package's
+    solution("01.discretise")                         # the reference, after the hints or a pass
     quiz("01")                                        # every answer gets a reason
     tell("Super has {super.layers} layers.")          # numbers from facts.toml, with their source
 
@@ -21,14 +24,18 @@ that the tests of the chapters can compare it; it never contains a measured valu
 The modules:
 
     session      setup: seeds, threads, device, versions
-    predictions  predict, measured
+    predictions  predict, measured, over the predictions.toml of a chapter
     sources      show_source
     display      show, progress, progress_hook
     factsheet    facts, tell, facts_table, over facts.toml
     quizzes      quiz, over the quiz.toml of a chapter
-    exercises    Exercise, Check, check, hint, over the exercises.py of a chapter
+    exercises    Exercise, Check, over the exercises.py of a chapter
+    checking     check, hint, solution
+    own_answers  own: the learner's answer in later cells and chapters
+    progress_store  what a learner has done, kept in files
     compare      comparisons for the checks, with messages that help
-    plotting     the theme, figures with alt text, sliders
+    plotting     the theme, figures with alt text, sliders, steppers
+    style        how JupyterLab shows the outputs, in its light and its dark theme
     chapters     one folder for each chapter
 
 Names are imported when they are first used. plotly, ipywidgets and IPython belong to the `lab`
@@ -41,9 +48,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemotron_lite.course.checking import check, hint, solution
     from nemotron_lite.course.display import progress, progress_hook, show
-    from nemotron_lite.course.exercises import Check, CheckResult, Exercise, check, hint
+    from nemotron_lite.course.exercises import Check, CheckResult, Exercise
     from nemotron_lite.course.factsheet import Fact, FactError, facts, facts_table, tell
+    from nemotron_lite.course.own_answers import own
     from nemotron_lite.course.predictions import measured, predict
     from nemotron_lite.course.quizzes import quiz
     from nemotron_lite.course.session import Session, setup
@@ -61,6 +70,7 @@ __all__ = [
     "facts_table",
     "hint",
     "measured",
+    "own",
     "predict",
     "progress",
     "progress_hook",
@@ -68,6 +78,7 @@ __all__ = [
     "setup",
     "show",
     "show_source",
+    "solution",
     "tell",
 ]
 
@@ -78,11 +89,12 @@ _MODULE_OF = {
     "Fact": "factsheet",
     "FactError": "factsheet",
     "Session": "session",
-    "check": "exercises",
+    "check": "checking",
     "facts": "factsheet",
     "facts_table": "factsheet",
-    "hint": "exercises",
+    "hint": "checking",
     "measured": "predictions",
+    "own": "own_answers",
     "predict": "predictions",
     "progress": "display",
     "progress_hook": "display",
@@ -90,6 +102,7 @@ _MODULE_OF = {
     "setup": "session",
     "show": "display",
     "show_source": "sources",
+    "solution": "checking",
     "tell": "factsheet",
 }
 

@@ -1,9 +1,21 @@
 """`show` and `progress`: outputs that are live while the kernel runs and still readable afterwards.
 
-A widget exists only while its kernel runs, so a committed notebook needs more than the widget.
-`show(widget, figure)` stores three forms in one output: the live view, the figure as plotly's JSON,
-and the alt text of the figure. JupyterLab shows the first form that it can. When a chapter is
-published, a picture is added and the live view is removed.
+A widget exists only while its kernel runs. JupyterLab shows "Error displaying widget" in its place
+when a saved notebook is opened again, even if the same output has other forms. So what a reader
+must see then is an output of its own, below the widget:
+
+    live          what the reader sees
+    1. the view   the widget
+    2. at rest    nothing: the style that `setup` sends hides it below a live view
+    3. in words   "The figure in words", folded
+
+    reopened, from `make lab`   a line of text in place of the view, then 2 and 3
+    reopened, another server    "Error displaying widget", then 2 and 3
+    a committed chapter         as from `make lab`, with a picture for other viewers
+
+`show(widget, figure)` makes these three of a figure; `show_live` makes the first two of anything.
+A front end other than JupyterLab shows 1 and 2 together. A bar is not a widget but a line of HTML
+that is replaced, so it needs no second form.
 
 A figure without alt text is refused: a reader who cannot see it must still learn what it shows.
 JupyterLab shows only the richest form, and its plotly pictures have no `alt`, so a screen reader
@@ -16,7 +28,8 @@ from __future__ import annotations
 import html
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from nemotron_lite.course import output
@@ -25,6 +38,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
 SHORTEST_ALT = 40  # characters of alt text
 IN_WORDS = "The figure in words"
+RUN_TO_MOVE = "Run this cell to move the figure."
+LIVE_CLASS = "nl-live"  # marks a live view; the style of `setup` hides the output below it
 
 T = TypeVar("T")
 
@@ -54,6 +69,7 @@ def show(*parts: Any) -> None:
         )
     if widget is None and hasattr(figure, "model_id"):
         widget = figure
+    words = alt_text(figure)
     forms: dict[str, Any] = {PLOTLY: _plotly_json(figure)}
     if widget is not None:
         if not hasattr(widget, "model_id"):
@@ -61,9 +77,9 @@ def show(*parts: Any) -> None:
                 f"show's first argument is a {type(widget).__name__}; expected an ipywidget "
                 "such as a VBox of sliders and a FigureWidget."
             )
-        forms[WIDGET] = widget_view(widget)
-    words = alt_text(figure)
-    output.show_output(words, more=forms)
+        show_live(widget, RUN_TO_MOVE, words, more=forms)
+    else:
+        output.show_output(words, more=forms)
     if output.ipython_shell() is not None:  # a terminal has just shown the text
         folded = f"<details><summary>{IN_WORDS}</summary>{html.escape(words)}</details>"
         output.show_output(IN_WORDS, folded)
@@ -83,6 +99,29 @@ def alt_text(figure: Any) -> str:
             'that say what the figure shows. Make the figure with described(figure, "…").'
         )
     return words
+
+
+def show_live(
+    widget: Any,
+    at_its_place: str,
+    plain: str,
+    rich: str | None = None,
+    *,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Show a widget, and below it what a reader sees when no kernel runs.
+
+    Args:
+        widget: an ipywidget.
+        at_its_place: the text that stands in the place of the widget then.
+        plain, rich, more: the output below, as in `show_output`; hidden while the widget is live.
+    """
+    if not output.in_notebook():
+        output.show_output(plain, rich, more=more)
+        return
+    widget.add_class(LIVE_CLASS)
+    output.show_output(at_its_place, more={WIDGET: widget_view(widget)})
+    output.show_output(plain, rich, more=more)
 
 
 def widget_view(widget: Any) -> dict[str, Any]:
@@ -128,21 +167,85 @@ def progress_hook(
     return on_step
 
 
+class Bar:
+    """A progress bar as one line of HTML that is replaced at most five times a second.
+
+    The plain text is the same at every step, because the tests of the chapters compare it. When
+    the work ends early, the last line says after how many steps.
+    """
+
+    def __init__(self, label: str, total: int | None) -> None:
+        self.label, self.total, self.n, self.note = label, total, 0, ""
+        self.closed = False
+        self._started = self._drawn = time.perf_counter()
+        self._handle = output.show_output(self._plain, self._html(), updatable=True)
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more steps."""
+        self.n += n
+        if time.perf_counter() - self._drawn > 0.2:
+            self._draw()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Show `text` behind the bar."""
+        self.note = text
+        if refresh:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw the last state; later calls do nothing."""
+        if not self.closed:
+            self.closed = True
+            self._draw()
+
+    @property
+    def _plain(self) -> str:
+        return self.label if self.total is None else f"{self.label}: {_steps(self.total)}"
+
+    def _draw(self) -> None:
+        self._drawn = time.perf_counter()
+        output.update_output(self._handle, self._plain, self._html())
+
+    def _html(self) -> str:
+        seconds = time.perf_counter() - self._started
+        of = "" if self.total is None else f" of {self.total:,}"
+        count = f"{self.n:,}{of} step{'' if (self.total or self.n) == 1 else 's'}"
+        state = count
+        if self.closed:
+            early = self.total is not None and self.n < self.total
+            state = f"ended after {count}" if early else f"{_steps(self.n)}, done"
+        elif self.total and self.n:
+            left = seconds / self.n * (self.total - self.n)
+            state += f", about {_duration(left)} left"
+        value = f' value="{self.n}" max="{self.total}"' if self.total else ""
+        if self.closed and not self.total:
+            value = ' value="1" max="1"'
+        label = html.escape(self.label)
+        notes = " · ".join(filter(None, [state, _duration(seconds), html.escape(self.note)]))
+        return (
+            f'<div>{label} <progress aria-label="{label}"{value} '
+            f'style="width: 200px; vertical-align: middle"></progress> {notes}</div>'
+        )
+
+
 def _bar(label: str, total: int | None) -> Any:
-    """tqdm's notebook bar as an output of ours, or tqdm's plain bar in a terminal."""
-    stored_text = label if total is None else f"{label}: {total:,} step{'' if total == 1 else 's'}"
+    """Our bar in a notebook, tqdm's in a terminal."""
     if not output.in_notebook():
         from tqdm import tqdm
 
         return tqdm(total=total, desc=label, file=sys.stderr)
-    output.import_lab("ipywidgets")
-    from tqdm.notebook import tqdm as notebook_tqdm
+    return Bar(label, total)
 
-    # With display=True the text in the notebook would be "0%| | 0/300".
-    bar = notebook_tqdm(total=total, desc=label, display=False)
-    output.show_output(stored_text, more={WIDGET: widget_view(bar.container)})
-    bar.displayed = True
-    return bar
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 def _is_figure(candidate: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`check` and `hint`: grade the function that a learner wrote, and say what to do next.
+"""Exercises: what a learner is asked to write, and how the answer is graded.
 
 An exercise is data: a task, a stub, a reference solution, three hints that grow stronger, and
 checks. The `exercises.py` of a chapter defines `EXERCISES`; the notebook cell, the coursework and
@@ -28,7 +28,6 @@ Left out: protection from a learner who wants to cheat. Anybody can read the che
 from __future__ import annotations
 
 import ast
-import html
 import linecache
 import random
 import re
@@ -42,7 +41,7 @@ from typing import Any
 
 import torch
 
-from nemotron_lite.course import learner_code, output
+from nemotron_lite.course import learner_code, output, progress_store
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
 
@@ -52,13 +51,11 @@ __all__ = [
     "CheckResult",
     "Exercise",
     "ExerciseError",
-    "check",
     "close",
     "exercise",
     "exercises",
     "grade",
     "gradients",
-    "hint",
     "keeps_inputs",
     "raises",
     "strided",
@@ -68,7 +65,6 @@ PRELUDE = (
     "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
 )
 KINDS = ("must", "optional", "stretch")
-_HINTS_READ: dict[str, int] = {}
 
 
 class ExerciseError(ValueError):
@@ -180,8 +176,22 @@ class Exercise:
         return space[self.function_name]
 
     @cached_property
-    def _stub_bodies(self) -> set[tuple[Any, ...]]:
-        return learner_code.compiled_bodies(self.build(self.stub))
+    def provided(self) -> set[str]:
+        """Names that an answer need not define: prelude, imports of the stub, what it needs."""
+        head = [
+            n
+            for n in ast.parse(PRELUDE + self.stub).body
+            if isinstance(n, ast.Import | ast.ImportFrom)
+        ]
+        names = {(a.asname or a.name).partition(".")[0] for node in head for a in node.names}
+        return names | {exercise(needed).function_name for needed in self.needs}
+
+    def bodies(self, function: Any) -> dict[str, learner_code.Body]:
+        """The compiled functions of an answer, by their names in the stub."""
+        others = {name.partition(".")[0] for name in learner_code.asked_for(self.stub)}
+        return learner_code.bodies_of(
+            function, self.function_name, sorted(others - {self.function_name})
+        )
 
 
 @dataclass(frozen=True)
@@ -203,47 +213,10 @@ class CheckResult:
             output.show_output(self.message)
 
 
-def check(exercise_id: str, function: Any) -> CheckResult:
-    """Grade the function that is passed in, and show the result.
-
-    Args:
-        exercise_id: such as "01.discretise".
-        function: the function or class itself, not its name.
-
-    Returns:
-        The result; a wrong answer is a result, not an error.
-
-    Raises:
-        ExerciseError: there is no such exercise.
-        TypeError: `function` cannot be called.
-    """
-    result = grade(exercise(exercise_id), function)
-    output.show_output(result.message, _result_html(result))
-    return result
-
-
-def hint(exercise_id: str, n: int | None = None) -> None:
-    """Show the next hint of an exercise, or the n-th of the three.
-
-    Raises:
-        ExerciseError: there is no such exercise.
-        ValueError: n is not 1, 2 or 3.
-    """
-    found = exercise(exercise_id)
-    if n is None:
-        n = min(_HINTS_READ.get(exercise_id, 0) + 1, 3)
-    if n not in (1, 2, 3):
-        raise ValueError(f"n is {n!r}; expected 1, 2 or 3: an exercise has three hints.")
-    _HINTS_READ[exercise_id] = n
-    text = found.hints[n - 1].strip()
-    last = " (the last one)" if n == 3 else ""
-    title = f"Hint {n} of 3{last} · {exercise_id}"
-    output.show_output(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})
-
-
 def reset_hints() -> None:
-    """Show the first hint of each exercise again; `setup` calls this."""
-    _HINTS_READ.clear()
+    """Forget the hints that are kept in memory only; those on disk stay."""
+    for key in progress_store.keys("hints"):
+        progress_store.remove_from_memory(key)
 
 
 def exercises(chapter: str) -> tuple[Exercise, ...]:
@@ -272,25 +245,33 @@ def exercise(exercise_id: str) -> Exercise:
     return known[exercise_id]
 
 
-def grade(found: Exercise, function: Any) -> CheckResult:
-    """Run the checks of an exercise on a function, without showing anything."""
+def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
+    """Run the checks of an exercise on a function, without showing or keeping anything.
+
+    Args:
+        found: the exercise.
+        function: the answer; any object that can be called, such as one that forwards its calls to
+            another process.
+        salt: enters the seed of each check. Coursework is graded with a secret one.
+    """
     if not callable(function):
         raise TypeError(
             f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
         )
-    codes = learner_code.compiled_bodies(function)
-    empty = all(learner_code.does_nothing(code) for code in codes)
-    if codes and (empty or codes == found._stub_bodies):
-        return _not_done(found)
+    bodies = found.bodies(function)
+    if learner_code.is_untouched(found.stub, bodies):
+        return not_done(found)
     wrong: dict[str, str] = {}
     for test in found.checks:
         try:
-            with _seeded(f"{found.id}/{test.name}"):
+            with _seeded(f"{found.id}/{test.name}{f'/{salt}' if salt else ''}"):
                 test.run(function)
         except Exception as error:
-            if isinstance(error, NotImplementedError) and learner_code.raised_by(function, error):
-                return _not_done(found)
-            if isinstance(error, AssertionError) and not learner_code.raised_by(function, error):
+            if _is_stub_error(found, function, bodies, error):
+                if _nothing_written(found, bodies):
+                    return not_done(found)
+                wrong[test.name] = f"{_raising_part(found, error)} is not written yet."
+            elif isinstance(error, AssertionError) and not learner_code.raised_by(function, error):
                 message = learner_code.with_full_stop(str(error))
                 wrong[test.name] = message or "the answer is not right."
             else:
@@ -298,7 +279,35 @@ def grade(found: Exercise, function: Any) -> CheckResult:
     return _summary(found, wrong)
 
 
-def _not_done(found: Exercise) -> CheckResult:
+def _is_stub_error(
+    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: Exception
+) -> bool:
+    """Whether a part of the answer that is still to be written raised the error."""
+    if isinstance(learner_code.root_cause(error), NotImplementedError):
+        return learner_code.raised_by(function, error)
+    # Triton's compiler, which refuses a `raise` in a kernel with an error of its own
+    unwritten = learner_code.unwritten_bodies(found.stub, bodies)
+    return learner_code.raised_by_triton(error) and bool(unwritten) and bool(bodies)
+
+
+def _nothing_written(found: Exercise, bodies: Mapping[str, learner_code.Body]) -> bool:
+    asked = learner_code.asked_for(found.stub)
+    if not bodies:  # not a Python function: nothing more is known
+        return len(asked) == 1
+    return learner_code.unwritten_bodies(found.stub, bodies) == asked
+
+
+def _raising_part(found: Exercise, error: Exception) -> str:
+    """The name of the function or method of the stub that raised the error."""
+    code = learner_code.raising_code(error)
+    for name in learner_code.asked_for(found.stub):
+        if code is not None and name.rpartition(".")[2] == code.co_name:
+            return name
+    return "a part of the stub"
+
+
+def not_done(found: Exercise) -> CheckResult:
+    """The result of an answer of which nothing is written yet."""
     message = (
         f"{found.id}: not done yet. Fill in {found.function_name} and run the cell again; "
         f'hint("{found.id}") helps.'
@@ -311,32 +320,19 @@ def _summary(found: Exercise, wrong: dict[str, str]) -> CheckResult:
     points = sum(test.points for test in found.checks if test.name not in wrong)
     passing = _count(len(found.checks) - len(wrong), len(found.checks), "check")
     score = f"{passing}, {_count(points, found.points, 'point')}."
-    cell = output.cell_number()
-    if not wrong:
-        message = f"{found.id}: right. {score}"
-        return CheckResult(True, points, found.points, message, found.id, shown_in_cell=cell)
-    lines = [f"{found.id}: not right yet. {score}"]
+    verdict = "not right yet" if wrong else "right"
+    lines = [f"{found.id}: {verdict}. {score}"]
     lines += [f"  {'✗' if test.name in wrong else '✓'} {test.name}" for test in found.checks]
-    first = next(test for test in found.checks if test.name in wrong)
-    lines.append(f"{first.name}: {wrong[first.name]}")
-    lines.append(f'Read hint("{found.id}", {first.hint}) next.')
+    number = None
+    if wrong:
+        first = next(test for test in found.checks if test.name in wrong)
+        number = first.hint
+        lines.append(f"{first.name}: {wrong[first.name]}")
+        lines.append(f'Read hint("{found.id}", {number}) next.')
+    cell = output.cell_number()
     return CheckResult(
-        False, points, found.points, "\n".join(lines), found.id, first.hint, tuple(wrong), cell
+        not wrong, points, found.points, "\n".join(lines), found.id, number, tuple(wrong), cell
     )
-
-
-def _result_html(result: CheckResult) -> str:
-    """The message in a box, its first line in bold and its code in a code font.
-
-    Each line is a `div`, because nbgrader's feedback pages print `<br>` as text.
-    """
-    edge = output.RIGHT if result.passed else output.WRONG if result.failed else output.ACCENT
-    head, *rest = html.escape(result.message, quote=False).splitlines()
-    lines = [f"<b>{head}</b>", *(line.replace("  ", "&emsp;", 1) for line in rest)]
-    text = "".join(f"<div>{line}</div>" for line in lines)
-    text = re.sub(r'hint\("[^)]*\)', r"<code>\g<0></code>", text)
-    text = re.sub(r"(?<=Your line: )(.*?)(?=</div>)", r"<code>\1</code>", text)
-    return output.box(text, edge=edge)
 
 
 def _count(number: int, of: int, what: str) -> str:

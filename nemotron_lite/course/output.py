@@ -62,22 +62,36 @@ def cell_number() -> int | None:
 
 
 def show_output(
-    plain: str, rich: str | None = None, *, more: Mapping[str, Any] | None = None
-) -> None:
+    plain: str,
+    rich: str | None = None,
+    *,
+    more: Mapping[str, Any] | None = None,
+    updatable: bool = False,
+) -> Any:
     """Show one output.
 
     Args:
         plain: text that is the same on every machine; a terminal shows nothing else.
         rich: the same as HTML; it may contain values measured on this machine.
         more: further data by MIME type, such as a figure or a live widget.
+        updatable: return a handle with which `update_output` replaces the output later.
     """
     if ipython_shell() is None:
         sys.stdout.write(plain + "\n")
-        return
-    data: dict[str, Any] = {**(more or {}), "text/plain": plain}
-    if rich is not None:
-        data["text/html"] = rich
-    import_lab("IPython.display").display(data, raw=True)
+        return None
+    display = import_lab("IPython.display").display
+    return display(_bundle(plain, rich, more), raw=True, display_id=updatable or None)
+
+
+def update_output(handle: Any, plain: str, rich: str | None = None) -> None:
+    """Replace an updatable output. `plain` stays as it was: tests compare the first one."""
+    if handle is not None:
+        handle.update(_bundle(plain, rich, None), raw=True)
+
+
+def _bundle(plain: str, rich: str | None, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    html_form = {} if rich is None else {"text/html": rich}
+    return {**(more or {}), "text/plain": plain, **html_form}
 
 
 def inline_html(text: str) -> str:

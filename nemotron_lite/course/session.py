@@ -19,20 +19,15 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_lite.course import output
+from nemotron_lite.course import output, predictions
 
 if TYPE_CHECKING:
     import torch
 
-# JupyterLab breaks long lines of code in the middle of a word; with this style they scroll. It also
-# cuts the picture of a plotly figure off in a narrow window; with this style the picture shrinks.
-NOTEBOOK_STYLE = (
-    "<style>.jp-RenderedMarkdown pre, .jp-RenderedMarkdown pre code "
-    "{ white-space: pre; overflow-x: auto; } "
-    ".jp-RenderedPlotly img { max-width: 100%; height: auto; }</style>"
-)
+STYLE = Path(__file__).with_name("style") / "custom.css"
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,9 @@ class Session:
 
 
 def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session:
-    """Start a chapter: set seeds, threads, device and plot theme; reset guesses and hints.
+    """Start a chapter: set seeds, threads, device and plot theme.
+
+    What the learner stored in earlier sessions (guesses, answers, hints read) stays.
 
     Args:
         chapter: its two digits, such as "01".
@@ -81,7 +78,7 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
-    _reset_guesses_and_hints()
+    predictions.begin(chapter)
     _plot_theme()
     session = Session(
         chapter=chapter,
@@ -108,13 +105,6 @@ def _choose_triton_mode() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton in its interpreter, on the CPU"
     return "Triton was imported before setup: restart the kernel to run kernels on the CPU"
-
-
-def _reset_guesses_and_hints() -> None:
-    from nemotron_lite.course import exercises, predictions
-
-    predictions.reset_guesses()
-    exercises.reset_hints()
 
 
 def _plot_theme() -> None:
@@ -144,4 +134,4 @@ def _session_html(session: Session, note: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     faint = f'<br><span style="color: {output.FAINT}">{" · ".join(versions)}</span>'
-    return output.box(" · ".join(parts) + faint) + NOTEBOOK_STYLE
+    return output.box(" · ".join(parts) + faint) + f"<style>{STYLE.read_text()}</style>"

@@ -5,7 +5,9 @@ When the package changes, the stored output no longer matches, a test fails, and
 be published again.
 
 The output is markdown with a block of Python. JupyterLab colours it like a cell, in both themes and
-also in a notebook that is not trusted, where it would remove the colours from HTML.
+also in a notebook that is not trusted, where it would remove the colours from HTML. With
+`folded="Compare with yours"` the block is folded under that line: the answer to an exercise stands
+below it, for a learner who has tried.
 
 Left out: the docstring, unless you ask for it, because the text around the cell explains the code;
 and line numbers, which change with every edit above.
@@ -23,11 +25,12 @@ from typing import Any
 from nemotron_lite.course import output
 
 
-def show_source(obj: Any, *, docstring: bool = False) -> None:
+def show_source(obj: Any, *, folded: str = "", docstring: bool = False) -> None:
     """Show the source of a function, method, class, property or Triton kernel.
 
     Args:
         obj: the object itself, not its name.
+        folded: fold the source under this line; "" shows it open.
         docstring: keep the docstring of the object (methods of a class keep theirs either way).
 
     Raises:
@@ -35,8 +38,14 @@ def show_source(obj: Any, *, docstring: bool = False) -> None:
     """
     source, where = source_of(obj, docstring=docstring)
     fence = max(["``", *re.findall("`{3,}", source)], key=len) + "`"
-    markdown = f"`{where}`\n\n{fence}python\n{source}\n{fence}"
-    output.show_output(source, more={"text/markdown": markdown})
+    block = f"{fence}python\n{source}\n{fence}"
+    if not folded:
+        output.show_output(source, more={"text/markdown": f"`{where}`\n\n{block}"})
+        return
+    # The empty lines end the HTML: what stands between them is markdown again.
+    summary = f"<summary>{output.inline_html(folded)} · <code>{where}</code></summary>"
+    markdown = f"<details>{summary}\n\n{block}\n\n</details>"
+    output.show_output(f"{folded} · {where}\n{source}", more={"text/markdown": markdown})
 
 
 def source_of(obj: Any, *, docstring: bool = False) -> tuple[str, str]:

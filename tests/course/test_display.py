@@ -1,4 +1,4 @@
-"""One bundle: the live view, the figure, and the words; and bars that say something at rest."""
+"""The live view, the figure and the words; and bars that say something at rest."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import ipywidgets
 import plotly.graph_objects as go
 import pytest
 
-from nemotron_lite.course import progress, progress_hook, show
-from nemotron_lite.course.display import PLOTLY, WIDGET
+from nemotron_lite.course import display, output, progress, progress_hook, show
+from nemotron_lite.course.display import LIVE_CLASS, PLOTLY, WIDGET
 from tests.course.conftest import Shown
 
 ALT = "A line that rises from 1 to 3 as the length grows from 0 to 2 tokens."
@@ -44,16 +44,34 @@ def test_a_terminal_shows_the_alt_text_once(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == ALT + "\n"
 
 
-def test_a_widget_comes_with_its_figure(shown: Callable[..., Shown]) -> None:
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a kernel."""
+    monkeypatch.setattr(output, "in_notebook", lambda: True)
+
+
+@pytest.mark.usefixtures("notebook")
+def test_below_a_widget_stands_what_is_seen_without_it(shown: Callable[..., Shown]) -> None:
     box = ipywidgets.VBox([ipywidgets.IntSlider()])
-    bundle, _ = shown(show, box, figure()).bundles
-    assert set(bundle) == {WIDGET, PLOTLY, "text/plain"}
-    assert bundle[WIDGET]["model_id"] == box.model_id
+    live, rest, words = shown(show, box, figure()).bundles
+    assert set(live) == {WIDGET, "text/plain"}
+    assert live[WIDGET]["model_id"] == box.model_id
+    assert LIVE_CLASS in box._dom_classes
+    assert set(rest) == {PLOTLY, "text/plain"}
+    assert rest["text/plain"] == ALT
+    assert ALT in words["text/html"]
 
 
+@pytest.mark.usefixtures("notebook")
 def test_a_figure_widget_is_both(shown: Callable[..., Shown]) -> None:
-    bundle, _ = shown(show, figure(kind=go.FigureWidget)).bundles
-    assert set(bundle) == {WIDGET, PLOTLY, "text/plain"}
+    live, rest, _ = shown(show, figure(kind=go.FigureWidget)).bundles
+    assert WIDGET in live
+    assert set(rest) == {PLOTLY, "text/plain"}
+
+
+def test_a_terminal_shows_no_widget(shown: Callable[..., Shown]) -> None:
+    bundle, _ = shown(show, ipywidgets.VBox(), figure()).bundles
+    assert bundle["text/plain"] == ALT
 
 
 @pytest.mark.parametrize("alt", [None, "", "A plot of the thing."])
@@ -73,7 +91,7 @@ def test_other_things_are_refused() -> None:
         show(1, 2, 3)
 
 
-def test_a_bar_gives_back_what_it_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_has_a_bar_of_tqdm(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress([1, 2, 3], "training")) == [1, 2, 3]
     assert list(progress(iter("ab"), "reading", total=2)) == ["a", "b"]
     printed = capsys.readouterr()
@@ -81,14 +99,68 @@ def test_a_bar_gives_back_what_it_was_given(capsys: pytest.CaptureFixture[str]) 
     assert "training: 100%" in printed.err
 
 
-def test_a_bar_closes_when_the_loop_is_left() -> None:
-    steps = progress(range(3), "training")
-    assert next(steps) == 0
-    steps.close()
-
-
 def test_the_hook_counts_log_records(capsys: pytest.CaptureFixture[str]) -> None:
     on_step = progress_hook(total=2)
     on_step({"ce": 1.5})
     on_step({"ce": 1.25, "step": 2})
     assert "loss 1.250" in capsys.readouterr().err
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, notebook: None) -> list[tuple[str, str]]:
+    """Text and HTML of every state of a bar in a notebook."""
+    states: list[tuple[str, str]] = []
+
+    def show_output(plain: str, rich: str, *, updatable: bool) -> object:
+        assert updatable
+        states.append((plain, rich))
+        return states
+
+    monkeypatch.setattr(output, "show_output", show_output)
+    monkeypatch.setattr(output, "update_output", lambda _, *forms: states.append(forms))
+    return states
+
+
+def test_a_bar_is_one_line_whose_text_stays(drawn: list[tuple[str, str]]) -> None:
+    assert list(progress(range(3), "a < b")) == [0, 1, 2]
+    assert {plain for plain, _ in drawn} == {"a < b: 3 steps"}
+    first, last = drawn[0][1], drawn[-1][1]
+    assert 'aria-label="a &lt; b" value="0" max="3"' in first
+    assert 'value="3" max="3"' in last
+    assert "3 steps, done" in last
+
+
+def test_a_loop_that_is_left_early_says_so(drawn: list[tuple[str, str]]) -> None:
+    steps = progress(range(1000), "training")
+    assert (next(steps), next(steps)) == (0, 1)
+    steps.close()
+    assert drawn[-1][0] == "training: 1,000 steps"
+    assert "ended after 1 of 1,000 steps" in drawn[-1][1]
+
+
+def test_a_bar_is_drawn_five_times_a_second_at_most(drawn: list[tuple[str, str]]) -> None:
+    list(progress(range(20_000), "training"))
+    assert len(drawn) < 12
+
+
+def test_a_bar_without_a_total(drawn: list[tuple[str, str]]) -> None:
+    list(progress(iter("ab"), "reading"))
+    assert {plain for plain, _ in drawn} == {"reading"}
+    assert "value" not in drawn[0][1]
+    assert "2 steps, done" in drawn[-1][1]
+
+
+def test_the_hook_closes_its_bar(drawn: list[tuple[str, str]]) -> None:
+    on_step = progress_hook("tuning", total=2)
+    on_step({"ce": 1.5})
+    on_step({"ce": 1.25, "step": 2})
+    assert drawn[-1][0] == "tuning: 2 steps"
+    assert "loss 1.250" in drawn[-1][1]
+    assert "done" in drawn[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.42, "0.4 s"), (12.3, "12 s"), (185.2, "3 min 05 s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert display._duration(seconds) == text

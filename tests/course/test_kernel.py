@@ -19,7 +19,13 @@ from nemotron_lite.course import *
 from nemotron_lite.course import quizzes
 setup("01", threads=1)""",
     "source": "show_source(ops.selective_scan)",
-    "predict": "predict('n', 'How many?', guess=3)\nmeasured('n', 4.5)",
+    "predict": """
+from nemotron_lite.course import predictions
+asked = predictions.Prediction("n", "How many?", low=4)
+predictions.load_predictions = lambda chapter: {"n": asked}
+predict('n')
+measured('n', 4.5)
+predictions.keep_guess("01", asked, 9)""",
     "figure": """
 import ipywidgets, plotly.graph_objects as go
 live = go.FigureWidget(go.Scatter(y=[1, 2]))
@@ -27,7 +33,7 @@ live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the
 show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "progress": "total = sum(progress(range(300), 'training'))",
     "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
-    "quiz": f"quizzes.load_quiz = lambda chapter: quizzes.parse_quiz({TEXT!r})\nquiz('01')",
+    "quiz": f"quizzes.load_quiz = lambda chapter, part: quizzes.parse_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
 from nemotron_lite.course import exercises
@@ -66,15 +72,16 @@ def run_cells() -> dict[str, list[dict[str, Any]]]:
 def test_what_a_chapter_leaves_in_its_file() -> None:
     """One test, because one kernel takes as long as all the others of this folder."""
     outputs = run_cells()
-    once = set(CELLS) - {"predict", "tell", "figure"}
+    once = set(CELLS) - {"predict", "tell", "figure", "quiz"}
     assert {name for name, bundles in outputs.items() if len(bundles) == 1} == once
 
     text = {name: bundles[-1]["text/plain"] for name, bundles in outputs.items()}
     assert text["setup"] == "Chapter 01 · ready"
     assert text["predict"] == "measured: n"
+    assert "2 × below your guess" in outputs["predict"][-1]["text/html"]
     assert text["figure"] == "The figure in words"
-    assert outputs["figure"][0]["text/plain"].startswith("A line that rises")
-    assert "A line that rises" in outputs["figure"][1]["text/html"]
+    assert outputs["figure"][1]["text/plain"].startswith("A line that rises")
+    assert "A line that rises" in outputs["figure"][2]["text/html"]
     assert text["progress"] == "training: 300 steps"
     assert text["hook"] == "training: 2 steps"
     assert text["check"].startswith("99.twice: not done yet. Fill in twice")
@@ -84,6 +91,9 @@ def test_what_a_chapter_leaves_in_its_file() -> None:
     assert text["later"] == text["broken"]
     assert "a) It forgets *faster*." in text["quiz"]
 
-    for name in ("figure", "progress", "hook", "quiz"):
+    for name in ("predict", "figure", "quiz"):
         assert WIDGET in outputs[name][0], f"{name} has no live form"
-    assert outputs["figure"][0][PLOTLY]["data"][0]["y"]
+        assert WIDGET not in outputs[name][1], f"{name} has no form at rest"
+    assert outputs["figure"][1][PLOTLY]["data"][0]["y"]
+    assert 'value="300" max="300"' in outputs["progress"][0]["text/html"]
+    assert "loss 0.500" in outputs["hook"][0]["text/html"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from nemotron_lite.course import quizzes
+from nemotron_lite.course import output, progress_store, quizzes
 from nemotron_lite.course.chapter_list import chapter_folders
+from nemotron_lite.course.display import WIDGET
 from nemotron_lite.course.quizzes import QuizError, load_quiz, parse_quiz, quiz, quiz_widget
 from tests.course.conftest import Shown
 
@@ -35,6 +37,19 @@ reason = "A = -exp(A_log)."
 text = "It is positive."
 right = false
 reason = "Then the state would grow."
+"""
+OPENING = """
+[[opening]]
+objective = "00.O2"
+question = "What is *read* for each token?"
+[[opening.options]]
+text = "All experts."
+right = false
+reason = "Only the chosen ones."
+[[opening.options]]
+text = "The chosen `experts`."
+right = true
+reason = "Yes."
 """
 QUIZZES = list(chapter_folders())
 
@@ -80,14 +95,85 @@ def test_an_unknown_quiz_says_which_there_are() -> None:
         load_quiz("99")
 
 
+@pytest.fixture
+def chapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A chapter 01 with the quiz above, and no stored answers."""
+    monkeypatch.setattr(quizzes, "chapter_folders", lambda: {"01": tmp_path})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quiz.toml").write_text(OPENING + TEXT)
+    progress_store.forget_memory()
+    yield tmp_path
+    progress_store.forget_memory()
+
+
+@pytest.mark.usefixtures("chapter")
 def test_at_rest_there_are_no_answers(
     shown: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quizzes, "load_quiz", lambda chapter: parse_quiz(TEXT))
     plain = shown(quiz, "01").plain
     assert "1. (O2) What does `dt` do?\n   a) It forgets *faster*.\n   b) Nothing." in plain
-    assert "shrinks" not in plain
-    assert "true" not in plain
+    monkeypatch.setattr(output, "in_notebook", lambda: True)
+    live, rest = shown(quiz, "01").bundles
+    assert WIDGET in live
+    assert live["text/plain"] == "Run this cell to answer."
+    assert rest["text/plain"] == plain
+    assert "<li>It forgets <i>faster</i>.</li>" in rest["text/html"]
+    for text in (plain, rest["text/html"]):
+        assert "shrinks" not in text
+        assert "true" not in text
+
+
+@pytest.mark.usefixtures("chapter")
+def test_the_opening_asks_about_earlier_chapters(shown: Callable[..., Shown]) -> None:
+    assert shown(quiz, "01", "opening").plain == (
+        "1. (00.O2) What is *read* for each token?\n   a) All experts.\n   b) The chosen `experts`."
+    )
+    assert [one.objective for one in load_quiz("01")] == ["O2", "O1"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [("O2", "expected one like '00.O1'"), ("01.O2", "expected one of a chapter before 01")],
+)
+def test_an_opening_about_this_chapter_is_refused(
+    chapter: Path, objective: str, words: str
+) -> None:
+    (chapter / "quiz.toml").write_text(OPENING.replace("00.O2", objective) + TEXT)
+    with pytest.raises(QuizError, match=words):
+        load_quiz("01", "opening")
+
+
+def test_a_part_that_is_missing_or_unknown_is_named(chapter: Path) -> None:
+    with pytest.raises(QuizError, match="has no part 'end'"):
+        load_quiz("01", "end")
+    (chapter / "quiz.toml").write_text(TEXT)
+    with pytest.raises(QuizError, match=r"quiz.toml has no \[\[opening\]\]"):
+        load_quiz("01", "opening")
+
+
+def test_the_first_chapter_opens_with_what_came_before(chapter: Path) -> None:
+    (chapter / "quiz.toml").write_text(OPENING.replace("00.O2", "before") + TEXT)
+    (asked,) = load_quiz("01", "opening")
+    assert "before the course" in quizzes.static_html([asked])
+
+
+@pytest.mark.usefixtures("chapter")
+def test_answers_are_kept_and_shown_again() -> None:
+    asked = load_quiz("01")
+    quiz_widget(asked, "01.questions").children[0].children[1].value = 1
+    assert progress_store.get("quiz/01.questions.1") == {"chosen": "Nothing.", "right": False}
+    again = quiz_widget(asked, "01.questions")
+    _, buttons, reply = again.children[0].children
+    assert buttons.value == 1
+    assert "Look again." in reply.value
+    assert again.children[-1].value == "0 of 2 right, 1 answered"
+
+
+@pytest.mark.usefixtures("chapter")
+@pytest.mark.parametrize("stored", [{"chosen": "An option of last year."}, "Nothing.", 1])
+def test_an_answer_to_another_question_is_forgotten(stored: object) -> None:
+    progress_store.put("quiz/01.questions.1", stored)
+    assert quiz_widget(load_quiz("01"), "01.questions").children[0].children[1].value is None
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,16 @@ def test_the_code_stands_in_a_block_of_python(shown: Callable[..., Shown]) -> No
     assert block == f"```python\n{seen.plain}\n```"
 
 
+def test_the_answer_to_an_exercise_is_folded(shown: Callable[..., Shown]) -> None:
+    seen = shown(show_source, ops.selective_scan, folded="Compare with *yours*")
+    line, source = seen.plain.split("\n", 1)
+    assert line == "Compare with *yours* · nemotron_lite/ops/scan.py"
+    assert seen.bundles[0]["text/markdown"] == (
+        "<details><summary>Compare with <i>yours</i> · <code>nemotron_lite/ops/scan.py</code>"
+        f"</summary>\n\n```python\n{source}\n```\n\n</details>"
+    )
+
+
 def fenced() -> str:
     return "```"
 

@@ -3,7 +3,7 @@
     theme       colours, dashes, markers and fonts, and the contrast between two colours
     figure      `described` (a figure with its text), `lines` and `matrix`
     model_map   the layers of a config as blocks
-    widgets     sliders over a live figure
+    widgets     sliders and steps over a live figure
 
 The figures of a single chapter are in the `figures.py` of that chapter.
 
@@ -17,12 +17,13 @@ This package needs the `lab` extra (plotly, ipywidgets, anywidget); `import nemo
 from nemotron_lite.course.plotting.figure import alt_of, described, lines, matrix
 from nemotron_lite.course.plotting.model_map import model_map
 from nemotron_lite.course.plotting.theme import PALETTE, SERIES, template
-from nemotron_lite.course.plotting.widgets import Explorer, explore, live, slider
+from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, live, slider, stepper
 
 __all__ = [
     "PALETTE",
     "SERIES",
     "Explorer",
+    "Stepper",
     "alt_of",
     "described",
     "explore",
@@ -31,5 +32,6 @@ __all__ = [
     "matrix",
     "model_map",
     "slider",
+    "stepper",
     "template",
 ]

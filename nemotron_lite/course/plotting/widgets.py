@@ -1,6 +1,9 @@
-"""Sliders that change a live figure while they are dragged.
+"""Sliders that change a live figure while they are dragged, and steps that can be played.
 
     view = explore(figure, update, dt=slider("step dt", 0.001, 1.0, value=0.1, log=True))
+    show(view, figure)
+
+    view = stepper(figure, update, steps=24, label="token")
     show(view, figure)
 
 `update(fig, dt=…)` changes the traces of the live figure. All its changes are sent as one message
@@ -8,6 +11,9 @@
 below the figure: the same result in words, for a reader who cannot see the lines. An update may
 take 200 ms; a slower slider feels broken, so anything expensive is computed before. An error in an
 update would only appear in a log that nobody reads, so it is shown below the figure too.
+
+`stepper` shows something that happens in steps, such as a state that is written token by token:
+Play, Back, Next and a slider, and `update(fig, step=i)` as above.
 
 When no kernel runs, the picture of the figure and its text, stored by `show`, take its place.
 """
@@ -25,6 +31,7 @@ import plotly.graph_objects as go
 from nemotron_lite.course.plotting.figure import alt_of, described
 
 BUDGET = 0.2  # seconds from moving a slider to the new picture
+PLAY_MS = 700  # milliseconds for each step that is played: time to read its sentence
 
 Update = Callable[..., Any]
 
@@ -151,3 +158,64 @@ def explore(figure: go.Figure, update: Update, **controls: ipywidgets.Widget) ->
         controls: widgets with a `value`, by the name under which `update` takes it.
     """
     return Explorer(figure, update, **controls)
+
+
+class Stepper(Explorer):
+    """An `Explorer` over the steps 0 … `steps` - 1, with buttons to play them and to go by one.
+
+    `player`, `back` and `forward` are the buttons; `controls["step"]` is the slider.
+    """
+
+    def __init__(
+        self, figure: go.Figure, update: Update, steps: int, label: str, start: int = 0
+    ) -> None:
+        last = steps - 1
+        where = slider(label, 0, last, value=start)
+        self.player = ipywidgets.Play(
+            value=start, min=0, max=last, interval=PLAY_MS, show_repeat=False
+        )
+        self.back = _button("◀ Back", f"Back to the {label} before")
+        self.forward = _button("Next ▶", f"Go on to the next {label}")
+        # The browser moves the slider while it plays; the kernel only draws.
+        self._link = ipywidgets.jslink((self.player, "value"), (where, "value"))
+        super().__init__(figure, update, step=where)
+        self.back.on_click(lambda _: self.go(-1))
+        self.forward.on_click(lambda _: self.go(1))
+        row = ipywidgets.HBox(
+            [self.player, self.back, self.forward, where],
+            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
+        )
+        self.children = [row, self.figure, self.words]
+
+    def go(self, by: int) -> None:
+        """Move by a number of steps; stays at the first and at the last one."""
+        where = self.controls["step"]
+        where.value = min(max(where.value + by, where.min), where.max)
+
+
+def stepper(figure: go.Figure, update: Update, steps: int, label: str, start: int = 0) -> Stepper:
+    """Put Play, Back, Next and a slider above a live copy of `figure`.
+
+    Args:
+        figure: a described figure; it is not changed.
+        update: called as `update(fig, step=i)` with the live figure and i from 0 to steps - 1. It
+            changes traces in place; a string it returns is shown below.
+        steps: how many there are.
+        label: what one step is, such as "token".
+        start: the first step to show.
+
+    Raises:
+        ValueError: fewer than two steps, or a start outside of them.
+    """
+    if steps < 2 or not 0 <= start < steps:
+        raise ValueError(
+            f"stepper: steps={steps}, start={start}; expected two or more steps and a start from "
+            "0 to steps - 1."
+        )
+    return Stepper(figure, update, steps, label, start)
+
+
+def _button(text: str, tooltip: str) -> ipywidgets.Button:
+    return ipywidgets.Button(
+        description=text, tooltip=tooltip, layout=ipywidgets.Layout(width="auto")
+    )

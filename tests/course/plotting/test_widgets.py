@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from nemotron_lite.course.plotting import alt_of, described, explore, live, slider
+from nemotron_lite.course.plotting import alt_of, described, explore, live, slider, stepper
 from nemotron_lite.course.plotting.widgets import BUDGET
 
 WORDS = "Four curves that decay from one towards zero, the faster the larger the step size is."
@@ -106,3 +106,54 @@ def test_the_kind_of_slider_follows_from_the_range() -> None:
 def test_an_impossible_slider_is_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         slider("x", **arguments)
+
+
+def reach(fig: go.FigureWidget, *, step: int) -> str:
+    fig.data[0].y = TIME * step
+    return f"token {step} of 24"
+
+
+def test_a_stepper_goes_forward_and_back_and_stays_inside() -> None:
+    view = stepper(curves(), reach, steps=24, label="token", start=22)
+    assert "token 22 of 24" in view.words.value
+    view.forward.click()
+    view.forward.click()
+    assert view.controls["step"].value == 23
+    np.testing.assert_allclose(view.figure.data[0].y, TIME * 23)
+    assert 'aria-live="polite">token 23' in view.words.value
+    view.back.click()
+    assert view.controls["step"].value == 22
+    view.go(-100)
+    assert view.controls["step"].value == 0
+
+
+def test_a_stepper_can_be_played_and_names_its_parts() -> None:
+    view = stepper(curves(), reach, steps=24, label="token")
+    assert (view.player.min, view.player.max, view.player.value) == (0, 23, 0)
+    link = view._link
+    assert link.source == (view.player, "value")
+    assert link.target == (view.controls["step"], "value")
+    assert view.controls["step"].description == "token"
+    assert (view.back.description, view.forward.description) == ("◀ Back", "Next ▶")
+    row, figure, words = view.children
+    assert row.children == (view.player, view.back, view.forward, view.controls["step"])
+    assert (figure, words) == (view.figure, view.words)
+
+
+@pytest.mark.timing
+def test_a_step_is_faster_than_the_eye() -> None:
+    def grow(fig: go.FigureWidget, *, step: int) -> None:
+        decay(fig, dt=0.1 * (step + 1))
+
+    view = stepper(curves(), grow, steps=24, label="token")
+    taken = []
+    for _ in range(15):
+        view.forward.click()
+        taken.append(view.seconds)
+    assert 0 < statistics.median(taken) < BUDGET
+
+
+@pytest.mark.parametrize("wrong", [dict(steps=1), dict(steps=4, start=4), dict(steps=4, start=-1)])
+def test_an_impossible_stepper_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="two or more steps and a start"):
+        stepper(curves(), reach, label="token", **wrong)

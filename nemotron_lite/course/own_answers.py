@@ -1,0 +1,181 @@
+"""`own`: go on with what the learner built, or with the package's answer where it is not done.
+
+A chapter builds its component in steps, and each step is used by the cells below it and by later
+chapters. So after an exercise the notebook says
+
+    selective_recurrence = own("01.selective_recurrence", selective_recurrence)
+
+and gets the learner's function if it passes its checks. Otherwise it gets the answer that passed in
+an earlier session, or the package's reference solution, so that the chapter can be read and run
+before every exercise is done. One line says which of them runs.
+
+    mamba = own("02.mamba2")     # a later chapter: no function to pass in
+
+An answer that passed is kept as source code (`learner_code.answer_source`, `progress_store`).
+Before it is used it is built again and has to pass today's checks: the exercise may have changed.
+
+What an answer needs is resolved in the same way: the package's `Mamba2` is built with the learner's
+own scan, where that passes. Should the package's answer fail with the learner's part, it is built
+with the package's parts.
+
+Left out: protection. The code of a stored answer is run like a cell of the notebook; who can write
+into `work/` can run code there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemotron_lite.course import learner_code, output, progress_store
+from nemotron_lite.course.exercises import CheckResult, Exercise, exercise, grade
+
+HEADER = "# Your answer to {id}. It passed its checks; later chapters use it.\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An object that passes the checks of an exercise, and whose it is."""
+
+    thing: Any
+    of: str  # "yours", "stored" or "package"
+
+
+# The learner's object that passed last, in this kernel, by exercise.
+_PASSED: dict[str, Any] = {}
+# Objects that `own` made, by id() and kept alive: how an object that is passed in is recognized.
+_MADE: dict[int, tuple[Any, str]] = {}
+# What `own` built, by exercise, source and the answers it needs: built and graded once a kernel.
+_BUILT: dict[tuple[Any, ...], tuple[Any, str]] = {}
+
+
+def own(exercise_id: str, function: Any = None) -> Any:
+    """The learner's answer to an exercise if it passes, else the package's; a line says which.
+
+    Args:
+        exercise_id: such as "01.selective_recurrence".
+        function: the learner's function or class. None: the answer that passed in this kernel or in
+            an earlier session.
+
+    Returns:
+        A function or class that passes the checks.
+
+    Raises:
+        ExerciseError: there is no such exercise.
+        TypeError: `function` cannot be called.
+    """
+    found = exercise(exercise_id)
+    if id(function) in _MADE:  # the cell was run again: the name holds what `own` returned before
+        function = None
+    why = "there is none of yours yet"
+    if function is not None:
+        if _PASSED.get(exercise_id) is not function:
+            result = grade(found, function)
+            remember(found, function, result)
+            why = "yours does not pass yet" if result.failed else "yours is not done yet"
+        if _PASSED.get(exercise_id) is function:
+            _say(f"{exercise_id}: your {_kind(function)} runs.")
+            return function
+    answer, note = _resolve(found, live=function is None)
+    kind = _kind(answer.thing)
+    if answer.of == "yours":
+        text = f"your {kind} runs."
+    elif answer.of == "stored":
+        text = f"your {kind} of an earlier session runs."
+        if function is not None:
+            here = why.replace("yours", "the one here")
+            text = f"your {kind} of an earlier session runs, because {here}."
+    else:
+        text = f"the package's {kind} runs, because {note or why}."
+    _say(f"{exercise_id}: {text}")
+    return answer.thing
+
+
+def remember(found: Exercise, function: Any, result: CheckResult) -> None:
+    """Keep the result of a check and, if it passed, the source of the answer.
+
+    A later check that fails does not undo a pass.
+    """
+    key = f"checks/{found.id}"
+    before = progress_store.get(key)
+    before = before if isinstance(before, dict) else {}
+    now = {"passed": result.passed, "points": result.points, "max_points": result.max_points}
+    tried = result.passed or result.failed
+    if tried and now != before and not (before.get("passed") and not result.passed):
+        progress_store.put(key, now)
+    if not result.passed:
+        return
+    _PASSED[found.id] = function
+    source = learner_code.answer_source(function, found.function_name, found.provided)
+    stored = f"answers/{found.id}.py"
+    if source and progress_store.get(stored) != (text := HEADER.format(id=found.id) + source):
+        progress_store.put(stored, text)
+
+
+def is_package_answer(found: Exercise, function: Any) -> bool:
+    """Whether the object is the package's answer to this exercise, as `own` returned it."""
+    return _MADE.get(id(function), (None, ""))[1] == "package"
+
+
+def forget() -> None:
+    """Forget the answers of this kernel; those on disk stay."""
+    _PASSED.clear()
+    _MADE.clear()
+    _BUILT.clear()
+
+
+def _resolve(found: Exercise, *, live: bool = True) -> tuple[Answer, str]:
+    """The best answer there is, and why a stored one is not used ("" if there is none).
+
+    Args:
+        found: the exercise.
+        live: also take the learner's object that passed in this kernel.
+    """
+    if live and found.id in _PASSED:
+        return Answer(_PASSED[found.id], "yours"), ""
+    needs = {needed: _resolve(exercise(needed))[0] for needed in found.needs}
+    note = ""
+    source = progress_store.get(f"answers/{found.id}.py")
+    if isinstance(source, str):
+        thing, problem = _built(found, source, needs)
+        if not problem:
+            return Answer(thing, "stored"), ""
+        note = f"your stored answer {problem}"
+    thing, problem = _built(found, None, needs)
+    if problem and any(answer.of != "package" for answer in needs.values()):
+        thing, _ = _built(found, None, {})
+    return Answer(thing, "package"), note
+
+
+def _built(found: Exercise, source: str | None, needs: Mapping[str, Answer]) -> tuple[Any, str]:
+    """A built and graded answer, and what is wrong with it ("" if it passes).
+
+    The package's own answer is not graded again unless it is built with a part of the learner's.
+    """
+    key = (found.id, source, *(id(answer.thing) for answer in needs.values()))
+    if key not in _BUILT:
+        things = {needed: answer.thing for needed, answer in needs.items()}
+        thing, problem = None, ""
+        trusted = source is None and all(answer.of == "package" for answer in needs.values())
+        try:
+            thing = found.build(source, own=things)
+            if not trusted and not grade(found, thing).passed:
+                problem = "does not pass its checks today"
+        except Exception as error:
+            if trusted:
+                raise
+            problem = f"cannot be run ({type(error).__name__})"
+        if thing is not None:
+            _MADE[id(thing)] = (thing, "package" if source is None else "stored")
+        _BUILT[key] = thing, problem
+    return _BUILT[key]
+
+
+def _kind(thing: Any) -> str:
+    return "class" if isinstance(thing, type) else "function"
+
+
+def _say(text: str) -> None:
+    safe = output.inline_html(text)
+    output.show_output(text, f'<span style="color: {output.FAINT}">{safe}</span>')

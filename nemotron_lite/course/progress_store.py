@@ -1,0 +1,186 @@
+"""What a learner has done, kept on disk so that a restarted kernel and a later chapter find it.
+
+Answers that passed, checks, hints that were read, guesses and quiz answers are facts. Each fact is
+one small file below `.course/` in the folder of the notebook:
+
+    .course/answers/01.discretise.py         the source of an answer that passed
+    .course/checks/01.discretise.json        {"saved": "2026-…", "value": {"passed": true, …}}
+    .course/guesses/01.speed.json            {"saved": "2026-…", "value": 3.0}
+
+    put("guesses/01.speed", 3.0)             # writes the file
+    get("guesses/01.speed")                  # 3.0; None if there is no such fact
+
+One file per fact, replaced as a whole: two kernels that are open at the same time write different
+files, or the later one wins. Neither can leave a file that is half written.
+
+`make lab` makes the folder `.course`, in `work/`. Where it does not exist, the facts stay in the
+memory of the kernel: the committed notebooks, their tests and plain Python never read or write
+anybody's progress.
+
+A disk can be full, a folder read-only, a file damaged by hand. A chapter has to go on all the same:
+what cannot be written stays in memory, what cannot be read counts as missing, and one line says so.
+
+Left out: locks, and a history of what changed. A fact has one value, the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nemotron_lite.course import output
+from nemotron_lite.files import atomic_file
+
+FOLDER = ".course"
+_KEY = re.compile(r"[a-z]+/[A-Za-z0-9_][A-Za-z0-9._-]*")
+_TEXT = ".py"  # a key with this ending holds text; every other holds a JSON value
+
+# Facts that are not on disk: there is no folder, or it refused the write. Key → (value, saved).
+_MEMORY: dict[str, tuple[Any, str]] = {}
+_WARNED: set[str] = set()
+
+
+def folder() -> Path | None:
+    """The folder of the facts, None if there is none and they stay in memory."""
+    try:
+        found = Path.cwd() / FOLDER
+        return found if found.is_dir() else None
+    except OSError:  # the current folder was deleted
+        return None
+
+
+def put(key: str, value: Any) -> None:
+    """Keep a fact; an earlier value of the same key is replaced.
+
+    Args:
+        key: group and name, such as "guesses/01.speed". Keys that end in ".py" hold text.
+        value: what JSON can hold; text for a key that ends in ".py".
+
+    Raises:
+        ValueError: the key is not valid.
+        TypeError: the value cannot be written as JSON.
+    """
+    _check(key)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    text = str(value) if key.endswith(_TEXT) else json.dumps({"saved": now, "value": value})
+    path = _path(key)
+    if path is not None:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            _warn(
+                "write",
+                f"Your progress cannot be written into {path.parent.parent}: "
+                f"{error.strerror or error}. The chapter goes on, but what you do now is forgotten "
+                "when the kernel stops. Free some space, or make the folder writable.",
+            )
+        else:
+            _MEMORY.pop(key, None)
+            return
+    _MEMORY[key] = (value, now)
+
+
+def get(key: str, default: Any = None) -> Any:
+    """The value of a fact, `default` if there is none or its file cannot be read."""
+    found = _read(key)
+    return default if found is None else found[0]
+
+
+def saved_at(key: str) -> str | None:
+    """When the fact was kept, such as "2026-11-29T20:31:05+00:00"; None if there is none."""
+    found = _read(key)
+    return None if found is None else found[1]
+
+
+def keys(group: str) -> list[str]:
+    """The keys of a group, such as "guesses", in order."""
+    _check(f"{group}/x")
+    found = {key for key in _MEMORY if key.startswith(f"{group}/")}
+    base = folder()
+    if base is not None:
+        with suppress(OSError):
+            for path in (base / group).iterdir():
+                name = path.name.removesuffix(".json")
+                known = path.suffix in (".json", _TEXT) and _KEY.fullmatch(f"{group}/{name}")
+                found |= {f"{group}/{name}"} if known else set()
+    return sorted(found)
+
+
+def remove(key: str) -> None:
+    """Forget a fact; it need not exist."""
+    path = _path(key)
+    _MEMORY.pop(key, None)
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_from_memory(key: str) -> None:
+    """Forget a fact that is only in memory; what is on disk stays."""
+    _MEMORY.pop(key, None)
+
+
+def forget_memory() -> None:
+    """Forget what is only in memory, and which warnings were shown; files stay."""
+    _MEMORY.clear()
+    _WARNED.clear()
+
+
+def _check(key: str) -> None:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"key is {key!r}; expected a group and a name, such as 'guesses/01.speed'")
+
+
+def _path(key: str) -> Path | None:
+    _check(key)
+    base = folder()
+    if base is None:
+        return None
+    return base / (key if key.endswith(_TEXT) else f"{key}.json")
+
+
+def _read(key: str) -> tuple[Any, str] | None:
+    """Value and time of a fact. What is in memory is newer than the file: its write failed."""
+    path = _path(key)
+    if key in _MEMORY:
+        return _MEMORY[key]
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        if key.endswith(_TEXT):
+            changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+            return text, changed.isoformat(timespec="seconds")
+        fact = json.loads(text)
+        return fact["value"], str(fact["saved"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        _warn(key, f"{path} cannot be read: {error.strerror or error}. It counts as missing.")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        _set_aside(path)
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged file, so that its content is not lost and the next write succeeds."""
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        path.replace(aside)
+        kept = f"It was renamed to {aside.name}"
+    except OSError:
+        kept = "It could not be renamed"
+    _warn(str(path), f"{path} is damaged and cannot be read. {kept}; that fact counts as missing.")
+
+
+def _warn(what: str, text: str) -> None:
+    """Show a line, once for each kind of trouble."""
+    if what not in _WARNED:
+        _WARNED.add(what)
+        output.show_output(text, output.box(output.inline_html(text), edge=output.WRONG))
