@@ -126,9 +126,7 @@ def find_isolation() -> Isolation:
                     "its own" if jailed else "yours are readable",
                 )
         reason = (run.stderr.strip().splitlines() or ["unshare failed"])[-1]
-    return Isolation(
-        (), False, f"NOT cut off: {reason}", "yours are visible", "yours are readable"
-    )
+    return Isolation((), False, f"NOT cut off: {reason}", "yours are visible", "yours are readable")
 
 
 def make_site(folder: Path, cells: Sequence[str]) -> tuple[Path, Path]:

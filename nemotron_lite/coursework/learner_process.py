@@ -106,7 +106,7 @@ def _entries(path: str) -> set[str]:
 
 
 class NotHere:
-    """An import hook: what is missing of the package on purpose says so."""
+    """An import hook: a module of the package that was left out on purpose says so."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
@@ -339,17 +339,19 @@ class Learner:
         return {"outputs": json.loads(json.dumps(self.outputs)), "failed": self.shell.failed}
 
     def do_lookup(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
-        """Whether there is something to call under a name, and whether it does nothing."""
-        from nemotron_lite.course.learner_code import compiled_bodies, does_nothing
+        """Whether there is something to call under a name, and which cell defines it."""
+        from nemotron_lite.course.learner_code import functions_of
 
         found = self.shell.user_ns.get(request["name"])
         if not callable(found):
             return {"object": None, "there": request["name"] in self.shell.user_ns}
-        bodies = compiled_bodies(found)
-        empty = bool(bodies) and all(does_nothing(one) for one in bodies)
-        about: dict[str, Any] = {"class": isinstance(found, type), "empty": empty}
+        about: dict[str, Any] = {"object": self._number(found), "there": True}
+        functions = functions_of(found)
+        about["file"] = functions[0].__code__.co_filename if functions else ""
+        about["class"] = isinstance(found, type)
+        about["name"] = getattr(found, "__name__", "") if functions else ""
         about["special"] = special_methods(found) if isinstance(found, type) else []
-        return {"object": self._number(found), "there": True, **about}
+        return about
 
     def do_define(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
         """Run sources in a namespace of their own and take over one of the names."""
@@ -544,21 +546,33 @@ class Learner:
         return new
 
     def _error(self, error: BaseException) -> dict[str, Any]:
-        """An error as data: its classes, its text, and where it was raised."""
-        import traceback
+        """An error as data: its classes, its text, and where it was raised.
 
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
-        beyond = frames[own[-1] + 1 :] if own else frames
-        with contextlib.suppress(BaseException):
-            if isinstance(error, TimeOverError):  # the alarm's own frames are the last ones
-                beyond = [f for f in frames if f.filename != __file__ and "contextlib" not in f[0]]
+        Of an error that Triton wraps around an error of a kernel, the cause is told.
+        """
+        from nemotron_lite.course.learner_code import root_cause
+
+        cause = root_cause(error)
         return {
-            "classes": [kind.__name__ for kind in type(error).__mro__],
-            "text": _text(error)[:MOST_TEXT],
-            "late": isinstance(error, TimeOverError),
-            "frames": [[f.filename, f.lineno or 1, f.name] for f in beyond][-MOST_FRAMES:],
+            "classes": [kind.__name__ for kind in type(cause).__mro__],
+            "module": type(cause).__module__.partition(".")[0],
+            "text": _text(cause)[:MOST_TEXT],
+            "late": isinstance(cause, TimeOverError),
+            "frames": _frames(cause) or _frames(error),
+            "outer": _frames(error),
         }
+
+
+def _frames(error: BaseException) -> list[list[Any]]:
+    """Where an error was raised, from the learner's code on: file, line and name of each frame."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TimeOverError):  # the last frames are those of the alarm
+        frames = traceback.StackSummary(f for f in frames if f.filename != __file__)
+    own = [i for i, frame in enumerate(frames) if frame.filename == __file__]
+    beyond = frames[own[-1] + 1 :] if own else frames
+    return [[f.filename, f.lineno or 1, f.name] for f in beyond][-MOST_FRAMES:]
 
 
 class Items(list[Any]):
@@ -596,9 +610,7 @@ class Arguments:
                     if data.get("inner"):
                         # Not a leaf where the check made it, so it may be changed in place.
                         with torch.enable_grad():
-                            new = torch.empty_strided(
-                                leaf.shape, leaf.stride(), dtype=leaf.dtype
-                            )
+                            new = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
                             given = new.copy_(leaf) if _fills(leaf) else leaf.clone()
                 owner.tensors[number] = given
                 owner.numbers[id(given)] = number

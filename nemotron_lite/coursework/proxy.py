@@ -22,14 +22,16 @@ Left out: gradients of gradients, and functions as arguments.
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dataclasses
 import hashlib
+import inspect
 import linecache
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType, TracebackType
+from types import CellType, CodeType, FunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -56,9 +58,13 @@ LATE = "it was stopped because its time was over: an endless loop?"
 class GoneError(Exception):
     """The learner's process has ended, or had to be stopped; the message says why."""
 
+    raised_by_learner = False
+
 
 class OutOfTimeError(Exception):
     """The time of an exercise is used up."""
+
+    raised_by_learner = False
 
 
 class Session:
@@ -151,9 +157,10 @@ class Session:
         try:
             names, text = [str(n)[:80] for n in data["classes"]], str(data["text"])
             frames = [(str(f), int(line), str(name)) for f, line, name in data["frames"]]
+            outer = [(str(f), int(line), str(name)) for f, line, name in data["outer"]]
             self.late = self.late or data.get("late") is True
         except (TypeError, KeyError, ValueError):
-            names, text, frames = ["Exception"], MALFORMED, []
+            names, text, frames, outer = ["Exception"], MALFORMED, [], []
         kind: type[Exception] = Exception
         for name in names:
             found = getattr(builtins, name, None)
@@ -161,8 +168,13 @@ class Session:
                 kind = found
                 break
         title = names[0] if names and names[0].isidentifier() else "Exception"
-        raised = type(title, (kind,), {"__str__": lambda self: text})
-        error = raised.__new__(raised)
+        own = [(file, line) for file, line, _ in (*outer, *frames) if file in self.files]
+        module = "triton" if data.get("module") == "triton" else "learner"
+        raised = type(title, (kind,), {"__str__": lambda self: text, "__module__": module})
+        error: Any = raised.__new__(raised)
+        # `check` asks an error from another process who raised it, and in which line.
+        error.raised_by_learner = bool(frames) and frames[-1][0] in self.files
+        error.learner_line = linecache.getline(*own[-1]).strip() if own else ""
         raise error.with_traceback(self._traceback(frames)) from None
 
     def _traceback(self, frames: Iterable[tuple[str, int, str]]) -> TracebackType | None:
@@ -192,12 +204,8 @@ class Session:
         answer, _ = self.ask("run", name=file, source=source)
         return _outputs(answer.get("outputs"))
 
-    def lookup(self, name: str, file: str) -> tuple[Any, bool]:
-        """The function or class under a name, and whether its body does nothing.
-
-        Args:
-            name: of the function.
-            file: the cell that should define it; errors are shown with its lines.
+    def lookup(self, name: str) -> Any:
+        """The function or class under a name.
 
         Raises:
             NameError: there is none.
@@ -210,9 +218,12 @@ class Session:
                 raise TypeError(f"{name} is not a function or class.")
             raise NameError(f"name {name!r} is not defined")
         self._kept.add(number)
-        make = remote_class if answer.get("class") is True else remote_function
-        made = make(self, number, name, file, _special(answer.get("special")))
-        return made, answer.get("empty") is True
+        file = str(answer.get("file"))
+        written = outline(file, str(answer.get("name"))) if file in self.files else None
+        special = _special(answer.get("special"))
+        if answer.get("class") is True:
+            return remote_class(self, number, name, file, special, written)
+        return remote_function(self, number, name, file, written)
 
     def define(self, name: str, sources: list[str], own: str = "") -> Any:
         """Put what some sources define under a name, or give it to `own`; returns what was there."""
@@ -527,9 +538,7 @@ class _ArgumentWriter(Writer):
 class _ResultReader(Reader):
     """Reads a result: arguments that came back, twins, objects, and what gradients flow through."""
 
-    def __init__(
-        self, answer: dict[str, Any], body: bytearray, call: _Call, receiver: Any
-    ) -> None:
+    def __init__(self, answer: dict[str, Any], body: bytearray, call: _Call, receiver: Any) -> None:
         super().__init__(answer, body, self._opaque_value, call.session.classes)
         self.call, self.receiver = call, receiver
         self.plain: dict[int, Tensor] = {}
@@ -650,15 +659,58 @@ def named_tuple(name: str, fields: list[str], items: list[Any], number: int) -> 
     return made
 
 
-def _compiled(source: str, file: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run source whose functions say that they are in `file`, on a line that it does not have.
+def outline(file: str, name: str) -> Any:
+    """The function or class of that name in a learner's cell: compiled, and never run.
 
-    `check` recognizes the learner's own code in a traceback by its file.
+    `check` compares the code of an answer with the stub, and knows an answer's errors by their
+    file. A class is returned as a dict of its methods. None if the cell does not define the name.
     """
-    code = compile(source, file, "exec")
-    space: dict[str, Any] = dict(names)
-    exec(_moved(code), space)
-    return space
+    source = "".join(linecache.getlines(file))
+    try:
+        tree = ast.parse(source)
+        code = compile(tree, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    space: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    decorated = {
+        (kind.name, method.name)
+        for kind in tree.body
+        if isinstance(kind, ast.ClassDef)
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.decorator_list
+    }
+    for constant in _codes(code):
+        if constant.co_flags & inspect.CO_OPTIMIZED:
+            found[constant.co_name] = space[constant.co_name] = _never_run(constant, space)
+        else:
+            methods = [c for c in _codes(constant) if c.co_flags & inspect.CO_OPTIMIZED]
+            found[constant.co_name] = {c.co_name: _never_run(c, space) for c in methods}
+            for method, function in found[constant.co_name].items():
+                function.decorated = (constant.co_name, method) in decorated
+    return found.get(name)
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _never_run(code: CodeType, space: dict[str, Any]) -> FunctionType:
+    """A function object that only shows its code."""
+    return FunctionType(code, space, code.co_name, None, (CellType(),) * len(code.co_freevars))
+
+
+def _forwarder(name: str, file: str, call: Callable[..., Any], written: Any) -> Any:
+    """A function that only calls `call`. It says that it is in `file`, on a line it does not have.
+
+    What the learner wrote is its `__wrapped__`, as with a decorator.
+    """
+    source = f"def {name}(*args, **kwargs):\n    return call(*args, **kwargs)\n"
+    space: dict[str, Any] = {"call": call}
+    exec(_moved(compile(source, file, "exec", dont_inherit=True)), space)
+    if isinstance(written, FunctionType):
+        space[name].__wrapped__ = written
+    return space[name]
 
 
 def _moved(code: CodeType) -> CodeType:
@@ -666,27 +718,22 @@ def _moved(code: CodeType) -> CodeType:
     return code.replace(co_firstlineno=10**6, co_consts=constants)
 
 
-def remote_function(
-    session: Session, number: int, name: str, file: str, special: tuple[str, ...] = ()
-) -> Any:
+def remote_function(session: Session, number: int, name: str, file: str, written: Any) -> Any:
     """A function that calls the learner's function."""
 
-    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return session.use("call", number, method=None, args=args, kwargs=kwargs)
 
-    source = f"def {name}(*args, **kwargs):\n    return call(args, kwargs)\n"
-    return _compiled(source, file, {"call": call})[name]
+    return _forwarder(name, file, call, written)
 
 
 def remote_class(
-    session: Session, number: int, name: str, file: str, special: tuple[str, ...]
+    session: Session, number: int, name: str, file: str, special: tuple[str, ...], written: Any
 ) -> Any:
     """A class whose instances stand for instances of the learner's class."""
 
-    def make(receiver: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        made = session.use(
-            "call", number, method=None, args=args, kwargs=kwargs, receiver=receiver
-        )
+    def make(receiver: Any, *args: Any, **kwargs: Any) -> None:
+        made = session.use("call", number, method=None, args=args, kwargs=kwargs, receiver=receiver)
         if made is not receiver:
             raise TypeError(f"{name}(…) made no object of its own class.")
 
@@ -698,7 +745,38 @@ def remote_class(
                 raise AttributeError(attribute)
             return session.use("get", number, name=attribute)
 
-    source = "def __init__(self, *args, **kwargs):\n    make(self, args, kwargs)\n"
-    init = _compiled(source, file, {"make": make})["__init__"]
-    members = {method: _METHODS[method] for method in special}
-    return Meta(name, (RemoteObject,), {**members, "__init__": init})
+    code = written if isinstance(written, dict) else {}
+    inherited = remote_type(name, special)
+    first = _forwarder("__init__", file, make, code.get("__init__"))
+    members = {"__init__": first} if "__init__" in code or not code else {}
+    base: Any = type(name, (inherited,), {} if members else {"__init__": first})
+    for method in set(special) & set(code):
+        members[method] = _forwarder(method, file, _METHODS[method], code[method])
+    for method, function in code.items():
+        if method not in members and not method.startswith("__"):
+            members[method] = (
+                _Attribute(function)
+                if function.decorated
+                else _forwarder(method, file, _remote_method(method), function)
+            )
+    return Meta(name, (base,), members)
+
+
+def _remote_method(name: str) -> Callable[..., Any]:
+    def call(self: RemoteObject, *args: Any, **kwargs: Any) -> Any:
+        return self._session.use("call", self._number, method=name, args=args, kwargs=kwargs)
+
+    return call
+
+
+class _Attribute(property):
+    """A decorated method or a property of a learner's class: what it is, the other process knows.
+
+    `fget` only shows its code, and is never called.
+    """
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        name = self.fget.__name__ if self.fget else ""
+        if instance is None:
+            return type(owner).__getattr__(owner, name)  # type: ignore[attr-defined]
+        return instance._session.use("get", instance._number, name=name)
