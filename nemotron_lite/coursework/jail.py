@@ -9,9 +9,9 @@ import. Then it makes that the root, forgets the old one, enters another user na
 no mount can be undone, and starts COMMAND.
 
 So in there are no home folders, no submissions, no repository, and of this package only what is in
-SITE (as /course). What can be written (/tmp and HOME) lies in memory, and is gone at the end. HIDDEN
-folders that lie inside a bound one, such as this package in site-packages, are covered by empty
-ones.
+SITE (as /course). What can be written (/tmp and HOME) lies in memory, and is gone at the end.
+HIDDEN folders that lie inside a bound one, such as this package in site-packages, are covered by
+empty ones.
 
 Only the standard library is imported: torch would start threads, and a process with threads cannot
 enter a user namespace.
@@ -48,7 +48,7 @@ def _checked(result: int, what: str) -> None:
 
 
 def mount(source: str, target: Path, kind: str | None, flags: int, options: str = "") -> None:
-    """mount(2)."""
+    """The system call mount."""
     _checked(
         libc.mount(
             source.encode(),

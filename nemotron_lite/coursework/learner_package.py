@@ -2,8 +2,8 @@
 
 It has three parts:
 
-- the modules that the handed-out cells import, and what those import in turn. For a chapter whose
-  stubs begin with `from nemotron_lite import NemotronConfig` that is the config;
+- the config, which checks pass to answers, and the modules that the handed-out cells import; with
+  what those import in turn;
 - stand-ins for `nemotron_lite.course`: `check`, `hint` and the others exist and do nothing, so that
   the notebook runs as it was handed out;
 - `learner_process` and `wire`, which execute the code and answer the grading process.
@@ -24,9 +24,10 @@ import nemotron_lite
 PACKAGE = Path(nemotron_lite.__file__).parent
 NAME = "nemotron_lite"
 OWN = ("coursework.learner_process", "coursework.wire", "course.learner_code")
+ALWAYS = "from nemotron_lite import NemotronConfig"
 NEVER = re.compile(r"nemotron_lite\.(course|coursework|authoring|cli)(\.|$)")
 
-STAND_IN = '''"""Stands in for nemotron_lite.course where coursework is graded: nothing here does anything."""
+STAND_IN = '''"""Stands in for nemotron_lite.course where coursework is graded; it does nothing."""
 
 GIVEN = {}  # answers to exercises of other chapters, by id
 
@@ -148,7 +149,7 @@ def write_package(folder: Path, cells: Iterable[str]) -> list[str]:
         folder: an empty folder.
         cells: the handed-out code cells; what they import is included.
     """
-    modules = needed_modules(map(_plain_code, cells))
+    modules = needed_modules([ALWAYS, *map(_plain_code, cells)])
     own = [f"{NAME}.{name}" for name in OWN]
     files = {**modules, NAME: PACKAGE / "__init__.py"}
     files |= {name: PACKAGE.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in own}

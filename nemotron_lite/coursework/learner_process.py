@@ -398,7 +398,7 @@ class Learner:
         arguments = Arguments(self, request, body)
         args, kwargs = arguments.read(request["args"]), arguments.read(request["kwargs"])
         target = self.objects[request["target"]]
-        modules = [target] + arguments.objects
+        modules = [target, *arguments.objects]
 
         def call() -> Any:
             function = target if request["method"] is None else getattr(target, request["method"])
@@ -687,9 +687,13 @@ class Results:
         """The data to be sent, or None for a plain tensor."""
         given = self.arguments
         number = given.numbers.get(id(tensor)) if given is not None else None
-        if given is not None and number is not None and given.tensors[number] is tensor:
-            if not tensor.requires_grad or tensor._version == given.versions[number]:
-                return {"k": "argument", "v": number}
+        if (
+            given is not None
+            and number is not None
+            and given.tensors[number] is tensor
+            and (not tensor.requires_grad or tensor._version == given.versions[number])
+        ):
+            return {"k": "argument", "v": number}
         if not tensor.requires_grad:
             return None
         if tensor.is_leaf and not any(tensor is leaf for leaf in self.learner.leaves.values()):

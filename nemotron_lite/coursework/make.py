@@ -157,9 +157,12 @@ def _beside(exercise: Exercise) -> tuple[list[str], dict[str, list[str]]]:
                 for one in node.body
                 if getattr(one, "name", ast.dump(one)) not in given and not _is_docstring(one)
             ]
-        elif getattr(node, "name", "") not in named and ast.dump(node) not in known:
-            if not _is_docstring(node):
-                statements.append(_text(node, lines))
+        elif (
+            getattr(node, "name", "") not in named
+            and ast.dump(node) not in known
+            and not _is_docstring(node)
+        ):
+            statements.append(_text(node, lines))
     return statements, methods
 
 
@@ -204,7 +207,7 @@ def answer_cell(exercise: Exercise) -> str:
         )
     _check_given(exercise, stub, solution)
     statements, methods = _beside(exercise)
-    lines = exercise.stub.splitlines()
+    lines = exercise.stub.rstrip().splitlines()
     for number, (name, function) in enumerate(reversed(asked.items())):
         last = function.body[-1]
         region = _own_statements(exercise, name, function, solution[name])
@@ -395,7 +398,7 @@ def write_release(root: Path, assignments: Sequence[str]) -> None:
         CourseworkError: nbgrader is not installed or failed; the message has the end of its log.
     """
     job = {"root": str(root), "assignments": list(assignments)}
-    command = [sys.executable, str(WORKER), "release"]
+    command = [sys.executable, str(WORKER)]
     run = subprocess.run(
         command, input=json.dumps(job), capture_output=True, text=True, check=False
     )

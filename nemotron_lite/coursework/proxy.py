@@ -226,7 +226,7 @@ class Session:
         return remote_function(self, number, name, file, written)
 
     def define(self, name: str, sources: list[str], own: str = "") -> Any:
-        """Put what some sources define under a name, or give it to `own`; returns what was there."""
+        """Put what sources define under a name, or give it to `own`; returns what was there."""
         answer, _ = self.ask("define", name=name, sources=sources, own=own)
         before = answer.get("before")
         self._kept |= {before} if isinstance(before, int) else set()

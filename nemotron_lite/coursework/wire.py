@@ -6,10 +6,10 @@ A message is a JSON header and the bytes of its tensors:
     header     {"…": …, "storages": [n0, n1]}
     bytes      storage 0, storage 1, …
 
-Numbers, strings, None, tuples, lists, dicts, dtypes, slices and a few more are JSON. A tensor is its
-dtype, shape, strides and place in a storage. So a strided tensor arrives strided, and two views of
-one storage arrive as two views of one storage. A dataclass such as `NemotronConfig` goes as plain
-data, and is built again by a class that the reader names as allowed.
+Numbers, strings, None, tuples, lists, dicts, dtypes, slices and a few more are JSON. A tensor is
+its dtype, shape, strides and place in a storage. So a strided tensor arrives strided, and two views
+of one storage arrive as two views of one storage. A dataclass such as `NemotronConfig` goes as
+plain data, and is built again by a class that the reader names as allowed.
 
 Never pickle: reading a pickle runs code that its writer chose, and the writer here is a learner's
 process. The reader trusts nothing. Sizes, nesting, dtypes, shapes, strides and offsets are checked
@@ -34,6 +34,7 @@ import struct
 import time
 from collections.abc import Callable
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -314,8 +315,11 @@ class Reader:
     def _data(self, name: str, value: dict[str, Any], depth: int) -> Any:
         if self.classes is None and name.startswith("nemotron_lite."):
             module, _, path = name.partition(":")
-            kind: Any = import_module(module)
-            for part in path.split("."):
+            try:
+                kind: Any = import_module(module)
+            except ImportError:  # not among what a learner's process has: its fields at least
+                kind = SimpleNamespace
+            for part in path.split(".") if kind is not SimpleNamespace else ():
                 kind = getattr(kind, part)
         elif self.classes is not None and name in self.classes:
             kind = self.classes[name]

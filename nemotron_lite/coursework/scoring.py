@@ -1,0 +1,300 @@
+"""Score one submission: execute its cells in a learner's process, and check the answers from here.
+
+The cells run in order. Where the notebook has a test cell, that cell is not executed: the function
+or class that the learner has by then is looked up, and the checks of the exercise run in this
+process, on a proxy (`proxy`), with hidden seeds. So what stands in a test cell, or what the code
+does to `check` or to torch in its own process, has no effect on the score.
+
+If the process ends, or had to be stopped, it is started again without the cell that did it, and the
+grading goes on with the next exercise.
+
+An exercise may use what earlier ones built. If the learner's own function passed, it is used;
+otherwise the package's reference takes its place while the later exercise is graded, so that one
+mistake costs points once. That reference reaches the learner's process only then, when its own
+exercise has already been graded. Functions from other chapters are always the references.
+"""
+
+from __future__ import annotations
+
+import ast
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_lite.course import exercises
+from nemotron_lite.course.exercises import PRELUDE, Exercise
+from nemotron_lite.coursework.isolation import Isolation, LearnerProcess, Limits
+from nemotron_lite.coursework.proxy import GoneError, OutOfTimeError, Session
+from nemotron_lite.coursework.submissions import (
+    Assignment,
+    GradedExercise,
+    grade_id,
+    text_of,
+)
+
+STARTING = 120.0  # seconds until torch is imported
+MOST_STARTS = 12  # processes of one submission
+NO_TIME = "the time of the whole submission was over before it was graded"
+
+
+@dataclass
+class Score:
+    """What one exercise earned. `status` is passed, partial, failed, error, stopped or died.
+
+    `error`: its function could not be looked up. `stopped`: it ran too long. `died`: the process
+    ended, or its answers were malformed. Points of checks that passed are kept in each case.
+    """
+
+    id: str
+    kind: str
+    points: float
+    max_points: float
+    status: str
+    message: str
+    checks: list[tuple[str, bool]] = field(default_factory=list)
+
+
+@dataclass
+class Scored:
+    """A submission that was executed and graded."""
+
+    scores: list[Score]
+    outputs: dict[int, list[dict[str, Any]]]  # of each cell that was executed, by its place
+    notes: list[str]
+    flags: list[str]
+    seconds: float
+    facts: dict[str, Any]  # what the process said about its limits
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, without the outputs."""
+        return {name: value for name, value in asdict(self).items() if name != "outputs"}
+
+
+def reference_sources(exercise: Exercise) -> list[str]:
+    """Source code that defines the reference of an exercise, with everything it needs."""
+    sources = [PRELUDE]
+    for needed in map(exercises.exercise, exercise.needs):
+        sources += reference_sources(needed)
+    imports = [
+        ast.unparse(node)
+        for node in ast.parse(exercise.stub).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    return [*sources, "\n".join(imports), exercise.solution]
+
+
+class _Run:
+    """The execution of one submission, over as many processes as it takes."""
+
+    def __init__(
+        self,
+        notebook: dict[str, Any],
+        handed_out: Assignment,
+        site: Path,
+        isolation: Isolation,
+        limits: Limits,
+        salt: str,
+    ) -> None:
+        self.cells, self.handed_out = notebook["cells"], handed_out
+        self.site, self.isolation, self.limits, self.salt = site, isolation, limits, salt
+        self.tests = {one.test: one for one in handed_out.exercises}
+        self.answers = {one.answer: one for one in handed_out.exercises}
+        self.started = time.monotonic()
+        self.outputs: dict[int, list[dict[str, Any]]] = {}
+        self.scores: dict[str, Score] = {}
+        self.notes: list[str] = []
+        self.flags: list[str] = []
+        self.skipped: set[int] = set()  # cells that ended their process
+        self.starts = 0
+        self.facts: dict[str, Any] = {}
+        self.process: LearnerProcess | None = None
+        self.session: Session | None = None
+
+    def left(self) -> float:
+        """Seconds that are left of the whole submission's."""
+        return self.limits.seconds - (time.monotonic() - self.started)
+
+    def start(self, place: int) -> Session:
+        """A process in which all cells before `place` have run."""
+        if self.session is not None and not self.session.gone:
+            return self.session
+        self.stop()
+        self.starts += 1
+        if self.starts > MOST_STARTS:
+            raise GoneError(f"its process ended {MOST_STARTS} times")
+        if self.left() <= 0:
+            raise OutOfTimeError(NO_TIME)
+        self.process = LearnerProcess(self.isolation, self.site, self.limits.memory_gib)
+        session = self.session = Session(self.process.channel, self.salt.encode())
+        try:
+            self.facts = session.hello(STARTING)
+        except GoneError as error:
+            last = (self.process.log().strip().splitlines() or ["its log is empty"])[-1]
+            raise GoneError(f"its process did not start: {last[:300]}") from error
+        self._give(session)
+        for i in range(place):
+            if self._runs(i) and i not in self.skipped:
+                session.run(self._name(i), text_of(self.cells[i]), self._seconds())
+        return session
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.stop()
+        self.process = self.session = None
+
+    def _seconds(self) -> float:
+        return min(self.limits.cell_seconds, max(0.0, self.left()))
+
+    def _name(self, i: int) -> str:
+        return str(self.cells[i].get("id", f"cell-{i}"))
+
+    def _runs(self, i: int) -> bool:
+        """Whether a cell is executed: code that is not a test cell."""
+        cell = self.cells[i]
+        return cell["cell_type"] == "code" and grade_id(cell) not in self.tests
+
+    def _give(self, session: Session) -> None:
+        """Give `own` the answers to exercises of other chapters."""
+        chapter = self.handed_out.name[-2:]
+        session.begin(STARTING)
+        for one in self.handed_out.exercises:
+            for needed in exercises.exercise(one.id).needs:
+                if needed[:2] != chapter:
+                    other = exercises.exercise(needed)
+                    session.define(other.function_name, reference_sources(other), own=needed)
+
+    def everything(self) -> None:
+        """Execute and grade the whole notebook."""
+        for i, cell in enumerate(self.cells):
+            if self._runs(i):
+                self.execute(i)
+            elif one := self.tests.get(grade_id(cell)):
+                self.scores[one.id] = self.grade(one, i)
+
+    def execute(self, i: int) -> None:
+        """Execute a cell."""
+        try:
+            session = self.start(i)
+            self.outputs[i] = session.run(self._name(i), text_of(self.cells[i]), self._seconds())
+        except (GoneError, OutOfTimeError) as error:
+            if self.session is not None and self.session.gone:
+                self.skipped.add(i)
+                self._note_end(self._name(i), self.session)
+            self.outputs[i] = [
+                {"output_type": "error", "ename": "Stopped", "evalue": str(error), "traceback": []}
+            ]
+
+    def _note_end(self, where: str, session: Session) -> None:
+        self.notes.append(f"{where}: {session.gone}; a new process went on without it")
+        flag = "stopped" if session.late else "process_ended"
+        if flag not in self.flags:
+            self.flags.append(flag)
+
+    def grade(self, one: GradedExercise, place: int) -> Score:
+        """Check one answer with the functions that it needs in their places."""
+        found = exercises.exercise(one.id)
+        points = float(one.points)
+        try:
+            session = self.start(place)
+            session.begin(self._seconds())
+            answer = session.lookup(one.function)
+        except (GoneError, OutOfTimeError) as error:
+            return Score(one.id, found.kind, 0.0, points, "stopped", str(error))
+        except (NameError, TypeError) as error:
+            return Score(
+                one.id, found.kind, 0.0, points, "error", self._missing(one, place, str(error))
+            )
+        replaced: list[tuple[str, Any]] = []
+        try:
+            for needed in found.needs:
+                if needed[:2] == one.id[:2] and self._passed(needed):
+                    continue
+                other = exercises.exercise(needed)
+                before = session.define(other.function_name, reference_sources(other))
+                replaced.append((other.function_name, before))
+            result = exercises.grade(found, answer, salt=self.salt)
+        except GoneError as error:
+            result = None
+            reason = str(error)
+        score = Score(one.id, found.kind, 0.0, points, "died", "")
+        if result is None:
+            score.message = reason
+        else:
+            score.points = float(result.points)
+            score.message = result.message.removeprefix(f"{one.id}: ")
+            tried = result.passed or bool(result.failed)  # neither: nothing is written yet
+            score.checks = [(t.name, tried and t.name not in result.failed) for t in found.checks]
+            score.status = "passed" if result.passed else "partial" if result.points else "failed"
+        if names := [n for n, _ in replaced if self._was_own(n, found)]:
+            score.message += f"\nGraded with the package's {' and '.join(names)}."
+        if session.gone or session.late:
+            score.status = "stopped" if session.late else "died"
+            if session.gone:
+                self._note_end(one.id, session)
+            return score
+        for name, before in replaced:
+            session.begin(STARTING)
+            session.restore(name, before)
+        if broken := self._broken(one, place):
+            score.message = f"the answer cell ended in {broken}. {score.message}"
+        return score
+
+    def _passed(self, exercise_id: str) -> bool:
+        score = self.scores.get(exercise_id)
+        return score is not None and score.status == "passed"
+
+    def _was_own(self, name: str, found: Exercise) -> bool:
+        """Whether a reference took the place of a function that the learner should have written."""
+        needed = next(n for n in found.needs if exercises.exercise(n).function_name == name)
+        return needed[:2] == found.id[:2]
+
+    def _broken(self, one: GradedExercise, place: int) -> str:
+        """The error in which the answer's cell ended, "" if there was none."""
+        for i in range(place):
+            if grade_id(self.cells[i]) == one.answer:
+                for output in self.outputs.get(i, []):
+                    if output["output_type"] == "error":
+                        return f"{output['ename']}: {output['evalue']}"[:300]
+        return ""
+
+    def _missing(self, one: GradedExercise, place: int, problem: str) -> str:
+        """Why there is no function to grade."""
+        if "is not a function" in problem:
+            return problem
+        if broken := self._broken(one, place):
+            return f"there is no function {one.function}: its cell ended in {broken}"
+        return f"there is no function {one.function}; was it renamed, or its cell deleted?"
+
+
+def score_submission(
+    notebook: dict[str, Any],
+    handed_out: Assignment,
+    site: Path,
+    isolation: Isolation,
+    limits: Limits,
+    salt: str,
+) -> Scored:
+    """Execute a clean copy of a submission and grade its answers.
+
+    Args:
+        notebook: from `submissions.clean_copy`.
+        handed_out: the assignment.
+        site: what the learner's process can import (`learner_package`).
+        isolation: how that process is separated.
+        limits: of the submission.
+        salt: makes the seeds of the checks.
+    """
+    run = _Run(notebook, handed_out, site, isolation, limits, salt)
+    try:
+        run.everything()
+    finally:
+        run.stop()
+    scores = [
+        run.scores.get(one.id)
+        or Score(one.id, "must", 0.0, float(one.points), "error", "its test cell is missing")
+        for one in handed_out.exercises
+    ]
+    seconds = round(time.monotonic() - run.started, 1)
+    return Scored(scores, run.outputs, run.notes, run.flags, seconds, run.facts)
