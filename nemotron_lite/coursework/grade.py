@@ -10,7 +10,7 @@ The steps:
     1. make the assignments from the exercises of the package,
     2. find the submitted notebooks (`submissions`),
     3. execute each one, cleaned, in a process of its own (`isolation`, `learner_process`), and
-       check its answers from here (`scoring`, `proxy`),
+       check its answers from here (`scoring`, `session`),
     4. compare the answers with each other (`similarity`),
     5. write all results into a new folder, which then replaces the old one in one step. It is
        created before step 1, so that a wrong --out is reported before any submission runs.
@@ -247,7 +247,8 @@ def _grade_into(
             running = mapped(grade_one, *zip(*tasks, strict=True))
             bar = tqdm(running, "grading", len(tasks), unit="submission", leave=False)
             done = list(bar)
-    results, answers = [], {e.id: [] for a in assignments.values() for e in a.exercises}
+    results: list[dict[str, Any]] = []
+    answers: dict[str, list[Answer]] = {e.id: [] for a in assignments.values() for e in a.exercises}
     for one, (result, _, sources) in zip(found, done, strict=True):
         results.append({**result, "file": str(one.path.relative_to(folder))})
         for exercise, source in sources.items():
@@ -291,9 +292,9 @@ def _note_similar(results: list[dict[str, Any]], pairs: list[Pair]) -> None:
             found.append((pair.similarity, other.student))
     for result in results:
         for exercise in (e["id"] for e in result["exercises"]):
-            if found := alike.get((result["student"], exercise)):
-                names = ", ".join(f"{name} ({share:.0%})" for share, name in found[:MOST_NAMES])
-                more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+            if of := alike.get((result["student"], exercise)):
+                names = ", ".join(f"{name} ({share:.0%})" for share, name in of[:MOST_NAMES])
+                more = f" and {len(of) - MOST_NAMES} more" if len(of) > MOST_NAMES else ""
                 result["notes"].append(f"{exercise}: the answer is like that of {names}{more}")
                 result["flags"] = sorted({*result["flags"], "similar"})
 

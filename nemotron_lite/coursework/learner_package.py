@@ -6,7 +6,8 @@ It has three parts:
   what those import in turn;
 - stand-ins for `nemotron_lite.course`: `check`, `hint` and the others exist and do nothing, so that
   the notebook runs as it was handed out;
-- `learner_process` and `wire`, which execute the code and answer the grading process.
+- `learner_process` with its parts and `wire`, which execute the code and answer the grading
+  process.
 
 Exercises, checks, references, tests and this package's tools for instructors are never among them,
 even if a module imports them.
@@ -23,7 +24,10 @@ import nemotron_lite
 
 PACKAGE = Path(nemotron_lite.__file__).parent
 NAME = "nemotron_lite"
-OWN = ("coursework.learner_process", "coursework.wire", "course.learner_code")
+OWN = (
+    "coursework.learner_process", "coursework.learner_shell", "coursework.learner_answers",
+    "coursework.wire", "course.learner_code",
+)  # fmt: skip
 ALWAYS = "from nemotron_lite import NemotronConfig"
 NEVER = re.compile(r"nemotron_lite\.(course|coursework|authoring|cli)(\.|$)")
 

@@ -223,10 +223,10 @@ def answer_cell(exercise: Exercise) -> str:
             text += ["", "", *(line for one in statements for line in one.splitlines())]
             statements = []
         lines[last.lineno - 1 : last.end_lineno] = [*text, pad + END]
-    if statements or any(methods.values()):
+    if left := [*statements, *(one for of in methods.values() for one in of)]:
         raise CourseworkError(
-            f"{exercise.id}: the solution defines {(statements or [*methods.values()])[0]!r:.80} "
-            "outside of what the stub asks for; move it into a function, or give it in the stub."
+            f"{exercise.id}: the solution defines {left[0]!r:.80} outside of what the stub asks "
+            "for; move it into a function, or give it in the stub."
         )
     cell = "\n".join(lines)
     ast.parse(cell)

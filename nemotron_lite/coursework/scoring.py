@@ -2,8 +2,8 @@
 
 The cells run in order. Where the notebook has a test cell, that cell is not executed: the function
 or class that the learner has by then is looked up, and the checks of the exercise run in this
-process, on a proxy (`proxy`), with hidden seeds. So what stands in a test cell, or what the code
-does to `check` or to torch in its own process, has no effect on the score.
+process, on a stand-in (`remote`), with hidden seeds. So what stands in a test cell, or what the
+code does to `check` or to torch in its own process, has no effect on the score.
 
 If the process ends, or had to be stopped, it is started again without the cell that did it, and the
 grading goes on with the next exercise.
@@ -12,6 +12,10 @@ An exercise may use what earlier ones built. If the learner's own function passe
 otherwise the package's reference takes its place while the later exercise is graded, so that one
 mistake costs points once. That reference reaches the learner's process only then, when its own
 exercise has already been graded. Functions from other chapters are always the references.
+
+An answer could clear its arguments, return zeros, and so be compared with the reference of zeros.
+If an answer changed arguments in place, the checks run again with copies, and a check has to pass
+both times; except where the reference too passes only by what it writes into its arguments.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import PRELUDE, Exercise
 from nemotron_lite.coursework.isolation import Isolation, LearnerProcess, Limits
-from nemotron_lite.coursework.proxy import GoneError, OutOfTimeError, Session
+from nemotron_lite.coursework.session import GoneError, OutOfTimeError, Session
 from nemotron_lite.coursework.submissions import (
     Assignment,
     GradedExercise,
@@ -82,6 +88,17 @@ def reference_sources(exercise: Exercise) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     return [*sources, "\n".join(imports), exercise.solution]
+
+
+def copied(value: Any) -> Any:
+    """A value with copies of its tensors, lists and dicts; gradients flow through."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(copied, value))
+    if isinstance(value, dict):
+        return {name: copied(one) for name, one in value.items()}
+    return value
 
 
 class _Run:
@@ -214,19 +231,9 @@ class _Run:
                 other = exercises.exercise(needed)
                 before = session.define(other.function_name, reference_sources(other))
                 replaced.append((other.function_name, before))
-            result = exercises.grade(found, answer, salt=self.salt)
+            score = self.check(found, answer, session)
         except GoneError as error:
-            result = None
-            reason = str(error)
-        score = Score(one.id, found.kind, 0.0, points, "died", "")
-        if result is None:
-            score.message = reason
-        else:
-            score.points = float(result.points)
-            score.message = result.message.removeprefix(f"{one.id}: ")
-            tried = result.passed or bool(result.failed)  # neither: nothing is written yet
-            score.checks = [(t.name, tried and t.name not in result.failed) for t in found.checks]
-            score.status = "passed" if result.passed else "partial" if result.points else "failed"
+            score = Score(one.id, found.kind, 0.0, points, "died", str(error))
         if names := [n for n, _ in replaced if self._was_own(n, found)]:
             score.message += f"\nGraded with the package's {' and '.join(names)}."
         if session.gone or session.late:
@@ -240,6 +247,40 @@ class _Run:
         if broken := self._broken(one, place):
             score.message = f"the answer cell ended in {broken}. {score.message}"
         return score
+
+    def check(self, found: Exercise, answer: Any, session: Session) -> Score:
+        """Run the checks of an exercise on an answer."""
+        session.wrote = False
+        result = exercises.grade(found, answer, salt=self.salt)
+        failed, message = set(result.failed), result.message.removeprefix(f"{found.id}: ")
+        if session.wrote and result.points and not session.gone:
+            session.begin(self._seconds())
+            with session.copies():
+                again = exercises.grade(found, answer, salt=self.salt)
+            if only := set(again.failed) - failed - self._write_by_design(found):
+                failed |= only
+                message += (
+                    f"\nNot counted: {', '.join(sorted(only))}. With copies of its arguments, the "
+                    "answer does not pass; it changes in place what it is compared with."
+                )
+        tried = result.passed or bool(result.failed)  # neither: nothing is written yet
+        checks = [(test.name, tried and test.name not in failed) for test in found.checks]
+        earned = sum(test.points for test in found.checks if tried and test.name not in failed)
+        status = "failed" if not earned else "partial" if failed else "passed"
+        most = float(found.points)
+        return Score(found.id, found.kind, float(earned), most, status, message, checks)
+
+    def _write_by_design(self, found: Exercise) -> set[str]:
+        """The checks that the reference passes only by what it writes into its arguments."""
+        reference = found.build()
+        if isinstance(reference, type):  # its methods cannot be given copies here
+            return {test.name for test in found.checks}
+
+        def on_copies(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = copied((args, kwargs))
+            return reference(*args, **kwargs)
+
+        return set(exercises.grade(found, on_copies, salt=self.salt).failed)
 
     def _passed(self, exercise_id: str) -> bool:
         score = self.scores.get(exercise_id)

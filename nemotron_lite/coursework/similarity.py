@@ -38,6 +38,7 @@ from nemotron_lite.coursework.tables import plain_cell
 
 RUN = 6  # words that follow each other
 SHORTEST = 80  # words of an answer
+LONGEST = 200_000  # characters of an answer
 LEAST = 0.6  # similarity of a pair that is reported
 COMMON_FROM = 6  # answers; with fewer, no run is called common
 REFERENCE = "(the reference solution)"
@@ -132,6 +133,8 @@ def _chosen_names(tree: ast.AST) -> set[str]:
 
 def words(source: str) -> list[str]:
     """The words of an answer after normalising; none if it is not Python."""
+    if len(source) > LONGEST:
+        return []
     try:
         tree = ast.parse(source)
         tree = _Plain(_chosen_names(tree)).visit(tree)

@@ -275,7 +275,9 @@ def clean_copy(notebook: dict[str, Any], handed_out: Assignment) -> CleanCopy:
     Outputs and unknown metadata are dropped. The notes say which graded cells were missing or
     changed, and what of this package the answers import that they were not given.
     """
-    known, notes, flags = handed_out.by_id, [], []
+    known = handed_out.by_id
+    notes: list[str] = []
+    flags: list[str] = []
     by_cell_id = {cell["id"]: name for name, cell in known.items()}
     cells: list[tuple[str, dict[str, Any]]] = []
     for cell in notebook["cells"]:

@@ -16,7 +16,7 @@ process. The reader trusts nothing. Sizes, nesting, dtypes, shapes, strides and 
 before a tensor is made, and anything malformed is a `WireError`.
 
 What cannot be written as data (a module, a cache that a learner's class made) stays where it is.
-`Writer.opaque` and `Reader.opaque` say what goes in its place; `proxy` and `learner_process` use
+`Writer.opaque` and `Reader.opaque` say what goes in its place; `calls` and `learner_process` use
 them for handles.
 
 This module is used in both processes, and imports only torch and the standard library.
