@@ -33,6 +33,7 @@ The modules:
     checking     check, hint, solution
     own_answers  own: the learner's answer in later cells and chapters
     progress_store  what a learner has done, kept in files
+    progress_report  progress_page: the same as a table
     compare      comparisons for the checks, with messages that help
     plotting     the theme, figures with alt text, sliders, steppers
     style        how JupyterLab shows the outputs, in its light and its dark theme
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from nemotron_lite.course.factsheet import Fact, FactError, facts, facts_table, tell
     from nemotron_lite.course.own_answers import own
     from nemotron_lite.course.predictions import measured, predict
+    from nemotron_lite.course.progress_report import progress_page
     from nemotron_lite.course.quizzes import quiz
     from nemotron_lite.course.session import Session, setup
     from nemotron_lite.course.sources import show_source
@@ -74,6 +76,7 @@ __all__ = [
     "predict",
     "progress",
     "progress_hook",
+    "progress_page",
     "quiz",
     "setup",
     "show",
@@ -98,6 +101,7 @@ _MODULE_OF = {
     "predict": "predictions",
     "progress": "display",
     "progress_hook": "display",
+    "progress_page": "progress_report",
     "quiz": "quizzes",
     "setup": "session",
     "show": "display",

@@ -35,11 +35,12 @@ def check(exercise_id: str, function: Any) -> CheckResult:
     """
     found = exercise(exercise_id)
     result = grade(found, function)
-    if own_answers.is_package_answer(found, function):
-        note = "\nThis is the package's answer, not yours: it is not counted."
-        result = replace(result, message=result.message + note)
+    if own_answers.is_package_answer(function):
+        note = "This is the package's answer, not yours: it is not counted."
     else:
-        own_answers.remember(found, function, result)
+        note = own_answers.remember(found, function, result)
+    if note:
+        result = replace(result, message=f"{result.message}\n{note}")
     output.show_output(result.message, _result_html(result))
     return result
 
@@ -68,7 +69,7 @@ def hint(exercise_id: str, n: int | None = None) -> None:
 def hints_read(exercise_id: str) -> set[int]:
     """The numbers of the hints that the learner has read, today or in an earlier session."""
     read = progress_store.get(f"hints/{exercise_id}", [])
-    return set(read) & {1, 2, 3} if isinstance(read, list) else set()
+    return {n for n in (1, 2, 3) if n in read} if isinstance(read, list) else set()
 
 
 def solution(exercise_id: str) -> None:
@@ -80,7 +81,7 @@ def solution(exercise_id: str) -> None:
     found = exercise(exercise_id)
     left = 3 - len(hints_read(exercise_id))
     if left and not has_passed(exercise_id):
-        hints = f"{left} hint{'s are' if left > 1 else ' is'} left"
+        hints = f"{left} hints are left" if left > 1 else "One hint is left"
         text = (
             f"{exercise_id}: the solution is shown once you have read the three hints, or your "
             f'answer passes. {hints}: hint("{exercise_id}").'

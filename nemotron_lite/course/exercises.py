@@ -31,17 +31,19 @@ import ast
 import linecache
 import random
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from nemotron_lite.course import learner_code, output, progress_store
+from nemotron_lite.course import learner_code, output
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
 
@@ -164,15 +166,20 @@ class Exercise:
             for node in ast.parse(self.stub).body
             if isinstance(node, ast.Import | ast.ImportFrom)
         ]
-        space: dict[str, Any] = {"__name__": f"exercise_{self.id.replace('.', '_')}"}
+        crc = f"{zlib.crc32(text.encode()):08x}"
+        file = f"<{self.id} {crc}>"
+        # Data classes, inspect.getsource and pickle look for the module of a class.
+        module = ModuleType(f"exercise_{self.id.replace('.', '_')}_{crc}")
+        module.__file__ = file
+        sys.modules[module.__name__] = module
+        space = vars(module)
         exec(PRELUDE + "\n".join(map(ast.unparse, imports)), space)
         for needed in map(exercise, self.needs):
             answer = (own or {}).get(needed.id)
             space[needed.function_name] = needed.build(own=own) if answer is None else answer
-        name = f"<{self.id} {zlib.crc32(text.encode()):08x}>"
         # Tracebacks and inspect.getsource look the text up here.
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        exec(compile(text, name, "exec"), space)
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        exec(compile(text, file, "exec", dont_inherit=True), space)  # as a notebook compiles it
         return space[self.function_name]
 
     @cached_property
@@ -213,12 +220,6 @@ class CheckResult:
             output.show_output(self.message)
 
 
-def reset_hints() -> None:
-    """Forget the hints that are kept in memory only; those on disk stay."""
-    for key in progress_store.keys("hints"):
-        progress_store.remove_from_memory(key)
-
-
 def exercises(chapter: str) -> tuple[Exercise, ...]:
     """The exercises of a chapter, such as "01".
 
@@ -256,7 +257,8 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
     """
     if not callable(function):
         raise TypeError(
-            f"check({found.id!r}, …) was given {function!r:.60}; pass {found.function_name} itself."
+            f"{found.id} was given {function!r:.60}, which cannot be called; "
+            f"pass {found.function_name} itself."
         )
     bodies = found.bodies(function)
     if learner_code.is_untouched(found.stub, bodies):
@@ -266,7 +268,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
         try:
             with _seeded(f"{found.id}/{test.name}{f'/{salt}' if salt else ''}"):
                 test.run(function)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an answer may call sys.exit
             if _is_stub_error(found, function, bodies, error):
                 if _nothing_written(found, bodies):
                     return not_done(found)
@@ -280,7 +282,7 @@ def grade(found: Exercise, function: Any, salt: str = "") -> CheckResult:
 
 
 def _is_stub_error(
-    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: Exception
+    found: Exercise, function: Any, bodies: Mapping[str, learner_code.Body], error: BaseException
 ) -> bool:
     """Whether a part of the answer that is still to be written raised the error."""
     if isinstance(learner_code.root_cause(error), NotImplementedError):
@@ -292,12 +294,13 @@ def _is_stub_error(
 
 def _nothing_written(found: Exercise, bodies: Mapping[str, learner_code.Body]) -> bool:
     asked = learner_code.asked_for(found.stub)
-    if not bodies:  # not a Python function: nothing more is known
+    known = [name for name in asked if name in bodies]
+    if not known:  # it runs in another process: nothing more is known
         return len(asked) == 1
-    return learner_code.unwritten_bodies(found.stub, bodies) == asked
+    return set(known) <= set(learner_code.unwritten_bodies(found.stub, bodies))
 
 
-def _raising_part(found: Exercise, error: Exception) -> str:
+def _raising_part(found: Exercise, error: BaseException) -> str:
     """The name of the function or method of the stub that raised the error."""
     code = learner_code.raising_code(error)
     for name in learner_code.asked_for(found.stub):

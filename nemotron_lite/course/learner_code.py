@@ -32,6 +32,8 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 Body = tuple[Any, ...]
+# Instructions that read a name of the module, in functions and in the bodies of classes.
+READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
 # Statements with a call of these are about the course, not part of an answer.
 COURSE_CALLS = {
     "check", "explore", "hint", "measured", "own", "predict", "progress", "progress_page", "quiz",
@@ -45,7 +47,7 @@ COURSE_CALLS = {
 def bodies_of_source(source: str) -> dict[str, Body]:
     """The compiled functions and methods of some source code, by name; nothing is run."""
     found: dict[str, Body] = {}
-    for code in _codes(compile(source, "<stub>", "exec")):
+    for code in _codes(_compiled(source)):
         if not _is_class_body(code):
             found[code.co_qualname] = _body(code)
     return found
@@ -98,7 +100,7 @@ def _unwrapped(member: Any) -> list[Any]:
             member = member.__func__
         elif _is_triton(member) and hasattr(member, "fn"):
             member = member.fn  # a JIT function, an autotuner or the interpreter's wrapper
-        elif isinstance(member, FunctionType) and hasattr(member, "__wrapped__"):
+        elif "__wrapped__" in getattr(member, "__dict__", {}):
             member = member.__wrapped__
         else:
             break
@@ -116,6 +118,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield constant
             if _is_class_body(constant):
                 yield from _codes(constant)
+
+
+def _compiled(source: str | ast.Module) -> CodeType:
+    """Code as a notebook compiles it: without the `__future__` imports of this module."""
+    return compile(source, "<answer>", "exec", dont_inherit=True)
 
 
 def _is_class_body(code: CodeType) -> bool:
@@ -233,7 +240,7 @@ def raised_by_triton(error: BaseException) -> bool:
     return _is_triton(root_cause(error))
 
 
-def describe_error(function: Any, error: Exception) -> str:
+def describe_error(function: Any, error: BaseException) -> str:
     """The error in words, with the learner's line that led to it."""
     cause = root_cause(error)
     lines = str(cause).strip().splitlines()
@@ -276,32 +283,44 @@ def with_full_stop(text: str) -> str:
 # --- The text of an answer ---------------------------------------------------------------------
 
 
-def answer_source(thing: Any, name: str, provided: Iterable[str] = ()) -> str:
-    """The source code of an answer with what it uses, "" if its text is not known.
+def answer_source(thing: Any, name: str, provided: Iterable[str] = ()) -> tuple[str, str]:
+    """The source code of an answer with what it uses, or why there is none.
 
     Args:
         thing: the function or class.
         name: what the source has to define.
         provided: names that exist where the source will run, so it need not define them.
+
+    Returns:
+        (source, problem); one of the two is empty. The problem is a clause without a full stop.
     """
     functions = functions_of(thing)
-    if not functions:
-        return ""
-    collected = _Collected(functions[0].__globals__, set(provided) - {name})
     actual = getattr(thing, "__name__", name)
-    if not collected.add_definition(actual, functions[0].__code__.co_filename):
-        return ""
-    pieces = [
-        *sorted(collected.futures),
-        *collected.pieces,
-        *([f"{name} = {actual}"] if actual != name else []),
-    ]
-    source = "\n".join(pieces) + "\n"
-    try:
-        compile(source, "<answer>", "exec")
-    except (SyntaxError, ValueError):
-        return ""
-    return source
+    unknown = f"the text of {actual} is not known (write it in a cell without %% in its first line)"
+    if not functions:
+        return "", unknown
+    collected = _Collected(functions[0].__globals__, set(provided) - {name})
+    if not collected.add_object(actual, thing):
+        return "", unknown
+    source = collected.text(f"\n\n{name} = {actual}" if actual != name else "")
+    if missing := _undefined(source, provided):
+        return "", f"{', '.join(missing)} must be defined or imported in the same cell"
+    return source, ""
+
+
+def _undefined(source: str, provided: Iterable[str]) -> list[str]:
+    """Global names that source code uses, and neither it nor its surroundings define."""
+    bound = {name for node in ast.parse(source).body for name in _bound_names(node)}
+    known = {*bound, *provided}
+    return (
+        []
+        if "*" in bound
+        else [
+            name
+            for name in _global_names(_compiled(source))
+            if name not in known and not hasattr(builtins, name) and not name.startswith("__")
+        ]
+    )
 
 
 class _Collected:
@@ -313,6 +332,18 @@ class _Collected:
         self.futures: set[str] = set()
         self._seen: set[str] = set()
         self._emitted: set[tuple[str, int]] = set()
+
+    def text(self, last: str) -> str:
+        """All statements as source code, `last` at the end."""
+        pieces = [*sorted(self.futures), *self.pieces, *([last] if last else [])]
+        return "\n".join(pieces) + "\n"
+
+    def add_object(self, name: str, value: Any) -> bool:
+        """Add the cell that defines a function or class; False if it is not found."""
+        files = [function.__code__.co_filename for function in functions_of(value)]
+        if isinstance(value, type):  # a data class, or one without methods, has no code of a cell
+            files += [file for file in reversed(list(linecache.cache)) if is_cell(file)]
+        return any(self.add_definition(name, file) for file in dict.fromkeys(files))
 
     def add_definition(self, name: str, filename: str) -> bool:
         """Add the statements of a cell that bind `name`, and what they use; False if none do."""
@@ -354,9 +385,9 @@ class _Collected:
         if not nodes:
             return []
         module = ast.Module(body=nodes, type_ignores=[])
-        names = _global_names(compile(module, "<answer>", "exec"))
-        known = {n for n in names if n in self.space or not hasattr(builtins, n)}
-        return [n for n in names if n in known and n not in without]
+        names = _global_names(_compiled(module))
+        own = {n for n in names if n in self.space or not hasattr(builtins, n)}
+        return [n for n in names if n in own - without and not n.startswith("__")]
 
     def _add_global(self, name: str) -> None:
         """Define a name that comes from an earlier cell, as far as that can be written down."""
@@ -372,8 +403,7 @@ class _Collected:
         elif imported := _import_line(name, value):
             self.pieces.append(imported)
         else:
-            for function in functions_of(value)[:1]:
-                self.add_definition(name, function.__code__.co_filename)
+            self.add_object(name, value)
 
 
 def _is_future(node: ast.stmt) -> bool:
@@ -428,7 +458,7 @@ def _global_names(code: CodeType) -> list[str]:
     """The names that code reads from its module, in order, those in nested functions included."""
     names: dict[str, None] = {}
     for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF"):
+        if step.opname in READS:
             names[str(step.argval)] = None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -45,9 +45,11 @@ class Answer:
 # The learner's object that passed last, in this kernel, by exercise.
 _PASSED: dict[str, Any] = {}
 # Objects that `own` made, by id() and kept alive: how an object that is passed in is recognized.
-_MADE: dict[int, tuple[Any, str]] = {}
+_MADE: dict[int, Answer] = {}
 # What `own` built, by exercise, source and the answers it needs: built and graded once a kernel.
 _BUILT: dict[tuple[Any, ...], tuple[Any, str]] = {}
+# Why the learner's object of this kernel was not taken, by exercise.
+_REFUSED: dict[str, str] = {}
 
 
 def own(exercise_id: str, function: Any = None) -> Any:
@@ -66,114 +68,106 @@ def own(exercise_id: str, function: Any = None) -> Any:
         TypeError: `function` cannot be called.
     """
     found = exercise(exercise_id)
-    if id(function) in _MADE:  # the cell was run again: the name holds what `own` returned before
-        function = None
-    why = "there is none of yours yet"
-    if function is not None:
-        if _PASSED.get(exercise_id) is not function:
-            result = grade(found, function)
-            remember(found, function, result)
-            why = "yours does not pass yet" if result.failed else "yours is not done yet"
-        if _PASSED.get(exercise_id) is function:
-            _say(f"{exercise_id}: your {_kind(function)} runs.")
-            return function
-    answer, note = _resolve(found, live=function is None)
-    kind = _kind(answer.thing)
-    if answer.of == "yours":
-        text = f"your {kind} runs."
-    elif answer.of == "stored":
-        text = f"your {kind} of an earlier session runs."
-        if function is not None:
-            here = why.replace("yours", "the one here")
-            text = f"your {kind} of an earlier session runs, because {here}."
+    note = ""
+    # In a cell that is run again, the name holds what `own` returned before: nothing new to grade.
+    known = (None, _PASSED.get(exercise_id))
+    if all(function is not one for one in known) and id(function) not in _MADE:
+        result = grade(found, function)
+        note = remember(found, function, result)
+        if not result.passed:
+            _REFUSED[exercise_id] = "does not pass yet" if result.failed else "is not done yet"
+    runs = function is not None and _PASSED.get(exercise_id) is function
+    refused = "" if runs else _REFUSED.get(exercise_id, "")
+    answer, problem = _resolve(found)
+    kind = "class" if isinstance(answer.thing, type) else "function"
+    if answer.of == "package":
+        why = problem or (f"yours {refused}" if refused else "there is none of yours yet")
+        text = f"the package's {kind} runs, because {why}."
+    elif refused and function is not None:
+        text = f"your earlier {kind} runs, because this one {refused}."
     else:
-        text = f"the package's {kind} runs, because {note or why}."
-    _say(f"{exercise_id}: {text}")
+        text = f"your {kind}{' of an earlier session' if answer.of == 'stored' else ''} runs."
+    _say(f"{exercise_id}: {text}{f' {note}' if note else ''}")
     return answer.thing
 
 
-def remember(found: Exercise, function: Any, result: CheckResult) -> None:
+def remember(found: Exercise, function: Any, result: CheckResult) -> str:
     """Keep the result of a check and, if it passed, the source of the answer.
 
     A later check that fails does not undo a pass.
+
+    Returns:
+        A sentence if later sessions will not find the answer, else "".
     """
     key = f"checks/{found.id}"
     before = progress_store.get(key)
-    before = before if isinstance(before, dict) else {}
+    passed_before = isinstance(before, dict) and before.get("passed") is True
     now = {"passed": result.passed, "points": result.points, "max_points": result.max_points}
-    tried = result.passed or result.failed
-    if tried and now != before and not (before.get("passed") and not result.passed):
+    if result.passed or (result.failed and not passed_before):
         progress_store.put(key, now)
     if not result.passed:
-        return
+        return ""
     _PASSED[found.id] = function
-    source = learner_code.answer_source(function, found.function_name, found.provided)
-    stored = f"answers/{found.id}.py"
-    if source and progress_store.get(stored) != (text := HEADER.format(id=found.id) + source):
-        progress_store.put(stored, text)
+    _REFUSED.pop(found.id, None)
+    source, problem = learner_code.answer_source(function, found.function_name, found.provided)
+    if problem:
+        lost = f"Later chapters cannot use your answer: {problem}."
+        return lost if progress_store.folder() else ""
+    progress_store.put(f"answers/{found.id}.py", HEADER.format(id=found.id) + source)
+    return ""
 
 
-def is_package_answer(found: Exercise, function: Any) -> bool:
-    """Whether the object is the package's answer to this exercise, as `own` returned it."""
-    return _MADE.get(id(function), (None, ""))[1] == "package"
+def is_package_answer(function: Any) -> bool:
+    """Whether the object is the package's answer to an exercise, as `own` returned it."""
+    made = _MADE.get(id(function))
+    return made is not None and made.of == "package"
 
 
 def forget() -> None:
     """Forget the answers of this kernel; those on disk stay."""
-    _PASSED.clear()
-    _MADE.clear()
-    _BUILT.clear()
+    for memory in (_PASSED, _MADE, _BUILT, _REFUSED):
+        memory.clear()
 
 
-def _resolve(found: Exercise, *, live: bool = True) -> tuple[Answer, str]:
-    """The best answer there is, and why a stored one is not used ("" if there is none).
-
-    Args:
-        found: the exercise.
-        live: also take the learner's object that passed in this kernel.
-    """
-    if live and found.id in _PASSED:
+def _resolve(found: Exercise) -> tuple[Answer, str]:
+    """The best answer there is, and why a stored one is not used ("" if there is none)."""
+    if found.id in _PASSED:
         return Answer(_PASSED[found.id], "yours"), ""
     needs = {needed: _resolve(exercise(needed))[0] for needed in found.needs}
-    note = ""
-    source = progress_store.get(f"answers/{found.id}.py")
+    source, note = progress_store.get(f"answers/{found.id}.py"), ""
     if isinstance(source, str):
         thing, problem = _built(found, source, needs)
         if not problem:
             return Answer(thing, "stored"), ""
         note = f"your stored answer {problem}"
     thing, problem = _built(found, None, needs)
-    if problem and any(answer.of != "package" for answer in needs.values()):
+    if problem:  # with a part of the learner's
         thing, _ = _built(found, None, {})
     return Answer(thing, "package"), note
 
 
 def _built(found: Exercise, source: str | None, needs: Mapping[str, Answer]) -> tuple[Any, str]:
-    """A built and graded answer, and what is wrong with it ("" if it passes).
+    """An answer, built and graded, and what is wrong with it ("" if it passes).
 
-    The package's own answer is not graded again unless it is built with a part of the learner's.
+    The package's answer is graded only where it is built with a part of the learner's.
     """
     key = (found.id, source, *(id(answer.thing) for answer in needs.values()))
     if key not in _BUILT:
         things = {needed: answer.thing for needed, answer in needs.items()}
-        thing, problem = None, ""
         trusted = source is None and all(answer.of == "package" for answer in needs.values())
+        thing, problem = None, ""
         try:
             thing = found.build(source, own=things)
             if not trusted and not grade(found, thing).passed:
                 problem = "does not pass its checks today"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if trusted:
                 raise
             problem = f"cannot be run ({type(error).__name__})"
         if thing is not None:
-            _MADE[id(thing)] = (thing, "package" if source is None else "stored")
+            _MADE[id(thing)] = Answer(thing, "package" if source is None else "stored")
         _BUILT[key] = thing, problem
     return _BUILT[key]
-
-
-def _kind(thing: Any) -> str:
-    return "class" if isinstance(thing, type) else "function"
 
 
 def _say(text: str) -> None:

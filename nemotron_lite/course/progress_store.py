@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def folder() -> Path | None:
 
 
 def put(key: str, value: Any) -> None:
-    """Keep a fact; an earlier value of the same key is replaced.
+    """Keep a fact; an earlier value of the same key is replaced, an equal one keeps its date.
 
     Args:
         key: group and name, such as "guesses/01.speed". Keys that end in ".py" hold text.
@@ -68,6 +67,8 @@ def put(key: str, value: Any) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     text = str(value) if key.endswith(_TEXT) else json.dumps({"saved": now, "value": value})
     path = _path(key)
+    if key not in _MEMORY and get(key) == value:
+        return
     if path is not None:
         try:
             path.parent.mkdir(exist_ok=True)
@@ -96,34 +97,6 @@ def saved_at(key: str) -> str | None:
     """When the fact was kept, such as "2026-11-29T20:31:05+00:00"; None if there is none."""
     found = _read(key)
     return None if found is None else found[1]
-
-
-def keys(group: str) -> list[str]:
-    """The keys of a group, such as "guesses", in order."""
-    _check(f"{group}/x")
-    found = {key for key in _MEMORY if key.startswith(f"{group}/")}
-    base = folder()
-    if base is not None:
-        with suppress(OSError):
-            for path in (base / group).iterdir():
-                name = path.name.removesuffix(".json")
-                known = path.suffix in (".json", _TEXT) and _KEY.fullmatch(f"{group}/{name}")
-                found |= {f"{group}/{name}"} if known else set()
-    return sorted(found)
-
-
-def remove(key: str) -> None:
-    """Forget a fact; it need not exist."""
-    path = _path(key)
-    _MEMORY.pop(key, None)
-    if path is not None:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def remove_from_memory(key: str) -> None:
-    """Forget a fact that is only in memory; what is on disk stays."""
-    _MEMORY.pop(key, None)
 
 
 def forget_memory() -> None:
@@ -158,7 +131,8 @@ def _read(key: str) -> tuple[Any, str] | None:
             changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             return text, changed.isoformat(timespec="seconds")
         fact = json.loads(text)
-        return fact["value"], str(fact["saved"])
+        saved = datetime.fromisoformat(fact["saved"])
+        return fact["value"], saved.isoformat(timespec="seconds")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

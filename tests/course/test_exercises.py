@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,59 +13,23 @@ import torch
 
 from nemotron_lite.course import (
     Check,
-    CheckResult,
-    Exercise,
-    check,
     exercises,
-    hint,
-    own_answers,
-    progress_store,
 )
 from nemotron_lite.course.chapter_list import chapter_folders
-from nemotron_lite.course.exercises import ExerciseError, close, grade, gradients
-from tests.course.conftest import Shown
-
-STUB = '''def fade(dt, A):
-    """How much of the state stays."""
-    raise NotImplementedError
-'''
-SOLUTION = '''def fade(dt, A):
-    """How much of the state stays."""
-    return torch.exp(dt * A)
-'''
-
-
-def by_hand(function: Callable[..., Any]) -> None:
-    close(function(torch.tensor(1.0), torch.tensor(0.0)), torch.tensor(1.0), what="fade at A = 0")
-
-
-def many(function: Callable[..., Any]) -> None:
-    dt, A = torch.rand(5), -torch.rand(5)
-    close(function(dt, A), torch.exp(dt * A), what="fade")
-
-
-def slopes(function: Callable[..., Any]) -> None:
-    gradients(function, lambda dt, A: (dt * A).exp(), {"dt": torch.rand(3), "A": -torch.rand(3)})
-
-
-FADE = Exercise(
-    id="99.fade",
-    title="Fade",
-    objective="O1: fade.",
-    minutes=5,
-    difficulty=1,
-    points=6,
-    task="Write `fade`.",
-    stub=STUB,
-    solution=SOLUTION,
-    hints=("Think of A = 0.", "Use `torch.exp`.", "Do not detach."),
-    checks=(
-        Check("by hand", by_hand, hint=1, points=1),
-        Check("many values", many, hint=2, points=2),
-        Check("gradients", slopes, hint=3, points=3),
-    ),
+from nemotron_lite.course.exercises import ExerciseError, close, grade
+from nemotron_lite.course.sources import source_of
+from tests.course.sample_exercises import (
+    ADD,
+    FADE,
+    GATE,
+    GATE_STEP,
+    KERNEL,
+    STUB,
+    by_hand,
+    forget,
+    many,
+    use,
 )
-
 
 RIGHT = """99.fade: right. 3 of 3 checks, 6 of 6 points.
   ✓ by hand
@@ -72,18 +37,11 @@ RIGHT = """99.fade: right. 3 of 3 checks, 6 of 6 points.
   ✓ gradients"""
 
 
-def _forget() -> None:
-    progress_store.forget_memory()
-    own_answers.forget()
-
-
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    real = exercises.exercises
-    monkeypatch.setattr(exercises, "exercises", lambda c: (FADE,) if c == "99" else real(c))
-    _forget()
+    use(monkeypatch)
     yield
-    _forget()
+    forget()
 
 
 def test_the_reference_passes_with_full_points() -> None:
@@ -230,6 +188,113 @@ def test_the_same_mistake_gives_the_same_message() -> None:
     assert grade(FADE, FADE.build(source)) == grade(FADE, FADE.build(source))
 
 
+def test_the_source_of_a_built_class_can_be_shown() -> None:
+    built = GATE.build(), GATE.build(GATE.solution.replace("A gain", "The gain"))
+    assert [source_of(one)[0].count("The gain") for one in built] == [0, 0]  # the docstring
+    assert [source_of(one, docstring=True)[0].count("The gain") for one in built] == [0, 1]
+    assert source_of(built[0].step)[0] == textwrap.dedent(GATE_STEP).rstrip()
+
+
+def test_a_data_class_can_be_part_of_an_answer() -> None:
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+    source += "@dataclass\nclass Pair:\n    a: Tensor\n\n\n"
+    source += "def fade(dt, A):\n    return Pair(dt * A).a.exp()\n"
+    assert grade(FADE, FADE.build(source)).passed
+
+
+def test_an_answer_that_ends_python_is_wrong() -> None:
+    source = "import sys\n\n\ndef fade(dt, A):\n    sys.exit(0)\n"
+    message = grade(FADE, FADE.build(source)).message
+    assert "it raised SystemExit: 0. Your line: sys.exit(0)" in message
+
+
+def test_a_salt_gives_other_numbers_and_the_reference_passes_with_each() -> None:
+    drawn = []
+
+    def draw(function: Callable[..., Any]) -> None:
+        drawn.append(tuple(torch.rand(3).tolist()))
+
+    exercise = replace(FADE, points=1, checks=(Check("a", draw),))
+    for salt in ("", "one", "two", "one"):
+        assert grade(exercise, FADE.build(), salt).passed
+        assert grade(FADE, FADE.build(), salt).passed
+    assert drawn[1] == drawn[3]
+    assert len(set(drawn)) == 3
+
+
+class FromElsewhere:
+    """Forwards calls, as the object that stands for an answer in another process."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self._answer = answer
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return self._answer(*arguments, **named)
+        except Exception as error:
+            again: Any = type(error)(*error.args)
+            again.raised_by_learner, again.learner_line = True, "return dt.view(7)"
+            raise again from None
+
+
+def test_an_answer_in_another_process_is_graded_by_its_calls() -> None:
+    assert grade(FADE, FromElsewhere(FADE.build()), "salt").passed
+    wrong = grade(FADE, FromElsewhere(FADE.build("def fade(dt, A):\n    return dt.view(7)\n")))
+    assert "Your line: return dt.view(7)" in wrong.message
+    assert "not done yet" in grade(FADE, FromElsewhere(FADE.build(STUB))).message
+    asserts = FADE.build("def fade(dt, A):\n    assert dt < 0\n")
+    assert "it raised AssertionError" in grade(FADE, FromElsewhere(asserts)).message
+    half = GATE.build(GATE.stub.replace("raise NotImplementedError", "return self.gain * x", 1))
+    message = grade(GATE, FromElsewhere(half)).message
+    assert message.startswith("99.gate: not right yet. 1 of 2 checks")
+
+
+def test_a_class_that_stands_for_one_in_another_process_keeps_its_points() -> None:
+    half = GATE.build(GATE.stub.replace("raise NotImplementedError", "return self.gain * x", 1))
+
+    class Elsewhere:
+        def __init__(self, gain: float) -> None:
+            self._there = half(gain)
+
+        def __getattr__(self, name: str) -> Any:
+            return FromElsewhere(getattr(self._there, name))
+
+    result = grade(GATE, Elsewhere)
+    assert (result.points, result.failed) == (1, ("step",))
+    assert "is not written yet" in result.message
+
+
+KERNELS = {
+    "the stub": ("    raise NotImplementedError\n", "99.add: not done yet"),
+    "begun": ("    a = tl.load(x + i, mask=mask)\n    raise NotImplementedError\n", "not done yet"),
+    "wrong": (
+        "    tl.store(out + i, tl.load(x + i, mask=mask), mask=mask)\n",
+        "ten numbers: x + y differs in 10 of 10 values.",
+    ),
+    "not Triton": ("    tl.loud(x)\n", "has no attribute 'loud'. Your line: tl.loud(x)"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_is_graded_through_its_launcher(name: str) -> None:
+    body, words = KERNELS[name]
+    assert words in grade(ADD, ADD.build(KERNEL.format(body=body))).message
+
+
+def test_a_kernel_that_was_begun_is_not_done_where_it_is_compiled() -> None:
+    """Triton's compiler raises an error of its own for a `raise` in a kernel."""
+    from triton.compiler.errors import UnsupportedLanguageConstruct
+
+    begun = ADD.build(ADD.stub.replace("    raise", "    a = i + 1\n    raise"))
+
+    def compiled(function: Callable[..., Any]) -> None:
+        raise UnsupportedLanguageConstruct(None, None, "raise")
+
+    exercise = replace(ADD, checks=(Check("a", compiled),))
+    assert "not done yet" in grade(exercise, begun).message
+    assert "not right" in grade(exercise, ADD.build()).message
+
+
 def test_an_interrupt_is_not_a_wrong_answer() -> None:
     def stop(dt: Any, A: Any) -> None:
         raise KeyboardInterrupt
@@ -241,41 +306,6 @@ def test_an_interrupt_is_not_a_wrong_answer() -> None:
 def test_passing_a_result_instead_of_the_function_is_refused() -> None:
     with pytest.raises(TypeError, match="pass fade itself"):
         grade(FADE, torch.ones(2))
-
-
-def test_check_shows_its_message_once(shown: Callable[..., Shown]) -> None:
-    seen = shown(check, "99.fade", FADE.build())
-    assert seen.plain == RIGHT
-    assert "99.fade" in seen.html
-    assert isinstance(seen.result, CheckResult)
-    assert shown(seen.result._ipython_display_).bundles == []
-
-
-def test_a_kept_result_can_be_shown_in_a_later_cell(shown: Callable[..., Shown]) -> None:
-    result = replace(shown(check, "99.fade", FADE.build()).result, shown_in_cell=-1)
-    assert shown(result._ipython_display_).plain == result.message
-
-
-def test_an_unknown_exercise_lists_those_of_its_chapter() -> None:
-    with pytest.raises(
-        ExerciseError, match=r"no exercise '99\.face'; choose one of \['99\.fade'\]"
-    ):
-        check("99.face", abs)
-    with pytest.raises(ExerciseError, match="Chapter '77' has no exercises"):
-        check("77.fade", abs)
-    with pytest.raises(ExerciseError, match="Chapter 'fade' has no exercises"):
-        hint("fade")
-
-
-def test_hints_come_one_after_another(shown: Callable[..., Shown]) -> None:
-    messages = [shown(hint, "99.fade").plain for _ in range(4)]
-    assert messages[0] == "Hint 1 of 3 · 99.fade\nThink of A = 0."
-    assert "Use `torch.exp`." in messages[1]
-    assert messages[2] == messages[3]
-    assert "the last one" in messages[2]
-    assert "Hint 2 of 3" in shown(hint, "99.fade", 2).plain
-    with pytest.raises(ValueError, match="n is 4"):
-        hint("99.fade", 4)
 
 
 @pytest.mark.parametrize(

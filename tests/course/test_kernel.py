@@ -1,4 +1,4 @@
-"""One real kernel: what a chapter's cells leave in the file, live widgets and bars included."""
+"""Real kernels: what a chapter's cells leave in the file, and what a restarted kernel finds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from nemotron_lite.course.display import PLOTLY, WIDGET
+from tests.course.sample_exercises import ADD, FADE, GATE_HEAD, GATE_OUT, GATE_STEP
 from tests.course.test_quizzes import TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,14 +56,63 @@ check("99.twice", mine)""",
 }
 
 
-def run_cells() -> dict[str, list[dict[str, Any]]]:
+# A learner's cells: a helper of another cell, a magic, a class that uses the function, a kernel.
+BUILT = {
+    "setup": f"""
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.nn.functional as F
+from torch import nn
+from nemotron_lite.course import *
+from nemotron_lite.course import exercises
+from tests.course.sample_exercises import ADD, CHAPTER, GATE_HEAD, GATE_OUT, GATE_STEP
+exercises.exercises = lambda chapter: CHAPTER
+setup("01")""",
+    "helper": "SIGN = 1\ndef product(a, b):\n    return SIGN * a * b\nhint('99.gate')",
+    "fade": """
+%time started = True
+def fade(dt, A):
+    # mine
+    return product(dt, A).exp()
+
+check("99.fade", fade)""",
+    "own fade": 'fade = own("99.fade", fade)',
+    "gate": GATE_HEAD + GATE_OUT + GATE_STEP + '\n\ncheck("99.gate", Gate)',
+    "own gate": 'Gate = own("99.gate", Gate)',
+    "add": ADD.solution + '\n\ncheck("99.add", add)',
+    "own add": 'add = own("99.add", add)',
+}
+FOUND = {
+    "setup": BUILT["setup"],
+    "fade": 'fade = own("99.fade")',
+    "stub": FADE.stub + '\n\nfade = own("99.fade", fade)',
+    "gate": 'Gate = own("99.gate")',
+    "add": 'add = own("99.add")',
+    "hint": 'hint("99.gate")',
+    "solution": 'solution("99.fade")',
+    "values": """
+gate = Gate(1.0)
+gate.step()
+assert gate.step.__globals__["fade"].__globals__["SIGN"] == 1
+show_source(add)
+tell(f"{float(gate.gain):.3f} {add(torch.ones(2), torch.ones(2)).tolist()}")""",
+}
+
+
+def run_cells(
+    cells: dict[str, str], folder: Path, streams: tuple[str, ...] = ()
+) -> dict[str, list[dict[str, Any]]]:
     """Cell name → bundles it left; anything but displayed data would be an error or a stream."""
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS.values()]
+        cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells.values()]
     )
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     found = {}
-    for name, cell in zip(CELLS, notebook.cells, strict=True):
+    for name, cell in zip(cells, notebook.cells, strict=True):
+        if name in streams:
+            cell.outputs = [one for one in cell.outputs if one.output_type != "stream"]
         kinds = {output.output_type for output in cell.outputs}
         assert kinds == {"display_data"}, (name, cell.outputs)
         found[name] = [dict(output.data) for output in cell.outputs]
@@ -71,7 +121,7 @@ def run_cells() -> dict[str, list[dict[str, Any]]]:
 
 def test_what_a_chapter_leaves_in_its_file() -> None:
     """One test, because one kernel takes as long as all the others of this folder."""
-    outputs = run_cells()
+    outputs = run_cells(CELLS, ROOT)
     once = set(CELLS) - {"predict", "tell", "figure", "quiz"}
     assert {name for name, bundles in outputs.items() if len(bundles) == 1} == once
 
@@ -97,3 +147,29 @@ def test_what_a_chapter_leaves_in_its_file() -> None:
     assert outputs["figure"][1][PLOTLY]["data"][0]["y"]
     assert 'value="300" max="300"' in outputs["progress"][0]["text/html"]
     assert "loss 0.500" in outputs["hook"][0]["text/html"]
+
+
+def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
+    course = tmp_path / ".course"
+    course.mkdir()
+    outputs = run_cells(BUILT, tmp_path, streams=("fade",))
+    text = {name: bundles[-1]["text/plain"] for name, bundles in outputs.items()}
+    assert "Later chapters" not in "".join(text.values())
+    assert text["fade"].startswith("99.fade: right. 3 of 3 checks")
+    assert text["own fade"] == "99.fade: your function runs."
+    assert text["own gate"] == "99.gate: your class runs."
+    assert text["own add"] == "99.add: your function runs."
+    fade = (course / "answers" / "99.fade.py").read_text()
+    assert "SIGN = 1\n" in fade
+    assert "    # mine\n" in fade
+    assert "started" not in fade
+
+    outputs = run_cells(FOUND, tmp_path)
+    text = {name: bundles[-1]["text/plain"] for name, bundles in outputs.items()}
+    assert text["fade"] == "99.fade: your function of an earlier session runs."
+    assert text["stub"] == "99.fade: your earlier function runs, because this one is not done yet."
+    assert text["gate"] == "99.gate: your class of an earlier session runs."
+    assert text["add"] == "99.add: your function of an earlier session runs."
+    assert text["hint"].startswith("Hint 2 of 3")
+    assert text["solution"].startswith("Solution · 99.fade")
+    assert text["values"] == "0.368 [2.0, 2.0]"

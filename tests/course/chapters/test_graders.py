@@ -8,6 +8,10 @@ instead of the learner's function. So four things are tested for every exercise 
 - each mutant (a wrong answer with a mistake that people have made) fails and names its hint,
 - if any statement of the reference solution is deleted, a check fails.
 
+Only what the learner has to write is changed, not what the stub gives: of a class the methods that
+it asks for, of a Triton exercise the kernel. A kernel with a mistake can write outside its arrays
+and end the process. So Triton exercises are graded in a child; one that dies counts as noticed.
+
 Small alterations (a sign, an operator, a number plus one) are sampled over the whole course. Some
 of them change nothing, such as axis 2 for axis -2 of four, so only a minimum share of them has to
 be noticed. A chapter without exercises, or an exercise without mutants, fails.
@@ -17,27 +21,33 @@ from __future__ import annotations
 
 import ast
 import copy
+import faulthandler
 import importlib
+import os
+import pickle
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from dataclasses import replace
+from types import FrameType, ModuleType
 
 import pytest
 import torch
 
-from nemotron_lite.course import exercises
+from nemotron_lite.course import exercises, learner_code
 from nemotron_lite.course.chapter_list import chapter_folders
-from nemotron_lite.course.exercises import Exercise
+from nemotron_lite.course.exercises import CheckResult, Exercise
 from nemotron_lite.coursework import make
 from tests.course.chapters.mutants import Mutant
+from tests.course.sample_exercises import ADD, GATE
 
 CHAPTERS = make.chapters()
 EXERCISES = {e.id: e for chapter in CHAPTERS for e in exercises.exercises(chapter)}
 FEWEST_MUTANTS = 3
 TIME_LIMIT = 20  # seconds; without its `i += 1` a loop never ends
 
+SALTS = ("a", "b", "c")  # of the seeds; coursework is graded with one that nobody knows
 SAMPLED = 6  # alterations of each exercise
 LEAST_NOTICED = 0.9  # the share of them that must be noticed
 EXCHANGED: dict[type, type] = {
@@ -47,15 +57,25 @@ EXCHANGED: dict[type, type] = {
     ast.In: ast.NotIn, ast.NotIn: ast.In,
 }  # fmt: skip
 
-# Statements that can be deleted without changing any answer, with the reason.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+
+def _module_of(chapter: str) -> ModuleType:
+    return importlib.import_module(
+        f"tests.course.chapters.{chapter_folders()[chapter].name}.mutants"
+    )
 
 
 def mutants_of(chapter: str) -> dict[str, list[Mutant]]:
-    found: dict[str, list[Mutant]] = importlib.import_module(
-        f"tests.course.chapters.{chapter_folders()[chapter].name}.mutants"
-    ).MUTANTS
+    found: dict[str, list[Mutant]] = _module_of(chapter).MUTANTS
     return found
+
+
+# Statements that can be deleted without changing any answer, with the reason: (exercise, statement)
+# → reason, from the mutants.py of a chapter, which need not have any.
+EQUIVALENT: dict[tuple[str, str], str] = {
+    key: reason
+    for chapter in CHAPTERS
+    for key, reason in getattr(_module_of(chapter), "EQUIVALENT", {}).items()
+}
 
 
 MUTANTS = [
@@ -86,11 +106,32 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def deletions(source: str) -> list[tuple[str, str]]:
-    """Each statement of the functions in `source`, and the source without it."""
+def functions_to_change(tree: ast.Module, given: Container[str] = ()) -> list[ast.AST]:
+    """The functions and methods of a solution, without those that the stub gives."""
+    found: list[ast.AST] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name not in given:
+            found.append(node)
+        elif isinstance(node, ast.ClassDef):
+            found += [
+                inner
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef) and f"{node.name}.{inner.name}" not in given
+            ]
+    return found
+
+
+def given_by(exercise: Exercise) -> set[str]:
+    """The functions and methods that the stub gives: they are not the learner's to write."""
+    every = set(learner_code.bodies_of_source(exercise.stub))
+    return every - set(learner_code.asked_for(exercise.stub))
+
+
+def deletions(source: str, given: Container[str] = ()) -> list[tuple[str, str]]:
+    """Each statement of the functions and methods in `source`, and the source without it."""
     places = []
     tree = ast.parse(source)
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+    for function in functions_to_change(tree, given):
         for node in ast.walk(function):
             for block in ("body", "orelse", "finalbody"):
                 statements = getattr(node, block, None)
@@ -112,11 +153,16 @@ def deletions(source: str) -> list[tuple[str, str]]:
     return [(statement, shorter) for shorter, statement in found.items()]
 
 
-def alterations(source: str) -> list[tuple[str, str]]:
+def alterations(source: str, given: Container[str] = ()) -> list[tuple[str, str]]:
     """Each operator exchanged and each number moved by one: what was changed, and the source."""
     tree = ast.parse(source)
     found = {}
+    inside = {
+        id(node) for function in functions_to_change(tree, given) for node in ast.walk(function)
+    }
     for place, node in enumerate(ast.walk(tree)):
+        if id(node) not in inside:
+            continue
         for step in (1, -1):
             if altered := _altered(copy.copy(node), step):
                 twin = copy.deepcopy(tree)
@@ -140,18 +186,43 @@ def _altered(node: ast.AST, step: int) -> str:
     return ast.unparse(node)
 
 
+def graded(exercise: Exercise, source: str) -> CheckResult | None:
+    """The result of an answer; None if it cannot be built, ends its process or never ends."""
+    try:
+        with time_limit(TIME_LIMIT):
+            if "@triton.jit" in exercise.stub:
+                return _in_child(lambda: exercises.grade(exercise, exercise.build(source)))
+            return exercises.grade(exercise, exercise.build(source))
+    except (OutOfTimeError, Exception):
+        return None
+
+
+def _in_child(run: Callable[[], CheckResult]) -> CheckResult:
+    """Run in a forked process and take its result over a pipe."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        torch.set_num_threads(1)  # the threads of the parent do not exist here
+        try:
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(run(), pipe)
+        finally:
+            os._exit(0)
+    os.close(write)
+    try:
+        with os.fdopen(read, "rb") as pipe:
+            result: CheckResult = pickle.load(pipe)
+        return result
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def survivors(exercise: Exercise, tried: list[tuple[str, str]]) -> list[str]:
     """Of changes to the solution and their sources: those that no check notices."""
-    alive = []
-    for statement, source in tried:
-        try:
-            with time_limit(TIME_LIMIT):
-                result = exercises.grade(exercise, exercise.build(source))
-        except (OutOfTimeError, SyntaxError):
-            continue
-        if result.passed:
-            alive.append(statement)
-    return alive
+    results = [(statement, graded(exercise, source)) for statement, source in tried]
+    return [statement for statement, result in results if result is not None and result.passed]
 
 
 def test_every_chapter_has_exercises() -> None:
@@ -163,6 +234,23 @@ def test_every_chapter_has_exercises() -> None:
     assert len(EXERCISES) == sum(len(exercises.exercises(c)) for c in CHAPTERS), (
         "an id is there twice"
     )
+
+
+def test_an_exercise_needs_earlier_ones_only() -> None:
+    order = list(EXERCISES)
+    for exercise in EXERCISES.values():
+        for needed in exercise.needs:
+            assert needed in EXERCISES, f"{exercise.id} needs {needed}, which does not exist"
+            assert order.index(needed) < order.index(exercise.id), f"{needed} comes later"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_an_exercise_that_must_be_done_needs_no_optional_one(chapter: str) -> None:
+    found = exercises.exercises(chapter)
+    assert any(e.kind == "must" for e in found)
+    for exercise in found:
+        if exercise.kind == "must":
+            assert {EXERCISES[needed].kind for needed in exercise.needs} <= {"must"}, exercise.id
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -190,14 +278,23 @@ def test_the_reference_earns_everything_and_changes_no_global_state(exercise: Ex
         result = exercises.grade(exercise, exercise.build())
         assert result.passed, result.message
         assert result.points == result.max_points == exercise.points
+        assert "✗" not in result.message
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == before[1]
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_the_reference_passes_with_any_seed(exercise: Exercise) -> None:
+    for salt in SALTS:
+        result = exercises.grade(exercise, exercise.build(), salt)
+        assert result.passed, f"salt {salt!r}: {result.message}"
 
 
 @pytest.mark.parametrize(("exercise_id", "mutant"), MUTANTS)
 def test_a_mutant_fails_and_is_sent_to_its_hint(exercise_id: str, mutant: Mutant) -> None:
     exercise = EXERCISES[exercise_id]
-    result = exercises.grade(exercise, exercise.build(mutant.source))
+    result = graded(exercise, mutant.source)
+    assert result is not None, "it could not be graded; a mutant has to get a message"
     assert not result.passed, f"accepted, though: {mutant.bug}"
     assert result.points < exercise.points
     assert f'Read hint("{exercise_id}", {mutant.hint}) next.' in result.message, result.message
@@ -232,7 +329,7 @@ def test_what_is_graded_is_what_was_passed_in(exercise: Exercise) -> None:
 
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
 def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> None:
-    tried = deletions(exercise.solution)
+    tried = deletions(exercise.solution, given_by(exercise))
     alive = survivors(exercise, tried)
     known = {statement for of, statement in EQUIVALENT if of == exercise.id}
     assert tried, "nothing was deleted"
@@ -242,7 +339,7 @@ def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> Non
 def test_small_alterations_are_noticed() -> None:
     alive, tried = [], 0
     for exercise in EXERCISES.values():
-        changes = alterations(exercise.solution)
+        changes = alterations(exercise.solution, given_by(exercise))
         some = random.Random(exercise.id).sample(changes, min(SAMPLED, len(changes)))
         alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
         tried += len(some)
@@ -267,6 +364,29 @@ def test_deletions_are_found_in_every_block() -> None:
     without = dict(deletions(source))
     assert "pass" in without["y += i"]
     assert "else" not in without["y = 2"]
+
+
+def test_what_a_stub_gives_is_not_changed() -> None:
+    head = "class A:\n    def given(self):\n        return 1\n\n    def asked(self):\n        "
+    given = given_by(
+        replace(GATE, stub=f"{head}raise NotImplementedError\n", solution=head + "pass")
+    )
+    assert given == {"A.given"}
+    source = f"{head}x = 2\n        return x\n"
+    assert [statement for statement, _ in deletions(source, given)] == ["x = 2", "return x"]
+    assert [change for change, _ in alterations(source, given)] == ["2 -> 3", "2 -> 1"]
+    assert len(deletions(source)) == 3
+
+
+def test_a_kernel_that_ends_its_process_counts_as_noticed() -> None:
+    def end(function: object) -> None:
+        os.abort()
+
+    exercise = replace(ADD, checks=(replace(ADD.checks[0], run=end),))
+    assert graded(exercise, ADD.solution) is None
+    result = graded(ADD, ADD.solution)
+    assert result is not None
+    assert result.passed
 
 
 def test_alterations_change_one_thing_each() -> None:

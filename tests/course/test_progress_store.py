@@ -1,0 +1,173 @@
+"""The store: values come back, files are small and whole, trouble is a line and no error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_lite.course import progress_store
+from tests.course.conftest import Shown
+
+KEY = "guesses/01.speed"
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    progress_store.forget_memory()
+    yield
+    progress_store.forget_memory()
+
+
+@pytest.fixture
+def course(tmp_path: Path) -> Path:
+    folder = tmp_path / ".course"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "value", [3.0, "so much", {"chosen": "ö", "right": True}, [1, 3], 0, False]
+)
+def test_a_value_comes_back_after_a_restart(course: Path, value: Any) -> None:
+    progress_store.put(KEY, value)
+    progress_store.forget_memory()
+    assert progress_store.get(KEY) == value
+    assert [p.name for p in course.rglob("*") if p.is_file()] == ["01.speed.json"]
+
+
+def test_text_is_a_file_that_can_be_read(course: Path) -> None:
+    progress_store.put("answers/01.discretise.py", "x = 'ö'\n")
+    assert (course / "answers" / "01.discretise.py").read_text("utf-8") == "x = 'ö'\n"
+    assert progress_store.get("answers/01.discretise.py") == "x = 'ö'\n"
+
+
+def test_without_a_folder_values_stay_in_memory(tmp_path: Path) -> None:
+    progress_store.put(KEY, 3)
+    assert progress_store.get(KEY) == 3
+    assert list(tmp_path.iterdir()) == []
+    progress_store.forget_memory()
+    assert progress_store.get(KEY, "none") == "none"
+    assert progress_store.saved_at(KEY) is None
+
+
+def test_an_equal_value_keeps_its_date(course: Path) -> None:
+    progress_store.put(KEY, 3)
+    path = course / f"{KEY}.json"
+    path.write_text(json.dumps({"saved": "2026-01-02T03:04:05+00:00", "value": 3}))
+    progress_store.put(KEY, 3)
+    assert progress_store.saved_at(KEY) == "2026-01-02T03:04:05+00:00"
+    progress_store.put(KEY, 4)
+    assert progress_store.saved_at(KEY) > "2026-01-02"
+    assert progress_store.get(KEY) == 4
+
+
+@pytest.mark.parametrize(
+    "key", ["speed", "../x/y", "guesses/../x", "guesses/.x", "guesses/a/b", ""]
+)
+def test_a_key_that_leaves_the_folder_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="expected a group and a name"):
+        progress_store.put(key, 1)
+    with pytest.raises(ValueError, match="expected a group and a name"):
+        progress_store.get(key)
+
+
+DAMAGED = {
+    "cut off": b'{"saved": "2026',
+    "empty": b"",
+    "not a fact": b"[1, 2]",
+    "no value": b'{"saved": "2026-01-02"}',
+    "no date": b'{"saved": "yesterday", "value": 1}',
+    "not text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_set_aside(course: Path, name: str, shown: Callable[..., Shown]) -> None:
+    path = course / f"{KEY}.json"
+    path.parent.mkdir()
+    path.write_bytes(DAMAGED[name])
+    seen = shown(progress_store.get, KEY, "default")
+    assert seen.result == "default"
+    assert "is damaged" in seen.plain
+    assert "renamed to 01.speed.json.damaged" in seen.plain
+    assert path.with_name("01.speed.json.damaged").read_bytes() == DAMAGED[name]
+    progress_store.put(KEY, 5)
+    assert progress_store.get(KEY) == 5
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    course: Path, shown: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "write_text", refuse)
+        seen = shown(progress_store.put, KEY, 3)
+        assert "cannot be written" in seen.plain
+        assert "No space left on device" in seen.plain
+        assert shown(progress_store.put, "guesses/01.size", 4).bundles == []
+        assert progress_store.get(KEY) == 3
+        assert progress_store.get("guesses/01.size") == 4
+    progress_store.put(KEY, 3)  # space was freed: the same value is written now
+    progress_store.forget_memory()
+    assert progress_store.get(KEY) == 3
+
+
+def test_an_answer_whose_bytes_are_no_text_is_set_aside(course: Path) -> None:
+    (course / "answers").mkdir()
+    (course / "answers" / "01.discretise.py").write_bytes(b"\xff\xfe")
+    assert progress_store.get("answers/01.discretise.py") is None
+    assert (course / "answers" / "01.discretise.py.damaged").exists()
+
+
+def test_a_value_in_memory_is_newer_than_the_file(course: Path) -> None:
+    progress_store.put(KEY, 3)
+    (course / "guesses").rename(course / "other")
+    (course / "guesses").write_text("a file where the folder was")
+    progress_store.put(KEY, 4)
+    assert progress_store.get(KEY) == 4
+
+
+def test_a_folder_that_was_deleted_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    progress_store.put(KEY, 3)
+    assert progress_store.folder() is None
+    assert progress_store.get(KEY) == 3
+
+
+PROGRAM = """
+import sys
+from nemotron_lite.course import progress_store
+for i in range(40):
+    progress_store.put("guesses/01.shared", [sys.argv[1]] * 500 + [i])
+    progress_store.put(f"guesses/01.{sys.argv[1]}{i % 4}", i)
+    assert len(progress_store.get("guesses/01.shared")) == 501
+"""
+
+
+def test_two_kernels_do_not_damage_each_others_files(course: Path) -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, name], cwd=course.parent, stdout=-1)
+        for name in "ab"
+    ]
+    for one in both:
+        printed, _ = one.communicate(timeout=120)
+        assert (one.returncode, printed) == (0, b"")
+    assert {progress_store.get(f"guesses/01.{name}3") for name in "ab"} == {39}
+    shared = progress_store.get("guesses/01.shared")
+    assert set(shared[:500]) in ({"a"}, {"b"})
+    assert shared[-1] == 39
+    assert sorted(p.suffix for p in (course / "guesses").iterdir()) == [".json"] * 9
