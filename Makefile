@@ -19,7 +19,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lab notebooks grade bench lint clean
+.PHONY: help setup run test check lab progress notebooks grade bench lint clean
 
 help:  ## list the targets
 	@echo "make TARGET [ARGS=\"...\"]"
@@ -38,8 +38,11 @@ test: $(STAMP)  ## run every test, on WORKERS processes (2); ORDER=random shuffl
 check: $(STAMP) lint  ## lint, and the fast tests: under three minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests $(ORDERED) $(ARGS)
 
-lab: $(STAMP)  ## open the chapters in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+lab: $(STAMP)  ## copy the chapters to work/, or update the copies, and open them in JupyterLab
+	$(BIN)/python -m nemotron_lite.course.lab $(ARGS)
+
+progress: $(STAMP)  ## show which exercises and questions in work/ are done
+	$(BIN)/python -m nemotron_lite.course.progress_report work
 
 notebooks: $(STAMP)  ## execute chapters and clean them to be committed: ARGS="01 03", or all
 	$(BIN)/python -m nemotron_lite.authoring.publish $(ARGS)

@@ -7,6 +7,7 @@
 The names below are the public interface. What the modules are for, from the ground up:
 
     config, hf_config   the sizes of a model, and its `config.json`
+    openmp              threads that wait, on a machine that others use too
     backends            fast implementations of the operations, and the choice between them
     ops                 the operations as pure functions, one idea a file
     layers              modules over ops

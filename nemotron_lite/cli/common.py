@@ -6,7 +6,6 @@ in one message and exit code 1. A bug still shows its traceback.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from nemotron_lite.openmp import let_idle_threads_sleep
 from nemotron_lite.quantization.recipe import RECIPES
 
-# OpenMP reads this when torch is imported. It limits how long idle threads spin. On a machine that
-# other programs use too, spinning threads make training several times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+let_idle_threads_sleep()  # the commands import torch after this module
 
 app = typer.Typer(
     help="A small Nemotron 3 Super: train it, load it, quantize it, generate text with it.",

@@ -39,6 +39,10 @@ PLOTLY = "application/vnd.plotly.v1+json"
 SHORTEST_ALT = 40  # characters of alt text
 IN_WORDS = "The figure in words"
 RUN_TO_MOVE = "Run this cell to move the figure."
+CUT_SHORT = (
+    "<b>Cut short after {}.</b> What the text says about the result may not hold for this one: the "
+    "machine may be slow or busy, or the cell was stopped. Run the cell once more."
+)
 LIVE_CLASS = "nl-live"  # marks a live view; the style of `setup` hides the output below it
 
 T = TypeVar("T")
@@ -170,19 +174,22 @@ def progress_hook(
 class Bar:
     """A progress bar as one line of HTML that is replaced at most five times a second.
 
-    The plain text is the same at every step, because the tests of the chapters compare it. When
-    the work ends early, the last line says after how many steps.
+    The plain text is the same at every step, because the tests of the chapters compare it. A bar
+    that is still open at the end of its cell is closed. When it was closed before its last step,
+    a line below says so, because what the text says about the result may then not hold.
     """
 
     def __init__(self, label: str, total: int | None) -> None:
         self.label, self.total, self.n, self.note = label, total, 0, ""
         self.closed = False
+        _at_end_of_cell(self.close)
         self._started = self._drawn = time.perf_counter()
         self._handle = output.show_output(self._plain, self._html(), updatable=True)
 
     def update(self, n: int = 1) -> None:
         """Count `n` more steps."""
         self.n += n
+        self.closed = False
         if time.perf_counter() - self._drawn > 0.2:
             self._draw()
 
@@ -211,10 +218,10 @@ class Bar:
         of = "" if self.total is None else f" of {self.total:,}"
         count = f"{self.n:,}{of} step{'' if (self.total or self.n) == 1 else 's'}"
         state = count
-        if self.closed:
-            early = self.total is not None and self.n < self.total
-            state = f"ended after {count}" if early else f"{_steps(self.n)}, done"
-        elif self.total and self.n:
+        early = self.closed and self.total is not None and self.n < self.total
+        if self.closed and not early:
+            state = f"{_steps(self.n)}, done"
+        elif not early and self.total and self.n:
             left = seconds / self.n * (self.total - self.n)
             state += f", about {_duration(left)} left"
         value = f' value="{self.n}" max="{self.total}"' if self.total else ""
@@ -222,10 +229,22 @@ class Bar:
             value = ' value="1" max="1"'
         label = html.escape(self.label)
         notes = " · ".join(filter(None, [state, _duration(seconds), html.escape(self.note)]))
+        warning = output.box(CUT_SHORT.format(count), edge=output.WRONG) if early else ""
         return (
             f'<div>{label} <progress aria-label="{label}"{value} '
-            f'style="width: 200px; vertical-align: middle"></progress> {notes}</div>'
+            f'style="width: 200px; vertical-align: middle"></progress> {notes}</div>{warning}'
         )
+
+
+def _at_end_of_cell(call: Callable[[], None]) -> None:
+    """Call something once, when the cell that is running has ended."""
+    events = output.ipython_shell().events
+
+    def once(_: Any) -> None:
+        events.unregister("post_run_cell", once)
+        call()
+
+    events.register("post_run_cell", once)
 
 
 def _bar(label: str, total: int | None) -> Any:

@@ -94,7 +94,7 @@ def predict(key: str) -> None:
         guess_widget(chapter, asked),
         "Run this cell to write your guess.",
         plain,
-        output.box(_question_html(asked) + yours),
+        output.box(_question_html(asked) + _answers_html(asked) + yours),
     )
 
 
@@ -202,7 +202,7 @@ def guess_widget(chapter: str, asked: Prediction) -> Any:
         field = widgets.RadioButtons(
             options=list(asked.options), value=guess, layout={"width": "auto"}
         )
-        row = [widgets.VBox([field, save])]
+        row = [widgets.VBox([field, save], layout={"align_items": "flex-start"})]
     else:
         field = widgets.Text(
             value="" if guess is None else output.format_number(guess, 15),
@@ -234,7 +234,7 @@ def guess_widget(chapter: str, asked: Prediction) -> Any:
             )
             return
         keep_guess(chapter, asked, value)
-        say(f"Saved: {_shown(asked, value)}. You can change it until you have seen the answer.")
+        say(f"Saved: {_shown(asked, value)}. You can change it.")
 
     save.on_click(keep)
     if not asked.options:
@@ -322,10 +322,13 @@ def _prediction(where: str, entry: Mapping[str, Any]) -> Prediction:
 
 
 def _question_html(asked: Prediction) -> str:
-    question = f"<b>Predict.</b> {output.inline_html(asked.question)}"
-    if not asked.options:
-        return question + (f" <i>(in {html.escape(asked.unit)})</i>" if asked.unit else "")
-    return question + "<br>" + " · ".join(output.inline_html(option) for option in asked.options)
+    return f"<b>Predict.</b> {output.inline_html(asked.question)}"
+
+
+def _answers_html(asked: Prediction) -> str:
+    if asked.options:
+        return "<br>" + " · ".join(output.inline_html(option) for option in asked.options)
+    return f" <i>(in {html.escape(asked.unit)})</i>" if asked.unit else ""
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,7 @@
 It seeds torch, numpy and random, sets the number of threads, and chooses the device. Without a GPU
 it also switches on Triton's interpreter, which has to happen before triton is imported. Device and
 versions are shown in HTML only, because they differ between machines and the plain text in the
-committed notebook must not.
+committed notebook must not. The output also has the style of the chapters (`style/custom.css`).
 
 Two machines need not give the same bits, because they add numbers in different orders. So chapters
 print rounded numbers, or compare within bounds.
@@ -69,6 +69,11 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
         raise ValueError(f"chapter is {chapter!r}; expected two digits, such as '01'.")
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; expected 1 or more, or None for torch's choice.")
+    line = output.show_output(
+        f"Chapter {chapter} · ready",
+        output.box(f"<b>Chapter {chapter}</b> · loading torch and the plots …"),
+        updatable=True,
+    )
     note = _choose_triton_mode()
     import numpy as np
     import torch
@@ -88,7 +93,7 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
         generator=torch.Generator().manual_seed(seed),
         shown_in_cell=output.cell_number(),
     )
-    output.show_output(f"Chapter {chapter} · ready", _session_html(session, note))
+    output.update_output(line, f"Chapter {chapter} · ready", _session_html(session, note))
     return session
 
 

@@ -150,8 +150,6 @@ class Call:
             self.session.wrote = True
             if not self.session.mirrors:
                 continue
-            if isinstance(given, Tensor) and given.requires_grad and given.is_leaf:
-                continue  # only `.data` can do that, and autograd does not know of it
             if isinstance(given, Tensor) and isinstance(now, Tensor):
                 if now.shape == given.shape and now.dtype == given.dtype:
                     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One JupyterLab and one browser for all tests of this folder, over copies of the chapters."""
+"""The JupyterLab of `make lab` and one browser for all tests of this folder, over copies."""
 
 from __future__ import annotations
 
@@ -11,44 +11,63 @@ import pytest
 
 from tests.authoring.samples import runnable
 from tests.browser import chromium
+from tests.course.lab.serving import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
-SLIDER = """
+FIGURE = """
 import plotly.graph_objects as go
-from nemotron_lite.course import show
-from nemotron_lite.course.plotting import described, explore, slider
+from nemotron_lite.course import *
+from nemotron_lite.course.plotting import described, explore, slider, stepper
 words = "A line of three points whose first one follows the slider above it, up and down."
 figure = described(go.Figure(go.Scatter(y=[1, 2, 4])), words)
 move = lambda fig, n: fig.data[0].update(y=[n, 2, 4])
 still = lambda fig, n: None
 """
-GOOD = (SLIDER, "show(explore(figure, move, n=slider('moves', 1, 9)), figure)")
+GOOD = (FIGURE, "show(explore(figure, move, n=slider('moves', 1, 9)), figure)")
 BAD = (
-    SLIDER,
+    FIGURE,
     "show(explore(figure, still, n=slider('stands still', 1, 9)), figure)",
     'from IPython.display import HTML\nHTML(\'<img src="https://example.org/a.png" alt="a">\')',
     "1 / 0",
     "print('after the error')",
 )
+# Everything that a chapter shows with a widget, once.
+EVERYTHING = (
+    FIGURE,
+    """from nemotron_lite.course import predictions, quizzes
+asked = predictions.Prediction("n", "How many?", low=4)
+predictions.load_predictions = lambda chapter: {"n": asked}
+option = quizzes.Option("It forgets faster.", True, "Because exp(dt A) shrinks.")
+other = quizzes.Option("It forgets more slowly.", False, "The other way round.")
+question = quizzes.Question("O1", "What does a large dt do?", (option, other))
+quizzes.load_quiz = lambda chapter, part="questions": (question,)
+setup("01", threads=1)""",
+    "show(figure)",
+    "show(explore(figure, move, n=slider('moves', 1, 9)), figure)",
+    "go_on = lambda fig, step: fig.data[0].update(y=[step, 2, 4])\n"
+    "show(stepper(figure, go_on, steps=9, label='token', start=4), figure)",
+    'predict("n")',
+    'measured("n", 4.5)',
+    "total = sum(progress(range(300), 'training'))",
+    "quiz('01')",
+)
 
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab that shows copies of the chapters and two small notebooks."""
+    """The address of the learner's JupyterLab; work/ has the chapters and three small notebooks."""
     chromium.required()
-    from tests.browser.lab import serve
-
     folder = tmp_path_factory.mktemp("lab")
-    root = folder / "notebooks"
-    root.mkdir()
+    for name in ("notebooks", "work"):
+        (folder / name).mkdir()
     for path in CHAPTERS:
-        shutil.copy(path, root)
-    nbformat.write(runnable(*GOOD), root / "good.ipynb")
-    nbformat.write(runnable(*BAD), root / "bad.ipynb")
-    with serve(root, folder / "home") as address:
-        yield address
+        shutil.copy(path, folder / "notebooks")
+    for name, cells in {"good": GOOD, "bad": BAD, "everything": EVERYTHING}.items():
+        nbformat.write(runnable(*cells), folder / "work" / f"{name}.ipynb")
+    with serve(folder, folder / "home") as server:
+        yield server.address
 
 
 @pytest.fixture(scope="session")

@@ -1,38 +1,30 @@
-"""Start a JupyterLab, open a notebook in a browser, run it, and drag its sliders.
+"""Open a notebook in a browser, look at it, run it, drag its sliders, save it and open it again.
 
-The server has its own home folder, listens on this machine only, and does not check for news. Pages
-may only load from it: a request to any other address is refused and recorded.
+Pages may only load from the server of the test: a request to any other address is refused and
+recorded. `visit` opens a notebook and runs it. `look` takes what is stored, in a page that is open
+already: opening JupyterLab anew for each chapter would take most of the time.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
+import io
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, Locator, Page, Route
+from PIL import Image, ImageStat
+from playwright.sync_api import Browser, Locator, Page, Route, TimeoutError
 
-TOKEN = "only-for-this-test"
+from tests.course.lab.serving import TOKEN
+
 RUN_SECONDS = 300  # Run All; a chapter takes far less on a quiet machine
-SETTINGS = {
-    "apputils-extension/notification": {
-        "fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True,
-    },
-    "notebook-extension/tracker": {"windowingMode": "none"},  # draw invisible cells too
-    "apputils-extension/themes": {"theme": "JupyterLab Light"},
-}  # fmt: skip
+THEMES = ("JupyterLab Light", "JupyterLab Dark")
+FIGURES = ".jp-OutputArea-output .js-plotly-plot, .jp-OutputArea-output img"
+BROKEN = "Error displaying widget"
 
 # The drawn data of every plot as one string each; _WORDS gives the text of every widget.
 _DRAWN = """() => {
@@ -78,99 +70,108 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
     requestAnimationFrame(look);
   }}, {{once: true, capture: true}});
 }}); }}"""
+_OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
+_IN_FRONT = "path => jupyterapp.shell.currentWidget?.context?.path === path"
+_CLOSE = """() => {
+  const shown = jupyterapp.shell.currentWidget;
+  shown.sessionContext.shutdown();
+  shown.context.model.dirty = false;
+  shown.close();
+}"""
+_SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
+_THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
 _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
-
-
-@contextmanager
-def serve(root: Path, home: Path) -> Iterator[str]:
-    """JupyterLab in the folder `root`, with its settings below `home`; yields its address."""
-    for name, content in SETTINGS.items():
-        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    places = ["JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HOME"]
-    environment = {**os.environ, **{name: str(home / name.lower()) for name in places}}
-    environment["JUPYTERLAB_SETTINGS_DIR"] = str(home / "settings")
-    environment["JUPYTERLAB_WORKSPACES_DIR"] = str(home / "workspaces")
-    for name in places:
-        Path(environment[name]).mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-        "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
-        f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-        "--LabApp.extension_manager=readonly",
-    ]  # fmt: skip
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait_for(address, server, home / "server.log")
-            yield address
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path, seconds: int = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            if server.poll() is not None:
-                raise RuntimeError(f"JupyterLab ended:\n{log.read_text()[-2000:]}") from None
-            time.sleep(0.3)
-        else:
-            return
-    raise RuntimeError(f"JupyterLab was not up after {seconds} s:\n{log.read_text()[-2000:]}")
 
 
 @dataclass
 class Visit:
-    """What the browser showed for one notebook."""
+    """What the browser showed while one notebook ran."""
 
-    broken_at_rest: list[str] = field(default_factory=list)
-    figures_at_rest: int = 0
-    cut_at_rest: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     not_run: list[int] = field(default_factory=list)
     sliders: int = 0
     idle_sliders: list[str] = field(default_factory=list)  # nothing changed when they were dragged
+    steppers: int = 0
+    idle_steppers: list[str] = field(default_factory=list)  # no figure changed: which button
+    guesses: int = 0
+    lost_guesses: list[str] = field(default_factory=list)  # not said to be saved
     moved_figures: int = 0  # sliders that changed a figure's data
     answers: dict[str, float] = field(default_factory=dict, compare=False)  # key to picture, s
     outside: list[str] = field(default_factory=list)  # each address once: pages may ask again
 
 
+@dataclass
+class Look:
+    """What a page shows of one notebook without running it."""
+
+    broken: list[str]
+    figures: int
+    cut: list[str]
+    brightness: list[float]  # of each figure, from 0 (black) to 255
+
+
+def look(page: Page, theme: str = THEMES[0]) -> Look:
+    """What the notebook in front shows now, in one of the themes."""
+    page.evaluate(_THEME, theme)
+    page.wait_for_function(
+        "dark => document.body.dataset.jpThemeLight === String(!dark)", arg=theme == THEMES[1]
+    )
+    page.wait_for_timeout(500)  # figures are drawn after the cells
+    figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
+    return Look(
+        _texts(page.get_by_text(BROKEN)),
+        len(figures),
+        page.evaluate(_CUT),
+        [_brightness(found) for found in figures],
+    )
+
+
+def _brightness(figure: Locator) -> float:
+    picture = Image.open(io.BytesIO(figure.screenshot())).convert("L")
+    return ImageStat.Stat(picture).mean[0]
+
+
+@contextmanager
+def notebook(page: Page, name: str) -> Iterator[None]:
+    """Another notebook in front of a page that is open; it is closed afterwards, not saved."""
+    page.evaluate(_OPEN, name)
+    page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
+    page.wait_for_function(_IDLE, timeout=60_000)
+    try:
+        yield
+    finally:
+        page.evaluate(_CLOSE)
+        page.wait_for_function(f"path => !({_IN_FRONT})(path)", arg=name, timeout=60_000)
+
+
+def run_all(page: Page) -> list[str]:
+    """Run the notebook in front; returns the errors of its cells and of its widgets."""
+    ended = page.evaluate(_RUN, RUN_SECONDS)
+    errors = [] if ended == "done" else [f"not finished after {RUN_SECONDS} s"]
+    for index, cell in enumerate(page.evaluate(_CELLS)):
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                errors.append(f"cell {index}: {output['ename']}: {output['evalue']}")
+    return errors + _texts(page.get_by_text(BROKEN))
+
+
+def save(page: Page) -> None:
+    """Save the notebook in front."""
+    page.evaluate(_SAVE)
+
+
 def visit(browser: Browser, address: str, name: str) -> Visit:
-    """Open the notebook `name`, check its stored outputs, Run All, drag every slider."""
+    """Open the notebook `name`, Run All, drag every slider, and save it."""
     seen = Visit()
     with opened(browser, address, name, seen) as page:
-        seen.broken_at_rest = _texts(page.get_by_text("Error displaying widget"))
-        seen.figures_at_rest = page.locator(
-            ".jp-OutputArea-output .js-plotly-plot, .jp-OutputArea-output img"
-        ).count()
-        seen.cut_at_rest = page.evaluate(_CUT)
-        ended = page.evaluate(_RUN, RUN_SECONDS)
-        cells: list[dict[str, Any]] = page.evaluate(_CELLS)
-        seen.errors = [] if ended == "done" else [f"not finished after {RUN_SECONDS} s"]
-        for index, cell in enumerate(cells):
-            for output in cell.get("outputs", ()):
-                if output["output_type"] == "error":
-                    seen.errors.append(f"cell {index}: {output['ename']}: {output['evalue']}")
+        seen.errors = run_all(page)
+        for index, cell in enumerate(page.evaluate(_CELLS)):
             if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
                 seen.not_run += [] if cell["execution_count"] else [index]
-        seen.errors += _texts(page.get_by_text("Error displaying widget"))
         _drag_all(page, seen)
+        _press_all(page, seen)
+        _guess_all(page, seen)
+        save(page)
     return seen
 
 
@@ -230,6 +231,41 @@ def _drag_all(page: Page, seen: Visit) -> None:
             seen.idle_sliders.append(label)
 
 
+def _press_all(page: Page, seen: Visit) -> None:
+    """Press Back, Next and Play of every stepper; Back first, because the slider was dragged."""
+    players = page.locator(".widget-play")
+    seen.steppers = players.count()
+    for index in range(seen.steppers):
+        row = page.locator(".widget-hbox", has=players.nth(index)).last
+        play = players.nth(index).locator("button").first
+        buttons = {
+            "Back": row.get_by_role("button", name="Back"),
+            "Next": row.get_by_role("button", name="Next"),
+            "Play": play,
+        }
+        for name, button in buttons.items():
+            before = page.evaluate(_DRAWN)
+            button.click()
+            if _wait_for_change(page, before, []) != "figure":
+                seen.idle_steppers.append(f"{row.inner_text()[:40]!r}: {name}")
+        play.click()  # pause
+
+
+def _guess_all(page: Page, seen: Visit) -> None:
+    """Type a guess into every box, press Enter, and wait for the line that says it is saved."""
+    boxes = page.locator(".widget-text:has-text('Your guess')")
+    seen.guesses = boxes.count()
+    for index in range(seen.guesses):
+        box = boxes.nth(index)
+        form = page.locator(".widget-vbox", has=box).last
+        box.locator("input").fill("3")
+        box.locator("input").press("Enter")
+        try:
+            form.get_by_text("Saved: 3").wait_for(timeout=8_000)
+        except TimeoutError:
+            seen.lost_guesses.append(form.inner_text()[:120])
+
+
 def drag(page: Page, slider: Locator) -> None:
     """Drag the slider's handle to the other side of its track with the mouse."""
     handle, track = slider.locator(".noUi-handle").first, slider.locator(".noUi-target")
@@ -264,7 +300,7 @@ def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: f
     while time.monotonic() < end:
         if page.evaluate(_DRAWN) != before:
             return "figure"
-        if page.evaluate(_WORDS) != words and time.monotonic() > end - seconds + 3:
+        if words and page.evaluate(_WORDS) != words and time.monotonic() > end - seconds + 3:
             return "words"  # with three seconds for a figure to follow; the slider's own readout
         page.wait_for_timeout(100)  # is not among these words
     return ""

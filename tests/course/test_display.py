@@ -117,6 +117,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, notebook: None) -> list[tuple[str, st
         return states
 
     monkeypatch.setattr(output, "show_output", show_output)
+    monkeypatch.setattr(display, "_at_end_of_cell", lambda call: None)
     monkeypatch.setattr(output, "update_output", lambda _, *forms: states.append(forms))
     return states
 
@@ -135,7 +136,8 @@ def test_a_loop_that_is_left_early_says_so(drawn: list[tuple[str, str]]) -> None
     assert (next(steps), next(steps)) == (0, 1)
     steps.close()
     assert drawn[-1][0] == "training: 1,000 steps"
-    assert "ended after 1 of 1,000 steps" in drawn[-1][1]
+    assert "Cut short after 1 of 1,000 steps." in drawn[-1][1]
+    assert "Cut short" not in drawn[0][1]
 
 
 def test_a_bar_is_drawn_five_times_a_second_at_most(drawn: list[tuple[str, str]]) -> None:

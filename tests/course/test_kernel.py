@@ -34,6 +34,7 @@ live.layout.meta = {"alt": "A line that rises from 1 to 2 over two points of the
 show(ipywidgets.VBox([ipywidgets.IntSlider(), live]), live)""",
     "progress": "total = sum(progress(range(300), 'training'))",
     "hook": "on_step = progress_hook(total=2)\non_step({'ce': 1.0})\non_step({'ce': 0.5})",
+    "short": "on_step = progress_hook('tuning', total=9)\non_step({'ce': 1.0})",
     "quiz": f"quizzes.load_quiz = lambda chapter, part: quizzes.parse_quiz({TEXT!r})\nquiz('01')",
     "tell": "tell('{super.layers} layers.')\nfacts_table('super.layers')",
     "check": """
@@ -147,6 +148,7 @@ def test_what_a_chapter_leaves_in_its_file() -> None:
     assert outputs["figure"][1][PLOTLY]["data"][0]["y"]
     assert 'value="300" max="300"' in outputs["progress"][0]["text/html"]
     assert "loss 0.500" in outputs["hook"][0]["text/html"]
+<<<<<<< HEAD
 
 
 def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
@@ -173,3 +175,7 @@ def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
     assert text["hint"].startswith("Hint 2 of 3")
     assert text["solution"].startswith("Solution · 99.fade")
     assert text["values"] == "0.368 [2.0, 2.0]"
+=======
+    assert text["short"] == "tuning: 9 steps"
+    assert "Cut short after 1 of 9 steps." in outputs["short"][0]["text/html"]
+>>>>>>> refs/heads/lab

@@ -30,9 +30,32 @@ def _as_before() -> Iterator[None]:
 
 
 def test_the_line_is_the_same_everywhere(shown: Callable[..., Shown]) -> None:
-    seen = shown(setup, "01")
-    assert seen.plain == "Chapter 01 · ready"
-    assert torch.__version__ in seen.html
+    first, last = shown(setup, "01").bundles  # in a notebook the last one replaces the first
+    assert first["text/plain"] == last["text/plain"] == "Chapter 01 · ready"
+    assert "loading torch" in first["text/html"]
+    assert torch.__version__ in last["text/html"]
+    assert "<style>/* The look of the chapters" in last["text/html"]
+
+
+PROGRAMS = {
+    "unset": ("from nemotron_lite.course import setup", None, "2000"),
+    "set by the user": ("from nemotron_lite.course import setup", "7", "7"),
+    "the commands": ("import nemotron_lite.cli.common", None, "2000"),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_idle_threads_sleep_before_torch_is_loaded(case: str) -> None:
+    program, before, after = PROGRAMS[case]
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    if before:
+        env["GOMP_SPINCOUNT"] = before
+    check = "import os, sys; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{program}\n{check}"],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout == after + "\n"
 
 
 def test_the_same_numbers_twice() -> None:
@@ -104,7 +127,7 @@ def test_without_the_lab_the_verbs_still_speak_and_triton_is_asked_for_its_inter
     )
     assert run.returncode == 0, run.stderr
     messages = run.stdout.splitlines()
-    assert messages[0] == "Chapter 01 · ready"
+    assert messages[:2] == ["Chapter 01 · ready", "Predict: How many?"]
     assert "measured: x" in messages
     assert messages[-2] == "1"
     assert messages[-1].startswith("This needs plotly, which is not installed.")

@@ -1,7 +1,10 @@
 """One theme for every figure, and the contrast of its colours.
 
-A figure has a light background and dark text, so that it looks the same in JupyterLab's light and
-dark themes. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color, 2008), which colour-blind
+A figure has a light background and dark text. In JupyterLab's dark theme the style of the course
+inverts it, turns the hues back and strengthens them (`style/custom.css`; `in_the_dark` says what
+becomes of a colour): the background becomes the grey of the page, and blue stays blue. A scale from
+light to dark becomes one from dark to light, so a text names the end of a scale, not its
+brightness. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color, 2008), which colour-blind
 readers can distinguish. Three of the eight are too pale for a thin line on a light background (WCAG
 2.2 requires 3:1 for graphics and 4.5:1 for text), so lines use a darker shade of the same hue:
 
@@ -10,8 +13,8 @@ readers can distinguish. Three of the eight are too pale for a thin line on a li
 No information is in the colour alone: each series also has its own dash and marker, and `template`
 assigns them to the lines of a figure in order.
 
-Left out: a dark variant. A figure is also a picture in a committed notebook, which cannot know the
-reader's theme.
+Left out: a dark theme of plotly. A figure is also a picture in a committed notebook, which cannot
+know the reader's theme; a filter can be laid over both.
 """
 
 from __future__ import annotations
@@ -103,6 +106,19 @@ def contrast(one: str, other: str) -> float:
     """Contrast ratio of two colours, from 1 to 21. Text needs 4.5, lines and marks 3 (WCAG 2.2)."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+def in_the_dark(colour: str, invert: float = 0.93, saturate: float = 1.4) -> str:
+    """What the filter `invert(…) hue-rotate(180deg) saturate(…)` of a browser makes of a colour.
+
+    The two matrices are those of the standard (Filter Effects, W3C). An angle of 180 degrees gives
+    twice the grey of the same luminance, minus the colour.
+    """
+    channels = [invert + (1 - 2 * invert) * int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    for step in (lambda grey, c: 2 * grey - c, lambda grey, c: grey + saturate * (c - grey)):
+        grey = sum(w * c for w, c in zip((0.213, 0.715, 0.072), channels, strict=True))
+        channels = [min(max(step(grey, c), 0.0), 1.0) for c in channels]
+    return "#" + "".join(f"{round(255 * c):02X}" for c in channels)
 
 
 def text_on(fill: str) -> str:

@@ -21,6 +21,7 @@ When no kernel runs, the picture of the figure and its text, stored by `show`, t
 from __future__ import annotations
 
 import html
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ from nemotron_lite.course.plotting.figure import alt_of, described
 
 BUDGET = 0.2  # seconds from moving a slider to the new picture
 PLAY_MS = 700  # milliseconds for each step that is played: time to read its sentence
+PLAY, PAUSE = "▶ Play", "❚❚ Pause"
 
 Update = Callable[..., Any]
 
@@ -45,7 +47,24 @@ def live(figure: go.Figure) -> go.FigureWidget:
     alt = alt_of(figure)
     if alt is None:
         raise ValueError("this figure has no alt text; end its function with described(fig, …).")
-    return described(go.FigureWidget(figure), alt)
+    return described(_figure_widget()(figure), alt)
+
+
+def _figure_widget() -> type[go.FigureWidget]:
+    """`go.FigureWidget`, without the slowest part of its first import.
+
+    plotly imports nbformat, nbformat imports jsonschema, and jsonschema, if it finds the package
+    rfc3987_syntax, builds parsers for international addresses: four of the five seconds before the
+    first live figure. Nothing in a kernel checks such addresses, so the package is not found here.
+    """
+    hidden = "rfc3987_syntax"
+    if "jsonschema" in sys.modules or hidden in sys.modules:
+        return go.FigureWidget
+    sys.modules[hidden] = None  # type: ignore[assignment]  # Python's way to make an import fail
+    try:
+        return go.FigureWidget
+    finally:
+        del sys.modules[hidden]
 
 
 def slider(
@@ -163,7 +182,9 @@ def explore(figure: go.Figure, update: Update, **controls: ipywidgets.Widget) ->
 class Stepper(Explorer):
     """An `Explorer` over the steps 0 … `steps` - 1, with buttons to play them and to go by one.
 
-    `player`, `back` and `forward` are the buttons; `controls["step"]` is the slider.
+    `play`, `back` and `forward` are the buttons; `controls["step"]` is the slider. `clock` counts
+    the steps while it plays. ipywidgets gives its own buttons no names that a screen reader could
+    read, so they are hidden.
     """
 
     def __init__(
@@ -171,21 +192,33 @@ class Stepper(Explorer):
     ) -> None:
         last = steps - 1
         where = slider(label, 0, last, value=start)
-        self.player = ipywidgets.Play(
-            value=start, min=0, max=last, interval=PLAY_MS, show_repeat=False
+        self.clock = ipywidgets.Play(
+            value=start, min=0, max=last, interval=PLAY_MS, layout=ipywidgets.Layout(display="none")
+        )
+        self.play = ipywidgets.ToggleButton(
+            description=PLAY,
+            tooltip=f"Play all {steps} steps",
+            layout=ipywidgets.Layout(width="88px"),
         )
         self.back = _button("◀ Back", f"Back to the {label} before")
         self.forward = _button("Next ▶", f"Go on to the next {label}")
         # The browser moves the slider while it plays; the kernel only draws.
-        self._link = ipywidgets.jslink((self.player, "value"), (where, "value"))
+        self._links = (
+            ipywidgets.jslink((self.clock, "value"), (where, "value")),
+            ipywidgets.jslink((self.clock, "playing"), (self.play, "value")),
+        )
+        self.play.observe(self._named, names="value")
         super().__init__(figure, update, step=where)
         self.back.on_click(lambda _: self.go(-1))
         self.forward.on_click(lambda _: self.go(1))
         row = ipywidgets.HBox(
-            [self.player, self.back, self.forward, where],
+            [self.clock, self.play, self.back, self.forward, where],
             layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
         )
         self.children = [row, self.figure, self.words]
+
+    def _named(self, change: dict[str, Any]) -> None:
+        self.play.description = PAUSE if change["new"] else PLAY
 
     def go(self, by: int) -> None:
         """Move by a number of steps; stays at the first and at the last one."""

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
+from nemotron_lite.course import session
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import _font_sizes
 
@@ -66,6 +67,39 @@ def test_text_and_lines_stand_out_from_the_card(ground: str) -> None:
         assert theme.contrast(series.colour, ground) >= GRAPHIC, series.name
     for kind in theme.KINDS.values():
         assert theme.contrast(kind.strong, ground) >= GRAPHIC, kind.name
+
+
+def test_in_the_dark_theme_too() -> None:
+    css = session.STYLE.read_text()
+    assert "filter: invert(0.93) hue-rotate(180deg) saturate(1.4);" in css, "what is computed here"
+    page, dark = "#111111", theme.in_the_dark  # the page of JupyterLab's dark theme
+    assert theme.contrast(dark(theme.PLOT), page) < 1.2, "no slab on the page"
+    for ground in (theme.CARD, theme.PLOT):
+        for ink in (theme.INK, theme.MUTED):
+            assert theme.contrast(dark(ink), dark(ground)) >= TEXT
+        for mark in (*theme.SERIES, *theme.KINDS.values()):
+            colour = mark.colour if isinstance(mark, theme.Series) else mark.strong
+            assert theme.contrast(dark(colour), dark(ground)) >= GRAPHIC, mark.name
+    for kind in theme.KINDS.values():
+        for fill in (kind.pale, kind.strong):
+            assert theme.contrast(dark(theme.text_on(fill)), dark(fill)) >= TEXT, (kind.name, fill)
+    lights = [theme.luminance(dark(colour)) for _, colour in theme.SEQUENTIAL]
+    assert lights == sorted(lights)
+    sides = [theme.luminance(dark(colour)) for _, colour in theme.DIVERGING]
+    assert sides[2] == min(sides)
+
+
+@pytest.mark.parametrize(
+    ("light", "dark"),
+    [("#FFFFFF", "#121212"), ("#000000", "#EDEDED"), ("#0072B2", "#2AB4FF")],
+)
+def test_what_the_dark_theme_makes_of_a_colour(light: str, dark: str) -> None:
+    assert theme.in_the_dark(light) == dark
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_in_the_dark_theme_the_colours_differ_too(eye: str) -> None:
+    assert nearest([theme.in_the_dark(s.colour) for s in theme.SERIES[:4]], EYES[eye]) > 10
 
 
 def test_the_pale_colours_would_not() -> None:

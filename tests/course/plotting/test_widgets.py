@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import ipywidgets
 import numpy as np
@@ -129,15 +132,37 @@ def test_a_stepper_goes_forward_and_back_and_stays_inside() -> None:
 
 def test_a_stepper_can_be_played_and_names_its_parts() -> None:
     view = stepper(curves(), reach, steps=24, label="token")
-    assert (view.player.min, view.player.max, view.player.value) == (0, 23, 0)
-    link = view._link
-    assert link.source == (view.player, "value")
-    assert link.target == (view.controls["step"], "value")
+    assert (view.clock.min, view.clock.max, view.clock.value) == (0, 23, 0)
+    links = {(link.source, link.target) for link in view._links}
+    assert links == {
+        ((view.clock, "value"), (view.controls["step"], "value")),
+        ((view.clock, "playing"), (view.play, "value")),
+    }
     assert view.controls["step"].description == "token"
     assert (view.back.description, view.forward.description) == ("◀ Back", "Next ▶")
+    assert view.play.description == "▶ Play"
+    view.play.value = True
+    assert view.play.description == "❚❚ Pause"
     row, figure, words = view.children
-    assert row.children == (view.player, view.back, view.forward, view.controls["step"])
+    assert row.children == (
+        view.clock, view.play, view.back, view.forward, view.controls["step"],
+    )  # fmt: skip
     assert (figure, words) == (view.figure, view.words)
+
+
+FIRST = """
+import sys
+from tests.course.plotting.test_widgets import curves, live
+live(curves())
+import jsonschema
+assert "rfc3987_syntax" not in sys.modules
+import rfc3987_syntax
+"""
+
+
+def test_the_first_live_figure_does_not_wait_for_parsers_of_addresses() -> None:
+    pytest.importorskip("rfc3987_syntax")
+    subprocess.run([sys.executable, "-c", FIRST], check=True, cwd=Path(__file__).parents[3])
 
 
 @pytest.mark.timing
