@@ -148,7 +148,8 @@ def test_what_a_chapter_leaves_in_its_file() -> None:
     assert outputs["figure"][1][PLOTLY]["data"][0]["y"]
     assert 'value="300" max="300"' in outputs["progress"][0]["text/html"]
     assert "loss 0.500" in outputs["hook"][0]["text/html"]
-<<<<<<< HEAD
+    assert text["short"] == "tuning: 9 steps"
+    assert "Cut short after 1 of 9 steps." in outputs["short"][0]["text/html"]
 
 
 def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
@@ -175,7 +176,3 @@ def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
     assert text["hint"].startswith("Hint 2 of 3")
     assert text["solution"].startswith("Solution · 99.fade")
     assert text["values"] == "0.368 [2.0, 2.0]"
-=======
-    assert text["short"] == "tuning: 9 steps"
-    assert "Cut short after 1 of 9 steps." in outputs["short"][0]["text/html"]
->>>>>>> refs/heads/lab
