@@ -154,7 +154,7 @@ def static_html(questions: Sequence[Question]) -> str:
         options = "".join(f"<li>{output.inline_html(option.text)}</li>" for option in asked.options)
         blocks.append(
             f"<div>{_title_html(position, asked)}"
-            f'<ol type="a" style="margin: 2px 0 12px 16px">{options}</ol></div>'
+            f'<ol style="margin: 2px 0 12px 16px; list-style-type: lower-alpha">{options}</ol></div>'
         )
     return "".join(blocks)
 
