@@ -61,6 +61,8 @@ def hint(exercise_id: str, n: int | None = None) -> None:
     if n not in read:
         progress_store.put(f"hints/{exercise_id}", sorted({*read, n}))
     text = found.hints[n - 1].strip()
+    if len(read | {n}) == 3:
+        text += f'\n\nThat was the last hint: `solution("{exercise_id}")` shows the reference.'
     last = " (the last one)" if n == 3 else ""
     title = f"Hint {n} of 3{last} · {exercise_id}"
     output.show_output(f"{title}\n{text}", more={"text/markdown": f"**{title}**\n\n{text}"})

@@ -58,6 +58,7 @@ def test_hints_come_one_after_another(shown: Callable[..., Shown]) -> None:
     assert "Use `torch.exp`." in messages[1]
     assert messages[2] == messages[3]
     assert "the last one" in messages[2]
+    assert ["solution(" in message for message in messages] == [False, False, True, True]
     assert "Hint 2 of 3" in shown(hint, "99.fade", 2).plain
     with pytest.raises(ValueError, match="n is 4"):
         hint("99.fade", 4)

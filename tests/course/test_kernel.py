@@ -93,6 +93,7 @@ FOUND = {
     "add": 'add = own("99.add")',
     "hint": 'hint("99.gate")',
     "solution": 'solution("99.fade")',
+    "page": "progress_page()",
     "values": """
 gate = Gate(1.0)
 gate.step()
@@ -175,4 +176,6 @@ def test_a_restarted_kernel_finds_what_was_built(tmp_path: Path) -> None:
     assert text["add"] == "99.add: your function of an earlier session runs."
     assert text["hint"].startswith("Hint 2 of 3")
     assert text["solution"].startswith("Solution · 99.fade")
+    assert "01_selective_scan" in text["page"]
+    assert text["page"].endswith(f"Kept in {course}.")
     assert text["values"] == "0.368 [2.0, 2.0]"

@@ -121,6 +121,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert progress_store.get(KEY) == 3
 
 
+def test_a_file_that_may_not_be_read_counts_as_missing(
+    course: Path, shown: Callable[..., Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress_store.put(KEY, 3)
+
+    def refuse(*arguments: object, **named: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    seen = shown(progress_store.get, KEY)
+    assert seen.result is None
+    assert "cannot be read: Permission denied. It counts as missing." in seen.plain
+    assert shown(progress_store.get, KEY).bundles == []
+    assert (course / f"{KEY}.json").exists()
+
+
 def test_an_answer_whose_bytes_are_no_text_is_set_aside(course: Path) -> None:
     (course / "answers").mkdir()
     (course / "answers" / "01.discretise.py").write_bytes(b"\xff\xfe")

@@ -23,6 +23,7 @@ import ast
 import copy
 import faulthandler
 import importlib
+import linecache
 import os
 import pickle
 import random
@@ -37,7 +38,7 @@ import torch
 
 from nemotron_lite.course import exercises, learner_code
 from nemotron_lite.course.chapter_list import chapter_folders
-from nemotron_lite.course.exercises import CheckResult, Exercise
+from nemotron_lite.course.exercises import PRELUDE, CheckResult, Exercise
 from nemotron_lite.coursework import make
 from tests.course.chapters.mutants import Mutant
 from tests.course.sample_exercises import ADD, GATE
@@ -288,6 +289,24 @@ def test_the_reference_passes_with_any_seed(exercise: Exercise) -> None:
     for salt in SALTS:
         result = exercises.grade(exercise, exercise.build(), salt)
         assert result.passed, f"salt {salt!r}: {result.message}"
+
+
+@pytest.mark.parametrize("exercise", EXERCISES.values(), ids=EXERCISES)
+def test_an_answer_comes_back_from_its_text(exercise: Exercise) -> None:
+    """As a later chapter finds it: the cell of a learner who wrote the reference is stored."""
+    space = {"__name__": "__main__", "check": lambda *arguments: None}
+    exec(PRELUDE, space)
+    for needed in exercise.needs:
+        space[EXERCISES[needed].function_name] = EXERCISES[needed].build()
+    cell, file = exercise.cell.replace(exercise.stub.rstrip(), exercise.solution), exercise.id
+    linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
+    exec(compile(cell, file, "exec", dont_inherit=True), space)
+    name = exercise.function_name
+    source, problem = learner_code.answer_source(space[name], name, exercise.provided)
+    assert problem == ""
+    result = graded(exercise, source)
+    assert result is not None
+    assert result.passed, result.message
 
 
 @pytest.mark.parametrize(("exercise_id", "mutant"), MUTANTS)
