@@ -54,7 +54,7 @@ from nemotron_lite.coursework.feedback import feedback_page
 from nemotron_lite.coursework.isolation import Isolation, Limits, find_isolation
 from nemotron_lite.coursework.learner_package import write_package
 from nemotron_lite.coursework.make import chapters, release_notebook
-from nemotron_lite.coursework.scoring import score_submission
+from nemotron_lite.coursework.scoring import reference_sources, score_submission
 from nemotron_lite.coursework.similarity import Answer, Pair, write_report
 from nemotron_lite.coursework.submissions import (
     Assignment,
@@ -132,7 +132,14 @@ def grade_one(
         if not isolation.jailed:  # there it could be written to
             own_site = Path(folder, "site")
             shutil.copytree(site, own_site)
-        scored = score_submission(copy.notebook, assignment, own_site, isolation, limits, salt)
+        try:
+            scored = score_submission(copy.notebook, assignment, own_site, isolation, limits, salt)
+        except Exception as error:  # the others are graded all the same
+            message = f"the grader failed: {type(error).__name__}: {error}; grade it by hand"
+            result = _result(
+                one, assignment, status="error", message=message, flags=["grader_failed"]
+            )
+            return result, feedback_page(result, copy.notebook), {}
     right = sum(e.status == "passed" for e in scored.scores)
     wrong = [f"{e.id} {e.status}" for e in scored.scores if e.status != "passed"]
     message = f"{right} of {len(scored.scores)} exercises right"
@@ -153,6 +160,19 @@ def grade_one(
     by_name = {grade_id(cell): text_of(cell) for cell in copy.notebook["cells"]}
     sources = {e.id: by_name[e.answer] for e in assignment.exercises if e.answer in by_name}
     return result, feedback_page(result, copy.notebook, scored.outputs), sources
+
+
+def importing_sources(assignment: Assignment) -> list[str]:
+    """Code whose imports a learner's process has to know.
+
+    These are the handed-out cells, and the references of exercises of other chapters.
+    """
+    sources = [text_of(cell) for cell in assignment.cells if cell["cell_type"] == "code"]
+    for one in assignment.exercises:
+        for needed in exercises.exercise(one.id).needs:
+            if needed[:2] != one.id[:2]:
+                sources += reference_sources(exercises.exercise(needed))
+    return sources
 
 
 def _versions() -> dict[str, str]:
@@ -233,11 +253,8 @@ def _grade_into(
     with tempfile.TemporaryDirectory(prefix="course-") as work:
         sites = {}
         for name in {one.assignment for one in found} & assignments.keys():
-            cells = assignments[name].cells
             sites[name] = Path(work, name)
-            write_package(
-                sites[name], [text_of(cell) for cell in cells if cell["cell_type"] == "code"]
-            )
+            write_package(sites[name], importing_sources(assignments[name]))
         tasks = [
             (one, assignments.get(one.assignment), sites.get(one.assignment, Path(work)),
              isolation, limits, salt)

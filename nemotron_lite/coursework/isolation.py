@@ -51,9 +51,9 @@ class Limits:
         memory_gib: of each process, 0 for no limit.
     """
 
-    cell_seconds: float = 60
-    seconds: float = 600
-    memory_gib: float = 4.0
+    cell_seconds: float | int = 60
+    seconds: float | int = 600
+    memory_gib: float | int = 4
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def learner_environment(home: Path) -> dict[str, str]:
 class LearnerProcess:
     """A running learner's process and the channel to it."""
 
-    def __init__(self, isolation: Isolation, site: Path, memory_gib: float) -> None:
+    def __init__(self, isolation: Isolation, site: Path, memory_gib: float | int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="grading-")
         home = Path(self._folder.name).resolve() / "home"
         home.mkdir()

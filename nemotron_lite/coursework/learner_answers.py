@@ -254,6 +254,15 @@ class Learner:
                 self.numbers.pop(id(gone), None)
         return {}
 
+    def do_reset(self, request: dict[str, Any], body: bytearray, writer: Any) -> dict[str, Any]:
+        """Forget everything but some objects."""
+        for known in (self.leaves, self.graphs, self.parameters, self.sent_versions):
+            known.clear()
+        self.parameter_numbers.clear()
+        self.objects = {n: one for n, one in self.objects.items() if n in request["kept"]}
+        self.numbers = {id(one): n for n, one in self.objects.items()}
+        return {}
+
     # Objects and parameters
 
     def _number(self, thing: Any) -> int:
@@ -289,7 +298,7 @@ class Learner:
         number = self.parameter_numbers.get(id(leaf))
         if number is not None and self.parameters.get(number) is leaf:
             return number, True
-        number = len(self.parameters)
+        self.count = number = self.count + 1
         self.parameters[number] = leaf
         self.parameter_numbers[id(leaf)] = number
         return number, False

@@ -166,7 +166,7 @@ class Alarm:
             raise TimeOverError
 
     @contextlib.contextmanager
-    def after(self, seconds: float) -> Iterator[None]:
+    def after(self, seconds: float | int) -> Iterator[None]:
         """Interrupt the block after so many seconds."""
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01), 1.0)

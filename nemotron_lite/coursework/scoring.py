@@ -128,7 +128,7 @@ class _Run:
         self.process: LearnerProcess | None = None
         self.session: Session | None = None
 
-    def left(self) -> float:
+    def left(self) -> float | int:
         """Seconds that are left of the whole submission's."""
         return self.limits.seconds - (time.monotonic() - self.started)
 
@@ -161,7 +161,7 @@ class _Run:
             self.process.stop()
         self.process = self.session = None
 
-    def _seconds(self) -> float:
+    def _seconds(self) -> float | int:
         return min(self.limits.cell_seconds, max(0.0, self.left()))
 
     def _name(self, i: int) -> str:
@@ -211,49 +211,63 @@ class _Run:
 
     def grade(self, one: GradedExercise, place: int) -> Score:
         """Check one answer with the functions that it needs in their places."""
-        found = exercises.exercise(one.id)
-        points = float(one.points)
+        found, points = exercises.exercise(one.id), float(one.points)
+        replaced: list[tuple[str, Any]] = []
+        score = Score(one.id, found.kind, 0.0, points, "error", "")
+        session: Session | None = None
         try:
             session = self.start(place)
             session.begin(self._seconds())
-            answer = session.lookup(one.function)
-        except (GoneError, OutOfTimeError) as error:
-            return Score(one.id, found.kind, 0.0, points, "stopped", str(error))
-        except (NameError, TypeError) as error:
-            return Score(
-                one.id, found.kind, 0.0, points, "error", self._missing(one, place, str(error))
-            )
-        replaced: list[tuple[str, Any]] = []
-        try:
-            for needed in found.needs:
-                if needed[:2] == one.id[:2] and self._passed(needed):
-                    continue
-                other = exercises.exercise(needed)
-                before = session.define(other.function_name, reference_sources(other))
-                replaced.append((other.function_name, before))
-            score = self.check(found, answer, session)
+            session.reset()
+            replaced = self._give_needed(found, session)
+            if replaced and (answer_place := self._place_of(one.answer, place)) is not None:
+                # A class may be built on what was replaced, so its cell has to run again.
+                self.outputs[answer_place] = session.run(
+                    self._name(answer_place), text_of(self.cells[answer_place]), self._seconds()
+                )
+            session.begin(self._seconds())
+            score = self.check(found, session.lookup(one.function), session)
+            if broken := self._broken(one, place):
+                score.message = f"the answer cell ended in {broken}. {score.message}"
         except GoneError as error:
-            score = Score(one.id, found.kind, 0.0, points, "died", str(error))
-        if names := [n for n, _ in replaced if self._was_own(n, found)]:
-            score.message += f"\nGraded with the package's {' and '.join(names)}."
-        if session.gone or session.late:
+            score.status, score.message = "died", str(error)
+        except OutOfTimeError as error:
+            score.status, score.message = "stopped", str(error)
+        except (NameError, TypeError) as error:
+            score.message = self._missing(one, place, str(error))
+        own = [name for name, _ in replaced if self._was_own(name, found)]
+        if own:
+            score.message += f"\nGraded with the package's {' and '.join(own)}."
+        if session is not None and (session.gone or session.late):
             score.status = "stopped" if session.late else "died"
             if session.gone:
                 self._note_end(one.id, session)
-            return score
-        for name, before in replaced:
-            session.begin(STARTING)
-            session.restore(name, before)
-        if broken := self._broken(one, place):
-            score.message = f"the answer cell ended in {broken}. {score.message}"
+        elif session is not None:
+            for name, before in replaced:
+                session.begin(STARTING)
+                session.restore(name, before)
         return score
+
+    def _give_needed(self, found: Exercise, session: Session) -> list[tuple[str, Any]]:
+        """Put references in the place of needed functions; names, and what they named before."""
+        replaced = []
+        for needed in map(exercises.exercise, found.needs):
+            if needed.id[:2] != found.id[:2] or not self._passed(needed.id):
+                name = needed.function_name
+                replaced.append((name, session.define(name, reference_sources(needed))))
+        return replaced
+
+    def _place_of(self, name: str, before: int) -> int | None:
+        """The place of the cell with that grade_id, above `before`."""
+        places = (i for i in range(before) if grade_id(self.cells[i]) == name)
+        return next(places, None)
 
     def check(self, found: Exercise, answer: Any, session: Session) -> Score:
         """Run the checks of an exercise on an answer."""
         session.wrote = False
         result = exercises.grade(found, answer, salt=self.salt)
         failed, message = set(result.failed), result.message.removeprefix(f"{found.id}: ")
-        if session.wrote and result.points and not session.gone:
+        if session.wrote and result.points and not (session.gone or session.late):
             session.begin(self._seconds())
             with session.copies():
                 again = exercises.grade(found, answer, salt=self.salt)
@@ -293,11 +307,10 @@ class _Run:
 
     def _broken(self, one: GradedExercise, place: int) -> str:
         """The error in which the answer's cell ended, "" if there was none."""
-        for i in range(place):
-            if grade_id(self.cells[i]) == one.answer:
-                for output in self.outputs.get(i, []):
-                    if output["output_type"] == "error":
-                        return f"{output['ename']}: {output['evalue']}"[:300]
+        found = self._place_of(one.answer, place)
+        for output in self.outputs.get(found, []) if found is not None else []:
+            if output["output_type"] == "error":
+                return f"{output['ename']}: {output['evalue']}"[:300]
         return ""
 
     def _missing(self, one: GradedExercise, place: int, problem: str) -> str:

@@ -46,6 +46,7 @@ from nemotron_lite.coursework.wire import (
 
 GRACE = 5.0  # seconds between the signal that interrupts a call and the end of its process
 KEPT = 50  # graphs that are no longer needed, before the other process is told
+USES = ("call", "get", "set", "backward")  # requests that run the code of an answer
 MALFORMED = "its answer was malformed; did the code write into the grader's pipe?"
 MOST_TEXT = 2000  # characters of an error
 ENDED = "its Python process ended (os._exit, a crash, or more memory than the limit)"
@@ -92,11 +93,11 @@ class Session:
 
     # Messages
 
-    def begin(self, seconds: float) -> None:
+    def begin(self, seconds: float | int) -> None:
         """Start the clock of a cell or an exercise."""
         self.late, self._ends = False, time.monotonic() + seconds
 
-    def hello(self, seconds: float) -> dict[str, Any]:
+    def hello(self, seconds: float | int) -> dict[str, Any]:
         """The first message of the process, sent when it is ready."""
         return self._receive(time.monotonic() + seconds)[0]
 
@@ -133,6 +134,8 @@ class Session:
             raise
         answer, body_back = self._receive(deadline)
         if "error" in answer:
+            if op not in USES:  # these run no code of an answer, unless it changed its process
+                self._end(WireError(MALFORMED))
             self._raise(answer["error"])
         return answer, body_back
 
@@ -203,9 +206,11 @@ class Session:
 
     # The notebook
 
-    def run(self, name: str, source: str, seconds: float) -> list[dict[str, Any]]:
+    def run(self, name: str, source: str, seconds: float | int) -> list[dict[str, Any]]:
         """Execute a cell; returns its outputs."""
         file = f"<{name}>"
+        while source.partition("\n")[0].isspace() or source.startswith("\n"):
+            source = source.partition("\n")[2]  # IPython does that, and counts lines from there
         self.files.add(file)
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         self.begin(seconds)
@@ -239,6 +244,13 @@ class Session:
         before = answer.get("before")
         self._kept |= {before} if isinstance(before, int) else set()
         return before
+
+    def reset(self) -> None:
+        """Forget all objects, parameters and graphs, on both sides, but not what was looked up."""
+        for known in (self._twins, self._twin_numbers, self._sent, self._objects):
+            known.clear()
+        self._drop = {"tokens": [], "leaves": [], "objects": []}
+        self.ask("reset", kept=sorted(self._kept))
 
     def restore(self, name: str, before: Any) -> None:
         """Undo `define`."""

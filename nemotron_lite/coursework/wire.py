@@ -205,9 +205,9 @@ class Writer:
     def data_of(self, tensor: Tensor) -> dict[str, Any]:
         """A tensor as JSON; its storage is noted."""
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                raise WireError(f"a tensor on {tensor.device}, {tensor.layout}, cannot be sent.")
             plain = tensor.detach().as_subclass(Tensor)
-            if plain.layout is not torch.strided or plain.device.type != "cpu":
-                raise WireError(f"a tensor on {plain.device}, {plain.layout}, cannot be sent.")
             if plain.is_conj() or plain.is_neg():
                 plain = plain.resolve_conj().resolve_neg()
             name = str(plain.dtype).removeprefix("torch.")
@@ -229,7 +229,11 @@ class Writer:
         return data
 
     def body(self) -> tuple[list[int], bytes]:
-        """The sizes of the storages, and their bytes; called once, after all values."""
+        """The sizes of the storages, and their bytes.
+
+        Called once, after all values, and before their JSON becomes text: it completes the places
+        of the tensors.
+        """
         pieces = []
         for known in self._storages.values():
             # Offsets count from the first byte that is sent. It is aligned, so that every dtype can
