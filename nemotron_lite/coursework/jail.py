@@ -28,7 +28,7 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/
           "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime",
           "/sys/devices/system/cpu")  # fmt: skip
 DEVICES = ("null", "zero", "full", "random", "urandom")
-INSIDE_SITE, INSIDE_HOME = "/course", "/home/learner"
+INSIDE_SITE, INSIDE_HOME = "/course", "/learner"
 SIZE = "size=268435456"  # bytes of each folder in memory
 BIND, RECURSIVE, PRIVATE, NOSUID, NODEV = 0x1000, 0x4000, 1 << 18, 2, 4
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000

@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,28 @@ def _entries(path: str) -> set[str]:
     return set()
 
 
-class NotHere:
-    """An import hook: a module of the package that was left out on purpose says so."""
+class OnlyHere:
+    """An import hook: of this package only what lies in the learner's copy of it is found.
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
-        """Refuse a module of this package that no finder before this one has found."""
-        if name.partition(".")[0] in ("nemotron_lite", "nemotron_kernels"):
+    The same package may be installed on this machine, where the usual search would find it.
+    """
+
+    site = str(Path(__file__).resolve().parents[2])
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module of this package in the copy, or refuse it."""
+        top = name.partition(".")[0]
+        if top not in ("nemotron_lite", "nemotron_kernels"):
+            return None
+        found = PathFinder.find_spec(name, path)
+        if found is None or not str(found.origin).startswith(cls.site):
             raise ModuleNotFoundError(
                 f"{name} is not available where coursework is graded: an answer can use torch and "
                 "what the handed-out cells import.",
                 name=name,
             )
+        return found
 
 
 def main() -> None:
@@ -98,7 +109,7 @@ def main() -> None:
     if Path(home).is_dir():
         os.chdir(home)
     limited = limit_memory(memory_gib)
-    sys.meta_path.append(NotHere)
+    sys.meta_path.insert(0, OnlyHere)
     import torch
 
     from nemotron_lite.coursework.learner_answers import Learner

@@ -71,7 +71,7 @@ def test_what_is_no_formula_becomes_no_markup(latex: str) -> None:
 
 
 def test_markdown_shows_html_as_text_and_keeps_code() -> None:
-    made = markdown("<script>x()</script> *so* `$not$` and $x$ costs 5$ [l](javascript:x())")
+    made = markdown("See <script>x()</script> *so* `$not$` and $x$ costs 5$ [l](javascript:x())")
     assert "<script>" not in made
     assert "<em>so</em>" in made
     assert "<code>$not$</code>" in made

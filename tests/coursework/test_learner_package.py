@@ -46,8 +46,8 @@ def test_the_copy_can_be_imported_and_the_rest_says_why_not(tmp_path: Path) -> N
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from nemotron_lite.coursework.learner_process import NotHere
-sys.meta_path.append(NotHere)
+from nemotron_lite.coursework.learner_process import OnlyHere
+sys.meta_path.insert(0, OnlyHere)
 from nemotron_lite import NemotronConfig
 from nemotron_lite.course import check, hint, own, setup, progress, show_source
 assert check("01.x", len).points == 0

@@ -24,7 +24,8 @@ def test_a_row_has_a_column_for_each_exercise(tmp_path: Path) -> None:
     result = {
         "student": "=cmd|' /C calc'!A0", "assignment": "chapter_99", "points": 5.0,
         "max_points": None, "optional_points": 0.5, "max_optional_points": 2.0,
-        "status": "graded", "message": "-", "notes": ["@one", "two"], "flags": ["imports", "similar"],
+        "status": "graded", "message": "-", "notes": ["@one", "two"],
+        "flags": ["imports", "similar"],
         "exercises": [{"id": "99.b", "points": 3.0}, {"id": "99.a", "points": 2.0}], "file": "f",
     }  # fmt: skip
     write_scores(tmp_path / "scores.csv", [result], ["99.a", "99.b", "99.c"])

@@ -184,7 +184,7 @@ def test_silence_ends_at_the_deadline_and_a_closed_pipe_at_once() -> None:
     one, other = pipes()
     with pytest.raises(LateError):
         other.receive(time.monotonic() + 0.05)
-    with pytest.raises(LateError):  # nobody reads, so the pipe fills up
+    with pytest.raises(LateError):  # nobody reads, so the pipe is soon full
         one.send({}, bytes(2**22), time.monotonic() + 0.05)
     one.close()
     left = time.monotonic() + 5
