@@ -152,9 +152,9 @@ def static_html(questions: Sequence[Question]) -> str:
     blocks = []
     for position, asked in enumerate(questions, 1):
         options = "".join(f"<li>{output.inline_html(option.text)}</li>" for option in asked.options)
+        style = "margin: 2px 0 12px 16px; list-style-type: lower-alpha"
         blocks.append(
-            f"<div>{_title_html(position, asked)}"
-            f'<ol style="margin: 2px 0 12px 16px; list-style-type: lower-alpha">{options}</ol></div>'
+            f'<div>{_title_html(position, asked)}<ol style="{style}">{options}</ol></div>'
         )
     return "".join(blocks)
 

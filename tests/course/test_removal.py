@@ -1,4 +1,4 @@
-"""Each removal takes out what it says, and nothing else."""
+"""Each removal takes out the part that it names and nothing else, and training keeps it out."""
 
 from __future__ import annotations
 
