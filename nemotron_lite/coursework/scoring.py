@@ -10,8 +10,9 @@ grading goes on with the next exercise.
 
 An exercise may use what earlier ones built. If the learner's own function passed, it is used;
 otherwise the package's reference takes its place while the later exercise is graded, so that one
-mistake costs points once. That reference reaches the learner's process only then, when its own
-exercise has already been graded. Functions from other chapters are always the references.
+mistake costs points once. That holds for what it needs indirectly, too. That reference reaches the
+learner's process only then, when its own exercise has already been graded. Functions from other
+chapters are always the references.
 
 An answer could clear its arguments, return zeros, and so be compared with the reference of zeros.
 If an answer changed arguments in place, the checks run again with copies, and a check has to pass
@@ -75,6 +76,15 @@ class Scored:
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, without the outputs."""
         return {name: value for name, value in asdict(self).items() if name != "outputs"}
+
+
+def everything_needed(exercise: Exercise) -> list[Exercise]:
+    """The exercises that one needs, and those that they need, each after what it needs."""
+    found: dict[str, Exercise] = {}
+    for needed in map(exercises.exercise, exercise.needs):
+        for one in (*everything_needed(needed), needed):
+            found.setdefault(one.id, one)
+    return list(found.values())
 
 
 def reference_sources(exercise: Exercise) -> list[str]:
@@ -177,10 +187,10 @@ class _Run:
         chapter = self.handed_out.name[-2:]
         session.begin(STARTING)
         for one in self.handed_out.exercises:
-            for needed in exercises.exercise(one.id).needs:
-                if needed[:2] != chapter:
-                    other = exercises.exercise(needed)
-                    session.define(other.function_name, reference_sources(other), own=needed)
+            for needed in map(exercises.exercise, exercises.exercise(one.id).needs):
+                if needed.id[:2] != chapter:
+                    sources = reference_sources(needed)
+                    session.define(needed.function_name, sources, own=needed.id)
 
     def everything(self) -> None:
         """Execute and grade the whole notebook."""
@@ -235,8 +245,8 @@ class _Run:
             score.status, score.message = "stopped", str(error)
         except (NameError, TypeError) as error:
             score.message = self._missing(one, place, str(error))
-        own = [name for name, _ in replaced if self._was_own(name, found)]
-        if own:
+        here = [e.function_name for e in everything_needed(found) if e.id[:2] == found.id[:2]]
+        if own := [name for name, _ in replaced if name in here]:
             score.message += f"\nGraded with the package's {' and '.join(own)}."
         if session is not None and (session.gone or session.late):
             score.status = "stopped" if session.late else "died"
@@ -251,7 +261,7 @@ class _Run:
     def _give_needed(self, found: Exercise, session: Session) -> list[tuple[str, Any]]:
         """Put references in the place of needed functions; names, and what they named before."""
         replaced = []
-        for needed in map(exercises.exercise, found.needs):
+        for needed in everything_needed(found):
             if needed.id[:2] != found.id[:2] or not self._passed(needed.id):
                 name = needed.function_name
                 replaced.append((name, session.define(name, reference_sources(needed))))
@@ -299,11 +309,6 @@ class _Run:
     def _passed(self, exercise_id: str) -> bool:
         score = self.scores.get(exercise_id)
         return score is not None and score.status == "passed"
-
-    def _was_own(self, name: str, found: Exercise) -> bool:
-        """Whether a reference took the place of a function that the learner should have written."""
-        needed = next(n for n in found.needs if exercises.exercise(n).function_name == name)
-        return needed[:2] == found.id[:2]
 
     def _broken(self, one: GradedExercise, place: int) -> str:
         """The error in which the answer's cell ended, "" if there was none."""

@@ -101,8 +101,16 @@ def test_a_wrong_answer_does_not_cost_those_that_need_it(score: Callable[..., Sc
     assert found["power"] == found["scaled"] == (3.0, "passed")
     messages = {one.id: one.message for one in scored.scores}
     assert messages["99.power"].endswith("Graded with the package's square.")
-    assert messages["99.scaled"].endswith("Graded with the package's Base.")
+    assert messages["99.scaled"].endswith("Graded with the package's square and Base.")
     assert "package's" not in messages["99.far"]
+
+
+def test_what_is_needed_indirectly_is_replaced_too(score: Callable[..., Scored]) -> None:
+    """`Scaled` needs `Base`, which passes, but calls a `square` that does not."""
+    scored = score({**RIGHT, "square": "def square(x):\n    return x * x * x"})
+    assert results(scored)["base"] == results(scored)["scaled"] == (3.0, "passed")
+    messages = {one.id: one.message for one in scored.scores}
+    assert messages["99.scaled"].endswith("Graded with the package's square.")
 
 
 def test_the_learners_own_function_is_used_if_it_passes(score: Callable[..., Scored]) -> None:
