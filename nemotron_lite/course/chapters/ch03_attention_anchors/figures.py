@@ -4,8 +4,13 @@
     crowding        many pairs in one state, beside a cache, and a widget for both
     recall_curves   recall against the number of pairs
     key_heads       which key head each query head reads
+    who_looks_where attention weights of several ways to read a row
+    shuffled        how far outputs move when the past is shuffled
+    two_orders      recall with key heads in two orders
     bars            a few numbers, on a linear or logarithmic axis
-    memory          bytes against context, and a widget for the number of attention layers
+    memory          bytes of one layer of each kind against the context, and a widget
+    losses          the losses of two trainings
+    filling         a cache that fills and a query that looks, and a stepper through it
 
 The widget of `crowding` runs a small experiment. Keys are random unit vectors and values are random
 codes. A state keeps the sum of their outer products, a cache keeps each pair:
@@ -21,25 +26,29 @@ Left out: learned keys, decay, several heads. The chapter trains those.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import ipywidgets
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from numpy.typing import ArrayLike, NDArray
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from nemotron_lite import ledger
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.course.chapters.ch03_attention_anchors.lesson import Watched
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
-from nemotron_lite.course.plotting.widgets import Explorer, explore, slider
+from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, slider, stepper
 
 VALUE_WIDTH = 16  # p: numbers in a value
 KEY_WIDTH = 32  # numbers in a key of the cache; the state's keys have n
 SHARPNESS = 24.0  # of the cache's softmax over unit keys
 MOST_PAIRS = 64
-GIB = 2**30
+MIB = 2**20
 
 # White is zero, so that a mostly empty matrix is mostly white; grey is a cell that has no value.
 SHADES = [[0, "#FFFFFF"], [0.3, "#C6DDEE"], [0.65, "#3E8EC4"], [1, "#00224E"]]
@@ -233,8 +242,8 @@ def recall_curves(pairs: Sequence[int], recall: Mapping[str, ArrayLike]) -> go.F
         x_title="pairs to remember",
         y_title="right answers, %",
         alt=f"Share of right answers over the number of pairs, for {'; '.join(recall)}. The lines "
-        "of Mamba alone with a small state fall as the pairs grow, and so does that of attention "
-        "alone; with a large state, or with Mamba and attention together, the line stays high.",
+        "of Mamba alone with a small state fall as the pairs grow; with a large state, or with "
+        "Mamba and attention together, the line stays high.",
     )
     fig.update_xaxes(tickvals=list(pairs), ticktext=[str(p) for p in pairs])
     fig.update_yaxes(range=[-4, 104])
@@ -277,6 +286,50 @@ def key_heads(shared: Mapping[str, Sequence[int]], kv: int) -> go.Figure:
     return fig
 
 
+def shuffled(change: Mapping[str, float]) -> go.Figure:
+    """How far the last output moves when the past is shuffled, a bar for each stack of layers."""
+    return bars(
+        change,
+        title="Shuffle the past: how far the last output moves",
+        y_title="change / what the layers added",
+        log_y=True,
+        alt="Four bars on a logarithmic axis, one for each stack of layers. One attention layer "
+        "does not notice the shuffle: its bar is rounding error. Two attention layers notice part "
+        "of it. A Mamba layer, alone or in front of an attention layer, changes its output by "
+        "about its size.",
+    )
+
+
+def two_orders(recall: Mapping[str, float]) -> go.Figure:
+    """Recall of a trained model, and of the same weights with key heads in another order, in %."""
+    return bars(
+        recall,
+        title="Recall of 16 pairs, two orders of key heads",
+        y_title="right answers, %",
+        form=".0f",
+        alt="Two bars of recall. As trained the hybrid answers nearly everything. The second bar "
+        "is the same hybrid with its key heads in the order of repeat.",
+    )
+
+
+def who_looks_where(weights: Mapping[str, Tensor]) -> go.Figure:
+    """Attention weights of several ways to read the same row; grey where a key is not seen.
+
+    Args:
+        weights: name → `1 1 t t`.
+    """
+    maps = {name: w[0, 0].where(w[0, 0] > 0, torch.nan).numpy() for name, w in weights.items()}
+    return panels(
+        maps,
+        title="Who looks where",
+        x_title="key",
+        y_title="query",
+        alt="Two maps of attention weights, queries down, keys across. Left a full lower triangle. "
+        "Right the same for the first piece; then the triangle begins again at the left edge: the "
+        "first query of the second piece sees the first key only, and no query of it sees its own.",
+    )
+
+
 def bars(
     values: Mapping[str, float],
     *,
@@ -312,81 +365,197 @@ def bars(
     return described(fig, alt)
 
 
-_CONTEXTS = 2 ** np.arange(10, 21)
-
-
-def _with(config: NemotronConfig, anchors: int, key_heads: int) -> NemotronConfig:
-    """`config` with that many attention layers behind its other layers, sharing that many keys."""
-    rest = config.pattern.replace("*", "")
-    return config.replace(pattern=rest + "*" * anchors, num_key_value_heads=key_heads)
+_CONTEXTS = 2 ** np.arange(6, 21)
 
 
 def _kv(config: NemotronConfig, contexts: Sequence[int] | NDArray[np.int64]) -> list[float]:
-    return [ledger.cache(config, int(t)).kv / GIB for t in contexts]
+    """MiB of one attention layer's keys and values."""
+    layer = config.replace(pattern="*")
+    return [ledger.cache(layer, int(t)).kv / MIB for t in contexts]
+
+
+def _state(config: NemotronConfig) -> float:
+    """MiB of one Mamba-2 layer's state."""
+    return ledger.cache(config.replace(pattern="M"), 0).ssm / MIB
+
+
+def _crossing(config: NemotronConfig) -> int:
+    """Tokens after which one attention layer's keys and values are as large as one state."""
+    per_token = ledger.cache(config.replace(pattern="*"), 1).kv
+    return math.ceil(ledger.cache(config.replace(pattern="M"), 0).ssm / per_token)
 
 
 def memory(config: NemotronConfig) -> go.Figure:
-    """Bytes that one sequence needs, against its length, on logarithmic axes."""
-    all_attention = _with(config, config.num_layers, config.num_key_value_heads)
-    rest = ledger.cache(config, 0).total / GIB
+    """Bytes that one layer of each kind keeps, against the context, on logarithmic axes."""
+    unshared = config.replace(num_key_value_heads=config.num_attention_heads)
+    few, many = config.num_key_value_heads, config.num_attention_heads
     fig = lines(
         _CONTEXTS,
         {
-            "keys and values of the anchors": _kv(config, _CONTEXTS),
-            "states of the Mamba layers": [rest] * len(_CONTEXTS),
-            "keys and values, were every layer attention": _kv(all_attention, _CONTEXTS),
+            f"one attention layer, {few} key heads": _kv(config, _CONTEXTS),
+            "one Mamba-2 layer": [_state(config)] * len(_CONTEXTS),
+            f"one attention layer, {many} key heads": _kv(unshared, _CONTEXTS),
         },
-        title="What one sequence keeps in memory",
+        title="What one layer keeps of a sequence",
         x_title="context, tokens",
-        y_title="GiB",
+        y_title="MiB",
         log_x=True,
         log_y=True,
+        markers=False,
         height=430,
-        alt="Memory of one sequence over its context, both axes logarithmic. Keys and values grow "
-        "in a straight line, those of a model with attention in every layer far above those of the "
-        "anchors alone. The states of the Mamba layers are a level line that the anchors' keys "
-        "and values cross at some tens of thousands of tokens.",
+        alt="Memory of one layer over the context, both axes logarithmic. Keys and values of an "
+        "attention layer grow in a straight line; with a key head for each query head the line is "
+        "parallel and far above. The state of a Mamba-2 layer is a level line. Both lines cross "
+        "it, the one with shared key heads much later; circles mark the crossings.",
+    )
+    fig.add_scatter(
+        x=[_crossing(config), _crossing(unshared)],
+        y=[_state(config)] * 2,
+        mode="markers",
+        name="crossing",
+        marker=dict(size=13, symbol="circle-open", color=theme.INK, line=dict(width=3)),
+        hovertemplate="%{x:,} tokens<extra></extra>",
     )
     ticks = _CONTEXTS[::2]
     fig.update_xaxes(tickvals=ticks, ticktext=[_tokens(int(t)) for t in ticks])
-    fig.update_yaxes(dtick=1)  # whole powers of ten
+    fig.update_yaxes(dtick=1, exponentformat="power")  # whole powers of ten
     fig.update_layout(legend=dict(orientation="h", x=0, y=-0.22, yanchor="top"))
     return fig
 
 
 def memory_widget(config: NemotronConfig) -> Explorer:
-    """Sliders for context, number of anchors and key heads."""
-    state = ledger.cache(config, 0).total
+    """Sliders for the number of key heads and the size of the state."""
 
-    def update(fig: go.FigureWidget, tokens: int, anchors: int, key_heads: int) -> str:
-        changed = _with(config, anchors, key_heads)
-        fig.data[0].y = _kv(changed, _CONTEXTS)
-        per_token = ledger.cache(changed, 0).kv_per_token
-        fig.data[3].update(x=[tokens], y=[tokens * per_token / GIB])
-        equal = f"as much as the states after {state // per_token:,} tokens. " if anchors else ""
+    def update(fig: go.FigureWidget, key_heads: int, n: int) -> str:
+        changed = config.replace(num_key_value_heads=key_heads, ssm_state_size=n)
+        crossing, state = _crossing(changed), _state(changed)
+        fig.data[0].update(y=_kv(changed, _CONTEXTS), name=f"one attention layer, {key_heads}")
+        fig.data[1].y = [state] * len(_CONTEXTS)
+        fig.data[3].update(x=[crossing], y=[state])
         return (
-            f"{anchors} anchors, {config.num_attention_heads} query heads on {key_heads} key "
-            f"heads: {per_token:,} bytes a token, {equal}At {tokens:,} tokens "
-            f"{tokens * per_token / GIB:.2f} GiB of keys and values beside {state / GIB:.2f} GiB "
-            "of states."
+            f"{config.num_attention_heads} query heads on {key_heads} key heads, state size {n}: "
+            f"cache and state cross at {crossing:,} tokens. At {_tokens(2**20)} tokens one "
+            f"attention layer keeps {_kv(changed, [2**20])[0]:,.0f} MiB, one Mamba-2 layer "
+            f"{state:,.1f} MiB."
         )
 
-    figure = memory(config)
-    figure.add_scatter(
-        x=[2**20],
-        y=[0],
-        mode="markers",
-        name="the context chosen",
-        marker=dict(size=13, symbol="star", color=theme.INK),
-    )
     halves = [h for h in (1, 2, 4, 8, 16, 32, 64) if config.num_attention_heads % h == 0]
     return explore(
-        figure,
+        memory(config),
         update,
-        tokens=_steps("context", {_tokens(int(t)): int(t) for t in _CONTEXTS}, 2**20),
-        anchors=slider("anchors", 0, 40, value=config.pattern.count("*")),
         key_heads=_steps("key heads", {str(h): h for h in halves}, config.num_key_value_heads),
+        n=_steps("state size n", {str(n): n for n in (16, 32, 64, 128, 256)}, 128),
     )
+
+
+def losses(found: Mapping[str, Sequence[float]]) -> go.Figure:
+    """Training losses over the updates, a line for each model."""
+    names = list(found)
+    steps = np.arange(1, len(found[names[0]]) + 1)
+    fig = lines(
+        steps,
+        found,
+        title="The same training, two implementations",
+        x_title="update",
+        y_title="loss",
+        markers=False,
+        alt=f"Training loss over the updates for {' and '.join(names)}. Both lines fall from above "
+        "three to almost zero and lie on each other nearly everywhere.",
+    )
+    fig.update_yaxes(rangemode="tozero")
+    return fig
+
+
+def filling(found: Watched, step: int) -> go.Figure:
+    """A cache after token `step`, what its query looks at, and the state beside it.
+
+    Above left the keys of the cache, one column for each token that was read; below them the weight
+    that the newest token's query puts on each of them; right the state of a Mamba-2 head.
+    """
+    fig = make_subplots(
+        2,
+        2,
+        column_widths=[0.68, 0.32],
+        row_heights=[0.6, 0.4],
+        horizontal_spacing=0.14,
+        vertical_spacing=0.16,
+        specs=[[{}, {"rowspan": 2}], [{}, None]],
+        subplot_titles=["Cache: keys of all tokens", "State of one Mamba head", "The query looks"],
+    )
+    shown = _filled(found, step)
+    bound = float(found.keys.abs().max()), float(found.states.abs().max())
+    scale = dict(colorscale=theme.DIVERGING, showscale=False)
+    fig.add_heatmap(
+        z=shown["keys"], zmin=-bound[0], zmax=bound[0], hoverinfo="skip", row=1, col=1, **scale
+    )
+    fig.add_bar(
+        x=list(range(len(found.names))),
+        y=shown["weights"],
+        marker_color=theme.SERIES[0].colour,
+        hovertemplate="weight %{y:.2f}<extra></extra>",
+        row=2,
+        col=1,
+    )
+    fig.add_heatmap(
+        z=shown["state"], zmin=-bound[1], zmax=bound[1], hoverinfo="skip", row=1, col=2, **scale
+    )
+    columns = dict(
+        tickvals=list(range(len(found.names))),
+        ticktext=found.names,
+        range=[-0.5, len(found.names) - 0.5],
+        showgrid=False,
+        tickangle=0,
+    )
+    for row in (1, 2):
+        fig.update_xaxes(**columns, row=row, col=1)
+    fig.update_xaxes(title_text="token", row=2, col=1)
+    fig.update_xaxes(title_text="n", showgrid=False, dtick=1, row=1, col=2)
+    fig.update_yaxes(title_text="numbers", showgrid=False, showticklabels=False, row=1, col=1)
+    fig.update_yaxes(title_text="weight", range=[0, 1], row=2, col=1)
+    fig.update_yaxes(title_text="p", showgrid=False, showticklabels=False, row=1, col=2)
+    for place in ((1, 1), (1, 2)):
+        fig.update_yaxes(ticks="", row=place[0], col=place[1])
+    fig.update_annotations(font_size=13)
+    fig.update_layout(
+        title_text="A cache grows, a state does not", height=470, showlegend=False, margin_t=84
+    )
+    return described(
+        fig,
+        "Three panels. Above left a matrix with one column of keys for each token read so far; the "
+        "columns of later tokens are empty. Below it one bar for each of these tokens: how much "
+        "weight the newest token's query puts on it. After the last question one bar stands out, "
+        "at the value that was asked for. Right the state of one Mamba head, a matrix of the same "
+        "size after every token.",
+    )
+
+
+def filling_stepper(found: Watched, start: int) -> Stepper:
+    """`filling` token by token; `start` is the token that a reader sees first."""
+
+    def update(fig: go.FigureWidget, step: int) -> str:
+        shown = _filled(found, step)
+        fig.data[0].z = shown["keys"]
+        fig.data[1].y = shown["weights"]
+        fig.data[2].z = shown["state"]
+        best = int(found.weights[step].argmax())
+        columns, state = found.keys.shape[1], found.states[0].numel()
+        return (
+            f"Token {step} is {found.names[step]}. The cache holds {step + 1} columns of keys, "
+            f"{(step + 1) * columns:,} numbers, and as many of values; the state still has "
+            f"{state}. The query puts most weight, {100 * float(found.weights[step, best]):.0f} %, "
+            f"on token {best}, which is {found.names[best]}."
+        )
+
+    return stepper(filling(found, start), update, len(found.names), "token", start)
+
+
+def _filled(found: Watched, step: int) -> dict[str, Matrix]:
+    """The panels after token `step`; what does not exist yet is 0, which is drawn as white."""
+    keys = np.zeros((found.keys.shape[1], found.keys.shape[0]))
+    keys[:, : step + 1] = found.keys[: step + 1].T.numpy()
+    weights = np.zeros(len(found.names))
+    weights[: step + 1] = found.weights[step, : step + 1].numpy()
+    return {"keys": keys, "weights": weights, "state": found.states[step].T.numpy()}
 
 
 def _steps(label: str, options: Mapping[str, int], value: int) -> ipywidgets.SelectionSlider:
@@ -401,5 +570,7 @@ def _steps(label: str, options: Mapping[str, int], value: int) -> ipywidgets.Sel
 
 
 def _tokens(t: int) -> str:
-    """1K, 256K, 1M."""
+    """64, 1K, 256K, 1M."""
+    if t < 2**10:
+        return str(t)
     return f"{t >> 20}M" if t >= 2**20 else f"{t >> 10}K"

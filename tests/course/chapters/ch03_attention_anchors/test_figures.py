@@ -8,7 +8,8 @@ import torch
 
 from nemotron_lite import ledger, ops
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.course.chapters.ch03_attention_anchors import figures
+from nemotron_lite.course import removal
+from nemotron_lite.course.chapters.ch03_attention_anchors import figures, lesson
 from nemotron_lite.course.plotting import alt_of, theme
 from nemotron_lite.course.plotting.widgets import BUDGET
 
@@ -80,29 +81,69 @@ def test_the_crowding_widget_redraws_both_maps_in_time() -> None:
 
 
 @pytest.mark.timing
-def test_the_memory_widget_says_what_the_ledger_says() -> None:
+def test_the_memory_widget_moves_the_crossing() -> None:
     widget = figures.memory_widget(SUPER)
-    assert "8 anchors" in widget.words.value
-    assert "8,192 bytes a token" in widget.words.value
-    assert "8.00 GiB" in widget.words.value
+    assert "cross at 4,096 tokens" in widget.words.value
+    assert "1,024 MiB" in widget.words.value
     widget.controls["key_heads"].value = 32
     assert widget.seconds < BUDGET
-    assert "128.00 GiB" in widget.words.value
-    assert widget.figure.data[0].y[-1] == 128.0
-    widget.controls["tokens"].value = 2**15
-    assert widget.figure.data[3].x == (32768,)
-    assert widget.figure.data[3].y == (4.0,)
-    widget.controls["anchors"].value = 0
-    assert "0.00 GiB of keys" in widget.words.value
+    assert "cross at 256 tokens" in widget.words.value
+    assert widget.figure.data[0].y[-1] == 16 * 1024
+    assert widget.figure.data[3].x == (256,)
+    widget.controls["n"].value = 64
+    assert "cross at 128 tokens" in widget.words.value
+    assert set(widget.figure.data[1].y) == set(widget.figure.data[3].y) == {2.0}
 
 
-def test_memory_draws_the_ledgers_bytes() -> None:
+def test_memory_draws_the_ledgers_bytes_of_one_layer() -> None:
     fig = figures.memory(SUPER)
     found = ledger.cache(SUPER, 2**20)
-    anchors, states, everywhere = (trace.y[-1] * 2**30 for trace in fig.data)
-    assert anchors == found.kv
-    assert states == pytest.approx(found.conv + found.ssm)
-    assert everywhere == found.kv * 11
+    shared, state, unshared = (trace.y[-1] * 2**20 for trace in fig.data[:3])
+    assert shared == found.kv / 8
+    assert state == found.ssm / 40
+    assert unshared == 16 * shared
+
+
+def test_the_crossings_lie_on_both_lines() -> None:
+    """Where the marks stand, keys and values have as many bytes as the state."""
+    config = SUPER.replace(num_key_value_heads=4, ssm_state_size=96)
+    marks = figures.memory(config).data[3]
+    for tokens, mebibytes, heads in zip(marks.x, marks.y, (4, 32), strict=True):
+        layer = config.replace(pattern="*", num_key_value_heads=heads)
+        assert ledger.cache(layer, tokens).kv / 2**20 == mebibytes
+
+
+@pytest.fixture(scope="module")
+def watched() -> lesson.Watched:
+    return lesson.watch(removal.small_model("recall"), lesson.book(pairs=4, questions=2))
+
+
+def test_the_stepper_fills_the_cache_token_by_token(watched: lesson.Watched) -> None:
+    view = figures.filling_stepper(watched, start=3)
+    keys = np.asarray(view.figure.data[0].z, dtype=float)
+    assert (keys[:, :4] != 0).any(0).all()
+    assert (keys[:, 4:] == 0).all()
+    before = np.asarray(view.figure.data[2].z)
+    view.go(1)
+    assert view.seconds < BUDGET
+    keys = np.asarray(view.figure.data[0].z, dtype=float)
+    np.testing.assert_array_equal(keys[:, 4], watched.keys[4].numpy())
+    assert (keys[:, 5:] == 0).all()
+    bars = np.asarray(view.figure.data[1].y)
+    assert bars.sum() == pytest.approx(1, abs=1e-5)
+    assert np.count_nonzero(bars) == 5
+    assert not np.array_equal(before, view.figure.data[2].z)
+    best = int(bars.argmax())
+    assert f"Token 4 is {watched.names[4]}." in view.words.value
+    assert "160 numbers, and as many of values; the state still has 128" in view.words.value
+    assert f"on token {best}, which is {watched.names[best]}" in view.words.value
+    assert f"{100 * bars[best]:.0f} %" in view.words.value
+
+
+def test_who_looks_where_leaves_out_what_is_not_seen() -> None:
+    weights = torch.tensor([[[[1.0, 0.0], [0.4, 0.6]]]])
+    (drawn,) = figures.who_looks_where({"only": weights}).data[:1]
+    np.testing.assert_allclose(drawn.z, [[1.0, np.nan], [0.4, 0.6]], rtol=1e-6)
 
 
 def test_key_heads_mark_the_head_that_is_read() -> None:
@@ -130,7 +171,8 @@ def test_marks_are_crosses_as_well_as_a_colour() -> None:
 
 def test_every_figure_says_in_words_what_it_shows() -> None:
     drawn = [
-        figures.crowding(), figures.memory(SUPER),
+        figures.crowding(), figures.memory(SUPER), figures.losses({"a": [2.0], "b": [3.0]}),
+        figures.shuffled({"*": 1e-6, "M": 1.0}), figures.two_orders({"a": 90.0, "b": 20.0}),
         figures.recall_curves([4, 8], {"a": [1, 1], "b": [1, 0]}),
         figures.key_heads({"in order": (0, 0, 1, 1)}, kv=2),
         figures.bars({"a": 1.0}, title="t", y_title="y", alt="One bar that stands for a. " * 2),
