@@ -25,6 +25,7 @@ SHARED_FIXTURES = (
     "tests/authoring/",
     "tests/coursework/",
     "tests/course/chapters/",
+    "tests/course/lab/",
     "tests/notebooks/",
 )  # costly ones, made once a file
 

@@ -9,8 +9,9 @@ The learner's class is an ordinary `nn.Module` that knows nothing of the package
 
     module = make(config)                           its parameters have the package's names
     y = module(x)                                   b t d -> b t d, causal
-    cache = module.empty_cache(1)                   any object: a dict, an instance of a class
+    cache = module.empty_cache(1)                   any object: tensors, a dict, a class of theirs
     y = module(x, cache)                            continues from the cache and changes it in place
+    y, cache = module(x, cache)                     or returns a new cache, as nn.GRU does
 
 Everything else that a layer has to deal with is done here, in the simplest way that is right:
 
@@ -91,7 +92,7 @@ class OwnMixer(Mixer):
         if cache is not None:
             return self._row_by_row(x, cache, context)
         if context.seq_idx is None or bool((context.seq_idx == context.seq_idx[:, :1]).all()):
-            return self.own(x)
+            return _pair(self.own(x))[0]
         return torch.cat(
             [
                 self._document_by_document(row, documents)
@@ -103,7 +104,7 @@ class OwnMixer(Mixer):
         self, row: Float[Tensor, "1 t d"], documents: Int[Tensor, "t"]
     ) -> Float[Tensor, "1 t d"]:
         counts = torch.unique_consecutive(documents, return_counts=True)[1].tolist()
-        return torch.cat([self.own(part) for part in row.split(counts, dim=1)], dim=1)
+        return torch.cat([_pair(self.own(part))[0] for part in row.split(counts, dim=1)], dim=1)
 
     def _row_by_row(
         self, x: Float[Tensor, "b t d"], cache: OwnCache, context: ForwardContext
@@ -112,7 +113,9 @@ class OwnMixer(Mixer):
         lengths = [x.shape[1]] * len(x) if context.lengths is None else context.lengths.tolist()
         for row, (length, own_cache) in enumerate(zip(lengths, cache.rows, strict=True)):
             if length:
-                y[row, :length] = self.own(x[row : row + 1, :length], own_cache)[0]
+                found, after = _pair(self.own(x[row : row + 1, :length], own_cache), own_cache)
+                y[row, :length] = found[0]
+                cache.rows[row] = after
         return y
 
 
@@ -195,6 +198,11 @@ class _OwnNemotron(Nemotron):
                 own: Any = layer.mixer.own
                 cache.layers[i] = OwnCache([own.empty_cache(1) for _ in range(batch)], like)
         return cache
+
+
+def _pair(result: Any, cache: Any = None) -> tuple[Tensor, Any]:
+    """The output of the learner's module and its cache: the returned one, or else `cache`."""
+    return result if isinstance(result, tuple) else (result, cache)
 
 
 def _tensors_in(thing: Any) -> Iterator[Tensor]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 from tests.authoring.samples import runnable
 from tests.browser import chromium
-from tests.course.lab.serving import serve
+from tests.course.lab.serving import Server, serve
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = "work/empty"  # a folder of the learner without .course: what is done there is not stored
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 FIGURE = """
@@ -56,18 +58,18 @@ setup("01", threads=1)""",
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the learner's JupyterLab; work/ has the chapters and three small notebooks."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The learner's JupyterLab; work/ has the chapters and three small notebooks."""
     chromium.required()
     folder = tmp_path_factory.mktemp("lab")
-    for name in ("notebooks", "work"):
+    for name in ("notebooks", "work", FOLDER):
         (folder / name).mkdir()
     for path in CHAPTERS:
         shutil.copy(path, folder / "notebooks")
     for name, cells in {"good": GOOD, "bad": BAD, "everything": EVERYTHING}.items():
         nbformat.write(runnable(*cells), folder / "work" / f"{name}.ipynb")
-    with serve(folder, folder / "home") as server:
-        yield server.address
+    with serve(folder, folder / "home") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +82,12 @@ def browser() -> Iterator[object]:
         running = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def lab(server: Server, browser: Any) -> Iterator[Any]:
+    """The one page, an `OpenLab`."""
+    from tests.browser.lab import opened
+
+    with opened(browser, server.address) as page:
+        yield page

@@ -1,8 +1,8 @@
 """Open a notebook in a browser, look at it, run it, drag its sliders, save it and open it again.
 
-Pages may only load from the server of the test: a request to any other address is refused and
-recorded. `visit` opens a notebook and runs it. `look` takes what is stored, in a page that is open
-already: opening JupyterLab anew for each chapter would take most of the time.
+One page with JupyterLab serves all notebooks: to open it anew for each takes longer than to look at
+a chapter. The page may only load from the server of the test: a request to any other address is
+refused and recorded.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import io
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageStat
-from playwright.sync_api import Browser, Locator, Page, Route, TimeoutError
+from playwright.sync_api import Browser, Locator, Page, Route, TimeoutError, WebSocket
 
 from tests.course.lab.serving import TOKEN
 
@@ -71,10 +70,16 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
   }}, {{once: true, capture: true}});
 }}); }}"""
 _OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
+_ASK_FOR_WIDGETS = """async () => {
+  const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const late = new Promise(done => setTimeout(done, 20000));
+  await Promise.race([kernel.requestCommInfo({target_name: 'jupyter.widget'}), late]);
+}"""
 _IN_FRONT = "path => jupyterapp.shell.currentWidget?.context?.path === path"
-_CLOSE = """() => {
+_CLOSE = """async () => {
   const shown = jupyterapp.shell.currentWidget;
-  shown.sessionContext.shutdown();
+  const late = new Promise(done => setTimeout(done, 20000));
+  await Promise.race([shown.sessionContext.shutdown(), late]);
   shown.context.model.dirty = false;
   shown.close();
 }"""
@@ -97,7 +102,20 @@ class Visit:
     lost_guesses: list[str] = field(default_factory=list)  # not said to be saved
     moved_figures: int = 0  # sliders that changed a figure's data
     answers: dict[str, float] = field(default_factory=dict, compare=False)  # key to picture, s
-    outside: list[str] = field(default_factory=list)  # each address once: pages may ask again
+    outside: list[str] = field(default_factory=list)  # addresses that were refused
+
+
+@dataclass
+class OpenLab:
+    """A page with JupyterLab, and the addresses other than the server that it asked for."""
+
+    page: Page
+    outside: list[str] = field(default_factory=list)
+
+    def note(self, url: str) -> None:
+        """Record an address, once: pages may ask again."""
+        if url not in self.outside:
+            self.outside.append(url)
 
 
 @dataclass
@@ -116,14 +134,26 @@ def look(page: Page, theme: str = THEMES[0]) -> Look:
     page.wait_for_function(
         "dark => document.body.dataset.jpThemeLight === String(!dark)", arg=theme == THEMES[1]
     )
-    page.wait_for_timeout(500)  # figures are drawn after the cells
-    figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
+    # Whether a widget is found is known once the page has asked the kernel for all of them.
+    page.wait_for_function("() => !document.body.innerText.includes('Loading widget')")
+    figures = _drawn_figures(page)
     return Look(
         _texts(page.get_by_text(BROKEN)),
         len(figures),
         page.evaluate(_CUT),
         [_brightness(found) for found in figures],
     )
+
+
+def _drawn_figures(page: Page) -> list[Locator]:
+    """The visible figures, once their number has not changed for two seconds."""
+    counts: list[int] = []
+    while True:
+        figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
+        counts.append(len(figures))
+        if counts[-5:] == [len(figures)] * 5 or len(counts) > 40:
+            return figures
+        page.wait_for_timeout(500)  # figures are drawn after the cells
 
 
 def _brightness(figure: Locator) -> float:
@@ -137,6 +167,10 @@ def notebook(page: Page, name: str) -> Iterator[None]:
     page.evaluate(_OPEN, name)
     page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
     page.wait_for_function(_IDLE, timeout=60_000)
+    # The page now asks the kernel for the widgets that it has. A widget that a cell makes before
+    # the answer is created twice, and one of the two is deaf. The answer to us comes after it.
+    page.wait_for_timeout(1_000)
+    page.evaluate(_ASK_FOR_WIDGETS)
     try:
         yield
     finally:
@@ -155,15 +189,10 @@ def run_all(page: Page) -> list[str]:
     return errors + _texts(page.get_by_text(BROKEN))
 
 
-def save(page: Page) -> None:
-    """Save the notebook in front."""
-    page.evaluate(_SAVE)
-
-
-def visit(browser: Browser, address: str, name: str) -> Visit:
-    """Open the notebook `name`, Run All, drag every slider, and save it."""
-    seen = Visit()
-    with opened(browser, address, name, seen) as page:
+def visit(lab: OpenLab, name: str) -> Visit:
+    """Open the notebook `name`, Run All, use every control, and save it."""
+    seen, page, before = Visit(), lab.page, len(lab.outside)
+    with notebook(page, name):
         seen.errors = run_all(page)
         for index, cell in enumerate(page.evaluate(_CELLS)):
             if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
@@ -171,43 +200,38 @@ def visit(browser: Browser, address: str, name: str) -> Visit:
         _drag_all(page, seen)
         _press_all(page, seen)
         _guess_all(page, seen)
-        save(page)
+        page.evaluate(_SAVE)
+    seen.outside = lab.outside[before:]
     return seen
 
 
 @contextmanager
-def opened(browser: Browser, address: str, name: str, seen: Visit, **view: Any) -> Iterator[Page]:
-    """A page with the notebook open and its kernel idle; other addresses are refused."""
-    context = browser.new_context(viewport=view.pop("viewport", {"width": 1280, "height": 900}))
+def opened(browser: Browser, address: str) -> Iterator[OpenLab]:
+    """JupyterLab in a page, with the page of the progress in front; other addresses are refused."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    lab = OpenLab(page)
 
     def guard(route: Route) -> None:
         url = route.request.url
         if urlsplit(url).hostname in (None, "127.0.0.1") or url.startswith(("data:", "blob:")):
             route.continue_()
         else:
-            _note_outside(url, seen)
+            lab.note(url)
             route.abort()
 
+    def guard_socket(socket: WebSocket) -> None:
+        if urlsplit(socket.url).hostname != "127.0.0.1":
+            lab.note(socket.url)
+
     context.route("**/*", guard)
-    page = context.new_page()
-    page.on("websocket", lambda socket: _note_socket(socket.url, seen))
+    page.on("websocket", guard_socket)
     try:
-        page.goto(f"{address}/lab/tree/{name}?token={TOKEN}&reset", timeout=90_000)
+        page.goto(f"{address}/lab/tree/work/progress.ipynb?token={TOKEN}&reset", timeout=90_000)
         page.wait_for_function(_IDLE, timeout=90_000)
-        yield page
-        page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        yield lab
     finally:
         context.close()
-
-
-def _note_socket(url: str, seen: Visit) -> None:
-    if urlsplit(url).hostname != "127.0.0.1":
-        _note_outside(url, seen)
-
-
-def _note_outside(url: str, seen: Visit) -> None:
-    if url not in seen.outside:
-        seen.outside.append(url)
 
 
 def _texts(found: Locator) -> list[str]:
@@ -215,7 +239,7 @@ def _texts(found: Locator) -> list[str]:
 
 
 def _drag_all(page: Page, seen: Visit) -> None:
-    page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
+    page.wait_for_timeout(1000)  # the last widgets draw after the last cell has ended
     sliders = page.locator(".widget-slider")
     seen.sliders = sliders.count()
     for index in range(seen.sliders):
@@ -233,22 +257,18 @@ def _drag_all(page: Page, seen: Visit) -> None:
 
 def _press_all(page: Page, seen: Visit) -> None:
     """Press Back, Next and Play of every stepper; Back first, because the slider was dragged."""
-    players = page.locator(".widget-play")
-    seen.steppers = players.count()
+    rows = page.locator(".widget-hbox", has=page.get_by_role("button", name="Next"))
+    seen.steppers = rows.count()
     for index in range(seen.steppers):
-        row = page.locator(".widget-hbox", has=players.nth(index)).last
-        play = players.nth(index).locator("button").first
-        buttons = {
-            "Back": row.get_by_role("button", name="Back"),
-            "Next": row.get_by_role("button", name="Next"),
-            "Play": play,
-        }
-        for name, button in buttons.items():
+        row = rows.nth(index)
+        for name in ("Back", "Next", "Play"):
             before = page.evaluate(_DRAWN)
-            button.click()
+            row.get_by_role("button", name=name).click()
             if _wait_for_change(page, before, []) != "figure":
                 seen.idle_steppers.append(f"{row.inner_text()[:40]!r}: {name}")
-        play.click()  # pause
+            if name == "Play":
+                with suppress(TimeoutError):  # it has played the last step
+                    row.get_by_role("button", name="Pause").click(timeout=2_000)
 
 
 def _guess_all(page: Page, seen: Visit) -> None:
@@ -294,7 +314,7 @@ def _answer(page: Page, slider: Locator) -> float:
     return statistics.median(times)
 
 
-def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: float = 8.0) -> str:
+def _wait_for_change(page: Page, before: list[str], words: list[str], seconds: float = 15.0) -> str:
     """ "figure" once a plot's data differ, "words" if only a text does, "" if nothing does."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

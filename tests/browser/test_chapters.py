@@ -9,50 +9,37 @@ changes nothing, an error, and a request to another address.
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from nemotron_lite.course.display import WIDGET
 from nemotron_lite.course.plotting.widgets import BUDGET
 from tests.browser.conftest import CHAPTERS
+from tests.course.lab.serving import Server
 
 RUN = "01_selective_scan.ipynb"  # the chapter that runs here; it has all kinds of controls
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
 
 
-@pytest.fixture(scope="module")
-def outside() -> list[str]:
-    """Addresses other than the server that the page of `page` asked for."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def page(lab: str, browser: Any, outside: list[str]) -> Iterator[Any]:
-    """JupyterLab in a page that stays open, with the page of the progress in front."""
-    from tests.browser.lab import Visit, opened
-
-    seen = Visit(outside=outside)
-    with opened(browser, lab, "work/progress.ipynb", seen) as page:
-        yield page
-
-
 @pytest.mark.parametrize("name", [path.name for path in CHAPTERS])
-def test_a_chapter_at_rest_shows_its_figures(page: Any, outside: list[str], name: str) -> None:
+def test_a_chapter_at_rest_shows_its_figures(lab: Any, name: str) -> None:
     from tests.browser.lab import look, notebook
 
-    with notebook(page, f"work/{name}"):
+    before = len(lab.outside)
+    with notebook(lab.page, f"work/{name}"):
         for theme in (DARK, LIGHT):
-            seen = look(page, theme)
+            seen = look(lab.page, theme)
             assert (seen.broken, seen.cut) == ([], []), theme
             assert seen.figures > 0, theme
-    assert outside == []
+    assert lab.outside[before:] == []
 
 
-def test_nothing_of_nbgrader_is_in_the_page(page: Any) -> None:
+def test_nothing_of_nbgrader_is_in_the_page(lab: Any) -> None:
+    page = lab.page
     assert page.get_by_text("Nbgrader", exact=False).count() == 0
     assert page.get_by_text("Validate", exact=True).count() == 0
     assert (
@@ -61,11 +48,11 @@ def test_nothing_of_nbgrader_is_in_the_page(page: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(lab: str, browser: Any) -> Any:
+def ran(lab: Any) -> Any:
     """One visit to the chapter that runs, which the tests below use."""
     from tests.browser.lab import visit
 
-    return visit(browser, lab, f"work/{RUN}")
+    return visit(lab, f"work/{RUN}")
 
 
 def test_run_all_ends_without_an_error(ran: Any) -> None:
@@ -100,28 +87,28 @@ def test_nothing_is_fetched_from_outside(ran: Any) -> None:
     assert ran.outside == []
 
 
-def test_the_chapter_that_ran_can_be_opened_again(ran: Any, page: Any) -> None:
+def test_the_chapter_that_ran_can_be_opened_again(ran: Any, lab: Any) -> None:
     from tests.browser.lab import look, notebook
 
-    with notebook(page, f"work/{RUN}"):
+    with notebook(lab.page, f"work/{RUN}"):
         for theme in (DARK, LIGHT):
-            seen = look(page, theme)
+            seen = look(lab.page, theme)
             assert seen.broken == [], theme
             assert seen.figures > 0, theme
 
 
-def test_everything_with_a_widget_can_be_opened_again(lab: str, browser: Any, page: Any) -> None:
+def test_everything_with_a_widget_can_be_opened_again(lab: Any) -> None:
     """Run, used, saved, closed and opened: each figure is there, and texts for the rest."""
     from tests.browser.lab import look, notebook, visit
 
-    seen = visit(browser, lab, "work/everything.ipynb")
+    seen = visit(lab, "work/everything.ipynb")
     assert (seen.errors, seen.not_run, seen.idle_sliders) == ([], [], [])
     assert (seen.sliders, seen.moved_figures) == (2, 2)
     assert (seen.steppers, seen.idle_steppers) == (1, [])
     assert (seen.guesses, seen.lost_guesses) == (1, [])
-    with notebook(page, "work/everything.ipynb"):
-        dark, light = look(page, DARK), look(page, LIGHT)
-        text = page.locator(".jp-Notebook").last.inner_text()
+    with notebook(lab.page, "work/everything.ipynb"):
+        dark, light = look(lab.page, DARK), look(lab.page, LIGHT)
+        text = lab.page.locator(".jp-Notebook").last.inner_text()
     for look_at in (dark, light):
         assert (look_at.broken, look_at.cut, look_at.figures) == ([], [], 3)
     assert all(brightness < 100 for brightness in dark.brightness), dark
@@ -130,40 +117,32 @@ def test_everything_with_a_widget_can_be_opened_again(lab: str, browser: Any, pa
         assert words in text
 
 
-def test_without_the_save_hook_a_reopened_widget_is_an_error(lab: str, page: Any) -> None:
+def test_without_the_save_hook_a_reopened_widget_is_an_error(server: Server, lab: Any) -> None:
     """What the test above would see: a stored link to a widget whose kernel has ended."""
     from tests.browser.lab import look, notebook
 
-    content = {
-        "cells": [{
-            "cell_type": "code", "id": "a", "source": "", "metadata": {}, "execution_count": 1,
-            "outputs": [{"output_type": "display_data", "metadata": {}, "data": {
-                WIDGET: {"version_major": 2, "version_minor": 0, "model_id": "gone"},
-                "text/plain": "the text",
-            }}],
-        }],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }  # fmt: skip
-    command = "([path, content]) => jupyterapp.serviceManager.contents"
-    page.evaluate(
-        f"{command}.save(path, {{type: 'file', format: 'text', content}})",
-        ["work/gone.ipynb", json.dumps(content)],
-    )
-    with notebook(page, "work/gone.ipynb"):
-        assert look(page).broken != []
+    view = new_output("display_data", data={WIDGET: dict(model_id="gone"), "text/plain": "text"})
+    cell = new_code_cell("", outputs=[view], execution_count=1)
+    kernel = dict(name="python3", display_name="Python 3")
+    text = nbformat.writes(new_notebook(cells=[cell], metadata=dict(kernelspec=kernel)))
+    # As a text file it passes by the hook. JupyterLab shows a widget only if it is trusted.
+    file = "api/contents/work/gone.ipynb"
+    server.ask(file, dict(type="file", format="text", content=text), "PUT")
+    server.ask(f"{file}/trust", method="POST")
+    with notebook(lab.page, "work/gone.ipynb"):
+        assert look(lab.page).broken != []
 
 
-def test_a_visit_to_a_good_notebook(lab: str, browser: Any) -> None:
+def test_a_visit_to_a_good_notebook(lab: Any) -> None:
     from tests.browser.lab import Visit, visit
 
-    assert visit(browser, lab, "work/good.ipynb") == Visit(sliders=1, moved_figures=1)
+    assert visit(lab, "work/good.ipynb") == Visit(sliders=1, moved_figures=1)
 
 
-def test_a_visit_to_a_bad_notebook(lab: str, browser: Any) -> None:
+def test_a_visit_to_a_bad_notebook(lab: Any) -> None:
     from tests.browser.lab import visit
 
-    seen = visit(browser, lab, "work/bad.ipynb")
+    seen = visit(lab, "work/bad.ipynb")
     assert seen.errors == ["cell 3: ZeroDivisionError: division by zero"]
     assert seen.not_run == [4]
     assert (seen.sliders, seen.moved_figures) == (1, 0)

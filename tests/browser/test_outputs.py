@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 
 from nemotron_lite.course.plotting import theme as colours
-from tests.browser.conftest import EVERYTHING
+from tests.browser.conftest import EVERYTHING, FOLDER
 
 THEMES = ("JupyterLab Dark", "JupyterLab Light")
+STEPPER = """def go_on(fig, step):
+    fig.data[0].y = [step, 2, 4]
+    return f"step {step}"
+
+show(stepper(figure, go_on, steps=9, label="token", start=4), figure)"""
 CELLS = (
-    *EVERYTHING,
+    *(STEPPER if "stepper(figure" in cell else cell for cell in EVERYTHING),
     "from nemotron_lite import ops\nshow_source(ops.selective_scan, folded='Compare with yours')",
 )
 PLAIN = {"metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
@@ -38,16 +43,16 @@ _INKS = """() => {
 
 
 @pytest.fixture(scope="module")
-def page(lab: str, browser: Any) -> Iterator[Any]:
-    """JupyterLab with the notebook above in front, run."""
-    from tests.browser.lab import Visit, notebook, opened, run_all
+def page(lab: Any) -> Iterator[Any]:
+    """The page with the notebook above in front, run. In its folder, no guess is stored yet."""
+    from tests.browser.lab import notebook, run_all
 
-    with opened(browser, lab, "work/good.ipynb", Visit()) as page:
-        write(page, "work/outputs.ipynb", [code_cell(source) for source in CELLS])
-        with notebook(page, "work/outputs.ipynb"):
-            assert run_all(page) == []
-            page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
-            yield page
+    page = lab.page
+    write(page, f"{FOLDER}/outputs.ipynb", [code_cell(source) for source in CELLS])
+    with notebook(page, f"{FOLDER}/outputs.ipynb"):
+        assert run_all(page) == []
+        page.wait_for_timeout(500)  # the last widgets draw after the last cell has ended
+        yield page
 
 
 def code_cell(source: str) -> dict[str, Any]:
@@ -124,6 +129,7 @@ def test_a_stepper_plays_to_its_end_with_the_keyboard(page: Any) -> None:
     stepper.get_by_role("button", name="Pause").wait_for(timeout=8_000)
     page.wait_for_function("e => e.innerText == '8'", arg=steps.element_handle(), timeout=20_000)
     stepper.get_by_role("button", name="Play").wait_for(timeout=8_000)
+    stepper.locator("[aria-live=polite]", has_text="step 8").wait_for(timeout=8_000)
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -160,8 +166,8 @@ def test_a_copy_that_is_not_trusted_shows_everything_at_rest(page: Any) -> None:
     for cell in cells:
         cell["metadata"].pop("trusted", None)
         cell["source"] += "  # not as it was signed"
-    write(page, "work/copy.ipynb", cells)
-    with notebook(page, "work/copy.ipynb"):
+    write(page, f"{FOLDER}/copy.ipynb", cells)
+    with notebook(page, f"{FOLDER}/copy.ipynb"):
         dark = look(page, THEMES[0])
         assert dark.figures == 3
         assert all(bright < 100 for bright in dark.brightness)

@@ -51,14 +51,22 @@ class Wrapped(nn.Module):
         return y
 
 
+class Functional(Wrapped):
+    """The same with a cache that is returned and not changed in place."""
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        after = self.empty_cache(len(x)) if cache is None else dict(cache)
+        return super().forward(x, after), after
+
+
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
     return Nemotron(CONFIG, seed=0)
 
 
-@pytest.fixture
-def mine(model: Nemotron) -> Nemotron:
-    return with_own_layers(model, "M", Wrapped)
+@pytest.fixture(params=[Wrapped, Functional])
+def mine(model: Nemotron, request: pytest.FixtureRequest) -> Nemotron:
+    return with_own_layers(model, "M", request.param)
 
 
 def mixer_of(model: Nemotron, layer: int) -> Any:

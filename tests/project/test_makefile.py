@@ -63,7 +63,8 @@ def stamp(folder: Path) -> Path:
 
 def test_make_alone_lists_every_target(clone: Path) -> None:
     listed = make(clone).stdout
-    for target in ("run", "test", "check", "lab", "notebooks", "grade", "bench", "lint", "clean"):
+    targets = "run test check lab progress notebooks grade bench lint clean"
+    for target in targets.split():
         assert f"\n  {target} " in listed
 
 
@@ -95,6 +96,16 @@ def test_check_is_lint_and_the_fast_tests(clone: Path) -> None:
 def test_chapters_named_reach_the_publisher(clone: Path) -> None:
     plan = make(clone, "-n", "notebooks", "ARGS=01 03").stdout
     assert plan.rstrip().endswith("-m nemotron_lite.authoring.publish 01 03")
+
+
+def test_arguments_for_jupyter_reach_the_lab(clone: Path) -> None:
+    plan = make(clone, "-n", "lab", "ARGS=--port 8899").stdout
+    assert plan.rstrip().endswith("-m nemotron_lite.course.lab --port 8899")
+
+
+def test_progress_is_read_from_work(clone: Path) -> None:
+    plan = make(clone, "-n", "progress").stdout
+    assert plan.rstrip().endswith("-m nemotron_lite.course.progress_report work")
 
 
 def test_grading_asks_for_a_folder_and_hands_it_on(clone: Path) -> None:

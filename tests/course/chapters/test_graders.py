@@ -357,12 +357,14 @@ def test_no_statement_of_the_reference_can_be_deleted(exercise: Exercise) -> Non
 
 def test_small_alterations_are_noticed() -> None:
     alive, tried = [], 0
-    for exercise in EXERCISES.values():
+    # An altered address of a Triton kernel can store outside of its tensors and end the process.
+    safe = [e for e in EXERCISES.values() if "import triton" not in e.solution]
+    for exercise in safe:
         changes = alterations(exercise.solution, given_by(exercise))
         some = random.Random(exercise.id).sample(changes, min(SAMPLED, len(changes)))
         alive += [f"{exercise.id}: {change}" for change in survivors(exercise, some)]
         tried += len(some)
-    assert tried >= 3 * len(EXERCISES)
+    assert tried >= 3 * len(safe)
     assert len(alive) <= (1 - LEAST_NOTICED) * tried, f"of {tried} unnoticed: {alive}"
 
 

@@ -1,4 +1,6 @@
-"""Chapter 00's figures: the layers in lines, and what each kind stores, reads, costs and keeps.
+"""Chapter 00's figures: one token in three layers, and what layers store, read, cost and keep.
+
+`walk` follows one token through a model of three layers, and shows what each keeps of it.
 
 `atlas` writes a pattern in lines that end with an attention layer, so that its rhythm can be seen:
 pairs of M and E, then attention. Beside it four bars show four quantities of the same layers. They
@@ -7,7 +9,7 @@ look very different, and that is what the design is about:
     stored       numbers in the model              nearly all in the experts
     read         numbers that one token uses       a few experts, and everything that is no expert
     arithmetic   FLOPs of the next token           grows with the context, in attention alone
-    remembered   bytes a conversation keeps        grows with the context, in attention alone
+    cached       bytes a sequence keeps            grows with the context, in attention alone
 
 `ledger_curves` shows the last two over the context, between a model in which every layer that
 mixes tokens is attention and one in which none is. `resized` makes the models in between: Super's
@@ -31,10 +33,11 @@ from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, PRESETS, SUPER_PATTERN, NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
-from nemotron_lite.course.plotting.widgets import Explorer, explore
+from nemotron_lite.course.plotting.removal import removal_figure
+from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, stepper
 from nemotron_lite.ledger import Number
 
-QUANTITIES = ("stored", "read", "arithmetic", "remembered")
+QUANTITIES = ("stored", "read", "arithmetic", "cached")
 LETTERS = tuple(letter for letter in theme.KINDS if letter in LAYER_KINDS)
 REST = "rest"  # embedding, head and the last norm: no layer's
 MIXING_PLACES = len(SUPER_PATTERN) - SUPER_PATTERN.count("E")  # layers that mix tokens
@@ -47,6 +50,126 @@ LINES = {
     "no attention": theme.SERIES[2],
 }
 WIDTHS = (1024, 2048, 3072, 4096, 6144, 8192)
+STAGES = ("M", "E", "*", "head")  # where a token can be, after it was looked up
+WALKED = ("def", " mean", "(", "values", ")", ":")  # the tokens of `walk_stepper`
+
+
+def walk(config: NemotronConfig, step: int = 0) -> go.Figure:
+    """One token on its way through a model of three layers, and what the cache keeps.
+
+    Args:
+        config: its pattern is "ME*".
+        step: 0 to len(WALKED) * len(STAGES) - 1.
+    """
+    fig = make_subplots(
+        cols=2,
+        column_widths=[0.42, 0.58],
+        horizontal_spacing=0.2,
+        subplot_titles=("the way of one token", "what is kept, float32"),
+    )
+    boxes = dict(textposition="inside", insidetextanchor="middle", textangle=0)
+    fig.add_bar(
+        orientation="h", y=[0, 1, 2, 3, 4], x=[1] * 5, **boxes, constraintext="none",
+        textfont_size=14, marker_line=dict(color=theme.INK, width=1), hoverinfo="skip",
+        row=1, col=1,
+    )  # fmt: skip
+    for i in range(len(WALKED) + 1):  # the block of M, then one block for each token
+        fig.add_bar(
+            orientation="h", y=[2 if i else 0], x=[0.0], width=0.7, hoverinfo="text",
+            marker_line=dict(color=theme.INK, width=1), row=1, col=2,
+        )  # fmt: skip
+    fig.update_xaxes(visible=False, range=[0, 1], fixedrange=True, col=1)
+    fig.update_yaxes(visible=False, range=[4.6, -0.6], fixedrange=True, col=1)
+    most = sum(_walk_bytes(config, 0)) / 1024
+    fig.update_xaxes(title_text="KiB", range=[0, 1.15 * most], fixedrange=True, col=2)
+    fig.update_yaxes(
+        tickvals=[0, 1, 2],
+        ticktext=["<b>M</b>  state", "<b>E</b>  nothing", "<b>*</b>  keys, values"],
+        range=[2.6, -0.6], fixedrange=True, showgrid=False, ticks="", col=2,
+    )  # fmt: skip
+    fig.update_layout(barmode="stack", bargap=0.3, height=340, showlegend=False)
+    draw_walk(fig, config, step)
+    return described(
+        fig,
+        "Left, five boxes from top to bottom: embedding, the layers M, E and *, norm and head; the "
+        "box in which the token is now is filled strongly. Right, bars of the bytes that are kept: "
+        "for M one block of constant size, for * one small block for each token read, for E "
+        "nothing.",
+    )
+
+
+def draw_walk(fig: BaseFigure, config: NemotronConfig, step: int) -> str:
+    """Show one step of `walk`; returns the step in words."""
+    token, place = divmod(step, len(STAGES))
+    stage = STAGES[place]
+    state, each = _walk_bytes(config, token)[0], _walk_bytes(config, 1)[1]
+    kept = token + (place >= STAGES.index("*"))  # tokens whose keys and values are in the cache
+    boxes, blocks = fig.data[0], fig.data[1:]
+    names = [f"embedding of “{WALKED[token].strip()}”", "M  Mamba-2", "E  experts", "*  attention",
+             "norm and head"]  # fmt: skip
+    fills = [_stage_fill(own, own == stage) for own in ("embedding", *STAGES)]
+    boxes.text, boxes.marker.color = names, fills
+    boxes.insidetextfont = dict(color=[theme.text_on(fill) for fill in fills])
+    blocks[0].x, blocks[0].marker.color = [state / 1024], _stage_fill("M", stage == "M")
+    blocks[0].hovertext = f"{format_bytes(state)}, overwritten by every token"
+    for i, block in enumerate(blocks[1:]):
+        block.x = [each / 1024 if i < kept else 0.0]
+        block.marker.color = _stage_fill("*", stage == "*" and i == token)
+        block.hovertext = f"“{WALKED[i].strip()}”: {format_bytes(each)}"
+    return _walk_words(config, token, stage, state, each, kept)
+
+
+def _walk_words(
+    config: NemotronConfig, token: int, stage: str, state: int, each: int, kept: int
+) -> str:
+    here = f"Token {token + 1}, “{WALKED[token].strip()}”. "
+    if stage == "M":
+        holds = "zeros" if token == 0 else f"a summary of {_tokens(token)}"
+        return here + (
+            f"The Mamba-2 layer reads its state, which holds {holds}, and overwrites it: "
+            f"{format_bytes(state)}, as for every token."
+        )
+    if stage == "E":
+        return here + (
+            f"The mixture reads this token alone: its router chooses {config.num_experts_per_tok} "
+            f"of {config.n_routed_experts} experts. Nothing is kept."
+        )
+    if stage == "*":
+        return here + (
+            f"The attention layer keeps the token's key and value, {format_bytes(each)} more, and "
+            f"compares its query with the keys of {_tokens(kept)}, its own included."
+        )
+    return here + (
+        f"Norm and head give one score for each of {config.vocab_size:,} tokens. Kept after "
+        f"{_tokens(kept)}: {format_bytes(state)} in M, {format_bytes(kept * each)} in *."
+    )
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
+def _stage_fill(stage: str, active: bool) -> str:
+    if stage not in theme.KINDS:
+        return theme.MUTED if active else theme.PLOT
+    return theme.KINDS[stage].strong if active else theme.KINDS[stage].pale
+
+
+def _walk_bytes(config: NemotronConfig, context: int) -> tuple[int, int]:
+    """Bytes of the Mamba layer's and of the attention layer's cache, all numbers in float32."""
+    kept = ledger.cache(
+        config, context, kv_dtype="float32", conv_dtype="float32", ssm_dtype="float32"
+    )
+    return kept.conv + kept.ssm, kept.kv
+
+
+def walk_stepper(config: NemotronConfig) -> Stepper:
+    """`walk`, one step at a time."""
+
+    def update(fig: go.FigureWidget, step: int) -> str:
+        return draw_walk(fig, config, step)
+
+    return stepper(walk(config), update, steps=len(WALKED) * len(STAGES), label="step")
 
 
 def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> go.Figure:
@@ -116,7 +239,7 @@ def atlas(config: NemotronConfig, *, context: int = 8192, kind: str = "all") -> 
         fig,
         f"Left, the {config.num_layers} layers in lines that end in an attention layer: {rows}. "
         "Right, four stacked bars with the share of each kind of layer: of the numbers stored and "
-        "of those a token reads, of the arithmetic of the next token, and of the bytes remembered. "
+        "of those a token reads, of the arithmetic of the next token, and of the cache in bytes. "
         "Experts fill most of the first bar and nothing of the last, which Mamba-2 and attention "
         "share between them.",
     )
@@ -138,10 +261,10 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         fill = _fill(letter, pale=kind not in ("all", letter))
         trace.x, trace.y = [places[i][1] for i in mine], [places[i][0] for i in mine]
         trace.text = [letter] * len(mine)
-        kept = asked["remembered"][letter] / max(1, len(mine))
+        kept = asked["cached"][letter] / max(1, len(mine))
         trace.hovertext = [
             f"layer {i}: {theme.KINDS[letter].name}<br>stores {int(layers[i].total):,}<br>"
-            f"a token reads {int(layers[i].active):,}<br>remembers {format_bytes(kept)} after "
+            f"a token reads {int(layers[i].active):,}<br>keeps {format_bytes(kept)} after "
             f"{format_tokens(context)} tokens"
             for i in mine
         ]
@@ -166,7 +289,7 @@ def _draw_atlas(fig: BaseFigure, config: NemotronConfig, context: int, kind: str
         f"<b>stored</b><br>{format_count(totals['stored'])}",
         f"<b>read</b> per token<br>{format_count(totals['read'])}",
         f"<b>arithmetic</b><br>{format_count(totals['arithmetic'])} FLOPs",
-        f"<b>remembered</b><br>{format_bytes(totals['remembered'])}",
+        f"<b>cached</b><br>{format_bytes(totals['cached'])}",
     ]
 
 
@@ -178,13 +301,13 @@ def atlas_widget() -> Explorer:
         _draw_atlas(fig, config, context, kind)
         asked = shares(config, context)
         totals = {name: sum(parts.values()) for name, parts in asked.items()}
-        remembered = asked["remembered"]
-        most = max(("M", "*"), key=lambda letter: remembered[letter])
-        part = remembered[most] / totals["remembered"]
+        cached = asked["cached"]
+        most = max(("M", "*"), key=lambda letter: cached[letter])
+        part = cached[most] / totals["cached"]
         return (
             f"{model} after {format_tokens(context)} tokens: of {format_count(totals['stored'])} "
-            f"numbers one token reads {format_count(totals['read'])}; it remembers "
-            f"{format_bytes(totals['remembered'])}, {part:.0%} of it in {theme.KINDS[most].name} "
+            f"numbers one token reads {format_count(totals['read'])}; its cache holds "
+            f"{format_bytes(totals['cached'])}, {part:.0%} of it in {theme.KINDS[most].name} "
             "layers."
         )
 
@@ -212,7 +335,7 @@ def context_slider(value: int) -> ipywidgets.SelectionSlider:
 
 
 def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> go.Figure:
-    """Bytes remembered and FLOPs of the next token over the context, at one width.
+    """Bytes of the cache and FLOPs of the next token over the context, at one width.
 
     Args:
         width: d; everything else follows in Super's proportions.
@@ -220,7 +343,9 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
         context: position of the mark.
     """
     fig = make_subplots(
-        cols=2, subplot_titles=("remembered", "FLOPs of the next token"), horizontal_spacing=0.16
+        cols=2,
+        subplot_titles=("bytes of the cache", "FLOPs of the next token"),
+        horizontal_spacing=0.16,
     )
     for col in (1, 2):
         for name, look in LINES.items():
@@ -270,7 +395,7 @@ def ledger_curves(width: int = 4096, anchors: int = 8, context: int = 8192) -> g
     _draw_curves(fig, width, anchors, context)
     return described(
         fig,
-        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes remembered "
+        "Two plots over the context from 1K to 1M tokens, both axes logarithmic: bytes of cache "
         "and FLOPs of the next token. Without attention both are flat. With attention in every "
         "place both begin below that line, cross it, and rise in proportion to the context. The "
         "model as set starts near the flat line, leaves it late and stays below the other.",
@@ -295,11 +420,11 @@ def ledger_widget() -> Explorer:
         _draw_curves(fig, width, anchors, context)
         numbers = ledger.parameters(resized(width, anchors))
         memory, work = cost_lines(width, anchors)
-        remembered, flops = (start + slope * context for start, slope in (memory, work))
+        cached, flops = (start + slope * context for start, slope in (memory, work))
         return (
             f"Width {width:,}, {anchors} attention layers: {format_count(numbers.backbone)} "
             f"numbers stored, {format_count(numbers.active_without_embedding)} read by a token. "
-            f"After {format_tokens(context)} tokens it remembers {format_bytes(remembered)}, and "
+            f"After {format_tokens(context)} tokens its cache holds {format_bytes(cached)}, and "
             f"the next token takes {format_count(flops)} FLOPs."
         )
 
@@ -355,6 +480,56 @@ def memory_lines(
     return fig
 
 
+EQUAL_CURVES = dict(
+    title="Two models learn alike",
+    alt="Two training losses over the updates, the learner's class and the package's model: they "
+    "lie on each other and fall, steeply at first and then more slowly.",
+)
+WITHOUT_MAMBA = dict(
+    title="Three layers, with and without Mamba-2",
+    alt="Two training losses over the updates. Both fall; the model with a Mamba-2 layer falls "
+    "further, and the one with attention in its place stays above it.",
+)
+
+
+def removed_kinds() -> go.Figure:
+    """What the model of seven layers loses without each kind of layer, from the record."""
+    kinds = ("mamba", "attention", "experts")
+    return removal_figure("text", kinds, title="Seven layers, one kind replaced")
+
+
+def planner(contexts: Sequence[int], plan: Sequence[Number], kept: Sequence[Number]) -> go.Figure:
+    """The bytes that a planner for Transformers expects, and those that Super keeps."""
+    return memory_lines(
+        contexts,
+        {"the plan": plan, "cache_bytes": kept},
+        title="Cache of one conversation",
+        alt="Two lines over the context. The plan is straight. The other line is flat first and "
+        "rises later. The plan starts far below it, crosses it, and ends far above.",
+    )
+
+
+def loss_curves(curves: Mapping[str, Sequence[float]], *, alt: str, title: str) -> go.Figure:
+    """The loss of each update, smoothed over ten.
+
+    Args:
+        curves: name → losses in nats per token, of equal length.
+        alt: what the curves do.
+        title: of the figure.
+    """
+    steps = list(range(1, 1 + max(map(len, curves.values()))))
+    return lines(
+        steps,
+        {name: smoothed(losses) for name, losses in curves.items()},
+        title=title,
+        alt=alt,
+        x_title="updates",
+        y_title="nats per token",
+        markers=False,
+        height=340,
+    )
+
+
 def score_bars(scores: Mapping[str, float], *, ours: Sequence[str] = ()) -> go.Figure:
     """Bits per byte as horizontal bars, best on top; lower is better.
 
@@ -405,11 +580,11 @@ def pattern_lines(pattern: str) -> list[str]:
 
 
 def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
-    """What each kind of layer stores, reads, computes and remembers; see the module text.
+    """What each kind of layer stores, reads, computes and keeps; see the module text.
 
     Keys are `QUANTITIES`, then the letters of the pattern and "rest". Stored and read are counts
     (the embedding, of which a token reads one row, is stored but not read), arithmetic is FLOPs
-    of the token after `context` others, remembered is bytes after `context` tokens. The MTP module
+    of the token after `context` others, cached is bytes after `context` tokens. The MTP module
     is not counted.
     """
     count = ledger.parameters(config)
@@ -417,12 +592,12 @@ def shares(config: NemotronConfig, context: int) -> dict[str, dict[str, float]]:
     kept = ledger.cache(config, context)
     stored, read = _by_letter(count.by_part), _by_letter(count.active_by_part)
     read[REST] -= count.active_by_part["embedding"]
-    remembered = dict.fromkeys(stored, 0.0) | {"M": kept.conv + kept.ssm, "*": kept.kv}
+    cached = dict.fromkeys(stored, 0.0) | {"M": kept.conv + kept.ssm, "*": kept.kv}
     return {
         "stored": stored,
         "read": read,
         "arithmetic": _by_letter(cost.by_part),
-        "remembered": {k: float(v) for k, v in remembered.items()},
+        "cached": {k: float(v) for k, v in cached.items()},
     }
 
 
@@ -471,7 +646,7 @@ def resized(width: int, anchors: int) -> NemotronConfig:
 
 @cache
 def cost_lines(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
-    """Bytes remembered and FLOPs of the next token of `resized(width, anchors)`.
+    """Bytes of the cache and FLOPs of the next token of `resized(width, anchors)`.
 
     Both are straight lines over the context: (at no tokens, for each token).
     """
@@ -479,6 +654,17 @@ def cost_lines(width: int, anchors: int) -> tuple[tuple[Number, Number], tuple[N
     kept = ledger.cache(config, 0)
     first, second = (ledger.flops(config, t, "decode").per_token for t in (0, 1))
     return (kept.total, kept.kv_per_token), (first, second - first)
+
+
+def smoothed(losses: Sequence[float], width: int = 10) -> list[float]:
+    """The mean of each loss and those before it, `width` at most.
+
+    >>> smoothed([4.0, 2.0, 0.0], width=2)
+    [4.0, 3.0, 1.0]
+    """
+    return [
+        sum(losses[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(losses))
+    ]
 
 
 def format_count(n: Number) -> str:

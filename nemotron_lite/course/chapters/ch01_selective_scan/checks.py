@@ -1,10 +1,14 @@
 """Checks of chapter 01's exercises.
 
-Values are compared with `ops.selective_scan`, with autograd, or with a property that every correct
-answer has: a step cut in two, a text cut in two, spans grouped differently. Inputs are made when a
-check runs, and have the strides that a projection gives. The last checks of an exercise are the
-cases in which published programs failed: a step below the clamp of another library, a state of the
-caller that is overwritten, groups in the wrong order, the indices of a backward pass.
+Values are compared with `ops.selective_scan`, with autograd, with the layer of `lesson.py`, or with
+a property that every correct answer has: a step cut in two, a text cut in two, spans grouped
+differently. Inputs are made when a check runs, and have the strides that a projection gives. The
+last checks of an exercise are the cases in which published programs failed: a step below the clamp
+of another library, a state of the caller that is overwritten, groups in the wrong order, lengths
+that are not a power of two, the indices of a backward pass.
+
+An answer is only called, and a layer only constructed, loaded and called: so it may run in another
+process.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.course.chapters.ch01_selective_scan.lesson import ScanLayer
 from nemotron_lite.course.exercises import close, gradients
 
 Answer = Callable[..., Any]
@@ -152,7 +157,7 @@ def state_left_alone(function: Answer) -> None:
         close(inputs[name], value, what=f"the caller's `{name}` after the call")
 
 
-def waiting_head(function: Answer) -> None:
+def small_step_head(function: Answer) -> None:
     inputs = scan_inputs(200, b=1, p=2, n=3)
     inputs["dt"] = torch.full_like(inputs["dt"], 1e-5)
     compare_scans(function, inputs, "200 tokens with dt = 0.00001")
@@ -228,6 +233,55 @@ def spans_left_alone(function: Answer) -> None:
         compare_spans(span, copy, f"the argument `{name}` after the call")
 
 
+def spans_of(fade: Tensor, write: Tensor) -> Span:
+    """The spans of tokens 0 to i, token by token."""
+    fades, writes = [fade[0]], [write[0]]
+    for i in range(1, len(write)):
+        writes.append(fade[i] * writes[-1] + write[i])
+        fades.append(fade[i] * fades[-1])
+    return torch.stack(fades), torch.stack(writes)
+
+
+def prefixes_by_hand(function: Answer) -> None:
+    fade, write = tensor([2.0, 1.0, 0.5, 3.0]), tensor([1.0, 2.0, 3.0, 4.0])
+    found = function(fade.view(4, 1), write.view(4, 1))
+    expected = tensor([2.0, 2.0, 1.0, 3.0]), tensor([1.0, 3.0, 4.5, 17.5])
+    compare_spans(found, (expected[0].view(4, 1), expected[1].view(4, 1)), "4 tokens by hand")
+
+
+def token_inputs(t: int) -> Span:
+    """Fades `t 2 1` between 0 and 1 and writes `t 2 3`, with strides as after a transpose."""
+    fade = torch.rand(2, t, 1, dtype=torch.float64).transpose(0, 1)
+    return fade, torch.randn(2, t, 3, dtype=torch.float64).transpose(0, 1)
+
+
+def prefixes_of_any_length(function: Answer) -> None:
+    for t in (8, 7, 13, 2, 1):
+        fade, write = token_inputs(t)
+        fade = fade.expand_as(write)
+        count = f"{t} token" if t == 1 else f"{t} tokens"
+        found = function(fade.clone(), write.clone())
+        compare_spans(found, spans_of(fade, write), f"{count} from the first")
+
+
+def prefixes_broadcast(function: Answer) -> None:
+    fade, write = token_inputs(6)
+    found = function(fade.clone(), write.clone())
+    compare_spans(found, spans_of(fade, write), "6 tokens, one fade for 3 numbers")
+
+
+def prefixes_of_long_rows(function: Answer) -> None:
+    fade, write = token_inputs(3000)
+    before = fade.clone(), write.clone()
+    found = function(fade, write)
+    compare_spans((fade, write), before, "the caller's tokens after the call")
+    compare_spans(found, spans_of(fade, write), "3000 tokens")
+
+
+def prefix_gradients(function: Answer) -> None:
+    gradients(function, spans_of, token_inputs(5), what="5 tokens")
+
+
 def gradients_by_hand(function: Answer) -> None:
     fade = tensor([[0.5], [0.5]])
     write = tensor([[[2.0]], [[1.0]]])
@@ -270,3 +324,158 @@ def write_gradient(function: Answer) -> None:
 
 def state_gradient(function: Answer) -> None:
     _compare_gradient(function, 2, "the first state")
+
+
+SIZES = {"d": 6, "h": 2, "p": 3, "n": 4}
+
+
+def layers(function: Answer, *, selective: bool = True) -> tuple[Any, ScanLayer]:
+    """The learner's layer and the package's, with the same random weights."""
+    reference = ScanLayer(**SIZES, selective=selective)
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.normal_()
+    layer = function(*SIZES.values(), selective=selective)
+    layer.load_state_dict(reference.state_dict())
+    return layer, reference
+
+
+def token_rows(t: int) -> Tensor:
+    """Rows `b t d` with the strides of a slice."""
+    return torch.randn(2, t, 2 * SIZES["d"])[..., ::2]
+
+
+def layer_weights(function: Answer) -> None:
+    for selective in (True, False):
+        layer = function(*SIZES.values(), selective=selective)
+        expected = ScanLayer(**SIZES, selective=selective).state_dict()
+        found = layer.state_dict()
+        missing = sorted(set(expected) - set(found))
+        more = sorted(set(found) - set(expected))
+        assert not missing, f"the layer has no weights {', '.join(missing)}."
+        assert not more, f"the layer has weights that nobody asked for: {', '.join(more)}."
+        for name, weight in expected.items():
+            shape = list(found[name].shape)
+            assert shape == list(weight.shape), (
+                f"{name} has shape {shape}; expected {list(weight.shape)}."
+            )
+        count = len(list(layer.parameters()))
+        assert count == len(expected), (
+            f"{count} of the {len(expected)} weights are trained: make A_log and D `nn.Parameter`."
+        )
+
+
+def layer_start(function: Answer) -> None:
+    for h in (5, 1):
+        weights = function(3, h, 2, 2).state_dict()
+        spread = torch.linspace(0.0, 1.0, h)
+        close(weights["A_log"].exp(), 0.1 ** (1 - spread), what=f"|A| at the start, {h} heads")
+        steps = F.softplus(weights["dt_proj.bias"])
+        close(steps, 0.05 ** (1 - spread), what=f"softplus(dt_proj.bias) at the start, {h} heads")
+        close(weights["D"], torch.ones(h), what=f"D at the start, {h} heads")
+
+
+def layer_controls(function: Answer) -> None:
+    layer, reference = layers(function)
+    for t in (5, 1):
+        u = token_rows(t)
+        found = layer.controls(u)
+        for name, one, other in zip(("dt", "B", "C"), found, reference.controls(u), strict=True):
+            close(one, other, what=f"{name} of {t} tokens")
+
+
+def layer_time_invariant(function: Answer) -> None:
+    layer, reference = layers(function, selective=False)
+    u = token_rows(4)
+    found = layer.controls(u)
+    for name, one, other in zip(("dt", "B", "C"), found, reference.controls(u), strict=True):
+        close(one, other, what=f"{name} with selective=False")
+    apart = (layer(u)[0] - layer(2 * u)[0]).abs().max()
+    assert apart > 1e-3, "with selective=False the output ignores the token: x comes from it."
+
+
+def layer_output(function: Answer) -> None:
+    for t, selective in ((7, True), (1, True), (6, False)):
+        layer, reference = layers(function, selective=selective)
+        u = token_rows(t)
+        before = u.clone()
+        output, state = layer(u)
+        expected, expected_state = reference(u)
+        close(output, expected, what=f"the output of {t} tokens", rtol=1e-3, atol=1e-4)
+        close(state, expected_state, what=f"the state after {t} tokens", rtol=1e-3, atol=1e-4)
+        close(u, before, what="the caller's u after the call")
+
+
+def layer_cut_in_two(function: Answer) -> None:
+    layer, reference = layers(function)
+    u = token_rows(6)
+    expected, expected_state = reference(u)
+    for cut in (1, 4):
+        first, state = layer(u[:, :cut])
+        second, state = layer(u[:, cut:], state)
+        what = f"of a text of 6 tokens cut after {cut}"
+        close(torch.cat([first, second], 1), expected, what=f"output {what}", rtol=1e-3, atol=1e-4)
+        close(state, expected_state, what=f"last state {what}", rtol=1e-3, atol=1e-4)
+
+
+def layer_gradients(function: Answer) -> None:
+    layer, reference = layers(function)
+    u = token_rows(5)
+    state = torch.randn(2, SIZES["h"], SIZES["p"], SIZES["n"])
+    gradients(layer, reference, {"u": u, "state": state}, what="5 tokens after a state")
+    found = []
+    for one in (layer, reference):
+        output, last = one(u)
+        loss = output.square().sum() + last.sum()
+        weights = list(one.parameters())
+        slopes = torch.autograd.grad(loss, weights, allow_unused=True)
+        found.append(dict(zip(one.state_dict(), slopes, strict=True)))
+    for name, expected in found[1].items():
+        slope = found[0][name]
+        assert slope is not None, f"no gradient reaches {name}: look for .detach() and .data."
+        close(slope, expected, what=f"the gradient of {name}", rtol=1e-3, atol=1e-3)
+
+
+def kernel_inputs(t: int, **sizes: int) -> dict[str, Tensor]:
+    """Inputs of a scan in float32, p and n powers of two."""
+    return {name: v.float() for name, v in scan_inputs(t, **{"p": 2, "n": 4, **sizes}).items()}
+
+
+def compare_kernel(function: Answer, inputs: dict[str, Tensor], what: str) -> None:
+    """Outputs and last state against the definition, with the tolerance of float32."""
+    expected_y, expected_state = exact(**inputs)
+    y, state = function(**inputs)
+    close(y, expected_y, what=f"y, {what}", rtol=1e-3, atol=1e-4)
+    close(state, expected_state, what=f"the last state, {what}", rtol=1e-3, atol=1e-4)
+
+
+def kernel_by_hand(function: Answer) -> None:
+    one = {"x": torch.tensor([3.0]).view(1, 1, 1, 1), "dt": torch.tensor([2.0]).view(1, 1, 1)}
+    A, empty = -torch.log(torch.tensor([2.0])) / 2, torch.zeros(1, 1, 1, 2)
+    B, C = (torch.tensor(v).view(1, 1, 1, 2) for v in ([1.0, 10.0], [1.0, 1.0]))
+    y, last = function(**one, A=A, B=B, C=C, D=torch.tensor([0.5]), state=empty)
+    close(last.flatten(), torch.tensor([6.0, 60.0]), what="the state: dt x B with dt = 2, x = 3")
+    close(y.flatten(), torch.tensor([67.5]), what="y: S C + D x with D = 1/2")
+
+
+def kernel_values(function: Answer) -> None:
+    inputs = kernel_inputs(5, b=2, h=2)
+    compare_kernel(function, inputs, "5 tokens, 2 rows of 2 heads")
+
+
+def kernel_groups(function: Answer) -> None:
+    compare_kernel(function, kernel_inputs(3, b=1, h=4, g=2, p=4, n=2), "4 heads in 2 groups")
+    compare_kernel(function, kernel_inputs(1, b=1, h=1, p=1, n=1), "one token, all sizes 1")
+
+
+def kernel_cut_in_two(function: Answer) -> None:
+    inputs = kernel_inputs(4, b=1, h=2)
+    expected_y, expected_state = exact(**inputs)
+    pieces, state = [], inputs["state"]
+    for piece in (slice(None, 1), slice(1, None)):
+        part = {name: inputs[name][:, piece] for name in ("x", "dt", "B", "C")}
+        y, state = function(**part, A=inputs["A"], D=inputs["D"], state=state)
+        pieces.append(y)
+    what = "of a text of 4 tokens cut after 1"
+    close(torch.cat(pieces, 1), expected_y, what=f"y {what}", rtol=1e-3, atol=1e-4)
+    close(state, expected_state, what=f"the last state {what}", rtol=1e-3, atol=1e-4)

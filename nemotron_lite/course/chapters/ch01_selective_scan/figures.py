@@ -1,17 +1,18 @@
-"""The figures of chapter 01: a state that fades, two rules for a step, parallel scans.
+"""The figures of chapter 01: a state that is written and read, two rules, parallel scans.
 
+    states_of, state_figure, state_stepper   a state of p x n numbers, token by token
     follow, trace, explorer     one number of the state while tokens come in; with sliders
     two_rules                   decay and gain of one step, by two rules
+    doubling                    which tokens the scan by doubling combines in which round
     scan_rounds, wiring, costs  which tokens a parallel scan combines in which round, and how often
+    speed                       time per token of scans, against the length
     learning                    accuracy while training
     chosen_steps                the step sizes that a trained layer gives to the tokens of a row
     half_lives                  how many tokens the heads of a layer remember
+    losses                      two models during the same training
 
 Functions take arrays and return figures. Scans are computed by `ops.selective_scan`, so a picture
 always agrees with the code.
-
-Left out: states of more than one number in `trace`. A head has p x n of them, and all fade alike,
-because A is one number per head.
 """
 
 from __future__ import annotations
@@ -29,10 +30,171 @@ from plotly.subplots import make_subplots
 from nemotron_lite import ops
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
-from nemotron_lite.course.plotting.widgets import Explorer, explore, slider
+from nemotron_lite.course.plotting.widgets import (
+    Explorer,
+    Stepper,
+    explore,
+    slider,
+    stepper,
+)
 
 KINDS = ("one by one", "doubling", "tree")
 TOKENS = 48  # in the explorer
+
+
+ROW = tuple(".G..E.~.F..~.???")  # what the stepper reads; ~ is noise
+LETTERS, SLOTS = "EFGH", 3
+RATE = -0.1
+
+
+class States(NamedTuple):
+    """A row of t tokens with p = 4 and n = 3: the inputs of a scan and what it computes."""
+
+    tokens: list[str]
+    x: np.ndarray  # t p
+    dt: np.ndarray  # t
+    B: np.ndarray  # t n
+    C: np.ndarray  # t n
+    fade: np.ndarray  # t, what is kept of the state
+    state: np.ndarray  # t p n, after each token
+    y: np.ndarray  # t p
+
+
+def states_of(tokens: Sequence[str] = ROW) -> States:
+    """Scan a row of letters, silence `.`, noise `~` and questions `?`, with dt, B, C by hand.
+
+    The k-th letter is written along direction k with dt = 1, silence and questions have dt = 0, and
+    noise has a small one. Question k reads along direction k.
+    """
+    t, p = len(tokens), len(LETTERS)
+    x, B, C = (torch.zeros(1, t, 1, size, dtype=torch.float64) for size in (p, SLOTS, SLOTS))
+    dt = torch.zeros(1, t, 1, dtype=torch.float64)
+    letters = questions = 0
+    for i, token in enumerate(tokens):
+        if token in LETTERS:
+            x[0, i, 0, LETTERS.index(token)] = B[0, i, 0, letters % SLOTS] = dt[0, i, 0] = 1.0
+            letters += 1
+        elif token == "?":
+            C[0, i, 0, questions % SLOTS] = 1.0
+            questions += 1
+        elif token == "~":
+            x[0, i, 0], B[0, i, 0], dt[0, i, 0] = 0.7, 0.7, 0.1
+    rate = torch.tensor([RATE], dtype=torch.float64)
+    state, states, outputs = torch.zeros(1, 1, p, SLOTS, dtype=torch.float64), [], []
+    for i in range(t):
+        now = slice(i, i + 1)
+        y, state = ops.selective_scan(
+            x[:, now], dt[:, now], rate, B[:, now], C[:, now], initial_state=state
+        )
+        states.append(state[0, 0])
+        outputs.append(y[0, 0, 0])
+    parts = (x[0, :, 0], dt[0, :, 0], B[0, :, 0], C[0, :, 0], torch.exp(dt[0, :, 0] * RATE))
+    arrays = [part.numpy() for part in (*parts, torch.stack(states), torch.stack(outputs))]
+    return States(list(tokens), *arrays)
+
+
+def in_words(found: States, i: int) -> str:
+    """What token i does to the state, as a sentence."""
+    token, dt = found.tokens[i], found.dt[i]
+    name = {".": "silence", "~": "noise", "?": "a question"}.get(token, f"the letter {token}")
+    start = f"Token {i} is {name}: dt = {dt:.3g}, so {found.fade[i]:.0%} of the state is kept"
+    if token == "?":
+        slot, best = int(found.C[i].argmax()), int(found.y[i].argmax())
+        return (
+            f"{start} and nothing is written. C reads direction {slot}: the largest of y is "
+            f"{LETTERS[best]}, with {found.y[i, best]:.2f}."
+        )
+    if dt == 0:
+        return f"{start} and nothing is written."
+    if token == "~":
+        return f"{start} and a little noise is written along all directions."
+    return f"{start}, and {token} is written along direction {int(found.B[i].argmax())}."
+
+
+def state_figure(i: int = 0, found: States | None = None) -> go.Figure:
+    """x, B, C, dt and y of token i around the state after it, all with their numbers."""
+    found = states_of() if found is None else found
+    fig = make_subplots(
+        rows=4,
+        cols=3,
+        specs=[
+            [{"colspan": 3}, None, None],
+            [None, {}, None],
+            [{}, {}, {}],
+            [None, {}, None],
+        ],
+        row_heights=[0.2, 0.13, 0.54, 0.13],
+        column_widths=[0.2, 0.6, 0.2],
+        horizontal_spacing=0.1,
+        vertical_spacing=0.1,
+    )
+    places = list(range(len(found.tokens)))
+    fig.add_bar(x=places, y=found.dt, row=1, col=1, hovertemplate="token %{x}: dt = %{y}")
+    for row, col in ((2, 2), (3, 1), (3, 2), (3, 3), (4, 2)):
+        fig.add_heatmap(
+            zmin=0,
+            zmax=1,
+            colorscale=[[0.0, theme.PLOT], [1.0, theme.PALETTE["blue"]]],
+            showscale=False,
+            texttemplate="%{z:.2f}",
+            textfont_size=13,
+            xgap=2,
+            ygap=2,
+            row=row,
+            col=col,
+        )
+    directions, none = [f"direction {k}" for k in range(SLOTS)], dict(showticklabels=False)
+    fig.update_xaxes(tickvals=places, ticktext=found.tokens, tickangle=0, row=1, col=1)
+    fig.update_yaxes(title_text="dt", range=[0, 1.15], row=1, col=1)
+    fig.update_yaxes(tickvals=[0], ticktext=["B"], row=2, col=2)
+    fig.update_yaxes(tickvals=[0], ticktext=["C"], row=4, col=2)
+    for col, title in ((1, "x"), (2, "state S"), (3, "y")):
+        fig.update_yaxes(
+            autorange="reversed", tickvals=list(range(4)), ticktext=list(LETTERS), row=3, col=col
+        )
+        fig.update_xaxes(title_text=title, **none, row=3, col=col)
+    fig.update_xaxes(**none, row=2, col=2)
+    fig.update_xaxes(tickvals=list(range(SLOTS)), ticktext=directions, row=4, col=2)
+    fig.update_xaxes(showgrid=False, zeroline=False)
+    fig.update_yaxes(showgrid=False, zeroline=False)
+    fig.update_layout(height=620, showlegend=False, bargap=0.3)
+    show_token(fig, i, found)
+    return described(
+        fig,
+        "Above, the row of tokens with a bar for the step size dt of each: high for letters, low "
+        "for noise, zero for silence and questions; the current token has a dark bar or mark. "
+        "Below, the state as four rows (letters) by three columns (directions) of numbers, with x "
+        "on its left, B above, C below and the output y on its right. A letter fills one cell, the "
+        "row given by x and the column given by B, and all older cells shrink a little. A question "
+        "copies one column to y.",
+    )
+
+
+def show_token(fig: go.Figure | go.FigureWidget, i: int, found: States) -> str:
+    """Draw token i in a figure of `state_figure`; returns the sentence about it."""
+    pale, strong = theme.KINDS["M"].pale, theme.KINDS["M"].strong
+    bars, B, x, state, y, C = fig.data
+    bars.marker.color = [strong if k == i else pale for k in range(len(found.tokens))]
+    bars.marker.line = dict(
+        color=theme.MUTED, width=[3 if k == i else 1 for k in range(len(found.tokens))]
+    )
+    B.z, C.z = found.B[i : i + 1], found.C[i : i + 1]
+    x.z, y.z, state.z = found.x[i][:, None], found.y[i][:, None], found.state[i]
+    name = {".": "silence", "~": "noise", "?": "question"}.get(found.tokens[i], found.tokens[i])
+    fig.layout.title.text = f"Token {i}: {name}"
+    return in_words(found, i)
+
+
+def state_stepper() -> tuple[Stepper, go.Figure]:
+    """Step through `ROW`, and the figure that is shown when no kernel runs."""
+    found = states_of()
+    start = found.tokens.index("F")
+    still = state_figure(start, found)
+
+    def update(fig: go.FigureWidget, step: int) -> str:
+        return show_token(fig, step, found)
+
+    return stepper(still, update, len(found.tokens), "token", start), still
 
 
 class Trace(NamedTuple):
@@ -262,6 +424,49 @@ def wiring(t: int = 8) -> go.Figure:
     )
 
 
+def doubling(t: int = 8) -> go.Figure:
+    """The rounds of the scan by doubling over t entries."""
+    plan = scan_rounds("doubling", t)
+    fig = go.Figure()
+    for at, pairs in enumerate(plan):
+        for earlier, later in pairs:
+            fig.add_scatter(
+                x=[earlier, later],
+                y=[at, at + 1],
+                mode="lines",
+                hoverinfo="skip",
+                line=dict(color=theme.SERIES[1].colour, width=2, dash="solid"),
+            )
+    for at in range(len(plan) + 1):
+        reach = 1 << at
+        spans = [f"{max(0, i - reach + 1)}-{i}" if i else "0" for i in range(t)]
+        fig.add_scatter(
+            x=list(range(t)),
+            y=[at] * t,
+            mode="markers+text",
+            text=[str(i) for i in range(t)] if at == 0 else spans,
+            textposition="middle right",
+            marker=dict(size=12, color=theme.SERIES[0].colour, symbol="circle"),
+            hoverinfo="skip",
+        )
+    fig.update_xaxes(title_text="entry", tickvals=list(range(t)), range=[-0.4, t - 0.2])
+    fig.update_yaxes(title_text="after round", range=[len(plan) + 0.3, -0.4], dtick=1)
+    fig.update_xaxes(showgrid=False, zeroline=False)
+    fig.update_yaxes(showgrid=False, zeroline=False)
+    fig.update_layout(
+        title_text=f"Doubling over {t} entries: which tokens each entry spans",
+        height=360,
+        showlegend=False,
+    )
+    return described(
+        fig,
+        f"{t} entries from left to right, rounds from top to bottom. In each round a line goes to "
+        "every entry from an entry to its left: one place to the left in the first round, two in "
+        "the second, four in the third. Labels say which tokens an entry spans; in the last line "
+        "every entry spans all tokens from 0 to itself.",
+    )
+
+
 def costs(lengths: Sequence[int]) -> go.Figure:
     """Rounds and combinations of the three scans against the length.
 
@@ -305,6 +510,27 @@ def costs(lengths: Sequence[int]) -> go.Figure:
     )
 
 
+def speed(lengths: Sequence[int], seconds: Mapping[str, Sequence[float]]) -> go.Figure:
+    """Time per token of several forms of the scan against the length.
+
+    Args:
+        lengths: tokens, `n`.
+        seconds: name → seconds of one scan of each length, `n`.
+    """
+    fig = lines(
+        lengths,
+        {k: 1e6 * np.asarray(v) / np.asarray(lengths) for k, v in seconds.items()},
+        title="Time per token of one scan",
+        x_title="tokens",
+        y_title="µs per token",
+        log_x=True,
+        log_y=True,
+        alt="Lines on logarithmic axes, microseconds per token against tokens, one line for each "
+        f"form of the scan: {', '.join(seconds)}.",
+    )
+    return fig.update_xaxes(tickvals=list(lengths)).update_yaxes(dtick=1)
+
+
 def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
     """Rows without a mistake during training, one line for each model.
 
@@ -328,14 +554,12 @@ def learning(steps: ArrayLike, rows: Mapping[str, ArrayLike]) -> go.Figure:
     return fig
 
 
-def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure:
+def chosen_steps(text: str, dt: ArrayLike) -> go.Figure:
     """The step size of each head at each token of a row, as a picture.
 
     Args:
         text: the tokens, separated by blanks.
         dt: `h t`.
-        title: over the plot.
-        alt: the alternative text (see `described`).
     """
     tokens = text.split()
     z = np.asarray(dt, dtype=float)
@@ -348,23 +572,57 @@ def chosen_steps(text: str, dt: ArrayLike, *, title: str, alt: str) -> go.Figure
     )
     fig.update_xaxes(title_text="token")
     fig.update_yaxes(title_text="head", showgrid=False, dtick=1)
-    fig.update_layout(title_text=title, height=320)
-    return described(fig, alt)
+    fig.update_layout(title_text="The dt of each token in the first trained layer", height=320)
+    return described(
+        fig,
+        f"A picture of {len(z)} heads by {len(tokens)} tokens of one row. In at least one head the "
+        "step size is larger at the letters than in the silence between them.",
+    )
 
 
-def half_lives(tokens: Mapping[str, ArrayLike], *, title: str, alt: str) -> go.Figure:
+def half_lives(layers: Sequence[ArrayLike]) -> go.Figure:
     """After how many tokens each head has forgotten half, longest first.
 
     Args:
-        tokens: name of a layer → half-lives of its heads, in tokens.
-        title: over the plot.
-        alt: the alternative text (see `described`).
+        layers: for each layer the half-lives of its heads, in tokens.
     """
     fig = go.Figure()
-    for name, values in tokens.items():
+    for number, values in enumerate(layers, 1):
         ordered = np.sort(np.asarray(values, dtype=float))[::-1]
-        fig.add_scatter(y=ordered, x=np.arange(len(ordered)), name=name, mode="lines+markers")
-    fig.update_xaxes(title_text="head, longest memory first")
-    fig.update_yaxes(title_text="tokens until half is forgotten", type="log", dtick=1)
-    fig.update_layout(title_text=title, height=380, showlegend=len(tokens) > 1)
-    return described(fig, alt)
+        fig.add_scatter(
+            y=ordered,
+            x=np.arange(1, len(ordered) + 1),
+            name=f"Mamba-2 layer {number}",
+            mode="lines+markers",
+        )
+    fig.update_xaxes(title_text="head, longest memory first", dtick=1)
+    fig.update_yaxes(title_text="tokens until half has faded", type="log", dtick=1)
+    fig.update_layout(
+        title_text="Memory of the heads of an untrained model",
+        height=340,
+        showlegend=len(layers) > 1,
+    )
+    return described(
+        fig,
+        f"Half-lives of the heads of {len(layers)} layers, in tokens, on a logarithmic axis, "
+        "longest first. In every layer they differ by more than a factor of two.",
+    )
+
+
+def losses(curves: Mapping[str, Sequence[float]]) -> go.Figure:
+    """Losses of models that are trained on the same batches.
+
+    Args:
+        curves: name → loss at each update.
+    """
+    count = min(map(len, curves.values()))
+    return lines(
+        np.arange(1, count + 1),
+        {name: values[:count] for name, values in curves.items()},
+        title="The same training with two scans",
+        x_title="updates",
+        y_title="loss, nats per byte",
+        markers=False,
+        alt=f"Loss against updates, one line for each of: {', '.join(curves)}. Both fall steeply "
+        "at first and then slowly, and lie on each other.",
+    )

@@ -3,25 +3,25 @@
 The scan:
 
     factors        decay mask, scores, and the matrix that is their product
-    two_parts      the matrix cut along its chunks: blocks on the diagonal, and the rest below them
+    step_chunks    a stepper: chunk by chunk, inside, from the state, into the state
+    chunk_times    time against chunk length
     chunk_map      how each block is computed, and how many multiply-adds each chunk length costs
     explore_chunks the same with sliders: chunk length and half-life
-    states_walk    what each chunk adds to the state, and the state that is handed on
-    memory         bytes kept against tokens read
-    chunk_times    time against chunk length
 
 The layer around it:
 
     mixer_layout   widths inside a Mamba-2 layer: z | x B C | dt, convolution, groups of the norm
-    crossing       time against length, with a mark where two lines meet
     fingerprints   the error at each position, where two implementations differ
     losses         training loss of several models
+    crossing       time against length, with a mark where two lines meet
 
 Rows of a matrix are reading tokens l, columns are writing tokens r, the first token top left. What
 a causal map never touches is left blank, so that nobody takes a blank for a small number.
 
 The multiply-adds are those of `ledger.flops` for one head with its own B and C, per token: inside a
-chunk of q tokens (q+1)/2 (n+p), into and out of the state 2np, from chunk to chunk np/q.
+chunk of q tokens (q+1)/2 (n+p), into and out of the state 2np, from chunk to chunk np/q. In a text
+of t tokens, the first chunk reads no state and nobody reads the state after the last one, so with
+one chunk for the whole text nothing goes through a state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from plotly.subplots import make_subplots
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course.plotting import theme
 from nemotron_lite.course.plotting.figure import described, lines
-from nemotron_lite.course.plotting.widgets import Explorer, explore, slider
+from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, slider, stepper
 
 INSIDE, THROUGH = theme.INK, theme.SERIES[3].colour  # outlines of the two kinds of blocks
 
@@ -59,40 +59,14 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         raise ValueError(f"decay is {mask.shape} and scores are {dots.shape}; they must agree.")
     return _row_of_matrices(
         {
-            "decay mask L (dark is 1)": (mask, False),
+            "decay mask L (1 on the diagonal)": (mask, False),
             "scores C·B": (dots, True),
             "matrix M": (mask * dots, True),
         },
         "×=",
-        "Three lower triangles side by side. The decay mask is one on the diagonal and fades to "
+        "Three lower triangles side by side. The decay mask is one on the diagonal and decays to "
         "the lower left. The scores have both signs everywhere. Their product, the matrix, keeps "
         "the scores near the diagonal and loses them far from it.",
-    )
-
-
-def two_parts(matrix: ArrayLike, chunk: int) -> go.Figure:
-    """The matrix as the sum of its blocks on the diagonal and everything below them.
-
-    Args:
-        matrix: `t t`, lower-triangular.
-        chunk: tokens per chunk, q.
-
-    Raises:
-        ValueError: not a square matrix, or a chunk below 1.
-    """
-    whole = _square("matrix", matrix)
-    where = np.arange(len(whole)) // _at_least_one(chunk)
-    near = where[:, None] == where[None, :]
-    return _row_of_matrices(
-        {
-            "step 1: inside chunks": (np.where(near, whole, np.nan), True),
-            "steps 2–4: through the state": (np.where(near, np.nan, whole), True),
-            "matrix M": (whole, True),
-        },
-        "+=",
-        f"Three matrices side by side. The first holds only square blocks of {chunk} tokens on the "
-        "diagonal, the second only what lies below these blocks. Together they are the third, the "
-        "whole lower triangle.",
     )
 
 
@@ -126,7 +100,7 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
         fig.add_scatter(
             x=[None], y=[None], mode="lines", name=name, line=dict(color=colour, dash=dash, width=3)
         )
-    work = multiply_adds(np.array(lengths), p, n)
+    work = multiply_adds(np.array(lengths), p, n, t)
     # Dark, light and medium, in the order of the stack, so that they differ without colour too.
     for (name, each), colour in zip(work.items(), (theme.INK, "#9CCDEB", "#E69F00"), strict=True):
         fig.add_bar(
@@ -154,8 +128,8 @@ def chunk_map(matrix: ArrayLike, chunk: int, *, p: int, n: int) -> go.Figure:
         f"Left: a lower triangle of {t} tokens cut into chunks of {chunk}. Blocks on the diagonal "
         "are outlined as small masked matrices, and the strip to the left of each block as done "
         "through the state. Right: stacked bars of multiply-adds per token over the chunk length. "
-        "Short chunks spend on the walk from chunk to chunk, long ones inside the chunks, and into "
-        "and out of the state is the same for all.",
+        "Short chunks have more work from chunk to chunk, long ones inside the chunks. Into "
+        "and out of the state there is less, the fewer chunks there are.",
     )
 
 
@@ -192,7 +166,7 @@ def explore_chunks(
     def update(fig: BaseFigure, chunk: int, half_life: float) -> str:
         fig.data[0].update(z=_cells(_blank_above(matrix(half_life))), zmin=-bound, zmax=bound)
         fig.layout.shapes = _outlines(t, chunk)
-        work = multiply_adds(np.array(lengths), p, n)
+        work = multiply_adds(np.array(lengths), p, n, t)
         _point_at(fig, chunk, work, lengths)
         count = -(-t // chunk)
         total = sum(each[lengths.index(chunk)] for each in work.values())
@@ -217,82 +191,161 @@ def explore_chunks(
     return explore(moving, update, chunk=length, half_life=fade), figure
 
 
-def multiply_adds(chunk: ArrayLike, p: int, n: int) -> dict[str, ndarray]:
-    """Multiply-adds per token of one head, by what they are for, at each chunk length."""
+def multiply_adds(chunk: ArrayLike, p: int, n: int, t: int | None = None) -> dict[str, ndarray]:
+    """Multiply-adds per token of one head, by what they are for, at each chunk length.
+
+    Args:
+        chunk: tokens per chunk.
+        p: head width.
+        n: state size.
+        t: tokens of the text, which starts from a zero state; None is a very long text.
+    """
     q = np.asarray(chunk, dtype=float)
+    if t is None:
+        pairs, through, steps = (q + 1) / 2, np.full_like(q, 2.0), 1 / q
+    else:
+        chunks = np.ceil(t / q)
+        first, last = np.minimum(q, t), t - (chunks - 1) * q
+        pairs = ((chunks - 1) * q * (q + 1) + last * (last + 1)) / 2 / t
+        through, steps = (2 * t - first - last) / t, (chunks - 1) / t
     return {
-        "step 1, inside": (q + 1) / 2 * (n + p),
-        "steps 2 and 4, into and out of the state": np.full_like(q, 2.0 * n * p),
-        "step 3, from chunk to chunk": n * p / q,
+        "step 1, inside": pairs * (n + p),
+        "steps 2 and 4, into and out of the state": through * n * p,
+        "step 3, from chunk to chunk": steps * n * p,
     }
 
 
-def states_walk(added: ArrayLike, states: ArrayLike) -> go.Figure:
-    """What each chunk adds to the state of one head (step 2), and the state after it (step 3).
+def step_chunks(
+    x: ArrayLike, dt: ArrayLike, A: float, B: ArrayLike, C: ArrayLike, *, chunk: int
+) -> tuple[Stepper, go.Figure]:
+    """A stepper through the chunked scan of one head: three steps for each chunk.
 
     Args:
-        added: `c p n`, what each chunk writes, with the decay up to the chunk's end.
-        states: `c p n`, the state after each chunk.
+        x: `t p`.
+        dt: `t` step sizes.
+        A: decay rate, negative.
+        B, C: `t n`.
+        chunk: tokens per chunk, q; at least two chunks.
+
+    Returns:
+        (widget, figure): both for `show`. The figure at rest shows the second chunk reading the
+        state of the first.
 
     Raises:
-        ValueError: the two have different shapes, or are not three-dimensional.
+        ValueError: only one chunk.
     """
-    new, after = (np.asarray(v, dtype=np.float32) for v in (added, states))
-    if new.ndim != 3 or new.shape != after.shape:
-        raise ValueError(f"added is {new.shape} and states {after.shape}; expected c p n twice.")
-    count = len(new)
+    scan = _Chunks(*(np.asarray(v, dtype=float) for v in (x, dt, B, C)), rate=A, size=chunk)
+    if scan.count < 2:
+        raise ValueError(f"chunk={chunk} makes one chunk of {scan.t} tokens; expected two or more.")
     fig = make_subplots(
-        2,
-        count,
-        column_titles=[f"chunk {c}" for c in range(count)],
-        horizontal_spacing=0.03,
-        vertical_spacing=0.12,
+        1,
+        3,
+        column_widths=[0.38, 0.2, 0.42],
+        horizontal_spacing=0.1,
+        subplot_titles=("matrix M", "state S", "output of one channel"),
     )
-    bound = float(max(np.abs(new).max(), np.abs(after).max())) or 1.0
-    for row, pictures in enumerate((new, after), start=1):
-        for column, picture in enumerate(pictures, start=1):
-            fig.add_heatmap(
-                z=picture,
-                coloraxis="coloraxis",
-                row=row,
-                col=column,
-                hovertemplate="p %{y}, n %{x}: %{z:.3f}<extra></extra>",
-            )
-    fig.update_xaxes(showticklabels=False, showgrid=False, ticks="")
-    fig.update_yaxes(showticklabels=False, showgrid=False, ticks="", autorange="reversed")
-    fig.update_yaxes(title_text="step 2: adds U", row=1, col=1)
-    fig.update_yaxes(title_text="step 3: state S", row=2, col=1)
-    fig.update_xaxes(title_text="n", row=2)
-    colours = dict(colorscale=theme.DIVERGING, cmin=-bound, cmax=bound, colorbar_outlinewidth=0)
-    fig.update_layout(height=340, margin_t=40, coloraxis=colours)
-    return described(
+    fig.add_trace(_heatmap(_blank_above(scan.matrix), diverging=True), 1, 1)
+    bound = float(np.abs(scan.states).max())
+    fig.add_trace(_heatmap(scan.states[0], diverging=True, bound=bound), 1, 2)
+    for name, colour in (("inside the chunk", "#9CCDEB"), ("through the state", "#E69F00")):
+        fig.add_bar(x=np.arange(scan.t), y=np.zeros(scan.t), name=name, marker_color=colour, row=1,
+                    col=3)  # fmt: skip
+    _square_axes(fig, 1, "r, wrote")
+    fig.update_yaxes(title_text="l, reads", col=1)
+    fig.update_xaxes(title_text="n", showgrid=False, nticks=4, col=2)
+    fig.update_yaxes(title_text="p", showgrid=False, autorange="reversed", nticks=4, col=2)
+    fig.update_xaxes(title_text="token", col=3)
+    low, high = scan.range_of_outputs()
+    fig.update_yaxes(range=[low, high], col=3)
+    fig.update_layout(
+        barmode="relative",
+        height=340,
+        margin=dict(t=40, b=90),
+        legend=dict(orientation="h", y=-0.25, yanchor="top", x=0.55),
+    )
+    described(
         fig,
-        f"Two rows of {count} small matrices, p rows by n columns. Above, what each chunk adds to "
-        "the state. Below, the state after each chunk: the faded state of the chunk before it plus "
-        "the matrix above it. The first pair is equal, since the state starts at zero.",
+        f"Three panels for a text of {scan.t} tokens in chunks of {chunk}. Left the lower triangle "
+        "of the matrix: the second block on the diagonal is outlined, and so is the strip to its "
+        "left, dashed. In the middle the state, p rows by n columns, that the first chunk has "
+        "left. Right the outputs of the first two chunks as bars; those of the second chunk have "
+        "two parts, one from inside the chunk and one from the state.",
     )
+    moving = go.Figure(fig)
+    moving.data[0].z = _cells(_blank_above(scan.matrix))
+    view = stepper(moving, scan.draw, 3 * scan.count, "step")
+    scan.draw(fig, 4)
+    return view, fig
 
 
-def memory(lengths: ArrayLike, kept: Mapping[str, ArrayLike]) -> go.Figure:
-    """Bytes that a layer keeps against the tokens it has read.
+class _Chunks:
+    """The numbers of a chunked scan of one head, and how step i of it is drawn."""
 
-    Args:
-        lengths: `k` tokens.
-        kept: name → `k` bytes.
-    """
-    return lines(
-        lengths,
-        kept,
-        title="What one layer remembers",
-        x_title="tokens",
-        y_title="bytes",
-        log_x=True,
-        log_y=True,
-        height=320,
-        alt="Bytes kept against tokens read, both axes logarithmic. The line of the attention "
-        "layer starts far below and rises steadily; that of the Mamba-2 layer is level; they "
-        "cross.",
-    )
+    def __init__(
+        self, x: ndarray, dt: ndarray, B: ndarray, C: ndarray, *, rate: float, size: int
+    ) -> None:
+        self.t, self.chunk = len(x), size
+        self.count = -(-self.t // size)
+        s = np.cumsum(dt * rate)
+        self.matrix = np.tril(np.exp(np.minimum(s[:, None] - s[None, :], 0))) * (C @ B.T)
+        where = np.arange(self.t) // size
+        near = where[:, None] == where[None, :]
+        written = dt[:, None] * x
+        self.inside = (np.where(near, self.matrix, 0) @ written)[:, 0]
+        self.through = (np.where(near, 0, self.matrix) @ written)[:, 0]
+        ends = [min((c + 1) * size, self.t) for c in range(self.count)]
+        empty = np.zeros((x.shape[1], B.shape[1]))
+        after = [
+            np.einsum("r,rp,rn->pn", np.exp(s[end - 1] - s[:end]), written[:end], B[:end])
+            for end in ends
+        ]
+        self.states = np.stack([empty, *after])  # before the first chunk, and after each
+        before = [0.0, *(s[end - 1] for end in ends)]
+        self.kept = np.exp(np.diff(before))
+
+    def range_of_outputs(self) -> tuple[float, float]:
+        parts = np.stack([self.inside, self.through])
+        return (
+            1.1 * float(np.minimum(parts, 0).sum(0).min()),
+            1.1 * float(np.maximum(parts, 0).sum(0).max()),
+        )
+
+    def draw(self, fig: BaseFigure, step: int) -> str:
+        """Change the traces to step i of the scan; returns the step in words."""
+        now, phase = divmod(step, 3)
+        state = self.states[now + (phase == 2)]
+        fig.data[1].z = [[round(float(v), 4) for v in row] for row in state]
+        done = np.arange(self.t) // self.chunk
+        fig.data[2].y = np.where(done <= now, self.inside, 0)
+        fig.data[3].y = np.where((done < now) | ((done == now) & (phase > 0)), self.through, 0)
+        outlines = _outlines(self.t, self.chunk)
+        block = 2 * now  # the outlines alternate: block 0, strip 1, block 1, strip 2, …
+        shown = [dict(outlines[block], line=dict(color=INSIDE, width=3))]
+        if now and phase:
+            shown.append(outlines[block - 1])
+        fig.layout.shapes = shown
+        return self._words(now, phase)
+
+    def _words(self, now: int, phase: int) -> str:
+        first, last = now * self.chunk, min((now + 1) * self.chunk, self.t) - 1
+        head = f"Chunk {now}, tokens {first} to {last}. "
+        if phase == 0:
+            return head + (
+                "Inside the chunk: the block on the diagonal is what these tokens read from each "
+                "other."
+            )
+        if phase == 1 and now == 0:
+            return head + "From the state: it is still zero, so it adds nothing."
+        if phase == 1:
+            strip = (last - first + 1) * first
+            return head + (
+                "From the state: each token reads it. It stands for the dashed strip, "
+                f"{strip} numbers of the matrix that are never formed."
+            )
+        return head + (
+            f"Into the state: it keeps {self.kept[now]:.2f} of itself and takes in what the chunk "
+            f"wrote. Now it stands for tokens 0 to {last}."
+        )
 
 
 def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
@@ -489,7 +542,7 @@ def fingerprints(
 
 
 def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
-    """Training loss by step; the model without Mamba or attention comes first.
+    """Training loss by step of models that should learn the same.
 
     Args:
         curves: name → mean losses of `every` steps each, of equal length.
@@ -506,8 +559,8 @@ def losses(curves: Mapping[str, ArrayLike], *, every: int) -> go.Figure:
         title=f"Training loss, mean of {every} steps",
         x_title="step",
         y_title="nats per byte",
-        alt=f"Training loss against steps for {'; '.join(curves)}. All fall; the curve of "
-        f"{next(iter(curves))} levels off far above the others, which lie on top of each other.",
+        alt=f"Training loss against steps for {'; '.join(curves)}. The curves fall and lie on top "
+        "of each other.",
     )
 
 

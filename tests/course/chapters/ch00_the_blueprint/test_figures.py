@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 
-from nemotron_lite import ledger
+from nemotron_lite import Cache, ledger
 from nemotron_lite.config import PRESETS, SUPER_PATTERN, NemotronConfig
-from nemotron_lite.course.chapters.ch00_the_blueprint import figures
+from nemotron_lite.course.chapters.ch00_the_blueprint import figures, lesson
 from nemotron_lite.course.plotting import alt_of, theme
 from nemotron_lite.course.plotting.widgets import BUDGET
 
@@ -24,7 +25,7 @@ def test_shares_add_up_to_the_ledgers_totals(config: NemotronConfig) -> None:
         "stored": count.backbone,
         "read": count.active_without_embedding,
         "arithmetic": ledger.flops(config, 5000, "decode").per_token,
-        "remembered": ledger.cache(config, 5000).total,
+        "cached": ledger.cache(config, 5000).total,
     }
     assert {q: sum(parts.values()) for q, parts in asked.items()} == pytest.approx(expected)
     absent = set(figures.LETTERS) - set(config.pattern)
@@ -34,9 +35,9 @@ def test_shares_add_up_to_the_ledgers_totals(config: NemotronConfig) -> None:
 def test_each_kind_is_charged_for_its_own() -> None:
     asked = figures.shares(SUPER, 1_048_576)
     kept = ledger.cache(SUPER, 1_048_576)
-    assert asked["remembered"]["*"] == kept.kv
-    assert asked["remembered"]["M"] == kept.conv + kept.ssm
-    assert asked["remembered"]["E"] == asked["remembered"][figures.REST] == 0
+    assert asked["cached"]["*"] == kept.kv
+    assert asked["cached"]["M"] == kept.conv + kept.ssm
+    assert asked["cached"]["E"] == asked["cached"][figures.REST] == 0
     experts = sum(layer.total for layer in ledger.parameters(SUPER).layers if layer.kind == "moe")
     assert asked["stored"]["E"] == experts
 
@@ -159,6 +160,62 @@ def test_curves_lie_between_no_attention_and_attention_everywhere_at_the_end() -
         assert none.y[0] == none.y[-1]
 
 
+TOY = lesson.TOY
+STRONG = {look.strong for look in theme.KINDS.values()} | {theme.MUTED}
+STEPS = len(figures.WALKED) * len(figures.STAGES)
+
+
+def bytes_shown(fig: go.Figure) -> dict[str, float]:
+    """Bytes in the right plot of the stepper: of M's block, and of all blocks of *."""
+    state, *blocks = fig.data[1:]
+    return {"M": 1024 * state.x[0], "*": 1024 * sum(block.x[0] for block in blocks)}
+
+
+@pytest.mark.parametrize("tokens", range(1, 1 + len(figures.WALKED)))
+def test_the_walk_keeps_what_a_cache_holds(tokens: int) -> None:
+    last = len(figures.STAGES) * tokens - 1  # the head of that token
+    shown = bytes_shown(figures.walk(TOY, last))
+    cache = Cache.empty(TOY, 1, capacity=tokens)
+    mamba, _, attention = cache.layers
+    assert shown == {"M": mamba.nbytes, "*": attention.nbytes}
+
+
+def test_the_walk_marks_one_box_and_adds_keys_and_values_in_attention_only() -> None:
+    fig = figures.walk(TOY)
+    before = 0.0
+    for step in range(STEPS):
+        words = figures.draw_walk(fig, TOY, step)
+        stage = figures.STAGES[step % len(figures.STAGES)]
+        boxes = zip(fig.data[0].text, fig.data[0].marker.color, strict=True)
+        strong = [name for name, fill in boxes if fill in STRONG]
+        assert len(strong) == 1
+        assert strong[0].startswith({"head": "norm"}.get(stage, stage))
+        now = bytes_shown(fig)["*"]
+        assert (now > before) == (stage == "*")
+        assert f"Token {1 + step // len(figures.STAGES)}, " in words
+        before = now
+
+
+@pytest.mark.timing
+def test_the_stepper_walks_in_time() -> None:
+    view = figures.walk_stepper(TOY)
+    view.forward.click()
+    assert "experts. Nothing is kept." in view.words.value
+    view.controls["step"].value = STEPS - 1
+    assert "Kept after 6 tokens" in view.words.value
+    assert min(_again(view) for _ in range(3)) < BUDGET
+
+
+def test_loss_curves_are_means_of_ten() -> None:
+    assert figures.smoothed([4.0, 2.0, 0.0], width=2) == [4.0, 3.0, 1.0]
+    losses = [float(n) for n in range(30)]
+    fig = figures.loss_curves({"yours": losses, "theirs": losses}, **figures.EQUAL_CURVES)
+    assert fig.data[0].y[-1] == pytest.approx(24.5)
+    assert list(fig.data[0].y) == list(fig.data[1].y)
+    assert list(fig.data[0].x) == list(range(1, 31))
+    assert alt_of(fig) == figures.EQUAL_CURVES["alt"]
+
+
 def test_score_bars_put_the_best_first_and_ours_strong() -> None:
     fig = figures.score_bars({"gzip": 2.2, "us": 1.9, "coin": 8.0}, ours=["us"])
     assert fig.data[0].y == ("us", "gzip", "coin")
@@ -170,8 +227,9 @@ def test_score_bars_put_the_best_first_and_ours_strong() -> None:
 def test_memory_lines_keep_the_bytes_and_mark_the_axes_in_binary_units() -> None:
     contexts = [2**i for i in range(8, 21)]
     kept = [ledger.cache(SUPER, t).total for t in contexts]
-    fig = figures.memory_lines(contexts, {"kept": kept}, title="Kept", alt="bytes kept " * 5)
-    assert list(fig.data[0].y) == kept
+    fig = figures.planner(contexts, [2 * n for n in kept], kept)
+    assert list(fig.data[0].y) == [2 * n for n in kept]
+    assert list(fig.data[1].y) == kept
     assert list(fig.layout.yaxis.ticktext) == [
         figures.format_bytes(n) for n in fig.layout.yaxis.tickvals
     ]

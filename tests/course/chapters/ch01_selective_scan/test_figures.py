@@ -90,14 +90,15 @@ def test_wiring_draws_one_line_for_each_combination() -> None:
 
 def test_step_sizes_need_a_column_for_each_token() -> None:
     with pytest.raises(ValueError, match="expected heads x 3 tokens"):
-        figures.chosen_steps(". A B", np.ones((2, 4)), title="dt", alt="x" * 40)
-    fig = figures.chosen_steps(". A B", np.ones((2, 3)), title="dt", alt="x" * 40)
+        figures.chosen_steps(". A B", np.ones((2, 4)))
+    fig = figures.chosen_steps(". A B", np.ones((2, 3)))
     assert list(fig.layout.xaxis.ticktext) == [".", "A", "B"]
 
 
 def test_half_lives_come_longest_first() -> None:
-    fig = figures.half_lives({"layer 0": torch.tensor([3.0, 9.0, 1.0])}, title="t", alt="x" * 40)
+    fig = figures.half_lives([torch.tensor([3.0, 9.0, 1.0]), torch.tensor([2.0])])
     assert list(fig.data[0].y) == [9.0, 3.0, 1.0]
+    assert [trace.name for trace in fig.data] == ["Mamba-2 layer 1", "Mamba-2 layer 2"]
 
 
 def test_learning_keeps_the_rows_and_the_order() -> None:
@@ -107,9 +108,76 @@ def test_learning_keeps_the_rows_and_the_order() -> None:
     assert "97" not in alt_of(fig)
 
 
+def test_speed_is_per_token() -> None:
+    fig = figures.speed([10, 100], {"loop": [1e-3, 1e-2], "parallel": [1e-4, 1e-4]})
+    assert [list(trace.y) for trace in fig.data] == [[100.0, 100.0], [10.0, 1.0]]
+
+
+def test_losses_of_a_shorter_run_cut_the_other() -> None:
+    fig = figures.losses({"one": [3.0, 2.0, 1.0], "other": [3.0, 2.5]})
+    assert [list(trace.y) for trace in fig.data] == [[3.0, 2.0], [3.0, 2.5]]
+    assert list(fig.data[0].x) == [1, 2]
+
+
+def test_doubling_labels_the_span_of_each_entry() -> None:
+    fig = figures.doubling(8)
+    labels = [list(trace.text) for trace in fig.data if trace.mode == "markers+text"]
+    assert len(labels) == 4
+    assert labels[1] == ["0", "0-1", "1-2", "2-3", "3-4", "4-5", "5-6", "6-7"]
+    assert labels[3] == ["0", *(f"0-{i}" for i in range(1, 8))]
+    assert sum(trace.mode == "lines" for trace in fig.data) == 7 + 6 + 4
+
+
+def test_the_states_of_the_stepper_are_a_scan() -> None:
+    found = figures.states_of()
+    state = np.zeros((4, 3))
+    for i in range(len(found.tokens)):
+        fade = np.exp(found.dt[i] * figures.RATE)
+        state = fade * state + found.dt[i] * np.outer(found.x[i], found.B[i])
+        assert found.fade[i] == pytest.approx(fade)
+        np.testing.assert_allclose(found.state[i], state)
+        np.testing.assert_allclose(found.y[i], state @ found.C[i])
+
+
+def test_the_questions_of_the_stepper_find_the_letters_in_order() -> None:
+    found = figures.states_of()
+    answers = [
+        figures.LETTERS[int(y.argmax())]
+        for token, y in zip(found.tokens, found.y, strict=True)
+        if token == "?"
+    ]
+    assert answers == [token for token in found.tokens if token in figures.LETTERS]
+
+
+def test_the_stepper_draws_the_token_it_stands_on() -> None:
+    view, still = figures.state_stepper()
+    found = figures.states_of()
+    start = found.tokens.index("F")
+    np.testing.assert_allclose(still.data[3].z, found.state[start])
+    for i in (0, start, len(found.tokens) - 1):
+        view.controls["step"].value = i
+        np.testing.assert_allclose(view.figure.data[3].z, found.state[i])
+        np.testing.assert_allclose(np.ravel(view.figure.data[4].z), found.y[i])
+        assert view.figure.layout.title.text.startswith(f"Token {i}:")
+        colours = view.figure.data[0].marker.color
+        assert [k for k, c in enumerate(colours) if c != colours[(i + 1) % len(colours)]] == [i]
+    assert "the largest of y is F" in view.words.value
+
+
+def test_the_sentences_say_what_a_token_does() -> None:
+    found = figures.states_of()
+    said = {token: figures.in_words(found, i) for i, token in enumerate(found.tokens)}
+    assert "100% of the state is kept and nothing is written" in said["."]
+    assert "90% of the state is kept, and G is written along direction 0" in said["G"]
+    assert "a little noise" in said["~"]
+
+
 def test_every_figure_has_a_text_and_the_theme() -> None:
     for fig in (
         figures.wiring(4),
+        figures.doubling(4),
+        figures.state_figure(0),
+        figures.half_lives([[1.0]]),
         figures.costs([8]),
         figures.two_rules([1.0]),
         figures.explorer()[1],

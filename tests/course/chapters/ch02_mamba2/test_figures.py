@@ -20,6 +20,13 @@ SCORES = RANDOM.normal(size=(T, T))
 STEPS = RANDOM.uniform(0.3, 2.0, T)
 _FADE = -0.1 * np.cumsum(STEPS)
 DECAY = np.tril(np.exp(np.minimum(_FADE[:, None] - _FADE[None, :], 0)))
+HEAD = (
+    RANDOM.normal(size=(T, 3)),  # x
+    STEPS,
+    -0.1,
+    RANDOM.normal(size=(T, 4)),  # B
+    RANDOM.normal(size=(T, 4)),  # C
+)
 LITE = NemotronConfig.from_preset("lite")
 
 
@@ -37,17 +44,13 @@ def every_figure() -> dict[str, go.Figure]:
     lengths = [128, 256, 512]
     return {
         "factors": figures.factors(DECAY, SCORES),
-        "two_parts": figures.two_parts(matrix, 8),
         "chunk_map": figures.chunk_map(matrix, 8, p=32, n=64),
-        "states_walk": figures.states_walk(np.ones((4, 2, 3)), np.ones((4, 2, 3))),
-        "memory": figures.memory(
-            lengths, {"attention layer": [1, 2, 4], "Mamba-2 layer": [3, 3, 3]}
-        ),
+        "step_chunks": figures.step_chunks(*HEAD, chunk=8)[1],
         "chunk_times": figures.chunk_times([8, 16], [0.2, 0.1]),
         "mixer_layout": figures.mixer_layout(LITE),
         "crossing": figures.crossing(lengths, {"attention": [1, 4, 16], "scan": [2, 4, 8]}, 256.0),
         "fingerprints": figures.fingerprints({"A": np.ones(9), "B": np.zeros(9)}, {"split": 4}),
-        "losses": figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10),
+        "losses": figures.losses({"theirs": [3.0, 2.5], "yours": [3.0, 2.5]}, every=10),
     }
 
 
@@ -67,19 +70,6 @@ def test_factors_multiply_and_the_future_is_blank() -> None:
     for values in (decay, scores, product):
         assert np.isnan(values[~lower]).all()
         assert not np.isnan(values[lower]).any()
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 8, 32, 100])
-def test_two_parts_are_disjoint_and_make_the_whole(chunk: int) -> None:
-    fig = figures.two_parts(DECAY * SCORES, chunk)
-    near, far, whole = (picture(fig, i) for i in range(3))
-    lower = np.tri(T, dtype=bool)
-    assert (np.isnan(near) ^ np.isnan(far))[lower].all()
-    np.testing.assert_allclose(
-        (np.nan_to_num(near) + np.nan_to_num(far))[lower], whole[lower], rtol=1e-5
-    )
-    row, column = np.nonzero(~np.isnan(near))
-    assert (row // chunk == column // chunk).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 32])
@@ -112,6 +102,64 @@ def test_multiply_adds_are_those_of_the_ledger(chunk: int) -> None:
     np.testing.assert_allclose(mine, scan)
 
 
+@pytest.mark.parametrize("t", [24, 29])
+def test_multiply_adds_of_a_text_are_counted_token_by_token(t: int) -> None:
+    p, n = 3, 5
+    for q in (1, 4, 8, 24, 64):
+        chunks = [range(first, min(first + q, t)) for first in range(0, t, q)]
+        pairs = sum(len(chunk) * (len(chunk) + 1) // 2 for chunk in chunks)
+        expected = [
+            pairs * (n + p),
+            (sum(map(len, chunks[:-1])) + sum(map(len, chunks[1:]))) * n * p,
+            (len(chunks) - 1) * n * p,
+        ]
+        found = [float(each[0]) * t for each in figures.multiply_adds([q], p, n, t).values()]
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_one_chunk_for_the_whole_text_uses_no_state() -> None:
+    view, still = figures.explore_chunks(STEPS, SCORES, p=32, n=64, chunk=T)
+    bars = {bar.name: bar.y[-1] for bar in still.data if bar.type == "bar"}
+    assert [bar > 0 for bar in bars.values()] == [True, False, False]
+    assert f"1 block of {T} × {T}" in view.words.value
+    assert "0 strips through the state" in view.words.value
+    assert f"{bars['step 1, inside']:,.0f} multiply-adds" in view.words.value
+
+
+@pytest.mark.timing
+def test_the_stepper_shows_the_chunked_scan() -> None:
+    x, dt, A, B, C = HEAD
+    s = np.cumsum(dt * A)
+    exact, states, state = [], [], np.zeros((3, 4))
+    for token in range(T):
+        state = np.exp(dt[token] * A) * state + dt[token] * np.outer(x[token], B[token])
+        exact.append((state @ C[token])[0])
+        states.append(state)
+    view, _ = figures.step_chunks(*HEAD, chunk=12)  # chunks of 12, 12 and 8
+    assert view.controls["step"].max == 8
+    assert "nan" not in json.dumps(view.figure.to_plotly_json()["data"][0]["z"]).lower()
+    for step, words in enumerate(
+        ["Inside the chunk: ", "it is still zero", "Now it stands for tokens 0 to 11",
+         "Chunk 1, tokens 12 to 23", "dashed strip, 144 numbers", "0 to 23",
+         "Chunk 2, tokens 24 to 31", "dashed strip, 192 numbers", "0 to 31"]
+    ):  # fmt: skip
+        view.controls["step"].value = step
+        assert words in view.words.value
+        assert view.seconds < BUDGET
+        chunk, phase = divmod(step, 3)
+        end = min(12 * (chunk + 1), T)
+        read = 12 * chunk + (end - 12 * chunk) * (phase > 0)
+        y = np.add(view.figure.data[2].y, view.figure.data[3].y)
+        np.testing.assert_allclose(y[:read], exact[:read], rtol=1e-6, atol=1e-9)
+        assert not y[end:].any()
+        held = 12 * chunk if phase < 2 else end
+        shown = np.array(view.figure.data[1].z, dtype=float)
+        np.testing.assert_allclose(shown, states[held - 1] if held else 0 * state, atol=1e-4)
+        dashed = [s for s in view.figure.layout.shapes if s.line.dash == "dash"]
+        assert len(dashed) == (chunk > 0 and phase > 0)
+    assert f"keeps {np.exp(s[-1] - s[23]):.2f} of itself" in view.words.value
+
+
 @pytest.mark.timing
 def test_sliders_move_blocks_colours_and_words_in_time() -> None:
     view, still = figures.explore_chunks(STEPS, SCORES, p=32, n=64, chunk=8)
@@ -134,15 +182,6 @@ def test_sliders_move_blocks_colours_and_words_in_time() -> None:
 def test_the_half_life_is_counted_in_mean_steps() -> None:
     _, still = figures.explore_chunks(np.ones(T), np.ones((T, T)), p=4, n=4, half_life=6.0)
     np.testing.assert_allclose(picture(still)[12, [12, 6, 0]], [1, 0.5, 0.25], rtol=1e-6)
-
-
-def test_states_share_one_colour_scale() -> None:
-    added = RANDOM.normal(size=(3, 2, 4))
-    fig = figures.states_walk(added, 5 * added)
-    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"}
-    np.testing.assert_allclose(fig.layout.coloraxis.cmax, 5 * np.abs(added).max(), rtol=1e-6)
-    np.testing.assert_allclose(picture(fig, 1), added[1], rtol=1e-6)
-    np.testing.assert_allclose(picture(fig, 4), 5 * added[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("preset", ["lite", "super"])
@@ -179,16 +218,16 @@ def test_fingerprints_draw_each_implementation_and_no_error_below_the_floor() ->
 
 
 def test_losses_stand_at_the_middle_of_their_steps() -> None:
-    fig = figures.losses({"MLPs": [3.0, 2.5], "Mamba-2": [3.0, 1.9]}, every=10)
+    fig = figures.losses({"theirs": [3.0, 2.5], "yours": [3.0, 2.5]}, every=10)
     np.testing.assert_allclose(fig.data[0].x, [5.5, 15.5])
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
     for call, words in (
         (lambda: figures.factors(DECAY, SCORES[:5, :5]), "must agree"),
-        (lambda: figures.two_parts(np.ones((2, 3)), 1), "square"),
-        (lambda: figures.two_parts(DECAY, 0), "at least 1 token"),
-        (lambda: figures.states_walk(np.ones((2, 3)), np.ones((2, 3))), "c p n"),
+        (lambda: figures.chunk_map(np.ones((2, 3)), 1, p=4, n=4), "square"),
+        (lambda: figures.chunk_map(DECAY, 0, p=4, n=4), "at least 1 token"),
+        (lambda: figures.step_chunks(*HEAD, chunk=T), "two or more"),
         (lambda: figures.explore_chunks(STEPS, SCORES, p=4, n=4, chunk=7), "expected one of"),
         (lambda: figures.fingerprints({}, {}), "at least one implementation"),
     ):
