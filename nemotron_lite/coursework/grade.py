@@ -1,278 +1,183 @@
 """Grade a folder of submissions: `make grade SUBMISSIONS=folder`.
 
-    scores.csv       a row for each learner and assignment
-    scores.json      the same with each exercise, notes, limits, versions and isolation
+    scores.csv           a row for each learner and assignment, a column for each exercise
+    scores.json          the same with each check, notes, limits, seed, versions and isolation
+    similarity.csv, .html    answers that are alike
     feedback/<student>/<assignment>.html      the executed notebook with points and comments
 
 The steps:
 
-    1. make the assignments and nbgrader's gradebook from the exercises of the package,
+    1. make the assignments from the exercises of the package,
     2. find the submitted notebooks (`submissions`),
-    3. copy each one, cleaned, into its own temporary folder and run it in its own process,
-    4. read the points off its test cells,
+    3. execute each one, cleaned, in a process of its own (`isolation`, `learner_process`), and
+       check its answers from here (`scoring`, `session`),
+    4. compare the answers with each other (`similarity`),
     5. write all results into a new folder, which then replaces the old one in one step. It is
        created before step 1, so that a wrong --out is reported before any submission runs.
 
-A submission that cannot be read, or whose process had to be stopped, gets a result that says so.
-The other submissions are graded all the same.
+A submission that cannot be read gets a result that says so. Code that ends its process, or runs too
+long, costs the exercise in which it does so. The others are graded all the same.
 
-The code of a learner cannot use the network or see other processes, if this Linux lets ordinary
-users make namespaces with `unshare`. It does not get your environment variables. It has a limit of
-time for each cell and for the whole, and on Linux a limit of memory. Files are not protected: the
-code runs as you, and can read and write what you can. The result says which limits were in force.
+Checks draw their inputs with seeds that nobody knows: a new secret enters them at each run. It
+stands in scores.json afterwards, and `--seed` repeats a run with it.
 
-Left out: a container for each submission, and protection from a learner who studies the grader in
-order to fool it. `exercises/README.md` says what an instructor can do about both.
+Left out: a container for each submission. `exercises/README.md` says what is protected, and what is
+not.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import html
 import json
+import multiprocessing
 import os
 import platform
+import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 from tqdm import tqdm
 
-from nemotron_lite.coursework.make import (
-    WORKER,
-    CourseworkError,
-    assignment_path,
-    write_release,
-    write_source,
-)
+from nemotron_lite.course import exercises
+from nemotron_lite.coursework.feedback import feedback_page
+from nemotron_lite.coursework.isolation import Isolation, Limits, find_isolation
+from nemotron_lite.coursework.learner_package import write_package
+from nemotron_lite.coursework.make import chapters, release_notebook
+from nemotron_lite.coursework.scoring import reference_sources, score_submission
+from nemotron_lite.coursework.similarity import Answer, Pair, write_report
 from nemotron_lite.coursework.submissions import (
     Assignment,
     Submission,
     SubmissionError,
     clean_copy,
     find_submissions,
+    grade_id,
     read_notebook,
-    read_release,
+    text_of,
 )
+from nemotron_lite.coursework.tables import write_scores
 from nemotron_lite.files import atomic_folder
 
-RESULTS = ("scores.csv", "scores.json", "feedback")
-COLUMNS = ("student", "assignment", "points", "max_points", "status", "message", "file")
-# nbgrader's page shows the lines of a comment as one line; with this they stay apart.
-COMMENT_STYLE = "<style>.panel-footer p { white-space: pre-line; }</style>"
-KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET")
-NAMESPACES = (
-    ("--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
-    ("--map-root-user", "--net"),
-)
+RESULTS = ("scores.csv", "scores.json", "similarity.csv", "similarity.html", "feedback")
+MOST_JOBS = 4
+MOST_NAMES = 4  # of learners with a similar answer, in a note
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one submission: seconds per cell, seconds in all, GiB of memory (0: no limit)."""
-
-    cell_seconds: int = 60
-    seconds: int = 600
-    memory_gib: float = 4.0
-
-
-@dataclass(frozen=True)
-class Isolation:
-    """How a submission is separated from the machine, and the command that starts it that way."""
-
-    command: tuple[str, ...]
-    network: str
-    processes: str
+def handed_out(names: Sequence[str] | None = None) -> dict[str, Assignment]:
+    """The assignments of some chapters (None: all), by name."""
+    found = {}
+    for chapter in chapters() if names is None else names:
+        notebook = release_notebook(chapter, exercises.exercises(chapter))
+        name = f"chapter_{chapter}"
+        found[name] = Assignment(name, tuple(notebook["cells"]), notebook["metadata"])
+    return found
 
 
-def worker_command(*arguments: str) -> list[str]:
-    """The command that runs nbgrader_worker.py."""
-    return [sys.executable, str(WORKER), *arguments]
-
-
-def find_isolation() -> Isolation:
-    """The strongest isolation that this system allows; each kind is tried by running the worker."""
-    reason = "unshare is not installed"
-    unshare = shutil.which("unshare")
-    for options in NAMESPACES if unshare else ():
-        command = (str(unshare), *options)
-        run = subprocess.run(
-            [*command, *worker_command("probe")],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if run.returncode == 0 and json.loads(run.stdout)["cut_off"]:
-            own = json.loads(run.stdout)["own_processes"]
-            return Isolation(command, "off", "its own" if own else "yours are visible")
-        reason = (run.stderr.strip().splitlines() or ["unshare failed"])[-1]
-    return Isolation((), f"NOT cut off: {reason}", "yours are visible")
-
-
-def submission_environment(home: Path) -> dict[str, str]:
-    """Environment variables of a submission: of yours only those that find Python and packages."""
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    folders = ("HOME", "TMPDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {**kept, **dict.fromkeys(folders, str(home)), "OMP_NUM_THREADS": threads}
-
-
-def _kill_with_children(pid: int) -> None:
-    """Kill a process and all its descendants."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in [process, *process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-
-
-def run_limited(command: Sequence[str], job: dict[str, Any], home: Path, seconds: int) -> str:
-    """Run a worker on a job; returns "" if it succeeded, otherwise the reason.
-
-    After `seconds` the worker is killed together with every process it started: a kernel in an
-    endless loop has its own process group, and would otherwise go on running.
-    """
-    with (home / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            text=True,
-            cwd=home,
-            env=submission_environment(home),
-            start_new_session=True,
-        )
-        try:
-            process.communicate(json.dumps(job), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds} s, the limit for a whole submission"
-        finally:
-            if process.poll() is None:
-                _kill_with_children(process.pid)
-                process.wait()
-    return "" if process.returncode == 0 else _reason((home / "log.txt").read_text("utf-8"))
-
-
-def _reason(log: str) -> str:
-    """Why nbgrader failed, from its log."""
-    for name, text in {
-        "DeadKernelError": "its Python process died (out of memory, or ended by the code)",
-        "ModuleNotFoundError: No module named 'nbgrader'": "nbgrader is not installed here",
-    }.items():
-        if name in log:
-            return text
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"nbgrader failed: {lines[-1][:300] if lines else 'its log is empty'}"
-
-
-def _ungraded(
-    one: Submission, status: str, message: str, max_points: float | None
-) -> dict[str, Any]:
+def _result(one: Submission, assignment: Assignment | None, **more: Any) -> dict[str, Any]:
+    """A result without points."""
+    most: dict[bool, float] = {True: 0.0, False: 0.0}
+    for e in assignment.exercises if assignment else ():
+        most[exercises.exercise(e.id).kind == "must"] += e.points
     return {
         "student": one.student,
         "assignment": one.assignment,
         "points": 0.0,
-        "max_points": max_points,
-        "status": status,
-        "message": message,
+        "max_points": most[True] if assignment else None,
+        "optional_points": 0.0,
+        "max_optional_points": most[False] if assignment else None,
+        "status": "unreadable",
+        "message": "",
         "notes": list(one.notes),
+        "flags": [],
         "exercises": [],
+        **more,
     }
 
 
 def grade_one(
     one: Submission,
-    handed_out: Assignment | None,
-    course: Path,
+    assignment: Assignment | None,
+    site: Path,
     isolation: Isolation,
     limits: Limits,
-) -> tuple[dict[str, Any], str]:
-    """Run one submission; returns its result and its feedback as HTML ("" if it did not run).
+    salt: str,
+) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Execute and grade one submission.
 
-    `course` holds the gradebook.db of the assignments. Each submission gets a copy, so that several
-    can run at the same time and none sees the points of another.
+    Returns:
+        Its result, its feedback page, and the sources of its answers by exercise.
     """
-    max_points = sum(e.points for e in handed_out.exercises) if handed_out else None
-    if one.problem or handed_out is None:
-        return _ungraded(one, "unreadable", one.problem, max_points), ""
+    torch.set_num_threads(1)
+    if one.problem or assignment is None:
+        result = _result(one, assignment, message=one.problem)
+        return result, feedback_page(result), {}
     try:
-        notebook, notes = clean_copy(read_notebook(one.path), handed_out)
+        copy = clean_copy(read_notebook(one.path), assignment)
     except (SubmissionError, OSError) as error:
-        return _ungraded(one, "unreadable", str(error), max_points), ""
-    name = handed_out.name
+        result = _result(one, assignment, message=str(error))
+        return result, feedback_page(result), {}
     with tempfile.TemporaryDirectory(prefix="grading-") as folder:
-        home = Path(folder).resolve()
-        shutil.copy(course / "gradebook.db", home)
-        inside = home / "submitted" / "learner" / name / f"{name}.ipynb"
-        inside.parent.mkdir(parents=True)
-        inside.write_text(json.dumps(notebook), encoding="utf-8")
-        job = {
-            "root": str(home), "assignment": name, "cell_seconds": limits.cell_seconds,
-            "memory_gib": limits.memory_gib, "exercises": [asdict(e) for e in handed_out.exercises],
-        }  # fmt: skip
-        reason = run_limited(
-            [*isolation.command, *worker_command("grade")], job, home, limits.seconds
-        )
-        if reason or not (home / "result.json").is_file():
-            status = "stopped" if reason.startswith("stopped") else "died"
-            result = _ungraded(one, status, reason or "it wrote no result", max_points)
-            return {**result, "notes": [*one.notes, *notes]}, ""
-        ran = json.loads((home / "result.json").read_text(encoding="utf-8"))
-        page = home / "feedback" / "learner" / name / f"{name}.html"
-        feedback = page.read_text(encoding="utf-8")
-    exercises = [{"id": i, **of} for i, of in ran["exercises"].items()]
-    right = sum(e["status"] == "passed" for e in exercises)
-    wrong = [f"{e['id']} {e['status']}" for e in exercises if e["status"] != "passed"]
-    message = f"{right} of {len(exercises)} exercises right"
-    return {
-        "student": one.student, "assignment": name,
-        "points": sum(e["points"] for e in exercises), "max_points": max_points, "status": "graded",
-        "message": message + (f"; {', '.join(wrong)}" if wrong else ""),
-        "notes": [*one.notes, *notes], "exercises": exercises,
-        "seconds": round(ran["seconds"], 1), "network_cut_off": ran["cut_off"],
-        "memory_limited": ran["memory_limit"],
-    }, feedback  # fmt: skip
+        own_site = site
+        if not isolation.jailed:  # there it could be written to
+            own_site = Path(folder, "site")
+            shutil.copytree(site, own_site)
+        try:
+            scored = score_submission(copy.notebook, assignment, own_site, isolation, limits, salt)
+        except Exception as error:  # the others are graded all the same
+            message = f"the grader failed: {type(error).__name__}: {error}; grade it by hand"
+            result = _result(
+                one, assignment, status="error", message=message, flags=["grader_failed"]
+            )
+            return result, feedback_page(result, copy.notebook), {}
+    right = sum(e.status == "passed" for e in scored.scores)
+    wrong = [f"{e.id} {e.status}" for e in scored.scores if e.status != "passed"]
+    message = f"{right} of {len(scored.scores)} exercises right"
+    result = _result(
+        one,
+        assignment,
+        points=sum(e.points for e in scored.scores if e.kind == "must"),
+        optional_points=sum(e.points for e in scored.scores if e.kind != "must"),
+        status="graded",
+        message=message + (f"; {', '.join(wrong)}" if wrong else ""),
+        notes=[*one.notes, *copy.notes, *scored.notes],
+        flags=sorted({*copy.flags, *scored.flags}),
+        exercises=[asdict(e) for e in scored.scores],
+        seconds=scored.seconds,
+        network_cut_off=scored.facts.get("cut_off") is True,
+        memory_limited=scored.facts.get("memory_limited") is True,
+    )
+    by_name = {grade_id(cell): text_of(cell) for cell in copy.notebook["cells"]}
+    sources = {e.id: by_name[e.answer] for e in assignment.exercises if e.answer in by_name}
+    return result, feedback_page(result, copy.notebook, scored.outputs), sources
 
 
-def feedback_page(result: dict[str, Any], feedback: str) -> str:
-    """The feedback with a summary at the top; only the summary if the notebook did not run."""
-    max_points = "?" if result["max_points"] is None else f"{result['max_points']:g}"
-    lines = [f"{result['status']}: {result['message']}", *result["notes"]]
-    lines += [
-        f"{e['id']}: {e['points']:g} of {e['max_points']:g}, {e['status']}"
-        for e in result["exercises"]
-    ]
-    title = f"{result['student']} · {result['assignment'] or 'no assignment'}"
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    score = f"{result['points']:g} of {max_points} points"
-    summary = f"<h3>{html.escape(title)}: {score}</h3><ul>{items}</ul>"
-    head, tag, rest = feedback.partition("<body>")
-    if not tag:
-        return (
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-            f"<title>{html.escape(title)}</title></head><body>{summary}</body></html>"
-        )
-    head = head.replace("</head>", f"{COMMENT_STYLE}</head>", 1)
-    return f'{head}{tag}<div class="container">{summary}</div>{rest}'
+def importing_sources(assignment: Assignment) -> list[str]:
+    """Code whose imports a learner's process has to know.
+
+    These are the handed-out cells, and the references of exercises of other chapters.
+    """
+    sources = [text_of(cell) for cell in assignment.cells if cell["cell_type"] == "code"]
+    for one in assignment.exercises:
+        for needed in exercises.exercise(one.id).needs:
+            if needed[:2] != one.id[:2]:
+                sources += reference_sources(exercises.exercise(needed))
+    return sources
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("nbgrader", "nemotron-lite", "torch"):
+    for name in ("nemotron-lite", "torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -295,7 +200,8 @@ def grade_folder(
     *,
     limits: Limits | None = None,
     jobs: int = 1,
-    source: Path | None = None,
+    names: Sequence[str] | None = None,
+    seed: str = "",
 ) -> dict[str, Any]:
     """Grade every submission below `folder` and write the results into `out`.
 
@@ -304,8 +210,8 @@ def grade_folder(
         out: the folder for the results.
         limits: of each submission.
         jobs: submissions at the same time.
-        source: a folder of source notebooks, such as exercises/source; None makes them from the
-            exercises of the package, for all chapters.
+        names: chapters whose coursework was handed out, such as "01"; None: all.
+        seed: of an earlier run, to repeat it; "" for a new one.
 
     Returns:
         What scores.json holds.
@@ -313,7 +219,6 @@ def grade_folder(
     Raises:
         SubmissionError: no such folder, nothing in it, `out` lies inside it, or `out` cannot be
             written. No submission has run then.
-        CourseworkError: nbgrader could not make the assignments.
     """
     folder, out, limits = folder.resolve(), out.resolve(), limits or Limits()
     if out == folder or folder in out.parents:
@@ -331,77 +236,122 @@ def grade_folder(
             raise SubmissionError(
                 f"the results cannot be written into --out {out}: {error}"
             ) from error
-        return _grade_into(fresh, folder, limits, jobs, source)
+        return _grade_into(fresh, folder, limits, jobs, handed_out(names), seed)
 
 
 def _grade_into(
-    fresh: Path, folder: Path, limits: Limits, jobs: int, source: Path | None
+    fresh: Path,
+    folder: Path,
+    limits: Limits,
+    jobs: int,
+    assignments: dict[str, Assignment],
+    seed: str,
 ) -> dict[str, Any]:
     """Grade every submission below `folder` and write the results into the folder `fresh`."""
-    before = _folder_hash(folder)
+    before, salt = _folder_hash(folder), seed or secrets.token_hex(8)
+    found, isolation = find_submissions(folder, assignments), find_isolation()
     with tempfile.TemporaryDirectory(prefix="course-") as work:
-        course = Path(work)
-        if source is None:
-            names = write_source(course)
-        else:
-            shutil.copytree(source, course / "source")
-            names = sorted(path.name for path in (course / "source").iterdir())
-        write_release(course, names)
-        known = {n: read_release(assignment_path(course, "release", n)) for n in names}
-        found, isolation = find_submissions(folder, known), find_isolation()
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            running = [
-                pool.submit(grade_one, one, known.get(one.assignment), course, isolation, limits)
-                for one in found
-            ]
-            done = [r.result() for r in tqdm(running, "grading", unit="submission", leave=False)]
-    results = []
-    for one, (result, feedback) in zip(found, done, strict=True):
-        page = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
-        (fresh / page).parent.mkdir(parents=True, exist_ok=True)
-        (fresh / page).write_text(feedback_page(result, feedback), encoding="utf-8")
-        file = str(one.path.relative_to(folder))
-        results.append({**result, "file": file, "feedback": page.as_posix()})
+        sites = {}
+        for name in {one.assignment for one in found} & assignments.keys():
+            sites[name] = Path(work, name)
+            write_package(sites[name], importing_sources(assignments[name]))
+        tasks = [
+            (one, assignments.get(one.assignment), sites.get(one.assignment, Path(work)),
+             isolation, limits, salt)
+            for one in found
+        ]  # fmt: skip
+        with _mapped(min(jobs, len(tasks))) as mapped:
+            running = mapped(grade_one, *zip(*tasks, strict=True))
+            bar = tqdm(running, "grading", len(tasks), unit="submission", leave=False)
+            done = list(bar)
+    results: list[dict[str, Any]] = []
+    answers: dict[str, list[Answer]] = {e.id: [] for a in assignments.values() for e in a.exercises}
+    for one, (result, _, sources) in zip(found, done, strict=True):
+        results.append({**result, "file": str(one.path.relative_to(folder))})
+        for exercise, source in sources.items():
+            answers[exercise].append(Answer(one.student, source))
+    given = {e: (exercises.exercise(e).stub, exercises.exercise(e).solution) for e in answers}
+    _note_similar(results, write_report(fresh, {e: a for e, a in answers.items() if a}, given))
+    for one, result, (_, page, _) in zip(found, results, done, strict=True):
+        path = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
+        (fresh / path).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / path).write_text(page, encoding="utf-8")
+        result["feedback"] = path.as_posix()
     summary = {
         "submissions": results, "network": isolation.network, "processes": isolation.processes,
-        "limits": asdict(limits), "versions": _versions(),
+        "files": isolation.files, "limits": asdict(limits), "seed": salt, "versions": _versions(),
         "submissions_unchanged": _folder_hash(folder) == before,
         "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-    (fresh / "scores.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    with (fresh / "scores.csv").open("w", newline="", encoding="utf-8") as table:
-        rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
-        rows.writeheader()
-        rows.writerows(results)
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    (fresh / "scores.json").write_text(text, encoding="utf-8")
+    columns = [e.id for a in assignments.values() if a.name in sites for e in a.exercises]
+    write_scores(fresh / "scores.csv", results, columns)
     return summary
+
+
+@contextmanager
+def _mapped(jobs: int) -> Iterator[Callable[..., Any]]:
+    """`map` over so many processes: the checks seed torch's global generator, so no threads."""
+    if jobs <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _note_similar(results: list[dict[str, Any]], pairs: list[Pair]) -> None:
+    """Note similar answers in the results, which the feedback pages do not show."""
+    alike: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for pair in pairs:
+        for one, other in ((pair.one, pair.other), (pair.other, pair.one)):
+            found = alike.setdefault((one.student, pair.exercise), [])
+            found.append((pair.similarity, other.student))
+    for result in results:
+        for exercise in (e["id"] for e in result["exercises"]):
+            if of := alike.get((result["student"], exercise)):
+                names = ", ".join(f"{name} ({share:.0%})" for share, name in of[:MOST_NAMES])
+                more = f" and {len(of) - MOST_NAMES} more" if len(of) > MOST_NAMES else ""
+                result["notes"].append(f"{exercise}: the answer is like that of {names}{more}")
+                result["flags"] = sorted({*result["flags"], "similar"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Grade a folder from the command line and print a line for each submission."""
     parser = argparse.ArgumentParser(prog="make grade SUBMISSIONS=folder", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    default = Limits()
+    default, jobs = Limits(), min(os.cpu_count() or 1, MOST_JOBS)
     parser.add_argument("submissions", type=Path, help="folder of submissions; it is only read")
     parser.add_argument("--out", type=Path, default=Path("grades"), help="results (./grades)")
-    parser.add_argument("--cell-seconds", type=int, default=default.cell_seconds)
-    parser.add_argument("--seconds", type=int, default=default.seconds, help="for one submission")
+    parser.add_argument(
+        "--cell-seconds", type=float, default=default.cell_seconds,
+        help="for a cell, and for all checks of an exercise (60)",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="for one submission")
     parser.add_argument("--memory-gib", type=float, default=default.memory_gib, help="0: no limit")
-    parser.add_argument("--jobs", type=int, default=1, help="submissions at the same time")
+    parser.add_argument("--jobs", type=int, default=jobs, help="submissions at the same time")
+    parser.add_argument("--seed", default="", help="of scores.json, to repeat a run")
     chosen = parser.parse_args(arguments)
     limits = Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gib)
     try:
-        summary = grade_folder(chosen.submissions, chosen.out, limits=limits, jobs=chosen.jobs)
-    except (SubmissionError, CourseworkError) as error:
+        summary = grade_folder(
+            chosen.submissions, chosen.out, limits=limits, jobs=chosen.jobs, seed=chosen.seed
+        )
+    except SubmissionError as error:
         print(f"Nothing was graded: {error}", file=sys.stderr)
         return 2
     for one in summary["submissions"]:
-        max_points = "?" if one["max_points"] is None else f"{one['max_points']:g}"
+        most = "?" if one["max_points"] is None else f"{one['max_points']:g}"
+        extra = f" +{one['optional_points']:g}" if one["max_optional_points"] else ""
         print(
             f"{one['student']:<16} {one['assignment'] or '-':<12} "
-            f"{one['points']:>5g} of {max_points:<4} {one['status']}: {one['message']}"
+            f"{one['points']:>5g} of {most + extra:<8} {one['status']}: {one['message']}"
         )
         print("".join(f"{'':<16} note: {note}\n" for note in one["notes"]), end="")
-    print(f"Network of the submissions: {summary['network']}. Results: {chosen.out}")
+    print(
+        f"Network of the submissions: {summary['network']}; files: {summary['files']}; processes: "
+        f"{summary['processes']}. Results: {chosen.out}"
+    )
     if not summary["submissions_unchanged"]:
         print("WARNING: the folder of submissions changed while it was graded.", file=sys.stderr)
     return 0

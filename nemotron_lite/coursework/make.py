@@ -7,10 +7,11 @@ notebook that an instructor hands out:
     exercises/source/chapter_NN/chapter_NN.ipynb     with the solution, never handed out
     exercises/release/chapter_NN/chapter_NN.ipynb    made from it by nbgrader, with the stub again
 
-Each exercise becomes three cells: the task, the answer (the stub, whose last statement the source
-replaces by the solution between BEGIN SOLUTION and END SOLUTION), and a locked test cell that calls
-`check` on the learner's function. Its last expression is the number of points earned, which
-nbgrader takes as partial credit.
+Each exercise becomes three cells: the task, the answer (the stub, in which the source replaces each
+`raise NotImplementedError` by the solution between BEGIN SOLUTION and END SOLUTION), and a locked
+test cell that calls `check` on the learner's function or class. Its last expression is the number
+of points earned, which nbgrader takes as partial credit. An exercise that needs the functions of
+others has a fourth cell, which puts them there: the learner's own where they pass their checks.
 
 The notebooks depend on the exercises alone: cell ids come from exercise ids and nothing holds a
 date. So notebooks made again equal the committed files byte for byte.
@@ -76,16 +77,30 @@ def chapters() -> list[str]:
     return list(chapter_folders())
 
 
-def target_function(source: str) -> ast.FunctionDef:
-    """The function that an exercise asks for: the last one that its stub or solution defines."""
-    found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    if not found:
-        raise CourseworkError(f"no function is defined in:\n{source}\nAn exercise needs one.")
-    return found[-1]
+Written = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _is_stub(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Raise) and "NotImplementedError" in ast.unparse(statement)
+def _functions(source: str) -> dict[str, Written]:
+    """The functions and methods that some source defines, by names such as `Mamba2.forward`."""
+    found: dict[str, Written] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, Written):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            methods = (one for one in node.body if isinstance(one, Written))
+            found |= {f"{node.name}.{method.name}": method for method in methods}
+    return found
+
+
+def _is_stub(function: Written) -> bool:
+    """Whether a learner writes it: its last statement raises NotImplementedError."""
+    last = function.body[-1]
+    return isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
+
+
+def _statements(function: Written) -> list[ast.stmt]:
+    """The body of a function without its docstring."""
+    return function.body[1:] if _is_docstring(function.body[0]) else function.body
 
 
 def _is_docstring(statement: ast.stmt) -> bool:
@@ -94,107 +109,199 @@ def _is_docstring(statement: ast.stmt) -> bool:
     )
 
 
-def _lines_of(node: ast.stmt, lines: list[str]) -> list[str]:
+def _first_line(node: ast.stmt, lines: list[str]) -> int:
+    """The number of a statement's first line from zero, its decorators and comment included."""
     decorators = getattr(node, "decorator_list", [])
-    first = min([node.lineno, *(d.lineno for d in decorators)])
-    return lines[first - 1 : node.end_lineno]
-
-
-def _solution_body(exercise: Exercise) -> str:
-    """The statements of the reference solution, without signature, docstring or indentation.
-
-    What the solution imports or defines outside its function, and the stub does not, comes first:
-    nbgrader clears one region, so all of it must be inside the function.
-    """
-    function = target_function(exercise.solution)
-    lines = exercise.solution.splitlines()
-    beside = {ast.dump(node) for node in ast.parse(exercise.stub).body}
-    extras = [
-        "\n".join(_lines_of(node, lines))
-        for node in ast.parse(exercise.solution).body
-        if not (isinstance(node, ast.FunctionDef) and node.name == function.name)
-        and ast.dump(node) not in beside
-        and not _is_docstring(node)
-    ]
-    body = function.body[1:] if _is_docstring(function.body[0]) else function.body
-    if not body:
-        raise CourseworkError(f"{exercise.id}: the solution has no statements; write one.")
-    first = body[0].lineno - 1
-    while first > function.lineno and lines[first - 1].strip().startswith("#"):
+    first = min([node.lineno, *(d.lineno for d in decorators)]) - 1
+    while first > 0 and lines[first - 1].strip().startswith("#"):
         first -= 1
-    own = textwrap.dedent("\n".join(lines[first : function.end_lineno]))
-    return "\n".join([*extras, own])
+    return first
+
+
+def _text(node: ast.stmt, lines: list[str]) -> str:
+    return textwrap.dedent("\n".join(lines[_first_line(node, lines) : node.end_lineno]))
+
+
+def _own_statements(exercise: Exercise, name: str, stub: Written, solution: Written) -> str:
+    """What the solution writes in one function, without what the stub gives at its beginning."""
+    given, body = _statements(stub)[:-1], _statements(solution)
+    same = 0
+    while same < min(len(given), len(body)) and ast.dump(given[same]) == ast.dump(body[same]):
+        same += 1
+    if same < len(given):
+        raise CourseworkError(
+            f"{exercise.id}: the stub of {name} gives `{ast.unparse(given[same])}`, and the "
+            "solution does not; begin both with the same statements."
+        )
+    if same == len(body):
+        raise CourseworkError(
+            f"{exercise.id}: the solution of {name} has no statements; write one."
+        )
+    lines = exercise.solution.splitlines()
+    return textwrap.dedent("\n".join(lines[_first_line(body[same], lines) : solution.end_lineno]))
+
+
+def _beside(exercise: Exercise) -> tuple[list[str], dict[str, list[str]]]:
+    """What the solution has and the stub lacks: statements, and methods of each class."""
+    lines = exercise.solution.splitlines()
+    stub_body = ast.parse(exercise.stub).body
+    known = {ast.dump(node) for node in stub_body}
+    named = {getattr(node, "name", "") for node in stub_body} - {""}
+    classes = {node.name: node for node in stub_body if isinstance(node, ast.ClassDef)}
+    statements, methods = [], {}
+    for node in ast.parse(exercise.solution).body:
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            given = {getattr(one, "name", ast.dump(one)) for one in classes[node.name].body}
+            methods[node.name] = [
+                _text(one, lines)
+                for one in node.body
+                if getattr(one, "name", ast.dump(one)) not in given and not _is_docstring(one)
+            ]
+        elif (
+            getattr(node, "name", "") not in named
+            and ast.dump(node) not in known
+            and not _is_docstring(node)
+        ):
+            statements.append(_text(node, lines))
+    return statements, methods
+
+
+def _check_given(
+    exercise: Exercise, stub: dict[str, Written], solution: dict[str, Written]
+) -> None:
+    """Refuse a solution with another signature, or with another version of a given function."""
+    for name, function in stub.items():
+        if name not in solution:
+            if _is_stub(function):
+                raise CourseworkError(f"{exercise.id}: the solution does not define {name}.")
+            continue
+        asked, given = _signature(name, function), _signature(name, solution[name])
+        if asked != given:
+            raise CourseworkError(
+                f"{exercise.id}: the stub is {asked}, but the solution is {given}; give both the "
+                "same name and arguments."
+            )
+        bodies = [[ast.dump(one) for one in _statements(f)] for f in (function, solution[name])]
+        if not _is_stub(function) and bodies[0] != bodies[1]:
+            raise CourseworkError(
+                f"{exercise.id}: {name} is given in the stub, and the solution changes it."
+            )
 
 
 def answer_cell(exercise: Exercise) -> str:
-    """The stub with the reference solution in the place of its `raise NotImplementedError`.
+    """The stub with the reference solution in the place of each `raise NotImplementedError`.
+
+    nbgrader turns each region between BEGIN and END back into that statement. What the solution has
+    beside the functions of the stub has to lie in a region: statements such as imports move into
+    the function, and further methods of a class follow in the region of its last method.
 
     Raises:
-        CourseworkError: the stub does not end in that statement, or the solution has another name
-            or other arguments.
+        CourseworkError: the stub asks for nothing, or the solution does not fit it.
     """
-    stub, solution = target_function(exercise.stub), target_function(exercise.solution)
-    if not _is_stub(stub.body[-1]):
+    stub, solution = _functions(exercise.stub), _functions(exercise.solution)
+    asked = {name: function for name, function in stub.items() if _is_stub(function)}
+    if not asked:
         raise CourseworkError(
-            f"{exercise.id}: the stub ends in `{ast.unparse(stub.body[-1])}`; expected "
-            "`raise NotImplementedError`."
+            f"{exercise.id}: no function of the stub ends in `raise NotImplementedError`; expected "
+            "that as the last statement of each one to write."
         )
-    asked, given = _signature(stub), _signature(solution)
-    if asked != given:
+    _check_given(exercise, stub, solution)
+    statements, methods = _beside(exercise)
+    lines = exercise.stub.rstrip().splitlines()
+    for number, (name, function) in enumerate(reversed(asked.items())):
+        last = function.body[-1]
+        region = _own_statements(exercise, name, function, solution[name])
+        if "." not in name and statements:
+            region, statements = "\n".join([*statements, region]), []
+        pad = " " * last.col_offset
+        block = [BEGIN, *region.splitlines()]
+        text = [pad + line if line else line for line in block]
+        owner = name.partition(".")[0]
+        for method in methods.pop(owner, []) if "." in name else []:
+            text += ["", *textwrap.indent(method, "    ").splitlines()]
+        if not number and statements and last.end_lineno == len(lines):
+            text += ["", "", *(line for one in statements for line in one.splitlines())]
+            statements = []
+        lines[last.lineno - 1 : last.end_lineno] = [*text, pad + END]
+    if left := [*statements, *(one for of in methods.values() for one in of)]:
         raise CourseworkError(
-            f"{exercise.id}: the stub is {asked}, but the solution is {given}; give both the same "
-            "name and arguments."
+            f"{exercise.id}: the solution defines {left[0]!r:.80} outside of what the stub asks "
+            "for; move it into a function, or give it in the stub."
         )
-    last = stub.body[-1]
-    head = "\n".join(exercise.stub.splitlines()[: last.lineno - 1])
-    region = f"{BEGIN}\n{_solution_body(exercise)}\n{END}"
-    cell = f"{head}\n{textwrap.indent(region, ' ' * last.col_offset)}"
+    cell = "\n".join(lines)
     ast.parse(cell)
     return cell
 
 
-def _signature(function: ast.FunctionDef) -> str:
+def _signature(name: str, function: Written) -> str:
     names = [a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)]
-    return f"{function.name}({', '.join(names)})"
+    return f"{name}({', '.join(names)})"
 
 
 def test_cell(exercise: Exercise) -> str:
     """The graded cell; its value is the number of points earned."""
-    name = target_function(exercise.stub).name
+    name = exercise.function_name
     return f'from nemotron_lite.course import check\n\ncheck("{exercise.id}", {name}).points'
 
 
 test_cell.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
 
 
+def given_cell(exercise: Exercise) -> str:
+    """The locked cell above an exercise that needs others: their functions, by name.
+
+    `own` gives the learner's function if it passes its checks, otherwise the package's answer. So
+    an earlier mistake does not cost points again.
+    """
+    lines = ["from nemotron_lite.course import own", ""]
+    for needed in map(exercises.exercise, exercise.needs):
+        here = needed.id[:2] == exercise.id[:2]
+        name = needed.function_name
+        lines.append(f'{name} = own("{needed.id}"{f", {name}" if here else ""})')
+    return "\n".join(lines)
+
+
 def _task(exercise: Exercise, number: int) -> str:
     objective = exercise.objective.strip()
     goal = f"*{objective}*\n\n" if " " in objective else ""  # some are only a chapter's number
+    names = [f"`{exercises.exercise(needed).function_name}`" for needed in exercise.needs]
+    use = f"Your answer may call {' and '.join(names)}.\n\n" if names else ""
     return (
         f"## {number} · {exercise.title}\n\n"
         f"{exercise.kind} · {exercise.points} points · about {exercise.minutes} minutes · "
         f"difficulty {exercise.dots}\n\n{goal}"
-        f"{textwrap.dedent(exercise.task).strip()}\n\n"
+        f"{textwrap.dedent(exercise.task).strip()}\n\n{use}"
         f'Stuck? Run `hint("{exercise.id}")` in a cell of your own; there are three, each stronger '
         "than the one before."
     )
 
 
 def _opening(chapter: str, exercises: Sequence[Exercise]) -> str:
-    rows = [f"| {i} | {e.title} | {e.points} | {e.minutes} |" for i, e in enumerate(exercises, 1)]
+    rows = [
+        f"| {i} | {e.title} | {e.kind} | {e.points} | {e.minutes} |"
+        for i, e in enumerate(exercises, 1)
+    ]
+    for kind, name in ((True, "must"), (False, "optional and stretch, counted apart")):
+        of = [e for e in exercises if (e.kind == "must") is kind]
+        if of:
+            points, minutes = sum(e.points for e in of), sum(e.minutes for e in of)
+            rows.append(f"| | all | {name} | {points} | {minutes} |")
     return "\n".join(
         [
             f"# Coursework of chapter {chapter}",
             "",
-            "Write each function where it says `raise NotImplementedError`, run its cell, then the "
-            "cell below it, which grades it. Points are given for each part that is right, so an "
+            "Write your code where a cell says `raise NotImplementedError`, run the cell, then the "
+            "one below it, which grades it. Points are given for each part that is right, so an "
             "unfinished answer is worth handing in. Keep the names of the functions and the cells "
             "that grade; add cells of your own wherever you like.",
             "",
-            "| | Exercise | Points | Minutes |",
-            "|---|---|---|---|",
+            "Your answers are graded with other numbers than the ones you see here. They can use "
+            "torch and what the cells already import; other parts of `nemotron_lite` do not exist "
+            "where they are graded.",
+            "",
+            "| | Exercise | Kind | Points | Minutes |",
+            "|---|---|---|---|---|",
             *rows,
-            f"| | all | {sum(e.points for e in exercises)} | {sum(e.minutes for e in exercises)} |",
         ]
     )
 
@@ -212,12 +319,7 @@ def _nbgrader(grade_id: str, *, solution: bool, points: int = 0) -> dict[str, An
     return {**marks, "schema_version": 3, "solution": solution, "task": False}
 
 
-def source_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, Any]:
-    """One assignment of nbgrader, with its solutions, as the JSON of a notebook.
-
-    Raises:
-        CourseworkError: a stub and its solution do not match, or there is no exercise.
-    """
+def _notebook(chapter: str, exercises: Sequence[Exercise], *, solved: bool) -> dict[str, Any]:
     if not exercises:
         raise CourseworkError(f"chapter {chapter} has no exercises; add at least one.")
     cells = [
@@ -226,17 +328,45 @@ def source_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, An
     ]
     for number, exercise in enumerate(exercises, 1):
         name = exercise.id.replace(".", "-")
-        about = {"exercise": exercise.id, "function": target_function(exercise.stub).name}
-        answer = _nbgrader(name, solution=True)
+        about = {"exercise": exercise.id, "function": exercise.function_name}
+        cells.append(_cell("markdown", f"{name}-task", _task(exercise, number)))
+        if exercise.needs:
+            locked = {**_nbgrader(f"{name}-given", solution=False), "grade": False}
+            del locked["points"]
+            given = given_cell(exercise)
+            cells.append(
+                _cell("code", f"{name}-given", given, nbgrader=locked, nemotron_lite=about)
+            )
+        answer = answer_cell(exercise) if solved else exercise.stub.strip()
         graded = _nbgrader(f"{name}-check", solution=False, points=exercise.points)
         cells += [
-            _cell("markdown", f"{name}-task", _task(exercise, number)),
-            _cell("code", name, answer_cell(exercise), nbgrader=answer),
+            _cell("code", name, answer, nbgrader=_nbgrader(name, solution=True)),
             _cell(
                 "code", f"{name}-check", test_cell(exercise), nbgrader=graded, nemotron_lite=about
             ),
         ]
     return {"cells": cells, "metadata": NOTEBOOK_METADATA, "nbformat": 4, "nbformat_minor": 5}
+
+
+def source_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, Any]:
+    """One assignment of nbgrader, with its solutions, as the JSON of a notebook.
+
+    Raises:
+        CourseworkError: a stub and its solution do not match, or there is no exercise.
+    """
+    return _notebook(chapter, exercises, solved=True)
+
+
+def release_notebook(chapter: str, exercises: Sequence[Exercise]) -> dict[str, Any]:
+    """The same as it is handed out, without its solutions.
+
+    nbgrader makes the notebook that is handed out; `make grade` compares submissions with this one,
+    which has the same cells and needs no nbgrader.
+
+    Raises:
+        CourseworkError: there is no exercise.
+    """
+    return _notebook(chapter, exercises, solved=False)
 
 
 def notebook_text(notebook: dict[str, Any]) -> str:
@@ -268,7 +398,7 @@ def write_release(root: Path, assignments: Sequence[str]) -> None:
         CourseworkError: nbgrader is not installed or failed; the message has the end of its log.
     """
     job = {"root": str(root), "assignments": list(assignments)}
-    command = [sys.executable, str(WORKER), "release"]
+    command = [sys.executable, str(WORKER)]
     run = subprocess.run(
         command, input=json.dumps(job), capture_output=True, text=True, check=False
     )

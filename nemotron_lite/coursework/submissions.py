@@ -32,7 +32,11 @@ LARGEST = 20 * 2**20  # bytes of one notebook
 ASSIGNMENT = re.compile(r"chapter_\d\d")
 EXCHANGE_FOLDER = re.compile(r"(?P<student>[^+]+)\+(?P<assignment>[^+]+)\+(?P<time>[^+]+)(\+.*)?")
 STUDENT_AND_ASSIGNMENT = re.compile(r"(?P<student>.+?)[ _+-]+(?P<assignment>chapter_\d\d)")
-OWN_IMPORT = re.compile(r"^\s*(?:from|import)\s+(nemotron_(?:lite|kernels)[\w.]*)", re.M)
+OWN_IMPORT = re.compile(
+    r"^\s*(?:from|import)\s+(nemotron_(?:lite|kernels)[\w.]*)"
+    r"(?:\s+import\s+(\([^)]*\)|[^\n#;]*))?",
+    re.M,
+)
 
 
 class SubmissionError(ValueError):
@@ -241,15 +245,39 @@ def _preference(one: Submission) -> tuple[Any, ...]:
     return one.time, not one.problem, named, one.path.stat().st_mtime_ns, one.path.name
 
 
-def clean_copy(
-    notebook: dict[str, Any], handed_out: Assignment
-) -> tuple[dict[str, Any], list[str]]:
-    """A valid notebook with the learner's cells and the original test cells, and notes about it.
+@dataclass(frozen=True)
+class CleanCopy:
+    """A notebook that can be executed, with notes about it, and flags that sum them up.
+
+    The flags: `cells_changed` (a test cell was changed or missing), `answer_missing`, `imports`.
+    """
+
+    notebook: dict[str, Any]
+    notes: list[str]
+    flags: list[str]
+
+
+def own_imports(source: str) -> set[str]:
+    """What some code imports of this package, such as `nemotron_lite.ops`."""
+    found = set()
+    for module, names in OWN_IMPORT.findall(source):
+        if module == "nemotron_lite" and names:
+            plain = names.strip("() \t").replace("\n", " ")
+            found |= {f"{module}.{name.split()[0]}" for name in plain.split(",") if name.strip()}
+        else:
+            found.add(module)
+    return found
+
+
+def clean_copy(notebook: dict[str, Any], handed_out: Assignment) -> CleanCopy:
+    """A valid notebook with the learner's cells and the original test cells.
 
     Outputs and unknown metadata are dropped. The notes say which graded cells were missing or
-    changed, and which modules of this package the answers import.
+    changed, and what of this package the answers import that they were not given.
     """
-    known, notes = handed_out.by_id, []
+    known = handed_out.by_id
+    notes: list[str] = []
+    flags: list[str] = []
     by_cell_id = {cell["id"]: name for name, cell in known.items()}
     cells: list[tuple[str, dict[str, Any]]] = []
     for cell in notebook["cells"]:
@@ -264,21 +292,35 @@ def clean_copy(
     copied = []
     for i, (name, cell) in enumerate(cells):
         if name and last[name] == i:
-            copied.append(_restored(known[name], cell, notes))
+            copied.append(_restored(known[name], cell, notes, flags))
         else:
             copied.append(_cell(f"own-{i}", cell["cell_type"], text_of(cell)))
     for exercise in handed_out.exercises:
         if exercise.answer not in last:
             notes.append(f"{exercise.id}: the answer cell is missing")
+            flags.append("answer_missing")
         if exercise.test not in last:
             notes.append(f"{exercise.id}: the test cell was missing and has been put back")
-            copied.append(_restored(known[exercise.test], known[exercise.test], notes))
-    allowed = set(OWN_IMPORT.findall("\n".join(map(text_of, handed_out.cells))))
-    used = set(OWN_IMPORT.findall("\n".join(c["source"] for c in copied)))
-    if extra := sorted(used - allowed):
+            flags.append("cells_changed")
+            copied.append(_restored(known[exercise.test], known[exercise.test], notes, flags))
+    if extra := sorted(_extra_imports(copied, handed_out)):
         notes.append(f"imports {', '.join(extra)}: read the answers, they may call what they teach")
+        flags.append("imports")
     whole = {"cells": copied, "metadata": handed_out.metadata, "nbformat": 4, "nbformat_minor": 5}
-    return whole, notes
+    return CleanCopy(whole, notes, sorted(set(flags)))
+
+
+def _extra_imports(copied: list[dict[str, Any]], handed_out: Assignment) -> set[str]:
+    """What answers import that their stubs do not, and other cells that no handed-out cell does."""
+    given = {name: own_imports(text_of(cell)) for name, cell in handed_out.by_id.items()}
+    everywhere = own_imports("\n".join(map(text_of, handed_out.cells)))
+    course = {name for name in everywhere if name.startswith("nemotron_lite.course")}
+    found = set()
+    for cell in copied:
+        if cell["cell_type"] == "code":
+            allowed = given.get(grade_id(cell), everywhere) | course
+            found |= own_imports(text_of(cell)) - allowed
+    return found
 
 
 def _cell(name: str, kind: str, source: str, **metadata: Any) -> dict[str, Any]:
@@ -286,13 +328,16 @@ def _cell(name: str, kind: str, source: str, **metadata: Any) -> dict[str, Any]:
     return {"cell_type": kind, "id": name, "metadata": metadata, "source": source, **code}
 
 
-def _restored(handed_out: dict[str, Any], cell: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """A known cell: an answer keeps the learner's text, a test cell gets the original text."""
+def _restored(
+    handed_out: dict[str, Any], cell: dict[str, Any], notes: list[str], flags: list[str]
+) -> dict[str, Any]:
+    """A known cell: an answer keeps the learner's text, a locked cell gets the original text."""
     marks = handed_out["metadata"]
     source = text_of(cell)
     if marks["nbgrader"]["locked"]:
-        if source.strip() != text_of(handed_out).strip():
+        if source.strip() != text_of(handed_out).strip() and marks["nbgrader"]["grade"]:
             about = marks["nemotron_lite"]["exercise"]
             notes.append(f"{about}: the test cell had been changed; the original was run")
+            flags.append("cells_changed")
         source = text_of(handed_out)
     return _cell(handed_out["id"], handed_out["cell_type"], source, **marks)

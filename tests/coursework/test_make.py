@@ -15,7 +15,7 @@ from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import Check, Exercise
 from nemotron_lite.coursework import make
 from nemotron_lite.coursework.make import BEGIN, END, CourseworkError
-from tests.coursework.conftest import Fresh
+from tests.coursework.conftest import Fresh, toy
 
 ALL = {e.id: e for chapter in make.chapters() for e in exercises.exercises(chapter)}
 every_exercise = pytest.mark.parametrize("exercise", ALL.values(), ids=ALL)
@@ -90,7 +90,7 @@ def test_the_source_is_a_function_of_the_exercises(chapter: str) -> None:
     one, two = (make.source_notebook(chapter, found) for _ in range(2))
     assert make.notebook_text(one) == make.notebook_text(two)
     ids = [cell["id"] for cell in one["cells"]]
-    assert len(set(ids)) == len(ids) == 2 + 3 * len(found)
+    assert len(set(ids)) == len(ids) == 2 + 3 * len(found) + sum(bool(e.needs) for e in found)
     assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in ids)
     graded = [c["metadata"]["nbgrader"] for c in one["cells"] if "nbgrader" in c["metadata"]]
     assert sum(g.get("points", 0) for g in graded) == sum(e.points for e in found)
@@ -125,22 +125,144 @@ def test_what_the_solution_needs_beside_its_function_moves_inside() -> None:
     assert exercise.build(cell)(4) == 8
 
 
+CLASS_STUB = '''
+from torch import nn
+
+
+class Layer(nn.Module):
+    """A layer."""
+
+    def __init__(self, d):
+        """Its weight."""
+        super().__init__()
+        self.d = d
+        raise NotImplementedError
+
+    def given(self, x):
+        return x + self.d
+
+    def forward(self, x):
+        """Twice the sum."""
+        raise NotImplementedError
+'''.strip()
+
+CLASS_SOLUTION = """
+import math
+
+from torch import nn
+
+
+def helper(x):
+    return 2 * x
+
+
+class Layer(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.d = d
+        # a weight
+        self.w = nn.Linear(d, d)
+
+    def given(self, x):
+        return x + self.d
+
+    def forward(self, x):
+        # doubled
+        return self.more(helper(self.given(x))) * math.gcd(1, 2)
+
+    # further down
+    @staticmethod
+    def more(x):
+        return x
+""".strip()
+
+
+def test_each_method_of_a_class_has_its_region() -> None:
+    exercise = example(CLASS_STUB, CLASS_SOLUTION)
+    cell = make.answer_cell(exercise)
+    assert cell.count(BEGIN) == cell.count(END) == 2
+    assert cell.count("super().__init__()") == cell.count("self.d = d") == 1
+    assert (
+        f"        {BEGIN}\n        # a weight\n        self.w = nn.Linear(d, d)\n        {END}"
+        in cell
+    )
+    assert exercise.build(cell)(3).forward(1) == 8
+    cleared = re.sub(f"{BEGIN}.*?{END}", "raise NotImplementedError", cell, flags=re.S)
+    assert cleared == CLASS_STUB
+
+
+def test_a_given_wrapper_stays_as_it_is() -> None:
+    stub = (
+        "def kernel(x):\n    row = x[0]\n    raise NotImplementedError\n\n\n"
+        "def launch(x):\n    return kernel(x)"
+    )
+    solution = stub.replace("raise NotImplementedError", "return 3 * row")
+    exercise = example(stub, solution)
+    cell = make.answer_cell(exercise)
+    assert cell.count("row = x[0]") == cell.count(BEGIN) == 1
+    assert exercise.build(cell)([2]) == 6
+
+
 @pytest.mark.parametrize(
     ("stub", "solution", "says"),
     [
         (STUB, "def twice(y):\n    return 2 * y\n", r"twice\(x\), but the solution is twice\(y\)"),
         (STUB.replace("raise NotImplementedError", "..."), "def twice(x):\n    return 1\n",
-         "expected `raise NotImplementedError`"),
-        (STUB, 'def twice(x):\n    """Double x."""\n', "the solution has no statements"),
-        ("class A:\n    pass\n", "class A:\n    pass\n", "no function is defined"),
+         "no function of the stub ends in `raise NotImplementedError`"),
+        (STUB, 'def twice(x):\n    """Double x."""\n', "has no statements"),
+        (STUB.replace("    raise", "    y = x\n    raise"), "def twice(x):\n    return 1\n",
+         "gives `y = x`, and the solution does not"),
+        (CLASS_STUB, CLASS_SOLUTION.replace("x + self.d", "x"), "the solution changes it"),
+        (CLASS_STUB, CLASS_SOLUTION.replace("forward", "backward"), "not define Layer.forward"),
+        (CLASS_STUB + "\n\n    def last(self):\n        return 1", CLASS_SOLUTION,
+         "outside of what the stub asks for"),
     ],
-    ids=["arguments", "ellipsis", "empty", "class"],
+    ids=["arguments", "ellipsis", "empty", "head", "given", "missing", "outside"],
 )  # fmt: skip
 def test_a_stub_and_a_solution_that_do_not_match_are_refused(
     stub: str, solution: str, says: str
 ) -> None:
     with pytest.raises(CourseworkError, match=says):
         make.answer_cell(example(stub, solution))
+
+
+def test_what_an_exercise_needs_stands_in_a_locked_cell_above_it(chapter_99: Any) -> None:
+    first, second = toy("first"), toy("second", needs=("99.first", "98.other"))
+    other = toy("other", id="98.other")
+    chapter_99([first, second, other])
+    book = make.release_notebook("99", [first, second])
+    names = [cell["id"] for cell in book["cells"]]
+    assert names[-4:] == ["99-second-task", "99-second-given", "99-second", "99-second-check"]
+    (given,) = [cell for cell in book["cells"] if cell["id"] == "99-second-given"]
+    assert code(book, "99-second-given").splitlines()[2:] == [
+        'first = own("99.first", first)', 'other = own("98.other")',
+    ]  # fmt: skip
+    marks = given["metadata"]["nbgrader"]
+    assert (marks["locked"], marks["grade"], marks["solution"]) == (True, False, False)
+
+
+def test_optional_points_are_counted_apart() -> None:
+    book = make.release_notebook("99", [toy("a"), toy("b"), toy("c", kind="optional", points=3)])
+    opening = "".join(book["cells"][0]["source"])
+    assert "| | all | must | 6 | 2 |" in opening
+    assert "| | all | optional and stretch, counted apart | 3 | 1 |" in opening
+
+
+@uses_nbgrader
+@pytest.mark.parametrize("chapter", make.chapters())
+def test_submissions_are_compared_with_what_nbgrader_hands_out(fresh: Fresh, chapter: str) -> None:
+    name = f"chapter_{chapter}"
+    released = json.loads(fresh.texts[f"release/{name}/{name}.ipynb"])
+    ours = make.release_notebook(chapter, exercises.exercises(chapter))
+
+    def plain(book: dict[str, Any]) -> list[tuple[Any, ...]]:
+        return [
+            (c["id"], c["cell_type"], "".join(c["source"]),
+             c["metadata"].get("nbgrader", {}).get("grade_id"))
+            for c in book["cells"]
+        ]  # fmt: skip
+
+    assert plain(released) == plain(ours)
 
 
 def test_a_chapter_without_exercises_is_refused() -> None:

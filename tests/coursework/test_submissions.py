@@ -204,7 +204,8 @@ def copied(*changes: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Cell],
     book = notebook()
     for change in changes:
         change(book)
-    whole, notes = clean_copy(book, FIRST)
+    copy = clean_copy(book, FIRST)
+    whole, notes = copy.notebook, copy.notes
     assert whole["metadata"] == FIRST.metadata
     assert all(isinstance(c["source"], str) for c in whole["cells"])
     named = [(c["metadata"].get("nbgrader", {}).get("grade_id"), c) for c in whole["cells"]]
@@ -270,10 +271,13 @@ def test_junk_between_the_cells_is_left_out() -> None:
     [
         ("from nemotron_lite.ops.scan import selective_scan", "nemotron_lite.ops.scan"),
         ("def one():\n    import nemotron_kernels", "nemotron_kernels"),
+        ("from nemotron_lite import (\n    ledger,\n    ops as o,\n)",
+         "nemotron_lite.ledger, nemotron_lite.ops"),
+        ("from nemotron_lite.course.exercises import exercise", "nemotron_lite.course.exercises"),
         ("from nemotron_lite.course import hint", ""),
         ("# nemotron_lite has this too", ""),
     ],
-)
+)  # fmt: skip
 def test_answers_that_import_the_package_are_noted(source: str, noted: str) -> None:
     _, notes = copied(edit("01-one", source=source))
     assert notes == (

@@ -508,17 +508,19 @@ def _scan(
 
 def scan_kernel(x, dt, A, B, C, D, state):
     """`selective_recurrence` for float32, p and n powers of two: launch one program a head."""
-    (b, t, h, p), n = x.shape, B.shape[-1]
+    (b, t, h, p), n, device = x.shape, B.shape[-1], x.device
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
     x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
     A, D = A.repeat(b), D.repeat(b)
-    # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
+    # Copies, on the GPU if there is one, with 64k zeros on both sides: a wrong pointer then
+    # overwrites nothing else.
+    there = "cuda" if torch.cuda.is_available() else "cpu"
     x, dt, A, B, C, D, state, y = (
-        F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
+        F.pad(v.to(there).flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
         for v in (x, dt, A, B, C, D, state, 0 * x)
     )
     _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, P=p, N=n)
-    return y.transpose(1, 2), state
+    return y.transpose(1, 2).to(device), state.to(device)
 '''.strip(),
     solution='''
 import torch
@@ -549,17 +551,19 @@ def _scan(
 
 def scan_kernel(x, dt, A, B, C, D, state):
     """`selective_recurrence` for float32, p and n powers of two: launch one program a head."""
-    (b, t, h, p), n = x.shape, B.shape[-1]
+    (b, t, h, p), n, device = x.shape, B.shape[-1], x.device
     B, C = (v.repeat_interleave(h // v.shape[2], dim=2) for v in (B, C))
     x, dt, B, C = (v.transpose(1, 2) for v in (x, dt, B, C))  # b h t ...
     A, D = A.repeat(b), D.repeat(b)
-    # Copies with 64k zeros on both sides: a wrong pointer then overwrites nothing else.
+    # Copies, on the GPU if there is one, with 64k zeros on both sides: a wrong pointer then
+    # overwrites nothing else.
+    there = "cuda" if torch.cuda.is_available() else "cpu"
     x, dt, A, B, C, D, state, y = (
-        F.pad(v.flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
+        F.pad(v.to(there).flatten(), (2**16, 2**16))[2**16 : -(2**16)].view(v.shape)
         for v in (x, dt, A, B, C, D, state, 0 * x)
     )
     _scan[(b * h,)](x, dt, A, B, C, D, state, y, t, P=p, N=n)
-    return y.transpose(1, 2), state
+    return y.transpose(1, 2).to(device), state.to(device)
 '''.strip(),
     hints=(
         "`state = tl.load(place)`, then `for i in range(t)`, then `tl.store(place, state)`. Token "
