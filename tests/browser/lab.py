@@ -70,10 +70,15 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
   }}, {{once: true, capture: true}});
 }}); }}"""
 _OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
-_ASK_FOR_WIDGETS = """async () => {
-  const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-  const late = new Promise(done => setTimeout(done, 20000));
-  await Promise.race([kernel.requestCommInfo({target_name: 'jupyter.widget'}), late]);
+# Whether the page has asked the kernel for the widgets that it has. Only the parts that show
+# widgets know the widget manager.
+_WIDGETS_KNOWN = """async () => {
+  const shown = jupyterapp.shell.currentWidget.content;
+  const type = 'application/vnd.jupyter.widget-view+json';
+  const renderer = shown.rendermime.createRenderer(type);
+  const late = new Promise(done => setTimeout(done, 50));
+  const manager = await Promise.race([renderer._manager.promise, late]);
+  return !!manager && manager.restoredStatus;
 }"""
 _IN_FRONT = "path => jupyterapp.shell.currentWidget?.context?.path === path"
 _CLOSE = """async () => {
@@ -167,10 +172,8 @@ def notebook(page: Page, name: str) -> Iterator[None]:
     page.evaluate(_OPEN, name)
     page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
     page.wait_for_function(_IDLE, timeout=60_000)
-    # The page now asks the kernel for the widgets that it has. A widget that a cell makes before
-    # the answer is created twice, and one of the two is deaf. The answer to us comes after it.
-    page.wait_for_timeout(1_000)
-    page.evaluate(_ASK_FOR_WIDGETS)
+    # A widget that a cell makes before this is created twice, and one of the two is deaf.
+    page.wait_for_function(_WIDGETS_KNOWN, timeout=60_000)
     try:
         yield
     finally:

@@ -429,7 +429,8 @@ def memory_widget(config: NemotronConfig) -> Explorer:
     def update(fig: go.FigureWidget, key_heads: int, n: int) -> str:
         changed = config.replace(num_key_value_heads=key_heads, ssm_state_size=n)
         crossing, state = _crossing(changed), _state(changed)
-        fig.data[0].update(y=_kv(changed, _CONTEXTS), name=f"one attention layer, {key_heads}")
+        name = f"one attention layer, {key_heads} key heads"
+        fig.data[0].update(y=_kv(changed, _CONTEXTS), name=name)
         fig.data[1].y = [state] * len(_CONTEXTS)
         fig.data[3].update(x=[crossing], y=[state])
         return (

@@ -38,10 +38,10 @@ SLOW = -2.8  # A_log of heads that remember about 16 tokens, as in `course.remov
 TOKENS = 64  # of the text that `shuffled` shuffles
 
 
-def teach(model: Nemotron, label: str) -> list[float]:
-    """Train a model of `removal.small_model("recall")` for `STEPS` updates; its losses."""
-    hook = progress_hook(label, STEPS)
-    return removal.train_small(model, "recall", steps=STEPS, on_step=hook)
+def teach(model: Nemotron, label: str, steps: int | None = None) -> list[float]:
+    """Train a model on the recall task, for `STEPS` updates unless you say more; its losses."""
+    hook = progress_hook(label, steps or STEPS)
+    return removal.train_small(model, "recall", steps=steps or STEPS, on_step=hook)
 
 
 def recall_model(pattern: str, n: int) -> Nemotron:
