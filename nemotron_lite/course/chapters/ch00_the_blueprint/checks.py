@@ -74,7 +74,9 @@ def all_four_letters(function: Answer) -> None:
 
 def foreign_letters(function: Answer) -> None:
     # Megatron's unified string: "|" between pipeline stages, and the MTP module behind a "/".
-    for pattern in ("MEM*E/*E", "ME|M*E", "mem"):
+    others = "ABCDFGHIJKLNOPQRSTUVWXYZ +,"
+    unknown = "ME" + others[_integer(0, len(others) - 1)] + "M*E"
+    for pattern in ("MEM*E/*E", "ME|M*E", "mem", unknown):
         raises(function, pattern, error=ValueError, what=f"the pattern {pattern!r}")
 
 
@@ -144,6 +146,8 @@ def _counted(
     expected = (int(layer.total), int(layer.active))
     names = (f"stored in {what}", f"read by one token in {what}")
     for i in (0, 1) if part is None else (part,):
+        integer = isinstance(found[i], int)
+        assert integer, f"{names[i]}: expected an int, got {type(found[i]).__name__}"
         close(found[i], expected[i], what=names[i], rtol=0.0, atol=0.0)
 
 
@@ -219,9 +223,9 @@ def constant_bytes(function: Answer) -> None:
 
 def other_bytes(function: Answer) -> None:
     config = small(pattern="MM*")
-    _kept(function, config, 0, "bytes per token with kv_bytes=1", kv_bytes=1)
-    _kept(function, config, 1, "constant bytes with state_bytes=2", state_bytes=2)
-    _kept(function, config, 1, "constant bytes with conv_bytes=4", conv_bytes=4)
+    for name, size in (("kv_bytes", 1), ("state_bytes", 2), ("conv_bytes", 4)):
+        _kept(function, config, 0, f"bytes per token with {name}={size}", **{name: size})
+        _kept(function, config, 1, f"constant bytes with {name}={size}", **{name: size})
 
 
 def published_caches(function: Answer) -> None:

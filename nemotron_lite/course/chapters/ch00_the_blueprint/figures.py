@@ -43,6 +43,7 @@ REST = "rest"  # embedding, head and the last norm: no layer's
 MIXING_PLACES = len(SUPER_PATTERN) - SUPER_PATTERN.count("E")  # layers that mix tokens
 MODELS = {"Super": "super", "Nano": "nano", "Ultra": "ultra", "lite (yours)": "lite"}
 CONTEXTS = tuple(2**i for i in range(10, 21))  # 1K to 1M tokens
+ATLAS_CONTEXT = 65_536  # end of the atlas's slider: the cache after 1M tokens is predicted later
 SMALLEST_LABEL = 0.09  # share of a bar large enough for a letter and a number
 LINES = {
     "attention in every place": theme.SERIES[1],
@@ -318,14 +319,14 @@ def atlas_widget() -> Explorer:
         update,
         model=ipywidgets.Dropdown(options=list(MODELS), description="model", style=wide),
         kind=ipywidgets.Dropdown(options=kinds, description="kind", style=wide),
-        context=context_slider(8192),
+        context=context_slider(8192, longest=ATLAS_CONTEXT),
     )
 
 
-def context_slider(value: int) -> ipywidgets.SelectionSlider:
-    """Tokens of context in powers of two, 1K to 1M."""
+def context_slider(value: int, longest: int = CONTEXTS[-1]) -> ipywidgets.SelectionSlider:
+    """Tokens of context in powers of two, from 1K to `longest`."""
     return ipywidgets.SelectionSlider(
-        options=[(format_tokens(n), n) for n in CONTEXTS],
+        options=[(format_tokens(n), n) for n in CONTEXTS if n <= longest],
         value=value,
         description="context",
         continuous_update=True,
@@ -487,8 +488,8 @@ EQUAL_CURVES = dict(
 )
 WITHOUT_MAMBA = dict(
     title="Three layers, with and without Mamba-2",
-    alt="Two training losses over the updates. Both fall; the model with a Mamba-2 layer falls "
-    "further, and the one with attention in its place stays above it.",
+    alt="Two training losses over the updates. Both fall, at first together; then the model with a "
+    "Mamba-2 layer falls further, and the one with attention in its place stays above it.",
 )
 
 

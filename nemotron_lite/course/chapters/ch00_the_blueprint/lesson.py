@@ -49,11 +49,12 @@ of such a model, but it can test the mechanism behind each claim:
    {super.attention_layers} of {super.layers} layers are attention. → **00** counts both, **01** to
    **03** build both kinds.
 2. **LatentMoE**, experts of a smaller width: MMLU-Pro, a test of knowledge, from
-   {latent_moe.standard_mmlu_pro} to {latent_moe.latent_mmlu_pro} % at equal cost. → **00**: its
-   cost. The rest is planned.
+   {latent_moe.standard_mmlu_pro} to {latent_moe.latent_mmlu_pro} % at equal cost, in a
+   smaller model. → **00**: its cost. The rest is planned.
 3. **Multi-token prediction** (MTP, the last row of the map): {super.mtp_acceptance_length} tokens
    accepted per step. → Planned.
-4. **Training in NVFP4**, four bits a number: a loss gap below {nvfp4.gap_a8b} %. → Planned.
+4. **Training in NVFP4**, four bits a number: in a smaller model, a loss within
+   {nvfp4.gap_a8b} % of BF16's. → Planned.
 5. **Reinforcement learning for agents**, in {super.rl_environments} environments. → Planned.
 6. **A million tokens of context**: RULER, a test on long texts, {super.ruler_1m} %. → **00**: its
    memory. **02**: its cost. **03**: recall.

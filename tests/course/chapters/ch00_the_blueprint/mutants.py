@@ -96,6 +96,22 @@ def read_pattern(pattern):
         bug="NVIDIA-NeMo/Megatron-Bridge#4129, NVIDIA/Model-Optimizer#2061: behind '/' stands the "
         "MTP module, and its layers were taken for the backbone's",
     ),
+    Mutant(
+        name="a list of separators",
+        source="""
+def read_pattern(pattern):
+    kinds = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+    places = {kind: [] for kind in kinds.values()}
+    for i, letter in enumerate(pattern):
+        if letter in "/|" or letter.islower():
+            raise ValueError(letter)
+        if letter in kinds:
+            places[kinds[letter]].append(i)
+    return places
+""",
+        hint=3,
+        bug="only the separators known today are refused; a new kind of layer is skipped",
+    ),
 ]
 
 NORM = "00.normalize"
@@ -249,6 +265,18 @@ LAYER_PARAMETERS = [
         bug="an expert counted at the wrong width (OpenSparseLLMs/Linear-MoE#17 took another field "
         "for it): Super would have four times its experts",
     ),
+    Mutant(
+        name="counts as floats",
+        source=changed(
+            COUNT,
+            (
+                "expert = 2 * config.moe_intermediate_size * config.expert_size",
+                "expert = 2.0 * config.moe_intermediate_size * config.expert_size",
+            ),
+        ),
+        hint=2,
+        bug="counts kept as floats: sums of a large model in lower precision are no longer exact",
+    ),
 ]
 
 CACHE = "00.cache_bytes"
@@ -304,6 +332,18 @@ CACHE_BYTES = [
         source=changed(CACHE, ("keys_and_values * kv_bytes", "keys_and_values * 2")),
         hint=3,
         bug="the cache's own precision is ignored: FP8 keys and values priced as BF16",
+    ),
+    Mutant(
+        name="a default follows the keys",
+        source=changed(
+            CACHE,
+            (
+                "inputs * conv_bytes",
+                "inputs * (kv_bytes if conv_bytes == 2 else conv_bytes)",
+            ),
+        ),
+        hint=3,
+        bug="a precision that was not given is taken from the keys: FP8 keys shrink the inputs too",
     ),
 ]
 
