@@ -34,10 +34,10 @@ Both rules below use $\mathrm{fade} = e^{dt\,A}$. They differ in the gain:
 
 - `"zoh"` (zero-order hold) is exact if the input is constant during the step:
   $\mathrm{gain} = (e^{dt\,A} - 1) / A$
-- `"euler"` is what Mamba uses: $\mathrm{gain} = dt$
+- `"euler"` is what Mamba uses: $\mathrm{gain} = dt$ (Euler's own fade would be $1 + dt\,A$)
 
-The function has to work for $A = 0$, and for steps so small that $e^{dt\,A}$ rounds to 1. The gradient
-of both results has to be finite and right, also at $A = 0$.
+The function has to work for $A = 0$, and for steps so small that $e^{dt\,A}$ rounds to 1. Its
+gradient has to be finite and right too.
 """.strip(),
     stub='''
 import torch
@@ -234,7 +234,7 @@ $s = 1, 2, 4, \dots$ each entry $i \ge s$ is combined with entry $i - s$, all at
 entries before $s$ are complete. Stop when $s$ reaches the length, which can be any number.
 
 One call of your `combine_spans` does a whole round: give it slices, not single tokens. The checks
-compare values, so they cannot tell a loop over tokens from doubling; the measurement below can.
+compare values only; the measurement below shows whether yours is fast.
 """.strip(),
     stub='''
 import torch
@@ -296,8 +296,7 @@ PARALLEL_SELECTIVE_SCAN = Exercise(
     points=5,
     needs=("01.discretise", "01.parallel_scan"),
     task=r"""
-Compute what `selective_recurrence` computes, without a loop over tokens (here, too, only the
-measurement notices one). Make the fade and the
+Compute what `selective_recurrence` computes, without a loop over tokens. Make the fade and the
 write of every token, scan them with your `parallel_scan`, and read all states at once. Remember the
 given `state`: a span maps it to $f S + w$.
 """.strip(),

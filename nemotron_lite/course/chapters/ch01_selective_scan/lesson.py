@@ -359,7 +359,7 @@ def time_scans(
     for t in progress(lengths, "timing"):
         inputs = random_inputs(t, generator, dtype=torch.float32)
         for name, scan in scans.items():
-            took[name].append(seconds(scan, inputs))
+            took[name].append(seconds(scan, inputs, runs=5))
     return took
 
 
