@@ -170,8 +170,8 @@ def state_figure(i: int = 0, found: States | None = None) -> go.Figure:
         "for noise, zero for silence and questions; a band and a filled bar mark the current token"
         ". Below, the state as four rows (letters) by three columns (directions) of numbers, with "
         "x on its left, B above, C below and the output y on its right. A letter fills one cell, "
-        "the row given by x and the column given by B, and all older cells shrink a little. A question "
-        "copies one column to y.",
+        "the row given by x and the column given by B, and all older cells shrink a little. A "
+        "question copies one column to y.",
     )
 
 
