@@ -7,7 +7,8 @@ Every row draws its letters and their positions at random. To answer, a model ha
 letters, ignore the silent tokens between them, and keep the order of the letters. So it has to
 select by *content* what it writes into its state. A scan whose step size and write direction are
 the same for every token treats letters and silent tokens alike, and its final state depends on
-where the letters were. Therefore the task separates selective from time-invariant scans.
+where the letters were. One such layer is a convolution, and no single kernel fits all rows. Several
+layers with norms between them learn the task as well, but far more slowly than selective ones.
 
 With `places="fixed"` the letters are at the same evenly spaced positions in every row. Then nothing
 has to be selected, because each answer is a known number of tokens back. This is the control

@@ -34,9 +34,10 @@ Both rules below use $\mathrm{fade} = e^{dt\,A}$. They differ in the gain:
 
 - `"zoh"` (zero-order hold) is exact if the input is constant during the step:
   $\mathrm{gain} = (e^{dt\,A} - 1) / A$
-- `"euler"` is what Mamba uses: $\mathrm{gain} = dt$
+- `"euler"` is what Mamba uses: $\mathrm{gain} = dt$ (Euler's own fade would be $1 + dt\,A$)
 
-The function has to work for $A = 0$, and for steps so small that $e^{dt\,A}$ rounds to 1.
+The function has to work for $A = 0$, and for steps so small that $e^{dt\,A}$ rounds to 1. Its
+gradient has to be finite and right too.
 """.strip(),
     stub='''
 import torch
@@ -75,7 +76,7 @@ def discretise(dt, A, rule):
         "A step of the zero-order hold can be cut in two: two steps of dt/2 have to give the same "
         "state as one of dt. If yours do not, look for a dt too many or too few. For small steps "
         "both gains approach dt, whatever A is, and nothing is clamped.",
-        "For a tiny exponent `exp(z) - 1` loses its digits: in float32 it is 0 below 6e-8. "
+        "For a tiny exponent `exp(z) - 1` loses its digits: in float32 it is 0 for |z| below 3e-8. "
         "`torch.expm1(z)` keeps them. For A = 0 the quotient is 0/0. Replace z by 1 **before** "
         "dividing where it is 0, and put the limit in afterwards. A `where` after the division "
         "leaves NaN in the gradient.",
@@ -232,7 +233,8 @@ Compute all prefixes by doubling. At first, entry $i$ is token $i$ alone. In rou
 $s = 1, 2, 4, \dots$ each entry $i \ge s$ is combined with entry $i - s$, all at the same time. The
 entries before $s$ are complete. Stop when $s$ reaches the length, which can be any number.
 
-One call of your `combine_spans` does a whole round: give it slices, not single tokens.
+One call of your `combine_spans` does a whole round: give it slices, not single tokens. The checks
+compare values only; the measurement below shows whether yours is fast.
 """.strip(),
     stub='''
 import torch
@@ -491,6 +493,7 @@ All tensors are contiguous and float32: `x_ptr` and `y_ptr` point to `row t p`, 
 """.strip(),
     stub='''
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -524,6 +527,7 @@ def scan_kernel(x, dt, A, B, C, D, state):
 '''.strip(),
     solution='''
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 

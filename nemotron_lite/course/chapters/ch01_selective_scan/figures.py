@@ -144,6 +144,11 @@ def state_figure(i: int = 0, found: States | None = None) -> go.Figure:
             col=col,
         )
     directions, none = [f"direction {k}" for k in range(SLOTS)], dict(showticklabels=False)
+    # A bar of height zero cannot be seen, so a band marks the current token as well.
+    fig.add_vrect(
+        x0=i - 0.5, x1=i + 0.5, fillcolor=theme.PALETTE["orange"], opacity=0.3, line_width=0,
+        layer="below", row=1, col=1,
+    )  # fmt: skip
     fig.update_xaxes(tickvals=places, ticktext=found.tokens, tickangle=0, row=1, col=1)
     fig.update_yaxes(title_text="dt", range=[0, 1.15], row=1, col=1)
     fig.update_yaxes(tickvals=[0], ticktext=["B"], row=2, col=2)
@@ -162,11 +167,11 @@ def state_figure(i: int = 0, found: States | None = None) -> go.Figure:
     return described(
         fig,
         "Above, the row of tokens with a bar for the step size dt of each: high for letters, low "
-        "for noise, zero for silence and questions; the bar of the current token is filled. "
-        "Below, the state as four rows (letters) by three columns (directions) of numbers, with x "
-        "on its left, B above, C below and the output y on its right. A letter fills one cell, the "
-        "row given by x and the column given by B, and all older cells shrink a little. A question "
-        "copies one column to y.",
+        "for noise, zero for silence and questions; a band and a filled bar mark the current token"
+        ". Below, the state as four rows (letters) by three columns (directions) of numbers, with "
+        "x on its left, B above, C below and the output y on its right. A letter fills one cell, "
+        "the row given by x and the column given by B, and all older cells shrink a little. A "
+        "question copies one column to y.",
     )
 
 
@@ -174,6 +179,8 @@ def show_token(fig: go.Figure | go.FigureWidget, i: int, found: States) -> str:
     """Draw token i in a figure of `state_figure`; returns the sentence about it."""
     pale, strong = theme.KINDS["M"].pale, theme.KINDS["M"].strong
     bars, B, x, state, y, C = fig.data
+    band = fig.layout.shapes[0]
+    band.x0, band.x1 = i - 0.5, i + 0.5
     bars.marker.color = [strong if k == i else pale for k in range(len(found.tokens))]
     bars.marker.line = dict(
         color=theme.MUTED, width=[3 if k == i else 1 for k in range(len(found.tokens))]

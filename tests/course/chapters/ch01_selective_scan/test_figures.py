@@ -161,6 +161,8 @@ def test_the_stepper_draws_the_token_it_stands_on() -> None:
         assert view.figure.layout.title.text.startswith(f"Token {i}:")
         colours = view.figure.data[0].marker.color
         assert [k for k, c in enumerate(colours) if c != colours[(i + 1) % len(colours)]] == [i]
+        band = view.figure.layout.shapes[0]
+        assert (band.x0, band.x1) == (i - 0.5, i + 0.5)
     assert "the largest of y is F" in view.words.value
 
 
