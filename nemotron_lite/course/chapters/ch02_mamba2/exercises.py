@@ -35,8 +35,9 @@ For each head, build the matrix $L$ with
 $$L_{lr} = \exp(a_{r+1} + \dots + a_l) \quad (r \le l), \qquad a_t = dt_t A, \qquad
 L_{lr} = 0 \quad (r > l)$$
 
-Row $l$ is the token that reads, column $r$ the token that wrote. Do not loop over tokens. The
-result and its gradient must stay finite when a head forgets everything at each token.
+Row $l$ is the token that reads, column $r$ the token that wrote. A loop over tokens gives the same
+numbers, but it is slow, and no loop is needed. The result and its gradient must stay finite when a
+head forgets everything at each token.
 """.strip(),
     stub='''
 import torch
@@ -97,7 +98,8 @@ Compute the whole scan from a state of zero with one matrix for each head:
 $$y = M\,(dt \circ x), \qquad M = L \circ (C B^\top), \qquad \text{so} \quad
 y_l = \sum_{r \le l} L_{lr}\,(C_l \cdot B_r)\; dt_r\, x_r$$
 
-The step size $dt_r$ belongs to what is written, not to $M$. Call your `decay_mask`. Head $i$ reads
+The step size stands in two places. Inside $L$ it sets the decay. As a factor, $dt_r$ scales what
+token $r$ writes; this second factor is not part of $M$. Call your `decay_mask`. Head $i$ reads
 group `i // (h // g)` of $B$ and $C$. There is no $D$ here.
 """.strip(),
     stub='''
@@ -164,7 +166,8 @@ tokens, with $S$ the state before it and $s$ the running sum of $a = dt\,A$ **in
 3. from state to state: $S' = e^{s_q} S + U$
 4. from the state to the outputs: $y_l \mathrel{+}= e^{s_l}\, S\, C_l$
 
-Loop over chunks, not over tokens. There is no $D$ here.
+Loop over chunks, not over tokens. A check notices when `chunk_size` makes no difference. There is
+no $D$ here.
 """.strip(),
     stub='''
 import torch
@@ -222,7 +225,8 @@ def chunked_scan(x, dt, A, B, C, state, chunk_size):
         Check("one chunk from a zero state", checks.scan_one_chunk, hint=1, points=1),
         Check("reading the state before", checks.scan_reads_state, hint=2, points=1),
         Check("the state after the text", checks.scan_hands_on, hint=3, points=1),
-        Check("every chunk length", checks.scan_every_chunk_length, hint=3, points=2),
+        Check("every chunk length", checks.scan_every_chunk_length, hint=3, points=1),
+        Check("chunk_size is used", checks.scan_uses_chunk_size, hint=1, points=1),
         Check("the caller's state", checks.scan_leaves_state_alone, hint=3, points=1),
         Check("strong decay", checks.scan_under_strong_decay, hint=3, points=1),
         Check("gradients", checks.scan_gradients, hint=3, points=1),
@@ -514,7 +518,8 @@ and the recurrence itself is the shortest program:
 $$S_t = e^{dt_t A} S_{t-1} + dt_t\, x_t \otimes B_t, \qquad y_t = S_t\, C_t$$
 
 Write `step` with `project` and `finish` of your layer, and this recurrence between them. Do not
-change the cache that was passed in.
+change the cache that was passed in. The checks see only results, so they accept a call of the
+`forward` above too; the recurrence is what this exercise is about.
 """.strip(),
     stub=f'''
 {_DECODING_HEAD}
@@ -582,7 +587,8 @@ $$S \leftarrow e^{dt\,A} S + dt\, x \otimes B, \qquad y = S\,C + D\,x$$
 
 and stores both. All tensors are contiguous, and all widths are powers of two, so no mask is needed.
 Without a GPU the kernel runs in Triton's interpreter. Save the notebook first: a store to a wrong
-address can end the kernel of the notebook.
+address can end the kernel of the notebook. The checks see only the results of `step_by_kernel`:
+they cannot tell a kernel from plain PyTorch in its place.
 """.strip(),
     stub='''
 import torch
