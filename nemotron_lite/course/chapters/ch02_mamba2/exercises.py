@@ -35,9 +35,8 @@ For each head, build the matrix $L$ with
 $$L_{lr} = \exp(a_{r+1} + \dots + a_l) \quad (r \le l), \qquad a_t = dt_t A, \qquad
 L_{lr} = 0 \quad (r > l)$$
 
-Row $l$ is the token that reads, column $r$ the token that wrote. A loop over tokens gives the same
-numbers, but it is slow, and no loop is needed. The result and its gradient must stay finite when a
-head forgets everything at each token.
+Row $l$ is the token that reads, column $r$ the token that wrote. The
+result and its gradient must stay finite when a head forgets everything at each token.
 """.strip(),
     stub='''
 import torch
@@ -98,9 +97,8 @@ Compute the whole scan from a state of zero with one matrix for each head:
 $$y = M\,(dt \circ x), \qquad M = L \circ (C B^\top), \qquad \text{so} \quad
 y_l = \sum_{r \le l} L_{lr}\,(C_l \cdot B_r)\; dt_r\, x_r$$
 
-The step size stands in two places. Inside $L$ it sets the decay. As a factor, $dt_r$ scales what
-token $r$ writes; this second factor is not part of $M$. Call your `decay_mask`. Head $i$ reads
-group `i // (h // g)` of $B$ and $C$. There is no $D$ here.
+The factor $dt_r$ scales what token $r$ writes; it is not part of $M$. Call your `decay_mask`. Head
+$i$ reads group `i // (h // g)` of $B$ and $C$. There is no $D$ here.
 """.strip(),
     stub='''
 import torch
@@ -166,8 +164,7 @@ tokens, with $S$ the state before it and $s$ the running sum of $a = dt\,A$ **in
 3. from state to state: $S' = e^{s_q} S + U$
 4. from the state to the outputs: $y_l \mathrel{+}= e^{s_l}\, S\, C_l$
 
-Loop over chunks, not over tokens. A check notices when `chunk_size` makes no difference. There is
-no $D$ here.
+Loop over chunks, not over tokens. There is no $D$ here.
 """.strip(),
     stub='''
 import torch
@@ -518,8 +515,7 @@ and the recurrence itself is the shortest program:
 $$S_t = e^{dt_t A} S_{t-1} + dt_t\, x_t \otimes B_t, \qquad y_t = S_t\, C_t$$
 
 Write `step` with `project` and `finish` of your layer, and this recurrence between them. Do not
-change the cache that was passed in. The checks see only results, so they accept a call of the
-`forward` above too; the recurrence is what this exercise is about.
+change the cache that was passed in. (The checks would accept `forward` too.)
 """.strip(),
     stub=f'''
 {_DECODING_HEAD}

@@ -65,7 +65,8 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         },
         "×=",
         "Three lower triangles side by side, with a colour scale below the first and one beside "
-        "the last. The decay mask is one on the diagonal and decays to the lower left. The scores have both signs everywhere. Their product, the matrix, keeps "
+        "the last. The decay mask is one on the diagonal and decays to the lower left. The "
+        "scores have both signs everywhere. Their product, the matrix, keeps "
         "the scores near the diagonal and loses them far from it.",
     )
 
@@ -368,6 +369,7 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
         "the middle, and from there on time rises with the length.",
     )
     fig.update_xaxes(tickvals=np.asarray(chunks))
+    fig.update_yaxes(tickvals=np.outer(10.0 ** np.arange(-2, 6), [1, 2, 5]).flatten())
     return fig
 
 

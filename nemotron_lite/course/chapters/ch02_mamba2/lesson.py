@@ -187,7 +187,7 @@ def python_source() -> data.ConcatenatedDocuments:
 
 
 def train_briefly(
-    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 120
+    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 90
 ) -> np.ndarray:
     """Train in place; returns the mean loss of every `EVERY` steps, in nats per byte."""
     recipe = TrainConfig(steps=steps, batch_size=4, seq_len=128, lr=5e-3)

@@ -89,9 +89,9 @@ def test_seconds_run_in_turns_and_the_first_round_does_not_count() -> None:
 
 
 def test_the_least_time_is_named_by_its_place() -> None:
-    assert lesson.where_least([1, 2, 3]) == "the shortest"
-    assert lesson.where_least([3, 1, 2, 3]) == "a length between"
-    assert lesson.where_least([3, 2, 1]) == "the longest"
+    assert lesson.where_least([1.0, 2.0, 3.0]) == "the shortest"
+    assert lesson.where_least([3.0, 1.0, 2.0, 3.0]) == "a length between"
+    assert lesson.where_least([3.0, 2.0, 1.0]) == "the longest"
 
 
 def test_losses_are_means_of_several_steps() -> None:
