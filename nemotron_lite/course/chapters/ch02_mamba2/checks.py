@@ -188,6 +188,23 @@ def scan_every_chunk_length(function: Answer) -> None:
         close(state, last, what=f"the state after 11 tokens in chunks of {q}")
 
 
+def scan_uses_chunk_size(function: Answer) -> None:
+    """Other chunks are other sums, rounded in another way; the same work twice is equal to the bit.
+
+    An answer that ignores chunk_size, or loops over tokens, gives right numbers and is slow. Time
+    and memory cannot be measured where the answer runs in another process; its rounding can.
+    """
+    v = scan_inputs(48)
+    few, _ = function(*copies(v), 3)
+    many, _ = function(*copies(v), 16)
+    close(few, many, what="48 tokens in chunks of 3, against chunks of 16")
+    assert not torch.equal(few, many), (
+        "chunks of 3 and of 16 tokens give the same numbers to the last bit: chunk_size does not "
+        "change what is computed. Each chunk is one product with its matrix and one step of the "
+        "state"
+    )
+
+
 def scan_leaves_state_alone(function: Answer) -> None:
     v = scan_inputs(5)
     keeps_inputs(function, *v.values(), 2, what="chunked_scan")

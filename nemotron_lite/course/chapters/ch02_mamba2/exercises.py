@@ -35,7 +35,7 @@ For each head, build the matrix $L$ with
 $$L_{lr} = \exp(a_{r+1} + \dots + a_l) \quad (r \le l), \qquad a_t = dt_t A, \qquad
 L_{lr} = 0 \quad (r > l)$$
 
-Row $l$ is the token that reads, column $r$ the token that wrote. Do not loop over tokens. The
+Row $l$ is the token that reads, column $r$ the token that wrote. The
 result and its gradient must stay finite when a head forgets everything at each token.
 """.strip(),
     stub='''
@@ -97,8 +97,8 @@ Compute the whole scan from a state of zero with one matrix for each head:
 $$y = M\,(dt \circ x), \qquad M = L \circ (C B^\top), \qquad \text{so} \quad
 y_l = \sum_{r \le l} L_{lr}\,(C_l \cdot B_r)\; dt_r\, x_r$$
 
-The step size $dt_r$ belongs to what is written, not to $M$. Call your `decay_mask`. Head $i$ reads
-group `i // (h // g)` of $B$ and $C$. There is no $D$ here.
+The factor $dt_r$ scales what token $r$ writes; it is not part of $M$. Call your `decay_mask`. Head
+$i$ reads group `i // (h // g)` of $B$ and $C$. There is no $D$ here.
 """.strip(),
     stub='''
 import torch
@@ -222,7 +222,8 @@ def chunked_scan(x, dt, A, B, C, state, chunk_size):
         Check("one chunk from a zero state", checks.scan_one_chunk, hint=1, points=1),
         Check("reading the state before", checks.scan_reads_state, hint=2, points=1),
         Check("the state after the text", checks.scan_hands_on, hint=3, points=1),
-        Check("every chunk length", checks.scan_every_chunk_length, hint=3, points=2),
+        Check("every chunk length", checks.scan_every_chunk_length, hint=3, points=1),
+        Check("chunk_size is used", checks.scan_uses_chunk_size, hint=1, points=1),
         Check("the caller's state", checks.scan_leaves_state_alone, hint=3, points=1),
         Check("strong decay", checks.scan_under_strong_decay, hint=3, points=1),
         Check("gradients", checks.scan_gradients, hint=3, points=1),
@@ -514,7 +515,7 @@ and the recurrence itself is the shortest program:
 $$S_t = e^{dt_t A} S_{t-1} + dt_t\, x_t \otimes B_t, \qquad y_t = S_t\, C_t$$
 
 Write `step` with `project` and `finish` of your layer, and this recurrence between them. Do not
-change the cache that was passed in.
+change the cache that was passed in. (The checks would accept `forward` too.)
 """.strip(),
     stub=f'''
 {_DECODING_HEAD}
@@ -582,7 +583,8 @@ $$S \leftarrow e^{dt\,A} S + dt\, x \otimes B, \qquad y = S\,C + D\,x$$
 
 and stores both. All tensors are contiguous, and all widths are powers of two, so no mask is needed.
 Without a GPU the kernel runs in Triton's interpreter. Save the notebook first: a store to a wrong
-address can end the kernel of the notebook.
+address can end the kernel of the notebook. The checks see only the results of `step_by_kernel`:
+they cannot tell a kernel from plain PyTorch in its place.
 """.strip(),
     stub='''
 import torch

@@ -59,13 +59,14 @@ def factors(decay: ArrayLike, scores: ArrayLike) -> go.Figure:
         raise ValueError(f"decay is {mask.shape} and scores are {dots.shape}; they must agree.")
     return _row_of_matrices(
         {
-            "decay mask L (1 on the diagonal)": (mask, False),
+            "decay mask L": (mask, False),
             "scores C·B": (dots, True),
             "matrix M": (mask * dots, True),
         },
         "×=",
-        "Three lower triangles side by side. The decay mask is one on the diagonal and decays to "
-        "the lower left. The scores have both signs everywhere. Their product, the matrix, keeps "
+        "Three lower triangles side by side, with a colour scale below the first and one beside "
+        "the last. The decay mask is one on the diagonal and decays to the lower left. The "
+        "scores have both signs everywhere. Their product, the matrix, keeps "
         "the scores near the diagonal and loses them far from it.",
     )
 
@@ -218,7 +219,7 @@ def multiply_adds(chunk: ArrayLike, p: int, n: int, t: int | None = None) -> dic
 def step_chunks(
     x: ArrayLike, dt: ArrayLike, A: float, B: ArrayLike, C: ArrayLike, *, chunk: int
 ) -> tuple[Stepper, go.Figure]:
-    """A stepper through the chunked scan of one head: three steps for each chunk.
+    """A stepper through the chunked scan of one head: three pictures for each chunk.
 
     Args:
         x: `t p`.
@@ -331,20 +332,20 @@ class _Chunks:
         head = f"Chunk {now}, tokens {first} to {last}. "
         if phase == 0:
             return head + (
-                "Inside the chunk: the block on the diagonal is what these tokens read from each "
-                "other."
+                "Step 1, inside the chunk: the block on the diagonal is what these tokens read "
+                "from each other."
             )
         if phase == 1 and now == 0:
-            return head + "From the state: it is still zero, so it adds nothing."
+            return head + "Step 4, from the state: it is still zero, so it adds nothing."
         if phase == 1:
             strip = (last - first + 1) * first
             return head + (
-                "From the state: each token reads it. It stands for the dashed strip, "
+                "Step 4, from the state: each token reads it. It stands for the dashed strip, "
                 f"{strip} numbers of the matrix that are never formed."
             )
         return head + (
-            f"Into the state: it keeps {self.kept[now]:.2f} of itself and takes in what the chunk "
-            f"wrote. Now it stands for tokens 0 to {last}."
+            f"Steps 2 and 3, into the state: it keeps {self.kept[now]:.2f} of itself and takes in "
+            f"what the chunk wrote. Now it stands for tokens 0 to {last}."
         )
 
 
@@ -362,12 +363,13 @@ def chunk_times(chunks: ArrayLike, seconds: ArrayLike) -> go.Figure:
         x_title="chunk length q, tokens",
         y_title="milliseconds",
         log_x=True,
+        log_y=True,
         height=300,
         alt="Time against chunk length: a valley. The shortest chunks take longer than those in "
         "the middle, and from there on time rises with the length.",
     )
     fig.update_xaxes(tickvals=np.asarray(chunks))
-    fig.update_yaxes(rangemode="tozero")
+    fig.update_yaxes(tickvals=np.outer(10.0 ** np.arange(-2, 6), [1, 2, 5]).flatten())
     return fig
 
 
@@ -516,10 +518,10 @@ def fingerprints(
         for position in marks.values():
             line = dict(color=theme.MUTED, dash="dot", width=2)
             fig.add_vline(x=position - 0.5, line=line, **where)
-    for label, position in marks.items():
+    for i, (label, position) in enumerate(marks.items()):
         fig.add_annotation(
             x=position,
-            y=0.02,
+            y=0.02 + 0.14 * i,  # one above the other: the plots are narrow
             yref="y domain",
             xref="x",
             text=label,
@@ -536,8 +538,8 @@ def fingerprints(
     return described(
         fig,
         f"{plots} of error against position in the text, named {'; '.join(errors)}, with dotted "
-        f"lines at {' and '.join(marks)}. Errors are at the floor where two programs agree and "
-        "jump by many powers of ten where they part.",
+        f"lines at {' and '.join(marks)}. Errors are at the floor where two programs agree, and "
+        "above it from the token on at which they part.",
     )
 
 
@@ -573,8 +575,14 @@ def _row_of_matrices(
     bound = float(max(np.nanmax(np.abs(np.tril(np.nan_to_num(v)))) for v in both))
     for column, (values, diverging) in enumerate(panels.values(), start=1):
         picture = _heatmap(_blank_above(values), diverging=diverging, bound=bound)
-        picture.showscale = column == len(panels)
+        picture.showscale = not diverging or column == len(panels)
         fig.add_trace(picture, 1, column)
+        if not diverging:  # from 0 to 1: a scale of its own, below it
+            middle = sum(fig.layout[f"xaxis{column if column > 1 else ''}"].domain) / 2
+            fig.data[-1].colorbar.update(
+                orientation="h", x=middle, xanchor="center", y=-0.3, yanchor="top",
+                len=0.24, thickness=10, tickvals=[0, 0.5, 1],
+            )  # fmt: skip
         _square_axes(fig, column, "r, wrote")
     for column, sign in enumerate(signs, start=1):
         edge = fig.layout[f"xaxis{column if column > 1 else ''}"].domain[1]
@@ -588,7 +596,7 @@ def _row_of_matrices(
             font_size=24,
         )
     fig.update_yaxes(title_text="l, reads", col=1)
-    fig.update_layout(height=300, margin_t=40)
+    fig.update_layout(height=350, margin=dict(t=40, b=100))
     return described(fig, alt)
 
 

@@ -1,8 +1,8 @@
 """What chapter 02 runs beside the learner's code: comparisons, times, wrong ports, training.
 
-The ports are the learner's own layer with one published bug each. They show how an error looks
-when it is drawn over the positions of a text that is read in three ways: a piece at once, a second
-piece after the cache of the first, and then token by token.
+The ports are the learner's own layer with one bug each, simplified from a published one. They show
+how an error looks when it is drawn over the positions of a text that is read in three ways: a piece
+at once, a second piece after the cache of the first, and then token by token.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def error_by_token(layer: Any, right: Tensor, u: Tensor) -> Tensor:
 
 
 def ports(layer: Any) -> dict[str, Any]:
-    """The same layer with one published bug each, by the name of the bug."""
+    """The same layer with one bug each, after a published one, by the name of the bug."""
     base: Any = type(layer)
 
     class OneNorm(base):  # type: ignore[misc]
-        """huggingface/transformers#35943: one norm over all groups."""
+        """After huggingface/transformers#35943: one norm over all groups."""
 
         def finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
             y = (y + self.D.unsqueeze(-1) * x).flatten(-2)
@@ -98,7 +98,10 @@ def ports(layer: Any) -> dict[str, Any]:
             return result
 
     class FromNothing(base):  # type: ignore[misc]
-        """huggingface/transformers#46741: a second piece starts from an empty state."""
+        """After huggingface/transformers#46741: a second piece starts from an empty state.
+
+        There the convolution started from nothing too; here its inputs are kept.
+        """
 
         def forward(self, u: Tensor, cache: Any = None) -> Any:
             if cache is not None and u.shape[1] > 1:
@@ -106,7 +109,10 @@ def ports(layer: Any) -> dict[str, Any]:
             return super().forward(u, cache)
 
     class KeepsOutputs(base):  # type: ignore[misc]
-        """state-spaces/mamba#1027: a prefill keeps outputs of the convolution, not inputs."""
+        """After state-spaces/mamba#1027, where the convolution belongs to an attention layer.
+
+        A prefill keeps outputs of the convolution in the cache, not inputs.
+        """
 
         def project(self, u: Tensor, conv: Tensor) -> Any:
             z, x, dt, B, C, after = super().project(u, conv)
@@ -116,7 +122,7 @@ def ports(layer: Any) -> dict[str, Any]:
             return z, x, dt, B, C, after
 
     class ClampsSteps(base):  # type: ignore[misc]
-        """huggingface/transformers#48989: dt is clamped from below in prefill only."""
+        """After huggingface/transformers#48989: dt is clamped, except in single steps."""
 
         def project(self, u: Tensor, conv: Tensor) -> Any:
             z, x, dt, B, C, after = super().project(u, conv)
@@ -167,6 +173,13 @@ def seconds(*runs: Callable[[], object], label: str, repeats: int = 2) -> list[f
     return [float(np.median(found[1:])) for found in times]
 
 
+def where_least(times: Sequence[float]) -> str:
+    """Whether the least time is that of the shortest, of the longest, or of a length between."""
+    place = int(np.argmin(times))
+    ends = {0: "the shortest", len(times) - 1: "the longest"}
+    return ends.get(place, "a length between")
+
+
 def python_source() -> data.ConcatenatedDocuments:
     """Python source code, byte by byte."""
     documents = [np.frombuffer(d.content, np.uint8) for d in data.load_corpus().train]
@@ -174,7 +187,7 @@ def python_source() -> data.ConcatenatedDocuments:
 
 
 def train_briefly(
-    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 120
+    model: Nemotron, source: data.ConcatenatedDocuments, name: str, steps: int = 90
 ) -> np.ndarray:
     """Train in place; returns the mean loss of every `EVERY` steps, in nats per byte."""
     recipe = TrainConfig(steps=steps, batch_size=4, seq_len=128, lr=5e-3)

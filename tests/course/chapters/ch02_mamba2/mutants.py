@@ -208,6 +208,18 @@ MUTANTS: dict[str, list[Mutant]] = {
             bug="both exponentials decay to zero, and their ratio is NaN",
         ),
         Mutant(
+            "one token in each chunk",
+            altered(CHUNKED_SCAN, "v.split(chunk_size, dim=1)", "v.split(1, dim=1)"),
+            hint=1,
+            bug="chunk_size is ignored: right numbers at the speed of the recurrence",
+        ),
+        Mutant(
+            "the whole text as one chunk",
+            altered(CHUNKED_SCAN, "v.split(chunk_size, dim=1)", "v.split(v.shape[1], dim=1)"),
+            hint=1,
+            bug="chunk_size is ignored: right numbers, and work that grows with the text",
+        ),
+        Mutant(
             "the state is overwritten",
             altered(
                 CHUNKED_SCAN,
@@ -257,7 +269,7 @@ MUTANTS: dict[str, list[Mutant]] = {
                 "torch.cat([state, F.silu(y)], dim=1)[:, x.shape[1] :]",
             ),
             hint=2,
-            bug="state-spaces/mamba#1027: the state is what goes in, not what comes out",
+            bug="state-spaces/mamba#1027, in an attention layer: outputs kept after a prefill",
         ),
         Mutant(
             "state overwritten in place",
@@ -355,7 +367,7 @@ MUTANTS: dict[str, list[Mutant]] = {
                 "F.softplus(dt + self.dt_bias).clamp(min=0.5)",
             ),
             hint=1,
-            bug="huggingface/transformers#48989: dt clamped from below in prefill only",
+            bug="huggingface/transformers#48989: dt clamped from below, except in single steps",
         ),
         Mutant(
             "no direct path",

@@ -72,6 +72,13 @@ def test_factors_multiply_and_the_future_is_blank() -> None:
         assert not np.isnan(values[lower]).any()
 
 
+def test_the_mask_has_a_colour_scale_of_its_own() -> None:
+    mask, scores, matrix = figures.factors(DECAY, SCORES).data
+    assert [mask.showscale, scores.showscale, matrix.showscale] == [True, False, True]
+    assert (mask.zmin, mask.zmax) == (0, 1)
+    assert mask.colorbar.orientation == "h"
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 8, 32])
 def test_outlines_cover_the_lower_triangle_of_blocks_once(chunk: int) -> None:
     fig = figures.chunk_map(DECAY * SCORES, chunk, p=32, n=64)
@@ -139,8 +146,9 @@ def test_the_stepper_shows_the_chunked_scan() -> None:
     assert view.controls["step"].max == 8
     assert "nan" not in json.dumps(view.figure.to_plotly_json()["data"][0]["z"]).lower()
     for step, words in enumerate(
-        ["Inside the chunk: ", "it is still zero", "Now it stands for tokens 0 to 11",
-         "Chunk 1, tokens 12 to 23", "dashed strip, 144 numbers", "0 to 23",
+        ["Step 1, inside the chunk: ", "Step 4, from the state: it is still zero",
+         "Steps 2 and 3, into the state: ", "Chunk 1, tokens 12 to 23",
+         "dashed strip, 144 numbers", "0 to 23",
          "Chunk 2, tokens 24 to 31", "dashed strip, 192 numbers", "0 to 31"]
     ):  # fmt: skip
         view.controls["step"].value = step
@@ -215,6 +223,9 @@ def test_fingerprints_draw_each_implementation_and_no_error_below_the_floor() ->
     assert all(min(trace.y) == np.float32(1e-6) for trace in fig.data)
     assert len(fig.layout.shapes) == 3
     assert len(figures.fingerprints({"A": errors["A"]}, {}).data) == 1
+    two = figures.fingerprints(errors, {"split": 4, "single": 6})
+    heights = [a.y for a in two.layout.annotations if a.text in ("split", "single")]
+    assert heights[1] - heights[0] >= 0.1, "the labels of narrow plots would overlap"
 
 
 def test_losses_stand_at_the_middle_of_their_steps() -> None:

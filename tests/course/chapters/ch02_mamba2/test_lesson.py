@@ -88,6 +88,12 @@ def test_seconds_run_in_turns_and_the_first_round_does_not_count() -> None:
     assert all(0 <= each < 1 for each in times)
 
 
+def test_the_least_time_is_named_by_its_place() -> None:
+    assert lesson.where_least([1.0, 2.0, 3.0]) == "the shortest"
+    assert lesson.where_least([3.0, 1.0, 2.0, 3.0]) == "a length between"
+    assert lesson.where_least([3.0, 2.0, 1.0]) == "the longest"
+
+
 def test_losses_are_means_of_several_steps() -> None:
     model = Nemotron(lesson.SMALL, seed=0)
     found = lesson.train_briefly(model, lesson.python_source(), "the layer", steps=20)
