@@ -524,9 +524,8 @@ def filling(found: Watched, step: int) -> go.Figure:
         fig,
         "Three panels. Above left a matrix with one column of keys for each token read so far; the "
         "columns of later tokens are empty. Below it one bar for each of these tokens: how much "
-        "weight the newest token's query puts on it. After the last question one bar stands out, "
-        "at the value that was asked for. Right the state of one Mamba head, a matrix of the same "
-        "size after every token.",
+        "weight the newest token's query puts on it. Right the state of one Mamba head, a matrix "
+        "of the same size after every token.",
     )
 
 
