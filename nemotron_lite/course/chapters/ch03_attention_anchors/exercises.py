@@ -79,9 +79,9 @@ GROUPED_ATTENTION = Exercise(
     difficulty=3,
     points=5,
     task=r"""
-Write attention with matrix products and a softmax; the next exercise needs the same steps. The
-scale is $1/\sqrt p$. `mask` is True where a query may look, at one key at least. Query head $i$
-reads key head $\lfloor i\,m/h \rfloor$: with 4 query heads on 2 key heads the order is 0 0 1 1.
+Write attention with matrix products and a softmax. The scale is $1/\sqrt p$. `mask` is True where
+a query may look, at one key at least. Query head $i$ reads key head $\lfloor i\,m/h \rfloor$: with
+4 query heads on 2 key heads the order is 0 0 1 1.
 """.strip(),
     stub='''
 def grouped_attention(q, k, v, mask):
