@@ -66,7 +66,8 @@ def test_clean_keeps_words_figure_and_results(executed: NotebookNode) -> None:
     assert lint_cells.figures_without_text(notebook) == []
     assert lint_cells.figures_without_picture(notebook) == []
     show, noise, last = (cell.outputs for cell in notebook.cells)
-    figure, words = show
+    live, figure, words = show
+    assert set(live.data) == {"text/plain"}, "the live view ends with its kernel"
     assert set(figure.data) == {PLOTLY, "text/plain", "image/png"}
     assert figure.data["text/plain"] == ALT
     assert base64.b64decode(figure.data["image/png"]) == PIXEL

@@ -11,6 +11,7 @@ Answers are only called, with tensors and configs, so they may run in another pr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -511,8 +512,14 @@ def step_gradients(function: Answer) -> None:
 # 02.step_kernel
 
 
+def kernel_device() -> str:
+    """Where a Triton kernel runs: on the GPU, unless the interpreter is switched on."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
+
+
 def kernel_inputs(b: int, h: int, g: int, p: int = 4, n: int = 8) -> dict[str, Tensor]:
-    return {
+    inputs = {
         "state": torch.randn(b, h, p, n),
         "x": torch.randn(b, h, p),
         "dt": torch.rand(b, h),
@@ -521,6 +528,7 @@ def kernel_inputs(b: int, h: int, g: int, p: int = 4, n: int = 8) -> dict[str, T
         "C": torch.randn(b, g, n),
         "D": torch.randn(h),
     }
+    return {name: value.to(kernel_device()) for name, value in inputs.items()}
 
 
 def reference_step(v: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nemotron_lite import data, ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import display, output
+from nemotron_lite.course.chapters.ch02_mamba2.checks import kernel_device
 from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import GenerationSettings
 from nemotron_lite.model import Nemotron
@@ -213,10 +214,11 @@ def with_step_kernel(layer: Any, step_by_kernel: Callable[..., tuple[Tensor, Ten
     class KernelStep(base):  # type: ignore[misc]
         def step(self, u: Tensor, cache: Any) -> Any:
             z, x, dt, B, C, conv = self.project(u.unsqueeze(1), cache[0])
-            parts = [part[:, 0].contiguous() for part in (x, dt)]
-            directions = [part[:, 0].contiguous() for part in (B, C)]
+            x_, dt_, B_, C_ = (part[:, 0].contiguous() for part in (x, dt, B, C))
             no_path = torch.zeros_like(self.D)  # `finish` adds D x
-            y, ssm = step_by_kernel(cache[1], *parts, -self.A_log.exp(), *directions, no_path)
+            tensors = (cache[1], x_, dt_, -self.A_log.exp(), B_, C_, no_path)
+            found = step_by_kernel(*(tensor.to(kernel_device()) for tensor in tensors))
+            y, ssm = (tensor.to(u.device) for tensor in found)
             return self.finish(y.unsqueeze(1), x, z)[:, 0], (conv, ssm)
 
     return loaded(KernelStep, layer, layer.config)
