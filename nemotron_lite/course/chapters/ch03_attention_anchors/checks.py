@@ -152,6 +152,18 @@ def blocks_hidden(answer: Answer) -> None:
     close(answer(q, k, v, mask, 2), _attention(q, k, v, mask), what="nine tokens, blocks of 2")
 
 
+def blocks_skipped(answer: Answer) -> None:
+    # One softmax over all keys gives the weight 0 here, and 0 times NaN is NaN.
+    q, k, v = _qkv(2, 2, 2, 3, 11, 4)
+    mask = torch.ones(3, 11, dtype=torch.bool)
+    mask[:, 4:8] = False
+    expected = _attention(q, k, v, mask)
+    for buffer in (k, v):
+        buffer[:, :, 4:8] = math.nan
+    got = answer(q, k, v, mask, 4)
+    close(got, expected, what="eleven keys in blocks of 4, the second hidden and full of NaN")
+
+
 def blocks_gradients(answer: Answer) -> None:
     mask = _causal(3, 5)
 
@@ -357,6 +369,9 @@ def layer_cache_size(answer: Answer) -> None:
         "once, not once for each query head that reads it."
     )
     assert cache.length == 5, f"after 5 tokens the cache counts {cache.length}."
+    layer.double()
+    dtype = layer.empty_cache(1).k.dtype
+    assert dtype == torch.float64, f"the cache of a layer with float64 weights is {dtype}."
 
 
 def _decoded(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:

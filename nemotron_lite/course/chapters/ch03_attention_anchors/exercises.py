@@ -79,9 +79,9 @@ GROUPED_ATTENTION = Exercise(
     difficulty=3,
     points=5,
     task=r"""
-Write attention with matrix products and a softmax (do not call `scaled_dot_product_attention`).
-The scale is $1/\sqrt p$. `mask` is True where a query may look, at one key at least. Query head $i$
-reads key head $\lfloor i\,m/h \rfloor$: with 4 query heads on 2 key heads the order is 0 0 1 1.
+Write attention with matrix products and a softmax. The scale is $1/\sqrt p$. `mask` is True where
+a query may look, at one key at least. Query head $i$ reads key head $\lfloor i\,m/h \rfloor$: with
+4 query heads on 2 key heads the order is 0 0 1 1.
 """.strip(),
     stub='''
 def grouped_attention(q, k, v, mask):
@@ -136,7 +136,8 @@ values, `mixed`. When `top` changes, multiply the old `total` and `mixed` by
 $\exp(\text{old top} - \text{new top})$, then add those of the block. At the end divide.
 
 Here every query head has its own key head, and each query may look at a key of the first block. The
-last block may be shorter. Scores can be large: $\exp(800)$ overflows.
+last block may be shorter. Scores can be large: $\exp(800)$ overflows. Skip a block that the mask
+hides from all queries: it may hold anything, even NaN.
 """.strip(),
     stub='''
 def blocked_attention(q, k, v, mask, block):
@@ -157,9 +158,12 @@ def blocked_attention(q, k, v, mask, block):
     top = q.new_full((*q.shape[:3], 1), -math.inf)
     total, mixed = torch.zeros_like(top), torch.zeros_like(q)
     for start in range(0, k.shape[2], block):
+        seen = mask[:, start : start + block]
+        if not seen.any():
+            continue
         keys, values = k[:, :, start : start + block], v[:, :, start : start + block]
         scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~mask[:, start : start + block], -math.inf)
+        scores = scores.masked_fill(~seen, -math.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         weights = (scores - new_top).exp()
         rescale = (top - new_top).exp()
@@ -170,7 +174,9 @@ def blocked_attention(q, k, v, mask, block):
 """,
     hints=(
         "Start with `top` at -inf, `total` and `mixed` at zero; `top` and `total` have shape "
-        "`b h t 1`. `range(0, s, block)` gives the starts of all blocks, the short one included.",
+        "`b h t 1`. `range(0, s, block)` gives the starts of all blocks, the short one included. "
+        "Where `mask[:, start : start + block]` is True nowhere, go on with the next block: even a "
+        "weight of 0 times NaN is NaN.",
         "Inside a block: `new_top = torch.maximum(top, scores.amax(-1, keepdim=True))`, and the "
         "weights are `(scores - new_top).exp()`. The maximum is the running one, so the exponent "
         "is never above 0.",
@@ -179,9 +185,10 @@ def blocked_attention(q, k, v, mask, block):
     ),
     checks=(
         Check("one block that holds all keys", checks.blocks_one, hint=1, points=1),
-        Check("blocks of any size", checks.blocks_ragged, hint=3, points=2),
+        Check("blocks of any size", checks.blocks_ragged, hint=3, points=1),
         Check("large scores do not overflow", checks.blocks_large, hint=2, points=1),
         Check("a mask that hides whole blocks", checks.blocks_hidden, hint=3, points=1),
+        Check("a block that nobody sees is skipped", checks.blocks_skipped, hint=1, points=1),
         Check("gradients", checks.blocks_gradients, hint=3, points=1),
     ),
 )
@@ -200,7 +207,7 @@ KV_CACHE = Exercise(
 - `append` writes new keys and values behind the valid ones. If they do not fit, the capacity
   doubles, or becomes exactly what is needed if that is more. New token i is at position
   `old length + i` and sees keys up to there.
-- `drop` forgets the last `count` tokens, such as a rejected draft. Nothing beyond `length` is ever
+- `drop` forgets the last `count` tokens, such as a rejected draft. Nothing beyond `length` is
   read, so nothing need be cleared.
 """.strip(),
     stub='''
@@ -391,8 +398,9 @@ class GroupedQueryAttention(nn.Module):
         "To split: `q_proj(x).unflatten(-1, (-1, head_dim)).transpose(1, 2)`. A `view` straight to "
         "`b h t p` mixes tokens and heads. To join: `y.transpose(1, 2).flatten(2)`, then o_proj.",
         "With a cache, `k, v, mask = cache.append(k, v)` before attending: the queries are those "
-        "of x only. `empty_cache` has `num_key_value_heads` heads; key heads are repeated when "
-        "they are read and not when they are stored.",
+        "of x only. `empty_cache` has `num_key_value_heads` heads, and the dtype of the weights "
+        "(`k_proj.weight.dtype`). Key heads are repeated when they are read and not when they are "
+        "stored.",
     ),
     checks=(
         Check("parameters have the package's names", checks.layer_parameters, hint=1, points=1),
@@ -428,6 +436,7 @@ import triton.language as tl
 
 @triton.jit
 def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, rows, shared, P: tl.constexpr, BLOCK: tl.constexpr):
+    # rows: places for tokens in a buffer, used or not; shared: query heads of one key head.
     head = tl.program_id(0)
     column = tl.arange(0, P)
     q = tl.load(q_ptr + head * P + column) * P**-0.5
@@ -464,6 +473,7 @@ import triton.language as tl
 
 @triton.jit
 def _decode(q_ptr, k_ptr, v_ptr, o_ptr, length, rows, shared, P: tl.constexpr, BLOCK: tl.constexpr):
+    # rows: places for tokens in a buffer, used or not; shared: query heads of one key head.
     head = tl.program_id(0)
     column = tl.arange(0, P)
     q = tl.load(q_ptr + head * P + column) * P**-0.5

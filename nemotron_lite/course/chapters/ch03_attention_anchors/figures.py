@@ -188,9 +188,10 @@ def crowding(pairs: int = 32, n: int = 8, *, seed: int = 0) -> go.Figure:
         y_title="question",
         marks={name: mistakes(z) for name, z in read.items()},
         alt=f"Two square maps, {pairs} questions down and {pairs} answers across. The cache's map "
-        "is a clean diagonal: each question finds its own answer. On the state's map the diagonal "
-        "stands in a haze of other answers, more of it the fewer numbers a key has, and crosses "
-        "mark the questions where another answer comes out on top.",
+        "has a strong diagonal, and pale cells where two values are alike: each question finds its "
+        "own answer. On the state's map other cells are as strong as the diagonal, more of them "
+        "the fewer numbers a key has, and crosses mark the questions where another answer comes "
+        "out on top.",
     )
     # One fixed scale, so that the slider's pictures can be compared; negative values are white.
     fig.update_layout(coloraxis=dict(cmin=0, cmax=1.5, colorbar_title_text="likeness"))
@@ -524,9 +525,8 @@ def filling(found: Watched, step: int) -> go.Figure:
         fig,
         "Three panels. Above left a matrix with one column of keys for each token read so far; the "
         "columns of later tokens are empty. Below it one bar for each of these tokens: how much "
-        "weight the newest token's query puts on it. After the last question one bar stands out, "
-        "at the value that was asked for. Right the state of one Mamba head, a matrix of the same "
-        "size after every token.",
+        "weight the newest token's query puts on it. Right the state of one Mamba head, a matrix "
+        "of the same size after every token.",
     )
 
 

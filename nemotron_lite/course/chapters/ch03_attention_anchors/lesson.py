@@ -6,6 +6,7 @@
     book       one row of the task in words
     watch      what a trained model keeps and looks at, token by token
     shuffled   how far the last output moves when the tokens before it change places
+    who_notices   the same for four stacks of layers, in the order that the text relies on
     at_full_scale   Super's attention layers in words
 
 The models are those of `course.removal`: one Mamba-2 layer and one attention layer. `watch` reads
@@ -167,14 +168,27 @@ def shuffled(pattern: str, config: NemotronConfig, generator: torch.Generator) -
     return float((y - other)[:, -1].norm() / (y - x)[:, -1].norm())
 
 
+def who_notices(config: NemotronConfig, generator: torch.Generator) -> dict[str, float]:
+    """`shuffled` for one and two attention layers, and for a Mamba layer without and with one.
+
+    Raises:
+        AssertionError: the order is not the one that the chapter explains.
+    """
+    moved = {stack: shuffled(stack, config, generator) for stack in ("*", "**", "M", "M*")}
+    one, two, mamba = moved["*"], moved["**"], min(moved["M"], moved["M*"])
+    if not one < 1e-5 < 0.02 < two < mamba:
+        raise AssertionError(f"the changes are {moved}; expected * near 0, then **, then M and M*.")
+    return moved
+
+
 def at_full_scale() -> None:
     """Super's attention layers in words, with numbers from facts.toml."""
     tell("""
 Super has {super.attention_layers} attention layers among {super.layers} layers, at
-{super.attention_positions}. Each stands right behind a Mamba-2 layer; the first comes after several
-of them. {super.query_heads} query heads share {super.kv_heads} key heads. Together the attention
-layers store {super.kv_bytes_per_token:unit} for each token, {super.kv_gib_at_1m:unit} at
-{super.context:unit}. With attention in every layer it would be
+{super.attention_positions} (counted from 0). Each stands right behind a Mamba-2 layer; the first
+comes after several of them. {super.query_heads} query heads share {super.kv_heads} key heads.
+Together the attention layers store {super.kv_bytes_per_token:unit} for each token,
+{super.kv_gib_at_1m:unit} at {super.context:unit}. With attention in every layer it would be
 {super.all_attention_gib_at_1m:unit}.
 
 All of Super has five Mamba-2 layers for each attention layer, so all its caches together are as
@@ -185,4 +199,5 @@ Your hybrid has one task. In a trained Super an attention layer serves many purp
 hold far more than pairs. Whether so few attention layers are enough for a long text cannot be
 derived. It is measured, with tests such as RULER, which hides facts in a long text and asks for
 them. Super's base model scores {super.ruler_base_64k} % at 64K tokens, {super.ruler_base_256k} % at
-256K and {super.ruler_base_1m} % at 1M.""")
+256K and {super.ruler_base_1m} % at 1M. (The report exists in two versions with slightly different
+scores. These are from the version of March.)""")

@@ -208,6 +208,29 @@ def grouped_attention(q, k, v, mask):
             hint=3,
             bug="Whole blocks only: the last keys are never read.",
         ),
+        Mutant(
+            name="one softmax over all keys",
+            source="""
+import math
+
+
+def blocked_attention(q, k, v, mask, block):
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+""",
+            hint=1,
+            bug="All scores at once: the block size is ignored.",
+        ),
+        Mutant(
+            name="hidden blocks are read",
+            source=_with(
+                "03.blocked_attention",
+                ("        if not seen.any():\n            continue\n", ""),
+            ),
+            hint=1,
+            bug="A place that was never written holds NaN, and 0 times NaN is NaN: a masked value "
+            "still reaches the output.",
+        ),
     ],
     "03.kv_cache": [
         Mutant(
@@ -416,6 +439,12 @@ def memory_bytes(config, context):
             hint=3,
             bug="Key heads are repeated before they are stored: right results, and the memory "
             "that sharing was to save.",
+        ),
+        Mutant(
+            name="a float32 cache for all weights",
+            source=_with("03.grouped_query_attention", (", dtype=self.k_proj.weight.dtype", "")),
+            hint=3,
+            bug="The default dtype of the cache: a layer in float64 or bfloat16 cannot use it.",
         ),
     ],
     "03.decode_kernel": [

@@ -74,6 +74,14 @@ def test_one_attention_layer_does_not_notice_a_shuffle() -> None:
     assert moved["*"] < 1e-5 < 0.02 < moved["**"] < moved["M"]
 
 
+def test_the_order_of_who_notices_a_shuffle_is_made_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert list(lesson.who_notices(LITE, generator)) == ["*", "**", "M", "M*"]
+    monkeypatch.setattr(lesson, "shuffled", lambda stack, config, generator: 0.5)
+    with pytest.raises(AssertionError, match="expected \\* near 0"):
+        lesson.who_notices(LITE, generator)
+
+
 def test_tiled_is_the_model_with_its_key_heads_in_the_order_of_repeat(
     model: removal.Nemotron,
 ) -> None:
