@@ -71,11 +71,14 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
     requestAnimationFrame(look);
   }}, {{once: true, capture: true}});
 }}); }}"""
-# The number of outputs of the notebook in front that hold a figure, once each visible one is drawn.
+# The number of figures stored in the notebook in front, once each visible one is drawn. A cell whose
+# output is folded, until a click opens it, does not count.
 _FIGURES_DRAWN = """async () => {
   const shown = jupyterapp.shell.currentWidget;
   await Promise.all(shown.content.widgets.map(cell => cell.ready));
-  const outputs = shown.content.model.sharedModel.toJSON().cells.flatMap(c => c.outputs || []);
+  const cells = shown.content.model.sharedModel.toJSON().cells;
+  const open = cells.filter(c => !(c.metadata.jupyter && c.metadata.jupyter.outputs_hidden));
+  const outputs = open.flatMap(c => c.outputs || []);
   const stored = outputs.filter(o => o.data && o.data['application/vnd.plotly.v1+json']).length;
   const frames = [...shown.node.querySelectorAll('.jp-RenderedPlotly')];
   const seen = frames.filter(e => e.checkVisibility({visibilityProperty: true}));
@@ -143,7 +146,7 @@ class Look:
     """What a page shows of one notebook without running it."""
 
     broken: list[str]
-    stored: int  # outputs with a figure; those below a live view are hidden while it is live
+    stored: int  # figures in outputs that are not folded; those below a live view are hidden while it is live
     figures: int  # that a reader sees
     cut: list[str]
     brightness: list[float]  # of each figure, from 0 (black) to 255
