@@ -71,8 +71,8 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
     requestAnimationFrame(look);
   }}, {{once: true, capture: true}});
 }}); }}"""
-# The number of figures stored in the notebook in front, once each visible one is drawn. A cell whose
-# output is folded, until a click opens it, does not count.
+# The number of figures stored in the notebook in front, once each visible one is drawn. A cell
+# whose output is folded, until a click opens it, does not count.
 _FIGURES_DRAWN = """async () => {
   const shown = jupyterapp.shell.currentWidget;
   await Promise.all(shown.content.widgets.map(cell => cell.ready));
@@ -146,7 +146,7 @@ class Look:
     """What a page shows of one notebook without running it."""
 
     broken: list[str]
-    stored: int  # figures in outputs that are not folded; those below a live view are hidden while it is live
+    stored: int  # figures in outputs that are not folded; some may be hidden below a live view
     figures: int  # that a reader sees
     cut: list[str]
     brightness: list[float]  # of each figure, from 0 (black) to 255
