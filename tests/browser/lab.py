@@ -106,6 +106,7 @@ _CLOSE = """async () => {
   shown.context.model.dirty = false;
   shown.close();
 }"""
+_UNFOLD = "() => jupyterapp.commands.execute('notebook:show-all-cell-outputs')"
 _SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
 _THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
 _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
@@ -204,10 +205,11 @@ def run_all(page: Page) -> list[str]:
 
 
 def visit(lab: OpenLab, name: str) -> Visit:
-    """Open the notebook `name`, Run All, use every control, and save it."""
+    """Open the notebook `name`, Run All, unfold its outputs, use every control, and save it."""
     seen, page, before = Visit(), lab.page, len(lab.outside)
     with notebook(page, name):
         seen.errors = run_all(page)
+        page.evaluate(_UNFOLD)  # some controls are in outputs that a chapter folds
         for index, cell in enumerate(page.evaluate(_CELLS)):
             if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
                 seen.not_run += [] if cell["execution_count"] else [index]
