@@ -306,7 +306,7 @@ def _guess_all(page: Page, seen: Visit) -> None:
     seen.guesses = boxes.count()
     for index in range(seen.guesses):
         box = boxes.nth(index)
-        form = page.locator(".widget-vbox", has=box).last
+        form = box.locator("xpath=ancestor::*[contains(@class, 'nl-live')]")
         box.locator("input").fill("3")
         box.locator("input").press("Enter")
         try:
