@@ -10,6 +10,7 @@ changes nothing, an error, and a request to another address.
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -38,6 +39,15 @@ def test_a_chapter_at_rest_shows_its_figures(lab: Any, name: str) -> None:
             if theme == DARK:
                 assert all(brightness < 100 for brightness in seen.brightness), seen
     assert lab.outside[before:] == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.name)
+def test_a_folded_output_is_announced_in_words(path: Path) -> None:
+    """JupyterLab shows the first output of a folded cell in one line, and HTML as its source."""
+    cells = nbformat.read(path, as_version=4).cells
+    folded = [cell for cell in cells if cell.metadata.get("jupyter", {}).get("outputs_hidden")]
+    raw = [cell.id for cell in folded if "text/html" in cell.outputs[0].get("data", {})]
+    assert raw == [], "print a line of words first in these cells"
 
 
 def test_nothing_of_nbgrader_is_in_the_page(lab: Any) -> None:
