@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageStat
@@ -22,7 +23,8 @@ from tests.course.lab.serving import TOKEN
 
 RUN_SECONDS = 300  # Run All; a chapter takes far less on a quiet machine
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
-FIGURES = ".jp-OutputArea-output .js-plotly-plot, .jp-OutputArea-output img"
+# A stored figure is a picture until the mouse is above it, and a plot afterwards; its frame stays.
+FIGURES = ".jp-RenderedPlotly, .nl-live .js-plotly-plot, .jp-OutputArea-output img:not(.plot-img)"
 BROKEN = "Error displaying widget"
 
 # The drawn data of every plot as one string each; _WORDS gives the text of every widget.
@@ -69,6 +71,22 @@ _WATCH = f"""() => {{ const drawn = {_DRAWN}; window.answered = new Promise(done
     requestAnimationFrame(look);
   }}, {{once: true, capture: true}});
 }}); }}"""
+# The number of figures stored in the notebook in front, once each visible one is drawn. A cell
+# whose output is folded, until a click opens it, does not count.
+_FIGURES_DRAWN = """async () => {
+  const shown = jupyterapp.shell.currentWidget;
+  await Promise.all(shown.content.widgets.map(cell => cell.ready));
+  const cells = shown.content.model.sharedModel.toJSON().cells;
+  const open = cells.filter(c => !(c.metadata.jupyter && c.metadata.jupyter.outputs_hidden));
+  const outputs = open.flatMap(c => c.outputs || []);
+  const stored = outputs.filter(o => o.data && o.data['application/vnd.plotly.v1+json']).length;
+  const frames = [...shown.node.querySelectorAll('.jp-RenderedPlotly')];
+  const seen = frames.filter(e => e.checkVisibility({visibilityProperty: true}));
+  const plot = e => e.querySelector('.main-svg');
+  const picture = e => [...e.querySelectorAll('img')].some(i => i.complete && i.naturalWidth);
+  const drawn = seen.every(e => e.offsetHeight > 50 && (plot(e) || picture(e)));
+  return frames.length === stored && drawn && {stored};
+}"""
 _OPEN = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
 # Whether the page has asked the kernel for the widgets that it has. Only the parts that show
 # widgets know the widget manager.
@@ -88,6 +106,7 @@ _CLOSE = """async () => {
   shown.context.model.dirty = false;
   shown.close();
 }"""
+_UNFOLD = "() => jupyterapp.commands.execute('notebook:show-all-cell-outputs')"
 _SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
 _THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
 _CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
@@ -128,7 +147,8 @@ class Look:
     """What a page shows of one notebook without running it."""
 
     broken: list[str]
-    figures: int
+    stored: int  # figures in outputs that are not folded; some may be hidden below a live view
+    figures: int  # that a reader sees
     cut: list[str]
     brightness: list[float]  # of each figure, from 0 (black) to 255
 
@@ -139,26 +159,18 @@ def look(page: Page, theme: str = THEMES[0]) -> Look:
     page.wait_for_function(
         "dark => document.body.dataset.jpThemeLight === String(!dark)", arg=theme == THEMES[1]
     )
+    page.mouse.move(0, 0)  # away from the figures
     # Whether a widget is found is known once the page has asked the kernel for all of them.
     page.wait_for_function("() => !document.body.innerText.includes('Loading widget')")
-    figures = _drawn_figures(page)
+    stored = _until(page, _FIGURES_DRAWN)["stored"]
+    figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
     return Look(
         _texts(page.get_by_text(BROKEN)),
+        stored,
         len(figures),
         page.evaluate(_CUT),
         [_brightness(found) for found in figures],
     )
-
-
-def _drawn_figures(page: Page) -> list[Locator]:
-    """The visible figures, once their number has not changed for two seconds."""
-    counts: list[int] = []
-    while True:
-        figures = [found for found in page.locator(FIGURES).all() if found.is_visible()]
-        counts.append(len(figures))
-        if counts[-5:] == [len(figures)] * 5 or len(counts) > 40:
-            return figures
-        page.wait_for_timeout(500)  # figures are drawn after the cells
 
 
 def _brightness(figure: Locator) -> float:
@@ -173,7 +185,7 @@ def notebook(page: Page, name: str) -> Iterator[None]:
     page.wait_for_function(_IN_FRONT, arg=name, timeout=60_000)
     page.wait_for_function(_IDLE, timeout=60_000)
     # A widget that a cell makes before this is created twice, and one of the two is deaf.
-    page.wait_for_function(_WIDGETS_KNOWN, timeout=60_000)
+    _until(page, _WIDGETS_KNOWN)
     try:
         yield
     finally:
@@ -193,10 +205,11 @@ def run_all(page: Page) -> list[str]:
 
 
 def visit(lab: OpenLab, name: str) -> Visit:
-    """Open the notebook `name`, Run All, use every control, and save it."""
+    """Open the notebook `name`, Run All, unfold its outputs, use every control, and save it."""
     seen, page, before = Visit(), lab.page, len(lab.outside)
     with notebook(page, name):
         seen.errors = run_all(page)
+        page.evaluate(_UNFOLD)  # some controls are in outputs that a chapter folds
         for index, cell in enumerate(page.evaluate(_CELLS)):
             if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
                 seen.not_run += [] if cell["execution_count"] else [index]
@@ -235,6 +248,19 @@ def opened(browser: Browser, address: str) -> Iterator[OpenLab]:
         yield lab
     finally:
         context.close()
+
+
+def _until(page: Page, question: str, seconds: float = 60.0) -> Any:
+    """The first answer that is not false.
+
+    Playwright's own `wait_for_function` does not wait for the answer of an async function.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if answer := page.evaluate(question):
+            return answer
+        page.wait_for_timeout(100)
+    raise TimeoutError(f"after {seconds} s, this is still false: {question}")
 
 
 def _texts(found: Locator) -> list[str]:
@@ -280,7 +306,7 @@ def _guess_all(page: Page, seen: Visit) -> None:
     seen.guesses = boxes.count()
     for index in range(seen.guesses):
         box = boxes.nth(index)
-        form = page.locator(".widget-vbox", has=box).last
+        form = box.locator("xpath=ancestor::*[contains(@class, 'nl-live')]")
         box.locator("input").fill("3")
         box.locator("input").press("Enter")
         try:
