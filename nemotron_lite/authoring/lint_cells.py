@@ -24,7 +24,7 @@ from nemotron_lite.course.display import PLOTLY, SHORTEST_ALT, WIDGET
 MOST_BYTES = 500_000
 MOST_CELLS, MOST_WORDS = 45, 2300  # of a chapter
 MOST_CELLS_DEEPER, MOST_WORDS_DEEPER = 25, 1300  # of the notebook beside it
-MOST_LINES = 15  # of code in one cell; a stub may be longer
+MOST_LINES = 15  # of code in one cell; a stub and a hidden cell may be longer
 MOST_IGNORED = 2  # cells whose output is not compared
 CHAPTER_SECONDS = 75  # alone on two quiet cores; the tests run each chapter twice
 
@@ -209,7 +209,7 @@ def volatile_content(notebook: NotebookNode) -> list[str]:
 
 
 def too_long(notebook: NotebookNode, *, deeper: bool = False) -> list[str]:
-    """Notebooks of too many cells or words, and cells of too many lines. A stub may be longer."""
+    """Notebooks of too many cells or words, and cells of too many lines, stubs and hidden ones aside."""
     most_cells = MOST_CELLS_DEEPER if deeper else MOST_CELLS
     most_words = MOST_WORDS_DEEPER if deeper else MOST_WORDS
     found = []
@@ -220,7 +220,8 @@ def too_long(notebook: NotebookNode, *, deeper: bool = False) -> list[str]:
     stubs = {index for _, index, _ in exercise_cells(notebook)}
     for index, cell in code_cells(notebook):
         lines = sum(1 for line in cell.source.splitlines() if line.strip())
-        if lines > MOST_LINES and index not in stubs:
+        hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+        if lines > MOST_LINES and index not in stubs and not hidden:
             found.append(f"cell {index} has {lines} lines of code; at most {MOST_LINES}.")
     return found
 
