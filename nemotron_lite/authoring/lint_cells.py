@@ -209,7 +209,7 @@ def volatile_content(notebook: NotebookNode) -> list[str]:
 
 
 def too_long(notebook: NotebookNode, *, deeper: bool = False) -> list[str]:
-    """Notebooks of too many cells or words, and cells of too many lines, stubs and hidden ones aside."""
+    """Too many cells or words, or too many lines in an open cell that is no stub."""
     most_cells = MOST_CELLS_DEEPER if deeper else MOST_CELLS
     most_words = MOST_WORDS_DEEPER if deeper else MOST_WORDS
     found = []
