@@ -110,6 +110,13 @@ def remember(found: Exercise, function: Any, result: CheckResult) -> str:
     _PASSED[found.id] = function
     _REFUSED.pop(found.id, None)
     source, problem = learner_code.answer_source(function, found.function_name, found.provided)
+    if progress_store.folder() and not problem:
+        # What is stored must work in a new kernel. If it does not, an earlier answer stays.
+        needs = {needed: _resolve(exercise(needed))[0] for needed in found.needs}
+        if wrong := _built(found, HEADER.format(id=found.id) + source, needs)[1]:
+            problem = (
+                f"built again from its source alone, it {wrong}; put all it needs into its cell"
+            )
     if problem:
         lost = f"Later chapters cannot use your answer: {problem}."
         return lost if progress_store.folder() else ""

@@ -181,8 +181,16 @@ def static_text(asked: Prediction) -> str:
 
 
 def read_number(text: str) -> float | int | None:
-    """The number that a learner typed: `1,024`, `2e3`, `12 %` or `.5`; None if it is none."""
-    cleaned = re.sub(r"[,_\s]", "", text).removesuffix("%")
+    """The number that a learner typed: `1,024`, `2e3`, `12 %`, `.5` or `1,5`; None if it is none.
+
+    A comma or a space groups thousands where three digits follow it. Any other comma is the decimal
+    comma of many languages.
+    """
+    cleaned = text.strip().removesuffix("%").strip()
+    if re.fullmatch(r"[+-]?\d{1,3}([, _]\d{3})+(\.\d*)?", cleaned):
+        cleaned = re.sub(r"[, _]", "", cleaned)
+    elif re.fullmatch(r"[+-]?\d*,\d+", cleaned):
+        cleaned = cleaned.replace(",", ".")
     try:
         number = float(cleaned)
     except ValueError:

@@ -41,12 +41,19 @@ _TEXT = ".py"  # a key with this ending holds text; every other holds a JSON val
 # Facts that are not on disk: there is no folder, or it refused the write. Key → (value, saved).
 _MEMORY: dict[str, tuple[Any, str]] = {}
 _WARNED: set[str] = set()
+# The folder of the notebook, from `begin`; None: the current folder.
+_NOTEBOOK: list[Path] = []
+
+
+def begin() -> None:
+    """Keep facts beside this notebook, also after a cell changed the folder; `setup` calls this."""
+    _NOTEBOOK[:] = [Path.cwd()]
 
 
 def folder() -> Path | None:
     """The folder of the facts, None if there is none and they stay in memory."""
     try:
-        found = Path.cwd() / FOLDER
+        found = (_NOTEBOOK[0] if _NOTEBOOK else Path.cwd()) / FOLDER
         return found if found.is_dir() else None
     except OSError:  # the current folder was deleted
         return None
@@ -101,6 +108,7 @@ def saved_at(key: str) -> str | None:
 
 def forget_memory() -> None:
     """Forget what is only in memory, and which warnings were shown; files stay."""
+    _NOTEBOOK.clear()
     _MEMORY.clear()
     _WARNED.clear()
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from nemotron_lite.course import progress_store
+
 
 class Shown:
     """Outputs in order, each a mapping of MIME types, and what was printed."""
@@ -34,6 +36,13 @@ class Shown:
         """The HTML of the only output."""
         (bundle,) = self.bundles
         return bundle["text/html"]
+
+
+@pytest.fixture(autouse=True)
+def no_notebook() -> Iterator[None]:
+    """`setup` remembers the notebook's folder; the next test has another one."""
+    yield
+    progress_store._NOTEBOOK.clear()
 
 
 @pytest.fixture

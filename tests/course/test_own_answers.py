@@ -179,6 +179,18 @@ def test_an_answer_that_cannot_be_stored_says_so(course: Path, shown: Callable[.
     assert shown(own, "99.fade", notebook.space["fade"]).plain == "99.fade: your function runs."
 
 
+def test_an_answer_whose_source_alone_does_not_work_leaves_the_earlier_one(
+    course: Path, shown: Callable[..., Shown]
+) -> None:
+    notebook = Notebook()
+    check("99.fade", notebook.run(MINE, "fade"))
+    kept = (course / "answers" / "99.fade.py").read_text()
+    cell = "SIGNS = []\nSIGNS.append(1)\n\ndef fade(dt, A):\n    return (SIGNS[0] * dt * A).exp()\n"
+    words = "built again from its source alone, it does not pass its checks today"
+    assert words in shown(check, "99.fade", notebook.run(cell, "fade")).plain
+    assert (course / "answers" / "99.fade.py").read_text() == kept
+
+
 def test_the_packages_class_is_built_with_the_learners_function() -> None:
     calls: list[int] = []
     notebook = Notebook()

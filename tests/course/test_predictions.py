@@ -252,7 +252,9 @@ def test_a_guess_of_another_question_is_forgotten() -> None:
 @pytest.mark.parametrize(
     ("typed", "number"),
     [("3", 3), (" 1,024 ", 1024), ("2e3", 2000), ("12 %", 12), (".5", 0.5), ("-1", -1),
-     ("1_000", 1000), ("", None), ("inf", None), ("1 or 2", None)],
+     ("1_000", 1000), ("1,5", 1.5), ("0,5", 0.5), ("3 000", 3000), ("3 4", None), ("", None),
+     ("1.234,5", None), ("12,34,567", None), ("1,234.5", 1234.5), ("-2,5 %", -2.5),
+     ("inf", None), ("1 or 2", None)],
 )  # fmt: skip
 def test_numbers_are_read_as_people_write_them(typed: str, number: float | None) -> None:
     assert read_number(typed) == number

@@ -187,3 +187,15 @@ def test_two_kernels_do_not_damage_each_others_files(course: Path) -> None:
     assert set(shared[:500]) in ({"a"}, {"b"})
     assert shared[-1] == 39
     assert sorted(p.suffix for p in (course / "guesses").iterdir()) == [".json"] * 9
+
+
+def test_facts_stay_beside_the_notebook_when_a_cell_changes_the_folder(
+    course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress_store.begin()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    progress_store.put(KEY, 7)
+    assert (course / "guesses" / "01.speed.json").is_file()
+    progress_store.forget_memory()
+    assert progress_store.get(KEY) is None, "a new kernel in that folder finds nothing"

@@ -87,7 +87,7 @@ def update(chapters: Path, work: Path) -> list[Outcome]:
         with _locked(work):
             pages = {path.name: path.read_text(encoding="utf-8") for path in sources}
             pages[PROGRESS] = progress_page()
-            done = [_update_file(work / name, text) for name, text in pages.items()]
+            done = [_update_or_leave(work / name, text) for name, text in pages.items()]
     except OSError as error:
         raise CopyError(
             f"The chapters cannot be copied to {work}: {error}. Everything that was there before "
@@ -116,8 +116,27 @@ def progress_page() -> str:
     return json.dumps(page)
 
 
+def _update_or_leave(path: Path, text: str) -> Outcome:
+    """`_update_file`; a copy that cannot be read or merged does not keep the others from it."""
+    try:
+        return _update_file(path, text)
+    except (ValueError, IsADirectoryError) as error:
+        why = {
+            UnicodeDecodeError: "it is not a text file in UTF-8",
+            UnicodeEncodeError: "it has characters that cannot be written as UTF-8",
+            IsADirectoryError: "it is a folder",
+        }.get(type(error), str(error))
+        return Outcome(
+            path, "left alone", f"{path.name}: left as it is, because {why}. {HOW_TO_RESTART}"
+        )
+
+
 def _update_file(path: Path, text: str) -> Outcome:
-    """Copy or update one file; `text` is the chapter as it is now."""
+    """Copy or update one file; `text` is the chapter as it is now.
+
+    Raises:
+        ValueError: the copy cannot be read or merged; json's errors and MergeError are ValueErrors.
+    """
     version = hashlib.sha256(text.encode()).hexdigest()[:16]
     new = _parsed(text)
     store = path.parent / FOLDER
@@ -129,18 +148,13 @@ def _update_file(path: Path, text: str) -> Outcome:
         _write(path, _formatted(fresh))
         _sign(path)
         return Outcome(path, "copied", f"{path.name}: copied")
-    before = path.read_text(encoding="utf-8", errors="surrogateescape")
-    try:
-        mine = _parsed(before)
-        was = mine["metadata"].get(BASE)
-        if was == version:
-            return Outcome(path, "current")
-        base = _base(store, path, was)
-        merged = _named(merging.merge(base, mine, new), version)
-    except ValueError as error:  # MergeError is one, and so is json's
-        return Outcome(
-            path, "left alone", f"{path.name}: left as it is, because {error}. {HOW_TO_RESTART}"
-        )
+    before = path.read_text(encoding="utf-8")
+    mine = _parsed(before)
+    was = mine["metadata"].get(BASE)
+    if was == version:
+        return Outcome(path, "current")
+    base = _base(store, path, was)
+    merged = _named(merging.merge(base, mine, new), version)
     trusted = _is_signed(before)
     line = f"{path.name}: updated"
     if mine["cells"] != base["cells"]:
@@ -177,6 +191,8 @@ def _parsed(text: str) -> merging.Notebook:
         notebook = json.loads(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     is_notebook = isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)
     if not is_notebook or not isinstance(notebook.get("metadata"), dict):
         raise ValueError("it has no cells or no metadata, so it is not a notebook of format 4")
@@ -206,7 +222,7 @@ def _formatted(notebook: merging.Notebook) -> str:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _is_signed(text: str) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +219,47 @@ def test_a_file_that_cannot_be_merged_is_left_alone(checkout: Path, reason: str)
     assert line.endswith(copies.HOW_TO_RESTART)
 
 
-def test_bytes_that_are_no_text_are_left_alone(checkout: Path) -> None:
+def wrong_bytes(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"stub", b"mine \xff"))
+
+
+def half_a_character(path: Path) -> None:
+    path.write_text(path.read_text().replace("stub", "mine \\ud800"))
+
+
+def too_deep(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (wrong_bytes, "not a text file in UTF-8"),
+        (half_a_character, "cannot be written as UTF-8"),
+        (too_deep, "nested too deeply"),
+        (a_folder, "it is a folder"),
+    ],
+)
+def test_a_copy_that_cannot_be_read_does_not_keep_the_others_from_it(
+    checkout: Path, spoil: Callable[[Path], None], reason: str
+) -> None:
+    chapter(checkout, "# One", name="01_one.ipynb")
     update(checkout)
     path = checkout / "work" / "00_zero.ipynb"
-    path.write_bytes(b"\xff\xfe\x00")
-    assert what(update(checkout))["00_zero.ipynb"] == "left alone"
-    assert path.read_bytes() == b"\xff\xfe\x00"
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else None
+    chapter(checkout, "# Zero", "stub", "print(2)")
+    chapter(checkout, "# One, mended", name="01_one.ipynb")
+    done = update(checkout)
+    assert what(done)["00_zero.ipynb"] == "left alone"
+    assert what(done)["01_one.ipynb"] == "updated"
+    assert reason in summary(done)
+    assert before == (path.read_bytes() if path.is_file() else None)
 
 
 def test_a_chapter_that_left_the_course_is_named_and_stays(checkout: Path) -> None:
