@@ -29,6 +29,7 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/
           "/sys/devices/system/cpu")  # fmt: skip
 DEVICES = ("null", "zero", "full", "random", "urandom")
 INSIDE_SITE, INSIDE_HOME = "/course", "/learner"
+WRITABLE = ("tmp", "dev/shm", INSIDE_HOME[1:])
 SIZE = "size=268435456"  # bytes of each folder in memory
 BIND, RECURSIVE, PRIVATE, NOSUID, NODEV = 0x1000, 0x4000, 1 << 18, 2, 4
 NEW_USER, NEW_MOUNTS = 0x10000000, 0x00020000
@@ -82,13 +83,22 @@ def bind(source: Path, target: Path) -> None:
     mount(str(source), target, None, BIND | RECURSIVE)
 
 
-def read_only(target: Path) -> None:
-    """Make a mount and all below it read-only: mount_setattr(2), of Linux 5.12."""
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY, 0, 0, 0)
-    done = libc.syscall(
-        MOUNT_SETATTR, AT_FDCWD, str(target).encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(32)
-    )
+def _set_attributes(target: Path, added: int, removed: int, how: int) -> None:
+    """mount_setattr(2), of Linux 5.12."""
+    attributes = (ctypes.c_uint64 * 4)(added, removed, 0, 0)
+    place = str(target).encode()
+    done = libc.syscall(MOUNT_SETATTR, AT_FDCWD, place, how, attributes, ctypes.c_size_t(32))
     _checked(done, f"mount_setattr {target}")
+
+
+def read_only(target: Path) -> None:
+    """Make a mount and all mounts below it read-only."""
+    _set_attributes(target, READ_ONLY, 0, AT_RECURSIVE)
+
+
+def writable(target: Path) -> None:
+    """Make one mount writable again; those below it stay as they are."""
+    _set_attributes(target, 0, READ_ONLY, 0)
 
 
 def python_folders() -> list[Path]:
@@ -104,6 +114,8 @@ def build_root(root: Path, site: Path, hidden: list[Path]) -> None:
     def inside(path: Path) -> Path:
         return root / path.relative_to("/")
 
+    for folder in WRITABLE:  # first, because Python itself may lie below /tmp
+        memory_folder(root / folder)
     bound: list[Path] = []
     for path in [*map(Path, SYSTEM), *python_folders()]:
         if path.exists() and not any(path.is_relative_to(other) for other in bound):
@@ -118,12 +130,12 @@ def build_root(root: Path, site: Path, hidden: list[Path]) -> None:
     bind(site, root / INSIDE_SITE[1:])
     for name in DEVICES:
         bind(Path("/dev", name), root / "dev" / name)
-    for folder in ("tmp", "dev/shm", "proc", "etc", INSIDE_HOME[1:]):
+    for folder in ("proc", "etc"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "etc/passwd").write_text(f"learner:x:{LEARNER}:{LEARNER}::{INSIDE_HOME}:/bin/sh\n")
     read_only(root)
-    for folder in ("tmp", "dev/shm", INSIDE_HOME[1:]):
-        memory_folder(root / folder)
+    for folder in WRITABLE:
+        writable(root / folder)
     mount("proc", root / "proc", "proc", NOSUID | NODEV)
 
 
