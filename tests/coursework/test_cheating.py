@@ -154,8 +154,9 @@ def holds_on(x):
     "from_disk": f"""
 import os
 found = []
-for path in ({str(PACKAGE / "course" / "exercises.py")!r}, {str(PACKAGE.parent)!r}):
-    found.append(os.path.exists(path) and sorted(os.listdir(os.path.dirname(path))))
+for path in ({str(PACKAGE / "course")!r}, {str(PACKAGE.parent)!r}):
+    there = os.listdir(path) if os.path.isdir(path) else []
+    found.append(any(name != ".venv" for name in there))  # Python itself is needed
 print("on disk:", found)
 for folder, _, names in os.walk("/course"):
     assert not set(names) & {{"checks.py", "exercises.py", "scoring.py", "make.py"}}, folder
