@@ -7,6 +7,8 @@
 The names below are the public interface. What the modules are for, from the ground up:
 
     config, hf_config   the sizes of a model, and its `config.json`
+    arguments           integers and numbers that a caller gives
+    input_files         small files that anybody may have written
     openmp              threads that wait, on a machine that others use too
     backends            fast implementations of the operations, and the choice between them
     ops                 the operations as pure functions, one idea a file
