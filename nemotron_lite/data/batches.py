@@ -98,8 +98,8 @@ class ConcatenatedDocuments:
         kind = f"{np.dtype(self.tokens.dtype).str} {len(self.tokens)} {self.isolate_documents}\n"
         digest = hashlib.sha256(kind.encode())
         for start in range(0, len(self.tokens), _HASHED):
-            digest.update(np.ascontiguousarray(self.tokens[start : start + _HASHED]))
-        digest.update(np.ascontiguousarray(self.starts))
+            digest.update(np.ascontiguousarray(self.tokens[start : start + _HASHED]).data)
+        digest.update(np.ascontiguousarray(self.starts).data)
         return digest.hexdigest()
 
     def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
