@@ -96,6 +96,10 @@ class TextData:
         """A batch of training windows; see `ConcatenatedDocuments.batch`."""
         return self.train.batch(index, batch_size=batch_size, seq_len=seq_len, seed=seed)
 
+    def fingerprint(self) -> str:
+        """Identifies the training text; see `ConcatenatedDocuments.fingerprint`."""
+        return self.train.fingerprint()
+
 
 def cache_folder() -> Path:
     """The folder of prepared texts: `nemotron_lite` in `$XDG_CACHE_HOME` or `~/.cache`."""
