@@ -40,18 +40,17 @@ def sample_windows(
         ValueError: no document is long enough, fewer than one window of two tokens is requested,
             more than 2^28 tokens, or a negative seed.
     """
-    count = integer("count", count, low=-LARGEST_BATCH, high=LARGEST_BATCH)
-    seq_len = integer("seq_len", seq_len, low=-LARGEST_BATCH, high=LARGEST_BATCH)
+    count, seq_len = integer("count", count), integer("seq_len", seq_len)
     seed = integer("seed", seed, low=0, high=LARGEST_SEED)
     if count < 1 or seq_len < 2:
         raise ValueError(
-            f"{count} windows of {seq_len} tokens do not work: expected count to be at least 1, and "
-            "seq_len at least 2."
+            f"{_short(count)} windows of {_short(seq_len)} tokens do not work: expected a count of at "
+            "least 1 and a seq_len of at least 2."
         )
     if count * seq_len > LARGEST_BATCH:
         raise ValueError(
-            f"count={count:,} windows of seq_len={seq_len:,} tokens do not work: expected at most "
-            f"{LARGEST_BATCH:,} tokens in all."
+            f"count={_short(count)} windows of seq_len={_short(seq_len)} tokens do not work: expected "
+            f"at most {LARGEST_BATCH:,} tokens in all."
         )
     documents = token_documents("documents", documents)
     starts_per_document = np.array([max(0, len(doc) - seq_len + 1) for doc in documents])
@@ -69,3 +68,8 @@ def sample_windows(
         first = int(draw - (ends[which] - starts_per_document[which]))
         rows.append(documents[which][first : first + seq_len])
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def _short(value: int) -> str:
+    """An integer for a message; Python refuses to print those of thousands of digits."""
+    return str(value) if abs(value) < 10**12 else "…"
