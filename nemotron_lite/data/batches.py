@@ -17,6 +17,7 @@ the text, so it rarely sees a window twice.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
@@ -33,6 +34,7 @@ from nemotron_lite.data.checks import check_tokens, token_documents
 LARGEST_SEED = 2**128 - 1
 LARGEST_INDEX = 2**64 - 1
 LARGEST_BATCH = 2**28  # tokens: 2 GiB of int64
+_HASHED = 1 << 24  # tokens that are read at a time for a fingerprint: they may be a memory map
 
 
 class Batch(NamedTuple):
@@ -55,7 +57,12 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Anything that the training loop can take its batches from."""
+    """Anything that the training loop can take its batches from.
+
+    A source may also have a method `fingerprint() -> str`, which identifies its content: equal for
+    equal data, different for other data. A training run stores it, and refuses to be resumed with
+    other data. It is optional, and so it is no part of this protocol.
+    """
 
     def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
         """Batch number `index` of the stream `seed`: always the same for the same arguments."""
@@ -140,6 +147,15 @@ class ConcatenatedDocuments:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all tokens and the starts of the documents. It identifies the text."""
+        kind = f"{np.dtype(self.tokens.dtype).str} {len(self.tokens)} {self.isolate_documents}\n"
+        digest = hashlib.sha256(kind.encode())
+        for start in range(0, len(self.tokens), _HASHED):
+            digest.update(np.ascontiguousarray(self.tokens[start : start + _HASHED]).data)
+        digest.update(np.ascontiguousarray(self.starts).data)
+        return digest.hexdigest()
 
     def batch(
         self,

@@ -188,7 +188,7 @@ def _make(
         held_out=HeldOut(tuple(np.split(held_out, bounds)), meta["held_out_bytes"]),
         baselines=Baselines(**meta["baselines"]),
         train_bytes=meta["train_bytes"],
-        fingerprint=_sha256(_json(dict(checksums))),
+        checksum=_sha256(_json(dict(checksums))),
     )
 
 

@@ -31,8 +31,7 @@ class HeldOut:
 class TextData:
     """A prepared corpus: a `BatchSource` for training, the held-out documents, the baselines.
 
-    `fingerprint` is a SHA-256 over the tokenizer and all tokens: two texts with the same one give
-    the same batches and the same scores.
+    `checksum` is a SHA-256 over the tokenizer and all tokens, held-out ones included.
     """
 
     tokenizer: Tokenizer
@@ -40,7 +39,7 @@ class TextData:
     held_out: HeldOut
     baselines: Baselines
     train_bytes: int
-    fingerprint: str = ""
+    checksum: str = ""
 
     def batch(
         self,
@@ -52,3 +51,7 @@ class TextData:
     ) -> Batch:
         """A batch of training windows; see `ConcatenatedDocuments.batch`."""
         return self.train.batch(index, batch_size=batch_size, seq_len=seq_len, seed=seed)
+
+    def fingerprint(self) -> str:
+        """Identifies the text: equal if tokenizer, batches and held-out documents are equal."""
+        return self.checksum or self.train.fingerprint()

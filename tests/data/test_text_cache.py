@@ -67,8 +67,8 @@ def same(one: TextData, other: TextData) -> bool:
         all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in arrays)
         and one.tokenizer.to_str() == other.tokenizer.to_str()
         and one.baselines == other.baselines
-        and (one.train_bytes, one.held_out.num_bytes, one.fingerprint)
-        == (other.train_bytes, other.held_out.num_bytes, other.fingerprint)
+        and (one.train_bytes, one.held_out.num_bytes, one.fingerprint())
+        == (other.train_bytes, other.held_out.num_bytes, other.fingerprint())
     )
 
 
@@ -329,8 +329,8 @@ def test_the_fingerprint_is_of_tokens_and_tokenizer(
     original: tuple[TextData, Path], root: Path, tmp_path: Path
 ) -> None:
     other = prepare(root=root, cache=tmp_path, vocab_size=301, held_out_bytes=3_000)
-    assert len(original[0].fingerprint) == 64
-    assert other.fingerprint != original[0].fingerprint
+    assert len(original[0].fingerprint()) == 64
+    assert other.fingerprint() != original[0].fingerprint()
     assert asdict(other.baselines) == asdict(original[0].baselines)
 
 
