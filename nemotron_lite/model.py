@@ -21,12 +21,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, SupportsIndex, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
+from nemotron_lite.arguments import integer
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep, to_int64
@@ -94,11 +95,13 @@ class Backbone(nn.Module):
         )
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Fresh weights (see `layers.Mixer.init_weights`)."""
-        nn.init.normal_(self.embeddings.weight, std=std)
+        nn.init.normal_(self.embeddings.weight, std=std, generator=generator)
         for layer in self.layers:
-            cast(Block, layer).init_weights(std, residual_divisor)
+            cast(Block, layer).init_weights(std, residual_divisor, generator)
         self.norm_f.init_weights()
 
     def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
@@ -132,8 +135,15 @@ class Nemotron(nn.Module):
 
     Args:
         config: its sizes.
-        device, dtype: where and in what precision the weights are made.
-        seed: makes the initial weights repeatable without touching the global random state.
+        device, dtype: where and in what precision the weights are made. None takes PyTorch's
+            defaults. The random numbers are drawn in float32, so all dtypes get the same weights.
+        seed: makes the initial weights repeatable, -2^63 to 2^64 - 1. They are drawn from a
+            generator of their own: other threads change nothing, and nothing changes for them.
+            None draws from PyTorch's global generator.
+
+    Raises:
+        TypeError: a seed that is not an integer.
+        ValueError: a seed out of range.
     """
 
     def __init__(
@@ -142,32 +152,33 @@ class Nemotron(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        seed: int | None = None,
+        seed: SupportsIndex | None = None,
     ) -> None:
         super().__init__()
+        if seed is not None:
+            seed = integer("seed", seed, low=-(2**63), high=2**64 - 1)
         self.config = config
         self._prepared = False  # whether layers have copies for decoding
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
         # Small files that belong to the model, by name: `load` reads them and `save` writes them
         # to a new folder (checkpoint/companions.py).
         self.companion_files: dict[str, bytes] = {}
-        with torch.device("meta"):  # no memory and no random numbers until `init_weights`
-            self.backbone = Backbone(config)
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
-            self.mtp = MTP(config) if config.mtp_pattern else None
         device = torch.device(device or torch.get_default_device())
-        if device.type != "meta":
-            self.to_empty(device=device)
-            with torch.random.fork_rng(enabled=seed is not None):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                self.init_weights()
-        if dtype is not None:
-            self.to(dtype)
+        with torch.inference_mode(False):  # inference tensors could never be trained
+            with torch.device("meta"):  # no memory and no random numbers until `init_weights`
+                self.backbone = Backbone(config)
+                self.lm_head = Linear(config.hidden_size, config.vocab_size)
+                self.mtp = MTP(config) if config.mtp_pattern else None
+            if device.type != "meta":
+                self.float().to_empty(device=device)
+                self.init_weights(
+                    None if seed is None else torch.Generator(device).manual_seed(seed)
+                )
+            self.to(dtype or torch.get_default_dtype())
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw fresh weights from torch's global generator.
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights from `generator`, or from PyTorch's global one.
 
         Each layer initializes itself. Matrices are normal with `initializer_range`; those that
         write into the residual stream are divided by sqrt(layers), so that the sum of all layers
@@ -178,10 +189,10 @@ class Nemotron(nn.Module):
         std = self.config.initializer_range
         scaled = self.config.rescale_prenorm_residual
         residual_divisor = math.sqrt(self.config.num_layers) if scaled else 1.0
-        self.backbone.init_weights(std, residual_divisor)
-        self.lm_head.init_weights(std)
+        self.backbone.init_weights(std, residual_divisor, generator)
+        self.lm_head.init_weights(std, generator=generator)
         if self.mtp is not None:
-            self.mtp.init_weights(std, residual_divisor)
+            self.mtp.init_weights(std, residual_divisor, generator)
 
     @property
     def device(self) -> torch.device:

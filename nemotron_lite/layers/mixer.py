@@ -24,9 +24,10 @@ model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import wraps
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,9 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 
 class LedgerLine(NamedTuple):
@@ -85,10 +89,27 @@ class CacheOptions:
     device: torch.device
 
 
+def ordinary_tensors(make: Callable[P, Made]) -> Callable[P, Made]:
+    """A decorator: the tensors that `make` creates are ordinary ones, also in inference mode.
+
+    PyTorch refuses to change an inference tensor in place once inference mode is off. Buffers that
+    are ordinary tensors can be changed in every mode, so a cache can be continued in every mode.
+    """
+
+    @wraps(make)
+    def ordinary(*args: P.args, **kwargs: P.kwargs) -> Made:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return ordinary
+
+
 class LayerCache(ABC):
     """The cache of one layer: what it keeps of the tokens that it has read.
 
     A layer reads a draft without advancing its cache; `accept` then takes in a part of the draft.
+
+    Buffers that are changed in place are made under `ordinary_tensors`.
     """
 
     TENSORS: ClassVar[tuple[str, ...]]  # names of its buffers, in the object and in a saved file
@@ -160,12 +181,15 @@ class Mixer(nn.Module):
         """The mixer of one layer; `name` is its path in the model."""
         return cls(config)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
-        """Draw fresh weights from torch's global generator.
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Draw fresh weights.
 
         Args:
             std: standard deviation of the matrices.
             residual_divisor: divides the matrices that write into the residual stream.
+            generator: where the random numbers come from; None is torch's global generator.
         """
         raise NotImplementedError
 
