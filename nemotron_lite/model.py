@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from nemotron_lite.arguments import integer
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep, to_int64
+from nemotron_lite.input_checks import (
+    check_call,
+    check_draft,
+    check_logits_to_keep,
+    check_vocabulary,
+    to_int64,
+)
 from nemotron_lite.input_files import parse_json
 from nemotron_lite.layers import (
     MTP,
@@ -316,21 +322,22 @@ class Nemotron(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Integer[Tensor, "b t"],
         cache: Cache | None = None,
         *,
         lengths: Integer[Tensor, "b"] | None = None,
-        seq_idx: Int[Tensor, "b t"] | None = None,
-        mtp_depths: int = 0,
+        seq_idx: Integer[Tensor, "b t"] | None = None,
+        mtp_depths: SupportsIndex = 0,
         router_stats: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: SupportsIndex = 0,
         draft: bool = False,
     ) -> Output:
         """Logits for every token, or for the last ones of each row.
 
         Args:
             tokens: ids; rows that are shorter than t are padded on the right with any ids.
-            cache: of the tokens before; advanced in place. With a cache no gradients are recorded.
+            cache: of the tokens before; advanced in place. With a cache no gradients are recorded:
+                `backward()` from such logits raises a RuntimeError.
             lengths: real tokens in each row; all t when None.
             seq_idx: the document of each token, in rows of concatenated documents: nothing is
                 carried from one document to the next.
@@ -342,11 +349,15 @@ class Nemotron(nn.Module):
             draft: read a draft without advancing the cache. `cache.accept(counts)` then takes in
                 its first `counts` tokens.
 
+        Under autocast the linear layers compute in its dtype. Cache and residual stream keep the
+        dtype of the weights, so a cache can be continued outside of autocast, and the reverse.
+
         Raises:
+            TypeError: an argument that is no tensor or no integer.
             ValueError: arguments that do not fit together; the message says which.
         """
-        check_logits_to_keep(logits_to_keep, tokens)
-        lengths = to_int64(lengths)
+        tokens, lengths = to_int64("tokens", tokens), to_int64("lengths", lengths)
+        logits_to_keep = check_logits_to_keep(logits_to_keep, tokens)
         found = self.forward_hidden(
             tokens,
             cache,
@@ -356,29 +367,35 @@ class Nemotron(nn.Module):
             router_stats=router_stats,
             draft=draft,
         )
+        logits = self.head(_last_tokens(found.hidden, lengths, logits_to_keep))
+        if cache is not None and logits.requires_grad and not torch.compiler.is_compiling():
+            logits = _NoGradient.apply(logits)
         return Output(
             found.hidden,
             found.mtp_hidden,
             found.router,
-            logits=self.head(_last_tokens(found.hidden, lengths, logits_to_keep)),
+            logits=logits,
             mtp_logits=[self.head(h) for h in found.mtp_hidden],
         )
 
     def forward_hidden(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Integer[Tensor, "b t"],
         cache: Cache | None = None,
         *,
         lengths: Integer[Tensor, "b"] | None = None,
-        seq_idx: Int[Tensor, "b t"] | None = None,
-        mtp_depths: int = 0,
+        seq_idx: Integer[Tensor, "b t"] | None = None,
+        mtp_depths: SupportsIndex = 0,
         router_stats: bool = False,
         draft: bool = False,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies the head piece by piece."""
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
-        lengths = to_int64(lengths)
+        tokens, lengths = to_int64("tokens", tokens), to_int64("lengths", lengths)
+        seq_idx = to_int64("seq_idx", seq_idx)
+        if type(mtp_depths) is not int:
+            mtp_depths = integer("mtp_depths", mtp_depths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)
@@ -412,6 +429,7 @@ class Nemotron(nn.Module):
         """Read tokens after a cache, segment by segment; in one pass for router statistics."""
         total, longest = tokens.shape[1], segment(tokens)
         if total > longest and not router_stats:
+            check_vocabulary(self.config, tokens)
             parts = []
             for start in range(0, total, longest):
                 part = tokens[:, start : start + longest]
@@ -452,6 +470,21 @@ class Nemotron(nn.Module):
         """Logits in float32 (float64 for a float64 model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+class _NoGradient(torch.autograd.Function):
+    """Logits after a cache. Through the head alone a gradient would come out incomplete."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "these logits were computed after a cache, and no gradients are recorded through a "
+            "cache: call the model on the whole text without a cache, model(tokens)."
+        )
 
 
 def _last_tokens(
