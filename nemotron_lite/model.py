@@ -269,12 +269,12 @@ class Nemotron(nn.Module):
 
     def empty_cache(
         self,
-        batch: int,
-        capacity: int = 256,
+        batch: SupportsIndex,
+        capacity: SupportsIndex = 256,
         mtp: bool = False,
         *,
         ssm_dtype: torch.dtype | None = None,
-        ssm_seed: int | None = 0,
+        ssm_seed: SupportsIndex | None = 0,
     ) -> Cache:
         """`Cache.empty` for this model's sizes, device and dtype."""
         cache = Cache.empty(

@@ -21,11 +21,13 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import (
+    WIDE_DTYPE,
     CacheOptions,
     LayerCache,
     LedgerLine,
     Matrix,
     Mixer,
+    SavedSizes,
     ordinary_tensors,
 )
 
@@ -97,6 +99,25 @@ class KVCache(LayerCache):
     def saved_tensors(self, tokens: int) -> dict[str, Tensor]:
         """Keys and values of the first `tokens` tokens."""
         return {name: getattr(self, name)[:, :, :tokens].contiguous() for name in self.TENSORS}
+
+    @classmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Keys and values of all tokens of the longest row, in one dtype."""
+        (shape, dtype), values = stored["k"], stored["v"]
+        wide = len(shape) == 4 and all(shape) and (shape[0], shape[2]) == (rows, tokens)
+        if values != (shape, dtype) or not wide or dtype not in WIDE_DTYPE or extra is not None:
+            raise ValueError(
+                f"keys {shape} {dtype} and values {values[0]} {values[1]} of layer {index} are not "
+                f"those of {rows} rows and {tokens} tokens"
+            )
+        return SavedSizes(dtype, (shape[1], shape[3]))
 
     @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None) -> KVCache:

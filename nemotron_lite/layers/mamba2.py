@@ -39,11 +39,13 @@ from nemotron_lite.dtypes import cast
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import (
+    WIDE_DTYPE,
     CacheOptions,
     LayerCache,
     LedgerLine,
     Matrix,
     Mixer,
+    SavedSizes,
     ordinary_tensors,
 )
 from nemotron_lite.ops.scan import step_sizes
@@ -169,12 +171,55 @@ class MambaCache(LayerCache):
         return {"rounding_seeds": asdict(self.rounding_seeds)}
 
     @classmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Inputs of the convolution, a state, and rounding seeds if the state is in float16."""
+        (conv, dtype), (ssm, state_dtype) = stored["conv"], stored["ssm"]
+        fits = len(conv) == 3 and len(ssm) == 4 and conv[0] == ssm[0] == rows
+        wanted = WIDE_DTYPE.get(dtype) if extra is None else "F16"
+        if not fits or not all((conv[2], *ssm)) or dtype not in WIDE_DTYPE or state_dtype != wanted:
+            raise ValueError(
+                f"conv {conv} {dtype} and ssm {ssm} {state_dtype} of layer {index} are not those "
+                f"of {rows} rows"
+            )
+        seed = None if extra is None else _saved_seeds(extra, index).seed
+        return SavedSizes(dtype, (*conv[1:], *ssm[1:]), (state_dtype, seed))
+
+    @classmethod
     def from_saved(
         cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
     ) -> MambaCache:
         """Buffers as they were saved, with the rounding seeds that go with them."""
         seeds = None if extra is None else ops.RoundingSeeds(**extra["rounding_seeds"])
         return cls(tensors["conv"], tensors["ssm"], seeds)
+
+
+def _saved_seeds(extra: Mapping[str, Any], layer: int) -> ops.RoundingSeeds:
+    """The rounding seeds in a file.
+
+    Raises:
+        ValueError: other fields, types or ranges than those that `saved_extra` gives.
+    """
+    seeds = extra.get("rounding_seeds")
+    if set(extra) != {"rounding_seeds"} or not isinstance(seeds, dict):
+        raise ValueError(f"layer {layer} has no readable rounding seeds")
+    seed, writes = seeds.get("seed"), seeds.get("writes")
+    if (
+        set(seeds) != {"seed", "layer", "writes"}
+        or not (seed is None or (type(seed) is int and 0 <= seed < 2**64))
+        or type(seeds["layer"]) is not int
+        or seeds["layer"] != layer
+        or type(writes) is not int
+        or not 0 <= writes < 2**62
+    ):
+        raise ValueError(f"layer {layer} has rounding seeds out of range: {str(seeds)[:80]}")
+    return ops.RoundingSeeds(**seeds)
 
 
 class GatedRMSNorm(nn.Module):

@@ -36,6 +36,9 @@ from torch import Tensor, nn
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 
+# Dtypes of a model as safetensors names them, and those of its SSM states.
+WIDE_DTYPE = {"F32": "F32", "BF16": "F32", "F16": "F32", "F64": "F64"}
+
 P = ParamSpec("P")
 Made = TypeVar("Made")
 
@@ -87,6 +90,14 @@ class CacheOptions:
     ssm_dtype: torch.dtype
     ssm_seed: int | None
     device: torch.device
+
+
+class SavedSizes(NamedTuple):
+    """What the tensors of one saved layer say about the model; all layers of a kind agree."""
+
+    dtype: str  # of the model, as safetensors names it
+    sizes: tuple[int, ...]  # as `LayerCache.sizes`
+    state: tuple[object, ...] = ()  # dtype and rounding seed of a state, where there is one
 
 
 def ordinary_tensors(make: Callable[P, Made]) -> Callable[P, Made]:
@@ -158,6 +169,37 @@ class LayerCache(ABC):
     def saved_extra(self) -> dict[str, Any] | None:
         """What has to be saved beside the tensors, as JSON; None if there is nothing."""
         return None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Buffers are ordinary tensors again, also when copied or unpickled in inference mode."""
+        self.__dict__.update(state)
+        for name in self.TENSORS:
+            if getattr(self, name).is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, getattr(self, name).clone())
+
+    @classmethod
+    @abstractmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Compare what a file holds for one layer with each other, before it is read.
+
+        Args:
+            stored: shape and dtype of each of `TENSORS`; a dtype as safetensors names it.
+            extra: what `saved_extra` gave.
+            rows: of the batch.
+            tokens: of the longest row, at least 1.
+            index: of the layer in the model.
+
+        Raises:
+            ValueError: what does not fit.
+        """
 
     @classmethod
     @abstractmethod
