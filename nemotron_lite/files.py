@@ -128,7 +128,6 @@ def atomic_folder(
     with ExitStack() as stack:
         with _explained(path):
             if path.exists():
-                _refuse_file(path)
                 folder_replacement.recover(path)
                 _probe(path)  # the user may have made it read-only
             else:
@@ -234,7 +233,6 @@ def check_writable_folder(path: str | Path) -> None:
     made: list[Path] = []
     with _explained(folder):
         try:
-            _refuse_file(folder)
             missing = [each for each in (folder, *folder.parents) if not each.exists()]
             for each in reversed(missing):
                 each.mkdir(exist_ok=True)
@@ -253,17 +251,13 @@ def _probe(folder: Path) -> None:
         sync_file(temporary / "probe")
 
 
-def _refuse_file(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; name a folder to save into.")
-
-
 def folder_path(path: str | Path) -> Path:
     """The absolute folder that a user names; a leading `~` is the home folder, links are followed.
 
     Raises:
         TypeError: neither text nor path.
         ValueError: empty, with a zero byte, or with the home of an unknown user.
+        NotADirectoryError: a file.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"path={path!r} ({type(path).__name__}): expected a text or a Path.")
@@ -271,9 +265,12 @@ def folder_path(path: str | Path) -> Path:
     if not text.strip() or "\0" in text:
         raise ValueError(f"path={text!r}: expected the name of a folder; '.' is the current one.")
     try:
-        return Path(text).expanduser().resolve()
+        folder = Path(text).expanduser().resolve()
     except (RuntimeError, OSError) as error:  # an unknown user, links in a circle
         raise ValueError(f"path={text!r} leads to no folder ({error}).") from error
+    if os.path.exists(folder) and not os.path.isdir(folder):  # Path.exists can raise
+        raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
+    return folder
 
 
 @contextmanager

@@ -151,9 +151,7 @@ class Nemotron(nn.Module):
         # Small files that belong to the model, by name: `load` reads them and `save` writes them
         # to a new folder (checkpoint/companions.py).
         self.companion_files: dict[str, bytes] = {}
-        # What they and the config were at first: `save` asks whether they were changed since.
-        self.companions_as_loaded: dict[str, bytes] = {}
-        self.built_from = config
+        self.built_from = config  # `save` asks whether `config` was changed since
         with torch.device("meta"):  # no memory and no random numbers until `init_weights`
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)

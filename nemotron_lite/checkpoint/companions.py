@@ -24,6 +24,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -60,13 +61,19 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MADE_BY_SAVE = re.compile(r"model.*\.safetensors.*|(config|tokenizer|hf_quant_config)\.json")
 
 
-def attach_companions(model: Nemotron, folder: Path) -> None:
-    """Give a loaded model the companion files of its folder."""
-    model.companion_files = read_companions(folder)
-    model.companions_as_loaded = dict(model.companion_files)
+class CompanionFiles(dict[str, bytes]):
+    """Files by name, and what they were when they were read.
+
+    Attributes:
+        as_loaded: does not change when an entry does.
+    """
+
+    def __init__(self, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        super().__init__(files)
+        self.as_loaded = dict(files)
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
+def read_companions(folder: Path) -> CompanionFiles:
     """The companion files of a folder, by name.
 
     A file that cannot be read is left out with a warning: the model works without it.
@@ -77,7 +84,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
         for name in _list(folder / CHAT_TEMPLATES)
         if name.endswith(".jinja")
     ]
-    found = {}
+    found: dict[str, bytes] = {}
     for name in names:
         try:
             found[name] = read_bytes(folder / name, limit=MOST_BYTES)
@@ -85,7 +92,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
             continue
         except FileError as error:
             warnings.warn(f"{error}. The model is loaded without this file.", stacklevel=4)
-    return found
+    return CompanionFiles(found)
 
 
 def files_to_write(
@@ -105,12 +112,12 @@ def files_to_write(
     old = _read_tokenizer(folder)
     if tokenizer is not None and not _same(tokenizer, model.tokenizer):
         own = {name: content for name, content in own.items() if name not in OF_TOKENIZER}
-    replaced = isinstance(old, Tokenizer) and not _same(old, tokenizer)
+    replaced = old is not None and tokenizer is not None and not _same(old, tokenizer)
     written: dict[str, bytes | None] = {}
     if replaced:
         written |= {name: None for name in OF_TOKENIZER if (folder / name).exists()}
     for name, content in own.items():
-        changed = model.companions_as_loaded.get(name) != content
+        changed = _as_loaded(model).get(name) != content
         absent = not (folder / name).exists() or name in written
         if name != GENERATION and (changed or absent):
             written[name] = content
@@ -122,14 +129,6 @@ def files_to_write(
         written[TOKENIZER_CONFIG] = _tokenizer_config(model)
     written[GENERATION] = _generation_config(model, own, folder)
     return written
-
-
-def keeps_tokenizer(model: Nemotron, folder: Path) -> bool:
-    """Whether a tokenizer.json in the folder may stay beside a model that has no tokenizer."""
-    old = _read_tokenizer(folder)
-    if not isinstance(old, Tokenizer):
-        return False
-    return max(old.get_vocab(True).values(), default=-1) < model.config.vocab_size
 
 
 def _checked(files: Any) -> dict[str, bytes]:
@@ -153,14 +152,16 @@ def _checked(files: Any) -> dict[str, bytes]:
     return dict(files)
 
 
+def _as_loaded(model: Nemotron) -> Mapping[str, bytes]:
+    """The companion files before anybody changed them; a dict of your own was never loaded."""
+    return getattr(model.companion_files, "as_loaded", {})
+
+
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that is in a folder; None if there is none or it is damaged."""
     try:
-        content = read_bytes(folder / "tokenizer.json")
-        return Tokenizer.from_buffer(content)
-    except (FileNotFoundError, FileError):
-        return None
-    except Exception:  # the library raises bare Exception
+        return Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json"))
+    except Exception:  # bare Exception is what the library raises
         return None
 
 
@@ -184,7 +185,7 @@ def _tokenizer_config(model: Nemotron) -> bytes:
 
 def _generation_config(model: Nemotron, own: Mapping[str, bytes], folder: Path) -> bytes:
     """The settings of the folder, or else of the model, with the model's token ids."""
-    changed = model.companions_as_loaded.get(GENERATION) != own.get(GENERATION)
+    changed = _as_loaded(model).get(GENERATION) != own.get(GENERATION)
     content, settings = own.get(GENERATION), model.generation_config
     if not (changed and content is not None):
         try:

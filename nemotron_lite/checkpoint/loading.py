@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
-from nemotron_lite.checkpoint.companions import attach_companions
+from nemotron_lite.checkpoint.companions import read_companions
 from nemotron_lite.checkpoint.modelopt import FORM_OF, GroupedTensors
 from nemotron_lite.checkpoint.names import Destination, destination_of
 from nemotron_lite.checkpoint.validation import CheckpointError, StoredTensor
@@ -152,7 +152,7 @@ def load_as(
     tensors = _read_weights(folder, model, shapes, matched, found, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = tokenizer
-    attach_companions(model, folder)
+    model.companion_files = read_companions(folder)
     if absent:
         warnings.warn(
             f"{folder}: config.json has an MTP module (num_nextn_predict_layers="

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
-from nemotron_lite.checkpoint.companions import files_to_write, keeps_tokenizer
+from nemotron_lite.checkpoint.companions import files_to_write
 from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
@@ -127,10 +127,9 @@ def save(
     if problems:
         raise CheckpointError(folder, problems)
     others = files_to_write(tree.model, folder, tokenizer)
-    kept = {"tokenizer.json"} if tokenizer is None and keeps_tokenizer(tree.model, folder) else ()
     shards = _shards(list(_named_tensors(tree)), limit)
     not_finite: list[str] = []
-    with atomic_folder(folder, _is_replaced(others, kept), last="config.json") as new:
+    with atomic_folder(folder, _is_replaced(others), last="config.json") as new:
         _write_weights(new, shards, not_finite)
         config = _config(tree)
         if tree.packed:
@@ -176,11 +175,9 @@ def _tokenizer_problems(model: Nemotron, tokenizer: Tokenizer | None) -> list[st
     ]
 
 
-def _is_replaced(others: Container[str], kept: Container[str]) -> Callable[[str], bool]:
+def _is_replaced(others: Container[str]) -> Callable[[str], bool]:
     """Which files of the old folder the new checkpoint replaces or removes."""
-    return lambda name: (
-        name in others or (_OUR_FILES.fullmatch(name) is not None and name not in kept)
-    )
+    return lambda name: name in others or _OUR_FILES.fullmatch(name) is not None
 
 
 def _named_tensors(tree: ModelTree) -> Iterator[_NamedTensor]:

@@ -59,9 +59,9 @@ class Batch(NamedTuple):
 class BatchSource(Protocol):
     """Anything that the training loop can take its batches from.
 
-    A source may also have a method `fingerprint() -> str`, which identifies its content: equal for
-    equal data, different for other data. A training run stores it, and refuses to be resumed with
-    other data. It is optional, and so it is no part of this protocol.
+    A source may also have a `fingerprint`, a text or a method that returns one. It identifies the
+    content: equal for equal data, different for other data. A training run stores it, and refuses
+    to be resumed with other data. It is optional, and so it is no part of this protocol.
     """
 
     def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:

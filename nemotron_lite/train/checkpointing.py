@@ -46,7 +46,8 @@ _NAME = re.compile(r"step-(\d{8,18})\.pt")
 DAMAGED = ".damaged"  # ending of a file that a resume has skipped
 _TAG = b"nemotron_lite crc32 "
 _COMMENT = len(_TAG) + 8  # bytes: the tag and 8 hexadecimal digits
-_END = b"PK\x05\x06"  # the archive's last record, without its comment 22 bytes
+_END = b"PK\x05\x06"  # begins the archive's last record, which ends in the comment and its length
+_END_SIZE = 22  # bytes of that record without a comment
 _BLOCK = 1 << 20
 _SHOWN = 300  # characters of a cause
 
@@ -124,7 +125,7 @@ class _SummingFile:
             self.error = error
             raise
         self._sum = zlib.crc32(data, self._sum)
-        self._last = (self._last + bytes(memoryview(data)[-22:]))[-22:]
+        self._last = (self._last + bytes(memoryview(data)[-_END_SIZE:]))[-_END_SIZE:]
         return written
 
     def flush(self) -> None:
@@ -191,9 +192,11 @@ def _sum_of(file: BinaryIO, size: int) -> int:
 
 def _check_entries(file: BinaryIO) -> None:
     """For an archive without our checksum: those that it has for each entry."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _END_SIZE))
+    end = file.read()
+    if not (end.startswith(_END) and end.endswith(b"\0\0")):
+        raise ValueError("its end is missing or damaged")
     with zipfile.ZipFile(file) as archive:
-        if archive.comment:
-            raise ValueError("its checksum is damaged")
         wrong = archive.testzip()
     if wrong is not None:
         raise ValueError(f"the checksum of its entry {wrong} does not fit")

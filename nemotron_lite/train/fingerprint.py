@@ -6,13 +6,13 @@ never saw. So a resume compares the fingerprint in the checkpoint with that of t
 
     model.*              the sizes of the model      never accepted: the weights would not fit
     tokenizer            SHA-256 of its JSON         never accepted: token ids mean other things
-    text                 `data.fingerprint()`        accepted by name
+    text                 `data.fingerprint`          accepted by name
     the options          of `TrainConfig`            accepted by name, some always (`FREE`)
     python, torch, ...   versions, device            reported, never refused
 
 With other versions the losses are the same up to rounding, but usually not bit for bit.
 
-A source of batches without a `fingerprint` method has the text None. It cannot be compared, and
+A source of batches without a `fingerprint` has the text None. It cannot be compared, and
 neither can a tokenizer that one of the two calls does not know. The resume says so and goes on.
 """
 
@@ -53,7 +53,7 @@ def run_fingerprint(model: Nemotron, data: BatchSource, config: TrainConfig) -> 
     """All that a resume compares, as plain values: `sizes`, `options`, `inputs`, `versions`.
 
     Raises:
-        TypeError: `data.fingerprint()` is no text.
+        TypeError: the fingerprint of `data` is no text.
     """
     return {
         "sizes": _plain(asdict(model.config)),
@@ -187,16 +187,15 @@ def _shown(value: object) -> str:
 
 
 def _text(data: BatchSource) -> str | None:
-    method = getattr(data, "fingerprint", None)
-    if method is None:
-        return None
-    found = method()
-    if not isinstance(found, str):
+    found = getattr(data, "fingerprint", None)
+    if callable(found):
+        found = found()
+    if found is not None and not isinstance(found, str):
         raise TypeError(
-            f"{type(data).__name__}.fingerprint() returned {type(found).__name__}: expected a text "
+            f"the fingerprint of {type(data).__name__} is {type(found).__name__}: expected a text "
             "that is the same for the same data and differs for other data."
         )
-    return found
+    return found or None
 
 
 def _tokenizer(model: Nemotron, data: BatchSource) -> str | None:

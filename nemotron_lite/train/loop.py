@@ -26,21 +26,21 @@ Left out: several devices.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.layers import Block
 from nemotron_lite.model import Nemotron
+from nemotron_lite.progress import Progress
 from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
     expert_loads,
@@ -62,6 +62,8 @@ from nemotron_lite.train.schedule import learning_rate
 from nemotron_lite.train.signals import StopOnSignal
 from nemotron_lite.train.validation import validation_loss
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainResult:
@@ -76,7 +78,8 @@ class TrainResult:
         history: the log records of this call of `train`, one per update.
         checkpoint: the last file that was written, or read by a resume; None without `out_dir`.
         best: `{"step": ..., "loss": ...}` of the lowest validation loss; None without validation.
-        notes: sentences about a resume: versions that differ, damaged lines of the log.
+        notes: sentences about a resume, which are logged as warnings too: versions that differ,
+            damaged lines of the log.
     """
 
     step: int = 0
@@ -109,12 +112,12 @@ def train(
 
     Args:
         model: with float32 weights.
-        data: the source of batches; `config.seed` selects the random stream. Its optional method
-            `fingerprint() -> str` says which text it is; a resume compares it.
+        data: the source of batches; `config.seed` selects the random stream. If it has a
+            `fingerprint` (see `BatchSource`), a resume compares it.
         config: all options of the run.
         out_dir: folder for the log and the checkpoints; None writes nothing.
         resume: continue from the newest checkpoint in `out_dir`.
-        progress: show a progress bar.
+        progress: report the progress on stderr.
         on_step: called with each log record; False ends the run.
         callbacks: called between updates (callbacks.py).
         validation: batches of other text, for a loss every `config.eval_every` updates. The record
@@ -211,6 +214,8 @@ class _Run:
                 self.folder.write_tokenizer(run_tokenizer(self.model, self.data))
             self.folder.open_log(self.result.step, logs)
             self.result.notes = self.folder.notes
+            for note in self.result.notes:
+                _log.warning("%s", note)
         except BaseException:
             self.folder.close()
             raise
@@ -259,14 +264,14 @@ class _Run:
         done = self.result
         was_training = self.model.training
         self.model.train()
-        bar = _Bar(progress, done.notes)
+        report = Progress("training", 100, enabled=progress)
         try:
             with StopOnSignal() as stop, self.precision, _Recomputing(self.model, self.config):
                 callbacks.start(done.step)
                 while self._progress() < 1 and not stop.requested and not callbacks.stopped:
                     record = self._logged_update()
                     callbacks.step(record)
-                    bar.show(self._progress(), record)
+                    report.update(100 * self._progress(), _note_of(record))
                     if self._save_is_due():
                         self._save_and_tell(callbacks)
                 unfinished = self._progress() < 1
@@ -278,7 +283,7 @@ class _Run:
             self._save_after(error)
             raise
         finally:
-            bar.close()
+            report.close()
             self.model.train(was_training)
         return done
 
@@ -423,9 +428,6 @@ class _Run:
         return tokens.by_depth, 0.0 if balance is None else float(balance.detach()), loads
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
-
-
 def _shortened(mask: Tensor | None, length: int) -> Tensor | None:
     return None if mask is None else mask[:, :length]
 
@@ -467,28 +469,12 @@ class _Recomputing(AbstractContextManager[None]):
             block.recompute = False
 
 
-class _Bar:
-    """The progress bar. A terminal that was closed or a broken pipe does not end the run."""
-
-    def __init__(self, shown: bool, notes: list[str]) -> None:
-        self._bar = tqdm(total=100, disable=not shown, desc="training", bar_format=_BAR)
-        for note in notes if shown else ():
-            with suppress(OSError):
-                tqdm.write(note, file=sys.stderr)
-
-    def show(self, progress: float, record: dict[str, Any]) -> None:
-        """Draw the fraction that is done, and the last record."""
-        self._bar.n = round(100 * progress, 1)
-        text = (
-            f"step {record['step']}, loss {record['ce']:.3f}, "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
-        if "validation_loss" in record:
-            text += f", validation {record['validation_loss']:.3f}"
-        with suppress(OSError):
-            self._bar.set_postfix_str(text)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        with suppress(OSError):
-            self._bar.close()
+def _note_of(record: dict[str, Any]) -> str:
+    """What the progress report says about the last update."""
+    text = (
+        f"step {record['step']}, loss {record['ce']:.3f}, "
+        f"{record['tokens_per_second']:,.0f} tokens/s"
+    )
+    if "validation_loss" in record:
+        text += f", validation {record['validation_loss']:.3f}"
+    return text
