@@ -87,7 +87,7 @@ class _NamedTensor(NamedTuple):
 
 
 def save(
-    model: Nemotron,
+    model: nn.Module,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -105,9 +105,9 @@ def save(
     (tied weights) are written as two tensors.
 
     Args:
-        model: on any device. The wrappers of torch.compile, DistributedDataParallel, DataParallel,
-            AveragedModel and activation checkpointing are left out, at any depth. Call `save` on
-            one process only.
+        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
+            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
+            Call `save` on one process only.
         path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.
