@@ -399,7 +399,7 @@ def _read_weights(
     state = model.state_dict()
     added = state.keys() - shapes.keys()
     tensors: dict[str, Tensor] = {}
-    invalid: dict[str, list[str]] = {}  # names of tensors, by what is wrong with their values
+    invalid: dict[str, float] = {}  # names of tensors with invalid values, and one such value
 
     def copy_into(
         name: str, shape: tuple[int, ...], dtype: torch.dtype, expert: int | None, value: Tensor
@@ -415,9 +415,8 @@ def _read_weights(
                 copy_into(name, shapes[name], dtypes.of(name, source.dtype), expert, source)
             continue
         stored = found.modules[item.name]
-        wrong = list(modelopt.invalid_values(source))
-        for fault, part in wrong:
-            invalid.setdefault(fault, []).append(f"{stored.module}.{part}")
+        for part, wrong in modelopt.invalid_values(source):
+            invalid[f"{stored.module}.{part}"] = wrong
         if invalid:
             continue  # the model will not be used
         module = name.removesuffix(".weight")
@@ -431,20 +430,17 @@ def _read_weights(
     for disk_name, value in _read_scales(folder, found.cache_scales.values()):
         name = ".".join(_module_and_scale(disk_name))
         if not bool(value.isfinite()) or float(value) <= 0:
-            fault = f"holds {float(value):g}, expected finite numbers above 0"
-            invalid.setdefault(fault, []).append(disk_name)
+            invalid[disk_name] = float(value)
         elif name in added:
             copy_into(name, (), torch.float32, None, value)
     if invalid:
-        raise CheckpointError(
-            folder,
-            [
-                f"invalid values: {names[0]} {fault}; copy the files again"
-                if len(names) == 1
-                else f"invalid values: {count_and_names(names)}: {fault}; copy the files again"
-                for fault, names in invalid.items()
-            ][:8],
+        first, value = next(iter(invalid.items()))
+        others = f" ({count_and_names(invalid)})" if len(invalid) > 1 else ""
+        problem = (
+            f"invalid values{others}: {shown(first)} holds {value:g}; expected finite numbers, and "
+            "scales above 0. Copy the files again"
         )
+        raise CheckpointError(folder, [problem])
     return tensors
 
 
