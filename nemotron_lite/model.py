@@ -183,6 +183,7 @@ class Nemotron(nn.Module):
         # Small files that belong to the model, by name: `load` reads them and `save` writes them
         # to a new folder (checkpoint/companions.py).
         self.companion_files: dict[str, bytes] = {}
+        self.built_from = config  # `save` asks whether `config` was changed since
         device = as_device(device or torch.get_default_device())
         if dtype is not None and dtype not in MODEL_DTYPES:
             raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, MODEL_DTYPES))}.")

@@ -20,7 +20,7 @@ from nemotron_lite.coursework import session as session_module
 from nemotron_lite.coursework.grade import handed_out
 from nemotron_lite.coursework.isolation import Isolation, Limits, make_site
 from nemotron_lite.coursework.scoring import Scored, score_submission
-from nemotron_lite.coursework.submissions import clean_copy
+from nemotron_lite.coursework.clean_copy import clean_copy
 from tests.coursework.conftest import notebook_with, toy
 
 PACKAGE = Path(nemotron_lite.__file__).parent

@@ -17,7 +17,7 @@ from nemotron_lite.coursework.feedback import (
     markdown,
     output_html,
 )
-from nemotron_lite.coursework.submissions import text_of
+from nemotron_lite.coursework.clean_copy import text_of
 
 TASKS = [
     pytest.param("".join(cell["source"]), id=cell["id"])
