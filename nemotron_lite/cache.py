@@ -128,7 +128,7 @@ class Cache:
         Raises:
             TypeError: a batch, capacity or seed that is not an integer.
             ValueError: batch or capacity below 1, another `dtype` or `ssm_dtype`, a seed out of
-                range.
+                range, or an unknown device.
         """
         batch = integer("batch", batch, low=1)
         capacity = integer("capacity", capacity, low=1)
@@ -139,7 +139,7 @@ class Cache:
                 f"dtype={dtype}: expected that of a model: "
                 f"{', '.join(str(known) for known in MODEL_DTYPES)}."
             )
-        device = torch.device(device)
+        device = as_device(device)
         wide = torch.promote_types(dtype, torch.float32)
         if ssm_dtype not in (None, wide, torch.float16):
             raise ValueError(
@@ -336,7 +336,7 @@ class Cache:
             FileNotFoundError: `path` does not exist.
             ValueError: the file is damaged, or is not a saved cache.
         """
-        device = torch.device(device)
+        device = as_device(device)
         saved = cache_file.read(path)
 
         @ordinary_tensors
@@ -356,6 +356,20 @@ class Cache:
     def __getstate__(self) -> dict[str, Any]:
         """All but `checked_for`: a copy is compared with the model at its first call."""
         return {**self.__dict__, "checked_for": None}
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: no name of a device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r}: expected a device of PyTorch, such as 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
 
 
 def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:
