@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nemotron_lite.checkpoint.validation import shorten
+from nemotron_lite.checkpoint.errors import shorten
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.packed_layers import (

@@ -46,11 +46,12 @@ from torch import Tensor, nn
 from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.companions import files_to_write
+from nemotron_lite.checkpoint.errors import CheckpointError, shorten
 from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
-from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError, shorten
+from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
 from nemotron_lite.files import atomic_folder, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
