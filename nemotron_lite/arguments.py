@@ -15,9 +15,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
 from typing import Any, cast
 
 _SHOWN = 60  # characters of a wrong value in a message
+_SHORT = reprlib.Repr()  # cuts long lists and texts before it writes them
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
@@ -117,11 +120,15 @@ def _range(low: int | float | None, high: int | float | None) -> str:
     return f" of at most {high:,}" if low is None else f" from {low:,} to {high:,}"
 
 
-def _message(name: str, value: object, expected: str) -> str:
+def shown(value: object) -> str:
+    """The repr of any value for a message: short, in characters that UTF-8 has, never failing."""
     try:
-        shown = repr(value)
+        text = _SHORT.repr(value)
     except Exception:  # an object whose repr fails, or an int of more digits than Python prints
-        shown = "…"
-    if len(shown) > _SHOWN:
-        shown = shown[: _SHOWN - 1] + "…"
-    return f"{name}={shown} ({type(value).__name__}): expected {expected}."
+        text = "…"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _message(name: str, value: object, expected: str) -> str:
+    return f"{name}={shown(value)} ({type(value).__name__}): expected {expected}."
