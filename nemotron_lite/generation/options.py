@@ -31,6 +31,7 @@ from nemotron_lite.arguments import flag, integer, number, shown
 
 MAX_DRAFT_LENGTH = 256  # tokens; a draft pays for a few, and random numbers are drawn for all
 MAX_STOPS = 1 << 16  # stop tokens or stop strings
+MAX_PROCESSORS = 1 << 10
 MAX_STOP_CHARACTERS = 1 << 12  # of a stop string, which is searched for at every token
 LARGEST = 2**63 - 1  # of a count: what fits into int64
 
@@ -84,11 +85,12 @@ class SamplingOptions:
         if self.repetition_penalty is not None:
             penalty = number("repetition_penalty", self.repetition_penalty, low=1e-3, high=1e3)
             set_(self, "repetition_penalty", penalty)
-        processors = self.logits_processors
-        if not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+        given = self.logits_processors
+        processors = _listed(given, MAX_PROCESSORS)
+        if processors is None or not all(map(callable, processors)):
             raise TypeError(
-                f"logits_processors={shown(processors)} ({type(processors).__name__}): expected a "
-                "list of functions (tokens, logits) -> logits."
+                f"logits_processors={shown(given)} ({type(given).__name__}): expected a list of "
+                "functions (tokens, logits) -> logits."
             )
         set_(self, "logits_processors", tuple(processors))
 

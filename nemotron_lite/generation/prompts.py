@@ -144,8 +144,8 @@ def _as_list(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
         try:
             return list(value)
-        except Exception:  # whatever a foreign sequence raises
-            return value
+        except Exception as error:  # whatever a foreign sequence raises
+            raise _wrong_prompt(value) from error
     return value
 
 
