@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nemotron_lite.config import ConfigError, NemotronConfig
     from nemotron_lite.generation.generate import generate, stream
     from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
+    from nemotron_lite.generation.results import GenerationResult
     from nemotron_lite.model import Nemotron
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GenerationOptions",
+    "GenerationResult",
     "Nemotron",
     "NemotronConfig",
     "SpeculationOptions",
@@ -73,6 +75,7 @@ _MODULE_OF = {
     "NemotronConfig": "config",
     "Cache": "cache",
     "GenerationOptions": "generation.options",
+    "GenerationResult": "generation.results",
     "SpeculationOptions": "generation.options",
     "generate": "generation.generate",
     "load": "checkpoint",

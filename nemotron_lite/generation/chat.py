@@ -36,7 +36,7 @@ from nemotron_lite.cache import Cache
 from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError, visible
 from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
-from nemotron_lite.generation.prompts import TextRow
+from nemotron_lite.generation.text_rows import TextRow
 from nemotron_lite.model import Nemotron
 
 OPEN, CLOSE = "<think>", "</think>"
