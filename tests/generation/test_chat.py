@@ -76,6 +76,26 @@ def test_an_answer_ends_at_a_stop_token(model: Nemotron) -> None:
     assert talk.send("two").reused_tokens > 0
 
 
+def test_an_answer_ends_before_a_stop_string(model: Nemotron) -> None:
+    free = Chat(model, thinking=False, max_new_tokens=12, **GREEDY).send("one").content
+    talk = Chat(model, thinking=False, max_new_tokens=12, stop_strings=free[4:6], **GREEDY)
+    reply = talk.send("one")
+    assert reply.stop_reason == "stop_string"
+    assert reply.content == free[: free.index(free[4:6])]
+    before = [*talk.messages, {"role": "user", "content": "two"}]
+    want = reread(model, before, thinking=False, max_new_tokens=12, **GREEDY)
+    assert talk.send("two").content == want.partition(free[4:6])[0]
+
+
+def test_the_defaults_of_the_folder_count(model: Nemotron) -> None:
+    model.companion_files = {"generation_config.json": b'{"temperature": 0.5, "top_k": 7}'}
+    try:
+        options = Chat(model, top_k=3).options
+    finally:
+        model.companion_files = {}
+    assert (options.temperature, options.top_k) == (0.5, 3)
+
+
 def test_only_what_is_new_is_read(model: Nemotron) -> None:
     talk = Chat(model, max_new_tokens=4, **GREEDY)
     template = talk.template
