@@ -50,6 +50,12 @@ def replace(path: Path) -> None:
         write(new, NEW)
 
 
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a power cut needs it, and it takes most of the time here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders cannot be exchanged, as for a mount point."""
@@ -157,17 +163,21 @@ def test_an_error_at_any_step_is_undone(
 
         with monkeypatch.context() as patch:
             patch.setattr(folder_replacement.os, "rename", rename)
-            try:
-                replace(path)
-            except (OSError, KeyboardInterrupt) as raised:
-                if isinstance(raised, OSError):
-                    kept = path / "unsaved"
-                    assert str(kept) in str(raised)
-                    assert read(kept) == NEW
-                    shutil.rmtree(kept)
-                assert read(path) == OLD
+            if step == steps - 1 and isinstance(error, OSError):
+                replace(path)  # everything is in place by then
             else:
-                raise AssertionError(f"step {step} did not fail")
+                with pytest.raises(type(error)) as raised:
+                    replace(path)
+        if step == steps - 1:
+            recover(path)
+            assert read(path) == AFTER
+            continue
+        if isinstance(error, OSError):
+            kept = path / "unsaved"
+            assert str(kept) in str(raised.value)
+            assert read(kept) == NEW
+            shutil.rmtree(kept)
+        assert read(path) == OLD
         assert os.listdir(path.parent) == ["m"]
 
 

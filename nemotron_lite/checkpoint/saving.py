@@ -121,6 +121,8 @@ def save(
             failed, the text says where the new checkpoint is.
     """
     folder = folder_path(path)
+    if not _is_utf8(folder):  # the safetensors library could not open it again
+        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.")
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
     tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
@@ -149,6 +151,14 @@ def save(
             f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
             stacklevel=2,
         )
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:

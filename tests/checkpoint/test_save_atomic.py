@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_lite import Nemotron, NemotronConfig, files, folder_replacement, load, save
+from nemotron_lite import Nemotron, NemotronConfig, folder_replacement, load, save
 from nemotron_lite.checkpoint import saving
 from nemotron_lite.files import atomic_folder
 

@@ -21,6 +21,7 @@ from nemotron_lite.checkpoint.model_tree import read_tree
 from tests.checkpoint.test_save_atomic import contents
 from tests.checkpoint.tiny import TINY
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
 Make = Callable[..., Nemotron]
 LINEAR = [
     name
