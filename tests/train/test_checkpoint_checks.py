@@ -155,9 +155,9 @@ def test_an_added_entry_is_refused(run: Any, use: Callable[[Any], None], key: An
 
 
 WRONG = [
-    None, True, -1, 10**5000, -(10**30), 0.5, float("nan"), float("-inf"), "text", b"bytes", [], {},
-    (1, 2), [torch.zeros(2)], torch.zeros(0), torch.tensor(float("nan")),
-    torch.eye(3).to_sparse(), torch.zeros(2, device="meta"), 1j,
+    None, True, -1, 10**5000, 0.5, float("nan"), "text", b"bytes", [], {}, (1, 2),
+    [torch.zeros(2)], torch.tensor(float("nan")), torch.eye(3).to_sparse(),
+    torch.zeros(2, device="meta"),
 ]  # fmt: skip
 
 
