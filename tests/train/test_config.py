@@ -27,7 +27,8 @@ OPTIONAL = ("steps", "max_seconds", "eval_every", "save_every", "save_every_seco
 VALUES = [
     None, True, False, -1, 0, 1, 2, 10**5000, -(10**400), 2**64, 2**31, 0.0, -0.0, 0.5, 1.5, 1e308,
     5e-324, math.nan, math.inf, -math.inf, "3", "", b"3", [], [1], (0.5, 0.5), {}, {1}, 1j,
-    object(),     np.int8(3), np.uint64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([3]),
+    object(), np.int8(3), np.uint64(3), np.float32(0.25), np.float64("nan"), np.bool_(True),
+    np.array([3]),
     np.array([1, 2]), torch.tensor(3), torch.tensor(0.25), torch.tensor([1.0, 2.0]),
     torch.tensor(True), torch.tensor(1j), lambda: 3, type,
 ]  # fmt: skip
