@@ -107,7 +107,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     for first in range(0, t, rows):
         seen, n = start + first, min(rows, t - first)
         end = min(start + t, -(-(seen + n) // BLOCK) * BLOCK)
-        later = torch.ones(n, end - seen, dtype=torch.bool).triu_(1)
+        later = torch.ones(n, end - seen, dtype=torch.bool, device=q.device).triu_(1)
         for row, head in itertools.product(range(b), range(k.shape[1])):
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
             answers = _block(queries, keys[row, head, :end], values[row, head, :end], later)

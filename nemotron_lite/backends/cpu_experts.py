@@ -139,12 +139,13 @@ def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
         total += len(chosen) * rows
 
     offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
-    offset[by_load[: len(starts)]] += torch.tensor(starts)
+    offset[by_load[: len(starts)]] += torch.tensor(starts, device=flat.device)
     pairs = flat.argsort(stable=True)
     places = torch.empty_like(flat)  # pair -> row
-    places[pairs] = offset[flat[pairs]] + torch.arange(flat.numel())
+    order = torch.arange(flat.numel(), device=flat.device)
+    places[pairs] = offset[flat[pairs]] + order
     tokens = flat.new_zeros(total)
-    tokens[places] = torch.arange(flat.numel()) // indices.shape[1]
+    tokens[places] = order // indices.shape[1]
 
     rows_in = z[tokens]
     answers = torch.empty_like(rows_in)

@@ -46,11 +46,12 @@ from torch import Tensor, nn
 from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.companions import files_to_write
+from nemotron_lite.checkpoint.errors import CheckpointError, shorten
 from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
-from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError, shorten
+from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
 from nemotron_lite.files import atomic_folder, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
@@ -86,7 +87,7 @@ class _NamedTensor(NamedTuple):
 
 
 def save(
-    model: Nemotron,
+    model: nn.Module,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -104,9 +105,9 @@ def save(
     (tied weights) are written as two tensors.
 
     Args:
-        model: on any device. The wrappers of torch.compile, DistributedDataParallel, DataParallel,
-            AveragedModel and activation checkpointing are left out, at any depth. Call `save` on
-            one process only.
+        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
+            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
+            Call `save` on one process only.
         path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.

@@ -1,15 +1,15 @@
-"""What the commands write: texts as they are, in any locale, and safe on a terminal.
+r"""What the commands write: texts as they are, in any locale, and safe on a terminal.
 
 A text that a model wrote, a prompt or the name of a file may hold anything: `[bold]`, `:bug:`, an
 escape sequence, bytes that are not UTF-8. So texts are written without markup, wrapping or
 highlighting.
 
     in a file or a pipe     every character as it is; bytes that were no UTF-8 come out unchanged
-    on a terminal           control characters other than line feed and tab are shown as `\\x1b`,
+    on a terminal           control characters other than line feed and tab are shown as `\x1b`,
                             because an escape sequence could clear the screen, change its title, or
                             type into the shell
 
-What the encoding of the output cannot represent is written as `\\u6f22`. If the locale is C, Python
+What the encoding of the output cannot represent is written as `\u6f22`. If the locale is C, Python
 chooses ASCII; that says nothing about the reader, so UTF-8 is written instead, unless
 `PYTHONIOENCODING` asks for another one.
 

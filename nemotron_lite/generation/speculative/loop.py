@@ -72,7 +72,7 @@ class SpeculativeDecoding:
         self.shortlist: Int[Tensor, "s"] | None = None
         if speculation.shortlist is not None:
             check_shortlist(speculation.shortlist, model.config.vocab_size)
-            self.shortlist = torch.tensor(speculation.shortlist)
+            self.shortlist = torch.tensor(speculation.shortlist, device="cpu")
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.options = options
         self.max_new_tokens, self.stop = options.max_new_tokens, frozenset(options.stop or ())
@@ -195,7 +195,7 @@ class SpeculativeDecoding:
             self.cache.accept(same)
             self.drafter.add(out.hidden[:, :same], after)
         else:
-            each = torch.tensor(counts)
+            each = torch.tensor(counts, device="cpu")
             self.cache.accept(each)
             self.drafter.add(out.hidden[:, :longest], after, each.to(inputs.device))
         return accepted, new
