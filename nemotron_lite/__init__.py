@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from nemotron_lite.generation.generate import generate, stream
     from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
     from nemotron_lite.generation.results import GenerationResult
+    from nemotron_lite.generation.score import Score, score
     from nemotron_lite.model import Nemotron
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "GenerationResult",
     "Nemotron",
     "NemotronConfig",
+    "Score",
     "SpeculationOptions",
     "__version__",
     "generate",
@@ -64,6 +66,7 @@ __all__ = [
     "load",
     "ops",
     "save",
+    "score",
     "stream",
     "train",
 ]
@@ -76,10 +79,12 @@ _MODULE_OF = {
     "Cache": "cache",
     "GenerationOptions": "generation.options",
     "GenerationResult": "generation.results",
+    "Score": "generation.score",
     "SpeculationOptions": "generation.options",
     "generate": "generation.generate",
     "load": "checkpoint",
     "save": "checkpoint",
+    "score": "generation.score",
     "stream": "generation.generate",
 }
 _MODULES = ("layers", "ledger", "ops", "train")

@@ -55,13 +55,18 @@ class EncodedPrompts(NamedTuple):
 
 
 def encode_prompts(
-    model: Nemotron, prompts: Prompts, read: Sequence[int] | None = None
+    model: Nemotron,
+    prompts: Prompts,
+    read: Sequence[int] | None = None,
+    *,
+    behind: bool = False,
 ) -> EncodedPrompts:
     """Token ids of prompts in any of the forms above.
 
     Args:
         read: how many tokens a cache has read of each row. A text that continues such a row gets
             no beginning-of-text token, and may be empty.
+        behind: whether all rows stand behind other tokens in the same way.
 
     Raises:
         ValueError: no prompts, an empty row of ids, text for a model without a tokenizer, an id
@@ -81,7 +86,7 @@ def encode_prompts(
             f"{len(rows)} prompts for a cache of {len(read)} rows: give one prompt for each row, "
             f"or make a cache with model.empty_cache({max(len(rows), 1)})."
         )
-    counts = read or [0] * len(rows)
+    counts = read or [int(behind)] * len(rows)
     if rows and all(isinstance(row, str) for row in rows):
         encoded = [_encode(model, row, count) for row, count in zip(rows, counts, strict=True)]
         return EncodedPrompts(encoded, single, model.tokenizer)

@@ -64,7 +64,8 @@ WRONG: list[Any] = [
     torch.zeros(2, dtype=torch.int64, device="meta"), torch.float16, torch.bfloat16, torch.int8,
     torch.nn.Linear(2, 2), [torch.tensor(1), torch.tensor(2)], [np.array([1, 2]), np.array([3])],
     [torch.tensor([1, 2]), torch.tensor([3])], SpeculationOptions(),
-    SpeculationOptions(draft_length=2), GenerationOptions(), GenerationOptions(max_new_tokens=2), [lambda t, x: x],
+    SpeculationOptions(draft_length=2), GenerationOptions(), GenerationOptions(max_new_tokens=2),
+    [lambda t, x: x],
     [lambda t, x: None], [lambda t, x: x[:-1]], [lambda t, x: x * float("nan")],
     [lambda t, x: x - INF], [lambda t, x: x.half()],
 ]  # fmt: skip
