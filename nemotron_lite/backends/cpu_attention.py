@@ -73,7 +73,8 @@ def one_token(
 
     `visible` marks the keys that are read; None means all of them.
     """
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+    shared = q.shape[1] // k.shape[1]
+    grouped = q.view(q.shape[0], k.shape[1], shared, q.shape[-1]) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped @ k.transpose(-1, -2)
     if visible is not None:

@@ -85,6 +85,8 @@ def _naive(
     scale: float,
 ) -> Routing:
     scores = _scores(x, weight)
+    if not len(x):
+        return Routing(scores[:, :top_k], scores[:, :top_k].long(), scores)
     per_group = weight.shape[0] // n_group
     weights, indices = [], []
     for token_scores in scores:

@@ -163,8 +163,9 @@ def test_gguf_names_the_way(tmp_path: Path, saved: Path) -> None:
     assert resolve(saved) == saved, "beside safetensors it does not matter"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
 def test_a_file_of_a_folder_names_the_folder(saved: Path, name: str) -> None:
+    (saved / "README.md").write_text("")
     assert f"give the folder that holds it, {saved}" in problem(saved / name)
 
 

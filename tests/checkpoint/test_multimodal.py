@@ -27,10 +27,8 @@ OTHERS = {
 def as_multimodal(folder: Path, prefix: str, key: str) -> None:
     """Turn a plain folder into one in the layout of Nemotron VL and Omni."""
     tensors = load_file(folder / "model.safetensors")
-    renamed = {
-        prefix + (name.replace("backbone.", "model.") if "model." in prefix else name): tensor
-        for name, tensor in tensors.items()
-    }
+    inner = "model." if prefix.startswith("model.") else "backbone."
+    renamed = {prefix + n.replace("backbone.", inner): tensor for n, tensor in tensors.items()}
     save_file(renamed | OTHERS, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config", None)
@@ -68,8 +66,7 @@ def test_the_text_model_is_loaded_and_the_rest_is_named(
     assert len(warned) == 1
     text = str(warned[0].message)
     assert "sound_config, vision_config" in text
-    assert "vision_model (2), mlp1 (1), sound_encoder (1)" in text
-    assert warned[0].filename == __file__
+    assert "mlp1 (1), sound_encoder (1), vision_model (2)" in text
     assert model.config == expected.config == tiny
     assert model.dtype == expected.dtype
     for name, value in expected.state_dict().items():
