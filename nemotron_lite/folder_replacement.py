@@ -302,11 +302,28 @@ def recover(path: Path) -> None:
         except FileNotFoundError:  # finished by now
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _wait_for(handle, staging)
             if staging.exists():
                 _finish(staging, path)
         finally:
             os.close(handle)
+
+
+def _wait_for(handle: int, staging: Path) -> None:
+    """Wait until no process works in a staging folder.
+
+    Raises:
+        OSError: the disk has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        parts = OLD if staging.name.startswith(CLEARING) else f"{NEW} and {LAST}"
+        raise OSError(
+            f"{staging} is left of a save that is still running or was killed; without locks on "
+            f"this disk nobody can tell. If none is running, move the files in {parts} up into "
+            f"{staging.parent} and delete {staging.name}"
+        ) from error
 
 
 def _unfinished(path: Path) -> list[str]:

@@ -245,6 +245,24 @@ def test_a_running_replacement_is_waited_for(path: Path, in_place: None) -> None
     assert seen == [AFTER]
 
 
+@pytest.mark.parametrize(("phase", "parts"), [("clearing", "old"), ("filling", "new and last")])
+def test_without_locks_an_unfinished_replacement_is_left_to_the_user(
+    path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, parts: str
+) -> None:
+    staging = path / f".nemotron-lite.{phase}-0123456789abcdef"
+    write(staging / "old", {"config.json": "old"})
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_replacement.fcntl, "flock", no_locks)
+    before = read(path)
+    for call in (recover, replace):
+        with pytest.raises(OSError, match=f"move the files in {parts} up into"):
+            call(path)
+    assert read(path) == before
+
+
 def test_many_at_once_give_one_of_them_whole(tmp_path: Path) -> None:
     """Half of them exchange the folder, half move its files."""
     write(tmp_path / "m", {"config.json": "start", "notes.txt": "mine"})

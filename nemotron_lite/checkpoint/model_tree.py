@@ -258,9 +258,14 @@ def _differences(tree: ModelTree, reference: _Reference) -> list[str]:
     }
     problems = []
     if replaced:
+        # An adapter is often called Linear too, so the whole name of its class is shown.
         described = shorten(
-            f"{name} ({type(module).__name__}, expected {classes[name].__name__})"
-            for name, module in replaced.items()
+            (
+                f"{name} ({type(each).__module__}.{type(each).__qualname__}, expected "
+                f"{classes[name].__name__})"
+                for name, each in replaced.items()
+            ),
+            limit=4,
         )
         problems.append(
             f"{len(replaced)} modules were replaced by others, which may compute something else: "
