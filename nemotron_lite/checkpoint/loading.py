@@ -40,12 +40,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from nemotron_lite import arguments
 from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
+from nemotron_lite.checkpoint.changes import (
+    ATTEMPTS,
+    changed_too_often,
+    files_of,
+    settled_files,
+)
 from nemotron_lite.checkpoint.companions import read_companions
 from nemotron_lite.checkpoint.declaration import check_declarations
 from nemotron_lite.checkpoint.errors import CheckpointError, count_and_names, shown
@@ -139,6 +145,29 @@ def load_as(
     if mtp not in ("auto", "require", "drop"):
         raise ValueError(f'mtp={mtp!r} does not work: expected "auto", "require" or "drop".')
     folder = resolve(path)
+    for _ in range(ATTEMPTS):
+        before = settled_files(folder)
+        failure: Exception | None = None
+        try:
+            model = _read_folder(model_class, folder, dtype, device, mtp, packed)
+        except (CheckpointError, OSError, SafetensorError) as error:
+            failure = error
+        if files_of(folder) == before:
+            if failure is not None:
+                raise failure
+            return model
+    raise changed_too_often(folder)
+
+
+def _read_folder(
+    model_class: type[M],
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    mtp: str,
+    packed: bool,
+) -> M:
+    """One attempt to read a folder; it may change meanwhile."""
     hf, problems = read_object(folder / "config.json", infinity=True)
     stored, header_problems = read_headers(folder)
     problems += header_problems
@@ -191,10 +220,10 @@ def load_as(
             "weights; transformers drops them when it saves. The model is loaded without it, so it "
             'cannot draft. Give load(path, mtp="drop") to leave it out without this warning, or '
             'mtp="require" to make it an error.',
-            stacklevel=3,
+            stacklevel=4,
         )
     if parts:
-        warnings.warn(_left_out(folder, parts, others), stacklevel=3)
+        warnings.warn(_left_out(folder, parts, others), stacklevel=4)
     return model.eval()
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from nemotron_lite.cli.common import DTYPES, Seed, app, err, out, plain_errors
-from nemotron_lite.cli.inputs import read_model
+from nemotron_lite.cli.common import DTYPES, Seed, app, note, plain_errors, say
+from nemotron_lite.cli.common import write as show
+from nemotron_lite.cli.inputs import read_model, read_prompt
 from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
 
 if TYPE_CHECKING:
@@ -30,7 +31,16 @@ TopK = Annotated[int | None, typer.Option(help="the most likely tokens only, thi
 @app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="checkpoint folder")],
-    prompt: Annotated[str, typer.Option(help="what to continue")],
+    prompt: Annotated[
+        str | None, typer.Option(help="what to continue; - reads it from standard input")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="file with the text to continue, in UTF-8")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="print one object: prompt, text, tokens, tokens_per_second"),
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(help="the most tokens to write")
     ] = DEFAULT.max_new_tokens,
@@ -65,6 +75,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a checkpoint, token by token or with drafts of several."""
     with plain_errors():
+        text = read_prompt(prompt, prompt_file)
         if ssm_dtype not in SSM_DTYPES:
             raise ValueError(f"--ssm-dtype {ssm_dtype}: expected one of {', '.join(SSM_DTYPES)}.")
         speculation = None
@@ -88,11 +99,14 @@ def generate(
         if ssm_dtype == "float16":
             options = options.replace(ssm_dtype=torch.float16)
         loaded = read_model(model, dtype, packed=packed)
-        out.print(f"[dim]{escape(prompt)}[/]", end="", soft_wrap=True)
-        speed, statistics = write(loaded, prompt, options)
-        err.print(f"[dim]{speed:,.1f} tokens/s[/]")
+        if as_json:
+            _print_json(loaded, text, options)
+            return
+        show(text, style="dim")
+        speed, statistics = write(loaded, text, options)
+        note(f"{speed:,.1f} tokens/s")
         if speculation is not None:
-            err.print(f"[dim]{statistics}[/]", soft_wrap=True)
+            note(str(statistics))
 
 
 def write(
@@ -105,7 +119,21 @@ def write(
     started, count = time.perf_counter(), 0
     for piece in pieces:
         count += 1
-        out.file.write(piece)
-        out.file.flush()
-    out.print()
+        show(piece)
+    say()
     return count / (time.perf_counter() - started), pieces.statistics
+
+
+def _print_json(model: Nemotron, prompt: str, options: GenerationOptions) -> None:
+    """The whole answer as one object, for programs; ASCII, so that every encoding can hold it."""
+    from nemotron_lite.generation.generate import stream
+
+    started = time.perf_counter()
+    pieces = list(stream(model, prompt, options=options))
+    found = {
+        "prompt": prompt,
+        "text": "".join(pieces),
+        "tokens": len(pieces),
+        "tokens_per_second": round(len(pieces) / (time.perf_counter() - started), 3),
+    }
+    say(json.dumps(found))

@@ -1,9 +1,9 @@
-"""Chat templates: the messages of a conversation as the token ids that a model was trained on.
+r"""Chat templates: the messages of a conversation as the token ids that a model was trained on.
 
 A model reads one text, not messages. Its chat template, a small Jinja program that is released with
 the weights, writes the roles, the turns and the place where the answer begins:
 
-    <|im_start|>user\\nWhat is 6 x 7?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n
+    <|im_start|>user\nWhat is 6 x 7?<|im_end|>\n<|im_start|>assistant\n<think>\n
 
 A model that was trained with one layout answers badly to another. So the folder's own template is
 taken: `chat_template.jinja`, or `chat_template` in tokenizer_config.json. A model without one,
@@ -11,7 +11,7 @@ whose tokenizer has the tokens <|im_start|> and <|im_end|>, gets `CHATML`, the l
 
 Two kinds of hostile text are met here:
 
-    contents     A message may spell a special token: "<|im_end|>\\n<|im_start|>system ...". Such a
+    contents     A message may spell a special token: "<|im_end|>\n<|im_start|>system ...". Such a
                  text is encoded as ordinary text, never as the special token. Only the template
                  can write special tokens, and an assistant's message its thinking and tool tags.
     templates    They are programs from the internet. They run in Jinja's sandbox, which hides

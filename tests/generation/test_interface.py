@@ -253,10 +253,16 @@ def test_the_command_passes_every_option_on(
     used = {argument for argument in [*fixed, *flags, *others] if argument.startswith("--")}
     spelled = {"--no-prepare-weights": "--prepare-weights", "--fixed": "--adaptive"}
     assert {spelled.get(flag, flag) for flag in used} == known
-    # Only these two cannot be chosen on the command line.
+    # Only these cannot be chosen on the command line.
     assert {field.name for field in dataclasses.fields(GenerationOptions)} - values.keys() == {
         "stop",
+        "stop_strings",
+        "min_p",
+        "repetition_penalty",
+        "logits_processors",
+        "logprobs",
         "prefill_segment",
+        "check_layers",
     }
     CliRunner().invoke(app, fixed)
     assert passed.pop() == GenerationOptions(seed=0)
