@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_lite.cli.common import Seed, app, err, out, plain_errors
+from nemotron_lite.cli.common import Seed, app, note, plain_errors, say
+from nemotron_lite.cli.common import write as show
 from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Temperature, TopK, TopP
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
@@ -92,13 +93,15 @@ class _Terminal:
 
     def __init__(self, chat: Chat, show_thinking: bool) -> None:
         self.chat, self.show_thinking = chat, show_thinking
+        if sys.stdin is None:
+            raise ValueError("standard input is closed, so there is no message to answer.")
         self.interactive = sys.stdin.isatty()
 
     def run(self) -> None:
         if self.interactive:
             with suppress(ImportError):  # not every Python has it
                 import readline  # noqa: F401, input() then edits the line and has a history
-            err.print("[dim]/help lists the commands; Ctrl-D ends.[/]")
+            note("/help lists the commands; Ctrl-D ends.")
         for line in self._lines():
             if line.startswith("/") and self.interactive:
                 if line in ("/quit", "/exit"):
@@ -113,30 +116,30 @@ class _Terminal:
                 yield input("\n> " if self.interactive else "")
             except EOFError:
                 if self.interactive:
-                    err.print()
+                    note("")
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                err.print("[dim](Ctrl-D ends)[/]")
+                note("(Ctrl-D ends)")
 
     def _command(self, line: str) -> None:
         if line == "/clear":
             self.chat.clear()
-            err.print("[dim]The conversation is forgotten.[/]")
+            note("The conversation is forgotten.")
         elif line == "/think":
             self.show_thinking = not self.show_thinking
-            err.print(f"[dim]Thinking is {'shown' if self.show_thinking else 'hidden'}.[/]")
+            note(f"Thinking is {'shown' if self.show_thinking else 'hidden'}.")
         elif line == "/retry":
             said = self.chat.take_back()
             if said is None:
-                err.print("[dim]There is no message yet.[/]")
+                note("There is no message yet.")
             else:
                 self._say(said)
         else:
             if line != "/help":
-                err.print(f"{line}: no such command.", markup=False)
-            err.print(HELP, markup=False)
+                note(f"{line}: no such command.", style="")
+            note(HELP, style="")
 
     def _say(self, text: str) -> None:
         pieces = self.chat.stream(text)
@@ -154,16 +157,14 @@ class _Terminal:
                 raise
         finally:
             pieces.close()
-        out.file.write("\n")
-        out.file.flush()
+        say()
         if self.interactive and self.chat.reply is not None:
-            err.print(f"[dim]{_summary(self.chat.reply)}[/]", soft_wrap=True)
+            note(_summary(self.chat.reply))
 
     def _write(self, text: str, *, dim: bool) -> None:
         if dim and not self.interactive:
             return  # in a pipe, the answers alone
-        out.file.write(f"\x1b[2m{text}\x1b[0m" if dim and out.is_terminal else text)
-        out.file.flush()
+        show(text, style="dim" if dim else "")
 
 
 def _summary(reply: Reply) -> str:

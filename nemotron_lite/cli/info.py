@@ -31,7 +31,8 @@ def info(
         from nemotron_lite.cli import tables
 
         config, chosen = read_config(model), get_recipe(precision)
-        say(f"{model}  {config.num_layers} layers  {config.pattern}\n")
+        say(f"{model}: {config.num_layers} layers", style="bold")
+        say(f"{config.pattern}\n")
         if model not in PRESETS and any(Path(model).glob("*.safetensors")):
             from nemotron_lite.checkpoint import storage_summary
 

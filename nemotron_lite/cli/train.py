@@ -248,7 +248,7 @@ def _text(
             vocab_size=config.vocab_size,
             root=text,
             tokenizer=tokenizer,
-            special_ids=(config.bos_token_id, config.eos_token_id),
+            special_ids=(config.bos_token_id, config.eos_token_ids[0]),
             text_field=jsonl_field,
         )
 

@@ -42,8 +42,14 @@ batch = dict(index=0, batch_size=2, seq_len=8, seed=0)
 copy, recall = SelectiveCopy(2, 4), Recall((2,), 4, 4)
 exam = recall.test_set(2, rows=2)
 CALLS = {
-    "load_corpus": (load_corpus, dict(root=folder, held_out_bytes=50)),
-    "prepare": (prepare, dict(vocab_size=257, root=folder, held_out_bytes=50, cache=folder / "c")),
+    "load_corpus": (load_corpus, dict(root=folder, held_out_bytes=50, text_field="text")),
+    "prepare": (
+        prepare,
+        dict(
+            vocab_size=257, root=folder, held_out_bytes=50, cache=folder / "c", tokenizer=None,
+            special_ids=(0, 0), text_field="text",
+        ),
+    ),
     "windows": (sample_windows, dict(documents=documents, count=2, seq_len=5, seed=0)),
     "documents": (ConcatenatedDocuments, dict(tokens=np.arange(9), starts=np.array([0, 4]))),
     "concatenate": (concatenate_documents, dict(documents=documents)),
