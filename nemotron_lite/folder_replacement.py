@@ -223,7 +223,8 @@ def install(staging: Path, path: Path, replaces: Replaces, last: str | None) -> 
             for name in list(_files_in(moves.staging / LAST)):
                 os.rename(moves.staging / LAST / name, moves.staging / NEW / name)
             raise
-        moves.rename_staging(SAVING)
+        with suppress(OSError):  # all is in place, and `recover` would do the rest
+            moves.rename_staging(SAVING)
 
 
 class _Moves:

@@ -89,6 +89,27 @@ def read_bytes(
     return content
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a regular file, for a library that opens the file itself.
+
+    Links are followed. A library that opens a named pipe waits for ever.
+
+    Raises:
+        FileNotFoundError: there is no such file; a dangling link is none either.
+        FileError: not a regular file, or not readable.
+    """
+    try:
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            return
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise FileError(path, f"cannot be opened ({_cause(error)})") from error
+    raise FileError(path, f"is {_kind(found.st_mode)}; expected a regular file")
+
+
 def read_text(
     path: str | os.PathLike[str], *, limit: int = LIMIT, follow_links: bool = True
 ) -> str:

@@ -34,7 +34,7 @@ TEXT_PREFIXES = ("model.language_model.", "language_model.")
 # Longest first: "model.backbone." also starts with "model.".
 PREFIXES = ("model.backbone.", "backbone.", "model.")
 
-_ONE_EXPERT = re.compile(r"(.+\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
+_ONE_EXPERT = re.compile(r"(.+\.mixer\.experts)\.([0-9]{1,9})\.(up_proj|down_proj)\.weight")
 _ALL_EXPERTS = re.compile(r".+\.mixer\.experts\.(up_proj|down_proj)")
 _PACKED_EXPERTS = re.compile(
     r"(.+\.mixer\.experts)\.((?:up|down)_proj\.(?:weight|weight_scale|weight_scale_2|input_scale))"

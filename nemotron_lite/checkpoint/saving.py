@@ -46,11 +46,12 @@ from torch import Tensor, nn
 from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.companions import files_to_write
+from nemotron_lite.checkpoint.errors import CheckpointError, shorten
 from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
-from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError, shorten
+from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
 from nemotron_lite.files import atomic_folder, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
@@ -86,7 +87,7 @@ class _NamedTensor(NamedTuple):
 
 
 def save(
-    model: Nemotron,
+    model: nn.Module,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -104,9 +105,9 @@ def save(
     (tied weights) are written as two tensors.
 
     Args:
-        model: on any device. The wrappers of torch.compile, DistributedDataParallel, DataParallel,
-            AveragedModel and activation checkpointing are left out, at any depth. Call `save` on
-            one process only.
+        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
+            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
+            Call `save` on one process only.
         path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.
@@ -120,6 +121,8 @@ def save(
             failed, the text says where the new checkpoint is.
     """
     folder = folder_path(path)
+    if not _is_utf8(folder):  # the safetensors library could not open it again
+        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.")
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
     tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
@@ -148,6 +151,14 @@ def save(
             f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
             stacklevel=2,
         )
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_lite.cli.common import Seed, app, note, plain_errors, say
-from nemotron_lite.cli.common import write as show
+from nemotron_lite.cli.common import Seed, app, note, plain_errors, say, write
 from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Temperature, TopK, TopP
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
@@ -77,9 +76,9 @@ def chat(
             thinking=thinking,
             template=source,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=DEFAULT.temperature if temperature is None else temperature,
             top_p=top_p,
-            top_k=top_k,
+            top_k=top_k or None,
             seed=seed,
             speculation=None
             if draft is None
@@ -116,12 +115,12 @@ class _Terminal:
                 yield input("\n> " if self.interactive else "")
             except EOFError:
                 if self.interactive:
-                    note("")
+                    say()
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                note("(Ctrl-D ends)")
+                say()  # behind the ^C that the terminal shows
 
     def _command(self, line: str) -> None:
         if line == "/clear":
@@ -138,33 +137,28 @@ class _Terminal:
                 self._say(said)
         else:
             if line != "/help":
-                note(f"{line}: no such command.", style="")
-            note(HELP, style="")
+                say(f"{line}: no such command.")
+            say(HELP)
 
     def _say(self, text: str) -> None:
         pieces = self.chat.stream(text)
         part = None
         try:
             for piece in pieces:
-                if piece.part == "thinking" and not self.show_thinking:
+                if piece.part == "thinking" and not (self.show_thinking and self.interactive):
                     continue
                 if part == "thinking" and piece.part == "content":
-                    self._write("\n\n", dim=False)
+                    write("\n\n")
                 part = piece.part
-                self._write(piece.text, dim=part == "thinking")
+                write(piece.text, style="dim" if part == "thinking" else "")
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
         finally:
             pieces.close()
-        say()
+        write("\n")
         if self.interactive and self.chat.reply is not None:
             note(_summary(self.chat.reply))
-
-    def _write(self, text: str, *, dim: bool) -> None:
-        if dim and not self.interactive:
-            return  # in a pipe, the answers alone
-        show(text, style="dim" if dim else "")
 
 
 def _summary(reply: Reply) -> str:

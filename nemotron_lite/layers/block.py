@@ -49,10 +49,12 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[kind].build(config, f"{name}.mixer")
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Fresh weights for norm and mixer (see `Mixer.init_weights`)."""
         self.norm.init_weights()
-        self.mixer.init_weights(std, residual_divisor)
+        self.mixer.init_weights(std, residual_divisor, generator)
 
     def forward(
         self,

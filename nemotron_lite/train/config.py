@@ -141,7 +141,11 @@ class TrainConfig:
         object.__setattr__(self, name, read(name, getattr(self, name), **limits))
 
     def _fail(self, name: str, expected: str) -> NoReturn:
-        shown = repr(getattr(self, name))[:60]
+        value = getattr(self, name)
+        try:
+            shown = repr(value)[:60]
+        except Exception:  # such as an integer of more digits than Python prints
+            shown = f"a value of type {type(value).__name__}"
         raise ValueError(f"{name}={shown} does not work: expected {expected}.")
 
     @property

@@ -90,12 +90,21 @@ def replace_model(case: dict[str, Any]) -> None:
                 logging.getLogger("nemotron_lite.data").warning("logged %s", "[bold]")
                 warnings.warn_explicit("warned", UserWarning, "/x/nemotron_lite/y.py", 3)
 
+    import nemotron_lite.cli.generate as command
+    from nemotron_lite.generation.options import GenerationOptions
+
     fake = types.ModuleType("nemotron_lite.generation.generate")
     fake.stream = lambda *_, **__: Stream()  # type: ignore[attr-defined]
     sys.modules[fake.__name__] = fake
+    answer = types.SimpleNamespace(
+        text="".join(case.get("pieces", ["answer"])), tokens=[1, 2], stop_reason="length"
+    )
+    fake.generate = lambda *_, num_samples, **__: [answer] * num_samples  # type: ignore[attr-defined]
+    defaults = types.ModuleType("nemotron_lite.generation.defaults")
+    defaults.default_options = lambda *_: GenerationOptions()  # type: ignore[attr-defined]
+    sys.modules[defaults.__name__] = defaults
     if not needs_torch(case):
         sys.modules["torch"] = types.ModuleType("torch")
-    import nemotron_lite.cli.generate as command
 
     def read_model(path: Any, *_: Any, **__: Any) -> Any:
         if case.get("missing"):

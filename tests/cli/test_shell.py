@@ -76,6 +76,23 @@ CASES = {
     "json": Case(
         generate(ODD, "--json"), 0, raw(r'\{"prompt": ".*\\ud83d\\ude42.*"tokens_per_second".*\}\n')
     ),
+    "samples": Case(
+        generate("x", "--samples", "2"),
+        0,
+        raw(r"\n1\. Sample\nxanswer\n\n2\. Sample\nxanswer\n"),
+        raw(SPEED),
+    ),
+    "samples as JSON": Case(
+        generate("x", "--samples", "2", "--json"),
+        0,
+        raw(
+            r'(\{"prompt": "x", "text": "answer", "tokens": 2, "stop_reason": "length",[^\n]*\}\n){2}'
+        ),
+    ),
+    "no samples": Case(generate("x", "--samples", "0"), 1, "", raw("Error: --samples 0[^\n]*\n")),
+    "wrong temperature": Case(
+        generate("x", "--temperature", "-1"), 1, "", raw("Error: temperature=-1[^\n]*\n")
+    ),
     "standard input": Case(generate("-", "-q"), 0, ODD + "\nanswer\n", "", {"stdin": ODD + "\n"}),
     "empty standard input": Case(generate("-", "-q"), 0, "answer\n", "", {"stdin": ""}),
     "input that is not UTF-8": Case(

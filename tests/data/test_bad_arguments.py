@@ -7,6 +7,7 @@ calls with one or two wrong arguments each.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,9 +107,12 @@ def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.py").write_text(f"x{i} = 1\n" * 20)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    work = tmp_path / "work"  # some of the wrong paths name a folder here
+    work.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "0", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=work, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "", done.stdout
