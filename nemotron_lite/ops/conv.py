@@ -45,7 +45,8 @@ def causal_conv1d(
             from one document into the next. The first document of a row continues `initial_state`.
         lengths: how many tokens of each row are real (right-padded rows); the inputs that come back
             are the last real ones. All tokens are real when None.
-        impl: "naive" (loop over taps), "torch", "cpu" or "triton".
+        impl: "naive" (loop over taps), "torch", "cpu", "traced" (the loop, which a compiler makes
+            one pass of) or "triton".
 
     Returns:
         (y, state): the outputs and the last k-1 real inputs of each row.
@@ -60,6 +61,7 @@ def causal_conv1d(
         naive=_naive,
         torch=_torch,
         cpu=_cpu,
+        traced=_traced,
         triton=triton.causal_conv1d,
     )
     return run(x, weight, bias, initial_state, seq_idx, lengths)
@@ -78,7 +80,7 @@ def causal_conv1d_window(
     gradients.
 
     Raises:
-        ValueError: unknown `impl` ("naive", "torch", "cpu", "triton").
+        ValueError: unknown `impl` ("naive", "torch", "cpu", "traced", "triton").
     """
     run = choose(
         "causal_conv1d_window",
@@ -87,6 +89,7 @@ def causal_conv1d_window(
         naive=_loop_over_taps,
         torch=_all_taps,
         cpu=cpu_conv.causal_conv1d_window,
+        traced=_traced_window,
         triton=triton.causal_conv1d_window,
     )
     return run(window, weight, bias)
@@ -149,6 +152,27 @@ def _cpu(
     starts = None if seq_idx is None else document_starts(seq_idx)
     y = cpu_conv.causal_conv1d(window, weight, bias, starts)
     return y, _last_inputs(window, weight.shape[1] - 1, lengths)
+
+
+def _traced(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    window = _window(x, weight, initial_state)
+    documents = None if seq_idx is None else number_documents(seq_idx)
+    y = _traced_window(window, weight, bias, documents)
+    return y, _last_inputs(window, weight.shape[1] - 1, lengths)
+
+
+def _traced_window(
+    window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None
+) -> Tensor:
+    bias = None if bias is None else bias.to(window.dtype)
+    return _loop_over_taps(window, weight.to(window.dtype), bias, documents)
 
 
 def _window(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Float[Tensor, "b s c"]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends import cpu_experts, triton
+from nemotron_lite.backends import cpu_experts, traceable, triton
 from nemotron_lite.backends.dispatch import choose
 
 
@@ -42,7 +42,8 @@ def expert_mlp(
         z: what the experts read.
         up, down: the experts' matrices W1 and W2.
         weights, indices: from `route`.
-        impl: "naive" (token by token), "torch" (expert by expert), "cpu" or "triton".
+        impl: "naive" (token by token), "torch" (expert by expert), "cpu", "traced" (one operator
+            that compilers do not look into) or "triton".
 
     Raises:
         ValueError: unknown `impl`.
@@ -54,6 +55,7 @@ def expert_mlp(
         naive=_naive,
         torch=_torch,
         cpu=cpu_experts.expert_mlp,
+        traced=traceable.expert_mlp,
         triton=triton.expert_mlp,
     )
     return run(z, up, down, weights, indices)
