@@ -37,6 +37,7 @@ supports them.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -117,6 +118,78 @@ def atomic_folder(
         _sync_tree(temporary)
         _put_in_place(temporary, path)
     _sync_folder(path.parent)
+
+
+def check_writable_folder(path: str | Path) -> None:
+    """Find out whether a folder can be created and written at `path`, before hours of work.
+
+    A small file is written there, flushed to the disk, and removed again. A folder that does not
+    exist is created for it, with its parents, and these are removed too.
+
+    Raises:
+        OSError: it cannot; the text says why and what to do.
+        TypeError, ValueError: `path` is no path.
+    """
+    folder = folder_path(path)
+    made: list[Path] = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        for each in reversed(missing):
+            each.mkdir(exist_ok=True)
+            made.append(each)
+        with _temporary_folder(folder, ".nemotron-lite.writing-", 0o700) as temporary:
+            (temporary / "probe").write_bytes(b"probe")
+            _sync_file(temporary / "probe")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _with_advice(error, folder) from error
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):  # somebody else uses it by now
+                each.rmdir()
+
+
+def folder_path(path: str | Path) -> Path:
+    """The absolute folder that a user names; a leading `~` is the home folder, links are followed.
+
+    Raises:
+        TypeError: neither text nor path.
+        ValueError: empty, with a zero byte, or with the home of an unknown user.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"path={path!r} ({type(path).__name__}): expected a text or a Path.")
+    text = os.fspath(path)
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"path={text!r}: expected the name of a folder; '.' is the current one.")
+    try:
+        return Path(text).expanduser().resolve()
+    except RuntimeError as error:
+        raise ValueError(f"path={text!r}: {error} Give the whole path.") from error
+
+
+_ADVICE = {
+    errno.EACCES: "give yourself write permission there, or name another folder",
+    errno.EPERM: "give yourself write permission there, or name another folder",
+    errno.EROFS: "the file system is mounted read-only; name a folder on another one",
+    errno.ENOSPC: "the disk is full; free some space, or name a folder on another disk",
+    errno.EDQUOT: "your disk quota is used up; free some space, or name a folder on another disk",
+    errno.ENAMETOOLONG: "the name is too long; name another folder",
+    errno.ENOTDIR: "a part of this path is a file; name another folder",
+    errno.EEXIST: "a part of this path is a file or a dead link; name another folder",
+    errno.ELOOP: "its symbolic links lead in a circle; name another folder",
+}
+
+
+def _with_advice(error: OSError, folder: Path) -> OSError:
+    """The same kind of error, with a text that names the folder and says what to do."""
+    why = error.strerror or str(error)
+    advice = _ADVICE.get(error.errno or 0, "name another folder")
+    made = type(error)(f"{folder} cannot be written ({why}): {advice}.")
+    made.errno = error.errno
+    return made
 
 
 def _permissions(path: Path) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep, to_int64
+from nemotron_lite.input_files import parse_json
 from nemotron_lite.layers import (
     MTP,
     Block,
@@ -147,6 +148,9 @@ class Nemotron(nn.Module):
         self.config = config
         self._prepared = False  # whether layers have copies for decoding
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
+        # Small files that belong to the model, by name: `load` reads them and `save` writes them
+        # to a new folder (checkpoint/companions.py).
+        self.companion_files: dict[str, bytes] = {}
         with torch.device("meta"):  # no memory and no random numbers until `init_weights`
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -188,6 +192,34 @@ class Nemotron(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.lm_head.weight.dtype
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The fields of generation_config.json in `companion_files`; empty if there is none.
+
+        A new dict at each call. To change a setting that `save` writes, replace the file:
+
+            settings = model.generation_config | {"temperature": 0.6}
+            model.companion_files["generation_config.json"] = json.dumps(settings).encode()
+
+        Raises:
+            ValueError: the file is no JSON object.
+        """
+        content = self.companion_files.get("generation_config.json")
+        if content is None:
+            return {}
+        try:
+            found = parse_json(content.decode("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(
+                f'companion_files["generation_config.json"] is no readable JSON ({error}).'
+            ) from error
+        if not isinstance(found, dict):
+            raise ValueError(
+                f'companion_files["generation_config.json"] holds a {type(found).__name__}; '
+                "expected an object."
+            )
+        return found
 
     @classmethod
     def from_pretrained(

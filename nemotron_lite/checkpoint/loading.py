@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
+from nemotron_lite.checkpoint.companions import read_companions
 from nemotron_lite.checkpoint.modelopt import FORM_OF, GroupedTensors
 from nemotron_lite.checkpoint.names import Destination, destination_of
 from nemotron_lite.checkpoint.validation import CheckpointError, StoredTensor
@@ -89,7 +90,8 @@ def load(
 
     Returns:
         The model in eval mode. `model.tokenizer` is the `tokenizers.Tokenizer` of the folder's
-        tokenizer.json, or None.
+        tokenizer.json, or None. `model.companion_files` holds its chat template, generation
+        settings and other small files that `save` writes to a new folder.
 
     Raises:
         CheckpointError: all problems of the folder, in one message.
@@ -150,6 +152,7 @@ def load_as(
     tensors = _read_weights(folder, model, shapes, matched, found, dtype, torch.device(device))
     model.load_state_dict(tensors, assign=True)
     model.tokenizer = tokenizer
+    model.companion_files = read_companions(folder)
     if absent:
         warnings.warn(
             f"{folder}: config.json has an MTP module (num_nextn_predict_layers="

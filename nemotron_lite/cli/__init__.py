@@ -1,9 +1,10 @@
-"""The command line: `nemotron-lite run | info | train | generate | quantize`.
+"""The command line: `nemotron-lite run | info | train | generate | chat | quantize`.
 
     nemotron-lite run                               build, train, score and sample a small model
     nemotron-lite info super --context 1048576      parameters, FLOPs and cache size of a model
     nemotron-lite train --out runs/mine --steps 500
     nemotron-lite generate --model runs/mine/model --prompt "def "
+    nemotron-lite chat --model runs/tuned            a conversation, with a model trained for it
     nemotron-lite quantize --model runs/mine/model --out runs/small --bits 4.75
 
 Each command has its own module and uses only public functions of the package, so Python code can do
@@ -17,6 +18,7 @@ Left out: downloading models from the hub, and several devices.
 """
 
 from nemotron_lite.cli import (
+    chat,
     generate,
     info,
     quantize,
@@ -25,4 +27,4 @@ from nemotron_lite.cli import (
 )  # importing registers the commands
 from nemotron_lite.cli.common import app, err, out
 
-__all__ = ["app", "err", "generate", "info", "out", "quantize", "run", "train"]
+__all__ = ["app", "chat", "err", "generate", "info", "out", "quantize", "run", "train"]
