@@ -114,7 +114,14 @@ def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Te
     return _experts(z, up, down, weights, indices)
 
 
-@torch.library.custom_op("nemotron_lite::expert_mlp", mutates_args=())
+# The schemas are written out: where annotations are checked, functions are wrapped, and the names in
+# their annotations cannot be looked up.
+_INPUTS = "Tensor z, Tensor up, Tensor down, Tensor weights, Tensor indices"
+
+
+@torch.library.custom_op(
+    "nemotron_lite::expert_mlp", mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
+)
 def _experts(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     with torch.no_grad():
         return cpu_experts.expert_mlp(z, up, down, weights, indices)
@@ -125,7 +132,11 @@ def _(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> 
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("nemotron_lite::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op(
+    "nemotron_lite::expert_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, bool needs_up, bool needs_down) -> Tensor[]",
+)
 def _experts_backward(
     grad: Tensor,
     z: Tensor,

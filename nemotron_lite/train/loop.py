@@ -293,7 +293,7 @@ class _Run:
             tokens = loss(
                 output.hidden,
                 output.mtp_hidden,
-                self.model.lm_head.weight,
+                self.model.lm_head,
                 batch,
                 mtp_weight=self.config.mtp_weight,
                 counts=counts,
