@@ -16,6 +16,7 @@ The names below are the public interface. What the modules are for, from the gro
     layers              modules over ops
     ledger              the arithmetic of a config: parameters, FLOPs, cache bytes
     model, cache        the stack of layers, and what a sequence remembers
+    cache_file          what is checked before a saved cache is used
     input_checks        checks of the arguments of a call of the model
     finite              where NaN or infinity began
     checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too

@@ -117,11 +117,16 @@ def _range(low: int | float | None, high: int | float | None) -> str:
     return f" of at most {high:,}" if low is None else f" from {low:,} to {high:,}"
 
 
-def _message(name: str, value: object, expected: str) -> str:
+def shown(value: object, limit: int = _SHOWN) -> str:
+    """`repr(value)` for a message: at most `limit` characters, whatever the value is."""
+    if isinstance(value, (str, bytes, list, tuple)):
+        value = value[: limit + 1]  # the repr of a long one would take as long as it is
     try:
-        shown = repr(value)
+        text = repr(value)
     except Exception:  # an object whose repr fails, or an int of more digits than Python prints
-        shown = "…"
-    if len(shown) > _SHOWN:
-        shown = shown[: _SHOWN - 1] + "…"
-    return f"{name}={shown} ({type(value).__name__}): expected {expected}."
+        text = "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _message(name: str, value: object, expected: str) -> str:
+    return f"{name}={shown(value)} ({type(value).__name__}): expected {expected}."

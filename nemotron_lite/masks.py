@@ -32,6 +32,26 @@ def number_documents(seq_idx: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return document_starts(seq_idx).cumsum(1)
 
 
+def keys_seen(starts: int | Int[Tensor, "b"], queries: int, keys: int) -> int:
+    """How many keys the last query of the longest row sees.
+
+    Raises:
+        ValueError: `starts` below 0, or beyond the keys.
+    """
+    if isinstance(starts, int):
+        first = last = starts
+    else:
+        values = starts.tolist() or [0]
+        first, last = min(values), max(values)
+    seen = last + queries
+    if seen > keys or first < 0:
+        raise ValueError(
+            f"causal_attention: {keys} keys do not cover starts={starts} cached and {queries} new "
+            "tokens: starts must be 0 or more. Append the new keys and values before calling."
+        )
+    return seen
+
+
 def visible_keys(
     queries: int,
     keys: int,

@@ -28,7 +28,7 @@ from torch import Tensor
 from nemotron_lite.backends import private_torch
 from nemotron_lite.backends.cpu_linear import prefers_onednn, product
 from nemotron_lite.backends.private_torch import attention_with_log
-from nemotron_lite.masks import visible_keys
+from nemotron_lite.masks import keys_seen, visible_keys
 
 SCORES = 2**22  # float32 scores worked on at once: 16 MB; with fewer, products have too few rows
 BLOCK = 256  # most queries at once; with more, more of the products is masked
@@ -57,7 +57,7 @@ def attend(
         if documents is None and q.is_cpu and not torch.is_grad_enabled():
             return _cached_then_new(q, k, v, starts)
     else:
-        seen = int(starts.max()) + tokens
+        seen = keys_seen(starts, tokens, k.shape[2])
         k, v = k[:, :, :seen], v[:, :, :seen]
     mask = visible_keys(tokens, k.shape[2], starts, documents, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -84,7 +84,7 @@ def one_token(
 
 def _multiplies_faster_in_blocks(q: Tensor, k: Tensor, start: int) -> bool:
     scores = q.shape[2] * (start + q.shape[2])
-    if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES:
+    if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES or not len(q):
         return False
     if q.dtype == torch.bfloat16:
         return private_torch.HAS_ONEDNN

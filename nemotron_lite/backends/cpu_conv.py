@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.backends import private_torch
-from nemotron_lite.dtypes import cast
+from nemotron_lite.dtypes import cast, exact_backward
 
 FEW_TOKENS = 16  # the length of a draft, not of a prompt
 
@@ -109,6 +109,7 @@ class _ConvSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         window, weight, bias = ctx.saved_tensors
         taps = weight.shape[1]

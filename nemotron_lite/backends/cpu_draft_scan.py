@@ -90,13 +90,7 @@ def ssd_accept_draft(
 
 
 def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.dtype) -> Decays:
-    """How much a draft's tokens see of each other, for `ssd_read_draft` and `ssd_accept_draft`.
-
-    Returns:
-        dt as `b h t`, and the decays as `b h t 1+t`: what is left at token l of the state before
-        the draft (first column) and of each token r; zero where r comes after l. Both are in dtype
-        `wide`, which is that of the state.
-    """
+    """`ops.draft_decays`."""
     dt = cast(dt, wide).transpose(1, 2)
     b, h, t = dt.shape
     table, mask = _intervals(t, wide, dt.device)

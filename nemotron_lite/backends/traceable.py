@@ -114,8 +114,8 @@ def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Te
     return _experts(z, up, down, weights, indices)
 
 
-# The schemas are written out: where annotations are checked, functions are wrapped, and the names in
-# their annotations cannot be looked up.
+# The schemas are written out: where annotations are checked, functions are wrapped, and the names
+# in their annotations cannot be looked up.
 _INPUTS = "Tensor z, Tensor up, Tensor down, Tensor weights, Tensor indices"
 
 

@@ -1,7 +1,7 @@
-"""JSON Lines as text: one JSON object per line, and the text of a document in one of its fields.
+r"""JSON Lines as text: one JSON object per line, and the text of a document in one of its fields.
 
-    {"text": "def f(x):\\n    return x\\n", "source": "a.py"}
-    {"text": "class A: pass\\n"}
+    {"text": "def f(x):\n    return x\n", "source": "a.py"}
+    {"text": "class A: pass\n"}
 
 Data sets are often published this way. Each line is a document of its own, so its end is known and
 no prediction crosses it.
@@ -57,6 +57,10 @@ def read_jsonl(path: str | os.PathLike[str], *, text_field: str = "text") -> Jso
         FileNotFoundError: there is no such file.
         FileError: not a readable regular file, too long, or no line has a text.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is {type(path).__name__}: expected the path of a file.")
+    if not isinstance(text_field, str):
+        raise TypeError(f"text_field is {type(text_field).__name__}: expected a text.")
     content = read_bytes(path, limit=FILE_LIMIT)
     documents: list[tuple[int, str]] = []
     skipped: dict[str, int] = {}

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+from nemotron_lite.dtypes import cast
 from nemotron_lite.layers.context import ForwardContext
 
 
@@ -45,8 +46,8 @@ class CausalConv1d(nn.Conv1d):
             return ops.causal_conv1d_step(state, input, taps, self.bias)
         if context.draft:
             assert state is not None
-            window = torch.cat([state, input], dim=1)
-            return ops.causal_conv1d_window(window, taps, self.bias), window
+            window = torch.cat([state, input], dim=1)  # the wider dtype of both
+            return cast(ops.causal_conv1d_window(window, taps, self.bias), input.dtype), window
         return ops.causal_conv1d(
             input,
             taps,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_conv, triton
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast, without_autocast
 from nemotron_lite.masks import document_starts, number_documents
 
 
@@ -40,7 +41,8 @@ def causal_conv1d(
         x: inputs, any float dtype.
         weight: taps, oldest first.
         bias: added before the SiLU.
-        initial_state: the k-1 inputs before x; zeros when None.
+        initial_state: the k-1 inputs before x; zeros when None. It may have another dtype than x
+            (a float32 cache under autocast); then the wider one of both is computed with.
         seq_idx: which document each token belongs to, where a row holds several; taps never cross
             from one document into the next. The first document of a row continues `initial_state`.
         lengths: how many tokens of each row are real (right-padded rows); the inputs that come back
@@ -49,11 +51,24 @@ def causal_conv1d(
             one pass of) or "triton".
 
     Returns:
-        (y, state): the outputs and the last k-1 real inputs of each row.
+        (y, state): the outputs in the dtype of x, and the last k-1 real inputs of each row in the
+        dtype of `initial_state`, or of x without one.
 
     Raises:
         ValueError: unknown `impl`.
     """
+    if initial_state is not None and initial_state.dtype != x.dtype:
+        wide = torch.promote_types(initial_state.dtype, x.dtype)
+        y, state = causal_conv1d(
+            x.to(wide),
+            weight,
+            bias,
+            initial_state=initial_state.to(wide),
+            seq_idx=seq_idx,
+            lengths=lengths,
+            impl=impl,
+        )
+        return y.to(x.dtype), state.to(initial_state.dtype)
     run = choose(
         "causal_conv1d",
         impl,
@@ -61,10 +76,10 @@ def causal_conv1d(
         naive=_naive,
         torch=_torch,
         cpu=_cpu,
-        traced=_traced,
+        traced=_naive,
         triton=triton.causal_conv1d,
     )
-    return run(x, weight, bias, initial_state, seq_idx, lengths)
+    return without_autocast(run, x)(x, weight, bias, initial_state, seq_idx, lengths)
 
 
 def causal_conv1d_window(
@@ -89,10 +104,10 @@ def causal_conv1d_window(
         naive=_loop_over_taps,
         torch=_all_taps,
         cpu=cpu_conv.causal_conv1d_window,
-        traced=_traced_window,
+        traced=_loop_over_taps,
         triton=triton.causal_conv1d_window,
     )
-    return run(window, weight, bias)
+    return without_autocast(run, window)(window, weight, bias)
 
 
 def causal_conv1d_step(
@@ -105,10 +120,16 @@ def causal_conv1d_step(
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b km1 c"]]:
     """One token of `causal_conv1d`: the output, and the state with `x` appended.
 
+    The output has the dtype of x; a state of another dtype keeps its own.
+
     Raises:
         ValueError: unknown `impl` ("torch", which is the definition too, or "triton").
     """
     run = choose("causal_conv1d_step", impl, x, torch=_step, triton=triton.causal_conv1d_step)
+    if state.dtype != x.dtype:
+        wide = torch.promote_types(state.dtype, x.dtype)
+        y, new = run(state.to(wide), x.to(wide), weight, bias)
+        return y.to(x.dtype), new.to(state.dtype)
     return run(state, x, weight, bias)
 
 
@@ -154,27 +175,6 @@ def _cpu(
     return y, _last_inputs(window, weight.shape[1] - 1, lengths)
 
 
-def _traced(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    window = _window(x, weight, initial_state)
-    documents = None if seq_idx is None else number_documents(seq_idx)
-    y = _traced_window(window, weight, bias, documents)
-    return y, _last_inputs(window, weight.shape[1] - 1, lengths)
-
-
-def _traced_window(
-    window: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None = None
-) -> Tensor:
-    bias = None if bias is None else bias.to(window.dtype)
-    return _loop_over_taps(window, weight.to(window.dtype), bias, documents)
-
-
 def _window(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Float[Tensor, "b s c"]:
     """The inputs with the k-1 before them in front."""
     if initial_state is None:
@@ -201,9 +201,10 @@ def _loop_over_taps(
     """The definition: tap by tap."""
     taps = weight.shape[1]
     length = window.shape[1] - taps + 1
+    weight = cast(weight, window.dtype)
     y = torch.zeros_like(window[:, :length])
     if bias is not None:
-        y = y + bias
+        y = y + cast(bias, window.dtype)
     for j in range(taps):
         shifted = window[:, j : j + length]
         if documents is not None:
@@ -237,7 +238,8 @@ def _all_taps(
 
 def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     window = torch.cat([state, x.unsqueeze(1)], dim=1)
-    y = (window * weight.t()).sum(1)
+    y = (window * cast(weight, window.dtype).t()).sum(1)
     if bias is not None:
+        bias = cast(bias, window.dtype)
         y = y.add_(bias) if not y.requires_grad else y + bias
     return F.silu(y), window[:, 1:]

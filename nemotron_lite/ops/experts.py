@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_experts, traceable, triton
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import autocast_dtype, without_autocast
 
 
 def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -38,9 +39,11 @@ def expert_mlp(
 ) -> Float[Tensor, "t l"]:
     """The weighted sum of each token's chosen experts.
 
+    Under autocast the products are those of its dtype, as in `linear`.
+
     Args:
         z: what the experts read.
-        up, down: the experts' matrices W1 and W2.
+        up, down: the experts' matrices W1 and W2, used in the dtype of z.
         weights, indices: from `route`.
         impl: "naive" (token by token), "torch" (expert by expert), "cpu", "traced" (one operator
             that compilers do not look into) or "triton".
@@ -58,7 +61,10 @@ def expert_mlp(
         traced=traceable.expert_mlp,
         triton=triton.expert_mlp,
     )
-    return run(z, up, down, weights, indices)
+    narrow = autocast_dtype(z)
+    if narrow is None or z.dtype == torch.float64:
+        return run(z, up, down, weights, indices)
+    return without_autocast(run, z)(z.to(narrow), up, down, weights, indices)
 
 
 def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:

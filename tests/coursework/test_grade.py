@@ -18,10 +18,10 @@ import pytest
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import Exercise
 from nemotron_lite.coursework import grade, make
+from nemotron_lite.coursework.clean_copy import SubmissionError
 from nemotron_lite.coursework.grade import grade_folder, handed_out, importing_sources
 from nemotron_lite.coursework.isolation import Limits
 from nemotron_lite.coursework.similarity import Answer, Pair
-from nemotron_lite.coursework.submissions import SubmissionError
 from tests.coursework.conftest import toy
 
 SPY = """
