@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer
+from nemotron_lite.backends.private_torch import pass_to_export
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.input_checks import (
@@ -88,6 +89,11 @@ class Output(Hidden):
 
     logits: Tensor = field(kw_only=True)
     mtp_logits: list[Tensor] = field(default_factory=list)
+
+
+for _result in (Hidden, Output):  # so that torch.export can return them
+    torch.export.register_dataclass(_result)
+pass_to_export(Cache)  # `forward` says what to do instead
 
 
 class Backbone(nn.Module):
@@ -421,6 +427,12 @@ class Nemotron(nn.Module):
         router_stats: bool,
         draft: bool,
     ) -> Hidden:
+        if cache is not None and torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export cannot follow a cache that a model changes in place: export "
+                "nemotron_lite.generation.decode_step.DecodeStep(model), which takes and returns "
+                "the cache as tensors."
+            )
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
         seq_idx = to_int64("seq_idx", seq_idx)
