@@ -139,6 +139,7 @@ def atomic_folder(
         with _explained(path, _FULL):  # other errors may be about other files of the caller
             yield new
         with _explained(path):
+            sync_tree(new)
             try:
                 _replace(new, staging, path, replaces, last)
             except OSError as error:
@@ -158,7 +159,6 @@ def _replace(
         folder_replacement.install(staging, path, replaces, last)
         return
     if not path.exists():
-        sync_tree(new)
         folder_replacement.put_in_place(new, path)
         return
     try:
@@ -279,12 +279,11 @@ def _explained(folder: Path, causes: Container[int] = _ADVICE) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno not in causes or not error.strerror:
+        code = error.errno
+        if code is None or code not in causes or not error.strerror:
             raise
-        made = type(error)(
-            f"{folder} cannot be written ({error.strerror}): {_ADVICE[error.errno]}."
-        )
-        made.errno = error.errno
+        made = type(error)(f"{folder} cannot be written ({error.strerror}): {_ADVICE[code]}.")
+        made.errno = code
         raise made from error
 
 
