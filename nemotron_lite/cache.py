@@ -364,6 +364,11 @@ class Cache:
             ValueError: a draft is waiting.
         """
         self._refuse_draft()
+        if self.broken_by:
+            raise ValueError(
+                f"this cache cannot be saved: a call ended in the middle ({self.broken_by}), and "
+                "its layers may have read different numbers of tokens."
+            )
         tensors: dict[str, Tensor] = {}
         extras: dict[str, Any] = {}
         for prefix, caches, lengths in (
