@@ -9,12 +9,14 @@ The names below are the public interface. What the modules are for, from the gro
     config, hf_config   the sizes of a model, and its `config.json`
     arguments           integers and numbers that a caller gives
     input_files         small files that anybody may have written
+    progress            how far a long computation is: a bar, or lines in a file
     openmp              threads that wait, on a machine that others use too
     backends            fast implementations of the operations, and the choice between them
     ops                 the operations as pure functions, one idea a file
     layers              modules over ops
     ledger              the arithmetic of a config: parameters, FLOPs, cache bytes
     model, cache        the stack of layers, and what a sequence remembers
+    cache_file          what is checked before a saved cache is used
     input_checks        checks of the arguments of a call of the model
     finite              where NaN or infinity began
     checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too

@@ -19,8 +19,6 @@ import reprlib
 from typing import Any, cast
 
 _SHOWN = 60  # characters of a wrong value in a message
-_SHORT = reprlib.Repr()  # cuts long lists and texts before it writes them
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _SHOWN
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> int:
@@ -120,14 +118,18 @@ def _range(low: int | float | None, high: int | float | None) -> str:
     return f" of at most {high:,}" if low is None else f" from {low:,} to {high:,}"
 
 
-def shown(value: object) -> str:
+def shown(value: object, limit: int = _SHOWN) -> str:
     """The repr of any value for a message: short, in characters that UTF-8 has, never failing."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]  # the repr of a long text would take as long as it is
+    short = reprlib.Repr()  # the same for lists and dicts, inside too
+    short.maxstring = short.maxother = short.maxlong = 4 * limit + 10
     try:
-        text = _SHORT.repr(value)
+        text = short.repr(value)
     except Exception:  # an object whose repr fails, or an int of more digits than Python prints
         text = "…"
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _message(name: str, value: object, expected: str) -> str:

@@ -50,22 +50,22 @@ sharing of prefixes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.torch import save_file
+from jaxtyping import Int, Integer
 from torch import Tensor
 
+from nemotron_lite import cache_file
+from nemotron_lite.arguments import integer
+from nemotron_lite.cache_file import SavedCache
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.files import atomic_file
 from nemotron_lite.layers import MIXERS, CacheOptions, LayerCache
+from nemotron_lite.layers.mixer import ordinary_tensors
 
-FORMAT = "nemotron_lite.cache.v4"
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -130,14 +130,14 @@ class Cache:
     def empty(
         cls,
         config: NemotronConfig,
-        batch: int,
+        batch: SupportsIndex,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        capacity: int = 256,
+        capacity: SupportsIndex = 256,
         mtp: bool = False,
         ssm_dtype: torch.dtype | None = None,
-        ssm_seed: int | None = 0,
+        ssm_seed: SupportsIndex | None = 0,
     ) -> Cache:
         """A cache before the first token.
 
@@ -151,19 +151,26 @@ class Cache:
                 errors add up.
 
         Raises:
-            ValueError: batch or capacity below 1, another `ssm_dtype`, a seed out of range.
+            TypeError: a batch, capacity or seed that is not an integer.
+            ValueError: batch or capacity below 1, another `dtype` or `ssm_dtype`, a seed out of
+                range, or an unknown device.
         """
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"batch={batch} and capacity={capacity} must both be at least 1.")
-        device = torch.device(device)
+        batch = integer("batch", batch, low=1)
+        capacity = integer("capacity", capacity, low=1)
+        if ssm_seed is not None:
+            ssm_seed = integer("ssm_seed", ssm_seed, low=0, high=2**64 - 1)
+        if dtype not in MODEL_DTYPES:
+            raise ValueError(
+                f"dtype={dtype}: expected that of a model: "
+                f"{', '.join(str(known) for known in MODEL_DTYPES)}."
+            )
+        device = as_device(device)
         wide = torch.promote_types(dtype, torch.float32)
         if ssm_dtype not in (None, wide, torch.float16):
             raise ValueError(
                 f"ssm_dtype={ssm_dtype} for a model in {dtype}: expected torch.float16 or {wide} "
                 f"(None means {wide}). Other formats keep too few digits of a running sum."
             )
-        if ssm_dtype == torch.float16 and ssm_seed is not None and not 0 <= ssm_seed < 2**63:
-            raise ValueError(f"ssm_seed={ssm_seed}: expected 0 to 2^63 - 1, or None.")
         options = CacheOptions(batch, capacity, dtype, ssm_dtype or wide, ssm_seed, device)
         mtp_pattern = config.mtp_pattern if mtp else ""
         layers = [
@@ -181,7 +188,7 @@ class Cache:
     @property
     def lengths(self) -> Int[Tensor, "b"]:
         """Tokens read by each row."""
-        return torch.tensor(self._lengths, dtype=torch.int64)
+        return torch.tensor(self._lengths, dtype=torch.int64, device="cpu")
 
     @property
     def starts(self) -> int | Int[Tensor, "b"]:
@@ -201,7 +208,7 @@ class Cache:
     @property
     def mtp_lengths(self) -> Int[Tensor, "b"]:
         """Entries of each row in the MTP module's own cache."""
-        return torch.tensor(self._mtp_lengths, dtype=torch.int64)
+        return torch.tensor(self._mtp_lengths, dtype=torch.int64, device="cpu")
 
     @property
     def mtp_starts(self) -> int | Int[Tensor, "b"]:
@@ -221,19 +228,19 @@ class Cache:
     def _present(self) -> list[LayerCache]:
         return [cache for cache in [*self.layers, *self.mtp] if cache is not None]
 
-    def advance(self, tokens: int | Int[Tensor, "b"]) -> None:
+    def advance(self, tokens: SupportsIndex | Integer[Tensor, "b"]) -> None:
         """Count tokens that every layer of the backbone has taken in."""
         self._lengths = [
             n + more for n, more in zip(self._lengths, self._per_row(tokens), strict=True)
         ]
 
-    def advance_mtp(self, tokens: int | Int[Tensor, "b"]) -> None:
+    def advance_mtp(self, tokens: SupportsIndex | Integer[Tensor, "b"]) -> None:
         """Count entries of the MTP module."""
         self._mtp_lengths = [
             n + more for n, more in zip(self._mtp_lengths, self._per_row(tokens), strict=True)
         ]
 
-    def truncate_mtp(self, lengths: Int[Tensor, "b"]) -> None:
+    def truncate_mtp(self, lengths: Integer[Tensor, "b"]) -> None:
         """Drop the MTP module's entries beyond `lengths`.
 
         Raises:
@@ -247,7 +254,7 @@ class Cache:
             )
         self._mtp_lengths = new
 
-    def accept(self, counts: int | Int[Tensor, "b"]) -> None:
+    def accept(self, counts: SupportsIndex | Integer[Tensor, "b"]) -> None:
         """Take in the first `counts` tokens of the waiting draft and drop the others.
 
         Args:
@@ -255,17 +262,9 @@ class Cache:
                 draft: the cache continues exactly as if it had not read it.
 
         Raises:
-            ValueError: no draft is waiting, or counts that are no integers or out of range.
+            TypeError: counts that are no integers.
+            ValueError: no draft is waiting, or counts out of range.
         """
-        if isinstance(counts, Tensor):
-            inexact = counts.is_floating_point() or counts.is_complex()
-            whole = counts.dim() == 1 and not inexact and counts.dtype != torch.bool
-        else:
-            whole = type(counts) is int
-        if not whole:
-            raise ValueError(
-                f"counts={counts!r}: expected an int, or a tensor of integers with one per row."
-            )
         each = self._per_row(counts)
         if not self.draft_length:
             raise ValueError("no draft is waiting: call model(tokens, cache, draft=True) first.")
@@ -273,24 +272,37 @@ class Cache:
             raise ValueError(
                 f"counts {each}: expected 0 to {self.draft_length}, the tokens of the draft."
             )
-        same = each[0] if len(set(each)) == 1 else torch.tensor(each)
+        same = each[0] if len(set(each)) == 1 else torch.tensor(each, device="cpu")
         for cache in self.layers:
             if cache is not None:
                 cache.accept(same)
         self.advance(same)
         self.draft_length = 0
 
-    def _per_row(self, tokens: int | Tensor) -> list[int]:
-        each = [tokens] * self.batch if isinstance(tokens, int) else tokens.tolist()
-        if len(each) != self.batch:
+    def _per_row(self, tokens: Any) -> list[int]:
+        """One count per row, from one integer for all or from a tensor."""
+        if type(tokens) is int:
+            return [tokens] * self.batch
+        if not isinstance(tokens, Tensor) or tokens.ndim == 0:
+            return [integer("counts", tokens)] * self.batch
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(f"counts have dtype {tokens.dtype}: expected integers, one per row.")
+        if list(tokens.shape) != [self.batch]:
             raise ValueError(
-                f"{len(each)} counts, but a cache of {self.batch} rows: give one count per row, or "
-                "one number for all."
+                f"counts have shape {list(tokens.shape)}, but the cache has {self.batch} rows: "
+                "give one count per row, or one number for all."
             )
+        each: list[int] = tokens.tolist()
         return each
 
-    def reserve(self, tokens: int) -> None:
-        """Allocate KV buffers for `tokens` per row, so that they need not grow later."""
+    def reserve(self, tokens: SupportsIndex) -> None:
+        """Allocate KV buffers for `tokens` per row, so that they need not grow later.
+
+        Raises:
+            TypeError: not an integer.
+            ValueError: below 0.
+        """
+        tokens = integer("tokens", tokens, low=0)
         for cache in self._present():
             cache.reserve(tokens)
 
@@ -367,58 +379,51 @@ class Cache:
                 extra = cache.saved_extra()
                 if extra is not None:
                     extras[f"{prefix}{i}"] = extra
-        metadata = {
-            "format": FORMAT,
-            "patterns": json.dumps([self.pattern, self.mtp_pattern]),
-            "lengths": json.dumps([self._lengths, self._mtp_lengths]),
-            "extras": json.dumps(extras),
-        }
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        patterns, lengths = (self.pattern, self.mtp_pattern), (self._lengths, self._mtp_lengths)
+        cache_file.write(path, SavedCache(patterns, lengths, extras, tensors))
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Cache:
-        """Read what `save` wrote.
+        """Read what `save` wrote. The whole file is checked first (cache_file.py).
 
         Raises:
             FileNotFoundError: `path` does not exist.
             ValueError: the file is damaged, or is not a saved cache.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no cache file at {path}.")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as a safetensors file: {error}.") from error
-        if metadata.get("format") != FORMAT:
-            found = metadata.get("format")
-            raise ValueError(
-                f"{path} is not a saved cache: its format is {found!r}, expected {FORMAT!r}. Give "
-                "a file that Cache.save wrote."
-            )
-        try:
-            extras = json.loads(metadata["extras"])
-            pattern, mtp_pattern = json.loads(metadata["patterns"])
-            lengths, mtp_lengths = json.loads(metadata["lengths"])
+        device = as_device(device)
+        saved = cache_file.read(path)
 
-            def layer_cache(kind: str, name: str) -> LayerCache | None:
+        @ordinary_tensors
+        def layer_caches(prefix: str, pattern: str) -> list[LayerCache | None]:
+            found: list[LayerCache | None] = []
+            for i, kind in enumerate(pattern):
+                tensors, extra = saved.layer(f"{prefix}{i}")
+                moved = {name: tensor.to(device) for name, tensor in tensors.items()}
                 layer_class = MIXERS[kind].CACHE
-                if layer_class is None:
-                    return None
-                mine = {part: tensors[f"{name}.{part}"] for part in layer_class.TENSORS}
-                return layer_class.from_saved(mine, extras.get(name))
+                found.append(None if layer_class is None else layer_class.from_saved(moved, extra))
+            return found
 
-            layers = [layer_cache(kind, f"{i}") for i, kind in enumerate(pattern)]
-            mtp = [layer_cache(kind, f"mtp.{i}") for i, kind in enumerate(mtp_pattern)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not a saved cache: its metadata or tensors are incomplete or damaged "
-                f"({type(error).__name__}: {error}). Give a file that Cache.save wrote."
-            ) from error
-        device = torch.device(device)
-        return cls(pattern, layers, lengths, device, mtp_pattern, mtp, mtp_lengths)
+        pattern, mtp_pattern = saved.patterns
+        layers, mtp = layer_caches("", pattern), layer_caches("mtp.", mtp_pattern)
+        return cls(pattern, layers, saved.lengths[0], device, mtp_pattern, mtp, saved.lengths[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but `checked_for`: a copy is compared with the model at its first call."""
+        return {**self.__dict__, "checked_for": None}
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: no name of a device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r}: expected a device of PyTorch, such as 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
 
 
 def _repeated(values: list[Any], times: int) -> list[Any]:

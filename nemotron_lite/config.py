@@ -16,8 +16,12 @@ linear layers, tied embeddings and rotary positions, which no Nemotron 3 model h
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from nemotron_lite.arguments import shown
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
@@ -29,6 +33,14 @@ ULTRA_PATTERN = (
     "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*"
     "EMEMEM*EMEMEMEM*EMEMEMEME"
 )
+
+
+# Bounds that no released model comes near. Beyond them a tensor has more numbers than 64 bits can
+# count, or a config of a few bytes describes a model that takes minutes to list.
+MOST = 2**31 - 1  # of any size
+MOST_IN_A_TENSOR = 2**48
+MOST_MTP_DEPTHS = 64
+MOST_EOS_TOKENS = 1024
 
 
 class ConfigError(ValueError):
@@ -96,8 +108,9 @@ class NemotronConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
+        self._use_plain_numbers()
         self._check_pattern("pattern", self.pattern, set(LAYER_KINDS))
-        if self.mtp_pattern != "":
+        if not isinstance(self.mtp_pattern, str) or self.mtp_pattern:
             self._check_pattern("mtp_pattern", self.mtp_pattern, {"*", "E"})
         self._check_positive(
             "vocab_size",
@@ -134,50 +147,88 @@ class NemotronConfig:
             "time_step_min", "time_step_max", "time_step_floor", "norm_eps",
             "routed_scaling_factor", "initializer_range",
         ):  # fmt: skip
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) <= _LARGEST:
                 self._fail(name, "a finite number above 0")
         if self.time_step_min > self.time_step_max:
             self._fail("time_step_min", f"at most time_step_max={self.time_step_max}")
         limit = self.time_step_limit
         pair = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
-        if not pair or not 0 <= limit[0] < limit[1]:
+        if not pair or not 0 <= limit[0] < limit[1] or _LARGEST < limit[1] < math.inf:
             self._fail("time_step_limit", "(low, high) with 0 <= low < high; (0, inf) is no clamp")
         for name in ("use_conv_bias", "norm_topk_prob", "rescale_prenorm_residual"):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "True or False")
         self._check_token_ids()
-        if not _is_count(self.mtp_depths):
-            self._fail("mtp_depths", "a whole number of at least 0")
+        if not _is_count(self.mtp_depths) or self.mtp_depths > MOST_MTP_DEPTHS:
+            self._fail("mtp_depths", f"a whole number of at least 0 and at most {MOST_MTP_DEPTHS}")
         if bool(self.mtp_pattern) != bool(self.mtp_depths):
             self._fail("mtp_depths", "above 0 with an mtp_pattern, and 0 without one")
+        self._check_tensor_sizes()
+
+    def _use_plain_numbers(self) -> None:
+        """Turn NumPy's numbers into Python's, which compare, print and save as expected."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+            if plain is not value:
+                object.__setattr__(self, field.name, plain)
 
     def _fail(self, name: str, expected: str) -> None:
-        raise ConfigError(f"{name}={getattr(self, name)!r} does not work: expected {expected}.")
+        value = shown(getattr(self, name), 100)
+        raise ConfigError(f"{name}={value} does not work: expected {expected}.")
 
     def _check_pattern(self, name: str, pattern: object, allowed: set[str]) -> None:
         wrong = sorted(set(pattern) - allowed) if isinstance(pattern, str) else []
         if not isinstance(pattern, str) or not pattern or wrong:
             kinds = ", ".join(f"{c!r} ({LAYER_KINDS[c]})" for c in sorted(allowed))
-            self._fail(name, f"a string of {kinds}" + (f", without {wrong}" if wrong else ""))
+            self._fail(name, f"a string of {kinds}" + (f", without {wrong[:8]}" if wrong else ""))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if not _is_count(value) or value < 1:
                 self._fail(name, "a whole number of at least 1")
+            if value > MOST:
+                self._fail(name, f"at most {MOST:,}")
 
     def _check_token_ids(self) -> None:
         for name in ("bos_token_id", "pad_token_id"):
-            if not _is_count(getattr(self, name)):
+            if not _is_token(getattr(self, name)):
                 self._fail(name, "a token id, 0 or above")
         eos = self.eos_token_id
         each = eos if isinstance(eos, tuple) and eos else (eos,)
-        if not all(map(_is_count, each)):
-            self._fail("eos_token_id", "a token id, 0 or above, or a tuple of them: (2, 11)")
+        if len(each) > MOST_EOS_TOKENS or not all(map(_is_token, each)):
+            self._fail(
+                "eos_token_id",
+                f"a token id, 0 or above, or a tuple of at most {MOST_EOS_TOKENS}: (2, 11)",
+            )
 
     def _check_divides(self, divisor: str, number: str) -> None:
         if getattr(self, number) % getattr(self, divisor):
             self._fail(divisor, f"a divisor of {number}={getattr(self, number)}")
+
+    def _check_tensor_sizes(self) -> None:
+        """Refuse sizes whose products no tensor can have."""
+        d = self.hidden_size
+        experts = self.n_routed_experts * self.moe_intermediate_size * self.expert_size
+        shared = d * self.moe_shared_expert_intermediate_size
+        for names, count in (
+            (("vocab_size", "hidden_size"), self.vocab_size * d),
+            (("num_attention_heads", "head_dim"), self.num_attention_heads * self.head_dim * d),
+            (("mamba_num_heads", "mamba_head_dim"), self.mamba_in_proj_size * d),
+            (("mamba_num_heads", "ssm_state_size"), self.mamba_inner_size * self.ssm_state_size),
+            (("conv_kernel", "ssm_state_size"), self.conv_kernel * self.conv_dim),
+            (("n_routed_experts", "moe_intermediate_size"), experts),
+            (("n_routed_experts", "hidden_size"), self.n_routed_experts * d),
+            (("moe_shared_expert_intermediate_size", "hidden_size"), shared),
+            (("intermediate_size", "hidden_size"), self.intermediate_size * d),
+        ):
+            if count > MOST_IN_A_TENSOR:
+                sizes = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+                raise ConfigError(
+                    f"{sizes} does not work: a tensor would have {count:,} numbers, and no model "
+                    f"has more than {MOST_IN_A_TENSOR:,}."
+                )
 
     def _check_expert_groups(self) -> None:
         if self.topk_group > self.n_group:
@@ -264,8 +315,28 @@ class NemotronConfig:
         return to_hf(self)
 
 
+_LARGEST = sys.float_info.max
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python; anything else as it is."""
+    if type(value) in (int, float, bool, str) or not hasattr(value, "dtype"):
+        return value
+    try:
+        kind = str(value.dtype)
+        if kind.endswith("bool"):
+            return bool(value)
+        return float(value) if "float" in kind else operator.index(value)
+    except (TypeError, ValueError):  # several numbers: refused by the check of its field
+        return value
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_token(value: object) -> bool:
+    return _is_count(value) and value <= MOST  # type: ignore[operator]
 
 
 def _is_count(value: object) -> bool:

@@ -8,35 +8,31 @@ A file (`atomic_file`) is written inside a temporary folder beside the old file,
 
 A folder (`atomic_folder`) holds many files and takes minutes to write:
 
-    1. write everything into a new folder beside the old one,
+    1. write everything into a temporary folder,
     2. flush it to the disk (fsync of each file and of the folder),
-    3. exchange the two names in one step,
-    4. delete the old folder, which now has the temporary name.
+    3. put it in the place of the old folder,
+    4. delete the old files.
 
-A rename cannot replace a folder that is not empty. Linux can exchange two folders in one step
-(renameat2 with RENAME_EXCHANGE), and so can macOS (renamex_np with RENAME_SWAP). Where the system
-or the disk supports neither, the old folder is first renamed to `.NAME.old-...`, and renamed back
-if the second rename fails. A process that is killed exactly between these two renames leaves the
-old folder complete under that name.
+How step 3 works stands in `folder_replacement.py`: the two folders are exchanged, or, where that is
+impossible or would change more than the content, the files are moved one by one.
 
 A killed process leaves its temporary folder behind: `.nemotron-lite.writing-` and 16 hexadecimal
-digits for a file, `.NAME.saving-` and 16 such digits for a folder. The next atomic write removes
-it: of a file, in the same folder; of a folder, to the same path. Nothing with another name is
-removed. What a running process is still writing stays: its temporary folder is locked, and the lock
-ends with the process. The lock is on the folder, because a library may replace the file inside
-(safetensors does). What cannot be removed, such as another user's folder, is left where it is.
+digits for a file, `.NAME.saving-` or `.nemotron-lite.saving-` and such digits for a folder. The
+next atomic write removes it: of a file, in the same folder; of a folder, to the same path. Nothing
+with another name is removed. What a running process is still writing stays: its temporary folder is
+locked, and the lock ends with the process. The lock is on the folder, because a library may replace
+the file inside (safetensors does). What cannot be removed, such as another user's folder, is left
+where it is.
 
-The new file or folder has the permissions of the one that it replaces. A file that replaces nothing
-has the usual ones (umask), also where a library would create it with others.
+A new file has the permissions of the one that it replaces. A file that replaces nothing has the
+usual ones (umask), also where a library would create it with others.
 
 Both need disk space for the old and the new content at the same time. Files in the old folder that
-the new one does not replace (a README, an optimizer's state) are kept, as hard links where the disk
-supports them.
+the new one does not replace (a README, an optimizer's state) are kept.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -44,14 +40,41 @@ import re
 import secrets
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # linux/fs.h
-_RENAME_SWAP = 2  # sys/stdio.h on macOS
+from nemotron_lite import folder_replacement
+from nemotron_lite.folder_replacement import (
+    NEW,
+    SAVING,
+    hidden_prefix,
+    move,
+    permissions,
+    sync_file,
+    sync_folder,
+    sync_tree,
+)
+
+_WRITING = ".nemotron-lite.writing-"
+
+_MAKE_SPACE = (
+    "free some space (the old and the new content need it at the same time), or name a folder on "
+    "another disk"
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ADVICE = {
+    errno.EACCES: "give yourself write permission there, or name another folder",
+    errno.EPERM: "give yourself write permission there, or name another folder",
+    errno.EROFS: "the file system is mounted read-only; name a folder on another one",
+    errno.ENOSPC: f"the disk is full; {_MAKE_SPACE}",
+    errno.EDQUOT: f"your disk quota is used up; {_MAKE_SPACE}",
+    errno.ENOENT: "the system allows no new folder there; name another one",
+    errno.ENAMETOOLONG: "the name is too long; name another folder",
+    errno.ENOTDIR: "a part of this path is a file; name another folder",
+    errno.EEXIST: "a part of this path is a file or a dead link; name another folder",
+    errno.ELOOP: "its symbolic links lead in a circle; name another folder",
+}
 
 
 @contextmanager
@@ -68,56 +91,132 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         OSError: the disk refused the write.
     """
     path = Path(path).resolve()
-    with _temporary_folder(path.parent, ".nemotron-lite.writing-", 0o700) as folder:
+    with _temporary_folder(path.parent, _WRITING, 0o700) as folder:
         temporary = folder / path.name
         temporary.touch()
-        permissions = _permissions(path if path.exists() else temporary)
+        mode = permissions(path if path.exists() else temporary)
         yield temporary
-        temporary.chmod(permissions)
-        _sync_file(temporary)
+        temporary.chmod(mode)
+        sync_file(temporary)
         temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_folder(
-    path: Path, replaces: Callable[[str], bool] = lambda name: True
+    path: str | Path,
+    replaces: Callable[[str], bool] = lambda name: True,
+    last: str | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder that replaces `path` when the block ends without an error.
+    """A temporary folder whose files replace those of `path` when the block ends without an error.
 
     Args:
-        path: the folder to create or to replace. Parents are created.
-        replaces: called with each file name in the old folder. Where it returns True, the file
-            belongs to the caller: the new folder has it only if the caller writes it again. All
-            other files are kept.
+        path: the folder to create or to replace, as for `folder_path`. Parents are created.
+        replaces: called with each name in the old folder. Where it returns True, the file belongs
+            to the caller: the new folder has it only if the caller writes it again. All other files
+            are kept.
+        last: the file without which the folder is not complete. Where the folders cannot be
+            exchanged, it is removed first and comes back last, so that no program reads a mixture.
 
     Raises:
         NotADirectoryError: `path` is a file.
-        ValueError: `path` is the current folder or one of its parents, which cannot be exchanged
-            safely.
-        OSError: the disk refused the write; the old folder is as it was.
+        TypeError, ValueError: `path` is no path.
+        OSError: the folder cannot be written, or the disk is full; the old folder is as it was. If
+            everything was written and only the replacement failed, the text says where it is.
     """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; name a folder to save into.")
-    here = Path.cwd()
-    if path == here or path in here.parents:
-        raise ValueError(
-            f"{path} is the current folder (or holds it), which cannot be replaced as a whole; "
-            f"save into a folder inside it, such as {path / 'new'}."
+    path = folder_path(path)
+    with ExitStack() as stack:
+        with _explained(path):
+            if path.exists():
+                folder_replacement.recover(path)
+                _probe(path)  # the user may have made it read-only
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            staging = None
+            new = _beside(stack, path)
+            if new is None:
+                staging, new = _inside(stack, path)
+        with _explained(path, _FULL):  # other errors may be about other files of the caller
+            yield new
+        with _explained(path):
+            sync_tree(new)
+            try:
+                _replace(new, staging, path, replaces, last)
+            except OSError as error:
+                raise _kept(new, path, error) from error
+    sync_folder(path.parent)
+
+
+def _replace(
+    new: Path,
+    staging: Path | None,
+    path: Path,
+    replaces: Callable[[str], bool],
+    last: str | None,
+) -> None:
+    """Put the folder `new` in the place of `path`, in the first way that works."""
+    if staging is not None:
+        folder_replacement.install(staging, path, replaces, last)
+        return
+    if not path.exists():
+        folder_replacement.put_in_place(new, path)
+        return
+    try:
+        folder_replacement.exchange(new, path, replaces)
+    except OSError:
+        with ExitStack() as stack:
+            staging, inside = _inside(stack, path)
+            for entry in list(new.iterdir()):
+                move(entry, inside / entry.name)
+            try:
+                folder_replacement.install(staging, path, replaces, last)
+            except BaseException:
+                for entry in list(inside.iterdir()):
+                    move(entry, new / entry.name)
+                raise
+
+
+def _beside(stack: ExitStack, path: Path) -> Path | None:
+    """A temporary folder that may replace `path` as a whole; None if there can be none."""
+    mode = permissions(path) if path.exists() else 0o777
+    try:
+        folder = stack.enter_context(
+            _temporary_folder(path.parent, hidden_prefix(path, "saving"), mode | stat.S_IRWXU)
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    permissions = _permissions(path) if path.is_dir() else 0o777
-    with _temporary_folder(
-        path.parent, f".{path.name}.saving-", permissions | stat.S_IRWXU
-    ) as temporary:
-        yield temporary
-        if path.is_dir():
-            _keep_other_files(path, temporary, replaces)
-            temporary.chmod(_permissions(path))
-        _sync_tree(temporary)
-        _put_in_place(temporary, path)
-    _sync_folder(path.parent)
+    except OSError:
+        if path.exists():
+            return None
+        raise
+    if path.exists() and not folder_replacement.exchange_is_safe(folder, path):
+        return None
+    return folder
+
+
+def _inside(stack: ExitStack, path: Path) -> tuple[Path, Path]:
+    """A staging folder inside `path`, and the folder in it for the new files."""
+    staging = stack.enter_context(_temporary_folder(path, SAVING, 0o700))
+    (staging / NEW).mkdir()
+    return staging, staging / NEW
+
+
+def _kept(new: Path, path: Path, error: OSError) -> OSError:
+    """Keep what was written where it could not be put in place; the error that says so."""
+    # One such folder and not more: saving is tried again and again, and the disk is finite.
+    kept = path.parent / f"{path.name}.unsaved"
+    if new.parent != path.parent:
+        kept = path / "unsaved"
+    try:
+        if kept.exists():
+            shutil.rmtree(kept)
+        os.rename(new, kept)
+    except OSError:
+        return error
+    made = type(error)(
+        f"{path} could not be replaced ({error.strerror or error}); it is as it was. Everything "
+        f"that was to be saved is complete in {kept}: move it where you want it."
+    )
+    made.errno = error.errno
+    return made
 
 
 def check_writable_folder(path: str | Path) -> None:
@@ -132,24 +231,24 @@ def check_writable_folder(path: str | Path) -> None:
     """
     folder = folder_path(path)
     made: list[Path] = []
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
-        missing = [each for each in (folder, *folder.parents) if not each.exists()]
-        for each in reversed(missing):
-            each.mkdir(exist_ok=True)
-            made.append(each)
-        with _temporary_folder(folder, ".nemotron-lite.writing-", 0o700) as temporary:
-            (temporary / "probe").write_bytes(b"probe")
-            _sync_file(temporary / "probe")
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise _with_advice(error, folder) from error
-    finally:
-        for each in reversed(made):
-            with suppress(OSError):  # somebody else uses it by now
-                each.rmdir()
+    with _explained(folder):
+        try:
+            missing = [each for each in (folder, *folder.parents) if not each.exists()]
+            for each in reversed(missing):
+                each.mkdir(exist_ok=True)
+                made.append(each)
+            _probe(folder)
+        finally:
+            for each in reversed(made):
+                with suppress(OSError):  # somebody else uses it by now
+                    each.rmdir()
+
+
+def _probe(folder: Path) -> None:
+    """Write a small file into a folder and remove it again."""
+    with _temporary_folder(folder, _WRITING, 0o700) as temporary:
+        (temporary / "probe").write_bytes(b"probe")
+        sync_file(temporary / "probe")
 
 
 def folder_path(path: str | Path) -> Path:
@@ -158,6 +257,7 @@ def folder_path(path: str | Path) -> Path:
     Raises:
         TypeError: neither text nor path.
         ValueError: empty, with a zero byte, or with the home of an unknown user.
+        NotADirectoryError: a file.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"path={path!r} ({type(path).__name__}): expected a text or a Path.")
@@ -165,35 +265,26 @@ def folder_path(path: str | Path) -> Path:
     if not text.strip() or "\0" in text:
         raise ValueError(f"path={text!r}: expected the name of a folder; '.' is the current one.")
     try:
-        return Path(text).expanduser().resolve()
-    except RuntimeError as error:
-        raise ValueError(f"path={text!r}: {error} Give the whole path.") from error
+        folder = Path(text).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # an unknown user, links in a circle
+        raise ValueError(f"path={text!r} leads to no folder ({error}).") from error
+    if os.path.exists(folder) and not os.path.isdir(folder):  # Path.exists can raise
+        raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
+    return folder
 
 
-_ADVICE = {
-    errno.EACCES: "give yourself write permission there, or name another folder",
-    errno.EPERM: "give yourself write permission there, or name another folder",
-    errno.EROFS: "the file system is mounted read-only; name a folder on another one",
-    errno.ENOSPC: "the disk is full; free some space, or name a folder on another disk",
-    errno.EDQUOT: "your disk quota is used up; free some space, or name a folder on another disk",
-    errno.ENAMETOOLONG: "the name is too long; name another folder",
-    errno.ENOTDIR: "a part of this path is a file; name another folder",
-    errno.EEXIST: "a part of this path is a file or a dead link; name another folder",
-    errno.ELOOP: "its symbolic links lead in a circle; name another folder",
-}
-
-
-def _with_advice(error: OSError, folder: Path) -> OSError:
-    """The same kind of error, with a text that names the folder and says what to do."""
-    why = error.strerror or str(error)
-    advice = _ADVICE.get(error.errno or 0, "name another folder")
-    made = type(error)(f"{folder} cannot be written ({why}): {advice}.")
-    made.errno = error.errno
-    return made
-
-
-def _permissions(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+@contextmanager
+def _explained(folder: Path, causes: Container[int] = _ADVICE) -> Iterator[None]:
+    """Say in errors of the disk which folder they are about, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno
+        if code is None or code not in causes or not error.strerror:
+            raise
+        made = type(error)(f"{folder} cannot be written ({error.strerror}): {_ADVICE[code]}.")
+        made.errno = code
+        raise made from error
 
 
 @contextmanager
@@ -250,76 +341,3 @@ def _remove_if_unlocked(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)
-
-
-def _keep_other_files(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
-    """Link what the caller neither wrote nor wants to drop into the new folder."""
-    for entry in old.iterdir():
-        target = new / entry.name
-        if target.exists() or replaces(entry.name):
-            continue
-        if entry.is_symlink() or not entry.is_dir():
-            _link(entry, target)
-        else:
-            shutil.copytree(entry, target, symlinks=True, copy_function=_link)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # no hard links on this disk
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until every file and folder inside `folder` is on the disk."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            if file.is_file() and not file.is_symlink():
-                _sync_file(file)
-        _sync_folder(Path(root))
-
-
-def _sync_file(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network disks cannot sync a folder; its files are already on the disk
-    finally:
-        os.close(handle)
-
-
-def _put_in_place(new: Path, path: Path) -> None:
-    """Rename `new` to `path`. A folder that is already at `path` takes the name of `new`."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    if _exchange(new, path):
-        return
-    aside = path.parent / f".{path.name}.old-{secrets.token_hex(4)}"
-    try:
-        os.rename(path, aside)
-        os.rename(new, path)
-    except BaseException:
-        if aside.exists() and not path.exists():
-            os.rename(aside, path)
-        raise
-    os.rename(aside, new)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step. False if the system or the disk does not support it."""
-    libc = ctypes.CDLL(None)
-    a, b = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(a, b, _RENAME_SWAP) == 0)
-    if hasattr(libc, "renameat2"):
-        return bool(libc.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE) == 0)
-    return False

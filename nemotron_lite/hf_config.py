@@ -18,6 +18,11 @@ Rules:
   window, another activation) is an error. One error names all such keys.
 * Two spellings of the same key must agree.
 * A key that has no effect (`rope_theta`, `expand`, `use_cache`, ...) is ignored.
+* Sizes that differ from layer to layer (NVIDIA's Puzzle releases) are an error that names them.
+
+In a multimodal release (Nemotron VL and Omni) the sizes of the text model are in an object inside,
+`text_config` or, in older files, `llm_config`. `text_part` finds it; the configs of the other parts
+(`vision_config`, `audio_config`, ...) are not read.
 
 Two keys are easy to misunderstand. `time_step_min` belongs to the initialization. It never limits
 dt here, while transformers (5.23) clamps dt with it in prefill and not in decode; see
@@ -32,10 +37,11 @@ dtype of the weights (`dtype`, `quantization_config`), which `checkpoint` reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nemotron_lite.config import ConfigError, NemotronConfig
+from nemotron_lite.arguments import shown
+from nemotron_lite.config import MOST_EOS_TOKENS, ConfigError, NemotronConfig
 
 LAYER_LETTERS = {
     "linear_attention": "M", "mamba": "M",
@@ -83,6 +89,14 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "pad_token_id": (("pad_token_id",), 0),
 }
 
+# Where multimodal releases have the config of their text model; the newest name first.
+TEXT_KEYS = ("text_config", "llm_config")
+
+# Keys of configs whose layers have sizes of their own, one entry for each layer.
+_PER_LAYER = ("block_configs", "mtp_block_configs", "per_layer_config", "layer_configs")
+
+MOST_PROBLEMS = 12  # that one error lists
+
 # Keys that have the same value in every Nemotron 3 model; the first value is the one we write.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -113,21 +127,28 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
         raise ConfigError(
             f"config is a {type(config).__name__}; expected the dict of a config.json."
         )
+    config = text_part(config)
+    _refuse_sizes_per_layer(config)
     config = {key: _plain_floats(value) for key, value in config.items()}
     problems: list[str] = []
     kind = config.get("model_type", "nemotron_h")
     if kind != "nemotron_h":
-        problems.append(f"model_type is {kind!r}; this package reads 'nemotron_h'")
+        problems.append(f"model_type is {shown(kind)}; this package reads 'nemotron_h'")
     values: dict[str, Any] = {"pattern": _layers(config, problems)}
     for name in ("vocab_size", "hidden_size"):
         values[name] = config.get(name)
         if not _is_a(values[name], int):
-            problems.append(f"{name} is {values[name]!r}; it must be a whole number")
+            problems.append(f"{name} is {shown(values[name])}; it must be a whole number")
     for field, (keys, default) in _FIELDS.items():
         values[field] = _read(config, keys, default, problems)
     if config.get("num_key_value_heads", 0) is None:  # one key head per query head
         values["num_key_value_heads"] = values["num_attention_heads"]
     values["moe_latent_size"] = config.get("moe_latent_size")
+    if values["moe_latent_size"] is not None and not _is_a(values["moe_latent_size"], int):
+        problems.append(
+            f"moe_latent_size is {shown(values['moe_latent_size'])}; it must be a whole number or "
+            "null"
+        )
     values["eos_token_id"] = _eos(config, problems)
     values["time_step_limit"] = _limit(config, problems)
     # `without_dt_clamp` writes the real value here, because time_step_min then means "no clamp".
@@ -138,8 +159,11 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     for key, supported in _FIXED.items():
         if key in config and config[key] not in supported:
             wanted = " or ".join(repr(value) for value in supported)
-            problems.append(f"{key} is {config[key]!r}; only {wanted} is supported")
+            problems.append(f"{key} is {shown(config[key])}; only {wanted} is supported")
     if problems:
+        if len(problems) > MOST_PROBLEMS:
+            left = len(problems) - MOST_PROBLEMS
+            problems[MOST_PROBLEMS:] = [f"and {left} more keys"]
         raise ConfigError(
             "this config.json describes a model that nemotron_lite does not support:\n  - "
             + "\n  - ".join(problems)
@@ -148,6 +172,86 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
             " encoding. If the file does not describe its weights correctly, correct these keys."
         )
     return NemotronConfig(**values)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: of a multimodal release the part inside, else all of it.
+
+    Keys that may stand on either level (dtype, ids of tokens, quantization) are taken from the
+    outer one where the inner has none.
+    """
+    for key in TEXT_KEYS:
+        inner = config.get(key)
+        if isinstance(inner, Mapping):
+            outer = {name: config[name] for name in _SHARED if config.get(name) is not None}
+            return {**outer, **{name: value for name, value in inner.items() if value is not None}}
+    return config
+
+
+_SHARED = (
+    "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+    "quantization_config", "compression_config",
+)  # fmt: skip
+
+
+def other_parts(config: Mapping[str, Any]) -> list[str]:
+    """The configs of a multimodal release that are not its text model's: vision_config, ..."""
+    if not any(isinstance(config.get(key), Mapping) for key in TEXT_KEYS):
+        return []
+    return sorted(
+        key
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, Mapping) and key not in _NO_PARTS
+    )
+
+
+_NO_PARTS = (*TEXT_KEYS, "quantization_config", "compression_config", "generation_config")
+
+
+def _refuse_sizes_per_layer(config: Mapping[str, Any]) -> None:
+    """Refuse a config whose layers have sizes of their own.
+
+    Raises:
+        ConfigError: names the keys that differ from layer to layer.
+    """
+    found = [key for key in _PER_LAYER if config.get(key)]
+    entries = [
+        entry
+        for key in found
+        for entry in (config[key] if isinstance(config[key], list) else [])
+        if isinstance(entry, Mapping)
+    ]
+    sizes: dict[str, list[Any]] = {}
+    for entry in entries:
+        for key, value in entry.items():
+            if _is_a(value, int) and isinstance(key, str):
+                sizes.setdefault(key, []).append(value)
+    lists = [
+        key
+        for _, (keys, default) in _FIELDS.items()
+        for key in keys
+        if _is_a(default, int) and isinstance(config.get(key), (list, tuple))
+    ]
+    if not found and not lists and "puzzle" not in str(config.get("model_type", ""))[:64]:
+        return
+    sizes |= {key: [each for each in config[key] if _is_a(each, int)] for key in lists}
+    differ = [
+        f"{shown(key)[1:-1]} ({_some(set(values))})"
+        for key, values in sizes.items()
+        if len(set(values)) > 1
+    ]
+    raise ConfigError(
+        f"the layers have sizes of their own ({', '.join(found or lists) or 'Puzzle'}), as in "
+        "NVIDIA's Puzzle releases. nemotron_lite does not build such models: all its layers of a "
+        f"kind have the same sizes. Different are: {', '.join(differ[:8]) or 'none that is known'}"
+        ". Take a release with equal layers, such as Nemotron 3 Nano or Super."
+    )
+
+
+def _some(values: Iterable[int], limit: int = 4) -> str:
+    ordered = sorted(values)
+    some = ", ".join(shown(value, 20) for value in ordered[:limit])
+    return some if len(ordered) <= limit else f"{some}, … {shown(ordered[-1], 20)}"
 
 
 def to_hf(config: NemotronConfig) -> dict[str, Any]:
@@ -203,10 +307,16 @@ def without_dt_clamp(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_floats(value: Any) -> Any:
     """Convert transformers' spelling of infinity and NaN, which JSON cannot represent."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:  # time_step_limit
+        return [_plain_float(item) for item in value]
+    return _plain_float(value)
+
+
+def _plain_float(value: Any) -> Any:
     if isinstance(value, Mapping) and set(value) == {"__float__"}:
-        return float(value["__float__"])
-    if isinstance(value, (list, tuple)):
-        return [_plain_floats(item) for item in value]
+        name = value["__float__"]
+        if isinstance(name, str) and name in ("Infinity", "-Infinity", "NaN"):
+            return float(name)
     return value
 
 
@@ -222,13 +332,19 @@ def _read(config: dict[str, Any], keys: tuple[str, ...], default: Any, problems:
     found = {key: config[key] for key in keys if config.get(key) is not None}
     for key, value in found.items():
         if not _is_a(value, type(default)):
-            problems.append(f"{key} is {value!r}; it must be like {default!r}")
+            problems.append(f"{key} is {shown(value)}; it must be like {default!r}")
             return default
     if len(set(found.values())) > 1:
-        both = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        both = ", ".join(f"{key}={shown(value)}" for key, value in found.items())
         problems.append(f"{both} are spellings of the same key and must agree")
     value = next(iter(found.values()), default)
-    return float(value) if isinstance(default, float) else value
+    if not isinstance(default, float):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        problems.append(f"{next(iter(found))} is {shown(value)}, which is too large")
+        return default
 
 
 def _string(config: dict[str, Any], key: str, problems: list[str]) -> str:
@@ -236,15 +352,19 @@ def _string(config: dict[str, Any], key: str, problems: list[str]) -> str:
     value = config[key]
     if not isinstance(value, str):
         like = "'*E'" if key.startswith("mtp") else "'MEM*E'"
-        problems.append(f"{key} is {value!r}; it must be a string like {like}")
+        problems.append(f"{key} is {shown(value)}; it must be a string like {like}")
         return ""
     return value
 
 
 def _letters(key: str, names: Any, problems: list[str]) -> str:
     """A list of layer names as a pattern."""
-    if not isinstance(names, list) or any(name not in LAYER_LETTERS for name in names):
-        problems.append(f"{key} is {names!r}; it must be a list of {', '.join(LAYER_LETTERS)}")
+    known = isinstance(names, list) and all(
+        isinstance(name, str) and name in LAYER_LETTERS for name in names
+    )
+    if not known:
+        expected = ", ".join(LAYER_LETTERS)
+        problems.append(f"{key} is {shown(names, 120)}; it must be a list of {expected}")
         return ""
     return "".join(LAYER_LETTERS[name] for name in names)
 
@@ -262,21 +382,23 @@ def _layers(config: dict[str, Any], problems: list[str]) -> str:
         return ""
     pattern = next(iter(found.values()))
     if len(set(found.values())) > 1:
-        spelled = ", ".join(f"{key} ({value!r})" for key, value in found.items())
+        spelled = ", ".join(f"{key} ({shown(value, 120)})" for key, value in found.items())
         problems.append(f"the layers contradict each other: {spelled}")
     layers = config.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
-        problems.append(f"num_hidden_layers is {layers}, but the pattern has {len(pattern)} layers")
+        problems.append(
+            f"num_hidden_layers is {shown(layers)}, but the pattern has {len(pattern)} layers"
+        )
     return pattern
 
 
 def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
     """Pattern and trained depths of the MTP module; ("", 0) without one."""
     modules = config.get("num_nextn_predict_layers") or 0
-    if modules not in (0, 1):
+    if modules is not False and (not _is_a(modules, int) or modules not in (0, 1)):
         problems.append(
-            f"num_nextn_predict_layers is {modules!r}; only one MTP module, shared by all depths,"
-            " is supported"
+            f"num_nextn_predict_layers is {shown(modules)}; only one MTP module, shared by all "
+            "depths, is supported"
         )
     if not modules:
         return "", 0
@@ -287,12 +409,12 @@ def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
     listed = _letters("mtp_layers_block_type", names, problems) if names is not None else None
     if pattern and listed and pattern != listed:
         problems.append(
-            f"the MTP layers contradict each other: mtp_hybrid_override_pattern ({pattern!r}), "
-            f"mtp_layers_block_type ({listed!r})"
+            f"the MTP layers contradict each other: mtp_hybrid_override_pattern "
+            f"({shown(pattern)}), mtp_layers_block_type ({shown(listed)})"
         )
     depths = config.get("mtp_depths", DEFAULT_MTP_DEPTHS)
     if not _is_a(depths, int) or depths < 1:
-        problems.append(f"mtp_depths is {depths!r}; it must be a whole number of at least 1")
+        problems.append(f"mtp_depths is {shown(depths)}; it must be a whole number of at least 1")
         depths = DEFAULT_MTP_DEPTHS
     return pattern or listed or "*E", depths
 
@@ -302,10 +424,11 @@ def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
     eos = config.get("eos_token_id")
     if eos is None:
         return 2
-    if isinstance(eos, list) and eos and all(_is_a(item, int) for item in eos):
+    several = isinstance(eos, list) and 0 < len(eos) <= MOST_EOS_TOKENS
+    if several and all(_is_a(item, int) for item in eos):
         return tuple(eos)
     if not _is_a(eos, int):
-        problems.append(f"eos_token_id is {eos!r}; it must be a token id or a list of them")
+        problems.append(f"eos_token_id is {shown(eos)}; it must be a token id or a list of them")
         return 2
     return int(eos)
 
@@ -313,10 +436,15 @@ def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
 def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
     """The clamp of dt: none, unless the file has `time_step_limit`."""
     found = [config[k] for k in ("time_step_limit", "mamba_dt_limit") if config.get(k) is not None]
-    limit = found[0] if found else (0.0, math.inf)
+    limit = found[0] if found else [0.0, math.inf]
+    pair = isinstance(limit, (list, tuple)) and len(limit) == 2
     try:
+        if not pair or not all(_is_a(value, float) or value == "Infinity" for value in limit):
+            raise ValueError
         low, high = (float(value) for value in limit)
-    except (TypeError, ValueError):
-        problems.append(f"time_step_limit is {limit!r}; it must be two numbers, as [0.0, Infinity]")
+    except (ValueError, OverflowError):
+        problems.append(
+            f"time_step_limit is {shown(limit)}; it must be two numbers, as [0.0, Infinity]"
+        )
         return 0.0, math.inf
     return low, high

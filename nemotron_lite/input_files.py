@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,10 @@ LIMIT = 64 << 20  # bytes; the largest index of a released model has 12 MB
 DEPTH = 64  # of nested arrays and objects
 DIGITS = 400  # of one number; a float64 needs 24
 _SHOWN = 200  # characters of a cause that is shown
+
+# A text in JSON; one that does not end extends to the end of the file.
+_TEXTS = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 
 
 class FileError(ValueError):
@@ -63,7 +68,7 @@ def read_bytes(
         if not follow_links and Path(path).is_symlink():
             raise FileError(path, "is a symbolic link; put the file itself there")
         handle = os.open(path, flags)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileError):
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise FileError(path, f"cannot be opened ({_cause(error)})") from error
@@ -82,6 +87,27 @@ def read_bytes(
     if len(content) > limit:
         raise FileError(path, _too_long(f"more than {limit:,}", limit))
     return content
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is not a regular file, for a library that opens the file itself.
+
+    Links are followed. A library that opens a named pipe waits for ever.
+
+    Raises:
+        FileNotFoundError: there is no such file; a dangling link is none either.
+        FileError: not a regular file, or not readable.
+    """
+    try:
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            return
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise FileError(path, f"cannot be opened ({_cause(error)})") from error
+    raise FileError(path, f"is {_kind(found.st_mode)}; expected a regular file")
 
 
 def read_text(
@@ -108,12 +134,14 @@ def read_json(
     kind: type | tuple[type, ...] = dict,
     limit: int = LIMIT,
     follow_links: bool = True,
+    infinity: bool = False,
 ) -> Any:
     """The JSON value in a regular file.
 
     Args:
         kind: type that the value must have; an object is a dict.
         limit: the most bytes.
+        infinity: accept bare Infinity and -Infinity, as the config.json of released models has.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -122,7 +150,7 @@ def read_json(
     """
     text = read_text(path, limit=limit, follow_links=follow_links)
     try:
-        value = parse_json(text)
+        value = parse_json(text, infinity=infinity)
     except ValueError as error:
         raise FileError(path, f"is no readable JSON ({_cause(error)})") from error
     if not isinstance(value, kind):
@@ -133,15 +161,16 @@ def read_json(
     return value
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, infinity: bool = False) -> Any:
     """The JSON value in a text, with the bounds of `read_json`.
 
     Raises:
         ValueError: no JSON, or beyond a bound.
     """
     _check_depth(text)
+    constant = _accept_infinity if infinity else _refuse_constant
     return json.loads(
-        text, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_bounded_float
+        text, parse_constant=constant, parse_int=_bounded_int, parse_float=_bounded_float
     )
 
 
@@ -160,27 +189,22 @@ def _check_depth(text: str) -> None:
     """Refuse deep nesting before the parser recurses into it; brackets in texts do not count."""
     if text.count("[") + text.count("{") <= DEPTH:
         return
-    depth, in_text, escaped = 0, False, False
-    for letter in text:
-        if in_text:
-            if escaped:
-                escaped = False
-            elif letter == "\\":
-                escaped = True
-            elif letter == '"':
-                in_text = False
-        elif letter == '"':
-            in_text = True
-        elif letter in "[{":
+    depth = 0
+    for bracket in _NO_BRACKETS.sub("", _TEXTS.sub("", text)):
+        if bracket in "[{":
             depth += 1
             if depth > DEPTH:
                 raise ValueError(f"nested deeper than {DEPTH} levels")
-        elif letter in "]}":
+        else:
             depth -= 1
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _accept_infinity(name: str) -> float:
+    return float(name) if name.endswith("Infinity") else _refuse_constant(name)
 
 
 def _bounded_int(digits: str) -> int:

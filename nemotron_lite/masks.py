@@ -32,6 +32,22 @@ def number_documents(seq_idx: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return document_starts(seq_idx).cumsum(1)
 
 
+def keys_seen(starts: int | Int[Tensor, "b"], queries: int, keys: int) -> int:
+    """How many keys the last query of the longest row sees.
+
+    Raises:
+        ValueError: `starts` below 0, or beyond the keys.
+    """
+    values = [starts] if isinstance(starts, int) else starts.tolist()
+    seen = max(values, default=0) + queries
+    if seen > keys or min(values, default=0) < 0:
+        raise ValueError(
+            f"causal_attention: {keys} keys do not cover starts={starts} cached and {queries} new "
+            "tokens: starts must be 0 or more. Append the new keys and values before calling."
+        )
+    return seen
+
+
 def visible_keys(
     queries: int,
     keys: int,

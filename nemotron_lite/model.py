@@ -21,15 +21,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, SupportsIndex, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from nemotron_lite.cache import Cache
+from nemotron_lite.arguments import integer
+from nemotron_lite.cache import MODEL_DTYPES, Cache, as_device
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.input_checks import check_call, check_draft, check_logits_to_keep, to_int64
+from nemotron_lite.input_checks import (
+    check_call,
+    check_draft,
+    check_logits_to_keep,
+    check_vocabulary,
+    to_int64,
+)
 from nemotron_lite.input_files import parse_json
 from nemotron_lite.layers import (
     MTP,
@@ -94,26 +101,42 @@ class Backbone(nn.Module):
         )
         self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Fresh weights (see `layers.Mixer.init_weights`)."""
-        nn.init.normal_(self.embeddings.weight, std=std)
+        nn.init.normal_(self.embeddings.weight, std=std, generator=generator)
         for layer in self.layers:
-            cast(Block, layer).init_weights(std, residual_divisor)
+            cast(Block, layer).init_weights(std, residual_divisor, generator)
         self.norm_f.init_weights()
 
     def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         """Look tokens up.
 
         Raises:
-            ValueError: a token outside the vocabulary.
+            ValueError: a token outside the vocabulary, another device than that of the weights, or meta.
         """
         try:
-            return self.embeddings(tokens)
+            embedded = self.embeddings(tokens)
         except IndexError as error:
             raise ValueError(
                 f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary "
                 f"has {self.embeddings.num_embeddings} entries. Is this the model's tokenizer?"
             ) from error
+        except RuntimeError as error:
+            if tokens.device != self.embeddings.weight.device:
+                raise self._other_device(tokens) from error
+            raise
+        if (embedded.is_meta or tokens.is_meta) and type(embedded) is Tensor:
+            raise self._other_device(tokens)  # PyTorch would go on with any numbers
+        return embedded
+
+    def _other_device(self, tokens: Tensor) -> ValueError:
+        return ValueError(
+            f"tokens are on {tokens.device} and weights on {self.embeddings.weight.device}: move "
+            "one of them with .to(device). On meta there are no numbers to compute with: `load` or "
+            "Nemotron(config, device='cpu') makes some."
+        )
 
     def forward(
         self,
@@ -132,8 +155,15 @@ class Nemotron(nn.Module):
 
     Args:
         config: its sizes.
-        device, dtype: where and in what precision the weights are made.
-        seed: makes the initial weights repeatable without touching the global random state.
+        device, dtype: where and in what precision the weights are made. None takes PyTorch's
+            defaults. The random numbers are drawn in float32, so all dtypes get the same weights.
+        seed: makes the initial weights repeatable, -2^63 to 2^64 - 1. They are drawn from a
+            generator of their own: other threads change nothing, and nothing changes for them.
+            None draws from PyTorch's global generator.
+
+    Raises:
+        TypeError: a seed that is not an integer.
+        ValueError: a seed out of range, an unknown device, or a dtype that models do not have.
     """
 
     def __init__(
@@ -142,32 +172,36 @@ class Nemotron(nn.Module):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        seed: int | None = None,
+        seed: SupportsIndex | None = None,
     ) -> None:
         super().__init__()
+        if seed is not None:
+            seed = integer("seed", seed, low=-(2**63), high=2**64 - 1)
         self.config = config
         self._prepared = False  # whether layers have copies for decoding
         self.tokenizer: Any = None  # a `tokenizers.Tokenizer` where `load` found one
         # Small files that belong to the model, by name: `load` reads them and `save` writes them
         # to a new folder (checkpoint/companions.py).
         self.companion_files: dict[str, bytes] = {}
-        with torch.device("meta"):  # no memory and no random numbers until `init_weights`
-            self.backbone = Backbone(config)
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
-            self.mtp = MTP(config) if config.mtp_pattern else None
-        device = torch.device(device or torch.get_default_device())
-        if device.type != "meta":
-            self.to_empty(device=device)
-            with torch.random.fork_rng(enabled=seed is not None):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                self.init_weights()
-        if dtype is not None:
-            self.to(dtype)
+        self.built_from = config  # `save` asks whether `config` was changed since
+        device = as_device(device or torch.get_default_device())
+        if dtype is not None and dtype not in MODEL_DTYPES:
+            raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, MODEL_DTYPES))}.")
+        with torch.inference_mode(False):  # inference tensors could never be trained
+            with torch.device("meta"):  # no memory and no random numbers until `init_weights`
+                self.backbone = Backbone(config)
+                self.lm_head = Linear(config.hidden_size, config.vocab_size)
+                self.mtp = MTP(config) if config.mtp_pattern else None
+            if device.type != "meta":
+                self.float().to_empty(device=device)
+                self.init_weights(
+                    None if seed is None else torch.Generator(device).manual_seed(seed)
+                )
+            self.to(dtype or torch.get_default_dtype())
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw fresh weights from torch's global generator.
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights from `generator`, or from PyTorch's global one.
 
         Each layer initializes itself. Matrices are normal with `initializer_range`; those that
         write into the residual stream are divided by sqrt(layers), so that the sum of all layers
@@ -178,10 +212,23 @@ class Nemotron(nn.Module):
         std = self.config.initializer_range
         scaled = self.config.rescale_prenorm_residual
         residual_divisor = math.sqrt(self.config.num_layers) if scaled else 1.0
-        self.backbone.init_weights(std, residual_divisor)
-        self.lm_head.init_weights(std)
+        self.backbone.init_weights(std, residual_divisor, generator)
+        self.lm_head.init_weights(std, generator=generator)
         if self.mtp is not None:
-            self.mtp.init_weights(std, residual_divisor)
+            self.mtp.init_weights(std, residual_divisor, generator)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Weights are ordinary tensors again, also when copied or unpickled in inference mode."""
+        super().__setstate__(state)
+        with torch.inference_mode(False), torch.no_grad():
+            for module in self.modules():
+                for name, weight in module._parameters.items():
+                    if weight is not None and weight.is_inference():
+                        copy = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+                        module._parameters[name] = copy
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_inference():
+                        module._buffers[name] = buffer.clone()
 
     @property
     def device(self) -> torch.device:
@@ -252,12 +299,12 @@ class Nemotron(nn.Module):
 
     def empty_cache(
         self,
-        batch: int,
-        capacity: int = 256,
+        batch: SupportsIndex,
+        capacity: SupportsIndex = 256,
         mtp: bool = False,
         *,
         ssm_dtype: torch.dtype | None = None,
-        ssm_seed: int | None = 0,
+        ssm_seed: SupportsIndex | None = 0,
     ) -> Cache:
         """`Cache.empty` for this model's sizes, device and dtype."""
         cache = Cache.empty(
@@ -305,21 +352,22 @@ class Nemotron(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Integer[Tensor, "b t"],
         cache: Cache | None = None,
         *,
         lengths: Integer[Tensor, "b"] | None = None,
-        seq_idx: Int[Tensor, "b t"] | None = None,
-        mtp_depths: int = 0,
+        seq_idx: Integer[Tensor, "b t"] | None = None,
+        mtp_depths: SupportsIndex = 0,
         router_stats: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: SupportsIndex = 0,
         draft: bool = False,
     ) -> Output:
         """Logits for every token, or for the last ones of each row.
 
         Args:
             tokens: ids; rows that are shorter than t are padded on the right with any ids.
-            cache: of the tokens before; advanced in place. With a cache no gradients are recorded.
+            cache: of the tokens before; advanced in place. With a cache no gradients are recorded:
+                `backward()` from such logits raises a RuntimeError.
             lengths: real tokens in each row; all t when None.
             seq_idx: the document of each token, in rows of concatenated documents: nothing is
                 carried from one document to the next.
@@ -331,11 +379,16 @@ class Nemotron(nn.Module):
             draft: read a draft without advancing the cache. `cache.accept(counts)` then takes in
                 its first `counts` tokens.
 
+        Under autocast the linear layers compute in its dtype. Cache and residual stream keep the
+        dtype of the weights, so a cache can be continued outside of autocast, and the reverse.
+
         Raises:
+            TypeError: an argument that is no tensor or no integer.
             ValueError: arguments that do not fit together; the message says which.
         """
-        check_logits_to_keep(logits_to_keep, tokens)
-        lengths = to_int64(lengths)
+        tokens = to_int64("tokens", tokens)
+        lengths = None if lengths is None else to_int64("lengths", lengths)
+        logits_to_keep = check_logits_to_keep(logits_to_keep, tokens)
         found = self.forward_hidden(
             tokens,
             cache,
@@ -345,29 +398,36 @@ class Nemotron(nn.Module):
             router_stats=router_stats,
             draft=draft,
         )
+        logits = self.head(_last_tokens(found.hidden, lengths, logits_to_keep))
+        if cache is not None and logits.requires_grad and not torch.compiler.is_compiling():
+            logits = _NoGradient.apply(logits)
         return Output(
             found.hidden,
             found.mtp_hidden,
             found.router,
-            logits=self.head(_last_tokens(found.hidden, lengths, logits_to_keep)),
+            logits=logits,
             mtp_logits=[self.head(h) for h in found.mtp_hidden],
         )
 
     def forward_hidden(
         self,
-        tokens: Int[Tensor, "b t"],
+        tokens: Integer[Tensor, "b t"],
         cache: Cache | None = None,
         *,
         lengths: Integer[Tensor, "b"] | None = None,
-        seq_idx: Int[Tensor, "b t"] | None = None,
-        mtp_depths: int = 0,
+        seq_idx: Integer[Tensor, "b t"] | None = None,
+        mtp_depths: SupportsIndex = 0,
         router_stats: bool = False,
         draft: bool = False,
     ) -> Hidden:
         """`forward` without the head, for a loss that applies the head piece by piece."""
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
-        lengths = to_int64(lengths)
+        tokens = to_int64("tokens", tokens)
+        lengths = None if lengths is None else to_int64("lengths", lengths)
+        seq_idx = None if seq_idx is None else to_int64("seq_idx", seq_idx)
+        if type(mtp_depths) is not int:
+            mtp_depths = integer("mtp_depths", mtp_depths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)
@@ -401,6 +461,7 @@ class Nemotron(nn.Module):
         """Read tokens after a cache, segment by segment; in one pass for router statistics."""
         total, longest = tokens.shape[1], segment(tokens)
         if total > longest and not router_stats:
+            check_vocabulary(self.config, tokens)
             parts = []
             for start in range(0, total, longest):
                 part = tokens[:, start : start + longest]
@@ -441,6 +502,21 @@ class Nemotron(nn.Module):
         """Logits in float32 (float64 for a float64 model)."""
         logits = self.lm_head(hidden)
         return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+class _NoGradient(torch.autograd.Function):
+    """Logits after a cache. Through the head alone a gradient would come out incomplete."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "these logits were computed after a cache, and no gradients are recorded through a "
+            "cache: call the model on the whole text without a cache, model(tokens)."
+        )
 
 
 def _last_tokens(

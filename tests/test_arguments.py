@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_lite.arguments import flag, integer, number
+from nemotron_lite.arguments import flag, integer, number, shown
 
 NO_INTEGERS = (True, 2.0, "3", None, np.bool_(1), np.float32(1), [1], b"x", torch.tensor([1, 2]))
 NO_NUMBERS = (True, "3", None, np.bool_(1), [1], b"x", 1j, torch.tensor([1.0, 2.0]))
@@ -68,3 +68,10 @@ def test_a_flag_is_a_boolean_and_nothing_else() -> None:
     for value in (0, 1, "yes", None, 1.0):
         with pytest.raises(TypeError, match=r"^adaptive="):
             flag("adaptive", value)
+
+
+def test_a_shown_value_is_short_and_takes_no_time() -> None:
+    assert shown("a" * 10**7) == "'" + "a" * 58 + "…"
+    assert shown(10**5000) == "…", "Python does not print it"
+    assert shown([1, 2]) == "[1, 2]"
+    assert len(shown({"a": "b" * 1000}, 20)) == 20

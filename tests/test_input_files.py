@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import time
@@ -103,3 +104,28 @@ def test_the_error_crosses_a_process_boundary() -> None:
     error = FileError("/a/b", "is a folder")
     again = pickle.loads(pickle.dumps(error))
     assert (again.path, again.fault, str(again)) == (error.path, error.fault, str(error))
+
+
+def test_infinity_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    """The config.json of released models has a bare Infinity."""
+    path = tmp_path / "config.json"
+    path.write_text('{"limit": [0.0, Infinity]}')
+    assert read_json(path, infinity=True) == {"limit": [0.0, float("inf")]}
+    with pytest.raises(FileError, match="Infinity is no JSON number"):
+        read_json(path)
+    path.write_text('{"limit": NaN}')
+    with pytest.raises(FileError, match="NaN"):
+        read_json(path, infinity=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"' + '\\"' * 300_000 + "[" * 100, '{"a": "\\\\"}' + "[" * 100, '["' + "[" * 200_000],
+    ids=["escaped quotes", "escaped backslash", "text without an end"],
+)
+def test_brackets_in_texts_do_not_count_and_take_no_time(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError):
+        parse_json(text)
+    assert time.monotonic() - started < 2
+    assert parse_json(json.dumps({"text": "[{" * 1000})) == {"text": "[{" * 1000}

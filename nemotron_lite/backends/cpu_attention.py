@@ -28,7 +28,7 @@ from torch import Tensor
 from nemotron_lite.backends import private_torch
 from nemotron_lite.backends.cpu_linear import prefers_onednn, product
 from nemotron_lite.backends.private_torch import attention_with_log
-from nemotron_lite.masks import visible_keys
+from nemotron_lite.masks import keys_seen, visible_keys
 
 SCORES = 2**22  # float32 scores worked on at once: 16 MB; with fewer, products have too few rows
 BLOCK = 256  # most queries at once; with more, more of the products is masked
@@ -57,7 +57,7 @@ def attend(
         if documents is None and q.is_cpu and not torch.is_grad_enabled():
             return _cached_then_new(q, k, v, starts)
     else:
-        seen = int(starts.max()) + tokens
+        seen = keys_seen(starts, tokens, k.shape[2])
         k, v = k[:, :, :seen], v[:, :, :seen]
     mask = visible_keys(tokens, k.shape[2], starts, documents, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -73,7 +73,8 @@ def one_token(
 
     `visible` marks the keys that are read; None means all of them.
     """
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+    shared = q.shape[1] // k.shape[1]
+    grouped = q.view(q.shape[0], k.shape[1], shared, q.shape[-1]) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped @ k.transpose(-1, -2)
     if visible is not None:
@@ -84,7 +85,7 @@ def one_token(
 
 def _multiplies_faster_in_blocks(q: Tensor, k: Tensor, start: int) -> bool:
     scores = q.shape[2] * (start + q.shape[2])
-    if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES:
+    if not q.is_cpu or torch.is_grad_enabled() or scores < FEW_SCORES or not len(q):
         return False
     if q.dtype == torch.bfloat16:
         return private_torch.HAS_ONEDNN
@@ -107,7 +108,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     for first in range(0, t, rows):
         seen, n = start + first, min(rows, t - first)
         end = min(start + t, -(-(seen + n) // BLOCK) * BLOCK)
-        later = torch.ones(n, end - seen, dtype=torch.bool).triu_(1)
+        later = torch.ones(n, end - seen, dtype=torch.bool, device=q.device).triu_(1)
         for row, head in itertools.product(range(b), range(k.shape[1])):
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
             answers = _block(queries, keys[row, head, :end], values[row, head, :end], later)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.backends import private_torch
-from nemotron_lite.dtypes import cast
+from nemotron_lite.dtypes import cast, exact_backward
 
 FEW_TOKENS = 16  # the length of a draft, not of a prompt
 
@@ -64,6 +64,8 @@ def _concatenated(
     The first document of a row has the inputs before the row there instead of zeros.
     """
     before, (b, t) = weight.shape[1] - 1, starts.shape
+    if not starts.numel():
+        return F.silu(window[:, before:])
     first = starts.clone()
     first[:, 0] = True
     document = first.flatten().cumsum(0)
@@ -109,6 +111,7 @@ class _ConvSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         window, weight, bias = ctx.saved_tensors
         taps = weight.shape[1]

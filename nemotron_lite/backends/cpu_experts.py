@@ -29,7 +29,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.dtypes import cast
+from nemotron_lite.dtypes import cast, exact_backward
 
 COPIED = 3_000_000  # numbers in the matrices of all pairs up to which copying them beats sorting
 GROUP_ROWS = 128  # rows of hidden units to activate in one call
@@ -40,9 +40,10 @@ TOGETHER_WEIGHTS = 2**19  # BF16: most weights in the matrices of a batch, which
 
 def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """`ops.expert_mlp`."""
-    up, down, weights = (cast(part, z.dtype) for part in (up, down, weights))
+    weights = cast(weights, z.dtype)
     if torch.is_grad_enabled():
-        return _SortedExperts.apply(z, up, down, weights, indices)
+        return _SortedExperts.apply(z, cast(up, z.dtype), cast(down, z.dtype), weights, indices)
+    # Without gradients, matrices of another dtype are cast when they are used: few of them are.
     pairs = indices.numel()
     crowded = pairs >= PADDED_ROWS * up.shape[0]  # enough rows for a product per expert
     if not crowded and pairs * up[0].numel() <= COPIED:
@@ -54,11 +55,12 @@ def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Te
 
 def _pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     (tokens, k), chosen = indices.shape, indices.flatten()
-    rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
+    rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, z.shape[1])
     # A row times a matrix, not a matrix times a column: MKL's batches are twice as fast this way.
-    hidden = torch.bmm(rows, up.index_select(0, chosen).mT).relu_()
+    up, down = (cast(part.index_select(0, chosen), z.dtype).mT for part in (up, down))
+    hidden = torch.bmm(rows, up).relu_()
     hidden.mul_(hidden).mul_(weights.reshape(-1, 1, 1))
-    return torch.bmm(hidden, down.index_select(0, chosen).mT).view(tokens, k, -1).sum(1)
+    return torch.bmm(hidden, down).view(tokens, k, z.shape[1]).sum(1)
 
 
 class _Order:
@@ -108,12 +110,13 @@ def _sorted_forward(
     for group in order.groups():
         first, last = group[0][1], group[-1][2]
         for e, start, stop in group:
-            torch.mm(rows[start:stop], up[e], out=hidden[start:stop])
+            torch.mm(rows[start:stop], cast(up[e], z.dtype), out=hidden[start:stop])
         positive = hidden[first:last]
         positive = torch.relu(positive) if keep else positive.relu_()
         positive.mul_(positive)
         for e, start, stop in group:
-            torch.mm(positive[start - first : stop - first], down[e], out=answers[start:stop])
+            ours = positive[start - first : stop - first]
+            torch.mm(ours, cast(down[e], z.dtype), out=answers[start:stop])
     return _combine(answers, order.places, weights), order, hidden if keep else None
 
 
@@ -136,12 +139,13 @@ def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
         total += len(chosen) * rows
 
     offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
-    offset[by_load[: len(starts)]] += torch.tensor(starts)
+    offset[by_load[: len(starts)]] += torch.tensor(starts, device=flat.device)
     pairs = flat.argsort(stable=True)
     places = torch.empty_like(flat)  # pair -> row
-    places[pairs] = offset[flat[pairs]] + torch.arange(flat.numel())
+    order = torch.arange(flat.numel(), device=flat.device)
+    places[pairs] = offset[flat[pairs]] + order
     tokens = flat.new_zeros(total)
-    tokens[places] = torch.arange(flat.numel()) // indices.shape[1]
+    tokens[places] = order // indices.shape[1]
 
     rows_in = z[tokens]
     answers = torch.empty_like(rows_in)
@@ -149,10 +153,9 @@ def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
         # A single expert is a view; the matrices of several are copied side by side.
         which = chosen if len(chosen) > 1 else slice(e := int(chosen), e + 1)
         part = slice(start, start + len(chosen) * rows)
-        hidden = torch.bmm(rows_in[part].view(len(chosen), rows, -1), up[which].mT).relu_()
-        torch.bmm(
-            hidden.mul_(hidden), down[which].mT, out=answers[part].view(len(chosen), rows, -1)
-        )
+        first_matrix, second = (cast(matrix[which], z.dtype).mT for matrix in (up, down))
+        hidden = torch.bmm(rows_in[part].view(len(chosen), rows, -1), first_matrix).relu_()
+        torch.bmm(hidden.mul_(hidden), second, out=answers[part].view(len(chosen), rows, -1))
     return _combine(answers, places, weights)
 
 
@@ -165,6 +168,7 @@ class _SortedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         z, up, down, weights, hidden = ctx.saved_tensors
         order: _Order = ctx.order

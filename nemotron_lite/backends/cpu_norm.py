@@ -14,6 +14,7 @@ Source: differentiated here from `ops/norm.py`. Left out: second derivatives.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.dtypes import cast, wide_dtype
+from nemotron_lite.dtypes import cast, exact_backward, wide_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,7 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # One decoded token: with the scale as a Python number two calls are enough.
         wide = cast(x, wide_dtype(x))
         norm = torch.linalg.vector_norm(wide).item()
-        scale = (norm * norm / x.shape[-1] + eps) ** -0.5
+        mean = norm * norm / x.shape[-1] + eps
+        scale = mean**-0.5 if mean else math.inf
         return cast(torch.addcmul(_constant(0.0, wide.dtype), wide, weight, value=scale), x.dtype)
     return _rms_norm(x, weight, eps)[0]
 
@@ -72,7 +74,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     wide = F.silu(cast(z, wide_dtype(y))).mul_(y)
-    grouped = wide.view(*wide.shape[:-1], groups, -1)
+    grouped = wide.view(*wide.shape[:-1], groups, wide.shape[-1] // groups)
     scale = _inverse_rms(grouped, eps)
     grouped.mul_(scale)
     return cast(wide.mul_(weight), y.dtype), scale
@@ -93,11 +95,12 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
         normed = wide * scale
-        grad_weight = normed.mul_(grad).view(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        grad_weight = normed.mul_(grad).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         return _norm_backward(grad * weight, wide, scale).to(x.dtype), grad_weight, None
 
 
@@ -110,6 +113,7 @@ class _GatedRmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         y, z, weight, scale = ctx.saved_tensors
         groups = scale.shape[-2]
@@ -119,7 +123,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         gated = (wide_y * gate).unflatten(-1, (groups, -1))
         grad = grad.to(scale.dtype)
         normed = (gated * scale).flatten(-2)
-        grad_weight = normed.mul_(grad).view(-1, y.shape[-1]).sum(0).to(weight.dtype)
+        grad_weight = normed.mul_(grad).reshape(-1, y.shape[-1]).sum(0).to(weight.dtype)
         grad_gated = _norm_backward((grad * weight).unflatten(-1, (groups, -1)), gated, scale)
         grad_gated = grad_gated.flatten(-2)
         # d silu(z)/dz = s + z s (1 - s) = s + gate (1 - s)

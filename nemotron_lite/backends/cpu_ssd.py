@@ -67,6 +67,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_lite.dtypes import exact_backward
+
 RESET = -1e3  # the exponent at a document start; e^-1000 is 0 even in float64
 CHUNK = 64  # tokens: work inside a chunk grows with q, traffic of states with 1/q; p is near 64
 BLOCK_HEADS = 64  # chunks x rows x heads of 64 x 64 entries that are computed together
@@ -127,6 +129,7 @@ class _Ssd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact_backward
     def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count = len(Inputs._fields)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemotron_lite.backends.cpu_attention import one_token
-from nemotron_lite.masks import visible_keys
+from nemotron_lite.masks import keys_seen, visible_keys
 
 _WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -32,7 +32,7 @@ def attend(
 ) -> Float[Tensor, "b h t p"]:
     """`ops.causal_attention` without gradients; documents come from `number_documents`."""
     tokens = q.shape[2]
-    seen = (starts if isinstance(starts, int) else int(starts.max())) + tokens
+    seen = keys_seen(starts, tokens, k.shape[2])
     k, v = k[:, :, :seen], v[:, :, :seen]
     triangle = isinstance(starts, int) and documents is None
     if tokens == 1 and not triangle:

@@ -9,6 +9,7 @@ system.
     aten._scaled_dot_product_flash_attention_for_cpu  log-denominators as well       logsumexp
     mkldnn._linear_pointwise                          x W^T by oneDNN, any strides   F.linear
     mkldnn._reorder_linear_weight                     W in oneDNN's own layout       W itself
+    _functorch.peek_interpreter_stack                 whether vmap runs this code    "no"
 
 The flags `HAS_...` are read at every call, so that a test can switch an operator off. `HAS_ONEDNN`
 says whether this PyTorch has the library at all.
@@ -31,6 +32,7 @@ HAS_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_ONEDNN_LINEAR = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_ONEDNN_REORDER = HAS_ONEDNN_LINEAR and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+HAS_INTERPRETERS = hasattr(torch._C._functorch, "peek_interpreter_stack")
 CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
 
@@ -74,6 +76,11 @@ def onednn_reorder(weight: Float[Tensor, "o i"]) -> Tensor:
     if HAS_ONEDNN_REORDER:
         return torch.ops.mkldnn._reorder_linear_weight(weight, 4)
     return weight
+
+
+def inside_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp) is running this code."""
+    return HAS_INTERPRETERS and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def cpu_vendor() -> str:

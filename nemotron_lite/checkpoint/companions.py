@@ -5,17 +5,33 @@ tokenizer, defaults of sampling. Programs look for these files beside the weight
 there again after load, fine-tune, save; without a template, a chat model gets wrong prompts and
 nobody is told. So `load` keeps them in `model.companion_files`, and `save` writes them.
 
+The folder may have such files already. They may be newer than the model's: a user has edited them
+there. So a file in the folder stays, with three exceptions:
+
+- You have changed the entry in `model.companion_files` since the model was loaded.
+- The folder held another tokenizer: the files that describe it go with it.
+- generation_config.json names other token ids than the model: the ids are corrected, and the other
+  fields stay.
+
 Left out: what describes the folder (README, LICENSE), what is code, and what `save` makes itself
 (config.json, tokenizer.json, the declaration of formats).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
 
-from nemotron_lite.input_files import FileError, read_bytes
+from tokenizers import Tokenizer
+
+from nemotron_lite.hf_config import to_hf
+from nemotron_lite.input_files import FileError, read_bytes, read_json
+from nemotron_lite.model import Nemotron
 
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,7 +46,34 @@ _NAMES = re.compile(
 )
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
+# Files that describe one tokenizer and contradict any other.
+OF_TOKENIZER = frozenset(
+    {
+        TOKENIZER_CONFIG,
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    }
+)
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MADE_BY_SAVE = re.compile(r"model.*\.safetensors.*|(config|tokenizer|hf_quant_config)\.json")
+
+
+class CompanionFiles(dict[str, bytes]):
+    """Files by name, and what they were when they were read.
+
+    Attributes:
+        as_loaded: does not change when an entry does.
+    """
+
+    def __init__(self, files: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        super().__init__(files)
+        self.as_loaded = dict(files)
+
+
+def read_companions(folder: Path) -> CompanionFiles:
     """The companion files of a folder, by name.
 
     A file that cannot be read is left out with a warning: the model works without it.
@@ -41,7 +84,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
         for name in _list(folder / CHAT_TEMPLATES)
         if name.endswith(".jinja")
     ]
-    found = {}
+    found: dict[str, bytes] = {}
     for name in names:
         try:
             found[name] = read_bytes(folder / name, limit=MOST_BYTES)
@@ -49,7 +92,139 @@ def read_companions(folder: Path) -> dict[str, bytes]:
             continue
         except FileError as error:
             warnings.warn(f"{error}. The model is loaded without this file.", stacklevel=4)
-    return found
+    return CompanionFiles(found)
+
+
+def files_to_write(
+    model: Nemotron, folder: Path, tokenizer: Tokenizer | None
+) -> dict[str, bytes | None]:
+    """What `save` does with the companion files of a folder: content by name, None to remove.
+
+    Args:
+        model: its entries in `companion_files` are written where the rules above say so.
+        folder: to save into; it need not exist.
+        tokenizer: that `save` writes, if any.
+
+    Raises:
+        TypeError, ValueError: an entry of `companion_files` is no file inside a folder.
+    """
+    own = _checked(model.companion_files)
+    old = _read_tokenizer(folder)
+    if tokenizer is not None and not _same(tokenizer, model.tokenizer):
+        own = {name: content for name, content in own.items() if name not in OF_TOKENIZER}
+    replaced = old is not None and tokenizer is not None and not _same(old, tokenizer)
+    written: dict[str, bytes | None] = {}
+    if replaced:
+        written |= {name: None for name in OF_TOKENIZER if (folder / name).exists()}
+    for name, content in own.items():
+        changed = _as_loaded(model).get(name) != content
+        absent = not (folder / name).exists() or name in written
+        if name != GENERATION and (changed or absent):
+            written[name] = content
+    if TOKENIZER_CONFIG in written:
+        described = written[TOKENIZER_CONFIG] is not None
+    else:
+        described = (folder / TOKENIZER_CONFIG).exists()
+    if tokenizer is not None and not described:
+        written[TOKENIZER_CONFIG] = _tokenizer_config(model)
+    written[GENERATION] = _generation_config(model, own, folder)
+    return written
+
+
+def _checked(files: Any) -> dict[str, bytes]:
+    if not isinstance(files, Mapping):
+        raise TypeError(
+            f"model.companion_files is a {type(files).__name__}: expected a dict of bytes by name."
+        )
+    for name, content in files.items():
+        if not isinstance(name, str) or not isinstance(content, bytes):
+            raise TypeError(
+                f"model.companion_files[{name!r}] is {type(content).__name__}: expected bytes "
+                "under the name of a file, as in text.encode()."
+            )
+        parts = PurePosixPath(name).parts
+        inside = 1 <= len(parts) <= 2 and ".." not in parts and not name.startswith("/")
+        if not inside or "\0" in name or _MADE_BY_SAVE.fullmatch(name):
+            raise ValueError(
+                f"model.companion_files[{name!r}]: expected the name of a small file beside the "
+                "weights that save does not write itself, such as 'chat_template.jinja'."
+            )
+    return dict(files)
+
+
+def _as_loaded(model: Nemotron) -> Mapping[str, bytes]:
+    """The companion files before anybody changed them; a dict of your own was never loaded."""
+    return getattr(model.companion_files, "as_loaded", {})
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that is in a folder; None if there is none or it is damaged."""
+    try:
+        return Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json"))
+    except Exception:  # bare Exception is what the library raises
+        return None
+
+
+def _same(one: Tokenizer | None, other: Tokenizer | None) -> bool:
+    """Whether two tokenizers have the same tokens under the same ids."""
+    if one is None or other is None or one is other:
+        return one is other
+    return bool(one.get_vocab(True) == other.get_vocab(True))
+
+
+def _tokenizer_config(model: Nemotron) -> bytes:
+    """The fields that AutoTokenizer in transformers needs to open tokenizer.json unchanged."""
+    return _as_json(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        }
+    )
+
+
+def _generation_config(model: Nemotron, own: Mapping[str, bytes], folder: Path) -> bytes:
+    """The settings of the folder, or else of the model, with the model's token ids."""
+    changed = _as_loaded(model).get(GENERATION) != own.get(GENERATION)
+    content, settings = own.get(GENERATION), model.generation_config
+    if not (changed and content is not None):
+        try:
+            content, settings = read_bytes(folder / GENERATION), read_json(folder / GENERATION)
+        except FileNotFoundError:
+            pass
+        except FileError as error:
+            warnings.warn(f"{error}. It is replaced by a new one.", stacklevel=4)
+    ids = _token_ids(model)
+    if content is None:
+        return _as_json(ids)
+    wrong = {
+        name: value
+        for name, value in ids.items()
+        if settings.get(name) is not None and _as_list(settings[name]) != _as_list(value)
+    }
+    return _as_json({**settings, **wrong}) if wrong else content
+
+
+def _token_ids(model: Nemotron) -> dict[str, Any]:
+    """The ids that the model defines.
+
+    generation_config.json may name others than config.json; it counts, as in `load`, unless the
+    model's config was changed since.
+    """
+    now, before = to_hf(model.config), to_hf(model.built_from)
+    ids = {name: now[name] for name in _IDS}
+    for name, value in model.generation_config.items():
+        if name in ids and value is not None and now[name] == before[name]:
+            ids[name] = value
+    return ids
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _list(folder: Path) -> list[str]:

@@ -12,193 +12,153 @@ the modules that are not quantized. `quantization_config` in config.json declare
 format of llm-compressor: `config_groups`, an `ignore` list, and `kv_cache_scheme`. Some serving
 engines read the first file and some the second, so both are written.
 
-A declaration must not contradict the stored tensors: a listed module must be stored in the listed
-format, and an excluded module must not be quantized. A module that is not mentioned may be stored
-in any way. Names may end in `*`, and a listed module stands for all modules inside it.
+Newer versions of ModelOpt write `hf_quant_config.json` in the second format too, without the object
+"quantization". `W4A16_NVFP4` is NVFP4 whose inputs are not to be quantized; the weights are stored
+in the same way.
 
-Source: reference sheet 10.3; ModelOpt's exporter. Left out: other algorithms, which are refused
-with an error that names them.
+`read_declarations` reads both files, and declarations of other programs in config.json
+(`compressed_tensors.py`). `check_declarations` compares them with the stored tensors.
+
+Source: reference sheet 10.3; ModelOpt's exporter and `convert_hf_config.py`. Left out: other
+algorithms, which are refused with an error that names them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nemotron_lite.checkpoint.modelopt import BLOCK, FP8, NVFP4, QuantizedModule
-from nemotron_lite.checkpoint.names import PREFIXES
-from nemotron_lite.checkpoint.validation import read_json, shorten
+from nemotron_lite.arguments import shown
+from nemotron_lite.checkpoint.compressed_tensors import read_compressed_tensors, read_fp8
+from nemotron_lite.checkpoint.declaration import ByName, Declaration
+from nemotron_lite.checkpoint.errors import count_and_names
+from nemotron_lite.checkpoint.modelopt import BLOCK, FP8, FP8_ROWS, FP8_TILES, NVFP4
+from nemotron_lite.checkpoint.weight_files import read_object
+from nemotron_lite.hf_config import TEXT_KEYS
 
 FILE = "hf_quant_config.json"
-KEY = "quantization_config"
+KEYS = ("quantization_config", "compression_config")  # the second is an old name
+KEY = KEYS[0]
 MIXED = "MIXED_PRECISION"
 PRODUCER = {"name": "modelopt"}  # serving engines recognize the layout by this name
 _GROUPS: dict[str, dict[str, Any]] = {
     FP8: {"dynamic": False, "num_bits": 8, "type": "float"},
     NVFP4: {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK},
 }
+# What is written in `quant_algo`, and how these weights are stored.
+_FORMAT_OF = {
+    NVFP4: NVFP4,
+    "W4A16_NVFP4": NVFP4,
+    "NVFP4_W4A16": NVFP4,
+    FP8: FP8,
+    FP8_ROWS: FP8_ROWS,
+    FP8_TILES: FP8_TILES,
+}
 
 
-class Declaration(NamedTuple):
-    """What one of the two files declares."""
-
-    source: str  # the file, for error messages
-    algo: str
-    layers: dict[str, str]  # module (or pattern) -> algorithm
-    excluded: list[str]
-
-
-def check(
-    folder: Path,
-    hf: Mapping[str, Any],
-    modules: Iterable[QuantizedModule],
-    float_tensors: Iterable[str],
-    *,
-    complete: bool,
-) -> list[str]:
-    """Compare the declarations with the stored tensors.
+def read_declarations(folder: Path, hf: Mapping[str, Any]) -> tuple[list[Declaration], list[str]]:
+    """The valid declarations of a folder, and what is wrong with the others.
 
     Args:
         folder: the checkpoint folder.
         hf: its config.json.
-        modules: the quantized modules in the files.
-        float_tensors: names of the tensors that are stored as floats.
-        complete: False if other problems were found. Then quantized modules or declarations may be
-            absent because of these problems, and their absence is not reported.
-
-    Returns:
-        The problems: unreadable declarations and contradictions.
     """
-    declarations, problems = _read(folder, hf)
-    modules = list(modules)
-    complete = complete and not problems
-    if declarations and not modules and complete:
-        sources = " and ".join(each.source for each in declarations)
-        problems.append(
-            f"{sources}: the weights are declared as quantized ({declarations[0].algo}), but no "
-            "stored weight is. Take files that belong together, or remove the declaration"
-        )
-    if modules and not declarations and complete:
-        problems.append(
-            f"{len(modules)} modules are quantized, such as {modules[0].module}, but neither "
-            f"{FILE} nor {KEY} in config.json declares it: copy the file that belongs to them"
-        )
-    if len({each.algo for each in declarations}) > 1:
-        algos = "; ".join(f"{each.source}: {each.algo}" for each in declarations)
-        problems.append(f"different algorithms are declared ({algos}); copy both files again")
-    names = {_without_prefix(n.removesuffix(".weight")) for n in float_tensors if _is_weight(n)}
-    for each in declarations:
-        contradictions = _contradictions(each, modules, names)
-        if contradictions:
-            problems.append(
-                f"{each.source} contradicts the stored tensors: {shorten(contradictions)}"
-            )
-    return problems
-
-
-def _is_weight(name: str) -> bool:
-    return name.endswith(".weight")
-
-
-def _contradictions(
-    declaration: Declaration, modules: list[QuantizedModule], float_modules: set[str]
-) -> list[str]:
-    found = []
-    for module in modules:
-        name = _without_prefix(module.module)
-        declared = declaration.layers.get(name) or _lookup(name, declaration.layers)
-        if declared is not None and declared != module.algo:
-            found.append(f"{module.module} is stored as {module.algo}, declared as {declared}")
-        elif declared is None and any(_covers(pattern, name) for pattern in declaration.excluded):
-            found.append(f"{module.module} is stored as {module.algo}, declared as not quantized")
-        elif declared is None and declaration.algo not in (MIXED, module.algo):
-            found.append(
-                f"{module.module} is stored as {module.algo}, declared as {declaration.algo}"
-            )
-    found += [
-        f"{name} is not quantized, declared as {declaration.layers[name]}"
-        for name in sorted(float_modules & set(declaration.layers))
-    ]
-    return found
-
-
-def _lookup(name: str, layers: Mapping[str, str]) -> str | None:
-    return next((algo for pattern, algo in layers.items() if _covers(pattern, name)), None)
-
-
-def _covers(pattern: str, name: str) -> bool:
-    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
-
-
-def _without_prefix(name: str) -> str:
-    """A module's name without the prefix, which differs between the programs that write it."""
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
-
-
-def _read(folder: Path, hf: Mapping[str, Any]) -> tuple[list[Declaration], list[str]]:
-    """The valid declarations of a folder, and what is wrong with the others."""
-    found: list[Declaration | None] = []
+    found: list[Declaration] = []
     problems: list[str] = []
-    content = hf.get(KEY)
-    if content:
-        if not isinstance(content, Mapping):
-            kind = type(content).__name__
-            problems.append(f"{KEY} in config.json is a {kind}; expected an object")
-        elif (method := content.get("quant_method", "modelopt")) != "modelopt":
-            problems.append(
-                f"the weights are quantized with {method!r}; only 'modelopt' is supported. Take "
-                "the BF16 release of the same model, or one in NVFP4 or FP8"
-            )
-        else:
-            declaration, wrong = _declaration(f"{KEY} in config.json", content, "ignore")
-            found.append(declaration)
-            problems += wrong
-    if (folder / FILE).exists():
-        whole, wrong = read_json(folder / FILE)
+    levels = [hf, *(hf[key] for key in TEXT_KEYS if isinstance(hf.get(key), Mapping))]
+    contents = [(key, level[key]) for level in levels for key in KEYS if level.get(key)]
+    for key, content in contents[:1]:
+        declaration, wrong = _read_config(f"{key} in config.json", content)
+        found += [declaration] if declaration else []
         problems += wrong
-        inner = whole.get("quantization")
-        if isinstance(inner, Mapping):
-            declaration, wrong = _declaration(FILE, inner, "exclude_modules")
-            found.append(declaration)
+    if (folder / FILE).exists():
+        whole, wrong = read_object(folder / FILE)
+        inner = whole.get("quantization", whole)
+        if wrong:
             problems += wrong
+        elif not isinstance(inner, Mapping) or "quant_algo" not in inner:
+            problems.append(f"{FILE} has no quant_algo; download or copy it again")
         else:
-            problems.append(f'{FILE} has no object "quantization"; download or copy it again')
-    return [each for each in found if each is not None], problems
+            declaration, wrong = _read_modelopt(FILE, inner)
+            found += [declaration] if declaration else []
+            problems += wrong
+    algos = {each.source: each.algo for each in found if each.algo in (*_FORMAT_OF, MIXED)}
+    if len({_FORMAT_OF.get(algo, algo) for algo in algos.values()}) > 1:
+        spelled = "; ".join(f"{source}: {algo}" for source, algo in algos.items())
+        problems.append(f"different algorithms are declared ({spelled}); copy both files again")
+    return found, problems
 
 
-def _declaration(
-    source: str, content: Mapping[str, Any], excluded_key: str
-) -> tuple[Declaration | None, list[str]]:
+def _read_config(source: str, content: Any) -> tuple[Declaration | None, list[str]]:
+    """The declaration in config.json, by whatever program."""
+    if not isinstance(content, Mapping):
+        return None, [f"{source} is a {type(content).__name__}; expected an object"]
+    method = content.get("quant_method", "modelopt")
+    if isinstance(method, str) and method.startswith("modelopt"):
+        return _read_modelopt(source, content)
+    if method == "compressed-tensors":
+        return read_compressed_tensors(source, content)
+    if method == "fp8":
+        return read_fp8(source, content)
+    return None, [
+        f"the weights are quantized with {shown(method)}; supported are 'modelopt', "
+        "'compressed-tensors' and 'fp8'. Take the BF16 release of the same model, or one in NVFP4 "
+        "or FP8"
+    ]
+
+
+def _read_modelopt(source: str, content: Mapping[str, Any]) -> tuple[Declaration | None, list[str]]:
     problems = []
     algo = content.get("quant_algo")
     layers = content.get("quantized_layers") or {}
-    excluded = content.get(excluded_key) or []
-    if algo not in (NVFP4, FP8, MIXED):
-        problems.append(f"quant_algo is {algo!r}; expected {NVFP4}, {FP8} or {MIXED}")
-    if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
-        problems.append(f"{excluded_key} is not a list of names")
+    if not isinstance(algo, str) or algo not in (*_FORMAT_OF, MIXED):
+        problems.append(
+            f"quant_algo is {shown(algo)}; expected one of {', '.join(_FORMAT_OF)} or {MIXED}"
+        )
+    excluded: list[str] = []
+    for key in ("exclude_modules", "ignore"):  # in the one file, and in the other
+        names = content.get(key) or []
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            excluded += names
+        else:
+            problems.append(f"{key} is not a list of names")
     if not isinstance(layers, Mapping):
         problems.append(f"quantized_layers is a {type(layers).__name__}; expected an object")
         layers = {}
-    algo_of = {}
-    for module, entry in layers.items():
-        kind = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
-        size = entry.get("group_size", BLOCK) if isinstance(entry, Mapping) else BLOCK
-        if kind not in (NVFP4, FP8):
-            problems.append(f"{module} has quant_algo {kind!r}; expected {NVFP4} or {FP8}")
-        elif kind == NVFP4 and size != BLOCK:
-            problems.append(f"{module} has group_size {size!r}; expected {BLOCK} for NVFP4")
-        else:
-            algo_of[_without_prefix(module)] = kind
+    formats, kinds = _formats_of_layers(layers)
+    problems += [f"{count_and_names(names, 'module')}: {kind}" for kind, names in kinds.items()]
+    by_layer = ByName(formats)
+    by_exclusion = ByName({name: "" for name in excluded if not name.startswith("re:")})
+    for key, names in (("quantized_layers", by_layer), ("the excluded modules", by_exclusion)):
+        if names.problem is not None:
+            problems.append(f"{key}: {names.problem}")
     if problems:
         return None, [f"{source}: {problem}" for problem in problems]
-    names = [_without_prefix(name) for name in excluded]
-    return Declaration(source, str(algo), algo_of, names), []
+    of_others = None if algo == MIXED else frozenset({_FORMAT_OF[str(algo)]})
+    return Declaration(source, str(algo), of_others, by_layer, by_exclusion), []
+
+
+def _formats_of_layers(layers: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The format of each listed module; and modules with invalid entries, by what is wrong."""
+    formats: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {}
+    for module, entry in layers.items():
+        algo = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
+        size = entry.get("group_size", BLOCK) if isinstance(entry, Mapping) else BLOCK
+        form = _FORMAT_OF.get(algo) if isinstance(algo, str) else None
+        if form is None:
+            kind = f"quant_algo {shown(algo)}; expected one of {', '.join(_FORMAT_OF)}"
+            kinds.setdefault(kind, []).append(module)
+        elif form == NVFP4 and size not in (BLOCK, None):
+            kind = f"group_size {shown(size)}; expected {BLOCK} for NVFP4"
+            kinds.setdefault(kind, []).append(module)
+        else:
+            formats[module] = form
+    if len(kinds) > 4:  # not one algorithm that is missing, but a damaged file
+        rest = [name for kind in list(kinds)[4:] for name in kinds.pop(kind)]
+        kinds["other entries that are not valid"] = rest
+    return formats, kinds
 
 
 def describe(

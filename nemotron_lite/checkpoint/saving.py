@@ -17,12 +17,16 @@ copy of the weights.
 Packed layers (`quantization/packed_layers.py`) are written with exactly the bits they have in
 memory, in ModelOpt's layout and with hf_quant_config.json.
 
-Saving is atomic (see `nemotron_lite/files.py`): at every moment `path` holds the old checkpoint or
-the new one.
+What is written is what `load` can open: a model in a wrapper is taken out of it, and one with
+adapters or other foreign modules is refused before anything is written (`model_tree.py`). The small
+files that belong to the model are written too (`companions.py`).
 
-Source: the safetensors format description; reference sheet 10.1. Left out: the chat template and
-other tokenizer settings of the folder that a model was loaded from, because they are not part of
-the model. If `path` already has such files, they stay there.
+Saving is atomic (see `nemotron_lite/files.py`): at every moment `path` holds the old checkpoint or
+the new one. Where the disk makes that impossible, there is a moment in which it holds no
+config.json, and every program refuses it.
+
+Source: the safetensors format description; reference sheet 10.1. Left out: sharded models, which
+have to be gathered first, and several processes that write one checkpoint together.
 """
 
 from __future__ import annotations
@@ -30,24 +34,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
+from nemotron_lite.checkpoint.companions import files_to_write
+from nemotron_lite.checkpoint.errors import CheckpointError, shorten
 from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
+from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
-from nemotron_lite.checkpoint.validation import INDEX, WEIGHTS, CheckpointError
-from nemotron_lite.files import atomic_folder
+from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
+from nemotron_lite.files import atomic_folder, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
 from nemotron_lite.model import Nemotron
-from nemotron_lite.quantization.packed_layers import LinearWithKVScale, PackedExperts, PackedWeight
+from nemotron_lite.quantization.packed_layers import LinearWithKVScale, PackedExperts
 
 MAX_SHARD_BYTES = 5_000_000_000  # as usual on the hub
 
@@ -56,12 +65,13 @@ _CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.uint8: "U8",  # in packed layers only, like the next
+    torch.float8_e4m3fn: "F8_E4M3",
 }
-_PACKED_CODES = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}  # in packed layers only
 _ALGO_OF = {form: algo for algo, form in FORM_OF.items()}
 _OUR_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json"
-    r"|generation_config\.json|tokenizer\.json|hf_quant_config\.json"
+    r"|tokenizer\.json|hf_quant_config\.json"
 )
 
 
@@ -77,107 +87,118 @@ class _NamedTensor(NamedTuple):
 
 
 def save(
-    model: Nemotron,
+    model: nn.Module,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: SupportsIndex = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` into the folder `path`, replacing a checkpoint that is there.
 
     The old checkpoint stays complete until the new one is, so the disk needs space for both. Other
-    files in the folder are kept. Weights are written in their own dtype. config.json names it if
-    all weights have the same one (except the selection bias, which is always float32).
+    files in the folder are kept, also its chat template, its tokenizer's settings and its
+    generation settings, of which only the token ids are corrected. A new folder gets those in
+    `model.companion_files`. A companion file that you have changed there replaces the folder's.
+
+    Weights are written in their own dtypes, also in a model that mixes them; config.json names the
+    dtype of most weights. NaN and infinity are written with a warning. Two names for one tensor
+    (tied weights) are written as two tensors.
 
     Args:
-        model: on any device.
-        path: the folder; created if it does not exist. It must not be the current folder.
+        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
+            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
+            Call `save` on one process only.
+        path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.
 
     Raises:
-        CheckpointError: the model has no weights, a weight has an unsupported dtype, or the
-            tokenizer has ids beyond the model's vocabulary.
-        OSError, ValueError: the folder cannot be written or replaced; the old one is unchanged.
+        CheckpointError: what is not a whole Nemotron as its config describes it: foreign modules
+            (adapters), parametrized, sharded or missing weights, an unsupported dtype; or a
+            tokenizer with ids beyond the model's vocabulary. Nothing was written.
+        TypeError, ValueError: an argument of another kind, such as a model of another library.
+        OSError: the folder cannot be written; the old one is unchanged. If only its replacement
+            failed, the text says where the new checkpoint is.
     """
-    tokenizer = tokenizer or getattr(model, "tokenizer", None)
-    tensors = list(_named_tensors(model))
-    _check(model, tensors, tokenizer, Path(path))
-    shards = _shards(tensors, max_shard_bytes)
-    with atomic_folder(Path(path), lambda name: _OUR_FILES.fullmatch(name) is not None) as folder:
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = WEIGHTS
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                weight_map.update({each.name: name for each in shard})
-            with (folder / name).open("wb") as file:
-                _write_shard(file, shard)
-        if weight_map:
-            total = sum(each.size for each in tensors)
-            _write_json(
-                folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        config = _config(model)
-        if packed := _packed(model):
-            own, config[modelopt_config.KEY] = _quantization(model, packed)
-            _write_json(folder / modelopt_config.FILE, own)
-        _write_json(folder / "config.json", config)
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        hf = to_hf(model.config)
-        _write_json(folder / "generation_config.json", {name: hf[name] for name in ids})
+    folder = folder_path(path)
+    if not _is_utf8(folder):  # the safetensors library could not open it again
+        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.")
+    limit = integer("max_shard_bytes", max_shard_bytes, low=1)
+    tree = read_tree(model)
+    tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
+    problems = tree.problems or _tokenizer_problems(tree.model, tokenizer)
+    if problems:
+        raise CheckpointError(folder, problems)
+    others = files_to_write(tree.model, folder, tokenizer)
+    shards = _shards(list(_named_tensors(tree)), limit)
+    not_finite: list[str] = []
+    with atomic_folder(folder, _is_replaced(others), last="config.json") as new:
+        _write_weights(new, shards, not_finite)
+        config = _config(tree)
+        if tree.packed:
+            own, config[modelopt_config.KEY] = _quantization(tree)
+            _write_json(new / modelopt_config.FILE, own)
+        _write_json(new / "config.json", config)
         if tokenizer is not None:
-            tokenizer.save(str(folder / "tokenizer.json"))
-            if not (Path(path) / "tokenizer_config.json").exists():
-                _write_json(folder / "tokenizer_config.json", _tokenizer_config(model))
+            (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        for name, content in others.items():
+            if content is not None:
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_bytes(content)
+    if not_finite:
+        warnings.warn(
+            f"{folder}: {len(not_finite)} tensors hold NaN or infinity and were saved like that: "
+            f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
+            stacklevel=2,
+        )
 
 
-def _named_tensors(model: Nemotron) -> Iterator[_NamedTensor]:
-    for name, tensor in model.state_dict().items():
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
+    """The `tokenizers.Tokenizer` itself; transformers' fast tokenizers have one inside.
+
+    Raises:
+        TypeError: something else.
+    """
+    inside = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if inside is not None and not isinstance(inside, Tokenizer):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"tokenizer is a {kind}: expected a tokenizers.Tokenizer or None.")
+    return inside
+
+
+def _tokenizer_problems(model: Nemotron, tokenizer: Tokenizer | None) -> list[str]:
+    if tokenizer is None:
+        return []
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest < model.config.vocab_size:
+        return []
+    return [
+        f"the tokenizer has ids up to {highest}, but the model's vocabulary has only "
+        f"{model.config.vocab_size} entries: give the tokenizer of this model"
+    ]
+
+
+def _is_replaced(others: Container[str]) -> Callable[[str], bool]:
+    """Which files of the old folder the new checkpoint replaces or removes."""
+    return lambda name: name in others or _OUR_FILES.fullmatch(name) is not None
+
+
+def _named_tensors(tree: ModelTree) -> Iterator[_NamedTensor]:
+    for name, tensor in tree.tensors.items():
         for disk_name, expert in hub_names(name, tensor.shape[0] if tensor.ndim else 1):
             yield _NamedTensor(disk_name, tensor if expert is None else tensor[expert])
 
 
-def _check(
-    model: Nemotron, tensors: list[_NamedTensor], tokenizer: Tokenizer | None, path: Path
-) -> None:
-    problems = []
-    empty = [each.name for each in tensors if each.tensor.is_meta]
-    if empty:
-        problems.append(
-            f"the model has no weights: {len(empty)} tensors are on the meta device, such as "
-            f"{empty[0]}. Create it on a real device, or load a checkpoint"
-        )
-    packed_storage = {
-        part.data_ptr() for module in _packed(model).values() for part in module.tensors().values()
-    }
-    unsupported = [
-        each
-        for each in tensors
-        if each.tensor.dtype not in _CODES
-        and each.tensor.untyped_storage().data_ptr() not in packed_storage
-    ]
-    if unsupported:
-        problems.append(
-            f"{len(unsupported)} tensors have a dtype that cannot be saved, such as "
-            f"{unsupported[0].name} ({unsupported[0].tensor.dtype}); expected one of "
-            f"{', '.join(map(str, _CODES))}"
-        )
-    if tokenizer is not None:
-        highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        if highest >= model.config.vocab_size:
-            problems.append(
-                f"the tokenizer has ids up to {highest}, but the model's vocabulary has only "
-                f"{model.config.vocab_size} entries: give the tokenizer of this model"
-            )
-    if problems:
-        raise CheckpointError(path, problems)
-
-
 def _shards(tensors: list[_NamedTensor], limit: int) -> list[list[_NamedTensor]]:
     """Lists of consecutive tensors, each as long as fits into one file."""
-    if limit < 1:
-        raise ValueError(f"max_shard_bytes={limit} does not work: expected a number above 0.")
     shards: list[list[_NamedTensor]] = []
     free = 0
     for each in tensors:
@@ -189,14 +210,30 @@ def _shards(tensors: list[_NamedTensor], limit: int) -> list[list[_NamedTensor]]
     return shards
 
 
-def _write_shard(file: BinaryIO, tensors: list[_NamedTensor]) -> None:
+def _write_weights(folder: Path, shards: list[list[_NamedTensor]], not_finite: list[str]) -> None:
+    """Write all weight files, and the index if there are several."""
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map.update({each.name: name for each in shard})
+        with (folder / name).open("wb") as file:
+            _write_shard(file, shard, not_finite)
+    if weight_map:
+        total = sum(each.size for shard in shards for each in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(file: BinaryIO, tensors: list[_NamedTensor], not_finite: list[str]) -> None:
+    """Write one file; names of tensors with NaN or infinity are added to `not_finite`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # The format requires each tensor to be aligned to its element size: wide dtypes come first.
     tensors = sorted(tensors, key=lambda each: -each.tensor.element_size())
     for each in tensors:
         header[each.name] = {
-            "dtype": (_CODES | _PACKED_CODES)[each.tensor.dtype],
+            "dtype": _CODES[each.tensor.dtype],
             "shape": list(each.tensor.shape),
             "data_offsets": [offset, offset + each.size],
         }
@@ -207,64 +244,60 @@ def _write_shard(file: BinaryIO, tensors: list[_NamedTensor]) -> None:
     file.write(text)
     for each in tensors:
         values = each.tensor.detach().cpu().contiguous()
+        if not _is_finite(values):
+            not_finite.append(each.name)
         file.write(values.view(-1).view(torch.uint8).numpy().data)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite; one pass without a copy. Eight-bit codes are not read.
+
+    The extremes of numbers with a NaN are NaN.
+    """
+    if values.element_size() == 1 or not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _config(model: Nemotron) -> dict[str, Any]:
-    """The content of config.json: the sizes, and the dtype if all weights have the same."""
-    hf = without_dt_clamp(to_hf(model.config))
+def _config(tree: ModelTree) -> dict[str, Any]:
+    """The content of config.json: the sizes, and the dtype that most weights have."""
+    hf = without_dt_clamp(to_hf(tree.model.config))
     if "time_step_limit" in hf:  # strict JSON has no infinity; transformers writes it like this
         hf["time_step_limit"] = [
             {"__float__": "Infinity"} if value == math.inf else value
             for value in hf["time_step_limit"]
         ]
-    packed = tuple(f"{name}." for name in _packed(model))
-    dtypes = {
-        tensor.dtype
-        for name, tensor in model.state_dict().items()
-        if not name.endswith((ALWAYS_FLOAT32, *CACHE_SCALES)) and not name.startswith(packed or "/")
-    }
-    if len(dtypes) == 1:
-        hf["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    packed = tuple(f"{name}." for name in tree.packed)
+    sizes: dict[torch.dtype, int] = {}
+    for name, tensor in tree.tensors.items():
+        special = name.endswith((ALWAYS_FLOAT32, *CACHE_SCALES)) or name.startswith(packed or "/")
+        if not special:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    if sizes:
+        hf["torch_dtype"] = str(max(sizes, key=sizes.__getitem__)).removeprefix("torch.")
     return hf
 
 
-def _packed(model: Nemotron) -> dict[str, PackedWeight]:
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)
-    }
-
-
-def _quantization(
-    model: Nemotron, packed: dict[str, PackedWeight]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _quantization(tree: ModelTree) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of `hf_quant_config.json` and of `quantization_config`."""
     formats = {}
-    for name, module in packed.items():
+    for name, module in tree.packed.items():
         for disk_name, _ in hub_names(f"{name}.weight", module.shape[0]):
             formats[disk_name.removesuffix(".weight")] = _ALGO_OF[module.format]
     not_quantized = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | Router):
+    for name, each in tree.modules.items():
+        if isinstance(each, nn.Linear | nn.Conv1d | Router):
             not_quantized.append(name)
-        elif isinstance(module, Experts | PackedExperts):
+        elif isinstance(each, Experts | PackedExperts):
             not_quantized += [
                 f"{name}.{matrix}"
                 for matrix in ("up_proj", "down_proj")
-                if isinstance(getattr(module, matrix), nn.Parameter)
+                if isinstance(getattr(each, matrix), nn.Parameter)
             ]
-    cache = any(isinstance(module, LinearWithKVScale) for module in model.modules())
+    cache = any(isinstance(each, LinearWithKVScale) for each in tree.modules.values())
     return modelopt_config.describe(formats, not_quantized, cache)
-
-
-def _tokenizer_config(model: Nemotron) -> dict[str, Any]:
-    """The fields that AutoTokenizer in transformers needs to open tokenizer.json unchanged."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }

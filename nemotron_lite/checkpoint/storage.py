@@ -16,11 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nemotron_lite.checkpoint import modelopt, validation
-from nemotron_lite.checkpoint.names import destination_of
-from nemotron_lite.checkpoint.validation import CheckpointError, StoredTensor
+from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
+from nemotron_lite.checkpoint.errors import CheckpointError, count_and_names
+from nemotron_lite.checkpoint.locations import resolve
+from nemotron_lite.checkpoint.names import destination_of, split_multimodal
+from nemotron_lite.checkpoint.weight_files import (
+    StoredTensor,
+    find_files,
+    read_headers,
+    read_object,
+)
 from nemotron_lite.config import ConfigError
-from nemotron_lite.hf_config import from_hf
+from nemotron_lite.hf_config import from_hf, other_parts
 from nemotron_lite.quantization.recipe import ModuleFormat, module_formats
 
 OTHER = "other"
@@ -57,18 +64,33 @@ def storage_summary(path: str | Path) -> list[StorageRow]:
     Raises:
         CheckpointError: missing or damaged files, or scales that do not belong to their weights.
     """
-    folder = Path(path)
-    hf, problems = validation.read_json(folder / "config.json")
-    stored, header_problems = validation.read_headers(folder)
-    found = modelopt.group_quantized(stored)
-    problems += header_problems + found.problems
+    folder = resolve(path)
+    hf, problems = read_object(folder / "config.json", infinity=True)
+    stored, header_problems = read_headers(folder)
+    if other_parts(hf):
+        names = set(split_multimodal(item.name for item in stored)[0])
+        stored = [item for item in stored if item.name in names]
+    declarations, declaration_problems = modelopt_config.read_declarations(folder, hf)
+    tile = next((d.tile for d in declarations if d.tile != modelopt.TILE), modelopt.TILE)
+    found = modelopt.group_quantized(stored, tile)
+    problems += header_problems + declaration_problems + found.problems
+    places: dict[str, ModuleFormat] = {}
     try:
-        places = {place.path: place for place in module_formats(from_hf(hf), "bf16")} if hf else {}
+        config = from_hf(hf) if hf else None
+        if config is not None and not problems:
+            too_large = validation.size_problem(config, found.stored)
+            problems += [too_large] if too_large else []
+        if config is not None and not problems:
+            places = {place.path: place for place in module_formats(config, "bf16")}
     except ConfigError as error:
         problems.append(str(error))
-    unknown = [f"{item.name} ({item.dtype})" for item in found.stored if item.dtype not in _ORDER]
+    unknown = [
+        f"{item.name} ({item.dtype})"
+        for item in found.stored
+        if item.dtype not in (*_ORDER, *modelopt.QUANTIZED)
+    ]
     if unknown:
-        problems.append(f"of a dtype that is not supported: {validation.shorten(unknown)}")
+        problems.append(f"of a dtype that is not supported: {count_and_names(unknown)}")
     if problems:
         raise CheckpointError(folder, problems)
 
@@ -77,17 +99,18 @@ def storage_summary(path: str | Path) -> list[StorageRow]:
     items = [(item, _module(item.name, places)) for item in found.stored]
     for item, module in items:
         if module is not None:
-            stored_values[module.path] = stored_values.get(module.path, 0) + _count(item)
+            stored_values[module.path] = stored_values.get(module.path, 0) + item.count
     for item, module in items:
         role = OTHER if module is None else module.role
+        form = modelopt.FP8 if item.dtype in modelopt.QUANTIZED[1:] else item.dtype
         # Padding does not count as weights: this tensor has its share of the module's weights.
-        weights: float = _count(item)
+        weights: float = item.count
         if module is not None:
             weights *= module.parameters / stored_values[module.path]
-        names, total, size = sums.get((role, item.dtype), (set(), 0.0, 0))
+        names, total, size = sums.get((role, form), (set(), 0.0, 0))
         size += sum(_bytes(tensor) for tensor in _stored_tensors(item, found))
-        names = names | {item.name if module is None else module.path}
-        sums[role, item.dtype] = (names, total + weights, size)
+        names.add(item.name if module is None else module.path)
+        sums[role, form] = (names, total + weights, size)
     for scale in found.cache_scales.values():
         names, total, size = sums.get((OTHER, scale.dtype), (set(), 0.0, 0))
         sums[OTHER, scale.dtype] = (names | {scale.name}, total + 1, size + _bytes(scale))
@@ -104,9 +127,10 @@ def weight_bytes(path: str | Path) -> int:
     Raises:
         CheckpointError: weight files are missing.
     """
-    files, _, problems = validation.find_files(Path(path))
+    folder = resolve(path)
+    files, _, problems = find_files(folder)
     if problems:
-        raise CheckpointError(Path(path), problems)
+        raise CheckpointError(folder, problems)
     return sum(file.stat().st_size for file in files)
 
 
@@ -123,12 +147,5 @@ def _stored_tensors(item: StoredTensor, found: modelopt.GroupedTensors) -> Itera
         yield item
 
 
-def _count(item: StoredTensor) -> int:
-    total = 1
-    for length in item.shape:
-        total *= length
-    return total
-
-
 def _bytes(item: StoredTensor) -> int:
-    return _count(item) * _BYTES[item.dtype]
+    return item.count * _BYTES[item.dtype]

@@ -1,7 +1,12 @@
-"""Code that the commands share: the application, two consoles, options, and error messages.
+"""Code that the commands share: the application, options, and how results and notes are printed.
 
-Every command runs inside `plain_errors`: a wrong size, a missing file or a damaged checkpoint ends
-in one message and exit code 1. A bug still shows its traceback.
+    say("text")         a line of the result, on stdout, exactly as it is
+    note("text")        a line for the person who waits, on stderr; not with --quiet
+    title(2, "Read")    the heading of a step, on stdout; not with --quiet
+    out.print(table)    a table of rich, on stdout
+
+Texts are never markup: see `terminal.py`. `out` and `err` have markup, emoji codes and highlighting
+switched off too, so that a name in a table is shown as it is.
 """
 
 from __future__ import annotations
@@ -10,57 +15,76 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from nemotron_lite import __version__
+from nemotron_lite.cli.application import (
+    Application,
+    Group,
+    Quiet,
+    Traceback,
+    plain_errors,
+    settings,
+)
+from nemotron_lite.cli.terminal import ignore_absurd_width, visible, write, write_note
 from nemotron_lite.openmp import let_idle_threads_sleep
+from nemotron_lite.progress import is_terminal
 from nemotron_lite.quantization.recipe import RECIPES
+
+__all__ = [
+    "DTYPES", "ModelSizes", "Precision", "Seed", "Text", "app", "err", "note", "out",
+    "plain_errors", "program", "say", "settings", "title", "visible", "working", "write",
+]  # fmt: skip
 
 let_idle_threads_sleep()  # the commands import torch after this module
 
-app = typer.Typer(
+app = Application(
+    cls=Group,
     help="A small Nemotron 3 Super: train it, load it, quantize it, generate text with it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-settings = SimpleNamespace(traceback=False)
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+ignore_absurd_width()
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 DTYPES = ("float32", "bfloat16")
 
 ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or the path of a config.json")]
 Text = Annotated[
-    Path | None, typer.Option(help="folder of .py files; the standard library if not given")
+    Path | None,
+    typer.Option(
+        help="folder of .py files (or .txt, .md and .jsonl), a text file, or a .jsonl file; the "
+        "standard library if not given"
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="seed of weights, data order and sampling")]
 Precision = Annotated[str, typer.Option(help=f"precision of matrix products: {', '.join(RECIPES)}")]
 
 
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        say(f"nemotron-lite {__version__}")
+        raise typer.Exit
+    return wanted
+
+
 @app.callback()
 def _options(
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="show where an error came from")
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="print the version and exit"
+        ),
     ] = False,
 ) -> None:
-    settings.traceback = traceback
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Print an error of the user as one message, and exit with code 1."""
-    try:
-        yield
-    except Exception as error:
-        if settings.traceback or not _is_user_error(error):
-            raise
-        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
+    settings.quiet, settings.traceback = quiet, traceback
 
 
 def program() -> str:
@@ -69,15 +93,30 @@ def program() -> str:
     return f"{sys.executable} -m nemotron_lite" if started_as_module else sys.argv[0]
 
 
+def say(text: str = "", *, style: str = "") -> None:
+    """Print a line of the result, exactly as it is."""
+    write(text, style=style)
+    write("\n")
+
+
+def note(text: str, *, style: str = "dim") -> None:
+    """Print a line for the person who waits, on stderr; nothing with `--quiet`."""
+    if not settings.quiet:
+        write_note(text, style=style)
+
+
 def title(step: int, text: str) -> None:
-    """Print the heading of one step of a command."""
-    out.print(f"\n[bold]{step}. {escape(text)}[/]")
+    """Print the heading of one step of a command; nothing with `--quiet`."""
+    if not settings.quiet:
+        say()
+        say(f"{step}. {text}", style="bold")
 
 
-def _is_user_error(error: Exception) -> bool:
-    if not isinstance(error, RuntimeError):
-        return isinstance(error, ValueError | OSError | FloatingPointError)
-    from nemotron_lite.data import CorpusError
-    from nemotron_lite.train import ResumeError
-
-    return isinstance(error, CorpusError | ResumeError)
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something is going on, on a terminal only."""
+    if settings.quiet or not is_terminal(sys.stderr):
+        yield
+    else:
+        with err.status(what):
+            yield

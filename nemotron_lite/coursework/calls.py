@@ -27,6 +27,8 @@ from nemotron_lite.coursework.wire import Reader, WireError, Writer
 if TYPE_CHECKING:
     from nemotron_lite.coursework.session import Session
 
+MOST_RESULTS = 100_000  # differentiable tensors of one call
+
 
 class Token:
     """The graph of one call in the other process, kept as long as something here needs it."""
@@ -117,7 +119,11 @@ class Call:
         self._take_changes(answer.get("changed", []), reader)
         value, count = answer.get("value"), answer.get("results", 0)
         result = reader.read(value)
-        if not isinstance(count, int) or sorted(reader.plain) != list(range(count)):
+        if (
+            type(count) is not int
+            or not 0 <= count <= MOST_RESULTS
+            or sorted(reader.plain) != list(range(count))
+        ):
             raise WireError("an answer is malformed")
         if count:
             reader.connected = self._connect([reader.plain[i] for i in range(count)])
@@ -144,7 +150,8 @@ class Call:
 
     def _take_changes(self, changes: Any, reader: Reader) -> None:
         for change in changes if isinstance(changes, list) else []:
-            if not isinstance(change, list) or len(change) != 2 or change[0] not in self.given:
+            known = isinstance(change, list) and len(change) == 2 and type(change[0]) is int
+            if not known or change[0] not in self.given:
                 raise WireError("an answer is malformed")
             given, now = self.given[change[0]], reader.read(change[1])
             self.session.wrote = True
@@ -191,14 +198,14 @@ class _ResultReader(Reader):
             return super().tensor(data)
         if self.connected:
             return self.connected[place]
-        if not isinstance(place, int) or place in self.plain:
+        if type(place) is not int or place in self.plain:
             raise WireError("an answer is malformed")
         self.plain[place] = super().tensor(data)
         return self.plain[place]
 
     def _opaque_value(self, data: dict[str, Any]) -> Any:
         kind, value = data.get("k"), data.get("v")
-        if kind == "argument" and value in self.call.given:
+        if kind == "argument" and type(value) is int and value in self.call.given:
             return self.call.given[value]
         if kind == "parameter":
             return self.call.session.twin(value)

@@ -3,10 +3,14 @@
 The page is one file that needs no network and runs no script. Formulas are MathML, which browsers
 draw themselves; it is made here from the LaTeX of the tasks. Pictures are part of the page.
 
-What a learner's code displayed is not trusted, since an instructor opens the page. Text is escaped,
-HTML loses everything but harmless tags, and SVG becomes a picture, in which no script runs. A
-content security policy in the page forbids scripts and connections besides, should something have
+What a learner wrote or displayed is not trusted, since an instructor opens the page. Text is
+escaped. HTML, and what Markdown becomes, loses everything but harmless tags (bleach). SVG becomes a
+picture, in which no script runs. Formulas are built from a list of known elements. A content
+security policy in the page forbids scripts and connections besides (`pages`), should something have
 been overlooked.
+
+How much is shown of one submission is limited, and `plain_page` shows its sources as plain text if
+the page cannot be made.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-from nemotron_lite.coursework.submissions import grade_id, text_of
+from nemotron_lite.coursework.clean_copy import grade_id, text_of
+from nemotron_lite.coursework.pages import page
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MOST_SHOWN = 8_000_000  # characters of all outputs of one submission
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { max-width: 60rem; }
 pre { overflow-x: auto; padding: .6rem .8rem; margin: .4rem 0; white-space: pre-wrap;
   font: 13px/1.45 ui-monospace, monospace; }
 pre.code { background: rgba(128, 128, 128, .12); border-radius: 4px; }
@@ -43,6 +47,7 @@ img { max-width: 100%; }
 MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?!\s)(?P<inline>[^$\n]+?)(?<!\s)\$(?!\d)", re.S)
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.S)
 TEXT_COMMANDS = re.compile(r"\\(?:mathrm|operatorname|textrm)\*?\{([^{}\\]*)\}")
+CODE_TAG = re.compile(r"(?i)<(script|style)\b")
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 MATH_TAGS = {
     "math", "mrow", "mi", "mn", "mo", "mtext", "mspace", "msup", "msub", "msubsup", "mfrac",
@@ -56,10 +61,16 @@ MATH_ATTRIBUTES = {
 }  # fmt: skip
 TAGS = {
     "a", "b", "br", "code", "dd", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4", "hr", "i",
-    "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup", "table", "tbody", "td",
-    "tfoot", "th", "thead", "tr", "ul",
+    "del", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup", "table", "tbody",
+    "td", "tfoot", "th", "thead", "tr", "ul",
 }  # fmt: skip
-ATTRIBUTES = {"a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
+
+
+def _absolute_link(tag: str, name: str, value: str) -> bool:
+    return name == "href" and re.match(r"(?i)https?://", value) is not None
+
+
+ATTRIBUTES = {"a": _absolute_link, "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
 
 
 def formula(latex: str, *, block: bool = False) -> str:
@@ -105,7 +116,11 @@ def markdown(text: str) -> str:
     pieces = CODE.split(text)
     pieces[::2] = [MATH.sub(keep, piece) for piece in pieces[::2]]
     made: str = _markdown_parser()("".join(pieces))
-    return re.sub("\ue000(\\d+)\ue001", lambda found: formulas[int(found[1])], made)
+    return re.sub(
+        "\ue000(\\d{1,9})\ue001",
+        lambda found: formulas[int(found[1])] if int(found[1]) < len(formulas) else "",
+        _cleaner().clean(made),
+    )
 
 
 @functools.lru_cache(1)
@@ -117,8 +132,22 @@ def _cleaner() -> Any:
 
 def harmless(markup: str) -> str:
     """HTML without scripts, styles, forms, frames, pictures and event handlers."""
-    cleaned: str = _cleaner().clean(re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", "", markup))
+    cleaned: str = _cleaner().clean(_without_code(markup))
     return cleaned
+
+
+def _without_code(markup: str) -> str:
+    """HTML without the text of scripts and style sheets, which bleach would show as text."""
+    kept, start = [], 0
+    for begin in CODE_TAG.finditer(markup):
+        if begin.start() < start:
+            continue
+        end = re.compile(rf"(?i)</{begin[1]}\s*>").search(markup, begin.end())
+        if end is None:  # bleach removes the tag; what follows is shown
+            break
+        kept.append(markup[start : begin.start()])
+        start = end.end()
+    return "".join(kept) + markup[start:]
 
 
 def _code(source: str) -> str:
@@ -217,7 +246,7 @@ def feedback_page(
         outputs: of each cell, by its place.
     """
     scores = {e["id"].replace(".", "-") + "-check": e for e in result["exercises"]}
-    parts = [_summary(result)]
+    parts, left = [_summary(result)], MOST_SHOWN
     for place, cell in enumerate(notebook["cells"] if notebook else ()):
         text, name = text_of(cell), grade_id(cell)
         if cell["cell_type"] == "markdown":
@@ -228,12 +257,22 @@ def feedback_page(
             parts.append(result_html(scores[name]))
         else:
             parts.append(_code(text))
-            parts += [output_html(output) for output in (outputs or {}).get(place, [])]
-    title = html.escape(f"{result['student']} · {result['assignment']}")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>"
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
+            for output in (outputs or {}).get(place, []):
+                made = output_html(output) if left > 0 else ""
+                left -= len(made)
+                parts.append(made if left > 0 else "<p>(more output, which is not shown)</p>")
+                if left <= 0:
+                    break
+    return page(_title(result), STYLE, "\n".join(parts))
+
+
+def plain_page(result: dict[str, Any], notebook: dict[str, Any] | None, reason: str) -> str:
+    """The page without colours, formulas and outputs, for what cannot be shown with them."""
+    why = f"<p>The cells are shown as plain text: {html.escape(reason)}</p>"
+    cells = "".join(_text(text_of(cell)) for cell in (notebook["cells"] if notebook else ()))
+    results = "".join(map(result_html, result["exercises"]))
+    return page(_title(result), STYLE, _summary(result) + results + why + cells)
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['student']} · {result['assignment']}"

@@ -8,11 +8,12 @@
 The steps:
 
     1. make the assignments from the exercises of the package,
-    2. find the submitted notebooks (`submissions`),
-    3. execute each one, cleaned, in a process of its own (`isolation`, `learner_process`), and
-       check its answers from here (`scoring`, `session`),
-    4. compare the answers with each other (`similarity`),
-    5. write all results into a new folder, which then replaces the old one in one step. It is
+    2. find and read the submitted notebooks (`submissions`), all of them before any is executed,
+    3. grade the package's own answers in the same way, and stop unless they earn all points,
+    4. execute each submission, cleaned, in a process of its own (`isolation`, `learner_process`),
+       and check its answers from here (`one_submission`, `scoring`, `session`),
+    5. compare the answers with each other (`similarity`),
+    6. write all results into a new folder, which then replaces the old one in one step. It is
        created before step 1, so that a wrong --out is reported before any submission runs.
 
 A submission that cannot be read gets a result that says so. Code that ends its process, or runs too
@@ -30,48 +31,56 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import secrets
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from nemotron_lite.arguments import integer, number
 from nemotron_lite.course import exercises
-from nemotron_lite.coursework.feedback import feedback_page
-from nemotron_lite.coursework.isolation import Isolation, Limits, find_isolation
-from nemotron_lite.coursework.learner_package import write_package
-from nemotron_lite.coursework.make import chapters, release_notebook
-from nemotron_lite.coursework.scoring import reference_sources, score_submission
-from nemotron_lite.coursework.similarity import Answer, Pair, write_report
-from nemotron_lite.coursework.submissions import (
+from nemotron_lite.coursework.clean_copy import (
     Assignment,
-    Submission,
     SubmissionError,
     clean_copy,
-    find_submissions,
-    grade_id,
-    read_notebook,
     text_of,
 )
+from nemotron_lite.coursework.isolation import Isolation, Limits, find_isolation
+from nemotron_lite.coursework.learner_package import write_package
+from nemotron_lite.coursework.make import chapters, release_notebook, source_notebook
+from nemotron_lite.coursework.one_submission import (
+    Graded,
+    execute,
+    failed,
+    grade_one,
+)
+from nemotron_lite.coursework.scoring import reference_sources
+from nemotron_lite.coursework.scratch import scratch_folder
+from nemotron_lite.coursework.similarity import Answer, Pair, write_report
+from nemotron_lite.coursework.submissions import Submission, find_submissions
 from nemotron_lite.coursework.tables import write_scores
+from nemotron_lite.coursework.texts import PageNames, one_line
+from nemotron_lite.coursework.workers import run_all
 from nemotron_lite.files import atomic_folder
 
 RESULTS = ("scores.csv", "scores.json", "similarity.csv", "similarity.html", "feedback")
 MOST_JOBS = 4
 MOST_NAMES = 4  # of learners with a similar answer, in a note
+MOST_FAULTS = 5  # of the package's own answers, in a message
+MOST_SECONDS = 10**6
+
+
+class ResultsError(RuntimeError):
+    """The results could not be written after the grading; the message says where the scores are."""
 
 
 def handed_out(names: Sequence[str] | None = None) -> dict[str, Assignment]:
@@ -82,84 +91,6 @@ def handed_out(names: Sequence[str] | None = None) -> dict[str, Assignment]:
         name = f"chapter_{chapter}"
         found[name] = Assignment(name, tuple(notebook["cells"]), notebook["metadata"])
     return found
-
-
-def _result(one: Submission, assignment: Assignment | None, **more: Any) -> dict[str, Any]:
-    """A result without points."""
-    most: dict[bool, float] = {True: 0.0, False: 0.0}
-    for e in assignment.exercises if assignment else ():
-        most[exercises.exercise(e.id).kind == "must"] += e.points
-    return {
-        "student": one.student,
-        "assignment": one.assignment,
-        "points": 0.0,
-        "max_points": most[True] if assignment else None,
-        "optional_points": 0.0,
-        "max_optional_points": most[False] if assignment else None,
-        "status": "unreadable",
-        "message": "",
-        "notes": list(one.notes),
-        "flags": [],
-        "exercises": [],
-        **more,
-    }
-
-
-def grade_one(
-    one: Submission,
-    assignment: Assignment | None,
-    site: Path,
-    isolation: Isolation,
-    limits: Limits,
-    salt: str,
-) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """Execute and grade one submission.
-
-    Returns:
-        Its result, its feedback page, and the sources of its answers by exercise.
-    """
-    torch.set_num_threads(1)
-    if one.problem or assignment is None:
-        result = _result(one, assignment, message=one.problem)
-        return result, feedback_page(result), {}
-    try:
-        copy = clean_copy(read_notebook(one.path), assignment)
-    except (SubmissionError, OSError) as error:
-        result = _result(one, assignment, message=str(error))
-        return result, feedback_page(result), {}
-    with tempfile.TemporaryDirectory(prefix="grading-") as folder:
-        own_site = site
-        if not isolation.jailed:  # there it could be written to
-            own_site = Path(folder, "site")
-            shutil.copytree(site, own_site)
-        try:
-            scored = score_submission(copy.notebook, assignment, own_site, isolation, limits, salt)
-        except Exception as error:  # the others are graded all the same
-            message = f"the grader failed: {type(error).__name__}: {error}; grade it by hand"
-            result = _result(
-                one, assignment, status="error", message=message, flags=["grader_failed"]
-            )
-            return result, feedback_page(result, copy.notebook), {}
-    right = sum(e.status == "passed" for e in scored.scores)
-    wrong = [f"{e.id} {e.status}" for e in scored.scores if e.status != "passed"]
-    message = f"{right} of {len(scored.scores)} exercises right"
-    result = _result(
-        one,
-        assignment,
-        points=sum(e.points for e in scored.scores if e.kind == "must"),
-        optional_points=sum(e.points for e in scored.scores if e.kind != "must"),
-        status="graded",
-        message=message + (f"; {', '.join(wrong)}" if wrong else ""),
-        notes=[*one.notes, *copy.notes, *scored.notes],
-        flags=sorted({*copy.flags, *scored.flags}),
-        exercises=[asdict(e) for e in scored.scores],
-        seconds=scored.seconds,
-        network_cut_off=scored.facts.get("cut_off") is True,
-        memory_limited=scored.facts.get("memory_limited") is True,
-    )
-    by_name = {grade_id(cell): text_of(cell) for cell in copy.notebook["cells"]}
-    sources = {e.id: by_name[e.answer] for e in assignment.exercises if e.answer in by_name}
-    return result, feedback_page(result, copy.notebook, scored.outputs), sources
 
 
 def importing_sources(assignment: Assignment) -> list[str]:
@@ -185,12 +116,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _folder_hash(folder: Path) -> str:
-    """A hash of all files in a folder, to show that grading changed nothing."""
+def _folder_state(folder: Path) -> str:
+    """Changes with every change of a file or folder below `folder`; no file is read.
+
+    The time of the last change of a file's content, name or rights (ctime) cannot be set back.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in (*folders, *sorted(files)):
+            path = os.path.join(place, name)
+            with suppress(OSError):
+                found = os.lstat(path)
+                state = found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+                digest.update(os.fsencode(path) + repr(state).encode())
     return digest.hexdigest()
 
 
@@ -217,10 +156,14 @@ def grade_folder(
         What scores.json holds.
 
     Raises:
-        SubmissionError: no such folder, nothing in it, `out` lies inside it, or `out` cannot be
-            written. No submission has run then.
+        SubmissionError: no such folder, nothing in it, `out` lies inside it, `out` cannot be
+            written, or the package's own answers do not earn all points. No submission has run
+            then.
+        ResultsError: the disk refused the results.
     """
-    folder, out, limits = folder.resolve(), out.resolve(), limits or Limits()
+    limits = checked(limits or Limits())
+    jobs = integer("jobs", jobs, low=1)
+    folder, out = folder.resolve(), out.resolve()
     if out == folder or folder in out.parents:
         raise SubmissionError(
             f"the results would go into {out}, among the submissions; choose another --out."
@@ -229,14 +172,21 @@ def grade_folder(
         raise SubmissionError(
             f"{folder} is not a folder; SUBMISSIONS must name a folder with notebooks in it."
         )
-    with ExitStack() as stack:
-        try:
-            fresh = stack.enter_context(atomic_folder(out, lambda name: name in RESULTS))
-        except (OSError, ValueError) as error:
-            raise SubmissionError(
-                f"the results cannot be written into --out {out}: {error}"
-            ) from error
-        return _grade_into(fresh, folder, limits, jobs, handed_out(names), seed)
+    graded: list[tuple[dict[str, Any], list[str]]] = []
+    try:
+        with ExitStack() as stack:
+            try:
+                fresh = stack.enter_context(atomic_folder(out, lambda name: name in RESULTS))
+            except (OSError, ValueError) as error:
+                raise SubmissionError(
+                    f"the results cannot be written into --out {out}: {error}"
+                ) from error
+            _grade_into(fresh, folder, limits, jobs, handed_out(names), seed, graded)
+    except OSError as error:
+        if not graded:
+            raise
+        raise ResultsError(_rescued(*graded[0], error)) from error
+    return graded[0][0]
 
 
 def _grade_into(
@@ -246,58 +196,149 @@ def _grade_into(
     jobs: int,
     assignments: dict[str, Assignment],
     seed: str,
-) -> dict[str, Any]:
-    """Grade every submission below `folder` and write the results into the folder `fresh`."""
-    before, salt = _folder_hash(folder), seed or secrets.token_hex(8)
-    found, isolation = find_submissions(folder, assignments), find_isolation()
-    with tempfile.TemporaryDirectory(prefix="course-") as work:
+    graded: list[tuple[dict[str, Any], list[str]]],
+) -> None:
+    """Grade every submission below `folder` and write the results into the folder `fresh`.
+
+    The summary and the names of the exercises are put into `graded` before anything is written.
+    """
+    before, salt = _folder_state(folder), seed or secrets.token_hex(8)
+    try:
+        found = find_submissions(folder, assignments)
+    except OSError as error:
+        raise SubmissionError(f"{folder} cannot be read: {error}") from error
+    isolation = find_isolation()
+    with scratch_folder("course-") as work:
         sites = {}
-        for name in {one.assignment for one in found} & assignments.keys():
-            sites[name] = Path(work, name)
+        for name in sorted({one.assignment for one in found if one.copy} & assignments.keys()):
+            sites[name] = work / name
             write_package(sites[name], importing_sources(assignments[name]))
+        of = {name: assignments[name] for name in sites}
+        _check_references(of, sites, isolation, limits, salt, jobs)
         tasks = [
-            (one, assignments.get(one.assignment), sites.get(one.assignment, Path(work)),
+            (one, assignments.get(one.assignment), sites.get(one.assignment, work),
              isolation, limits, salt)
             for one in found
         ]  # fmt: skip
-        with _mapped(min(jobs, len(tasks))) as mapped:
-            running = mapped(grade_one, *zip(*tasks, strict=True))
-            bar = tqdm(running, "grading", len(tasks), unit="submission", leave=False)
-            done = list(bar)
-    results: list[dict[str, Any]] = []
+        with tqdm(desc="grading", total=len(tasks), unit="submission", leave=False) as bar:
+            done = run_all(
+                grade_one, tasks, min(jobs, len(tasks)),
+                lambda i, why: failed(found[i], tasks[i][1], why), bar.update,
+            )  # fmt: skip
+    results = [
+        {**graded.row, "file": one_line(str(one.path.relative_to(folder)))}
+        for one, graded in zip(found, done, strict=True)
+    ]
+    summary = {
+        "submissions": results, "network": isolation.network, "processes": isolation.processes,
+        "files": isolation.files, "other_limits": isolation.limits, "limits": asdict(limits),
+        "seed": salt, "versions": _versions(),
+        "submissions_unchanged": _folder_state(folder) == before,
+        "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    columns = [e.id for a in of.values() for e in a.exercises]
+    graded.append((summary, columns))
+    _write_results(fresh, found, done, assignments, summary, columns)
+
+
+def _write_results(
+    fresh: Path,
+    found: Sequence[Submission],
+    done: Sequence[Graded],
+    assignments: dict[str, Assignment],
+    summary: dict[str, Any],
+    columns: Sequence[str],
+) -> None:
+    """Write the report of similar answers, the pages and both tables."""
+    results = summary["submissions"]
     answers: dict[str, list[Answer]] = {e.id: [] for a in assignments.values() for e in a.exercises}
-    for one, (result, _, sources) in zip(found, done, strict=True):
-        results.append({**result, "file": str(one.path.relative_to(folder))})
-        for exercise, source in sources.items():
+    for one, graded in zip(found, done, strict=True):
+        for exercise, source in graded.sources.items():
             answers[exercise].append(Answer(one.student, source))
     given = {e: (exercises.exercise(e).stub, exercises.exercise(e).solution) for e in answers}
     _note_similar(results, write_report(fresh, {e: a for e, a in answers.items() if a}, given))
-    for one, result, (_, page, _) in zip(found, results, done, strict=True):
-        path = Path("feedback", one.student, f"{one.assignment or one.path.stem}.html")
-        (fresh / path).parent.mkdir(parents=True, exist_ok=True)
-        (fresh / path).write_text(page, encoding="utf-8")
+    names = PageNames()
+    (fresh / "feedback").mkdir()
+    for one, result, graded in zip(found, results, done, strict=True):
+        path = Path("feedback", names.path(one.student, one.assignment or one.path.stem))
+        (fresh / path).parent.mkdir(exist_ok=True)
+        (fresh / path).write_text(graded.page, encoding="utf-8")
         result["feedback"] = path.as_posix()
-    summary = {
-        "submissions": results, "network": isolation.network, "processes": isolation.processes,
-        "files": isolation.files, "limits": asdict(limits), "seed": salt, "versions": _versions(),
-        "submissions_unchanged": _folder_hash(folder) == before,
-        "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    _write_tables(fresh, summary, columns)
+
+
+def _write_tables(folder: Path, summary: dict[str, Any], columns: Sequence[str]) -> None:
     text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    (fresh / "scores.json").write_text(text, encoding="utf-8")
-    columns = [e.id for a in assignments.values() if a.name in sites for e in a.exercises]
-    write_scores(fresh / "scores.csv", results, columns)
-    return summary
+    (folder / "scores.json").write_text(text, encoding="utf-8")
+    write_scores(folder / "scores.csv", summary["submissions"], columns)
 
 
-@contextmanager
-def _mapped(jobs: int) -> Iterator[Callable[..., Any]]:
-    """`map` over so many processes: the checks seed torch's global generator, so no threads."""
-    if jobs <= 1:
-        yield map
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
+def _rescued(summary: dict[str, Any], columns: Sequence[str], error: OSError) -> str:
+    """Write the scores among the temporary files, and say where they are."""
+    text = f"the results cannot be written into --out: {error}. What was there is unchanged."
+    with suppress(OSError):
+        folder = Path(tempfile.mkdtemp(prefix="nemotron-lite-scores-"))
+        _write_tables(folder, summary, columns)
+        return f"{text} The scores, without the pages, are in {folder}."
+    return f"{text} Free some space and grade again; --seed {summary['seed']} repeats this run."
+
+
+def _check_references(
+    assignments: dict[str, Assignment],
+    sites: dict[str, Path],
+    isolation: Isolation,
+    limits: Limits,
+    salt: str,
+    jobs: int,
+) -> None:
+    """Grade the package's own answers as if a learner had handed them in.
+
+    If they do not earn all points, the cause lies in this machine or this package, and everybody
+    would lose points by it.
+
+    Raises:
+        SubmissionError: the text names the exercises, and what the checks say.
+    """
+    tasks = []
+    for name, assignment in assignments.items():
+        chapter = name.removeprefix("chapter_")
+        notebook = source_notebook(chapter, exercises.exercises(chapter))
+        copy = clean_copy(json.loads(json.dumps(notebook)), assignment)
+        tasks.append((copy, assignment, sites[name], isolation, limits, salt))
+    names = list(assignments)
+    faults = run_all(faults_of, tasks, min(jobs, len(tasks)), lambda i, why: [f"{names[i]}: {why}"])
+    if told_faults := [line for lines in faults for line in lines]:
+        most = MOST_FAULTS
+        more = f"\n  and {len(told_faults) - most} more" if len(told_faults) > most else ""
+        raise SubmissionError(
+            "the package's own answers do not earn all points here, so the fault is not the "
+            f"learners' (Python {platform.python_version()}):\n  "
+            + "\n  ".join(told_faults[:most])
+            + more
+        )
+
+
+def faults_of(*task: Any) -> list[str]:
+    """What keeps the package's own answers of an assignment from all points; for `run_all`."""
+    scored = execute(*task)
+    return [
+        f"{one.id} earns {one.points:g} of {one.max_points:g} points: {one_line(one.message)}"
+        for one in scored.scores
+        if one.status != "passed" or one.points != one.max_points
+    ]
+
+
+def checked(limits: Limits) -> Limits:
+    """The limits, each a number of the right range.
+
+    Raises:
+        TypeError, ValueError: the text names the limit.
+    """
+    return Limits(
+        number("cell_seconds", limits.cell_seconds, above=0, high=MOST_SECONDS),
+        number("seconds", limits.seconds, above=0, high=MOST_SECONDS),
+        number("memory_gib", limits.memory_gib, low=0, high=2**20),
+    )
 
 
 def _note_similar(results: list[dict[str, Any]], pairs: list[Pair]) -> None:
@@ -332,13 +373,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=jobs, help="submissions at the same time")
     parser.add_argument("--seed", default="", help="of scores.json, to repeat a run")
     chosen = parser.parse_args(arguments)
-    limits = Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gib)
+    try:
+        limits = checked(Limits(chosen.cell_seconds, chosen.seconds, chosen.memory_gib))
+        jobs = integer("jobs", chosen.jobs, low=1)
+    except ValueError as error:
+        parser.error(str(error))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         summary = grade_folder(
-            chosen.submissions, chosen.out, limits=limits, jobs=chosen.jobs, seed=chosen.seed
+            chosen.submissions, chosen.out, limits=limits, jobs=jobs, seed=chosen.seed
         )
     except SubmissionError as error:
         print(f"Nothing was graded: {error}", file=sys.stderr)
+        return 2
+    except ResultsError as error:
+        print(f"Graded, but {error}", file=sys.stderr)
         return 2
     for one in summary["submissions"]:
         most = "?" if one["max_points"] is None else f"{one['max_points']:g}"
@@ -350,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("".join(f"{'':<16} note: {note}\n" for note in one["notes"]), end="")
     print(
         f"Network of the submissions: {summary['network']}; files: {summary['files']}; processes: "
-        f"{summary['processes']}. Results: {chosen.out}"
+        f"{summary['processes']}; limited: {summary['other_limits']}. Results: {chosen.out}"
     )
     if not summary["submissions_unchanged"]:
         print("WARNING: the folder of submissions changed while it was graded.", file=sys.stderr)

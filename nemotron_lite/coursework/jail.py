@@ -6,7 +6,10 @@
 mounts). It builds a file system from a few folders that are bound into it read-only: the system's
 programs and libraries, Python and its packages, and SITE, which holds what a learner's process may
 import. Then it makes that the root, forgets the old one, enters another user namespace, in which
-no mount can be undone, and starts COMMAND.
+no mount can be undone, and starts COMMAND. Parts of /proc that change this machine are read-only.
+
+If root grades, the process becomes the user NOBODY before that. To the files of this machine it
+would otherwise be root, and limits on processes do not hold for root.
 
 So in there are no home folders, no submissions, no repository, and of this package only what is in
 SITE (as /course). What can be written (/tmp and HOME) lies in memory, and is gone at the end.
@@ -38,6 +41,9 @@ PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 MOUNT_SETATTR = 442
 AT_FDCWD, AT_RECURSIVE, READ_ONLY = -100, 0x8000, 1
 LEARNER = 1000  # the user id that a learner's process sees as its own
+NOBODY = 65534
+DUMPABLE = 4  # PR_SET_DUMPABLE: the files in /proc/self belong to the process
+MACHINE = ("sys", "sysrq-trigger", "irq", "bus", "fs", "scsi", "acpi")  # in /proc
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -102,8 +108,9 @@ def writable(target: Path) -> None:
 
 
 def python_folders() -> list[Path]:
-    """The folders of this Python and its packages."""
+    """The folders of this Python and its packages, also of packages that lie elsewhere."""
     found = [Path(p) for p in (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)]
+    found += [Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     return sorted({*found, *(path.resolve() for path in found)})
 
 
@@ -137,6 +144,11 @@ def build_root(root: Path, site: Path, hidden: list[Path]) -> None:
     for folder in WRITABLE:
         writable(root / folder)
     mount("proc", root / "proc", "proc", NOSUID | NODEV)
+    for name in MACHINE:
+        part = root / "proc" / name
+        if part.exists():
+            mount(str(part), part, None, BIND | RECURSIVE)
+            read_only(part)
 
 
 def pivot(root: Path) -> None:
@@ -148,18 +160,30 @@ def pivot(root: Path) -> None:
     os.chdir(INSIDE_HOME)
 
 
+def is_real_root() -> bool:
+    """Whether this is root, and not a user who is called root in a user namespace."""
+    return os.getuid() == 0 and Path("/proc/self/uid_map").read_text().split()[2] != "1"
+
+
 def lock() -> None:
     """Enter a user namespace that owns none of the mounts, so that none of them can be undone."""
+    if is_real_root():
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        libc.prctl(DUMPABLE, 1, 0, 0, 0)
+    user, group = os.getuid(), os.getgid()
     _checked(libc.unshare(NEW_USER | NEW_MOUNTS), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{LEARNER} 0 1")
-    Path("/proc/self/gid_map").write_text(f"{LEARNER} 0 1")
+    Path("/proc/self/uid_map").write_text(f"{LEARNER} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{LEARNER} {group} 1")
 
 
 def main(arguments: list[str]) -> None:
     """Build the walls and start the command inside them."""
     cut = arguments.index("--")
     site, home, *hidden = map(Path, arguments[:cut])
+    os.umask(0o022)  # NOBODY has to pass through the folders that are made here
     root = home / "root"
     root.mkdir()
     build_root(root, site, hidden)

@@ -6,7 +6,7 @@ pipes) sends requests, and each gets one answer (`learner_answers`).
 The code in here can do to this process what it likes: forge an answer, write into the pipe, end the
 process. It can only answer for itself: inputs are hidden until they are sent, the expected values
 and the comparisons are elsewhere, and an answer that is malformed counts as wrong. What does not
-react to its time limit is killed from outside.
+react to its time limit is killed from outside. `learner_limits` says what Linux refuses it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
-
-
-def limit_memory(gib: float) -> bool:
-    """Limit the memory of this process and of each child; False if the system cannot."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux" or not gib:
-        return False
-    amount = int(gib * GIB)
-    resource.setrlimit(resource.RLIMIT_DATA, (amount, amount))
-    return True
+from nemotron_lite.coursework import learner_limits as limits
 
 
 def die_with_parent() -> None:
@@ -62,10 +51,36 @@ def cut_off() -> bool:
         return not any(up(handle, name) for name in names)
 
 
+def sockets_refused() -> bool:
+    """Whether this process cannot make a socket, and so has no network in any case."""
+    import socket
+
+    try:
+        socket.socket().close()
+    except PermissionError:
+        return True
+    return False
+
+
 def probe(hidden: list[str]) -> dict[str, bool]:
     """What separates this process from the machine; `hidden` are folders it should not see."""
     seen = [path for path in hidden if _entries(path)]
-    return {"cut_off": cut_off(), "own_processes": os.getpid() == 1, "files_hidden": not seen}
+    return {
+        "own_processes": os.getpid() == 1,
+        "files_hidden": not seen,
+        "root_hidden": not _entries("/"),
+        "processes_hidden": not _entries("/proc"),
+        "signals_refused": _refused(os.getppid()),
+    }
+
+
+def _refused(process: int) -> bool:
+    """Whether this process may not send a signal to another one; signal 0 only asks."""
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return True
+    return False
 
 
 def _entries(path: str) -> set[str]:
@@ -99,16 +114,26 @@ class OnlyHere:
 
 
 def main() -> None:
-    """Serve on the two pipes whose numbers stand in the arguments, or answer `probe`."""
+    """Serve on two pipes, or say what separates this process from the machine.
+
+    The argument is JSON: `pipes`, two file numbers; or `hidden`, folders to look for; `home`, the
+    folder to work in; `memory_gib`; and `readable`, the paths to which reading is limited, none in
+    `jail`.
+    """
     die_with_parent()
-    command, *rest = sys.argv[1:]
-    if command == "probe":
-        json.dump(probe(rest), sys.stdout)
+    job = json.loads(sys.argv[1])
+    home = job["home"] if Path(job["home"]).is_dir() else str(Path.home())
+    os.chdir(home)
+    facts = {
+        "processes_limited": limits.limit_files_and_processes(),
+        "paths_limited": bool(job["readable"]) and limits.limit_paths(job["readable"], [home]),
+        "cut_off": cut_off(),
+    }
+    if "hidden" in job:
+        facts["calls_refused"] = limits.refuse_system_calls()
+        facts["sockets_refused"] = sockets_refused()
+        json.dump({**facts, **probe(job["hidden"])}, sys.stdout)
         return
-    reading, writing, memory_gib, home = int(command), int(rest[0]), float(rest[1]), rest[2]
-    if Path(home).is_dir():
-        os.chdir(home)
-    limited = limit_memory(memory_gib)
     sys.meta_path.insert(0, OnlyHere)
     import torch
 
@@ -116,9 +141,12 @@ def main() -> None:
     from nemotron_lite.coursework.wire import Channel
 
     torch.set_num_threads(1)
-    channel = Channel(reading, writing)
+    channel = Channel(*job["pipes"])
     learner = Learner(channel)
-    channel.send({"id": 0, "memory_limited": limited, "cut_off": cut_off()}, b"")
+    facts["memory_limited"] = limits.limit_memory(job["memory_gib"])
+    facts["calls_refused"] = limits.refuse_system_calls()
+    facts["cut_off"] = facts["cut_off"] or sockets_refused()
+    channel.send({"id": 0, **facts}, b"")
     learner.serve()
 
 

@@ -31,14 +31,14 @@ from torch import Tensor
 
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import PRELUDE, Exercise
-from nemotron_lite.coursework.isolation import Isolation, LearnerProcess, Limits
-from nemotron_lite.coursework.session import GoneError, OutOfTimeError, Session
-from nemotron_lite.coursework.submissions import (
+from nemotron_lite.coursework.clean_copy import (
     Assignment,
     GradedExercise,
     grade_id,
     text_of,
 )
+from nemotron_lite.coursework.isolation import Isolation, LearnerProcess, Limits
+from nemotron_lite.coursework.session import GoneError, OutOfTimeError, Session
 
 STARTING = 120.0  # seconds until torch is imported
 MOST_STARTS = 12  # processes of one submission

@@ -14,12 +14,13 @@ from __future__ import annotations
 import builtins
 import hashlib
 import linecache
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from nemotron_lite.coursework.remote import (
     remote_function,
     remote_type,
 )
+from nemotron_lite.coursework.texts import writable
 from nemotron_lite.coursework.wire import (
     Channel,
     ClosedError,
@@ -44,11 +46,15 @@ from nemotron_lite.coursework.wire import (
     Writer,
 )
 
+BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)*")
 GRACE = 5.0  # seconds between the signal that interrupts a call and the end of its process
 KEPT = 50  # graphs that are no longer needed, before the other process is told
 USES = ("call", "get", "set", "backward")  # requests that run the code of an answer
 MALFORMED = "its answer was malformed; did the code write into the grader's pipe?"
 MOST_TEXT = 2000  # characters of an error
+MOST_FRAMES = 30
+MOST_OUTPUTS = 50  # of a cell, and their sizes in characters: the other process has the same limits
+MOST_SHOWN, MOST_PICTURE = 100_000, 1_400_000
 ENDED = "its Python process ended (os._exit, a crash, or more memory than the limit)"
 LATE = "it was stopped because its time was over: an endless loop?"
 
@@ -142,38 +148,44 @@ class Session:
     def _receive(self, deadline: float) -> tuple[dict[str, Any], bytearray]:
         try:
             answer, body = self.channel.receive(deadline)
-            if answer.get("id") != self._count:
+            if type(answer.get("id")) is not int or answer["id"] != self._count:
                 raise WireError("an answer is malformed")
         except WireError as error:
             self._end(error)
         return answer, body
 
-    def _end(self, error: WireError) -> None:
-        """Note why the process cannot be used any more."""
+    def _end(self, error: WireError) -> NoReturn:
+        """Note why the process cannot be used any more, and raise that."""
+        raise self._ended(error) from error
+
+    def _ended(self, error: WireError) -> GoneError:
         self.late = isinstance(error, LateError)
         self.gone = LATE if self.late else ENDED if isinstance(error, ClosedError) else MALFORMED
-        raise GoneError(self.gone) from error
+        return GoneError(self.gone)
 
     def _raise(self, data: Any) -> None:
         """Raise what the learner's code raised."""
         try:
-            names, text = [str(n)[:80] for n in data["classes"]], str(data["text"])[:MOST_TEXT]
-            frames = [(str(f), int(line), str(name)) for f, line, name in data["frames"]]
-            outer = [(str(f), int(line), str(name)) for f, line, name in data["outer"]]
+            names = [str(name)[:80] for name in data["classes"][:MOST_FRAMES]]
+            text = writable(str(data["text"])[:MOST_TEXT])
+            frames, outer = _frames(data["frames"]), _frames(data["outer"])
             self.late = self.late or data.get("late") is True
-        except (TypeError, KeyError, ValueError):
+        except Exception:  # anything that is not what an error looks like
+            data = {}
             names, text, frames, outer = ["Exception"], MALFORMED, [], []
         kind: type[Exception] = Exception
         for name in names:
-            found = getattr(builtins, name, None)
+            found = getattr(builtins, name, None) if name.isidentifier() else None
             if isinstance(found, type) and issubclass(found, Exception):
                 kind = found
                 break
         title = names[0] if names and names[0].isidentifier() else "Exception"
         own = [(file, line) for file, line, _ in (*outer, *frames) if file in self.files]
         module = "triton" if data.get("module") == "triton" else "learner"
-        raised = type(title, (kind,), {"__str__": lambda self: text, "__module__": module})
-        error: Any = BaseException.__new__(raised)
+        own_text = {"__str__": lambda self: text, "__init__": lambda self, *given: None}
+        raised = type(title, (kind,), {**own_text, "__module__": module})
+        # Some kinds have a __new__ of their own: OSError, and groups, which need their parts.
+        error: Any = raised(text, [Exception(text)]) if _is_group(kind) else raised(text)
         # `check` asks an error from another process who raised it, and in which line.
         error.raised_by_learner = bool(frames) and frames[-1][0] in self.files
         error.learner_line = linecache.getline(*own[-1]).strip() if own else ""
@@ -182,10 +194,9 @@ class Session:
     def _traceback(self, frames: Iterable[tuple[str, int, str]]) -> TracebackType | None:
         """A traceback through the lines of the learner's cells; other files are not named."""
         trace: TracebackType | None = None
-        for file, line, name in reversed(list(frames)[-30:]):
+        for file, line, name in reversed(list(frames)):
             known = file in self.files
             code = compile("raise error", file if known else "<library>", "exec")
-            line, name = max(1, min(line, 10**6)), name[:80]
             code = code.replace(co_firstlineno=line, co_name=name, co_qualname=name)
             try:
                 exec(code, {"error": ValueError()})
@@ -209,8 +220,7 @@ class Session:
     def run(self, name: str, source: str, seconds: float | int) -> list[dict[str, Any]]:
         """Execute a cell; returns its outputs."""
         file = f"<{name}>"
-        while source.partition("\n")[0].isspace() or source.startswith("\n"):
-            source = source.partition("\n")[2]  # IPython does that, and counts lines from there
+        source = BLANK_LINES.sub("", source)  # IPython does that, and counts lines from there
         self.files.add(file)
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         self.begin(seconds)
@@ -226,7 +236,7 @@ class Session:
         """
         answer, _ = self.ask("lookup", name=name)
         number = answer.get("object")
-        if not isinstance(number, int):
+        if type(number) is not int:
             if answer.get("there") is True:
                 raise TypeError(f"{name} is not a function or class.")
             raise NameError(f"name {name!r} is not defined")
@@ -280,12 +290,14 @@ class Session:
             updates=updates,
             **about,
         )
-        if answer.get("method") is True:
+        if answer.get("method") is True and op == "get":
             return Method(self, target, fields["name"])
         try:
             return call.result(answer, body, fields.get("receiver"))
         except WireError as error:
             self._end(error)
+        except Exception as error:  # nothing but the answer is read here, so the fault is its own
+            raise self._ended(WireError("an answer is malformed")) from error
 
     def backward(self, token: Token, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The gradients of a call's inputs."""
@@ -299,13 +311,13 @@ class Session:
             right = isinstance(found, list) and len(found) == len(token.inputs)
             if not right or not all(one is None or isinstance(one, Tensor) for one in found):
                 raise WireError("an answer is malformed")
-        except WireError as error:
-            self._end(error)
+        except Exception as error:
+            raise self._ended(WireError("an answer is malformed")) from error
         return list(found)
 
     def twin(self, number: Any) -> Tensor:
         """The twin of a parameter that lives in the other process."""
-        if number not in self._twins:
+        if type(number) is not int or number not in self._twins:
             raise WireError("an answer is malformed")
         return self._twins[number]
 
@@ -314,7 +326,7 @@ class Session:
         if not isinstance(pairs, list):
             raise WireError("an answer is malformed")
         for pair in pairs:
-            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], int):
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
                 raise WireError("an answer is malformed")
             number, value = pair[0], reader.read(pair[1])
             if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
@@ -345,7 +357,7 @@ class Session:
     def remote(self, about: dict[str, Any], read: Callable[[Any], Any], receiver: Any) -> Any:
         """What stands here for an object of the other process."""
         number = about.get("h")
-        if not isinstance(number, int):
+        if type(number) is not int:
             raise WireError("an answer is malformed")
         data = about.get("data")
         if isinstance(data, dict) and str(data.get("c")) in self._classes:
@@ -393,19 +405,42 @@ def _special(found: Any) -> tuple[str, ...]:
     return tuple(name for name in SPECIAL if isinstance(found, list) and name in found)
 
 
+def _is_group(kind: type[BaseException]) -> bool:
+    return issubclass(kind, BaseExceptionGroup)
+
+
+def _frames(found: Any) -> list[tuple[str, int, str]]:
+    """Where an error was raised; raises an error if the form is another one."""
+    return [
+        (str(file), max(1, min(int(line), 10**6)), str(name)[:80])
+        for file, line, name in found[-MOST_FRAMES:]
+    ]
+
+
 def _outputs(found: Any) -> list[dict[str, Any]]:
-    """The outputs of a cell, as far as they have the form that they should have."""
-    good = []
-    for one in found if isinstance(found, list) else []:
+    """The outputs of a cell, as far as they have the form and size that they should have."""
+    good: list[dict[str, Any]] = []
+    for one in found[:MOST_OUTPUTS] if isinstance(found, list) else []:
         kind = one.get("output_type") if isinstance(one, dict) else None
         if kind == "stream" and isinstance(one.get("text"), str):
             name = "stderr" if one.get("name") == "stderr" else "stdout"
-            good.append({"output_type": kind, "name": name, "text": one["text"]})
+            good.append({"output_type": kind, "name": name, "text": _shown(one["text"])})
         elif kind in ("display_data", "execute_result") and isinstance(one.get("data"), dict):
-            data = {k: v for k, v in one["data"].items() if isinstance(v, str)}
+            data = {
+                name: _shown(value, MOST_PICTURE if name.startswith("image/") else MOST_SHOWN)
+                for name, value in one["data"].items()
+                if isinstance(value, str)
+            }
             good.append({"output_type": kind, "data": data, "metadata": {}})
         elif kind == "error" and isinstance(one.get("traceback"), list):
-            lines = [str(line) for line in one["traceback"]]
-            texts = {name: str(one.get(name, "")) for name in ("ename", "evalue")}
+            lines = [_shown(str(line)[:MOST_TEXT]) for line in one["traceback"][:MOST_FRAMES]]
+            texts = {name: _shown(str(one.get(name, ""))) for name in ("ename", "evalue")}
             good.append({"output_type": kind, **texts, "traceback": lines})
     return good
+
+
+def _shown(text: str, most: int = MOST_SHOWN) -> str:
+    """Text that can be written; a picture cut off is no picture, so it is left out."""
+    if len(text) > most:
+        return "(too large to be shown)" if most == MOST_PICTURE else text[:most]
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

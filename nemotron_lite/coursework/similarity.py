@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import ast
 import builtins
-import csv
 import html
 import io
 import tokenize
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nemotron_lite.coursework.tables import plain_cell
+from nemotron_lite.coursework.pages import page
+from nemotron_lite.coursework.tables import write_table
+from nemotron_lite.coursework.texts import writable
 
 RUN = 6  # words that follow each other
 SHORTEST = 80  # words of an answer
@@ -136,13 +138,15 @@ def words(source: str) -> list[str]:
     if len(source) > LONGEST:
         return []
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():  # of the learner's code, such as "invalid escape sequence"
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
         tree = _Plain(_chosen_names(tree)).visit(tree)
         plain = ast.unparse(ast.fix_missing_locations(tree))
         kept = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
         lines = io.StringIO(plain).readline
         return [t.string for t in tokenize.generate_tokens(lines) if t.type in kept]
-    except (SyntaxError, ValueError, RecursionError, tokenize.TokenError):
+    except Exception:  # no Python, nested too deeply, too large: whatever it is, it has no words
         return []
 
 
@@ -205,16 +209,13 @@ def write_report(
     alike = [
         {
             "exercise": p.exercise, "student": p.one.student, "other": p.other.student,
-            "similarity": f"{p.similarity:.2f}", "words": p.words[0], "words_other": p.words[1],
+            "similarity": round(p.similarity, 2), "words": p.words[0], "words_other": p.words[1],
             "remark": "",
         }
         for p in pairs
     ]  # fmt: skip
-    with (folder / "similarity.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows({k: plain_cell(v) for k, v in row.items()} for row in [*alike, *rows])
-    (folder / "similarity.html").write_text(_page(pairs, rows), encoding="utf-8")
+    write_table(folder / "similarity.csv", COLUMNS, [*alike, *rows])
+    (folder / "similarity.html").write_text(writable(_page(pairs, rows)), encoding="utf-8")
     return pairs
 
 
@@ -239,14 +240,11 @@ def _page(pairs: list[Pair], left_out: list[dict[str, Any]]) -> str:
         for exercise, number in short.items()
     )
     none = "" if pairs else f"<p>No pair of answers reaches {LEAST:.0%}.</p>"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
-        "'unsafe-inline'\"><title>Similar answers</title><style>:root { color-scheme: light dark; }"
-        "body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; }"
-        "td { vertical-align: top; width: 50%; } pre { white-space: pre-wrap; }"
-        "</style></head><body><h1>Similar answers</h1>"
-        "<p>A reason to read both answers, and no proof of anything.</p>"
+    return page(
+        "Similar answers",
+        "body { max-width: 80rem; } td { vertical-align: top; width: 50%; } "
+        "pre { white-space: pre-wrap; }",
+        "<h1>Similar answers</h1><p>A reason to read both answers, and no proof of anything.</p>"
         f"{none}{''.join(parts)}<h2>Left out</h2><ul>{lines or '<li>nothing</li>'}</ul>"
-        f"<h2>Method</h2><pre>{method}</pre></body></html>\n"
+        f"<h2>Method</h2><pre>{method}</pre>",
     )

@@ -105,7 +105,7 @@ class Channel:
         text, body = self._read(text_size, deadline), self._read(body_size, deadline)
         try:
             header = json.loads(text.decode())
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise WireError("an answer is malformed") from error
         if not isinstance(header, dict):
             raise WireError("an answer is malformed")
@@ -288,7 +288,7 @@ class Reader:
             return self.tensor(data)
         if kind in ("tuple", "list", "set", "frozenset", "dict") and isinstance(value, list):
             return self._container(kind, value, depth)
-        if kind == "dtype" and value in DTYPES:
+        if kind == "dtype" and isinstance(value, str) and value in DTYPES:
             return DTYPES[value]
         if kind == "device" and value == "cpu":
             return torch.device("cpu")
@@ -299,7 +299,7 @@ class Reader:
             build: Any = {"slice": slice, "range": range, "complex": complex}[kind]
             try:
                 return build(*ends)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise WireError("an answer is malformed") from error
         if kind == "data" and isinstance(value, dict):
             return self._data(str(data.get("c")), value, depth)
@@ -329,9 +329,10 @@ class Reader:
             kind = self.classes[name]
         else:
             return self.opaque({"k": "data", "c": name, "v": value})
+        fields = {key: self.read(one, depth + 1) for key, one in value.items()}
         try:
-            return kind(**{key: self.read(one, depth + 1) for key, one in value.items()})
-        except (TypeError, ValueError) as error:
+            return kind(**fields)
+        except Exception as error:  # a config refuses values in many ways
             raise WireError(f"a {kind.__name__} could not be built: {error}") from error
 
     def tensor(self, data: dict[str, Any]) -> Tensor:

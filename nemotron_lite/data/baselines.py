@@ -28,8 +28,12 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
+
+from nemotron_lite.arguments import integer
+from nemotron_lite.data.checks import byte_documents
 
 MAX_ORDER = 8  # bytes in one 64-bit key: the predicted one and seven before it
 
@@ -45,13 +49,17 @@ class Baselines:
 
 
 def measure_baselines(
-    train: Sequence[bytes], held_out: Sequence[bytes], *, order: int = 6
+    train: Sequence[bytes], held_out: Sequence[bytes], *, order: SupportsIndex = 6
 ) -> Baselines:
     """All three baselines on the same held-out bytes. The module text says what each has seen.
 
     Raises:
         ValueError: no held-out bytes, or an order outside 1 to 8.
     """
+    order = integer("order", order, low=1, high=MAX_ORDER)
+    train, held_out = byte_documents("train", train), byte_documents("held_out", held_out)
+    if not any(held_out):
+        raise ValueError("held_out has no bytes: give at least one document that is not empty.")
     return Baselines(
         gzip=gzip_bits_per_byte(held_out),
         lzma=lzma_bits_per_byte(train, held_out),
@@ -71,7 +79,7 @@ def lzma_bits_per_byte(train: Sequence[bytes], documents: Sequence[bytes]) -> fl
 
     The LZMA dictionary is large enough for all of the training text.
     """
-    text, before = _joined(documents), b"".join(train)
+    text, before = _joined(documents), b"".join(byte_documents("train", train))
     with ThreadPoolExecutor(2) as pool:  # lzma releases the interpreter lock
         with_text, without = pool.map(_lzma_size, (before + text, before))
     return 8 * (with_text - without) / len(text)
@@ -84,7 +92,7 @@ def _lzma_size(text: bytes) -> int:
 
 
 def _joined(documents: Sequence[bytes]) -> bytes:
-    text = b"".join(documents)
+    text = b"".join(byte_documents("documents", documents))
     if not text:
         raise ValueError(
             "the documents hold no bytes: give at least one document that is not empty."
@@ -105,14 +113,18 @@ class NGram:
         ValueError: an order outside 1 to 8.
     """
 
-    def __init__(self, documents: Sequence[bytes], *, order: int = 6) -> None:
+    def __init__(self, documents: Sequence[bytes], *, order: SupportsIndex = 6) -> None:
+        order = integer("order", order)
         if not 1 <= order <= MAX_ORDER:
-            raise ValueError(f"order={order} does not work: expected 1 to {MAX_ORDER} bytes.")
+            shown = order if abs(order) < 1000 else "…"
+            raise ValueError(f"order={shown} does not work: expected 1 to {MAX_ORDER} bytes.")
         self.order = order
+        documents = byte_documents("documents", documents)
         self._levels = [_count(documents, n) for n in range(1, order + 1)]
 
     def probabilities(self, document: bytes) -> np.ndarray:
         """p(byte i | the bytes before it in this document), float64, one per byte."""
+        byte_documents("document", [document])
         p = np.full(len(document), 1 / 256)
         for n, (keys, counts, contexts, totals, distinct) in enumerate(self._levels, start=1):
             if len(document) < n:

@@ -20,7 +20,16 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
+from nemotron_lite.layers.mixer import (
+    WIDE_DTYPE,
+    CacheOptions,
+    LayerCache,
+    LedgerLine,
+    Matrix,
+    Mixer,
+    SavedSizes,
+    ordinary_tensors,
+)
 
 
 class KVCache(LayerCache):
@@ -28,7 +37,7 @@ class KVCache(LayerCache):
 
     New entries are only written after the tokens that a row already has. Entries beyond a
     row's length are never read. So the tokens of a draft are dropped by not counting them, at no
-    cost: `Cache` keeps the lengths.
+    cost: `Cache` keeps the lengths. Entries of another dtype are cast to that of the buffers.
     """
 
     TENSORS = ("k", "v")
@@ -46,6 +55,7 @@ class KVCache(LayerCache):
         """Tokens per row that fit without growing."""
         return self.k.shape[2]
 
+    @ordinary_tensors
     def clone(self) -> KVCache:
         """A copy with the same capacity."""
         return KVCache(self.k.clone(), self.v.clone())
@@ -59,6 +69,7 @@ class KVCache(LayerCache):
             self.k, self.v = self._grown(self.k, tokens), self._grown(self.v, tokens)
 
     @staticmethod
+    @ordinary_tensors
     def _grown(old: Float[Tensor, "b kv s p"], tokens: int) -> Float[Tensor, "b kv s2 p"]:
         new = old.new_zeros(*old.shape[:2], tokens, old.shape[3])
         new[:, :, : old.shape[2]] = old
@@ -90,6 +101,25 @@ class KVCache(LayerCache):
         return {name: getattr(self, name)[:, :, :tokens].contiguous() for name in self.TENSORS}
 
     @classmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Keys and values of all tokens of the longest row, in one dtype."""
+        (shape, dtype), values = stored["k"], stored["v"]
+        wide = len(shape) == 4 and all(shape) and (shape[0], shape[2]) == (rows, tokens)
+        if values != (shape, dtype) or not wide or dtype not in WIDE_DTYPE or extra is not None:
+            raise ValueError(
+                f"keys {shape} {dtype} and values {values[0]} {values[1]} of layer {index} are not "
+                f"those of {rows} rows and {tokens} tokens"
+            )
+        return SavedSizes(dtype, (shape[1], shape[3]))
+
+    @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None) -> KVCache:
         """Keys and values as they were saved."""
         return cls(tensors["k"], tensors["v"])
@@ -115,11 +145,13 @@ class Attention(Mixer):
         self.v_proj = Linear(config.hidden_size, shared)
         self.o_proj = Linear(width, config.hidden_size)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Normal matrices; `o_proj` writes into the residual stream."""
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.init_weights(std)
-        self.o_proj.init_weights(std, residual_divisor)
+            projection.init_weights(std, generator=generator)
+        self.o_proj.init_weights(std, residual_divisor, generator)
 
     def forward(
         self,
@@ -153,6 +185,7 @@ class Attention(Mixer):
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     @classmethod
+    @ordinary_tensors
     def empty_cache(cls, config: NemotronConfig, layer: int, options: CacheOptions) -> KVCache:
         """Empty buffers for keys and values."""
         shape = (options.batch, config.num_key_value_heads, options.capacity, config.head_dim)

@@ -36,9 +36,11 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def init_weights(self, std: float, divisor: float = 1.0) -> None:
+    def init_weights(
+        self, std: float, divisor: float = 1.0, generator: torch.Generator | None = None
+    ) -> None:
         """Draw a normal matrix with standard deviation `std`, then divide it by `divisor`."""
-        nn.init.normal_(self.weight, std=std)
+        nn.init.normal_(self.weight, std=std, generator=generator)
         self.weight.div_(divisor)
 
     def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:

@@ -35,9 +35,19 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.dtypes import cast
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
+from nemotron_lite.layers.mixer import (
+    WIDE_DTYPE,
+    CacheOptions,
+    LayerCache,
+    LedgerLine,
+    Matrix,
+    Mixer,
+    SavedSizes,
+    ordinary_tensors,
+)
 from nemotron_lite.ops.scan import step_sizes
 
 
@@ -107,6 +117,7 @@ class MambaCache(LayerCache):
         """Bytes kept for a draft."""
         return 0 if self.draft is None else self.draft.nbytes
 
+    @ordinary_tensors
     def clone(self) -> MambaCache:
         """A copy without the draft. A float16 copy rounds its next states as this one would."""
         seeds = None if self.rounding_seeds is None else replace(self.rounding_seeds)
@@ -119,9 +130,17 @@ class MambaCache(LayerCache):
     def write_state(self, ssm: Float[Tensor, "b h p n"]) -> None:
         """Keep a new state; a float16 cache rounds it."""
         if self.rounding_seeds is None:
-            self.ssm = ssm.to(self.ssm.dtype)
+            ssm = ssm.to(self.ssm.dtype)
         else:
-            self.ssm = ops.round_to_float16(ssm.float(), self.rounding_seeds.next())
+            ssm = ops.round_to_float16(ssm.float(), self.rounding_seeds.next())
+        if ssm.is_inference():  # later steps change the state in place, in any mode
+            self.ssm.copy_(ssm)
+        else:
+            self.ssm = ssm
+
+    def write_conv(self, conv: Float[Tensor, "b km1 c"]) -> None:
+        """Keep new inputs of the convolution, in the dtype of the cache."""
+        self.conv = cast(conv, self.conv.dtype)
 
     def next_seed(self) -> int | None:
         """The seed of the rounding, for a step that writes the state itself."""
@@ -139,7 +158,7 @@ class MambaCache(LayerCache):
             return
         if not isinstance(counts, int):
             counts = counts.to(self.conv.device)
-        self.conv = draft.conv_after(counts, self.conv.shape[1])
+        self.write_conv(draft.conv_after(counts, self.conv.shape[1]))
         self.write_state(draft.state_after(self.read_state(), counts))
 
     def reserve(self, tokens: int) -> None:
@@ -152,12 +171,55 @@ class MambaCache(LayerCache):
         return {"rounding_seeds": asdict(self.rounding_seeds)}
 
     @classmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Inputs of the convolution, a state, and rounding seeds if the state is in float16."""
+        (conv, dtype), (ssm, state_dtype) = stored["conv"], stored["ssm"]
+        fits = len(conv) == 3 and len(ssm) == 4 and conv[0] == ssm[0] == rows
+        wanted = WIDE_DTYPE.get(dtype) if extra is None else "F16"
+        if not fits or not all((conv[2], *ssm)) or dtype not in WIDE_DTYPE or state_dtype != wanted:
+            raise ValueError(
+                f"conv {conv} {dtype} and ssm {ssm} {state_dtype} of layer {index} are not those "
+                f"of {rows} rows"
+            )
+        seed = None if extra is None else _saved_seeds(extra, index).seed
+        return SavedSizes(dtype, (*conv[1:], *ssm[1:]), (state_dtype, seed))
+
+    @classmethod
     def from_saved(
         cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None
     ) -> MambaCache:
         """Buffers as they were saved, with the rounding seeds that go with them."""
         seeds = None if extra is None else ops.RoundingSeeds(**extra["rounding_seeds"])
         return cls(tensors["conv"], tensors["ssm"], seeds)
+
+
+def _saved_seeds(extra: Mapping[str, Any], layer: int) -> ops.RoundingSeeds:
+    """The rounding seeds in a file.
+
+    Raises:
+        ValueError: other fields, types or ranges than those that `saved_extra` gives.
+    """
+    seeds = extra.get("rounding_seeds")
+    if set(extra) != {"rounding_seeds"} or not isinstance(seeds, dict):
+        raise ValueError(f"layer {layer} has no readable rounding seeds")
+    seed, writes = seeds.get("seed"), seeds.get("writes")
+    if (
+        set(seeds) != {"seed", "layer", "writes"}
+        or not (seed is None or (type(seed) is int and 0 <= seed < 2**64))
+        or type(seeds["layer"]) is not int
+        or seeds["layer"] != layer
+        or type(writes) is not int
+        or not 0 <= writes < 2**62
+    ):
+        raise ValueError(f"layer {layer} has rounding seeds out of range: {str(seeds)[:80]}")
+    return ops.RoundingSeeds(**seeds)
 
 
 class GatedRMSNorm(nn.Module):
@@ -215,21 +277,28 @@ class Mamba2(Mixer):
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
         self.out_proj = Linear(inner, config.hidden_size)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Normal matrices, and rates A and step sizes dt that cover short and long memories.
 
         A is uniform in [1, 16]; dt_bias makes the first step sizes log-uniform in [time_step_min,
         time_step_max]. `out_proj` writes into the residual stream.
         """
-        self.A_log.uniform_(1, 16).log_()
+        self.A_log.uniform_(1, 16, generator=generator).log_()
         self.D.fill_(1)
         low, high, floor = self.initial_dt
-        dt = self.dt_bias.uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
+        dt = self.dt_bias.uniform_(math.log(low), math.log(high), generator=generator)
+        dt = dt.exp_().clamp_(min=floor)
         dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.conv1d.reset_parameters()
-        self.in_proj.init_weights(std)
+        # As nn.Conv1d.reset_parameters does it, which takes no generator.
+        nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5), generator=generator)
+        if self.conv1d.bias is not None:
+            bound = 1 / math.sqrt(self.conv1d.kernel_size[0])
+            nn.init.uniform_(self.conv1d.bias, -bound, bound, generator=generator)
+        self.in_proj.init_weights(std, generator=generator)
         self.norm.init_weights()
-        self.out_proj.init_weights(std, residual_divisor)
+        self.out_proj.init_weights(std, residual_divisor, generator)
 
     def forward(
         self,
@@ -268,7 +337,7 @@ class Mamba2(Mixer):
             **to_steps,
         )
         if cache is not None:
-            cache.conv = conv
+            cache.write_conv(conv)
             cache.write_state(ssm)
         return self.out_proj(self.norm(y.flatten(2), z))
 
@@ -288,9 +357,9 @@ class Mamba2(Mixer):
     def _read_draft(self, u: Float[Tensor, "b t d"], cache: MambaCache) -> Float[Tensor, "b t d"]:
         """Read a draft; the state stays as it is, and `cache.draft` gets what `accept` needs."""
         z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
-        window = torch.cat([cache.conv, raw], dim=1)
+        window = torch.cat([cache.conv, raw], dim=1)  # the wider dtype of both
         taps = self.conv1d.weight.squeeze(1)
-        xBC = ops.causal_conv1d_window(window, taps, self.conv1d.bias)
+        xBC = cast(ops.causal_conv1d_window(window, taps, self.conv1d.bias), raw.dtype)
         x, B, C = self._split_heads(xBC)
         dt, A, state = self._step_sizes(dt), self._rates(), cache.read_state()
         decays = ops.draft_decays(dt, A, state.dtype)
@@ -327,6 +396,7 @@ class Mamba2(Mixer):
         return -torch.exp(_wide(self.A_log))
 
     @classmethod
+    @ordinary_tensors
     def empty_cache(cls, config: NemotronConfig, layer: int, options: CacheOptions) -> MambaCache:
         """Zeros: no inputs of the convolution, and an empty state."""
         o, heads = options, config.mamba_num_heads

@@ -24,9 +24,10 @@ model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from functools import wraps
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,12 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
+
+# Dtypes of a model as safetensors names them, and those of its SSM states.
+WIDE_DTYPE = {"F32": "F32", "BF16": "F32", "F16": "F32", "F64": "F64"}
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
 
 
 class LedgerLine(NamedTuple):
@@ -85,10 +92,35 @@ class CacheOptions:
     device: torch.device
 
 
+class SavedSizes(NamedTuple):
+    """What the tensors of one saved layer say about the model; all layers of a kind agree."""
+
+    dtype: str  # of the model, as safetensors names it
+    sizes: tuple[int, ...]  # as `LayerCache.sizes`
+    state: tuple[object, ...] = ()  # dtype and rounding seed of a state, where there is one
+
+
+def ordinary_tensors(make: Callable[P, Made]) -> Callable[P, Made]:
+    """A decorator: the tensors that `make` creates are ordinary ones, also in inference mode.
+
+    PyTorch refuses to change an inference tensor in place once inference mode is off. Buffers that
+    are ordinary tensors can be changed in every mode, so a cache can be continued in every mode.
+    """
+
+    @wraps(make)
+    def ordinary(*args: P.args, **kwargs: P.kwargs) -> Made:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return ordinary
+
+
 class LayerCache(ABC):
     """The cache of one layer: what it keeps of the tokens that it has read.
 
     A layer reads a draft without advancing its cache; `accept` then takes in a part of the draft.
+
+    Buffers that are changed in place are made under `ordinary_tensors`.
     """
 
     TENSORS: ClassVar[tuple[str, ...]]  # names of its buffers, in the object and in a saved file
@@ -145,6 +177,37 @@ class LayerCache(ABC):
         """What has to be saved beside the tensors, as JSON; None if there is nothing."""
         return None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Buffers are ordinary tensors again, also when copied or unpickled in inference mode."""
+        self.__dict__.update(state)
+        for name in self.TENSORS:
+            if getattr(self, name).is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, getattr(self, name).clone())
+
+    @classmethod
+    @abstractmethod
+    def check_saved(
+        cls,
+        stored: Mapping[str, tuple[tuple[int, ...], str]],
+        extra: Mapping[str, Any] | None,
+        rows: int,
+        tokens: int,
+        index: int,
+    ) -> SavedSizes:
+        """Compare what a file holds for one layer with each other, before it is read.
+
+        Args:
+            stored: shape and dtype of each of `TENSORS`; a dtype as safetensors names it.
+            extra: what `saved_extra` gave.
+            rows: of the batch.
+            tokens: of the longest row, at least 1.
+            index: of the layer in the model.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+
     @classmethod
     @abstractmethod
     def from_saved(
@@ -167,12 +230,15 @@ class Mixer(nn.Module):
         """The mixer of one layer; `name` is its path in the model."""
         return cls(config)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
-        """Draw fresh weights from torch's global generator.
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Draw fresh weights.
 
         Args:
             std: standard deviation of the matrices.
             residual_divisor: divides the matrices that write into the residual stream.
+            generator: where the random numbers come from; None is torch's global generator.
         """
         raise NotImplementedError
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,10 +39,12 @@ class MLP(Mixer):
         """The mixer of a `-` layer."""
         return cls(config.hidden_size, config.intermediate_size)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Normal matrices; `down_proj` writes into the residual stream."""
-        self.up_proj.init_weights(std)
-        self.down_proj.init_weights(std, residual_divisor)
+        self.up_proj.init_weights(std, generator=generator)
+        self.down_proj.init_weights(std, residual_divisor, generator)
 
     def forward(
         self, x: Float[Tensor, "*rows d"], cache: None = None, context: ForwardContext | None = None

@@ -53,9 +53,9 @@ class Router(nn.Module):
             scale=config.routed_scaling_factor,
         )
 
-    def init_weights(self, std: float) -> None:
+    def init_weights(self, std: float, generator: torch.Generator | None = None) -> None:
         """A normal matrix and a bias of zero."""
-        nn.init.normal_(self.weight, std=std)
+        nn.init.normal_(self.weight, std=std, generator=generator)
         self.e_score_correction_bias.zero_()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -83,10 +83,12 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
-    def init_weights(self, std: float, divisor: float) -> None:
+    def init_weights(
+        self, std: float, divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Normal matrices; `divisor` is for a `down_proj` that writes into the residual stream."""
-        nn.init.normal_(self.up_proj, std=std)
-        nn.init.normal_(self.down_proj, std=std / divisor)
+        nn.init.normal_(self.up_proj, std=std, generator=generator)
+        nn.init.normal_(self.down_proj, std=std / divisor, generator=generator)
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
         """The weighted sum of each token's chosen experts."""
@@ -123,15 +125,17 @@ class MoE(Mixer):
         """The mixer of an `E` layer, whose router statistics carry its name."""
         return cls(config, name)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Normal matrices. The last matrix of each path writes into the residual stream."""
-        self.gate.init_weights(std)
-        self.experts.init_weights(std, 1.0 if self.latent else residual_divisor)
+        self.gate.init_weights(std, generator)
+        self.experts.init_weights(std, 1.0 if self.latent else residual_divisor, generator)
         if self.latent:
-            self.fc1_latent_proj.init_weights(std)
-            self.fc2_latent_proj.init_weights(std, residual_divisor)
+            self.fc1_latent_proj.init_weights(std, generator=generator)
+            self.fc2_latent_proj.init_weights(std, residual_divisor, generator)
         if self.shared_experts is not None:
-            self.shared_experts.init_weights(std, residual_divisor)
+            self.shared_experts.init_weights(std, residual_divisor, generator)
 
     def forward(
         self,

@@ -43,11 +43,13 @@ class _Entry(Block):
         self.hnorm = RMSNorm(d, config.norm_eps)
         self.eh_proj = Linear(2 * d, d)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
-        super().init_weights(std, residual_divisor)
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().init_weights(std, residual_divisor, generator)
         self.enorm.init_weights()
         self.hnorm.init_weights()
-        self.eh_proj.init_weights(std)
+        self.eh_proj.init_weights(std, generator=generator)
 
     def join(
         self, embedded: Float[Tensor, "b t d"], hidden: Float[Tensor, "b t d"]
@@ -67,10 +69,12 @@ class MTP(nn.Module):
         layers[-1].add_module("final_layernorm", RMSNorm(config.hidden_size, config.norm_eps))
         self.layers = nn.ModuleList(layers)
 
-    def init_weights(self, std: float, residual_divisor: float) -> None:
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
         """Fresh weights for every layer (see `Mixer.init_weights`)."""
         for layer in self.layers:
-            cast(Block, layer).init_weights(std, residual_divisor)
+            cast(Block, layer).init_weights(std, residual_divisor, generator)
         self._final_norm.init_weights()
 
     @property

@@ -6,10 +6,9 @@ default, takes the fastest (`backends/dispatch.py`). All of them give the same n
 rounding, and the tests check it.
 """
 
-from nemotron_lite.backends.cpu_draft_scan import draft_decays
 from nemotron_lite.ops.attention import causal_attention
 from nemotron_lite.ops.conv import causal_conv1d, causal_conv1d_step, causal_conv1d_window
-from nemotron_lite.ops.draft_scan import ssd_accept_draft, ssd_read_draft
+from nemotron_lite.ops.draft_scan import draft_decays, ssd_accept_draft, ssd_read_draft
 from nemotron_lite.ops.experts import expert_mlp, squared_relu
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.ops.norm import gated_rms_norm, rms_norm

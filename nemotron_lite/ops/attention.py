@@ -20,16 +20,18 @@ Source: reference sheet section 3. Left out: windows, sinks, position biases; Ne
 from __future__ import annotations
 
 import math
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
+from nemotron_lite.arguments import integer
 from nemotron_lite.backends import cpu_attention, gpu_attention
 from nemotron_lite.backends.dispatch import choose
-from nemotron_lite.dtypes import wide_dtype
-from nemotron_lite.masks import number_documents, visible_keys
+from nemotron_lite.dtypes import autocast_dtype, cast, wide_dtype, without_autocast
+from nemotron_lite.masks import keys_seen, number_documents, visible_keys
 
 
 def causal_attention(
@@ -37,8 +39,8 @@ def causal_attention(
     k: Float[Tensor, "b kv s p"],
     v: Float[Tensor, "b kv s p"],
     *,
-    starts: int | Int[Tensor, "b"] = 0,
-    seq_idx: Int[Tensor, "b t"] | None = None,
+    starts: SupportsIndex | Integer[Tensor, "b"] = 0,
+    seq_idx: Integer[Tensor, "b t"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "b h t p"]:
     """Attend from the t newest positions to everything before them.
@@ -46,7 +48,8 @@ def causal_attention(
     Args:
         q: queries of the new tokens.
         k, v: keys and values of cached and new tokens; s >= starts + t. Query head i reads
-            key/value head i // (h / kv).
+            key/value head i // (h / kv). Read in the dtype of q, where they have another one (a
+            float32 cache under autocast).
         starts: tokens cached before this call, for all rows or row by row.
         seq_idx: which document each token belongs to, where a row holds several (needs starts=0):
             attention stays inside a document.
@@ -57,17 +60,22 @@ def causal_attention(
     Raises:
         ValueError: unknown `impl`, too few keys, or `seq_idx` together with cached tokens.
     """
+    if not isinstance(starts, int):
+        starts = _starts(starts, q.shape[0])
     if seq_idx is not None and not (isinstance(starts, int) and starts == 0):
         raise ValueError(
             "causal_attention: concatenated documents (seq_idx) cannot continue a cache, so starts "
             "must be 0. Read them without a cache, or each document in a row of its own."
         )
     documents = None if seq_idx is None else number_documents(seq_idx)
-    if isinstance(starts, int) and k.shape[2] < starts + q.shape[2]:
-        raise ValueError(
-            f"causal_attention: {k.shape[2]} keys do not cover starts={starts} cached and "
-            f"{q.shape[2]} new tokens. Append the new keys and values before calling."
-        )
+    if isinstance(starts, int):
+        keys_seen(starts, q.shape[2], k.shape[2])
+    narrow = autocast_dtype(q)
+    if narrow is not None and q.dtype != torch.float64:
+        q = q.to(narrow)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        seen = keys_seen(starts, q.shape[2], k.shape[2])
+        k, v = k[:, :, :seen].to(q.dtype), v[:, :, :seen].to(q.dtype)
     if impl == "auto" and q.is_cuda and not torch.is_grad_enabled():
         impl = "gpu"
     run = choose(
@@ -79,12 +87,26 @@ def causal_attention(
         cpu=cpu_attention.attend,
         gpu=gpu_attention.attend,
     )
-    return run(q, k, v, starts, documents)
+    return without_autocast(run, q)(q, k, v, starts, documents)
+
+
+def _starts(starts: Any, rows: int) -> int | Tensor:
+    """One integer for all rows, or an int64 tensor of one per row."""
+    if not isinstance(starts, Tensor) or starts.ndim == 0:
+        return integer("starts", starts, low=0)
+    inexact = starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool
+    if inexact or list(starts.shape) != [rows]:
+        raise ValueError(
+            f"causal_attention: starts has shape {list(starts.shape)} and dtype {starts.dtype}; "
+            f"expected [{rows}] and integers, one per row."
+        )
+    return cast(starts, torch.int64)
 
 
 def _naive(
     q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, documents: Tensor | None
 ) -> Tensor:
+    keys_seen(starts, q.shape[2], k.shape[2])
     wide = wide_dtype(q)
     shared = q.shape[1] // k.shape[1]
     keys = k.to(wide).repeat_interleave(shared, dim=1)
@@ -98,7 +120,7 @@ def _naive(
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, documents: Tensor | None
 ) -> Tensor:
-    seen = (starts if isinstance(starts, int) else int(starts.max())) + q.shape[2]
+    seen = keys_seen(starts, q.shape[2], k.shape[2])
     k, v = k[:, :, :seen], v[:, :, :seen]
     if seen == q.shape[2] and documents is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_conv, triton
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import cast, without_autocast
 from nemotron_lite.masks import document_starts, number_documents
 
 
@@ -40,7 +41,8 @@ def causal_conv1d(
         x: inputs, any float dtype.
         weight: taps, oldest first.
         bias: added before the SiLU.
-        initial_state: the k-1 inputs before x; zeros when None.
+        initial_state: the k-1 inputs before x; zeros when None. It may have another dtype than x
+            (a float32 cache under autocast); then the wider one of both is computed with.
         seq_idx: which document each token belongs to, where a row holds several; taps never cross
             from one document into the next. The first document of a row continues `initial_state`.
         lengths: how many tokens of each row are real (right-padded rows); the inputs that come back
@@ -48,11 +50,24 @@ def causal_conv1d(
         impl: "naive" (loop over taps), "torch", "cpu" or "triton".
 
     Returns:
-        (y, state): the outputs and the last k-1 real inputs of each row.
+        (y, state): the outputs in the dtype of x, and the last k-1 real inputs of each row in the
+        dtype of `initial_state`, or of x without one.
 
     Raises:
         ValueError: unknown `impl`.
     """
+    if initial_state is not None and initial_state.dtype != x.dtype:
+        wide = torch.promote_types(initial_state.dtype, x.dtype)
+        y, state = causal_conv1d(
+            x.to(wide),
+            weight,
+            bias,
+            initial_state=initial_state.to(wide),
+            seq_idx=seq_idx,
+            lengths=lengths,
+            impl=impl,
+        )
+        return y.to(x.dtype), state.to(initial_state.dtype)
     run = choose(
         "causal_conv1d",
         impl,
@@ -62,7 +77,7 @@ def causal_conv1d(
         cpu=_cpu,
         triton=triton.causal_conv1d,
     )
-    return run(x, weight, bias, initial_state, seq_idx, lengths)
+    return without_autocast(run, x)(x, weight, bias, initial_state, seq_idx, lengths)
 
 
 def causal_conv1d_window(
@@ -89,7 +104,7 @@ def causal_conv1d_window(
         cpu=cpu_conv.causal_conv1d_window,
         triton=triton.causal_conv1d_window,
     )
-    return run(window, weight, bias)
+    return without_autocast(run, window)(window, weight, bias)
 
 
 def causal_conv1d_step(
@@ -102,10 +117,16 @@ def causal_conv1d_step(
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b km1 c"]]:
     """One token of `causal_conv1d`: the output, and the state with `x` appended.
 
+    The output has the dtype of x; a state of another dtype keeps its own.
+
     Raises:
         ValueError: unknown `impl` ("torch", which is the definition too, or "triton").
     """
     run = choose("causal_conv1d_step", impl, x, torch=_step, triton=triton.causal_conv1d_step)
+    if state.dtype != x.dtype:
+        wide = torch.promote_types(state.dtype, x.dtype)
+        y, new = run(state.to(wide), x.to(wide), weight, bias)
+        return y.to(x.dtype), new.to(state.dtype)
     return run(state, x, weight, bias)
 
 
@@ -177,9 +198,10 @@ def _loop_over_taps(
     """The definition: tap by tap."""
     taps = weight.shape[1]
     length = window.shape[1] - taps + 1
+    weight = cast(weight, window.dtype)
     y = torch.zeros_like(window[:, :length])
     if bias is not None:
-        y = y + bias
+        y = y + cast(bias, window.dtype)
     for j in range(taps):
         shifted = window[:, j : j + length]
         if documents is not None:
@@ -213,7 +235,8 @@ def _all_taps(
 
 def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     window = torch.cat([state, x.unsqueeze(1)], dim=1)
-    y = (window * weight.t()).sum(1)
+    y = (window * cast(weight, window.dtype).t()).sum(1)
     if bias is not None:
+        bias = cast(bias, window.dtype)
         y = y.add_(bias) if not y.requires_grad else y + bias
     return F.silu(y), window[:, 1:]

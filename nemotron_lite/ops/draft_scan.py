@@ -30,6 +30,7 @@ from torch import Tensor
 from nemotron_lite.backends import cpu_draft_scan
 from nemotron_lite.backends.cpu_draft_scan import Decays
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import without_autocast
 from nemotron_lite.ops.scan import check_shapes, selective_scan
 
 
@@ -73,7 +74,7 @@ def ssd_read_draft(
         torch=_torch_read,
         cpu=cpu_draft_scan.ssd_read_draft,
     )
-    return run(state, x, dt, A, B, C, D, decays)
+    return without_autocast(run, x)(state, x, dt, A, B, C, D, decays)
 
 
 def ssd_accept_draft(
@@ -116,7 +117,18 @@ def ssd_accept_draft(
         torch=_torch_accept,
         cpu=cpu_draft_scan.ssd_accept_draft,
     )
-    return run(state, x, dt, A, B, counts, decays)
+    return without_autocast(run, x)(state, x, dt, A, B, counts, decays)
+
+
+def draft_decays(dt: Float[Tensor, "b t h"], A: Float[Tensor, "h"], wide: torch.dtype) -> Decays:
+    """How much a draft's tokens see of each other, for `ssd_read_draft` and `ssd_accept_draft`.
+
+    Returns:
+        dt as `b h t`, and the decays as `b h t 1+t`: what is left at token l of the state before
+        the draft (first column) and of each token r; zero where r comes after l. Both are in dtype
+        `wide`, which is that of the state.
+    """
+    return without_autocast(cpu_draft_scan.draft_decays, dt)(dt, A, wide)
 
 
 def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -131,7 +143,7 @@ def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
 
 def _range(counts: Tensor) -> tuple[int, int]:
     values = counts.tolist()
-    return min(values), max(values)
+    return min(values, default=0), max(values, default=0)
 
 
 def _naive_read(
@@ -166,7 +178,7 @@ def _naive_accept(
         else:
             new = state[one].clone()
         rows.append(new.to(state.dtype))
-    return torch.cat(rows)
+    return torch.cat(rows) if rows else state.clone()
 
 
 def _torch_read(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_experts, triton
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.dtypes import autocast_dtype, without_autocast
 
 
 def squared_relu(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -38,9 +39,11 @@ def expert_mlp(
 ) -> Float[Tensor, "t l"]:
     """The weighted sum of each token's chosen experts.
 
+    Under autocast the products are those of its dtype, as in `linear`.
+
     Args:
         z: what the experts read.
-        up, down: the experts' matrices W1 and W2.
+        up, down: the experts' matrices W1 and W2, used in the dtype of z.
         weights, indices: from `route`.
         impl: "naive" (token by token), "torch" (expert by expert), "cpu" or "triton".
 
@@ -56,10 +59,14 @@ def expert_mlp(
         cpu=cpu_experts.expert_mlp,
         triton=triton.expert_mlp,
     )
-    return run(z, up, down, weights, indices)
+    narrow = autocast_dtype(z)
+    if narrow is None or z.dtype == torch.float64:
+        return run(z, up, down, weights, indices)
+    return without_autocast(run, z)(z.to(narrow), up, down, weights, indices)
 
 
 def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    up, down = up.to(z.dtype), down.to(z.dtype)
     rows = []
     for token, token_weights, chosen in zip(z, weights, indices, strict=True):
         answers = [
@@ -67,7 +74,7 @@ def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
             for weight, e in zip(token_weights, chosen.tolist(), strict=True)
         ]
         rows.append(torch.stack(answers).sum(0))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros_like(z)
 
 
 def _torch(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:

@@ -35,12 +35,13 @@ def rms_norm(
     Args:
         x: rows of d numbers.
         weight: one factor per channel.
-        eps: added to the mean square.
+        eps: added to the mean square. With 0 a row of zeros becomes NaN, as the equation says.
         impl: "naive" (the equation), "torch" (`F.rms_norm`), "cpu" or "triton".
 
     Raises:
-        ValueError: unknown `impl`.
+        ValueError: unknown `impl`, or an eps below 0.
     """
+    _check_eps(eps)
     run = choose(
         "rms_norm",
         impl,
@@ -73,8 +74,10 @@ def gated_rms_norm(
         impl: "naive" (the equation), "torch" (`F.rms_norm` per group), "cpu" or "triton".
 
     Raises:
-        ValueError: unknown `impl`, or channels that do not split into `groups`.
+        ValueError: unknown `impl`, an eps below 0, or channels that do not split into
+            `groups`.
     """
+    _check_eps(eps)
     if y.shape[-1] % groups:
         raise ValueError(
             f"{y.shape[-1]} channels do not split into {groups} groups: choose a number of groups "
@@ -90,6 +93,11 @@ def gated_rms_norm(
         triton=triton.gated_rms_norm,
     )
     return run(y, z, weight, groups, eps)
+
+
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: expected a number of at least 0, such as 1e-5.")
 
 
 def _naive(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_ssd_step, triton
 from nemotron_lite.backends.dispatch import choose
-from nemotron_lite.dtypes import cast, wide_dtype
+from nemotron_lite.dtypes import cast, wide_dtype, without_autocast
 from nemotron_lite.masks import document_starts
 from nemotron_lite.ops.stochastic_rounding import round_to_float16
 
@@ -141,7 +141,7 @@ def ssd_step(
         cpu=_cpu_step,
         triton=triton.ssd_step,
     )
-    return run(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
+    return without_autocast(run, x)(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
 
 
 def _naive_step(

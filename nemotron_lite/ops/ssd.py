@@ -37,7 +37,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import cpu_ssd, triton
 from nemotron_lite.backends.dispatch import choose
-from nemotron_lite.dtypes import wide_dtype
+from nemotron_lite.dtypes import wide_dtype, without_autocast
 from nemotron_lite.masks import document_starts
 from nemotron_lite.ops.scan import check_shapes, selective_scan, step_sizes
 
@@ -153,7 +153,8 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
     run = choose("ssd", impl, x, naive=_naive, torch=_torch, cpu=_cpu, triton=_triton)
-    return run(Inputs(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size, dt_bias, dt_softplus))
+    given = Inputs(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size, dt_bias, dt_softplus)
+    return without_autocast(run, x)(given)
 
 
 class Inputs(NamedTuple):

@@ -45,7 +45,7 @@ class RoundingSeeds:
     """The seeds of one layer's writes: a new one for each write, the same in every repetition.
 
     Attributes:
-        seed: of the state; None rounds to nearest.
+        seed: of the state, 0 to 2^64 - 1; None rounds to nearest.
         layer: index of the layer in the model.
         writes: number of seeds given out so far.
     """

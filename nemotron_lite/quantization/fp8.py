@@ -1,10 +1,13 @@
-"""FP8: eight bits a number, with one scale for the tensor or a power of two for every 32.
+"""FP8: eight bits a number, with one scale for the tensor, a tile, or a power of two for every 32.
 
 E4M3 has four bits of exponent and three of mantissa, no infinity, largest 448, smallest 2^-9.
 
 **Per tensor** (`quantize_fp8`), as ModelOpt writes it in checkpoints and serving reads it:
 
     scale = amax / 448         code = e4m3( x / scale )         value = code * scale
+
+**Per row or tile** (`decode_fp8_blocks`): some releases store one scale for each row, or for each
+128 x 128 numbers. Such weights are decoded when they are loaded, and are not written.
 
 **MXFP8** (`quantize_mxfp8`): each 32 neighbors have a scale with eight bits of exponent only
 (E8M0), so multiplying by it does not round. Nemotron 3's recipe runs the output projection of Mamba
@@ -32,6 +35,7 @@ from jaxtyping import Float, Float8e4m3fn, Float32, UInt8
 from torch import Tensor
 
 from nemotron_lite.backends.dispatch import choose
+from nemotron_lite.quantization.nvfp4.cpu_packed_products import decode_e4m3
 from nemotron_lite.quantization.nvfp4.scaling import E4M3_MAX, check_dtype, check_finite, round_e4m3
 
 MX_BLOCK = 32
@@ -97,6 +101,32 @@ def quantize_fp8(
     elif not (bool(scale.isfinite()) and float(scale) > 0):
         raise ValueError(f"{name}: scale={float(scale)}; expected a positive finite number.")
     return FP8Tensor(round_e4m3(wide / scale), scale)
+
+
+def decode_fp8_blocks(
+    codes: Float8e4m3fn[Tensor, "r c"], scales: Float32[Tensor, "br bc"], block: tuple[int, int]
+) -> Float32[Tensor, "r c"]:
+    """code * scale, with one scale for each `block` of rows and columns.
+
+    Blocks at the lower and right edge may be cut: the scales are ceil(r / rows of a block) by
+    ceil(c / columns of a block).
+
+    Raises:
+        ValueError: scales that are not as many.
+    """
+    (rows, cols), (high, wide) = codes.shape, block
+    expected = [-(-rows // high), -(-cols // wide)]
+    if list(scales.shape) != expected:
+        raise ValueError(
+            f"scales have shape {list(scales.shape)}; expected {expected} for a matrix of "
+            f"{rows} x {cols} in blocks of {high} x {wide}."
+        )
+    values = decode_e4m3(codes)
+    by_row = scales.repeat_interleave(high, dim=0)[:rows]
+    full = cols // wide * wide  # columns in blocks that are not cut
+    values[:, :full].unflatten(1, (-1, wide)).mul_(by_row[:, : cols // wide].unsqueeze(-1))
+    values[:, full:].mul_(by_row[:, cols // wide :])
+    return values
 
 
 def quantize_mxfp8(x: Float[Tensor, "*rows n"], *, name: str = "tensor") -> MXFP8Tensor:

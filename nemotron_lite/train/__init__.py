@@ -2,26 +2,39 @@
 
 loop.py           the training loop: updates, log, Ctrl-C, resume
 config.py         all options of a run
+callbacks.py      code of a user between the updates
 loss.py           cross-entropy over several depths without keeping logits
 balance.py        load balancing of the experts
 optimizer.py      AdamW and gradient clipping
 schedule.py       the learning rate: warm-up, stable, decay
-checkpointing.py  files to resume from
-evaluate.py       bits per byte of text that was not trained on
+validation.py     a loss on other text, during the run
+evaluate.py       bits per byte of text that was not trained on, after it
 distillation.py   a loss that compares the MTP module with the backbone instead of with the text
 healing.py        trains only the MTP module, on text that the frozen backbone generated
+
+The folder of a run, and what protects it:
+
+run_folder.py         the folder as a whole
+run_lock.py           one run at a time
+run_log.py            log.jsonl, CSV, TensorBoard
+checkpointing.py      files to resume from, written and read
+checkpoint_checks.py  what such a file must hold
+fingerprint.py        what makes two runs the same run
+signals.py            Ctrl-C and its relatives
 
 NVFP4 and BF16 arithmetic during training is in `quantization/emulated_training.py`.
 """
 
-from nemotron_lite.train.checkpointing import ResumeError
+from nemotron_lite.train.callbacks import Callback
 from nemotron_lite.train.config import TrainConfig
+from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.evaluate import Evaluation, evaluate
 from nemotron_lite.train.healing import Continuations, HealingResult, generate_continuations, heal
 from nemotron_lite.train.loop import TrainResult, train
 from nemotron_lite.train.schedule import learning_rate
 
 __all__ = [
+    "Callback",
     "Continuations",
     "Evaluation",
     "HealingResult",

@@ -25,6 +25,7 @@ Left out: a temperature for the divergence.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +70,13 @@ class Continuations:
         self.tokens: Int[Tensor, "n t"] = torch.tensor(rows)
         self.mask: Bool[Tensor, "n t"] = torch.ones_like(self.tokens, dtype=torch.bool)
         self.mask[:, : len(prompts[0])] = False
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the tokens and the mask."""
+        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        for tensor in (self.tokens, self.mask):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
         """The first `seq_len` tokens of random rows, as a function of (seed, index).

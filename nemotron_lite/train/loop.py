@@ -7,38 +7,40 @@ One update:
     2. forward, loss and backward for each; the gradients are summed
     3. clip the gradients, set the learning rate, update the weights with AdamW
     4. update the routers' selection biases from the loads of all micro-batches
-    5. write a line to the log, and a checkpoint every `save_every` updates
 
-Ctrl-C (or SIGTERM) does not stop an update half-way: the loop finishes the update, saves, and
-returns with `interrupted=True`. A second Ctrl-C stops at once, as usual.
+After it, what is due: a validation, a line of the log, the callbacks, a checkpoint.
 
-The folder of a run has `log.jsonl`, with one JSON object per update, and `checkpoints/`. Resuming
-removes the log lines after the checkpoint, because these updates are made again.
+The folder of a run has `log.jsonl`, with one JSON object per update, `checkpoints/`, the tokenizer
+of the run if it has one, and `run.lock`, which keeps a second run out (run_folder.py).
 
-Left out: several devices, gradient checkpointing, and a validation loss during the run (a run of
-minutes is evaluated at its end, see `evaluate.py`).
+A run that ends early keeps what it has learned:
+
+    Ctrl-C, SIGTERM, SIGHUP     the update is finished, the run saved, and `train` returns with
+                                `interrupted=True`; a second Ctrl-C stops at once
+    an error between updates    (in a callback, in the data, in the log) the run is saved first
+    a gradient with NaN         nothing is saved, because the weights may be bad already: the last
+                                checkpoint stays
+
+Left out: several devices.
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
+import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nemotron_lite.data.batches import Batch, BatchSource
-from nemotron_lite.files import atomic_file
+from nemotron_lite.layers import Block
 from nemotron_lite.model import Nemotron
+from nemotron_lite.progress import Progress
 from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
     expert_loads,
@@ -46,21 +48,21 @@ from nemotron_lite.train.balance import (
     sequence_balance_loss,
     update_biases,
 )
-from nemotron_lite.train.checkpointing import (
-    ResumeError,
-    check_same_run,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from nemotron_lite.train.callbacks import Callback, Callbacks
+from nemotron_lite.train.checkpoint_checks import FORMAT, parameter_names
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.distillation import distillation_loss
+from nemotron_lite.train.errors import ResumeError
+from nemotron_lite.train.fingerprint import run_fingerprint, run_tokenizer
 from nemotron_lite.train.loss import count_targets, token_loss
 from nemotron_lite.train.optimizer import clip_gradients, make_optimizer
+from nemotron_lite.train.run_folder import RunFolder
+from nemotron_lite.train.run_log import check_kinds
 from nemotron_lite.train.schedule import learning_rate
+from nemotron_lite.train.signals import StopOnSignal
+from nemotron_lite.train.validation import validation_loss
 
-# Fields that may change when a run is resumed.
-_MAY_DIFFER = {"max_seconds", "save_every", "keep_checkpoints"}
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -70,18 +72,25 @@ class TrainResult:
     Attributes:
         step: number of updates.
         tokens: number of tokens read.
-        seconds: training time.
-        interrupted: True if Ctrl-C or SIGTERM ended the run early.
+        seconds: training time, without validation and saving.
+        interrupted: True if a signal (Ctrl-C, SIGTERM, SIGHUP) ended the run early.
+        stopped: True if a callback ended the run.
         history: the log records of this call of `train`, one per update.
-        checkpoint: the last file written; None without `out_dir`.
+        checkpoint: the last file that was written, or read by a resume; None without `out_dir`.
+        best: `{"step": ..., "loss": ...}` of the lowest validation loss; None without validation.
+        notes: sentences about a resume, which are logged as warnings too: versions that differ,
+            damaged lines of the log.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    stopped: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: Path | None = None
+    best: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def train(
@@ -92,45 +101,76 @@ def train(
     out_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: Callable[[dict[str, Any]], Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    validation: BatchSource | None = None,
+    logs: Collection[str] = (),
+    allow_changes: Collection[str] = (),
+    skip_damaged: bool = False,
 ) -> TrainResult:
     """Train `model` in place.
 
     Args:
         model: with float32 weights.
-        data: the source of batches; `config.seed` selects the random stream.
+        data: the source of batches; `config.seed` selects the random stream. If it has a
+            `fingerprint` (see `BatchSource`), a resume compares it.
         config: all options of the run.
         out_dir: folder for the log and the checkpoints; None writes nothing.
         resume: continue from the newest checkpoint in `out_dir`.
-        progress: show a progress bar.
-        on_step: called with each log record.
+        progress: report the progress on stderr.
+        on_step: called with each log record; False ends the run.
+        callbacks: called between updates (callbacks.py).
+        validation: batches of other text, for a loss every `config.eval_every` updates. The record
+            of such an update has `validation_loss` and `best_validation_loss`.
+        logs: what to write beside log.jsonl: "csv", "tensorboard" (needs that package).
+        allow_changes: names of what may differ in a resumed run: fields of `TrainConfig`, or
+            "text". Sizes of the model and the tokenizer may never differ.
+        skip_damaged: resume from the newest intact checkpoint if the newest of all is damaged. The
+            damaged file is renamed. Without it, a damaged one is an error that names the other.
 
     Returns:
         Counts and the log of this call. Without `max_seconds`, a run that was stopped and resumed
         has the same losses, bit for bit, as one that was not.
 
     Raises:
-        ResumeError: `out_dir` holds a run and `resume` is False, or the run cannot be continued.
-        ValueError: the weights are not float32.
+        ResumeError: `out_dir` holds a run and `resume` is False; another process uses it; or the
+            run cannot be continued, because something differs or the checkpoint is damaged.
+        ValueError: weights that are not float32, nothing to train, or arguments that do not fit
+            together.
+        ImportError: a log needs a package that is not installed.
+        OSError: the folder cannot be written; the last checkpoint stays.
         FloatingPointError: a gradient is not finite; the last checkpoint stays.
     """
-    run = _Run(model, data, config, Path(out_dir) if out_dir is not None else None)
-    run.open(resume)
-    return run.loop(progress, on_step)
+    check_kinds(logs)
+    if (config.eval_every is None) != (validation is None):
+        raise ValueError(
+            f"eval_every={config.eval_every} and validation={type(validation).__name__} do not "
+            "fit together: a validation loss needs both, the batches and how often."
+        )
+    if out_dir is None and (resume or logs):
+        raise ResumeError(
+            f"{'resume=True' if resume else 'logs'} needs out_dir: give the folder of the run."
+        )
+    if validation is not None:  # a text that is too short would be found out only at its turn
+        validation.batch(0, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
+    run = _Run(model, data, config, Path(out_dir) if out_dir is not None else None, validation)
+    with run.open(resume, allow_changes, skip_damaged, logs):
+        return run.loop(progress, Callbacks(callbacks, on_step))
 
 
 class _Run:
     """A model, its optimizer, and the progress of the run."""
 
     def __init__(
-        self, model: Nemotron, data: BatchSource, config: TrainConfig, folder: Path | None
+        self,
+        model: Nemotron,
+        data: BatchSource,
+        config: TrainConfig,
+        out_dir: Path | None,
+        validation: BatchSource | None = None,
     ) -> None:
-        if model.dtype != torch.float32:
-            raise ValueError(
-                f"the weights are {model.dtype}: expected float32 (model.float()). For matrix "
-                'products in bfloat16, set precision="bf16".'
-            )
-        self.model, self.data, self.config, self.folder = model, data, config, folder
+        _check_trainable(model)
+        self.model, self.data, self.config, self.validation = model, data, config, validation
         self.optimizer = make_optimizer(
             model,
             lr=config.lr,
@@ -140,90 +180,165 @@ class _Run:
         )
         self.precision = EmulatedPrecision(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
+        self.folder = None if out_dir is None else RunFolder(out_dir)
         self.result = TrainResult()
+        self._fingerprint: dict[str, Any] = {}
+        self._updating = False  # whether weights and counts may not belong together
+        self._saved = 0, 0.0  # step and seconds of the last checkpoint
 
-    def open(self, resume: bool) -> None:
-        """Load the newest checkpoint, or check that there is no run to overwrite."""
+    def open(
+        self,
+        resume: bool,
+        allow_changes: Collection[str] = (),
+        skip_damaged: bool = False,
+        logs: Collection[str] = (),
+    ) -> AbstractContextManager[object]:
+        """Lock the folder, and load the newest checkpoint or check that there is none.
+
+        Returns:
+            What to close at the end of the run.
+        """
         if self.folder is None:
+            return nullcontext()
+        self._fingerprint = run_fingerprint(self.model, self.data, self.config)
+        self.folder.open(resume)
+        try:
             if resume:
-                raise ResumeError(
-                    "resume=True needs out_dir: give the folder of the run to resume."
+                saved = self.folder.read_newest(
+                    self.model,
+                    self.optimizer,
+                    self._fingerprint,
+                    allow_changes=allow_changes,
+                    skip_damaged=skip_damaged,
                 )
-            return
-        checkpoints = self.folder / "checkpoints"
-        if resume:
-            self._restore(load_checkpoint(checkpoints))
-        elif list_checkpoints(checkpoints):
-            raise ResumeError(
-                f"{self.folder} already holds a run: give resume=True (--resume) to continue it, "
-                "or another out_dir (--out)."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _truncate_log(self.folder / "log.jsonl", self.result.step)
+                self._restore(saved)
+            else:
+                self.folder.write_tokenizer(run_tokenizer(self.model, self.data))
+            self.folder.open_log(self.result.step, logs)
+            self.result.notes = self.folder.notes
+            for note in self.result.notes:
+                _log.warning("%s", note)
+        except BaseException:
+            self.folder.close()
+            raise
+        return self.folder
 
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        check_same_run(saved["model_config"], asdict(self.model.config), may_differ=set())
-        check_same_run(saved["train_config"], self.config.to_dict(), may_differ=_MAY_DIFFER)
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Take over a checkpoint that was checked."""
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # the options are those of the config
+        self.optimizer.load_state_dict(
+            {"state": saved["optimizer"]["state"], "param_groups": groups}
+        )
         torch.set_rng_state(saved["rng"])
         if self.model.device.type == "cuda":
             torch.cuda.set_rng_state(saved["device_rng"], self.model.device)
-        for name in ("step", "tokens", "seconds"):
+        for name in ("step", "tokens", "seconds", "best"):
             setattr(self.result, name, saved[name])
+        self.result.seconds = float(self.result.seconds)
+        self.result.checkpoint = saved["path"]
+        self._saved = self.result.step, self.result.seconds
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or self._saved[0] == self.result.step:
             return
         done = self.result
+        state = self.optimizer.state_dict()
         content: dict[str, Any] = {
+            "format": FORMAT,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "parameters": {
+                name: index in state["state"]
+                for index, name in enumerate(parameter_names(self.model, self.optimizer))
+            },
+            "optimizer": state,
             "rng": torch.get_rng_state(),
-            "model_config": asdict(self.model.config),
-            "train_config": self.config.to_dict(),
-            "step": done.step, "tokens": done.tokens, "seconds": done.seconds,
+            "fingerprint": self._fingerprint,
+            "step": done.step, "tokens": done.tokens, "seconds": done.seconds, "best": done.best,
         }  # fmt: skip
         if self.model.device.type == "cuda":
             content["device_rng"] = torch.cuda.get_rng_state(self.model.device)
-        done.checkpoint = save_checkpoint(
-            self.folder / "checkpoints", done.step, content, keep=self.config.keep_checkpoints
-        )
+        done.checkpoint = self.folder.save(done.step, content, keep=self.config.keep_checkpoints)
+        self._saved = done.step, done.seconds
 
-    def loop(self, progress: bool, on_step: Callable[[dict[str, Any]], None] | None) -> TrainResult:
-        """Make updates until `steps` or `max_seconds` are reached, or a signal asks to stop."""
-        done, config = self.result, self.config
+    def loop(self, progress: bool, callbacks: Callbacks) -> TrainResult:
+        """Make updates until `steps` or `max_seconds` are reached, or something ends the run."""
+        done = self.result
         was_training = self.model.training
         self.model.train()
-        bar = tqdm(total=100, disable=not progress, desc="training", bar_format=_BAR)
-        log = None if self.folder is None else (self.folder / "log.jsonl").open("a", buffering=1)
-        saved_step = done.step
+        report = Progress("training", 100, enabled=progress)
         try:
-            with _StopOnSignal() as stop, self.precision:
-                while self._progress() < 1 and not stop.requested:
-                    record = self._update()
-                    done.history.append(record)
-                    if log is not None:
-                        log.write(json.dumps(record) + "\n")
-                    if on_step is not None:
-                        on_step(record)
-                    bar.n = round(100 * self._progress(), 1)
-                    bar.set_postfix_str(
-                        f"step {done.step}, loss {record['ce']:.3f}, "
-                        f"{record['tokens_per_second']:,.0f} tokens/s"
-                    )
-                    if config.save_every and done.step % config.save_every == 0:
-                        self._save()
-                        saved_step = done.step
-                done.interrupted = stop.requested and self._progress() < 1
-                if done.step != saved_step:
-                    self._save()
+            with StopOnSignal() as stop, self.precision, _Recomputing(self.model, self.config):
+                callbacks.start(done.step)
+                while self._progress() < 1 and not stop.requested and not callbacks.stopped:
+                    record = self._logged_update()
+                    callbacks.step(record)
+                    report.update(100 * self._progress(), _note_of(record))
+                    if self._save_is_due():
+                        self._save_and_tell(callbacks)
+                unfinished = self._progress() < 1
+                done.interrupted = stop.requested and unfinished
+                done.stopped = callbacks.stopped and unfinished and not stop.requested
+                self._save_and_tell(callbacks)
+                callbacks.end(done.step)
+        except Exception as error:
+            self._save_after(error)
+            raise
         finally:
-            bar.close()
-            if log is not None:
-                log.close()
+            report.close()
             self.model.train(was_training)
         return done
+
+    def _save_is_due(self) -> bool:
+        config, done = self.config, self.result
+        if config.save_every is not None:
+            return done.step % config.save_every == 0
+        if config.save_every_seconds is None:
+            return False
+        return done.seconds - self._saved[1] >= config.save_every_seconds
+
+    def _save_and_tell(self, callbacks: Callbacks) -> None:
+        before = self.result.checkpoint
+        self._save()
+        if self.result.checkpoint is not None and self.result.checkpoint != before:
+            callbacks.save(self.result.checkpoint)
+
+    def _save_after(self, error: Exception) -> None:
+        """Save what was learned before an error, unless the weights may be wrong."""
+        failed_save = self.folder is not None and self.folder.save_failed
+        if self._updating or failed_save or isinstance(error, FloatingPointError):
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            self._save()
+        except Exception as second:
+            error.add_note(f"The run could not be saved after this error: {second}")
+        else:
+            if self.folder is not None and self.result.checkpoint is not None:
+                error.add_note(
+                    f"The run is saved in {self.result.checkpoint}. Continue it with resume=True "
+                    "(--resume)."
+                )
+
+    def _logged_update(self) -> dict[str, Any]:
+        """An update, with a validation if it is due; its record is in the log on return."""
+        record = self._update()
+        every = self.config.eval_every
+        try:
+            if self.validation is not None and every is not None and record["step"] % every == 0:
+                record |= self._validate(self.validation)
+        finally:
+            self.result.history.append(record)
+            if self.folder is not None:
+                self.folder.log(record)
+        return record
+
+    def _validate(self, data: BatchSource) -> dict[str, float]:
+        done = self.result
+        loss = validation_loss(self.model, data, self.config, self.precision)
+        if done.best is None or loss < done.best["loss"]:
+            done.best = {"step": done.step, "loss": loss}
+        return {"validation_loss": loss, "best_validation_loss": done.best["loss"]}
 
     def _progress(self) -> float:
         """Fraction of the run that is done, by updates or by time; the larger of the two."""
@@ -247,6 +362,7 @@ class _Run:
             loads = {n: x + loads[n] if n in loads else x for n, x in part_loads.items()}
         norm = clip_gradients(self.model.parameters(), config.grad_clip)
 
+        self._updating = True
         done.step += 1
         elapsed = time.perf_counter() - started
         done.seconds += elapsed
@@ -266,6 +382,7 @@ class _Run:
         seconds = time.perf_counter() - started
         done.seconds += seconds - elapsed
         done.tokens += config.tokens_per_step
+        self._updating = False
         mtp = config.mtp_weight / max(1, self.depths) * sum(ce[1:])
         return {
             "step": done.step, "loss": ce[0] + mtp + config.balance_weight * balance,
@@ -313,53 +430,53 @@ class _Run:
         return tokens.by_depth, 0.0 if balance is None else float(balance.detach()), loads
 
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
-
-
 def _shortened(mask: Tensor | None, length: int) -> Tensor | None:
     return None if mask is None else mask[:, :length]
 
 
-def _truncate_log(path: Path, step: int) -> None:
-    """Remove the records after `step`; a resumed run makes these updates again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            break
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept))
+def _check_trainable(model: Nemotron) -> None:
+    parameters = [*model.parameters()]
+    wrong = sorted({str(p.dtype) for p in parameters if p.dtype != torch.float32})
+    if wrong:
+        raise ValueError(
+            f"the weights are {', '.join(wrong)}: expected float32 (model.float(), or "
+            "load(path, dtype=torch.float32)). For matrix products in bfloat16, set "
+            'precision="bf16".'
+        )
+    if any(p.is_meta for p in parameters):
+        raise ValueError(
+            "the model has no weights (device meta): create it on a real device, or load a "
+            "checkpoint."
+        )
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            "no parameter of the model has requires_grad=True, so there is nothing to train: set "
+            "it where you want training (model.requires_grad_())."
+        )
 
 
-class _StopOnSignal(AbstractContextManager["_StopOnSignal"]):
-    """Sets `requested` on the first SIGINT or SIGTERM; the second one acts as usual.
+class _Recomputing(AbstractContextManager[None]):
+    """Gradient checkpointing in every block, while the context is open."""
 
-    Python delivers signals to the main thread only, so in other threads this changes nothing.
-    """
+    def __init__(self, model: Nemotron, config: TrainConfig) -> None:
+        blocks = [m for m in model.modules() if isinstance(m, Block)]
+        self._blocks = blocks if config.gradient_checkpointing else []
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
+    def __enter__(self) -> None:
+        for block in self._blocks:
+            block.recompute = True
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for block in self._blocks:
+            block.recompute = False
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+def _note_of(record: dict[str, Any]) -> str:
+    """What the progress report says about the last update."""
+    text = (
+        f"step {record['step']}, loss {record['ce']:.3f}, "
+        f"{record['tokens_per_second']:,.0f} tokens/s"
+    )
+    if "validation_loss" in record:
+        text += f", validation {record['validation_loss']:.3f}"
+    return text

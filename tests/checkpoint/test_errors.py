@@ -77,7 +77,7 @@ def test_config_that_is_not_json(saved: Path) -> None:
     assert "config.json is no readable JSON" in text
     assert "download or copy it again" in text
     (saved / "config.json").write_text("[]")
-    assert "config.json holds a list, expected an object" in message(saved)
+    assert "config.json holds an array, expected an object" in message(saved)
 
 
 def test_unsupported_config_and_truncated_weights_in_one_error(saved: Path) -> None:
@@ -122,7 +122,7 @@ def test_index_with_a_file_outside_the_folder(sharded: Path) -> None:
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside the folder: ../secret.safetensors" in message(sharded)
+    assert "outside the folder: 1 name, ../secret.safetensors" in message(sharded)
 
 
 def test_index_of_another_checkpoint(sharded: Path) -> None:

@@ -17,10 +17,10 @@ import nemotron_lite
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import Check, Exercise
 from nemotron_lite.coursework import session as session_module
+from nemotron_lite.coursework.clean_copy import clean_copy
 from nemotron_lite.coursework.grade import handed_out
 from nemotron_lite.coursework.isolation import Isolation, Limits, make_site
 from nemotron_lite.coursework.scoring import Scored, score_submission
-from nemotron_lite.coursework.submissions import clean_copy
 from tests.coursework.conftest import notebook_with, toy
 
 PACKAGE = Path(nemotron_lite.__file__).parent

@@ -10,6 +10,7 @@ import pytest
 
 from nemotron_lite.course import exercises
 from nemotron_lite.coursework import make
+from nemotron_lite.coursework.clean_copy import text_of
 from nemotron_lite.coursework.feedback import (
     feedback_page,
     formula,
@@ -17,7 +18,6 @@ from nemotron_lite.coursework.feedback import (
     markdown,
     output_html,
 )
-from nemotron_lite.coursework.submissions import text_of
 
 TASKS = [
     pytest.param("".join(cell["source"]), id=cell["id"])

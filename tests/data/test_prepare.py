@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nemotron_lite.data as data
-from nemotron_lite.data import decode, load_corpus, prepare
+from nemotron_lite import data
+from nemotron_lite.data import decode, load_corpus, prepare, prepared_text
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_second_call_opens_the_cache(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare(root=root, cache=tmp_path, **SMALL)
-    monkeypatch.setattr(data, "_build", None)  # a second build would fail
+    monkeypatch.setattr(prepared_text, "_build", None)  # a second build would fail
     second = prepare(root=root, cache=tmp_path, **SMALL)
     assert np.array_equal(first.train.tokens, second.train.tokens)
     assert first.baselines == second.baselines
@@ -67,7 +67,7 @@ def test_a_failed_build_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "measure_baselines", fail)
+    monkeypatch.setattr(prepared_text, "measure_baselines", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(root=root, cache=tmp_path, **SMALL)
     assert list(tmp_path.iterdir()) == []

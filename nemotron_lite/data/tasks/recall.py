@@ -23,13 +23,18 @@ their version, as in real text, the distance between pair and question has a pow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron_lite.data.batches import Batch
+from nemotron_lite.arguments import integer
+from nemotron_lite.data.batches import LARGEST_BATCH, LARGEST_SEED, Batch, BatchArguments
+from nemotron_lite.data.checks import several
+
+LARGEST_ALPHABET = 1 << 20  # keys or values
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Recall:
         keys, values: number of different keys and values.
 
     Raises:
+        TypeError: not integers.
         ValueError: `pairs` is empty, or holds a number below 1 or above `keys`.
     """
 
@@ -51,6 +57,12 @@ class Recall:
     values: int = 64
 
     def __post_init__(self) -> None:
+        given = several("pairs", self.pairs, "integers")
+        pairs = tuple(integer("pairs", n, high=LARGEST_ALPHABET) for n in given)
+        object.__setattr__(self, "pairs", pairs)
+        for name in ("keys", "values"):
+            value = integer(name, getattr(self, name), high=LARGEST_ALPHABET)
+            object.__setattr__(self, name, value)
         if not self.pairs or min(self.pairs) < 1:
             raise ValueError(
                 f"pairs={self.pairs!r} does not work: expected at least one number, each 1 or more."
@@ -68,7 +80,14 @@ class Recall:
         """Number of different tokens."""
         return self.keys + self.values
 
-    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+    def batch(
+        self,
+        index: SupportsIndex,
+        *,
+        batch_size: SupportsIndex,
+        seq_len: SupportsIndex,
+        seed: SupportsIndex,
+    ) -> Batch:
         """Batch number `index` of the stream `seed`: `batch_size` rows of `seq_len` tokens.
 
         `mask` is True on the answers.
@@ -76,13 +95,20 @@ class Recall:
         Raises:
             ValueError: `seq_len` is odd, or too short for the pairs and one question.
         """
+        which = BatchArguments.checked(index, batch_size, seq_len, seed)
+        batch_size, seq_len = which.batch_size, which.seq_len
         shortest = 2 * max(self.pairs) + 2
         if seq_len % 2 or seq_len < shortest:
             raise ValueError(
                 f"seq_len={seq_len} does not work: expected an even number of at least {shortest}, "
                 f"two tokens for each of {max(self.pairs)} pairs and two for a question."
             )
-        random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 1]))
+        if batch_size * self.keys > LARGEST_BATCH:
+            raise ValueError(
+                f"batch_size={batch_size:,} rows that each draw from keys={self.keys:,} do not "
+                f"work: expected a product of at most {LARGEST_BATCH:,}."
+            )
+        random = which.generator(1)
         n = int(random.choice(self.pairs))
         questions = seq_len // 2 - n
         every_key = np.broadcast_to(np.arange(self.keys), (batch_size, self.keys))
@@ -100,13 +126,23 @@ class Recall:
             mask=torch.from_numpy(mask),
         )
 
-    def test_set(self, pairs: int, *, rows: int, questions: int = 16, seed: int = 0) -> Batch:
+    def test_set(
+        self,
+        pairs: SupportsIndex,
+        *,
+        rows: SupportsIndex,
+        questions: SupportsIndex = 16,
+        seed: SupportsIndex = 0,
+    ) -> Batch:
         """Rows to measure recall on: exactly `pairs` pairs, and no key is asked twice.
 
         The rows differ from those of any training run with a seed below 2^40. With fewer pairs than
         `questions`, each key is asked once.
         """
-        asked = min(questions, pairs)
+        pairs = integer("pairs", pairs, low=1, high=LARGEST_ALPHABET)
+        rows = integer("rows", rows, low=1, high=LARGEST_BATCH)
+        seed = integer("seed", seed, low=0, high=LARGEST_SEED - 2**40)
+        asked = min(integer("questions", questions, low=1), pairs)
         task = Recall((pairs,), self.keys, self.values)
         return task.batch(0, batch_size=rows, seq_len=2 * (pairs + asked), seed=2**40 + seed)
 
@@ -115,12 +151,20 @@ def recall_score(logits: Float[Tensor, "b t v"], batch: Batch) -> float:
     """Fraction of the batch's questions that `logits` answer correctly, from 0 to 1.
 
     Raises:
-        ValueError: the batch has no mask, or its mask marks no answer.
+        ValueError: the batch has no mask, its mask marks no answer or the first token, or `logits`
+            are not of this batch.
     """
+    if logits.ndim != 3 or logits.shape[:2] != batch.tokens.shape:
+        raise ValueError(
+            f"logits have shape {list(logits.shape)}: expected [b, t, v] with b and t of the "
+            f"batch, {list(batch.tokens.shape)}."
+        )
     if batch.mask is None or not bool(batch.mask.any()):
         raise ValueError(
             "the batch has no questions: its mask must be True on the answers, as in Recall.batch."
         )
+    if bool(batch.mask[:, 0].any()):
+        raise ValueError("the mask marks the first token, which nothing can predict.")
     row, position = torch.nonzero(batch.mask, as_tuple=True)
     found = logits[row, position - 1].argmax(-1)  # the question is one token before its answer
     return float((found == batch.tokens[row, position]).float().mean())

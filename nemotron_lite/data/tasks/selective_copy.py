@@ -24,14 +24,16 @@ reads 4,096 tokens with 16 letters and asks with blank tokens; here the caller s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import numpy as np
 import torch
 
-from nemotron_lite.data.batches import Batch
+from nemotron_lite.arguments import integer
+from nemotron_lite.data.batches import LARGEST_BATCH, LARGEST_INDEX, Batch, BatchArguments
 
 PLACES = ("random", "fixed")
+LARGEST_ALPHABET = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class SelectiveCopy:
         places: "random", or "fixed" for the control experiment.
 
     Raises:
+        TypeError: not integers.
         ValueError: `items` below 1, `letters` below 2, or an unknown value of `places`.
     """
 
@@ -58,12 +61,19 @@ class SelectiveCopy:
     FIRST_LETTER: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        for name in ("items", "letters"):
+            value = integer(name, getattr(self, name), high=LARGEST_ALPHABET)
+            object.__setattr__(self, name, value)
         if self.items < 1:
             raise ValueError(
                 f"items={self.items} does not work: expected at least 1 letter in a row."
             )
         if self.letters < 2:
             raise ValueError(f"letters={self.letters} does not work: expected at least 2.")
+        if not isinstance(self.places, str):
+            raise TypeError(
+                f"places is {type(self.places).__name__}: expected one of {', '.join(PLACES)}."
+            )
         if self.places not in PLACES:
             raise ValueError(
                 f"places={self.places!r} does not work: expected one of {', '.join(PLACES)}."
@@ -79,7 +89,14 @@ class SelectiveCopy:
         """Fraction of right answers that random guessing gives."""
         return 1 / self.letters
 
-    def batch(self, index: int, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+    def batch(
+        self,
+        index: SupportsIndex,
+        *,
+        batch_size: SupportsIndex,
+        seq_len: SupportsIndex,
+        seed: SupportsIndex,
+    ) -> Batch:
         """Batch number `index` of the stream `seed`: `batch_size` rows of `seq_len` tokens.
 
         A row is `seq_len - items - 1` tokens of prompt, the question and the answers. `mask` is
@@ -88,13 +105,15 @@ class SelectiveCopy:
         Raises:
             ValueError: `seq_len` is too short for the letters, the question and the answers.
         """
+        which = BatchArguments.checked(index, batch_size, seq_len, seed)
+        batch_size, seq_len = which.batch_size, which.seq_len
         prompt = seq_len - self.items - 1
         if prompt < self.items:
             raise ValueError(
                 f"seq_len={seq_len} does not work: expected at least {2 * self.items + 1}, for "
                 f"{self.items} letters, the question and {self.items} answers."
             )
-        random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, 2]))
+        random = which.generator(2)
         drawn = random.integers(0, self.letters, size=(batch_size, self.items))
         everywhere = np.broadcast_to(np.arange(prompt), (batch_size, prompt))
         # Both variants draw positions, so that one seed gives both the same letters.
@@ -109,11 +128,25 @@ class SelectiveCopy:
         mask[:, prompt + 1 :] = True
         return Batch(torch.from_numpy(tokens), mask=torch.from_numpy(mask))
 
-    def test_set(self, *, rows: int, seq_len: int, seed: int = 0) -> Batch:
+    def test_set(
+        self, *, rows: SupportsIndex, seq_len: SupportsIndex, seed: SupportsIndex = 0
+    ) -> Batch:
         """Rows to measure on: different from those of any training run with a seed below 2^40."""
+        rows = integer("rows", rows, low=1, high=LARGEST_BATCH)
+        seed = integer("seed", seed, low=0, high=LARGEST_INDEX)
         return self.batch(seed, batch_size=rows, seq_len=seq_len, seed=2**40)
 
     def text(self, tokens: torch.Tensor) -> str:
-        """A row as text: `.` is silent, `?` the question, and A, B, C are the letters."""
+        """A row as text: `.` is silent, `?` the question, and A, B, C are the letters.
+
+        Raises:
+            ValueError: a token that this task does not have, or several rows.
+        """
         names = ".?" + "".join(chr(ord("A") + i % 26) for i in range(self.letters))
-        return " ".join(names[token] for token in tokens.tolist())
+        ids = tokens.tolist()
+        if tokens.ndim != 1 or any(not 0 <= token < len(names) for token in ids):
+            raise ValueError(
+                f"tokens of shape {list(tokens.shape)} are not a row of this task: expected one "
+                f"axis, and tokens from 0 to {len(names) - 1}."
+            )
+        return " ".join(names[token] for token in ids)

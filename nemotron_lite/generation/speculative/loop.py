@@ -73,7 +73,7 @@ class SpeculativeDecoding(Decoding):
         self.shortlist: Int[Tensor, "s"] | None = None
         if speculation.shortlist is not None:
             check_shortlist(speculation.shortlist, model.config.vocab_size)
-            self.shortlist = torch.tensor(speculation.shortlist)
+            self.shortlist = torch.tensor(speculation.shortlist, device="cpu")
         options = options.replace(speculation=speculation)
         super().__init__(model, prompt, lengths, options, samples=samples, cache=cache, texts=texts)
         self.max_new_tokens = options.max_new_tokens

@@ -1,0 +1,179 @@
+"""`prepare`: corpus, tokenizer, tokens and baselines in one call, from the disk cache if it can.
+
+The key of a cached text holds everything that it depends on: every byte of the corpus and its
+split, the settings, and the versions of Python and of the libraries that train the tokenizer and
+compress the baselines.
+
+A cache that is damaged, or that cannot be written, costs time and nothing else. It is named in one
+line of the log (logger `nemotron_lite.data`), and the text is prepared again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from nemotron_lite.arguments import integer
+from nemotron_lite.data import text_cache
+from nemotron_lite.data.baselines import measure_baselines
+from nemotron_lite.data.batches import concatenate_documents
+from nemotron_lite.data.checks import several
+from nemotron_lite.data.corpus import Corpus, load_corpus
+from nemotron_lite.data.text_cache import DamagedCacheError
+from nemotron_lite.data.text_data import TextData
+from nemotron_lite.data.text_files import TEXT_LIMIT
+from nemotron_lite.data.tokenizer import (
+    END_OF_TEXT_ID,
+    LARGEST_ID,
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    encode_documents,
+    train_tokenizer,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(
+    *,
+    vocab_size: SupportsIndex = 4096,
+    root: str | Path | None = None,
+    held_out_bytes: SupportsIndex = 192 * 1024,
+    cache: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    special_ids: Sequence[SupportsIndex] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
+    text_field: str = "text",
+) -> TextData:
+    """Read the corpus, train the tokenizer, encode, and measure the baselines; or read the cache.
+
+    Args:
+        vocab_size: number of tokens, `<|endoftext|>` included.
+        root: a folder, a text file or a `.jsonl` file, as in `load_corpus`; this interpreter's
+            standard library by default.
+        held_out_bytes: size of the text that is never trained on.
+        cache: folder for the results; `cache_folder()` by default.
+        tokenizer: of another model, or of an earlier run; by default one is trained. `vocab_size`
+            has no meaning with it.
+        special_ids: the tokens of a tokenizer that begin and end a document.
+        text_field: the field of the objects in JSON Lines files that holds the text.
+
+    Raises:
+        CorpusError: no text, or too little of it.
+        TypeError: an argument of another type.
+        ValueError: a vocabulary that is too small, or too large for the text.
+    """
+    vocab_size = integer("vocab_size", vocab_size, low=SMALLEST_VOCABULARY, high=LARGEST_VOCABULARY)
+    held_out_bytes = integer("held_out_bytes", held_out_bytes, low=1, high=TEXT_LIMIT)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
+    begin, end = _two_ids(special_ids)
+    corpus = load_corpus(root, held_out_bytes=held_out_bytes, text_field=text_field)
+    if cache is not None and not isinstance(cache, str | os.PathLike):
+        raise TypeError(f"cache is {type(cache).__name__}: expected the path of a folder.")
+    key: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "tokenizers": tokenizers.__version__,
+        "numpy": np.__version__,
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        "vocab_size": vocab_size,
+        "held_out_bytes": held_out_bytes,
+        "begin": begin,
+        "end": end,
+        "text": corpus.fingerprint(),
+    }
+    if tokenizer is not None:
+        del key["vocab_size"]
+        key["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    place = Path(cache) if cache is not None else text_cache.cache_folder()
+    try:
+        if cache is not None and b"\0" in os.fsencode(cache):
+            raise ValueError("a zero byte")
+    except ValueError as error:  # or half of a surrogate pair
+        raise ValueError(f"cache={cache!r} is no path ({error}).") from error
+    if place is None:
+        _log.warning(
+            "There is no home directory to keep the prepared text in, so it is prepared again each "
+            "time. Set XDG_CACHE_HOME to a folder that can be written."
+        )
+        return text_cache.make_text(*_build(corpus, tokenizer or vocab_size, (begin, end), key))
+    folder = text_cache.text_folder(place, key)
+    found, _ = _look(folder, key)
+    if found is not None:
+        return found
+    with text_cache.locked(place):
+        found, fault = _look(folder, key)  # another process may have prepared it in the meantime
+        if found is not None:
+            return found
+        if fault:
+            _log.warning("%s. The text is prepared again.", fault)
+        files, meta = _build(corpus, tokenizer or vocab_size, (begin, end), key)
+        try:
+            text_cache.write_text(folder, files, meta)
+        except (OSError, ValueError) as error:
+            cause = getattr(error, "strerror", None) or error
+            remedy = "give another cache=" if cache is not None else "set XDG_CACHE_HOME"
+            _log.warning(
+                "The prepared text cannot be kept in %s (%s), so it is prepared again each time. "
+                "To keep it, %s: a folder that can be written.",
+                place,
+                cause,
+                remedy,
+            )
+        else:
+            found, _ = _look(folder, key)
+    return found if found is not None else text_cache.make_text(files, meta)
+
+
+def _look(folder: Path, key: text_cache.Key) -> tuple[TextData | None, str]:
+    """The cached text, or the fault of what is there; neither if nothing is there."""
+    try:
+        return text_cache.read_text(folder, key), ""
+    except DamagedCacheError as error:
+        return None, str(error)
+
+
+def _two_ids(special_ids: Any) -> tuple[int, int]:
+    found = several("special_ids", special_ids, "two token ids")
+    if len(found) != 2:
+        raise ValueError(f"special_ids has {len(found)} entries: expected two token ids.")
+    begin, end = (integer("special_ids", token, low=0, high=LARGEST_ID) for token in found)
+    return begin, end
+
+
+def _build(
+    corpus: Corpus, tokenizer: Tokenizer | int, special_ids: tuple[int, int], key: text_cache.Key
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The contents of the files of a text, and what its `meta.json` says.
+
+    Args:
+        tokenizer: a tokenizer, or the vocabulary size of one that is to be trained.
+    """
+    texts = [document.content.decode("utf-8") for document in corpus.train]
+    held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
+    if isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(texts, vocab_size=tokenizer)
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
+    begin, end = special_ids
+    largest = max(*special_ids, *tokenizer.get_vocab(with_added_tokens=True).values())
+    dtype = np.uint16 if largest < 1 << 16 else np.int32
+    for split, split_texts in (("train", texts), ("held_out", held_out_texts)):
+        tokens, starts = concatenate_documents(
+            encode_documents(tokenizer, split_texts, start=begin, end=end)
+        )
+        files[f"{split}.npy"] = text_cache.npy(tokens.astype(dtype))
+        files[f"{split}_starts.npy"] = text_cache.npy(starts)
+    baselines = measure_baselines(
+        [d.content for d in corpus.train], [d.content for d in corpus.held_out]
+    )
+    meta = text_cache.describe(key, corpus.train_bytes, corpus.held_out_bytes, baselines)
+    return files, meta
