@@ -64,10 +64,11 @@ class Group(TyperGroup):
     def _run(self, *args: Any, **options: Any) -> int:
         try:
             with plain_errors():
-                code = super().main(*args, **options)
-                if sys.stdout is not None:
+                found = super().main(*args, **options)
+                code = found if isinstance(found, int) else 0
+                if code == 0 and sys.stdout is not None:
                     sys.stdout.flush()
-            return code if isinstance(code, int) else 0
+            return code
         except typer.Exit as end:
             return end.exit_code
 
@@ -117,7 +118,8 @@ def _end(line: str, code: int) -> NoReturn:
 def _end_usage(error: Any) -> NoReturn:
     """One line for wrong usage; the help, where that is what the exception stands for."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
+        if error.format_message():  # empty if rich has printed the help
+            write_note(error.format_message())
         raise typer.Exit(error.exit_code) from None
     context = getattr(error, "ctx", None)
     more = f" ({context.command_path} --help lists the options)" if context else ""
@@ -128,8 +130,6 @@ def _explained(error: Exception) -> str:
     """The message of an error of the user; of another one, what it is and where it was raised."""
     if isinstance(error, OSError) and error.strerror:
         names = " and ".join(os.fsdecode(n) for n in (error.filename, error.filename2) if n)
-        if not names and not _current_folder_exists():
-            names = "the current folder no longer exists; go to another one (cd)"
         return f"{names}: {error.strerror}" if names else error.strerror
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         cause = str(error).splitlines()[:1]
@@ -165,6 +165,8 @@ def _with_shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(*args: Any, quiet: bool, traceback: bool, **options: Any) -> Any:
         settings.quiet = settings.quiet or quiet
         settings.traceback = settings.traceback or traceback
+        if not _current_folder_exists():  # relative paths mean nothing, and MKL ends the process
+            _end("Error: the current folder no longer exists: go to another one (cd).", 1)
         with plain_errors():
             return function(*args, **options)
 

@@ -76,9 +76,9 @@ def chat(
             thinking=thinking,
             template=source,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=DEFAULT.temperature if temperature is None else temperature,
             top_p=top_p,
-            top_k=top_k,
+            top_k=top_k or None,
             seed=seed,
             speculation=None
             if draft is None
@@ -92,6 +92,8 @@ class _Terminal:
 
     def __init__(self, chat: Chat, show_thinking: bool) -> None:
         self.chat, self.show_thinking = chat, show_thinking
+        if sys.stdin is None:
+            raise ValueError("standard input is closed, so there is no message to answer.")
         self.interactive = sys.stdin.isatty()
 
     def run(self) -> None:

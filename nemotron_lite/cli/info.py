@@ -31,11 +31,14 @@ def info(
         from nemotron_lite.cli import tables
 
         config, chosen = read_config(model), get_recipe(precision)
-        say(f"{model}  {config.num_layers} layers  {config.pattern}\n")
-        if model not in PRESETS and any(Path(model).glob("*.safetensors")):
+        say(f"{model}: {config.num_layers} layers", style="bold")
+        say(f"{config.pattern}\n")
+        if model not in PRESETS and not Path(model).is_file():
             from nemotron_lite.checkpoint import storage_summary
+            from nemotron_lite.checkpoint.locations import resolve
 
-            out.print(tables.stored_table(storage_summary(model)))
+            if any(resolve(model).glob("*.safetensors")):
+                out.print(tables.stored_table(storage_summary(model)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))

@@ -22,19 +22,26 @@ TRAINING_BYTES = 16  # per parameter, in float32: weight, gradient and AdamW's t
 
 
 def read_config(which: str) -> NemotronConfig:
-    """The config of a preset, of a config.json or of a folder that has one.
+    """The config of a preset, of a config.json, of a folder that has one, or of a hub id.
 
     Raises:
         ConfigError: an unknown preset, or sizes that do not fit together.
         ValueError: the file is missing, or it is no readable JSON.
     """
     path = Path(which)
-    if which in PRESETS or not path.exists():
+    if which in PRESETS or ("/" not in which and not path.exists()):
         return NemotronConfig.from_preset(which)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no config.json in {path}: give a checkpoint folder or a preset.")
-    return NemotronConfig.from_hf(read_json(file))
+    if not path.is_dir() and path.exists():  # a file, or something that is refused with its kind
+        return NemotronConfig.from_hf(read_json(path))
+    from nemotron_lite.checkpoint.locations import resolve
+
+    file = resolve(which) / "config.json"
+    try:
+        return NemotronConfig.from_hf(read_json(file))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no config.json in {file.parent}: give a checkpoint folder or a preset."
+        ) from None
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -31,6 +31,7 @@ from contextlib import suppress
 from typing import Any
 
 STYLES = {"bold": "1", "dim": "2", "red": "1;31"}  # codes of ECMA-48
+NARROWEST = 40  # characters of a line
 _ERRORS = "nemotron_lite.as_it_is"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -47,12 +48,19 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the smallest free number, which is this one
     codecs.register_error(_ERRORS, _encode_as_it_is)
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, _ERRORS), (sys.stderr, _ERRORS)):
         if isinstance(stream, io.TextIOWrapper):
             encoding = stream.encoding
             if _is_ascii(encoding) and not os.environ.get("PYTHONIOENCODING"):
                 encoding = "utf-8"
-            stream.reconfigure(encoding=encoding, errors=_ERRORS)
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def ignore_absurd_width() -> None:
+    """Forget a `COLUMNS` in which nothing could be read; rich reads it when a console is made."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isascii() and columns.isdigit() and int(columns[-9:]) < NARROWEST:
+        del os.environ["COLUMNS"]
 
 
 def write(text: str, *, stream: Any = None, style: str = "") -> None:

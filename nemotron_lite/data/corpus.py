@@ -140,6 +140,8 @@ def load_corpus(
     wanted = integer("held_out_bytes", held_out_bytes, low=0, high=TEXT_LIMIT)
     if root is not None and not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is {type(root).__name__}: expected the path of a folder or a file.")
+    if not isinstance(text_field, str):
+        raise TypeError(f"text_field is {type(text_field).__name__}: expected a text.")
     place = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
     found, documents = _read(place, text_field)
     left_out = described(found.skipped)

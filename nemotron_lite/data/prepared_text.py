@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -26,12 +27,14 @@ from nemotron_lite.arguments import integer
 from nemotron_lite.data import text_cache
 from nemotron_lite.data.baselines import measure_baselines
 from nemotron_lite.data.batches import concatenate_documents
+from nemotron_lite.data.checks import several
 from nemotron_lite.data.corpus import Corpus, load_corpus
 from nemotron_lite.data.text_cache import DamagedCacheError
 from nemotron_lite.data.text_data import TextData
 from nemotron_lite.data.text_files import TEXT_LIMIT
 from nemotron_lite.data.tokenizer import (
     END_OF_TEXT_ID,
+    LARGEST_ID,
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     encode_documents,
@@ -48,7 +51,7 @@ def prepare(
     held_out_bytes: SupportsIndex = 192 * 1024,
     cache: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
-    special_ids: tuple[int, int] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
+    special_ids: Sequence[SupportsIndex] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
     text_field: str = "text",
 ) -> TextData:
     """Read the corpus, train the tokenizer, encode, and measure the baselines; or read the cache.
@@ -71,6 +74,9 @@ def prepare(
     """
     vocab_size = integer("vocab_size", vocab_size, low=SMALLEST_VOCABULARY, high=LARGEST_VOCABULARY)
     held_out_bytes = integer("held_out_bytes", held_out_bytes, low=1, high=TEXT_LIMIT)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
+    begin, end = _two_ids(special_ids)
     corpus = load_corpus(root, held_out_bytes=held_out_bytes, text_field=text_field)
     if cache is not None and not isinstance(cache, str | os.PathLike):
         raise TypeError(f"cache is {type(cache).__name__}: expected the path of a folder.")
@@ -81,12 +87,13 @@ def prepare(
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
         "vocab_size": vocab_size,
         "held_out_bytes": held_out_bytes,
+        "begin": begin,
+        "end": end,
         "text": corpus.fingerprint(),
     }
     if tokenizer is not None:
         del key["vocab_size"]
         key["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-        key["begin"], key["end"] = special_ids
     place = Path(cache) if cache is not None else text_cache.cache_folder()
     try:
         if cache is not None and b"\0" in os.fsencode(cache):
@@ -98,7 +105,7 @@ def prepare(
             "There is no home directory to keep the prepared text in, so it is prepared again each "
             "time. Set XDG_CACHE_HOME to a folder that can be written."
         )
-        return text_cache.make_text(*_build(corpus, tokenizer or vocab_size, special_ids, key))
+        return text_cache.make_text(*_build(corpus, tokenizer or vocab_size, (begin, end), key))
     folder = text_cache.text_folder(place, key)
     found, _ = _look(folder, key)
     if found is not None:
@@ -109,7 +116,7 @@ def prepare(
             return found
         if fault:
             _log.warning("%s. The text is prepared again.", fault)
-        files, meta = _build(corpus, tokenizer or vocab_size, special_ids, key)
+        files, meta = _build(corpus, tokenizer or vocab_size, (begin, end), key)
         try:
             text_cache.write_text(folder, files, meta)
         except (OSError, ValueError) as error:
@@ -133,6 +140,14 @@ def _look(folder: Path, key: text_cache.Key) -> tuple[TextData | None, str]:
         return text_cache.read_text(folder, key), ""
     except DamagedCacheError as error:
         return None, str(error)
+
+
+def _two_ids(special_ids: Any) -> tuple[int, int]:
+    found = several("special_ids", special_ids, "two token ids")
+    if len(found) != 2:
+        raise ValueError(f"special_ids has {len(found)} entries: expected two token ids.")
+    begin, end = (integer("special_ids", token, low=0, high=LARGEST_ID) for token in found)
+    return begin, end
 
 
 def _build(
