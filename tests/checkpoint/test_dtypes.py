@@ -46,7 +46,7 @@ def works(model: Nemotron) -> Tensor:
     with torch.no_grad():
         logits = model(TOKENS).logits
     assert bool(logits.isfinite().all())
-    assert len(generate(model, [[1, 2, 3]], 4)[0]) == 4
+    assert 1 <= len(generate(model, [[1, 2, 3]], 4, temperature=0.0)[0]) <= 4
     model.train()
     model(TOKENS, mtp_depths=2).logits.float().logsumexp(-1).sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("mtp"))
