@@ -364,6 +364,11 @@ class Cache:
             ValueError: a draft is waiting.
         """
         self._refuse_draft()
+        if self.broken_by:
+            raise ValueError(
+                f"this cache cannot be saved: a call ended in the middle ({self.broken_by}), and "
+                "its layers may have read different numbers of tokens."
+            )
         tensors: dict[str, Tensor] = {}
         extras: dict[str, Any] = {}
         for prefix, caches, lengths in (
@@ -432,6 +437,8 @@ def _repeated(values: list[Any], times: int) -> list[Any]:
 
 def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:
     first = lengths[0]
-    if all(length == first for length in lengths):
+    # Counted, not compared one by one: for `length == first` TorchInductor (torch 2.13) writes code
+    # that reads a variable which it never sets.
+    if lengths.count(first) == len(lengths):
         return first
     return torch.tensor(lengths, dtype=torch.int64, device=device)

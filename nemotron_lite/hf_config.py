@@ -144,6 +144,11 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     if config.get("num_key_value_heads", 0) is None:  # one key head per query head
         values["num_key_value_heads"] = values["num_attention_heads"]
     values["moe_latent_size"] = config.get("moe_latent_size")
+    if values["moe_latent_size"] is not None and not _is_a(values["moe_latent_size"], int):
+        problems.append(
+            f"moe_latent_size is {shown(values['moe_latent_size'])}; it must be a whole number or "
+            "null"
+        )
     values["eos_token_id"] = _eos(config, problems)
     values["time_step_limit"] = _limit(config, problems)
     # `without_dt_clamp` writes the real value here, because time_step_min then means "no clamp".

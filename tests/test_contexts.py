@@ -278,7 +278,9 @@ def test_a_cache_is_continued_in_another_mode(
     assert_near(found, expected, torch.bfloat16 if ssm else None)
     with MODES[modes[0]]():
         copies = [cache.clone(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
-    cache.mtp[0].reserve(40)
+    with MODES[modes[0]]():
+        twice = cache.repeat(2)
+        cache.mtp[0].reserve(40)
     new = _tokens(2, 3)
     with MODES[modes[1]]():
         wanted = model(new, cache).logits
@@ -287,6 +289,8 @@ def test_a_cache_is_continued_in_another_mode(
             model(new[:, :1], one)
             model(new, one, draft=True)
             one.accept(2)
+        model(_tokens(4, 3), twice)
+        model(_tokens(4, 1), twice)
 
 
 def test_what_is_made_in_inference_mode_can_be_trained(model: Nemotron) -> None:
@@ -387,6 +391,9 @@ def test_the_default_device_decides_about_new_models_only(
         model(TEXT[:, 10:11], cache)
         cache.save(tmp_path / "cache")
         assert Cache.load(tmp_path / "cache").lengths.tolist() == [11, 8]
+        for options in ({}, {"top_k": 5}, {"speculation": SpeculationOptions()}):
+            found = generate(model, [[1, 2], [3]], 5, stop=(), seed=0, **options)
+            assert [len(row) for row in found] == [5, 5]
 
 
 @pytest.mark.parametrize("meta", ["tokens", "weights", "both"])

@@ -110,11 +110,12 @@ def read_tree(model: object) -> ModelTree:
         return tree
     _walk(tree, inside, "", ())
     tree.problems += _wrong_tensors(tree.tensors, tree.packed)
-    if not isinstance(inside.config, NemotronConfig):
-        kind = type(inside.config).__name__
-        tree.problems.append(f"model.config is a {kind}; expected a NemotronConfig")
+    config: object = inside.config
+    if isinstance(config, NemotronConfig):
+        tree.problems += _differences(tree, _reference(config))
     else:
-        tree.problems += _differences(tree, _reference(inside.config))
+        kind = type(config).__name__
+        tree.problems.append(f"model.config is a {kind}; expected a NemotronConfig")
     return tree
 
 
@@ -318,11 +319,11 @@ def _expected(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, where packed layers have others than plain ones."""
     shapes = dict(plain_shapes)
-    for name, module in tree.packed.items():
+    for name, packed in tree.packed.items():
         plain = name if name in shapes else f"{name}.weight"
-        shape = shapes.pop(plain, module.shape)
-        stored = stored_tensors(module.format, shape)
-        present = module.tensors()
+        shape = shapes.pop(plain, packed.shape)
+        stored = stored_tensors(packed.format, shape)
+        present = packed.tensors()
         shapes |= {f"{name}.{leaf}": size for leaf, (size, _) in stored.items() if leaf in present}
     for name, module in tree.modules.items():
         if isinstance(module, LinearWithKVScale):

@@ -37,7 +37,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
 import torch
 from tokenizers import Tokenizer
@@ -91,7 +91,7 @@ def save(
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: SupportsIndex = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` into the folder `path`, replacing a checkpoint that is there.
 
@@ -126,7 +126,7 @@ def save(
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
     tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
-    problems = tree.problems + _tokenizer_problems(tree.model, tokenizer)
+    problems = tree.problems or _tokenizer_problems(tree.model, tokenizer)
     if problems:
         raise CheckpointError(folder, problems)
     others = files_to_write(tree.model, folder, tokenizer)

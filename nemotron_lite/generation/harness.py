@@ -28,6 +28,7 @@ partial results; the harness's own `--use_cache` works.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ from nemotron_lite.generation.options import GenerationOptions
 from nemotron_lite.generation.score import BATCH_SIZE, score
 from nemotron_lite.model import Nemotron
 
+_log = logging.getLogger(__name__)
+
 MAX_GEN_TOKS = 256  # lm_eval's own default
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -57,7 +60,8 @@ class HarnessModel:
         batch_size: texts that are read together; "auto" is the default number.
         max_gen_toks: the most tokens of a generated text, where a task does not say.
         dtype: of the weights, such as "bfloat16"; None keeps the checkpoint's.
-        device: where a checkpoint is loaded to.
+        device: where a checkpoint is loaded to. lm_eval's command gives "cuda" where nobody says
+            anything; without a GPU that is the CPU, with a line in the log.
         packed: keep quantized weights packed.
 
     Raises:
@@ -79,6 +83,9 @@ class HarnessModel:
             kind = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
             if dtype not in (None, "auto") and not isinstance(kind, torch.dtype):
                 raise ValueError(f"dtype={shown(dtype)}: expected a dtype such as bfloat16.")
+            if str(device).startswith("cuda") and not torch.cuda.is_available():
+                _log.warning("device=%s, but there is no GPU: the CPU is used.", device)
+                device = "cpu"
             self.model = Nemotron.from_pretrained(
                 pretrained, dtype=kind, device=device or "cpu", packed=packed
             )

@@ -66,4 +66,4 @@ def pad_right(rows: list[list[int]]) -> tuple[Int[Tensor, "b t"], list[int]]:
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     padded = [row + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64), lengths
+    return torch.tensor(padded, dtype=torch.int64, device="cpu"), lengths

@@ -118,7 +118,10 @@ class RandomStreams:
 
     def uniforms(self, count: int, device: torch.device) -> Float[Tensor, "b count"]:
         """`count` numbers in [0, 1) for each row, in float64."""
-        drawn = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators]
+        drawn = [
+            torch.rand(count, generator=g, dtype=torch.float64, device="cpu")
+            for g in self.generators
+        ]
         return torch.stack(drawn).to(device)
 
 

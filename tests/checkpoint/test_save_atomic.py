@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_lite import Nemotron, NemotronConfig, folder_replacement, load, save
+from nemotron_lite import Nemotron, NemotronConfig, files, folder_replacement, load, save
 from nemotron_lite.checkpoint import saving
 from nemotron_lite.files import atomic_folder
 
@@ -40,8 +40,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    found = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
@@ -60,7 +60,7 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         (saving, "_write_json", 1),
         (saving, "_write_json", 2),
         (folder_replacement, "_keep_other_files", 1),
-        (folder_replacement, "sync_tree", 1),
+        (files, "sync_tree", 1),
     ],
 )
 def test_interruption_leaves_the_old_checkpoint(

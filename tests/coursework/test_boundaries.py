@@ -356,7 +356,7 @@ def test_a_full_disk_leaves_the_old_results_and_saves_the_scores(
     assert "No space left on device" in told
     assert str(rescue) in told
     assert json.loads((out / "scores.json").read_text())["seed"] == "first"
-    assert (rescue / "scores.csv").read_text().count("honest") == 1
+    assert (rescue / "scores.csv").read_text().count('"honest"') == 1
     assert not [name for name in os.listdir(tmp_path) if "saving" in name]
 
 

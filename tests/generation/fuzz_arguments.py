@@ -23,6 +23,7 @@ import torch
 
 from nemotron_lite import Cache, GenerationOptions, Nemotron, NemotronConfig, SpeculationOptions
 from nemotron_lite.data.tokenizer import train_tokenizer
+from nemotron_lite.generation.defaults import FIELDS, default_options
 from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationSettings
 
@@ -107,6 +108,10 @@ GOOD: dict[str, list[Any]] = {
     "return_details": [True, np.bool_(True)],
     "cache": [None],
 }
+JSON_VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 2.5, 10**30, 1e300, -1e-300, "", "hot", "1", [], [1], [1, "a"], {},
+    {"a": 1},
+]  # fmt: skip
 OPTIONS = sorted(GenerationSettings.__annotations__)
 OTHERS = [
     "prompts", "max_new_tokens", "options", "cache", "num_samples", "return_statistics",
@@ -234,6 +239,14 @@ def main(calls: int, seed: int) -> None:
                 except Exception:
                     shown[name] = type(value).__name__
             sys.stdout.write(f"{number}: {verdict}\n    {shown!a}\n")
+    for name in (*FIELDS, "do_sample", "eos_token_id"):
+        for value in JSON_VALUES:
+            model.companion_files["generation_config.json"] = json.dumps({name: value}).encode()
+            try:
+                default_options(model)
+            except ValueError as error:
+                if f"generation_config.json: {name}" not in str(error):
+                    sys.stdout.write(f"generation_config.json {name}={value}: {error}\n")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
     summary = {"counts": counts, "slowest": slowest, "grown": grown}
     sys.stdout.write(json.dumps(summary) + "\n")

@@ -264,7 +264,7 @@ class SpeculativeDecoding(Decoding):
 
 def _uniform_or_each(counts: list[int]) -> int | Int[Tensor, "b"]:
     """One number where all rows agree, which is faster."""
-    return counts[0] if len(set(counts)) == 1 else torch.tensor(counts)
+    return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device="cpu")
 
 
 def _draft_lengths(
