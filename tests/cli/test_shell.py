@@ -86,7 +86,8 @@ CASES = {
         generate("x", "--samples", "2", "--json"),
         0,
         raw(
-            r'(\{"prompt": "x", "text": "answer", "tokens": 2, "stop_reason": "length",[^\n]*\}\n){2}'
+            r'(\{"prompt": "x", "text": "answer", "tokens": 2, '
+            r'"stop_reason": "length", [^\n]*\}\n){2}'
         ),
     ),
     "no samples": Case(generate("x", "--samples", "0"), 1, "", raw("Error: --samples 0[^\n]*\n")),
