@@ -437,6 +437,8 @@ def _repeated(values: list[Any], times: int) -> list[Any]:
 
 def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:
     first = lengths[0]
-    if all(length == first for length in lengths):
+    # Counted, not compared one by one: for `length == first` TorchInductor (torch 2.13) writes code
+    # that reads a variable which it never sets.
+    if lengths.count(first) == len(lengths):
         return first
     return torch.tensor(lengths, dtype=torch.int64, device=device)

@@ -161,18 +161,19 @@ def _replace(
     if not path.exists():
         folder_replacement.put_in_place(new, path)
         return
+    own = os.listdir(new)
     try:
         folder_replacement.exchange(new, path, replaces)
     except OSError:
         with ExitStack() as stack:
             staging, inside = _inside(stack, path)
-            for entry in list(new.iterdir()):
-                move(entry, inside / entry.name)
+            for name in own:
+                move(new / name, inside / name)
             try:
                 folder_replacement.install(staging, path, replaces, last)
             except BaseException:
-                for entry in list(inside.iterdir()):
-                    move(entry, new / entry.name)
+                for name in os.listdir(inside):
+                    move(inside / name, new / name)
                 raise
 
 

@@ -57,8 +57,12 @@ def check_call(
         raise ValueError(
             f"lengths has shape {list(lengths.shape)}; expected {shape[:1]}, one length per row."
         )
-    if lengths is not None and not bool(((lengths >= 0) & (lengths <= shape[1])).all()):
-        raise ValueError(f"lengths {lengths.tolist()} must be 0 to {shape[1]}.")
+    if lengths is not None:
+        right = ((lengths >= 0) & (lengths <= shape[1])).all()
+        if torch.compiler.is_compiling():  # the numbers are known when the program runs
+            torch._assert_async(right, f"lengths must be 0 to {shape[1]}.")
+        elif not bool(right):
+            raise ValueError(f"lengths {lengths.tolist()} must be 0 to {shape[1]}.")
     if seq_idx is not None and list(seq_idx.shape) != shape:
         raise ValueError(
             f"seq_idx has shape {list(seq_idx.shape)}; expected that of tokens, {shape}."

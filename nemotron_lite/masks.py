@@ -38,9 +38,13 @@ def keys_seen(starts: int | Int[Tensor, "b"], queries: int, keys: int) -> int:
     Raises:
         ValueError: `starts` below 0, or beyond the keys.
     """
-    values = [starts] if isinstance(starts, int) else starts.tolist()
-    seen = max(values, default=0) + queries
-    if seen > keys or min(values, default=0) < 0:
+    if isinstance(starts, int):
+        first = last = starts
+    else:
+        values = starts.tolist() or [0]
+        first, last = min(values), max(values)
+    seen = last + queries
+    if seen > keys or first < 0:
         raise ValueError(
             f"causal_attention: {keys} keys do not cover starts={starts} cached and {queries} new "
             "tokens: starts must be 0 or more. Append the new keys and values before calling."

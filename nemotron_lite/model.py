@@ -28,6 +28,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer
+from nemotron_lite.backends.private_torch import pass_to_export
 from nemotron_lite.cache import MODEL_DTYPES, Cache, as_device
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.input_checks import (
@@ -90,6 +91,11 @@ class Output(Hidden):
     mtp_logits: list[Tensor] = field(default_factory=list)
 
 
+for _result in (Hidden, Output):  # so that torch.export can return them
+    torch.export.register_dataclass(_result)
+pass_to_export(Cache)  # `forward` says what to do instead
+
+
 class Backbone(nn.Module):
     """Everything between token ids and the head."""
 
@@ -143,11 +149,9 @@ class Backbone(nn.Module):
         tokens: Int[Tensor, "b t"],
         cache: Sequence[LayerCache | None] | None,
         context: ForwardContext,
-        router_stats: bool = False,
-    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-        """The residual stream after the final norm, and the router statistics if `router_stats`."""
-        x, stats = run_layers(self.layers, self.embed(tokens), cache, context, router_stats)
-        return self.norm_f(x), stats
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream after the final norm."""
+        return self.norm_f(run_layers(self.layers, self.embed(tokens), cache, context))
 
 
 class Nemotron(nn.Module):
@@ -233,12 +237,17 @@ class Nemotron(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.lm_head.weight.device
+        return self._some_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self.lm_head.weight.dtype
+        return self._some_weight().dtype
+
+    def _some_weight(self) -> Tensor:
+        """The head's matrix; the first parameter where the head is an adapter or computes it."""
+        weight = self.lm_head._parameters.get("weight")
+        return next(self.parameters()) if weight is None else weight
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -338,7 +347,10 @@ class Nemotron(nn.Module):
             ValueError: weights that are not float32 on the CPU.
         """
         for module in self.modules():
-            if isinstance(module, Linear) and module.weight.numel() >= smallest:
+            # A weight that a parametrization computes is not here, and is not asked for: asking
+            # would compute it, and may change it.
+            weight = module._parameters.get("weight")
+            if isinstance(module, Linear) and weight is not None and weight.numel() >= smallest:
                 module.prepare_for_decoding()
         self._prepared = True
         return self
@@ -361,7 +373,8 @@ class Nemotron(nn.Module):
         router_stats: bool = False,
         logits_to_keep: SupportsIndex = 0,
         draft: bool = False,
-    ) -> Output:
+        apply_head: bool = True,
+    ) -> Output | Hidden:
         """Logits for every token, or for the last ones of each row.
 
         Args:
@@ -378,6 +391,7 @@ class Nemotron(nn.Module):
                 with fewer than n real tokens repeats the logits of its first token before them.
             draft: read a draft without advancing the cache. `cache.accept(counts)` then takes in
                 its first `counts` tokens.
+            apply_head: False returns what `forward_hidden` does.
 
         Under autocast the linear layers compute in its dtype. Cache and residual stream keep the
         dtype of the weights, so a cache can be continued outside of autocast, and the reverse.
@@ -389,15 +403,11 @@ class Nemotron(nn.Module):
         tokens = to_int64("tokens", tokens)
         lengths = None if lengths is None else to_int64("lengths", lengths)
         logits_to_keep = check_logits_to_keep(logits_to_keep, tokens)
-        found = self.forward_hidden(
-            tokens,
-            cache,
-            lengths=lengths,
-            seq_idx=seq_idx,
-            mtp_depths=mtp_depths,
-            router_stats=router_stats,
-            draft=draft,
+        found = self._hidden(
+            tokens, cache, lengths, seq_idx, mtp_depths, router_stats=router_stats, draft=draft
         )
+        if not apply_head:
+            return found
         logits = self.head(_last_tokens(found.hidden, lengths, logits_to_keep))
         if cache is not None and logits.requires_grad and not torch.compiler.is_compiling():
             logits = _NoGradient.apply(logits)
@@ -420,83 +430,107 @@ class Nemotron(nn.Module):
         router_stats: bool = False,
         draft: bool = False,
     ) -> Hidden:
-        """`forward` without the head, for a loss that applies the head piece by piece."""
+        """`forward` without the head, for a loss that applies the head piece by piece.
+
+        It is a call of the model: hooks on the model run, and a model that was compiled in place
+        (`model.compile()`) runs compiled.
+        """
+        return self(
+            tokens,
+            cache,
+            lengths=lengths,
+            seq_idx=seq_idx,
+            mtp_depths=mtp_depths,
+            router_stats=router_stats,
+            draft=draft,
+            apply_head=False,
+        )
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        cache: Cache | None,
+        lengths: Tensor | None,
+        seq_idx: Tensor | None,
+        mtp_depths: int,
+        *,
+        router_stats: bool,
+        draft: bool,
+    ) -> Hidden:
+        if cache is not None and torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export cannot follow a cache that a model changes in place: export "
+                "nemotron_lite.generation.decode_step.DecodeStep(model), which takes and returns "
+                "the cache as tensors."
+            )
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
-        tokens = to_int64("tokens", tokens)
-        lengths = None if lengths is None else to_int64("lengths", lengths)
         seq_idx = None if seq_idx is None else to_int64("seq_idx", seq_idx)
         if type(mtp_depths) is not int:
             mtp_depths = integer("mtp_depths", mtp_depths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)
+        stats: list[RouterStats] | None = [] if router_stats else None
         if cache is not None and draft:
             with torch.no_grad():
-                context = ForwardContext(cache.starts, draft=True)
-                hidden, stats = self.backbone(tokens, cache.layers, context, router_stats)
+                context = ForwardContext(cache.starts, draft=True, router_stats=stats)
+                hidden = self.backbone(tokens, cache.layers, context)
             cache.draft_length = tokens.shape[1]
         elif cache is not None:
             with torch.no_grad():
-                hidden, stats = self._continue(tokens, cache, lengths, router_stats)
+                hidden = self._continue(tokens, cache, lengths, stats)
         elif torch.is_grad_enabled() or seq_idx is not None or tokens.shape[1] <= segment(tokens):
-            context = ForwardContext(lengths=lengths, seq_idx=seq_idx)
-            hidden, stats = self.backbone(tokens, None, context, router_stats)
+            context = ForwardContext(lengths=lengths, seq_idx=seq_idx, router_stats=stats)
+            hidden = self.backbone(tokens, None, context)
         else:
             cache = self.empty_cache(*tokens.shape)
-            hidden, stats = self._continue(tokens, cache, lengths, router_stats)
-        depths: list[Tensor] = []
-        if mtp_depths:
-            depths, more = self._apply_mtp(hidden, tokens, seq_idx, mtp_depths, router_stats)
-            stats += more
-        return Hidden(hidden, depths, stats)
+            hidden = self._continue(tokens, cache, lengths, stats)
+        depths = self._apply_mtp(hidden, tokens, seq_idx, stats, mtp_depths) if mtp_depths else []
+        # A copy: if a backward pass computes layers again, their routers append to `stats` again.
+        return Hidden(hidden, depths, list(stats or []))
 
     def _continue(
         self,
         tokens: Int[Tensor, "b t"],
         cache: Cache,
         lengths: Int[Tensor, "b"] | None,
-        router_stats: bool,
-    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
+        stats: list[RouterStats] | None,
+    ) -> Float[Tensor, "b t d"]:
         """Read tokens after a cache, segment by segment; in one pass for router statistics."""
         total, longest = tokens.shape[1], segment(tokens)
-        if total > longest and not router_stats:
+        if total > longest and stats is None:
             check_vocabulary(self.config, tokens)
             parts = []
             for start in range(0, total, longest):
                 part = tokens[:, start : start + longest]
                 real = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
-                parts.append(self._continue(part, cache, real, False)[0])
-            return torch.cat(parts, dim=1), []
-        context = ForwardContext(cache.starts, lengths)
-        hidden, stats = self.backbone(tokens, cache.layers, context, router_stats)
+                parts.append(self._continue(part, cache, real, None))
+            return torch.cat(parts, dim=1)
+        context = ForwardContext(cache.starts, lengths, router_stats=stats)
+        hidden = self.backbone(tokens, cache.layers, context)
         cache.advance(total if lengths is None else lengths)
-        return hidden, stats
+        return hidden
 
     def _apply_mtp(
         self,
         hidden: Float[Tensor, "b t d"],
         tokens: Int[Tensor, "b t"],
         seq_idx: Int[Tensor, "b t"] | None,
+        stats: list[RouterStats] | None,
         depths: int,
-        router_stats: bool,
-    ) -> tuple[list[Tensor], list[RouterStats]]:
+    ) -> list[Tensor]:
         """Apply the MTP module `depths` times; each depth has one position fewer."""
         assert self.mtp is not None
         embedded = self.backbone.embed(tokens)
         found: list[Tensor] = []
-        stats: list[RouterStats] = []
         for depth in range(1, depths + 1):
             count = tokens.shape[1] - depth
-            context = ForwardContext(seq_idx=None if seq_idx is None else seq_idx[:, :count])
-            hidden, later = hidden[:, :count], embedded[:, depth:]
-            if router_stats:
-                hidden, more = self.mtp.forward_with_stats(hidden, later, context)
-                stats += more
-            else:
-                hidden = self.mtp(hidden, later, context=context)
+            documents = None if seq_idx is None else seq_idx[:, :count]
+            context = ForwardContext(seq_idx=documents, router_stats=stats)
+            hidden = self.mtp(hidden[:, :count], embedded[:, depth:], context=context)
             found.append(hidden)
-        return found, stats
+        return found
 
     def head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits in float32 (float64 for a float64 model)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemotron_lite import ops
 from nemotron_lite.cache import Cache
-from nemotron_lite.layers import Mamba2, MambaCache
+from nemotron_lite.layers import ForwardContext, Mamba2, MambaCache
 from nemotron_lite.layers.mamba2 import MambaDraft
 
 
@@ -37,7 +37,9 @@ class CopiedStates(MambaDraft):
         return self.slots[counts, torch.arange(len(counts), device=counts.device)]
 
 
-def _read_token_by_token(self: Mamba2, u: Tensor, cache: MambaCache) -> Tensor:
+def _read_token_by_token(
+    self: Mamba2, u: Tensor, cache: MambaCache, context: ForwardContext
+) -> Tensor:
     z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
     window = torch.cat([cache.conv, raw], dim=1)
     taps = self.conv1d.weight.squeeze(1)

@@ -199,6 +199,28 @@ def test_files_are_copied_where_the_disk_cannot_rename_them(
     assert read(path) == AFTER
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_without_hard_links_other_files_are_not_touched(
+    path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """Not even copied: another program may have them open."""
+    write(path, {"log.csv": "1\n", "zeta": "mine"})
+    kept = ("notes.txt", "log.csv", "zeta", "more/own.txt")
+    before = {name: (path / name).stat().st_ino for name in kept}
+    real, calls = os.link, iter(range(100))
+
+    def link(*arguments: Any, **options: Any) -> None:
+        if next(calls) >= fails_at:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(folder_replacement.os, "link", link)
+    replace(path)
+    assert read(path) == AFTER | {"log.csv": "1\n", "zeta": "mine"}
+    assert {name: (path / name).stat().st_ino for name in kept} == before
+    assert os.listdir(path.parent) == ["m"]
+
+
 def test_a_running_replacement_is_waited_for(path: Path, in_place: None) -> None:
     """`recover` takes what another process is doing for finished only when it is."""
     started, seen = threading.Event(), []

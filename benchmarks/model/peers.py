@@ -196,7 +196,7 @@ def train_step_peer(model: Any, optimizer: torch.optim.Optimizer, tokens: Tensor
 def gradients_ours(model: Any, tokens: Tensor) -> Tensor:
     """Forward and backward pass of next-token training; the loss."""
     hidden = model.forward_hidden(tokens).hidden
-    loss = token_loss(hidden, [], model.lm_head.weight, Batch(tokens), mtp_weight=0.0).total
+    loss = token_loss(hidden, [], model.lm_head, Batch(tokens), mtp_weight=0.0).total
     loss.backward()
     return loss.detach()
 

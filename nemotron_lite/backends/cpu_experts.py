@@ -44,16 +44,26 @@ def expert_mlp(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Te
     if torch.is_grad_enabled():
         return _SortedExperts.apply(z, cast(up, z.dtype), cast(down, z.dtype), weights, indices)
     # Without gradients, matrices of another dtype are cast when they are used: few of them are.
-    pairs = indices.numel()
-    crowded = pairs >= PADDED_ROWS * up.shape[0]  # enough rows for a product per expert
-    if not crowded and pairs * up[0].numel() <= COPIED:
-        return _pair_by_pair(z, up, down, weights, indices)
-    if crowded and z.is_cpu and z.dtype == torch.bfloat16:
+    if multiplies_pair_by_pair(up, indices):
+        return pair_by_pair(z, up, down, weights, indices)
+    if _is_crowded(up, indices) and z.is_cpu and z.dtype == torch.bfloat16:
         return _in_batches(z, up, down, weights, indices)
     return _sorted_forward(z, up, down, weights, indices)[0]
 
 
-def _pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+def _is_crowded(up: Tensor, indices: Tensor) -> bool:
+    """Whether there are enough rows for a product per expert."""
+    return indices.numel() >= PADDED_ROWS * up.shape[0]
+
+
+def multiplies_pair_by_pair(up: Tensor, indices: Tensor) -> bool:
+    """Whether, without gradients, the matrices of every pair are copied side by side."""
+    pairs = indices.numel()
+    return not _is_crowded(up, indices) and pairs * up[0].numel() <= COPIED
+
+
+def pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """The form for few pairs, without gradients: one batched product."""
     (tokens, k), chosen = indices.shape, indices.flatten()
     rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, z.shape[1])
     # A row times a matrix, not a matrix times a column: MKL's batches are twice as fast this way.
@@ -171,23 +181,58 @@ class _SortedExperts(torch.autograd.Function):
     @exact_backward
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         z, up, down, weights, hidden = ctx.saved_tensors
-        order: _Order = ctx.order
-        pair_weights = weights.flatten()[order.pairs].unsqueeze(-1)
-        rows, grad_rows = z[order.tokens], grad[order.tokens]
-        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
-        grad_inputs = torch.empty_like(rows)
-        grad_pairs = rows.new_empty(rows.shape[0])
-        for e, start, stop in order.blocks:
-            positive = hidden[start:stop].clamp(min=0)
-            active = positive.square()
-            grad_answer = grad_rows[start:stop]
-            # <grad, W2 a> = <W2^T grad, a>: one product serves the weights' and the rows' gradient
-            grad_active = torch.mm(grad_answer, down[e])
-            torch.linalg.vecdot(grad_active, active, out=grad_pairs[start:stop])
-            scale = pair_weights[start:stop]
+        needs = ctx.needs_input_grad[1:3]
+        return (*_backward(grad, z, up, down, weights, hidden, ctx.order, needs), None)
+
+
+def gradients(
+    grad: Tensor,
+    z: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Those of z, up, down and weights, for a caller that kept nothing of the forward pass.
+
+    Args:
+        needs: whether `up` and `down` need one; None comes back for a frozen matrix.
+    """
+    _, order, hidden = _sorted_forward(z, up, down, weights, indices, keep=True)
+    assert hidden is not None
+    return _backward(grad, z, up, down, weights, hidden, order, needs)
+
+
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    order: _Order,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    pair_weights = weights.flatten()[order.pairs].unsqueeze(-1)
+    rows, grad_rows = z[order.tokens], grad[order.tokens]
+    grad_up = torch.zeros_like(up) if needs[0] else None
+    grad_down = torch.zeros_like(down) if needs[1] else None
+    grad_inputs = torch.empty_like(rows)
+    grad_pairs = rows.new_empty(rows.shape[0])
+    for e, start, stop in order.blocks:
+        positive = hidden[start:stop].clamp(min=0)
+        active = positive.square()
+        grad_answer = grad_rows[start:stop]
+        # <grad, W2 a> = <W2^T grad, a>: one product serves the weights' and the rows' gradient
+        grad_active = torch.mm(grad_answer, down[e])
+        torch.linalg.vecdot(grad_active, active, out=grad_pairs[start:stop])
+        scale = pair_weights[start:stop]
+        if grad_down is not None:
             torch.mm(grad_answer.t(), active.mul_(scale), out=grad_down[e])
-            grad_hidden = grad_active.mul_(positive).mul_(scale * 2)
+        grad_hidden = grad_active.mul_(positive).mul_(scale * 2)
+        if grad_up is not None:
             torch.mm(grad_hidden.t(), rows[start:stop], out=grad_up[e])
-            torch.mm(grad_hidden, up[e], out=grad_inputs[start:stop])
-        grad_z = _combine(grad_inputs, order.places, torch.ones_like(weights))
-        return grad_z, grad_up, grad_down, grad_pairs[order.places].view_as(weights), None
+        torch.mm(grad_hidden, up[e], out=grad_inputs[start:stop])
+    grad_z = _combine(grad_inputs, order.places, torch.ones_like(weights))
+    return grad_z, grad_up, grad_down, grad_pairs[order.places].view_as(weights)

@@ -8,9 +8,16 @@ Each public function of `ops` takes `impl`:
               it also runs on other devices, and faster there than the plain form
     "gpu"     for attention: the fastest of PyTorch's own kernels on a GPU, without gradients
     "triton"  a kernel of `nemotron_kernels`, for NVIDIA GPUs (and for Triton's interpreter)
+    "traced"  the form that `torch.compile` and `torch.export` can read, where the plain one has a
+              loop over chunks or asks a tensor for its numbers (traceable.py)
     "auto"    the fastest one: the Triton kernel for tensors on an NVIDIA GPU of sm_80 or newer, if
               the operation has a kernel, it takes the dtype and triton is installed; otherwise
               "cpu"; "torch" for operations that have no tuned form
+
+While a program is compiled or exported, "auto" is "traced" or "torch", on every device. The tuned
+forms reuse scratch memory, write into their inputs and have gradients of their own. A compiler that
+reads them breaks its graph at each of these places, or fails. It plans memory and gradients itself,
+and needs the plain equations for that.
 
 Two operations decide about "auto" before they call `choose`, because they look at more than the
 tensor: `causal_attention` takes "gpu" on a GPU where no gradients are recorded, and `linear` takes
@@ -43,6 +50,8 @@ def choose(
         ValueError: `op` has no implementation called `impl`.
     """
     if impl == "auto":
+        if torch.compiler.is_compiling():
+            return implementations["traced" if "traced" in implementations else "torch"]
         if _on_gpu(x) and "triton" in implementations and _kernels_take(x):
             return implementations["triton"]
         return implementations["cpu" if "cpu" in implementations else "torch"]

@@ -80,7 +80,22 @@ def onednn_reorder(weight: Float[Tensor, "o i"]) -> Tensor:
 
 def inside_transform() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp) is running this code."""
+    if torch.compiler.is_compiling():  # a compiler cannot look, and refuses transforms itself
+        return False
     return HAS_INTERPRETERS and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def pass_to_export(kind: type) -> None:
+    """Let `torch.export` give objects of a class to a model as they are, without looking inside.
+
+    Otherwise it refuses them itself, and the model cannot say what to do instead.
+    """
+    torch.utils._pytree.register_pytree_node(
+        kind,
+        lambda thing: ([], thing),
+        lambda leaves, thing: thing,
+        flatten_with_keys_fn=lambda thing: ([], thing),
+    )
 
 
 def cpu_vendor() -> str:

@@ -286,7 +286,7 @@ def _most_common_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     counts: dict[str, int] = {}
     for item in stored:
         if item.dtype in _CODES and not item.name.endswith((ALWAYS_FLOAT32, *KEPT_FLOAT32)):
-            counts[item.dtype] = counts.get(item.dtype, 0) + item.count
+            counts[item.dtype] = counts.get(item.dtype, 0) + item.numel
     return _CODES[max(counts, key=lambda code: counts[code])] if counts else torch.bfloat16
 
 
@@ -464,10 +464,10 @@ def _read_weights(
         elif name in added:
             copy_into(name, (), torch.float32, None, value)
     if invalid:
-        first, value = next(iter(invalid.items()))
+        first, wrong = next(iter(invalid.items()))
         others = f" ({count_and_names(invalid)})" if len(invalid) > 1 else ""
         problem = (
-            f"invalid values{others}: {shown(first)} holds {value:g}; expected finite numbers, and "
+            f"invalid values{others}: {shown(first)} holds {wrong:g}; expected finite numbers, and "
             "scales above 0. Copy the files again"
         )
         raise CheckpointError(folder, [problem])
@@ -500,7 +500,7 @@ def _stream(
             yield from _read(folder, batch, found)
             batch, size = [], 0.0
         batch.append((destination, item))
-        size += _BYTES.get(item.dtype, 1) * max(1, item.count)
+        size += _BYTES.get(item.dtype, 1) * max(1, item.numel)
     yield from _read(folder, batch, found)
 
 

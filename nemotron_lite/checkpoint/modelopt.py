@@ -86,7 +86,7 @@ class QuantizedModule(NamedTuple):
     @property
     def one_scale(self) -> bool:
         """Whether there is one number for the whole weight, whatever the declared strategy is."""
-        return all(item.count == 1 for part, item in self.tensors.items() if part in BLOCK_SCALES)
+        return all(item.numel == 1 for part, item in self.tensors.items() if part in BLOCK_SCALES)
 
 
 class GroupedTensors(NamedTuple):
@@ -240,7 +240,7 @@ def _fp8_problem(tensors: Mapping[str, StoredTensor], tile: tuple[int, int]) -> 
 def _fp8_algo(weight: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> str | None:
     """The format of an FP8 weight by the shape of its scales; None if they do not fit."""
     rows, cols = weight.shape
-    if scale.count == 1 and len(scale.shape) <= 2:
+    if scale.numel == 1 and len(scale.shape) <= 2:
         return FP8
     if scale.shape in ((rows,), (rows, 1)):
         return FP8_ROWS

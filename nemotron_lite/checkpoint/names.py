@@ -89,7 +89,7 @@ def split_multimodal(names: Iterable[str]) -> tuple[list[str], list[str]]:
     prefix, the text model is what has the names of a text model.
     """
     names = list(names)
-    prefixes = TEXT_PREFIXES
+    prefixes: tuple[str, ...] = TEXT_PREFIXES
     if not any(name.startswith(prefixes) for name in names):
         prefixes = (*PREFIXES, "lm_head.", "mtp.")
     text = [name for name in names if name.startswith(prefixes)]

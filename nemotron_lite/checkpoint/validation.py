@@ -51,7 +51,7 @@ def size_problem(config: NemotronConfig, stored: Iterable[StoredTensor]) -> str 
             f"config.json describes {layers:,} layers, but the files hold only {len(stored):,} "
             "tensors. Take the config.json that belongs to them"
         )
-    held = sum(item.count for item in stored)
+    held = sum(item.numel for item in stored)
     needed = parameters(config).total
     if needed > MOST_TIMES * held + SMALL:
         return (

@@ -15,8 +15,11 @@ Source: measured. Left out: matrices of experts and the embedding, which are not
 
 from __future__ import annotations
 
+import torch
+
 # Past `ops.linear`: nothing is multiplied here, the question is which library this machine uses.
 from nemotron_lite.backends.cpu_linear import prefers_onednn
+from nemotron_lite.layers import plain_weight
 from nemotron_lite.model import Nemotron
 
 MIN_TOKENS = 32  # fewer new tokens do not pay for the copies
@@ -24,6 +27,10 @@ MIN_TOKENS = 32  # fewer new tokens do not pay for the copies
 
 def prepare_weights(model: Nemotron, max_new_tokens: int = MIN_TOKENS) -> None:
     """Prepare `model` to write this many tokens per row, if it pays."""
-    head = model.lm_head.weight
-    if max_new_tokens >= MIN_TOKENS and prefers_onednn(head[:1], head):
+    if max_new_tokens < MIN_TOKENS:
+        return
+    weights = [w for m in model.modules() if (w := plain_weight(m)) is not None]
+    largest = max(weights, key=torch.Tensor.numel, default=None)
+    same = all(w.dtype == torch.float32 and w.is_cpu for w in weights)
+    if largest is not None and same and prefers_onednn(largest[:1], largest):
         model.prepare_for_decoding()

@@ -278,11 +278,12 @@ def _logprobs(
 def _not_finite(
     model: Nemotron, rows: list[_Row], numbers: list[int], scored: Tensor, found: Tensor, start: int
 ) -> FloatingPointError:
-    """The error for the first log-probability that is not finite."""
-    places = scored.nonzero()
-    row, place = places[int((~found.isfinite()).nonzero()[0])].tolist()
-    tokens = rows[row].inputs[: start + place + 1]
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens], device=model.device), logits_to_keep=1).logits[0, 0]
+    """The error for log-probabilities that are not finite.
+
+    Inside a chunk of a Mamba layer a NaN reaches earlier tokens too, so the layer and the token
+    where it began are looked for in the whole row.
+    """
+    wrong = ~found.isfinite()
+    row, place = scored.nonzero()[int(wrong.nonzero()[0])].tolist()
     step = start + place + 1 - len(rows[row].context)
-    return logits_error(model, logits, row=numbers[row], step=step, tokens=tokens)
+    return logits_error(model, found, row=numbers[row], step=step, tokens=rows[row].inputs)

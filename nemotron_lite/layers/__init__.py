@@ -6,7 +6,7 @@ moe         LatentMoE      mlp         two matrices
 block       a norm, one mixer and the residual sum; which mixer each pattern letter stands for
 mtp         the multi-token prediction module
 context     the positions of one call's tokens
-linear, norm   a matrix; RMSNorm
+linear, norm, conv   a matrix; RMSNorm; the causal convolution
 
 All mixers are called alike, `mixer(x, cache, context)`: the tokens, the layer's cache (changed in
 place), and the positions of the tokens.
@@ -15,7 +15,8 @@ place), and the positions of the tokens.
 from nemotron_lite.layers.attention import Attention, KVCache
 from nemotron_lite.layers.block import MIXERS, Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.conv import CausalConv1d
+from nemotron_lite.layers.linear import Linear, plain_weight
 from nemotron_lite.layers.mamba2 import GatedRMSNorm, Mamba2, MambaCache
 from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
 from nemotron_lite.layers.mlp import MLP
@@ -30,6 +31,7 @@ __all__ = [
     "Attention",
     "Block",
     "CacheOptions",
+    "CausalConv1d",
     "Experts",
     "ForwardContext",
     "GatedRMSNorm",
@@ -45,5 +47,6 @@ __all__ = [
     "RMSNorm",
     "Router",
     "RouterStats",
+    "plain_weight",
     "run_layers",
 ]

@@ -158,28 +158,18 @@ class Attention(Mixer):
         x: Float[Tensor, "b t d"],
         cache: KVCache | None = None,
         context: ForwardContext = ForwardContext(),
-    ) -> Float[Tensor, "b t d"]:
+    ) -> Float[Tensor, "b _ d"]:
         """Attend to this call's tokens and, with a cache, to those before them."""
-        q = self._heads(self.q_proj(x))
         k = self._heads(self.k_proj(x))
         v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(k, v, context.starts)
+        if context.last_only and context.seq_idx is None:
+            # Keys and values of every token, but one query for each row.
+            x, context = context.last_tokens(x), context.at_last(x)
+        q = self._heads(self.q_proj(x))
         y = ops.causal_attention(q, k, v, starts=context.starts, seq_idx=context.seq_idx)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def forward_last(
-        self, x: Float[Tensor, "b t d"], cache: KVCache | None, context: ForwardContext
-    ) -> Float[Tensor, "b 1 d"]:
-        """Keys and values of every token, but a query of each row's last real token only."""
-        if cache is None:
-            return super().forward_last(x, cache, context)
-        k, v = cache.append(
-            self._heads(self.k_proj(x)), self._heads(self.v_proj(x)), context.starts
-        )
-        q = self._heads(self.q_proj(context.last_tokens(x)))
-        y = ops.causal_attention(q, k, v, starts=context.at_last(x).starts)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(context.kept(y.transpose(1, 2).flatten(2)))
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)

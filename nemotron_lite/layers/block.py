@@ -10,9 +10,7 @@ Source: reference sheet 1.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import Attention
-from nemotron_lite.layers.context import ForwardContext, RouterStats
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.mamba2 import Mamba2
 from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Mixer
 from nemotron_lite.layers.mlp import MLP
@@ -61,22 +59,10 @@ class Block(nn.Module):
         x: Float[Tensor, "b t d"],
         cache: LayerCache | None = None,
         context: ForwardContext = ForwardContext(),
-    ) -> Float[Tensor, "b t d"]:
-        """Add the mixer's output to the residual stream."""
-        return x + self.mixer(self.norm(x), cache, context)
-
-    def forward_with_stats(
-        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
-    ) -> tuple[Float[Tensor, "b t d"], RouterStats | None]:
-        """`forward`, and what the layer's router decided; None in a layer without one."""
-        y, stats = self.mixer.forward_with_stats(self.norm(x), cache, context)
-        return x + y, stats
-
-    def forward_last(
-        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
-    ) -> Float[Tensor, "b 1 d"]:
-        """`forward` for the last real token of each row; the cache takes in all tokens."""
-        return context.last_tokens(x) + self.mixer.forward_last(self.norm(x), cache, context)
+    ) -> Float[Tensor, "b _ d"]:
+        """Add the mixer's output to the residual stream; `b 1 d` with `context.last_only`."""
+        y = self.mixer(self.norm(x), cache, context)
+        return context.kept(x) + y
 
     @staticmethod
     def parameter_lines(config: NemotronConfig, kind: str) -> list[LedgerLine]:
@@ -89,30 +75,17 @@ def run_layers(
     x: Float[Tensor, "b t d"],
     cache: Sequence[LayerCache | None] | None,
     context: ForwardContext,
-    router_stats: bool = False,
-) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-    """The residual stream after `layers`, and the statistics of their routers if `router_stats`.
+) -> Float[Tensor, "b t d"]:
+    """The residual stream after `layers`.
 
     Args:
         layers: the blocks, in order.
         cache: one entry per block; None without a cache.
     """
     layers = list(layers)
-    stats: list[RouterStats] = []
     for layer, layer_cache in zip(layers, cache or [None] * len(layers), strict=True):
-        call = partial(checkpoint, use_reentrant=False) if _recomputed(layer) else _call
-        if router_stats:
-            assert isinstance(layer, Block)
-            x, found = call(layer.forward_with_stats, x, layer_cache, context)
-            stats += [] if found is None else [found]
+        if isinstance(layer, Block) and layer.recompute and torch.is_grad_enabled():
+            x = checkpoint(layer, x, layer_cache, context, use_reentrant=False)
         else:
-            x = call(layer, x, layer_cache, context)
-    return x, stats
-
-
-def _recomputed(layer: nn.Module) -> bool:
-    return isinstance(layer, Block) and layer.recompute and torch.is_grad_enabled()
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
+            x = layer(x, layer_cache, context)
+    return x

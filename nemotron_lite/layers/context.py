@@ -36,12 +36,17 @@ class ForwardContext:
             row is one text.
         draft: the tokens are a draft. Layers compute as usual, but do not advance their caches.
             They keep what `LayerCache.accept` needs to take in a part of the draft later.
+        last_only: the output of each row's last real token is all that is needed, `b 1 d`. A layer
+            takes all tokens into its cache, but may compute less.
+        router_stats: routers append what they decided here; None where nobody asks.
     """
 
     starts: int | Int[Tensor, "b"] = 0
     lengths: Int[Tensor, "b"] | None = None
     seq_idx: Int[Tensor, "b t"] | None = None
     draft: bool = False
+    last_only: bool = False
+    router_stats: list[RouterStats] | None = None
 
     def real_tokens(self, x: Float[Tensor, "b t d"]) -> Bool[Tensor, "b t"] | None:
         """True where a token is real and not padding; None when all are."""
@@ -55,6 +60,10 @@ class ForwardContext:
             return x[:, -1:]
         place = (self.lengths.to(x.device) - 1).clamp(min=0)
         return x[torch.arange(len(place), device=x.device), place].unsqueeze(1)
+
+    def kept(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b _ d"]:
+        """The tokens whose output is needed: all, or `last_tokens` with `last_only`."""
+        return self.last_tokens(x) if self.last_only else x
 
     def at_last(self, x: Float[Tensor, "b t d"]) -> ForwardContext:
         """The context of `last_tokens(x)`."""

@@ -11,6 +11,11 @@ unchanged:
 - The copy belongs to one tensor object and to its version counter, which in-place operations and
   `load_state_dict` raise.
 - A write through `weight.data` outside of training is not noticed.
+
+Some callers want the matrix and not the layer: a loss that keeps no logits, a drafter that needs a
+few rows of the head. `plain_weight` gives it to them, but only where the matrix is all there is to
+the layer. An adapter (LoRA), a parametrization or a hook makes it None, and the caller then calls
+the layer like everybody else.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from nemotron_lite import ops
 
@@ -45,7 +51,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         """Project the last axis."""
-        if self._prepacked is not None:
+        if self._prepacked is not None and not torch.compiler.is_compiling():
             if torch.is_grad_enabled():
                 self.drop_prepared()
             elif self._may_use_copy(input):
@@ -96,3 +102,20 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__
         return {name: state[name] for name in state if name not in ("_prepacked", "_copied")}
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The matrix of a linear layer that computes x W^T and nothing else; None for any other layer.
+
+    An adapter around the layer, a subclass, a bias, a parametrization, a hook on the layer or on
+    all modules, or a replaced `forward` may change what it computes.
+    """
+    hooks = (
+        layer._forward_hooks, layer._forward_pre_hooks,
+        layer._backward_hooks, layer._backward_pre_hooks,
+        module._global_forward_hooks, module._global_forward_pre_hooks,
+        module._global_backward_hooks, module._global_backward_pre_hooks,
+    )  # fmt: skip
+    if type(layer) not in (Linear, nn.Linear) or "forward" in layer.__dict__ or any(hooks):
+        return None
+    return layer._parameters["weight"] if layer.bias is None else None

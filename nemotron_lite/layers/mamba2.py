@@ -37,6 +37,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.dtypes import cast
 from nemotron_lite.layers.context import ForwardContext
+from nemotron_lite.layers.conv import CausalConv1d
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import (
     WIDE_DTYPE,
@@ -133,7 +134,8 @@ class MambaCache(LayerCache):
             ssm = ssm.to(self.ssm.dtype)
         else:
             ssm = ops.round_to_float16(ssm.float(), self.rounding_seeds.next())
-        if ssm.is_inference():  # later steps change the state in place, in any mode
+        # Later steps change the state in place, in any mode. A compiler cannot ask for the mode.
+        if torch.compiler.is_compiling() or ssm.is_inference():
             self.ssm.copy_(ssm)
         else:
             self.ssm = ssm
@@ -263,14 +265,7 @@ class Mamba2(Mixer):
         self.initial_dt = (config.time_step_min, config.time_step_max, config.time_step_floor)
         self.splits = (inner, config.conv_dim, heads)
         self.in_proj = Linear(config.hidden_size, config.mamba_in_proj_size)
-        # Only holds the taps under their published name; `ops.causal_conv1d` computes.
-        self.conv1d = nn.Conv1d(
-            config.conv_dim,
-            config.conv_dim,
-            config.conv_kernel,
-            groups=config.conv_dim,
-            bias=config.use_conv_bias,
-        )
+        self.conv1d = CausalConv1d(config.conv_dim, config.conv_kernel, config.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -305,21 +300,14 @@ class Mamba2(Mixer):
         u: Float[Tensor, "b t d"],
         cache: MambaCache | None = None,
         context: ForwardContext = ForwardContext(),
-    ) -> Float[Tensor, "b t d"]:
+    ) -> Float[Tensor, "b _ d"]:
         """Mix along time; with `cache`, continue from it and leave the new state there."""
         if cache is not None and context.draft:
-            return self._read_draft(u, cache)
+            return self._read_draft(u, cache, context)
         if cache is not None and context.lengths is None and u.shape[1] == 1:
             return self._step(u, cache)
         z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
-        xBC, conv = ops.causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_state=None if cache is None else cache.conv,
-            seq_idx=context.seq_idx,
-            lengths=context.lengths,
-        )
+        xBC, conv = self.conv1d(xBC, None if cache is None else cache.conv, context)
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
         real = context.real_tokens(u)
@@ -339,14 +327,12 @@ class Mamba2(Mixer):
         if cache is not None:
             cache.write_conv(conv)
             cache.write_state(ssm)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        return self.out_proj(context.kept(self.norm(y.flatten(2), z)))
 
     def _step(self, u: Float[Tensor, "b 1 d"], cache: MambaCache) -> Float[Tensor, "b 1 d"]:
         """One token per row: one step of the recurrence, without a time axis."""
         z, xBC, dt = self.in_proj(u[:, 0]).split_with_sizes(self.splits, dim=-1)
-        xBC, cache.conv = ops.causal_conv1d_step(
-            cache.conv, xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias
-        )
+        xBC, cache.conv = self.conv1d(xBC, cache.conv)
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
         y, cache.ssm = ops.ssd_step(
@@ -354,12 +340,12 @@ class Mamba2(Mixer):
         )
         return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
 
-    def _read_draft(self, u: Float[Tensor, "b t d"], cache: MambaCache) -> Float[Tensor, "b t d"]:
+    def _read_draft(
+        self, u: Float[Tensor, "b t d"], cache: MambaCache, context: ForwardContext
+    ) -> Float[Tensor, "b t d"]:
         """Read a draft; the state stays as it is, and `cache.draft` gets what `accept` needs."""
-        z, raw, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
-        window = torch.cat([cache.conv, raw], dim=1)  # the wider dtype of both
-        taps = self.conv1d.weight.squeeze(1)
-        xBC = cast(ops.causal_conv1d_window(window, taps, self.conv1d.bias), raw.dtype)
+        z, xBC, dt = self.in_proj(u).split_with_sizes(self.splits, dim=-1)
+        xBC, window = self.conv1d(xBC, cache.conv, context)
         x, B, C = self._split_heads(xBC)
         dt, A, state = self._step_sizes(dt), self._rates(), cache.read_state()
         decays = ops.draft_decays(dt, A, state.dtype)

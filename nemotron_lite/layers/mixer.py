@@ -30,11 +30,10 @@ from functools import wraps
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers.context import ForwardContext, RouterStats
 
 # Dtypes of a model as safetensors names them, and those of its SSM states.
 WIDE_DTYPE = {"F32": "F32", "BF16": "F32", "F16": "F32", "F64": "F64"}
@@ -220,7 +219,9 @@ class LayerCache(ABC):
 class Mixer(nn.Module):
     """The base class of all mixers. A subclass also defines `forward(x, cache, context)`.
 
-    `forward` returns the mixer's output and changes `cache` in place.
+    `forward` changes `cache` in place and returns the mixer's output: of every token, or with
+    `context.last_only` of each row's last real token. Everything that a call may ask for is in
+    `context`, so that a mixer is only ever called as a module and hooks on it run in every case.
     """
 
     LETTERS: ClassVar[Mapping[str, str]] = {}  # letter of the formulas -> field of the config
@@ -242,24 +243,6 @@ class Mixer(nn.Module):
             generator: where the random numbers come from; None is torch's global generator.
         """
         raise NotImplementedError
-
-    def forward_with_stats(
-        self, x: Float[Tensor, "b t d"], cache: LayerCache | None, context: ForwardContext
-    ) -> tuple[Float[Tensor, "b t d"], RouterStats | None]:
-        """`forward`, and what the router decided; None for a mixer without a router."""
-        return self(x, cache, context), None
-
-    def forward_last(
-        self, x: Float[Tensor, "b t d"], cache: Any, context: ForwardContext
-    ) -> Float[Tensor, "b 1 d"]:
-        """The output of each row's last real token; the cache takes in all tokens.
-
-        A mixer that can compute less than `forward` does overrides this.
-
-        Args:
-            cache: of the class `CACHE`, or None.
-        """
-        return context.last_tokens(self(x, cache, context))
 
     @classmethod
     def empty_cache(

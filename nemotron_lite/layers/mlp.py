@@ -48,8 +48,10 @@ class MLP(Mixer):
 
     def forward(
         self, x: Float[Tensor, "*rows d"], cache: None = None, context: ForwardContext | None = None
-    ) -> Float[Tensor, "*rows d"]:
-        """Each token by itself: `cache` and `context` are what other mixers need."""
+    ) -> Float[Tensor, "*kept d"]:
+        """Each token by itself; `cache` is what other mixers need."""
+        if context is not None:
+            x = context.kept(x)
         return self.down_proj(ops.squared_relu(self.up_proj(x)))
 
     @classmethod

@@ -26,7 +26,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Matrix, Mixer
+from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer
 from nemotron_lite.layers.mlp import MLP
 
 
@@ -142,23 +142,16 @@ class MoE(Mixer):
         x: Float[Tensor, "b t d"],
         cache: None = None,
         context: ForwardContext = ForwardContext(),
-    ) -> Float[Tensor, "b t d"]:
-        """Route each token by itself; `cache` and `context` are what other mixers need."""
-        flat = x.view(-1, x.shape[-1])
-        return self._mix(flat, self.gate(flat)).view(x.shape)
-
-    def forward_with_stats(
-        self,
-        x: Float[Tensor, "b t d"],
-        cache: LayerCache | None,
-        context: ForwardContext,
-    ) -> tuple[Float[Tensor, "b t d"], RouterStats]:
-        """`forward`, and the scores and choices of the router."""
-        flat = x.view(-1, x.shape[-1])
+    ) -> Float[Tensor, "b _ d"]:
+        """Route each token by itself; `cache` is what other mixers need."""
+        x = context.kept(x)
+        flat = x.reshape(-1, x.shape[-1])
         routing = self.gate(flat)
-        rows = x.shape[:2]
-        scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
-        return self._mix(flat, routing).view(x.shape), RouterStats(self.name, scores, indices)
+        if context.router_stats is not None:
+            rows = x.shape[:2]
+            scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
+            context.router_stats.append(RouterStats(self.name, scores, indices))
+        return self._mix(flat, routing).view(x.shape)
 
     def _mix(self, flat: Float[Tensor, "t d"], routing: ops.Routing) -> Float[Tensor, "t d"]:
         if self.latent:

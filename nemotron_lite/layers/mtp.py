@@ -10,8 +10,8 @@ with h^0 the backbone's output after its final norm. The weights are the same at
 trains two depths, and a drafter may apply more. Embedding and head belong to the backbone.
 
 Drafting (generation/speculative/) needs the output of one token per row, and the keys and values of
-every token. `forward_last` computes no more than that: after the last layer with a cache, only the
-last token of each row goes on.
+every token. With `context.last_only` no more than that is computed: after the last layer with a
+cache, only the last token of each row goes on.
 
 Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 """
@@ -19,6 +19,7 @@ Source: Nemotron 3 Super report 2.1.2; reference sheet 5.1 and 5.5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.block import Block, run_layers
-from nemotron_lite.layers.context import ForwardContext, RouterStats
+from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import LayerCache, LedgerLine
 from nemotron_lite.layers.norm import RMSNorm
@@ -91,40 +92,35 @@ class MTP(nn.Module):
         embedded: Float[Tensor, "b t d"],
         cache: Sequence[LayerCache | None] | None = None,
         context: ForwardContext = ForwardContext(),
-    ) -> Float[Tensor, "b t d"]:
-        """h^k from h^{k-1} and the embeddings of the tokens k later."""
-        x, _ = run_layers(self.layers, self._entry.join(embedded, hidden), cache, context)
-        return self._final_norm(x)
+    ) -> Float[Tensor, "b _ d"]:
+        """h^k from h^{k-1} and the embeddings of the tokens k later.
 
-    def forward_with_stats(
-        self,
-        hidden: Float[Tensor, "b t d"],
-        embedded: Float[Tensor, "b t d"],
-        context: ForwardContext,
-    ) -> tuple[Float[Tensor, "b t d"], list[RouterStats]]:
-        """`forward` without a cache, and what the routers decided."""
+        With `context.last_only` all tokens are taken into the module's own cache, and the result is
+        h^k of each row's last real token, `b 1 d`.
+        """
+        if context.last_only:
+            return self._final_norm(self._last_tokens(hidden, embedded, cache, context))
         x = self._entry.join(embedded, hidden)
-        x, stats = run_layers(self.layers, x, None, context, router_stats=True)
-        return self._final_norm(x), stats
+        return self._final_norm(run_layers(self.layers, x, cache, context))
 
-    def forward_last(
+    def _last_tokens(
         self,
         hidden: Float[Tensor, "b t d"],
         embedded: Float[Tensor, "b t d"],
-        cache: Sequence[LayerCache | None],
+        cache: Sequence[LayerCache | None] | None,
         context: ForwardContext,
     ) -> Float[Tensor, "b 1 d"]:
-        """Take all tokens into the module's own cache; h^k of the last real one of each row."""
-        last_cached = max((j for j, entry in enumerate(cache) if entry is not None), default=-1)
+        """The residual stream of the last real tokens after all layers."""
+        entries = cache or [None] * len(self.layers)
+        last_cached = max((j for j, entry in enumerate(entries) if entry is not None), default=-1)
         if last_cached < 0:  # no layer has a cache: the other tokens change nothing
             hidden, embedded = context.last_tokens(hidden), context.last_tokens(embedded)
         x = self._entry.join(embedded, hidden)
-        for j, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            if j == last_cached:
-                x = cast(Block, layer).forward_last(x, layer_cache, context)
-            else:
-                x = layer(x, layer_cache, context if j < last_cached else ForwardContext())
-        return self._final_norm(x)
+        every, alone = replace(context, last_only=False), ForwardContext()
+        for j, (layer, entry) in enumerate(zip(self.layers, entries, strict=True)):
+            read = every if j < last_cached else context if j == last_cached else alone
+            x = layer(x, entry, read)
+        return x
 
     @staticmethod
     def parameter_lines() -> list[LedgerLine]:

@@ -53,9 +53,10 @@ def causal_attention(
         starts: tokens cached before this call, for all rows or row by row.
         seq_idx: which document each token belongs to, where a row holds several (needs starts=0):
             attention stays inside a document.
-        impl: "naive" (scores written out), "torch" (`scaled_dot_product_attention`), "cpu", or
-            "gpu" (without gradients; on a CPU as well). "auto" takes "gpu" for tensors on a GPU
-            when no gradients are recorded, otherwise "cpu".
+        impl: "naive" (scores written out), "torch" (`scaled_dot_product_attention`), "cpu",
+            "traced" (asks no tensor for a number, so that a compiler can read it), or "gpu"
+            (without gradients; on a CPU as well). "auto" takes "gpu" for tensors on a GPU when no
+            gradients are recorded, otherwise "cpu".
 
     Raises:
         ValueError: unknown `impl`, too few keys, or `seq_idx` together with cached tokens.
@@ -76,7 +77,7 @@ def causal_attention(
     if k.dtype != q.dtype or v.dtype != q.dtype:
         seen = keys_seen(starts, q.shape[2], k.shape[2])
         k, v = k[:, :, :seen].to(q.dtype), v[:, :, :seen].to(q.dtype)
-    if impl == "auto" and q.is_cuda and not torch.is_grad_enabled():
+    if impl == "auto" and q.is_cuda and not _records_or_compiles():
         impl = "gpu"
     run = choose(
         "causal_attention",
@@ -85,6 +86,7 @@ def causal_attention(
         naive=_naive,
         torch=_torch,
         cpu=cpu_attention.attend,
+        traced=_traced,
         gpu=gpu_attention.attend,
     )
     if narrow is not None:
@@ -128,3 +130,16 @@ def _torch(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = visible_keys(q.shape[2], seen, starts, documents, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _traced(
+    q: Tensor, k: Tensor, v: Tensor, starts: int | Tensor, documents: Tensor | None
+) -> Tensor:
+    if isinstance(starts, int):
+        return _torch(q, k, v, starts, documents)
+    mask = visible_keys(q.shape[2], k.shape[2], starts, documents, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _records_or_compiles() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()

@@ -47,7 +47,8 @@ def causal_conv1d(
             from one document into the next. The first document of a row continues `initial_state`.
         lengths: how many tokens of each row are real (right-padded rows); the inputs that come back
             are the last real ones. All tokens are real when None.
-        impl: "naive" (loop over taps), "torch", "cpu" or "triton".
+        impl: "naive" (loop over taps), "torch", "cpu", "traced" (the loop, which a compiler makes
+            one pass of) or "triton".
 
     Returns:
         (y, state): the outputs in the dtype of x, and the last k-1 real inputs of each row in the
@@ -75,6 +76,7 @@ def causal_conv1d(
         naive=_naive,
         torch=_torch,
         cpu=_cpu,
+        traced=_naive,
         triton=triton.causal_conv1d,
     )
     return without_autocast(run, x)(x, weight, bias, initial_state, seq_idx, lengths)
@@ -93,7 +95,7 @@ def causal_conv1d_window(
     gradients.
 
     Raises:
-        ValueError: unknown `impl` ("naive", "torch", "cpu", "triton").
+        ValueError: unknown `impl` ("naive", "torch", "cpu", "traced", "triton").
     """
     run = choose(
         "causal_conv1d_window",
@@ -102,6 +104,7 @@ def causal_conv1d_window(
         naive=_loop_over_taps,
         torch=_all_taps,
         cpu=cpu_conv.causal_conv1d_window,
+        traced=_loop_over_taps,
         triton=triton.causal_conv1d_window,
     )
     return without_autocast(run, window)(window, weight, bias)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends import cpu_experts, triton
+from nemotron_lite.backends import cpu_experts, traceable, triton
 from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.dtypes import autocast_dtype, without_autocast
 
@@ -45,7 +45,8 @@ def expert_mlp(
         z: what the experts read.
         up, down: the experts' matrices W1 and W2, used in the dtype of z.
         weights, indices: from `route`.
-        impl: "naive" (token by token), "torch" (expert by expert), "cpu" or "triton".
+        impl: "naive" (token by token), "torch" (expert by expert), "cpu", "traced" (one operator
+            that compilers do not look into) or "triton".
 
     Raises:
         ValueError: unknown `impl`.
@@ -57,6 +58,7 @@ def expert_mlp(
         naive=_naive,
         torch=_torch,
         cpu=cpu_experts.expert_mlp,
+        traced=traceable.expert_mlp,
         triton=triton.expert_mlp,
     )
     narrow = autocast_dtype(z)

@@ -6,6 +6,7 @@ faster for large float32 products; `backends/cpu_linear.py` says when and by how
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -23,14 +24,15 @@ def linear(
         x: float32 on the CPU for "cpu", any dtype and device for "torch".
         weight: o rows of i numbers.
         impl: "torch" (`F.linear`), "cpu" (oneDNN), or "auto": "cpu" where it is faster, which is
-            for float32 products on the CPU that are large enough, if the CPU is not Intel's.
+            for float32 products on the CPU that are large enough, if the CPU is not Intel's. A
+            compiler gets "torch", and chooses the library itself.
 
     Raises:
         ValueError: unknown `impl`, or "cpu" for tensors that oneDNN does not take or with a PyTorch
             that was built without it.
     """
     if impl == "auto":
-        if cpu_linear.prefers_onednn(x, weight):
+        if not torch.compiler.is_compiling() and cpu_linear.prefers_onednn(x, weight):
             return cpu_linear.differentiable_product(x, weight)
         return F.linear(x, weight)
     return choose("linear", impl, x, torch=F.linear, cpu=cpu_linear.linear)(x, weight)

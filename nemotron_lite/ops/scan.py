@@ -23,6 +23,8 @@ and a gate inside the scan; Nemotron 3 gates in the norm that follows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -107,16 +109,16 @@ def ssd_step(
     """One token of the recurrence, for decoding.
 
     Args:
-        state: the state before this token. "cpu" and "triton" overwrite it and return it; "naive"
-            and "torch" do not change it and return a new one.
+        state: the state before this token. "cpu", "traced" and "triton" overwrite it and return it;
+            "naive" and "torch" do not change it and return a new one.
         x, dt, A, B, C, D: as in `selective_scan`, without the time axis.
         dt_bias, dt_softplus: what makes step sizes of dt, if dt is not one yet, as in `step_sizes`;
             "triton" does this inside its kernel.
         seed: only for a state in float16: chooses the random bits of stochastic rounding
             (stochastic_rounding.py), a new seed for every layer and token. None rounds to nearest.
-        impl: "naive" (one step of `selective_scan`), "torch" (the equation written out), "cpu" or
-            "triton" (in place, for inference: autograd cannot differentiate through an overwritten
-            state).
+        impl: "naive" (one step of `selective_scan`), "torch" (the equation written out), "traced"
+            (the same, in place), "cpu" or "triton" (in place, for inference: autograd cannot
+            differentiate through an overwritten state).
 
     Returns:
         (y, state): y in the dtype of x; the arithmetic and the new state are in the state's dtype
@@ -139,6 +141,7 @@ def ssd_step(
         naive=_naive_step,
         torch=_torch_step,
         cpu=_cpu_step,
+        traced=_traced_step,
         triton=triton.ssd_step,
     )
     return without_autocast(run, x)(state, x, dt, A, B, C, D, dt_bias, dt_softplus, seed)
@@ -185,6 +188,11 @@ def _torch_step(
     if D is not None:
         y = y + D.to(wide).unsqueeze(-1) * inputs
     return y.to(x.dtype), _rounded_as(state, new, seed)
+
+
+def _traced_step(state: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    y, new = _torch_step(state, *others)
+    return y, state.copy_(new)
 
 
 def _rounded_as(state: Tensor, new: Tensor, seed: int | None) -> Tensor:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron_lite.backends import cpu_ssd, triton
+from nemotron_lite.backends import cpu_ssd, traceable, triton
 from nemotron_lite.backends.dispatch import choose
 from nemotron_lite.dtypes import wide_dtype, without_autocast
 from nemotron_lite.masks import document_starts
@@ -141,7 +141,7 @@ def ssd(
         dt_bias, dt_softplus: added to dt, and whether the sum goes through softplus, as in
             `step_sizes`. "triton" does both inside its kernel, the other forms do them first.
         impl: "naive" (`selective_scan`), "torch" (`chunked_scan`), "cpu" (chunked, gradient written
-            by hand) or "triton" (chunked, one kernel).
+            by hand), "traced" (chunked, without a loop) or "triton" (chunked, one kernel).
 
     Returns:
         (y, state): y in the dtype of x, contiguous, and the state after the last token in float32
@@ -152,7 +152,9 @@ def ssd(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 token.")
-    run = choose("ssd", impl, x, naive=_naive, torch=_torch, cpu=_cpu, triton=_triton)
+    run = choose(
+        "ssd", impl, x, naive=_naive, torch=_torch, cpu=_cpu, traced=_traced, triton=_triton
+    )
     given = Inputs(x, dt, A, B, C, D, initial_state, seq_idx, chunk_size, dt_bias, dt_softplus)
     return without_autocast(run, x)(given)
 
@@ -207,6 +209,14 @@ def _cpu(v: Inputs) -> tuple[Tensor, Tensor]:
         state = v.initial_state.to(wide)
     starts = None if v.seq_idx is None else document_starts(v.seq_idx)
     return cpu_ssd.ssd(v.x, dt, v.A, v.B, v.C, v.D, starts, state, v.chunk)
+
+
+def _traced(v: Inputs) -> tuple[Tensor, Tensor]:
+    dt, wide = v.steps(), wide_dtype(v.x)
+    check_shapes(v.x, dt, v.A, v.B, v.C, v.D, v.initial_state, v.seq_idx)
+    starts = None if v.seq_idx is None else document_starts(v.seq_idx)
+    given = v.x, dt, v.A, v.B, v.C, v.D, v.initial_state, starts
+    return traceable.ssd(*given, wide, v.chunk)
 
 
 def _triton(v: Inputs) -> tuple[Tensor, Tensor]:

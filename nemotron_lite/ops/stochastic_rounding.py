@@ -55,7 +55,18 @@ class RoundingSeeds:
     writes: int = 0
 
     def next(self) -> int | None:
-        """The seed of the next write, 63 bits; None where it is rounded to nearest."""
+        """The seed of the next write, 63 bits; None where it is rounded to nearest.
+
+        Raises:
+            RuntimeError: while a program is compiled or exported. `torch.compile` in its default
+                mode then runs this step as it is.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a cache with ssm_dtype=torch.float16 hashes a new seed for every write, which "
+                "cannot be compiled: use a cache in float32 (ssm_dtype=None), or torch.compile "
+                "without fullgraph=True."
+            )
         self.writes += 1
         if self.seed is None:
             return None

@@ -10,8 +10,9 @@ position. Its gradient is that of a cross-entropy with the soft label p:
 
     d KL_i / d logits_i = softmax(logits_i) - p
 
-As in loss.py, it is computed for one slice of rows at a time, so that no logits are kept. Only the
-output of the MTP module gets gradients, because the head belongs to the backbone.
+As in loss.py, it is computed for one slice of rows at a time, so that no logits are kept. A head
+with an adapter or a hook is called instead of read. Only the output of the MTP module gets
+gradients, because the head belongs to the backbone.
 
 Source: "boosting" in Nemotron 3 Ultra, a forward KL divergence to the backbone's logits without
 cross-entropy (reference sheet 5.2). Left out: its temperature.
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nemotron_lite.data.batches import Batch
+from nemotron_lite.layers import plain_weight
 from nemotron_lite.ops import linear
 from nemotron_lite.train.loss import SLICE_ROWS, TokenLoss, count_targets, targets, token_loss
 
@@ -35,8 +37,15 @@ from nemotron_lite.train.loss import SLICE_ROWS, TokenLoss, count_targets, targe
 class _WeightedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, teacher: Tensor, head: Tensor, weights: Tensor, slice_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        teacher: Tensor,
+        head: nn.Module | Tensor,
+        weights: Tensor,
+        slice_rows: int,
     ) -> tuple[Tensor, Tensor]:
+        if not isinstance(head, Tensor):
+            return _called(ctx, hidden, teacher, head, weights, slice_rows)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weights.to(exact)
         grad_hidden = torch.empty_like(hidden)
@@ -61,28 +70,53 @@ class _WeightedDivergence(torch.autograd.Function):
         return ctx.grad_hidden * grad.to(ctx.grad_hidden.dtype), None, None, None, None
 
 
+def _called(
+    ctx: Any, hidden: Tensor, teacher: Tensor, head: nn.Module, weights: Tensor, slice_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The same with a head that is called; autograd finds the gradient of each slice."""
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    grad_hidden = torch.zeros_like(hidden)
+    divergence = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+    for start in range(0, len(hidden), slice_rows):
+        rows = slice(start, start + slice_rows)
+        with torch.no_grad():
+            log_p = head(teacher[rows].to(hidden.dtype)).to(exact).log_softmax(-1)
+        with torch.enable_grad():
+            x = hidden[rows].detach().requires_grad_()
+            log_q = head(x).to(exact).log_softmax(-1)
+            part = ((log_p - log_q) * log_p.exp()).sum(-1)
+            total = (part * weights[rows]).sum()
+        (grad_hidden[rows],) = torch.autograd.grad(total, x)
+        divergence[rows] = part.detach()
+    ctx.grad_hidden = grad_hidden
+    ctx.mark_non_differentiable(divergence)
+    return (divergence * weights).sum(), divergence
+
+
 def weighted_divergence(
     hidden: Float[Tensor, "n d"],
     teacher: Float[Tensor, "n d"],
-    head: Float[Tensor, "v d"],
+    head: nn.Module | Float[Tensor, "v d"],
     weights: Float[Tensor, "n"],
     *,
     slice_rows: int = SLICE_ROWS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
-    """sum_i weights_i KL(softmax(head @ teacher_i) || softmax(head @ hidden_i)).
+    """sum_i weights_i KL(softmax(head(teacher_i)) || softmax(head(hidden_i))).
 
-    Only `hidden` gets gradients.
+    Only `hidden` gets gradients. `head` is a layer, or the matrix of one that is nothing else.
 
     Returns:
         The weighted sum, and each row's divergence in nats, without weights and detached.
     """
-    return _WeightedDivergence.apply(hidden, teacher.detach(), head.detach(), weights, slice_rows)
+    matrix = head if isinstance(head, Tensor) else plain_weight(head)
+    given = head if matrix is None else matrix.detach()
+    return _WeightedDivergence.apply(hidden, teacher.detach(), given, weights, slice_rows)
 
 
 def distillation_loss(
     hidden: Float[Tensor, "b t d"],
     mtp_hidden: Sequence[Float[Tensor, "b _ d"]],
-    head: Float[Tensor, "v d"],
+    head: nn.Module | Float[Tensor, "v d"],
     batch: Batch,
     *,
     mtp_weight: float,

@@ -133,6 +133,6 @@ def _negative_log_likelihoods(model: Nemotron, batch: Sequence[ScoredWindow]) ->
     hidden = model.forward_hidden(tokens, lengths=lengths).hidden[:, :-1].flatten(0, 1)
     weights = scored[:, 1:].flatten()
     _, nll = weighted_cross_entropy(
-        hidden, model.lm_head.weight, tokens[:, 1:].flatten(), weights.to(hidden.dtype)
+        hidden, model.lm_head, tokens[:, 1:].flatten(), weights.to(hidden.dtype)
     )
     return nll * weights

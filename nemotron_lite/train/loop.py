@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_lite.checkpoint.model_tree import unwrap
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.layers import Block
 from nemotron_lite.model import Nemotron
@@ -169,6 +170,8 @@ class _Run:
         out_dir: Path | None,
         validation: BatchSource | None = None,
     ) -> None:
+        # `torch.compile(model)` is called as it is; everything else concerns the model inside.
+        self.call, model = model, unwrap(model)
         _check_trainable(model)
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.optimizer = make_optimizer(
@@ -403,14 +406,18 @@ class _Run:
     ) -> tuple[list[float], float, dict[str, Tensor]]:
         """Add a micro-batch's gradients; return its losses by depth, balance loss and loads."""
         with self.precision.autocast():
-            output = self.model.forward_hidden(
-                batch.tokens, seq_idx=batch.seq_idx, mtp_depths=self.depths, router_stats=True
+            output = self.call(
+                batch.tokens,
+                seq_idx=batch.seq_idx,
+                mtp_depths=self.depths,
+                router_stats=True,
+                apply_head=False,
             )
             loss = distillation_loss if self.config.mtp_target == "backbone" else token_loss
             tokens = loss(
                 output.hidden,
                 output.mtp_hidden,
-                self.model.lm_head.weight,
+                self.model.lm_head,
                 batch,
                 mtp_weight=self.config.mtp_weight,
                 counts=counts,

@@ -46,7 +46,7 @@ def validation_loss(
                 with precision.autocast():
                     hidden = model.forward_hidden(batch.tokens, seq_idx=batch.seq_idx).hidden
                     loss = token_loss(
-                        hidden, [], model.lm_head.weight, batch, mtp_weight=0.0, counts=[count]
+                        hidden, [], model.lm_head, batch, mtp_weight=0.0, counts=[count]
                     )
                 total += loss.by_depth[0] * count
                 targets += count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_the_output_of_the_last_token_is_that_of_forward(
     caches = [empty(kind) if kind in WITH_CACHE else None for _ in range(2)]
     context = ForwardContext(lengths=lengths)
     with torch.no_grad():
-        found = layer.forward_last(x, caches[0], context)
+        found = layer(x, caches[0], replace(context, last_only=True))
         expected = context.last_tokens(layer(x, caches[1], context))
         torch.testing.assert_close(found, expected)
         if kind in WITH_CACHE:
@@ -155,11 +157,12 @@ def test_an_accepted_draft_is_as_if_only_its_tokens_were_read(
 @pytest.mark.parametrize("kind", MIXERS)
 def test_statistics_do_not_change_the_output(kind: str) -> None:
     layer, x = block(kind), inputs(5)
-    y, stats = layer.forward_with_stats(x, None, ForwardContext())
+    found: list[RouterStats] = []
+    y = layer(x, None, ForwardContext(router_stats=found))
     assert torch.equal(y, layer(x))
     if kind == "E":
-        assert isinstance(stats, RouterStats)
+        (stats,) = found
         assert stats.name == "backbone.layers.0.mixer"
         assert stats.scores.shape == (2, 5, TINY.n_routed_experts)
     else:
-        assert stats is None
+        assert not found

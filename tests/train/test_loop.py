@@ -51,7 +51,7 @@ def test_two_updates_by_hand(model: Nemotron, text: ConcatenatedDocuments) -> No
         out = other.forward_hidden(
             batch.tokens, seq_idx=batch.seq_idx, mtp_depths=2, router_stats=True
         )
-        tokens = token_loss(out.hidden, out.mtp_hidden, other.lm_head.weight, batch, mtp_weight=0.3)
+        tokens = token_loss(out.hidden, out.mtp_hidden, other.lm_head, batch, mtp_weight=0.3)
         balance = sum(sequence_balance_loss(s.scores, 2) for s in out.router)
         loss = tokens.total + 1e-4 * balance
         loss.backward()

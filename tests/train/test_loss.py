@@ -135,7 +135,7 @@ def test_labels_of_every_depth_against_brute_force(
 
     out = model(batch.tokens, seq_idx=batch.seq_idx, mtp_depths=depths)
     expected, means = brute_force([out.logits, *out.mtp_logits], batch, 0.3)
-    found = token_loss(out.hidden, out.mtp_hidden, model.lm_head.weight, batch, mtp_weight=0.3)
+    found = token_loss(out.hidden, out.mtp_hidden, model.lm_head, batch, mtp_weight=0.3)
     torch.testing.assert_close(found.total, expected)
     assert found.by_depth == pytest.approx([float(m.detach()) for m in means])
 
@@ -182,7 +182,7 @@ def test_accumulated_shares_add_up_to_the_whole(
             loss = token_loss(
                 out.hidden,
                 out.mtp_hidden,
-                model.lm_head.weight,
+                model.lm_head,
                 batch,
                 mtp_weight=0.3,
                 counts=counts,
@@ -199,7 +199,7 @@ def test_accumulated_shares_add_up_to_the_whole(
 def test_a_batch_without_targets_is_zero_and_not_nan(model: Nemotron) -> None:
     batch = Batch(torch.zeros(1, 8, dtype=torch.int64), None, torch.zeros(1, 8, dtype=torch.bool))
     out = model.forward_hidden(batch.tokens, mtp_depths=2)
-    loss = token_loss(out.hidden, out.mtp_hidden, model.lm_head.weight, batch, mtp_weight=0.3)
+    loss = token_loss(out.hidden, out.mtp_hidden, model.lm_head, batch, mtp_weight=0.3)
     loss.total.backward()
     assert loss.by_depth == [0.0, 0.0, 0.0]
     assert loss.total.item() == 0.0

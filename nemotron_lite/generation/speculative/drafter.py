@@ -33,7 +33,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ from nemotron_lite.finite import find_bad_layer
 from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.generation.sampling import probabilities
 from nemotron_lite.generation.speculative.draft_length import DraftLength
-from nemotron_lite.layers import ForwardContext
+from nemotron_lite.layers import ForwardContext, plain_weight
 from nemotron_lite.model import Nemotron
 from nemotron_lite.ops import draw, linear
 
@@ -93,6 +93,28 @@ def check_shortlist(tokens: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def head_for(
+    model: Nemotron, shortlist: Int[Tensor, "s"] | None
+) -> Callable[[Float[Tensor, "*rows d"]], Float[Tensor, "*rows s"]]:
+    """What makes logits of the tokens that may be drafted, from a hidden state.
+
+    With a shortlist only its rows of the head are read. A head with an adapter or a hook is called
+    as it is, and the logits are picked afterwards.
+    """
+    if shortlist is None:
+        return model.head
+    weight = plain_weight(model.lm_head)
+    if weight is None:
+        return lambda hidden: model.head(hidden)[..., shortlist]
+    rows = weight[shortlist]
+
+    def short_head(hidden: Tensor) -> Tensor:
+        logits = linear(hidden, rows)
+        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+    return short_head
+
+
 class Drafter:
     """Drafts the continuation of what a cache holds.
 
@@ -128,10 +150,8 @@ class Drafter:
         self._pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._num_pending = 0  # positions per row
         self._last: Tensor | None = None
-        self.shortlist: Int[Tensor, "s"] | None = None
-        if shortlist is not None:
-            self.shortlist = shortlist.to(model.device)
-            self._short_head = model.lm_head.weight[self.shortlist]
+        self.shortlist = None if shortlist is None else shortlist.to(model.device)
+        self._head = head_for(model, self.shortlist)
 
     def add_prompt(
         self,
@@ -250,9 +270,9 @@ class Drafter:
             drafting = still_drafting(drafting)
             if not any(drafting):
                 break
-            context = ForwardContext(self.cache.mtp_starts)
+            context = ForwardContext(self.cache.mtp_starts, last_only=True)
             embedded = self.embed(token.unsqueeze(1))
-            hidden = self.mtp.forward_last(hidden, embedded, self.cache.mtp, context)
+            hidden = self.mtp(hidden, embedded, self.cache.mtp, context)
             self.cache.advance_mtp(1)
         self.cache.truncate_mtp(kept)
         q = torch.stack(distributions, 1) if distributions else None
@@ -284,13 +304,6 @@ class Drafter:
             f"speculation the module is not used).{where}"
         )
 
-    def _head(self, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b s"]:
-        """Logits of the tokens that may be drafted."""
-        if self.shortlist is None:
-            return self.model.head(hidden)
-        logits = linear(hidden, self._short_head)
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
     def _read_pending(self, leave: int = 0) -> Float[Tensor, "b 1 d"]:
         """Read the pending positions but the last `leave` pieces; h^1 of each row's last one."""
         pieces = self._pending[: len(self._pending) - leave]
@@ -316,7 +329,7 @@ class Drafter:
         return torch.where((counts > 0)[:, None, None].to(new.device), new, old)
 
     def _read(self, hidden: Tensor, after: Tensor, counts: Tensor | None) -> Tensor:
-        context = ForwardContext(self.cache.mtp_starts, counts)
-        answer = self.mtp.forward_last(hidden, self.embed(after), self.cache.mtp, context)
+        context = ForwardContext(self.cache.mtp_starts, counts, last_only=True)
+        answer = self.mtp(hidden, self.embed(after), self.cache.mtp, context)
         self.cache.advance_mtp(hidden.shape[1] if counts is None else counts)
         return answer

@@ -25,10 +25,9 @@ import torch
 
 from nemotron_lite.generation.options import SpeculationCosts
 from nemotron_lite.generation.prepared_weights import prepare_weights
-from nemotron_lite.generation.speculative.drafter import check_shortlist
+from nemotron_lite.generation.speculative.drafter import check_shortlist, head_for
 from nemotron_lite.layers import ForwardContext
 from nemotron_lite.model import Nemotron
-from nemotron_lite.ops import linear
 
 
 def measure_seconds(
@@ -64,10 +63,10 @@ def measure_seconds(
         return drawn.to(model.device)
 
     with torch.inference_mode():
-        head = model.lm_head.weight
         if shortlist is not None:
             check_shortlist(shortlist, model.config.vocab_size)
-            head = head[torch.tensor(shortlist, device=model.device)]
+        chosen = None if shortlist is None else torch.tensor(shortlist, device=model.device)
+        head = head_for(model, chosen)
         cache = model.empty_cache(1, capacity=context + 8 * draft_length, mtp=True)
         hidden = model(tokens(context), cache).hidden[:, -1:]
         before = cache.clone()
@@ -78,9 +77,9 @@ def measure_seconds(
             cache.accept(1)
 
         def draft_one() -> None:
-            context = ForwardContext(cache.mtp_starts)
-            found = mtp.forward_last(hidden, model.backbone.embed(one), cache.mtp, context)
-            linear(found, head).argmax(-1).tolist()
+            context = ForwardContext(cache.mtp_starts, last_only=True)
+            found = mtp(hidden, model.backbone.embed(one), cache.mtp, context)
+            head(found).argmax(-1).tolist()
 
         calls: dict[str, Callable[[], object]] = {
             "step": lambda: model(one, cache, logits_to_keep=1).logits.argmax(-1).tolist(),

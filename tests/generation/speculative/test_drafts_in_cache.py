@@ -150,8 +150,8 @@ class _Always:
         raise AssertionError("nothing was verified")
 
 
-def test_forward_last_equals_the_whole_module(small: Nemotron) -> None:
-    """`MTP.forward_last` computes less, but the same numbers: for all patterns, ragged rows too."""
+def test_the_last_token_alone_equals_the_whole_module(small: Nemotron) -> None:
+    """`last_only` computes less, but the same numbers: for all patterns, ragged rows too."""
     for pattern in ("*E", "E", "*E*E", "EE*", "*"):
         model = Nemotron(small.config.replace(mtp_pattern=pattern), dtype=torch.float64, seed=2)
         hidden, embedded = torch.randn(2, 3, 5, 16, dtype=torch.float64).unbind()
@@ -160,12 +160,12 @@ def test_forward_last_equals_the_whole_module(small: Nemotron) -> None:
         cache = model.empty_cache(3, mtp=True)
         from nemotron_lite.layers import ForwardContext
 
-        first = model.mtp.forward_last(hidden[:, :2], embedded[:, :2], cache.mtp, ForwardContext(0))
+        context = ForwardContext(0, last_only=True)
+        first = model.mtp(hidden[:, :2], embedded[:, :2], cache.mtp, context)
         torch.testing.assert_close(first[:, 0], exact[:, 1], **EXACT)
         counts = torch.tensor([3, 1, 2])
-        second = model.mtp.forward_last(
-            hidden[:, 2:], embedded[:, 2:], cache.mtp, ForwardContext(2, counts)
-        )
+        context = ForwardContext(2, counts, last_only=True)
+        second = model.mtp(hidden[:, 2:], embedded[:, 2:], cache.mtp, context)
         rows = torch.arange(3)
         torch.testing.assert_close(second[:, 0], exact[rows, 1 + counts], **EXACT)
 
