@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_lite import Cache, SpeculationOptions, generate
+from nemotron_lite import Cache, SpeculationOptions, generate, load, save
 from nemotron_lite.layers import MambaCache
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization import quantizable_modules, quantize_model, single_format
 from tests.test_model import TINY, _tokens
 
 CONFIG = TINY.replace(pattern="M*E", mtp_pattern="*E", mtp_depths=2, initializer_range=0.15)
@@ -633,6 +634,30 @@ def test_the_weights_alone_are_saved_and_loaded(model: Nemotron) -> None:
     other = Nemotron(CONFIG, seed=2)
     other.load_state_dict(torch.load(stored, weights_only=True))
     assert torch.equal(other(TEXT).logits, model(TEXT).logits)
+
+
+def test_a_packed_model_is_copied_and_runs_under_autocast(model: Nemotron) -> None:
+    packed = copy.deepcopy(model)
+    quantize_model(packed, single_format(quantizable_modules(packed), "nvfp4"))
+    with torch.no_grad():
+        wanted = packed(TEXT).logits
+        for make in COPIES.values():
+            assert torch.equal(make(packed)(TEXT).logits, wanted)
+        for dtype in HALVES:
+            with autocast(dtype):
+                assert_near(packed(TEXT).logits, wanted, dtype)
+                assert_near(continued(packed, itertools.repeat(nullcontext()))[0], wanted, dtype)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
+def test_a_model_is_loaded_in_any_context(model: Nemotron, tmp_path: Any, context: Any) -> None:
+    save(model, tmp_path / "model")
+    with context():
+        loaded = load(tmp_path / "model")
+    with default_dtype(torch.float64):
+        assert load(tmp_path / "model").dtype == torch.float32
+    assert torch.equal(loaded(TEXT).logits, model(TEXT).logits)
+    loaded(TEXT).logits.mean().backward()
 
 
 def continue_elsewhere(model: Nemotron, cache: Cache, results: Any) -> None:

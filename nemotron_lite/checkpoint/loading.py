@@ -149,7 +149,8 @@ def load_as(
         before = settled_files(folder)
         failure: Exception | None = None
         try:
-            model = _read_folder(model_class, folder, dtype, device, mtp, packed)
+            with torch.inference_mode(False):  # inference tensors could never be trained
+                model = _read_folder(model_class, folder, dtype, device, mtp, packed)
         except (CheckpointError, OSError, SafetensorError) as error:
             failure = error
         if files_of(folder) == before:

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+from nemotron_lite.dtypes import autocast_dtype, without_autocast
 from nemotron_lite.layers.moe import Experts
 from nemotron_lite.quantization import nvfp4
 from nemotron_lite.quantization.fp8 import fake_quantize_fp8
@@ -164,6 +165,21 @@ class PackedWeight(_KeepsDtypes):
             return fake_quantize_fp8(x, scale=scale, name="the input")
         return fake_quantize(x, amax=scale * INPUT_MAX["nvfp4"], name="the input")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """FP8 numbers as bytes: pickle cannot restore a tensor in FP8 (torch 2.13)."""
+        buffers = {
+            name: (tensor.dtype, tensor.view(torch.uint8)) if _is_fp8(tensor) else tensor
+            for name, tensor in self._buffers.items()
+        }
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = {
+            name: value[1].view(value[0]) if isinstance(value, tuple) else value
+            for name, value in state["_buffers"].items()
+        }
+        super().__setstate__({**state, "_buffers": buffers})
+
     @property
     def nbytes(self) -> int:
         """Bytes of all stored tensors."""
@@ -172,6 +188,10 @@ class PackedWeight(_KeepsDtypes):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.format}, {list(self.shape)}"
+
+
+def _is_fp8(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 class PackedLinear(PackedWeight):
@@ -196,7 +216,13 @@ class PackedExperts(nn.Module):
         self.up_proj, self.down_proj = up, down
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
-        """The weighted sum of each token's chosen experts."""
+        """The weighted sum of each token's chosen experts; under autocast in its dtype."""
+        narrow = autocast_dtype(z)
+        if narrow is None or z.dtype == torch.float64:
+            return self._sum(z, routing)
+        return without_autocast(self._sum, z)(z.to(narrow), routing)
+
+    def _sum(self, z: Tensor, routing: ops.Routing) -> Tensor:
         up, down = self.up_proj, self.down_proj
         if not (isinstance(up, PackedWeight) and isinstance(down, PackedWeight)):
             return self._one_by_one(z, routing)
