@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from nemotron_lite.config import ConfigError, NemotronConfig
     from nemotron_lite.generation.generate import generate, stream
     from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
+    from nemotron_lite.generation.results import GenerationResult
+    from nemotron_lite.generation.score import Score, score
     from nemotron_lite.model import Nemotron
 
 __version__ = "0.1.0"
@@ -52,8 +54,10 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GenerationOptions",
+    "GenerationResult",
     "Nemotron",
     "NemotronConfig",
+    "Score",
     "SpeculationOptions",
     "__version__",
     "generate",
@@ -62,6 +66,7 @@ __all__ = [
     "load",
     "ops",
     "save",
+    "score",
     "stream",
     "train",
 ]
@@ -73,10 +78,13 @@ _MODULE_OF = {
     "NemotronConfig": "config",
     "Cache": "cache",
     "GenerationOptions": "generation.options",
+    "GenerationResult": "generation.results",
+    "Score": "generation.score",
     "SpeculationOptions": "generation.options",
     "generate": "generation.generate",
     "load": "checkpoint",
     "save": "checkpoint",
+    "score": "generation.score",
     "stream": "generation.generate",
 }
 _MODULES = ("layers", "ledger", "ops", "train")

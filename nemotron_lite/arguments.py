@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
 from typing import Any, cast
 
 _SHOWN = 60  # characters of a wrong value in a message
@@ -118,13 +119,16 @@ def _range(low: int | float | None, high: int | float | None) -> str:
 
 
 def shown(value: object, limit: int = _SHOWN) -> str:
-    """`repr(value)` for a message: at most `limit` characters, whatever the value is."""
-    if isinstance(value, (str, bytes, list, tuple)):
-        value = value[: limit + 1]  # the repr of a long one would take as long as it is
+    """The repr of any value for a message: short, in characters that UTF-8 has, never failing."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]  # the repr of a long text would take as long as it is
+    short = reprlib.Repr()  # the same for lists and dicts, inside too
+    short.maxstring = short.maxother = short.maxlong = 4 * limit + 10
     try:
-        text = repr(value)
+        text = short.repr(value)
     except Exception:  # an object whose repr fails, or an int of more digits than Python prints
         text = "…"
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

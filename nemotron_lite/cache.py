@@ -50,6 +50,7 @@ sharing of prefixes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -67,6 +68,26 @@ from nemotron_lite.layers.mixer import ordinary_tensors
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@dataclass
+class Transcript:
+    """What `generate` leaves with a cache about the tokens that it has read.
+
+    It is valid as long as the cache has these lengths: `Cache.transcript` is None after a call of
+    the model that `generate` does not know about.
+
+    Attributes:
+        tokens: all tokens of each row; None for a row whose first tokens were read elsewhere.
+        hidden: the model's output before the head at each row's last token, `b d`. With it a row
+            can be continued without a new token, and the MTP module makes its entry for the last
+            token when the next one is known.
+        lengths: of the rows.
+    """
+
+    tokens: list[list[int] | None]
+    hidden: Tensor
+    lengths: list[int]
+
+
 class Cache:
     """The cache of `batch` sequences, layer by layer.
 
@@ -79,6 +100,8 @@ class Cache:
         draft_length: tokens per row of a draft that waits for `accept`; 0 when there is none.
         checked_for: config and dtype of the model that this cache was last found to fit
             (input_checks.py).
+        broken_by: the error that ended `generate` in the middle of a pass, "" if there was none.
+            Its layers may then have read different numbers of tokens, and `generate` refuses it.
     """
 
     def __init__(
@@ -98,6 +121,8 @@ class Cache:
         self.mtp = mtp or []
         self.draft_length = 0
         self.checked_for: tuple[NemotronConfig, torch.dtype] | None = None
+        self.broken_by = ""
+        self._transcript: Transcript | None = None
         self._lengths = lengths
         self._mtp_lengths = mtp_lengths or [0] * len(lengths)
 
@@ -128,7 +153,7 @@ class Cache:
         Raises:
             TypeError: a batch, capacity or seed that is not an integer.
             ValueError: batch or capacity below 1, another `dtype` or `ssm_dtype`, a seed out of
-                range.
+                range, or an unknown device.
         """
         batch = integer("batch", batch, low=1)
         capacity = integer("capacity", capacity, low=1)
@@ -139,7 +164,7 @@ class Cache:
                 f"dtype={dtype}: expected that of a model: "
                 f"{', '.join(str(known) for known in MODEL_DTYPES)}."
             )
-        device = torch.device(device)
+        device = as_device(device)
         wide = torch.promote_types(dtype, torch.float32)
         if ssm_dtype not in (None, wide, torch.float16):
             raise ValueError(
@@ -169,6 +194,16 @@ class Cache:
     def starts(self) -> int | Int[Tensor, "b"]:
         """Position of the next token: one number when all rows agree, else one per row."""
         return _as_starts(self._lengths, self.device)
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """What is known about the tokens that were read; None where nothing is."""
+        known = self._transcript
+        return known if known is not None and known.lengths == self._lengths else None
+
+    @transcript.setter
+    def transcript(self, transcript: Transcript | None) -> None:
+        self._transcript = transcript
 
     @property
     def mtp_lengths(self) -> Int[Tensor, "b"]:
@@ -279,21 +314,40 @@ class Cache:
         Raises:
             ValueError: a draft is waiting.
         """
+        return self.repeat(1)
+
+    def repeat(self, times: int) -> Cache:
+        """An independent copy with each row `times` times, side by side: rows 0, 0, 1, 1 for two.
+
+        Raises:
+            ValueError: a draft is waiting.
+        """
         self._refuse_draft()
         layers, mtp = (
-            [None if cache is None else cache.clone() for cache in caches]
+            [
+                None if cache is None else cache.clone() if times == 1 else cache.repeat(times)
+                for cache in caches
+            ]
             for caches in (self.layers, self.mtp)
         )
         copy = Cache(
             self.pattern,
             layers,
-            list(self._lengths),
+            _repeated(self._lengths, times),
             self.device,
             self.mtp_pattern,
             mtp,
-            list(self._mtp_lengths),
+            _repeated(self._mtp_lengths, times),
         )
-        copy.checked_for = self.checked_for
+        copy.checked_for, copy.broken_by = self.checked_for, self.broken_by
+        known = self.transcript
+        if known is not None:
+            tokens = [None if row is None else list(row) for row in known.tokens]
+            copy.transcript = Transcript(
+                _repeated(tokens, times),
+                known.hidden.repeat_interleave(times, 0),
+                _repeated(known.lengths, times),
+            )
         return copy
 
     def _refuse_draft(self) -> None:
@@ -310,6 +364,11 @@ class Cache:
             ValueError: a draft is waiting.
         """
         self._refuse_draft()
+        if self.broken_by:
+            raise ValueError(
+                f"this cache cannot be saved: a call ended in the middle ({self.broken_by}), and "
+                "its layers may have read different numbers of tokens."
+            )
         tensors: dict[str, Tensor] = {}
         extras: dict[str, Any] = {}
         for prefix, caches, lengths in (
@@ -336,7 +395,7 @@ class Cache:
             FileNotFoundError: `path` does not exist.
             ValueError: the file is damaged, or is not a saved cache.
         """
-        device = torch.device(device)
+        device = as_device(device)
         saved = cache_file.read(path)
 
         @ordinary_tensors
@@ -356,6 +415,24 @@ class Cache:
     def __getstate__(self) -> dict[str, Any]:
         """All but `checked_for`: a copy is compared with the model at its first call."""
         return {**self.__dict__, "checked_for": None}
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: no name of a device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r}: expected a device of PyTorch, such as 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
+
+
+def _repeated(values: list[Any], times: int) -> list[Any]:
+    return [value for value in values for _ in range(times)]
 
 
 def _as_starts(lengths: list[int], device: torch.device) -> int | Tensor:

@@ -110,7 +110,7 @@ class NemotronConfig:
     def __post_init__(self) -> None:
         self._use_plain_numbers()
         self._check_pattern("pattern", self.pattern, set(LAYER_KINDS))
-        if self.mtp_pattern != "":
+        if not isinstance(self.mtp_pattern, str) or self.mtp_pattern:
             self._check_pattern("mtp_pattern", self.mtp_pattern, {"*", "E"})
         self._check_positive(
             "vocab_size",

@@ -30,13 +30,13 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts products on the device of `x`; None where it is off."""
-    kind = "cpu" if x.is_cpu else x.device.type
+    kind = _kind(x)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(run: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """`run`, in the dtypes of its arguments even where autocast is on for the device of `x`."""
-    kind = "cpu" if x.is_cpu else x.device.type
+    kind = _kind(x)
     if not torch.is_autocast_enabled(kind):
         return run
 
@@ -45,6 +45,13 @@ def without_autocast(run: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
             return run(*args)
 
     return exact
+
+
+def _kind(x: Tensor) -> str:
+    """The type of device whose autocast applies to `x`; meta tensors have none of their own."""
+    if x.is_cpu or x.is_meta:
+        return "cpu"
+    return "cuda" if x.is_cuda else x.device.type
 
 
 def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -139,6 +139,7 @@ def atomic_folder(
         with _explained(path, _FULL):  # other errors may be about other files of the caller
             yield new
         with _explained(path):
+            sync_tree(new)
             try:
                 _replace(new, staging, path, replaces, last)
             except OSError as error:
@@ -158,21 +159,21 @@ def _replace(
         folder_replacement.install(staging, path, replaces, last)
         return
     if not path.exists():
-        sync_tree(new)
         folder_replacement.put_in_place(new, path)
         return
+    own = os.listdir(new)
     try:
         folder_replacement.exchange(new, path, replaces)
     except OSError:
         with ExitStack() as stack:
             staging, inside = _inside(stack, path)
-            for entry in list(new.iterdir()):
-                move(entry, inside / entry.name)
+            for name in own:
+                move(new / name, inside / name)
             try:
                 folder_replacement.install(staging, path, replaces, last)
             except BaseException:
-                for entry in list(inside.iterdir()):
-                    move(entry, new / entry.name)
+                for name in os.listdir(inside):
+                    move(inside / name, new / name)
                 raise
 
 
@@ -279,12 +280,11 @@ def _explained(folder: Path, causes: Container[int] = _ADVICE) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno not in causes or not error.strerror:
+        code = error.errno
+        if code is None or code not in causes or not error.strerror:
             raise
-        made = type(error)(
-            f"{folder} cannot be written ({error.strerror}): {_ADVICE[error.errno]}."
-        )
-        made.errno = error.errno
+        made = type(error)(f"{folder} cannot be written ({error.strerror}): {_ADVICE[code]}.")
+        made.errno = code
         raise made from error
 
 

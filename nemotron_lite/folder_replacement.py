@@ -59,7 +59,7 @@ def exchange(new: Path, path: Path, replaces: Replaces) -> None:
     """Put the folder `new` at `path`; the old folder then has the name `new`.
 
     Args:
-        new: complete and on the same disk.
+        new: complete, flushed (`sync_tree`) and on the same disk.
         path: an existing folder. Its files for which `replaces` is False and that `new` does not
             have are kept, as hard links.
 
@@ -67,7 +67,6 @@ def exchange(new: Path, path: Path, replaces: Replaces) -> None:
         OSError: impossible here; `path` is as it was.
     """
     keep_permissions(path, new)
-    sync_tree(new)
     with lock_folder(path):
         _keep_other_files(path, new, replaces)
         new.chmod(permissions(path))
@@ -190,8 +189,8 @@ def install(staging: Path, path: Path, replaces: Replaces, last: str | None) -> 
     """Move the files of `staging/new` into the folder `path`, file by file.
 
     Args:
-        staging: a locked folder inside `path`, called `.nemotron-lite.saving-…`. Afterwards it
-            holds the old files.
+        staging: a locked folder inside `path`, called `.nemotron-lite.saving-…`, with flushed files
+            (`sync_tree`). Afterwards it holds the old files.
         path: an existing folder.
         replaces: which of its entries are removed even if `staging/new` has none of that name.
         last: the decisive file, which is removed first and moved last; None if there is none.
@@ -204,7 +203,8 @@ def install(staging: Path, path: Path, replaces: Replaces, last: str | None) -> 
     keep_permissions(path, staging / NEW)
     if last is not None and (staging / NEW / last).exists():
         os.rename(staging / NEW / last, staging / LAST / last)
-    sync_tree(staging)
+    for folder in (NEW, LAST, "."):
+        sync_folder(staging / folder)
     with lock_folder(path):
         recover(path)  # what a process left that was killed since this one began
         old = _old_entries(staging, path, replaces, last)
@@ -223,7 +223,8 @@ def install(staging: Path, path: Path, replaces: Replaces, last: str | None) -> 
             for name in list(_files_in(moves.staging / LAST)):
                 os.rename(moves.staging / LAST / name, moves.staging / NEW / name)
             raise
-        moves.rename_staging(SAVING)
+        with suppress(OSError):  # all is in place, and `recover` would do the rest
+            moves.rename_staging(SAVING)
 
 
 class _Moves:

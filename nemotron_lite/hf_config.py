@@ -41,7 +41,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nemotron_lite.arguments import shown
-from nemotron_lite.config import ConfigError, NemotronConfig
+from nemotron_lite.config import MOST_EOS_TOKENS, ConfigError, NemotronConfig
 
 LAYER_LETTERS = {
     "linear_attention": "M", "mamba": "M",
@@ -144,6 +144,11 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
     if config.get("num_key_value_heads", 0) is None:  # one key head per query head
         values["num_key_value_heads"] = values["num_attention_heads"]
     values["moe_latent_size"] = config.get("moe_latent_size")
+    if values["moe_latent_size"] is not None and not _is_a(values["moe_latent_size"], int):
+        problems.append(
+            f"moe_latent_size is {shown(values['moe_latent_size'])}; it must be a whole number or "
+            "null"
+        )
     values["eos_token_id"] = _eos(config, problems)
     values["time_step_limit"] = _limit(config, problems)
     # `without_dt_clamp` writes the real value here, because time_step_min then means "no clamp".
@@ -231,7 +236,7 @@ def _refuse_sizes_per_layer(config: Mapping[str, Any]) -> None:
         return
     sizes |= {key: [each for each in config[key] if _is_a(each, int)] for key in lists}
     differ = [
-        f"{shown(key)} ({_some(set(values))})"
+        f"{shown(key)[1:-1]} ({_some(set(values))})"
         for key, values in sizes.items()
         if len(set(values)) > 1
     ]
@@ -302,7 +307,7 @@ def without_dt_clamp(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_floats(value: Any) -> Any:
     """Convert transformers' spelling of infinity and NaN, which JSON cannot represent."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and len(value) == 2:  # time_step_limit
         return [_plain_float(item) for item in value]
     return _plain_float(value)
 
@@ -419,7 +424,8 @@ def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
     eos = config.get("eos_token_id")
     if eos is None:
         return 2
-    if isinstance(eos, list) and eos and all(_is_a(item, int) for item in eos):
+    several = isinstance(eos, list) and 0 < len(eos) <= MOST_EOS_TOKENS
+    if several and all(_is_a(item, int) for item in eos):
         return tuple(eos)
     if not _is_a(eos, int):
         problems.append(f"eos_token_id is {shown(eos)}; it must be a token id or a list of them")

@@ -23,6 +23,9 @@ from nemotron_lite.arguments import integer
 from nemotron_lite.backends.private_torch import inside_transform
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.dtypes import autocast_dtype
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_call(
@@ -64,6 +67,13 @@ def check_call(
         raise ValueError(
             f"seq_idx has shape {list(seq_idx.shape)}; expected that of tokens, {shape}."
         )
+    if dtype in _HALVES:
+        narrow = autocast_dtype(tokens)
+        if narrow is not None and narrow != dtype:
+            raise ValueError(
+                f"a model in {dtype} under autocast to {narrow}: one of them has digits that the "
+                f"other lacks. Use autocast to {dtype}, or a model in float32."
+            )
     _check_depths(config, shape[1], mtp_depths)
     if cache is not None:
         _check_cache(config, dtype, tokens, cache)
@@ -76,8 +86,8 @@ def check_call(
             raise ValueError("mtp_depths needs the whole text at once; call without a cache.")
 
 
-def to_int64(name: str, values: Any) -> Any:
-    """A tensor of any integer dtype as int64; None stays None.
+def to_int64(name: str, values: Any) -> Tensor:
+    """A tensor of any integer dtype as int64.
 
     Args:
         name: of the argument, for the message.
@@ -86,7 +96,7 @@ def to_int64(name: str, values: Any) -> Any:
         TypeError: not a tensor.
         ValueError: not integers.
     """
-    if values is None or (type(values) is Tensor and values.dtype is torch.int64):
+    if type(values) is Tensor and values.dtype is torch.int64:
         return values
     if not isinstance(values, Tensor):
         raise TypeError(

@@ -68,7 +68,7 @@ def read_bytes(
         if not follow_links and Path(path).is_symlink():
             raise FileError(path, "is a symbolic link; put the file itself there")
         handle = os.open(path, flags)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileError):
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise FileError(path, f"cannot be opened ({_cause(error)})") from error

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer
 from nemotron_lite.backends.private_torch import pass_to_export
-from nemotron_lite.cache import Cache
+from nemotron_lite.cache import MODEL_DTYPES, Cache, as_device
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.input_checks import (
     check_call,
@@ -120,15 +120,29 @@ class Backbone(nn.Module):
         """Look tokens up.
 
         Raises:
-            ValueError: a token outside the vocabulary.
+            ValueError: a token outside the vocabulary, another device than that of the weights, or meta.
         """
         try:
-            return self.embeddings(tokens)
+            embedded = self.embeddings(tokens)
         except IndexError as error:
             raise ValueError(
                 f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary "
                 f"has {self.embeddings.num_embeddings} entries. Is this the model's tokenizer?"
             ) from error
+        except RuntimeError as error:
+            if tokens.device != self.embeddings.weight.device:
+                raise self._other_device(tokens) from error
+            raise
+        if (embedded.is_meta or tokens.is_meta) and type(embedded) is Tensor:
+            raise self._other_device(tokens)  # PyTorch would go on with any numbers
+        return embedded
+
+    def _other_device(self, tokens: Tensor) -> ValueError:
+        return ValueError(
+            f"tokens are on {tokens.device} and weights on {self.embeddings.weight.device}: move "
+            "one of them with .to(device). On meta there are no numbers to compute with: `load` or "
+            "Nemotron(config, device='cpu') makes some."
+        )
 
     def forward(
         self,
@@ -153,7 +167,7 @@ class Nemotron(nn.Module):
 
     Raises:
         TypeError: a seed that is not an integer.
-        ValueError: a seed out of range.
+        ValueError: a seed out of range, an unknown device, or a dtype that models do not have.
     """
 
     def __init__(
@@ -174,7 +188,9 @@ class Nemotron(nn.Module):
         # to a new folder (checkpoint/companions.py).
         self.companion_files: dict[str, bytes] = {}
         self.built_from = config  # `save` asks whether `config` was changed since
-        device = torch.device(device or torch.get_default_device())
+        device = as_device(device or torch.get_default_device())
+        if dtype is not None and dtype not in MODEL_DTYPES:
+            raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, MODEL_DTYPES))}.")
         with torch.inference_mode(False):  # inference tensors could never be trained
             with torch.device("meta"):  # no memory and no random numbers until `init_weights`
                 self.backbone = Backbone(config)
@@ -204,6 +220,19 @@ class Nemotron(nn.Module):
         self.lm_head.init_weights(std, generator=generator)
         if self.mtp is not None:
             self.mtp.init_weights(std, residual_divisor, generator)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Weights are ordinary tensors again, also when copied or unpickled in inference mode."""
+        super().__setstate__(state)
+        with torch.inference_mode(False), torch.no_grad():
+            for module in self.modules():
+                for name, weight in module._parameters.items():
+                    if weight is not None and weight.is_inference():
+                        copy = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+                        module._parameters[name] = copy
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_inference():
+                        module._buffers[name] = buffer.clone()
 
     @property
     def device(self) -> torch.device:
@@ -371,7 +400,8 @@ class Nemotron(nn.Module):
             TypeError: an argument that is no tensor or no integer.
             ValueError: arguments that do not fit together; the message says which.
         """
-        tokens, lengths = to_int64("tokens", tokens), to_int64("lengths", lengths)
+        tokens = to_int64("tokens", tokens)
+        lengths = None if lengths is None else to_int64("lengths", lengths)
         logits_to_keep = check_logits_to_keep(logits_to_keep, tokens)
         found = self._hidden(
             tokens, cache, lengths, seq_idx, mtp_depths, router_stats=router_stats, draft=draft
@@ -449,7 +479,7 @@ class Nemotron(nn.Module):
             )
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
-        seq_idx = to_int64("seq_idx", seq_idx)
+        seq_idx = None if seq_idx is None else to_int64("seq_idx", seq_idx)
         if type(mtp_depths) is not int:
             mtp_depths = integer("mtp_depths", mtp_depths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)

@@ -156,6 +156,14 @@ def test_sizes_of_super() -> None:
     assert sum(m.conv.nbytes for m in rest) == 2_457_600
 
 
+def test_a_cache_that_was_left_in_the_middle_of_a_pass_is_not_saved(tmp_path: Path) -> None:
+    cache = Cache.empty(TINY, 1)
+    cache.broken_by = "KeyboardInterrupt"
+    with pytest.raises(ValueError, match=r"in the middle \(KeyboardInterrupt\)"):
+        cache.save(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cache_needs_rows() -> None:
     with pytest.raises(ValueError, match="batch=0"):
         Cache.empty(TINY, 0)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemotron_lite import ConfigError, NemotronConfig
 from nemotron_lite.config import PRESETS
+from nemotron_lite.ledger import parameters
 
 
 def config(**changes: Any) -> NemotronConfig:
@@ -193,3 +199,79 @@ def test_expert_width_without_a_latent_is_the_models() -> None:
 def test_end_of_sequence_ids_are_always_a_tuple() -> None:
     assert config(eos_token_id=2).eos_token_ids == (2,)
     assert config(eos_token_id=(2, 11)).eos_token_ids == (2, 11)
+
+
+# Anything that a caller or a file may put in place of a number.
+SMALL = st.integers(-3, 40)
+SEVERAL = st.lists(SMALL | st.floats() | st.none(), max_size=3)
+ODD: st.SearchStrategy[Any] = st.one_of(
+    *(st.none(), st.booleans(), SMALL, st.integers(), st.sampled_from([10**30, 10**400, 10**5000])),
+    *(st.floats(), st.text(max_size=5), st.binary(max_size=3), SEVERAL, SEVERAL.map(tuple)),
+    *(SMALL.map(np.int64), st.integers(0, 40).map(np.uint8), st.floats().map(np.float64)),
+    *(st.floats(width=32).map(np.float32), st.booleans().map(np.bool_), SMALL.map(torch.tensor)),
+    *(st.sampled_from(["M", "*E", "ME*-", "M" * 1000]), st.just(np.arange(3))),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+FIELDS = [field.name for field in dataclasses.fields(NemotronConfig)]
+
+
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), ODD, min_size=1, max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_any_values_make_a_config_or_a_config_error(changes: dict[str, Any]) -> None:
+    """What is accepted is plain Python, can be written to JSON, and is the same when read again."""
+    found = config()
+    for name, value in changes.items():
+        object.__setattr__(found, name, value)
+    message = ""
+    try:
+        found.__post_init__()
+    except ConfigError as error:
+        message = str(error)
+    if message:
+        assert any(name in message for name in FIELDS)
+        assert len(message) < 600
+        return
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        assert all(
+            type(each) in (int, float, bool, str, type(None))
+            for each in (value if isinstance(value, tuple) else (value,))
+        ), field.name
+    text = json.dumps(found.to_hf())
+    assert NemotronConfig.from_hf(json.loads(text)) == found
+    parameters(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(vocab_size=2**31), "vocab_size=2147483648 does not work: expected at most"),
+        (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 1), "a tensor would have"),
+        (dict(n_routed_experts=10**9, moe_intermediate_size=10**9), "n_routed_experts=1000000000"),
+        (dict(mtp_pattern="*E", mtp_depths=10**6), "at most 64"),
+        (dict(pad_token_id=2**40), "pad_token_id=1099511627776"),
+        (dict(eos_token_id=tuple(range(2000))), "at most 1024"),
+        (dict(time_step_limit=(0.0, 10**400)), "time_step_limit=(0.0, 1000"),
+        (dict(pattern="\ue000" * 10**6), "pattern='"),
+    ],
+)
+def test_sizes_are_bounded(changes: dict[str, Any], words: str) -> None:
+    found = config()
+    for name, value in changes.items():
+        object.__setattr__(found, name, value)
+    with pytest.raises(ConfigError) as error:
+        found.__post_init__()
+    assert words in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_numbers_of_numpy_become_python_s() -> None:
+    found = config()
+    for name, value in dict(
+        hidden_size=np.int32(48), use_conv_bias=np.bool_(False), norm_eps=np.float64(1e-6)
+    ).items():
+        object.__setattr__(found, name, value)
+    found.__post_init__()
+    assert found == config(hidden_size=48, use_conv_bias=False, norm_eps=1e-6)
+    assert type(found.hidden_size) is int
+    assert hash(found) == hash(config(hidden_size=48, use_conv_bias=False, norm_eps=1e-6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from nemotron_lite import files
-from nemotron_lite.files import atomic_file, atomic_folder
+from nemotron_lite.files import atomic_file, atomic_folder, check_writable_folder
 
 
 def test_the_new_file_replaces_the_old_one(tmp_path: Path) -> None:
@@ -213,3 +214,71 @@ def test_permissions_of_a_folder_are_kept(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "new") as folder:
         (folder / "file").touch()
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("name", [".", "m", "new", "new/deep/er", "link", "m/../new"])
+def test_a_probe_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes").touch()
+    (tmp_path / "link").symlink_to("m")
+    before = sorted(tmp_path.rglob("*"))
+    check_writable_folder(tmp_path / name)
+    check_writable_folder(str(tmp_path / name))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("file", NotADirectoryError, "is a file; name a folder"),
+        ("file/below", NotADirectoryError, "a part of this path is a file"),
+        ("x" * 256, OSError, "the name is too long"),
+        ("x" * 256 + "/below", OSError, "the name is too long"),
+    ],
+)
+def test_a_probe_says_why_a_folder_cannot_be_written(
+    tmp_path: Path, name: str, kind: type[OSError], text: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(kind, match=text) as raised:
+        check_writable_folder(tmp_path / name)
+    assert str(tmp_path / name) in str(raised.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "your disk quota is used up; free some space"),
+        (errno.EROFS, "mounted read-only"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_errors_of_a_disk_are_explained_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, text: str, exists: bool
+) -> None:
+    if exists:
+        (tmp_path / "m").mkdir()
+    before = os.listdir(tmp_path)
+
+    def full(handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=text) as raised:
+        check_writable_folder(tmp_path / "m")
+    assert raised.value.errno == code
+    assert f"{tmp_path / 'm'} cannot be written ({os.strerror(code)})" in str(raised.value)
+    with pytest.raises(OSError, match=text), atomic_folder(tmp_path / "m") as folder:
+        (folder / "file").touch()
+    assert os.listdir(tmp_path) == before
+
+
+def test_errors_about_other_files_stay_as_they_are(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match="nowhere"),
+        atomic_folder(tmp_path / "m") as folder,
+    ):
+        (folder / "copy").write_bytes((tmp_path / "nowhere").read_bytes())
+    assert os.listdir(tmp_path) == []

@@ -8,6 +8,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemotron_lite import ConfigError, NemotronConfig
 from nemotron_lite.config import PRESETS
@@ -259,3 +261,67 @@ def test_layers_are_written_once_in_the_spelling_every_reader_knows() -> None:
     written = to_hf(PRESETS["super"])
     assert "layers_block_type" not in written
     assert len(written["hybrid_override_pattern"]) == written["num_hidden_layers"]
+
+
+# --- hostile values, Puzzle ---------------------------------------------------------------------
+
+OTHER_KEYS = """layers_block_type mtp_layers_block_type layer_types time_step_limit
+    time_step_init_min text_config block_configs rms_norm_eps num_local_experts mamba_d_conv"""
+KEYS = sorted({*to_hf(PRESETS["super"]), *OTHER_KEYS.split()})
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+JSON: st.SearchStrategy[Any] = st.recursive(
+    PLAIN | st.sampled_from([10**399, -(10**399), "M" * 500, "*E", "relu2", "Infinity"]),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.text(max_size=6), inner, max_size=3),
+        inner.map(lambda value: {"__float__": value}),
+    ),
+    max_leaves=8,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
+@settings(max_examples=400, deadline=None)
+def test_any_json_makes_a_config_or_a_short_config_error(changes: dict[str, Any]) -> None:
+    try:
+        found: Any = from_hf(published(**changes))
+    except ConfigError as error:
+        found = str(error)
+        assert len(found) < 4000
+    if not isinstance(found, str):
+        assert from_hf(json.loads(json.dumps(to_hf(found)))) == found
+
+
+PUZZLE = {
+    "block_configs": (
+        [
+            {"block_type": "mamba"},
+            {"block_type": "moe", "n_routed_experts": 512, "moe_intermediate_size": 2688},
+            {"block_type": "moe", "n_routed_experts": 256, "moe_intermediate_size": 1280},
+        ],
+        ["block_configs", "n_routed_experts (256, 512)", "moe_intermediate_size (1280, 2688)"],
+    ),
+    "n_routed_experts": ([512, 256, 128, 64, 32, 16], ["_experts (16, 32, 64, 128, … 512)"]),
+    "moe_intermediate_size": ([2688, 1280], ["moe_intermediate_size (1280, 2688)"]),
+    "model_type": ("nemotron_h_puzzle", ["Puzzle"]),
+}
+
+
+@pytest.mark.parametrize("key", PUZZLE)
+@pytest.mark.parametrize("nested", [False, True])
+def test_sizes_per_layer_are_one_error_that_names_them(key: str, nested: bool) -> None:
+    value, words = PUZZLE[key]
+    whole = published(**{key: value})
+    with pytest.raises(ConfigError) as error:
+        from_hf({"text_config": whole, "vision_config": {}} if nested else whole)
+    text = str(error.value)
+    assert "does not build such models" in text
+    assert all(word in text for word in words), text
+    assert len(text) < 1000
+
+
+def test_many_blocks_are_summed_up() -> None:
+    blocks = [{"n_routed_experts": i, f"k{i}": 1} for i in range(30_000)]
+    with pytest.raises(ConfigError, match="n_routed_experts") as error:
+        from_hf(published(block_configs=blocks))
+    assert len(str(error.value)) < 1000

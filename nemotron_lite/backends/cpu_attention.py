@@ -73,7 +73,8 @@ def one_token(
 
     `visible` marks the keys that are read; None means all of them.
     """
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
+    shared = q.shape[1] // k.shape[1]
+    grouped = q.view(q.shape[0], k.shape[1], shared, q.shape[-1]) * q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = grouped @ k.transpose(-1, -2)
     if visible is not None:
@@ -107,7 +108,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     for first in range(0, t, rows):
         seen, n = start + first, min(rows, t - first)
         end = min(start + t, -(-(seen + n) // BLOCK) * BLOCK)
-        later = torch.ones(n, end - seen, dtype=torch.bool).triu_(1)
+        later = torch.ones(n, end - seen, dtype=torch.bool, device=q.device).triu_(1)
         for row, head in itertools.product(range(b), range(k.shape[1])):
             queries = wide[row, head, :, first : first + n].reshape(shared * n, p)
             answers = _block(queries, keys[row, head, :end], values[row, head, :end], later)

@@ -64,6 +64,8 @@ def _concatenated(
     The first document of a row has the inputs before the row there instead of zeros.
     """
     before, (b, t) = weight.shape[1] - 1, starts.shape
+    if not starts.numel():
+        return F.silu(window[:, before:])
     first = starts.clone()
     first[:, 0] = True
     document = first.flatten().cumsum(0)

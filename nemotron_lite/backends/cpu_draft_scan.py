@@ -46,7 +46,7 @@ def ssd_read_draft(
     mix = decay[..., 1:] * dt.unsqueeze(2)
     mix.view(b * g, h // g, t, t).mul_(torch.bmm(C, B.mT).unsqueeze(1))
     # From the state: its rows are h*p/g vectors of n, read by the group's C.
-    y = torch.bmm(state.reshape(b * g, -1, n), C.mT).view(b, h, p, t)
+    y = torch.bmm(state.reshape(b * g, h // g * p, n), C.mT).view(b, h, p, t)
     y.mul_(decay[..., 0].unsqueeze(2))
     y.view(b * h, p, t).baddbmm_(heads.reshape(b * h, p, t), mix.view(b * h, t, t).mT)
     if D is not None:
@@ -64,9 +64,9 @@ def ssd_accept_draft(
     decays: Decays | None,
 ) -> Tensor:
     """`ops.ssd_accept_draft` of checked inputs; `state` is overwritten and returned."""
-    b, h, g, n = x.shape[0], x.shape[2], B.shape[2], B.shape[3]
+    (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     wide = state.dtype
-    longest = counts if isinstance(counts, int) else int(counts.max())
+    longest = counts if isinstance(counts, int) else max(counts.tolist(), default=0)
     if longest == 0:
         return state
     x, B = x[:, :longest], B[:, :longest]
@@ -83,9 +83,9 @@ def ssd_accept_draft(
     write = (end[..., 1:] * dt).unsqueeze(2)
     heads = cast(x, wide).permute(0, 2, 3, 1) * write  # b h p t
     state.mul_(end[..., 0].reshape(b, h, 1, 1))
-    rows = state.view(b * g, -1, n)
-    directions = cast(B, wide).transpose(1, 2).reshape(b * g, -1, n)
-    rows.baddbmm_(heads.reshape(b * g, -1, longest), directions)
+    rows = state.view(b * g, h // g * p, n)
+    directions = cast(B, wide).transpose(1, 2).reshape(b * g, longest, n)
+    rows.baddbmm_(heads.reshape(b * g, h // g * p, longest), directions)
     return state
 
 

@@ -65,12 +65,12 @@ def multiplies_pair_by_pair(up: Tensor, indices: Tensor) -> bool:
 def pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """The form for few pairs, without gradients: one batched product."""
     (tokens, k), chosen = indices.shape, indices.flatten()
-    rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, -1)
+    rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, z.shape[1])
     # A row times a matrix, not a matrix times a column: MKL's batches are twice as fast this way.
     up, down = (cast(part.index_select(0, chosen), z.dtype).mT for part in (up, down))
     hidden = torch.bmm(rows, up).relu_()
     hidden.mul_(hidden).mul_(weights.reshape(-1, 1, 1))
-    return torch.bmm(hidden, down).view(tokens, k, -1).sum(1)
+    return torch.bmm(hidden, down).view(tokens, k, z.shape[1]).sum(1)
 
 
 class _Order:
@@ -149,12 +149,13 @@ def _in_batches(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: T
         total += len(chosen) * rows
 
     offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
-    offset[by_load[: len(starts)]] += torch.tensor(starts)
+    offset[by_load[: len(starts)]] += torch.tensor(starts, device=flat.device)
     pairs = flat.argsort(stable=True)
     places = torch.empty_like(flat)  # pair -> row
-    places[pairs] = offset[flat[pairs]] + torch.arange(flat.numel())
+    order = torch.arange(flat.numel(), device=flat.device)
+    places[pairs] = offset[flat[pairs]] + order
     tokens = flat.new_zeros(total)
-    tokens[places] = torch.arange(flat.numel()) // indices.shape[1]
+    tokens[places] = order // indices.shape[1]
 
     rows_in = z[tokens]
     answers = torch.empty_like(rows_in)

@@ -74,7 +74,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def _gated(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     wide = F.silu(cast(z, wide_dtype(y))).mul_(y)
-    grouped = wide.view(*wide.shape[:-1], groups, -1)
+    grouped = wide.view(*wide.shape[:-1], groups, wide.shape[-1] // groups)
     scale = _inverse_rms(grouped, eps)
     grouped.mul_(scale)
     return cast(wide.mul_(weight), y.dtype), scale

@@ -23,16 +23,17 @@ def ssd_step(
     """`ops.ssd_step` of inputs whose shapes were checked; `state` is overwritten and returned."""
     batch, heads, width = x.shape
     groups, n = B.shape[1:]
+    shared = heads // groups
     narrow, wide = x.dtype, state.dtype
     x, dt, B, C = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
     # Splitting an axis is always a view, so this writes through to the caller's state.
     grouped = state.unflatten(1, (groups, -1))
-    fade = torch.exp(dt * A).view(batch, groups, -1, 1, 1)
-    write = (x * dt.unsqueeze(-1)).reshape(batch, groups, -1, width, 1)
+    fade = torch.exp(dt * A).view(batch, groups, shared, 1, 1)
+    write = (x * dt.unsqueeze(-1)).reshape(batch, groups, shared, width, 1)
     grouped.mul_(fade).addcmul_(write, B.reshape(batch, groups, 1, 1, n))
     # The heads of a group share C: one row times one matrix, with the state as the columns.
-    rows = state.reshape(batch * groups, -1, n)
-    y = torch.bmm(C.reshape(-1, 1, n), rows.mT).view(batch, heads, width)
+    rows = state.reshape(batch * groups, shared * width, n)
+    y = torch.bmm(C.reshape(batch * groups, 1, n), rows.mT).view(batch, heads, width)
     if D is not None:
         y.addcmul_(x, D.to(wide).unsqueeze(-1))
     return y.to(narrow), state

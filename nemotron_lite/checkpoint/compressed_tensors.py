@@ -65,13 +65,14 @@ def read_compressed_tensors(
             f"config_groups is {shown(groups)}; expected an object with 1 to {MOST_GROUPS} groups"
         )
         groups = {}
-    formats, tiles = set(), set()
+    formats: set[str] = set()
+    tiles: set[tuple[int, int]] = set()
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else group
         if isinstance(group, Mapping) and weights is None:
             continue  # a group for activations or the cache only
         found, problem = _format(weights)
-        if problem is None and found == FP8_TILES:
+        if isinstance(weights, Mapping) and found == FP8_TILES:
             tile, problem = _tile(weights.get("block_structure") or list(TILE))
             tiles.add(tile)
         if problem is not None:

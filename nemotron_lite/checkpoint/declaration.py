@@ -33,7 +33,8 @@ class ByName:
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self.exact: dict[str, str] = {}
-        prefixes, self._globs = {}, []
+        prefixes: dict[str, str] = {}
+        self._globs: list[tuple[str, str]] = []
         for pattern, value in values.items():
             name, _ = without_prefix(pattern)
             stem = name.removesuffix("*")

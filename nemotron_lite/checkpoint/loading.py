@@ -40,12 +40,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from nemotron_lite import arguments
 from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
+from nemotron_lite.checkpoint.changes import (
+    ATTEMPTS,
+    changed_too_often,
+    files_of,
+    settled_files,
+)
 from nemotron_lite.checkpoint.companions import read_companions
 from nemotron_lite.checkpoint.declaration import check_declarations
 from nemotron_lite.checkpoint.errors import CheckpointError, count_and_names, shown
@@ -139,6 +145,29 @@ def load_as(
     if mtp not in ("auto", "require", "drop"):
         raise ValueError(f'mtp={mtp!r} does not work: expected "auto", "require" or "drop".')
     folder = resolve(path)
+    for _ in range(ATTEMPTS):
+        before = settled_files(folder)
+        failure: Exception | None = None
+        try:
+            model = _read_folder(model_class, folder, dtype, device, mtp, packed)
+        except (CheckpointError, OSError, SafetensorError) as error:
+            failure = error
+        if files_of(folder) == before:
+            if failure is not None:
+                raise failure
+            return model
+    raise changed_too_often(folder)
+
+
+def _read_folder(
+    model_class: type[M],
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    mtp: str,
+    packed: bool,
+) -> M:
+    """One attempt to read a folder; it may change meanwhile."""
     hf, problems = read_object(folder / "config.json", infinity=True)
     stored, header_problems = read_headers(folder)
     problems += header_problems
@@ -191,10 +220,10 @@ def load_as(
             "weights; transformers drops them when it saves. The model is loaded without it, so it "
             'cannot draft. Give load(path, mtp="drop") to leave it out without this warning, or '
             'mtp="require" to make it an error.',
-            stacklevel=3,
+            stacklevel=4,
         )
     if parts:
-        warnings.warn(_left_out(folder, parts, others), stacklevel=3)
+        warnings.warn(_left_out(folder, parts, others), stacklevel=4)
     return model.eval()
 
 
@@ -256,7 +285,7 @@ def _most_common_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
     counts: dict[str, int] = {}
     for item in stored:
         if item.dtype in _CODES and not item.name.endswith((ALWAYS_FLOAT32, *KEPT_FLOAT32)):
-            counts[item.dtype] = counts.get(item.dtype, 0) + item.count
+            counts[item.dtype] = counts.get(item.dtype, 0) + item.numel
     return _CODES[max(counts, key=lambda code: counts[code])] if counts else torch.bfloat16
 
 
@@ -399,7 +428,7 @@ def _read_weights(
     state = model.state_dict()
     added = state.keys() - shapes.keys()
     tensors: dict[str, Tensor] = {}
-    invalid: dict[str, list[str]] = {}  # names of tensors, by what is wrong with their values
+    invalid: dict[str, float] = {}  # names of tensors with invalid values, and one such value
 
     def copy_into(
         name: str, shape: tuple[int, ...], dtype: torch.dtype, expert: int | None, value: Tensor
@@ -415,9 +444,8 @@ def _read_weights(
                 copy_into(name, shapes[name], dtypes.of(name, source.dtype), expert, source)
             continue
         stored = found.modules[item.name]
-        wrong = list(modelopt.invalid_values(source))
-        for fault, part in wrong:
-            invalid.setdefault(fault, []).append(f"{stored.module}.{part}")
+        for part, wrong in modelopt.invalid_values(source):
+            invalid[f"{stored.module}.{part}"] = wrong
         if invalid:
             continue  # the model will not be used
         module = name.removesuffix(".weight")
@@ -431,20 +459,17 @@ def _read_weights(
     for disk_name, value in _read_scales(folder, found.cache_scales.values()):
         name = ".".join(_module_and_scale(disk_name))
         if not bool(value.isfinite()) or float(value) <= 0:
-            fault = f"holds {float(value):g}, expected finite numbers above 0"
-            invalid.setdefault(fault, []).append(disk_name)
+            invalid[disk_name] = float(value)
         elif name in added:
             copy_into(name, (), torch.float32, None, value)
     if invalid:
-        raise CheckpointError(
-            folder,
-            [
-                f"invalid values: {names[0]} {fault}; copy the files again"
-                if len(names) == 1
-                else f"invalid values: {count_and_names(names)}: {fault}; copy the files again"
-                for fault, names in invalid.items()
-            ][:8],
+        first, wrong = next(iter(invalid.items()))
+        others = f" ({count_and_names(invalid)})" if len(invalid) > 1 else ""
+        problem = (
+            f"invalid values{others}: {shown(first)} holds {wrong:g}; expected finite numbers, and "
+            "scales above 0. Copy the files again"
         )
+        raise CheckpointError(folder, [problem])
     return tensors
 
 
@@ -474,7 +499,7 @@ def _stream(
             yield from _read(folder, batch, found)
             batch, size = [], 0.0
         batch.append((destination, item))
-        size += _BYTES.get(item.dtype, 1) * max(1, item.count)
+        size += _BYTES.get(item.dtype, 1) * max(1, item.numel)
     yield from _read(folder, batch, found)
 
 

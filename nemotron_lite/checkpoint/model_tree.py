@@ -25,7 +25,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,11 +110,12 @@ def read_tree(model: object) -> ModelTree:
         return tree
     _walk(tree, inside, "", ())
     tree.problems += _wrong_tensors(tree.tensors, tree.packed)
-    if not isinstance(inside.config, NemotronConfig):
-        kind = type(inside.config).__name__
-        tree.problems.append(f"model.config is a {kind}; expected a NemotronConfig")
+    config: object = inside.config
+    if isinstance(config, NemotronConfig):
+        tree.problems += _differences(tree, _reference(config))
     else:
-        tree.problems += _differences(tree, Nemotron(inside.config, device="meta"))
+        kind = type(config).__name__
+        tree.problems.append(f"model.config is a {kind}; expected a NemotronConfig")
     return tree
 
 
@@ -229,18 +232,34 @@ def _is_freed(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < size
 
 
-def _differences(tree: ModelTree, reference: Nemotron) -> list[str]:
+class _Reference(NamedTuple):
+    """The model that `load` builds: the class of each module, and the shape of each tensor."""
+
+    classes: Mapping[str, type[nn.Module]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@lru_cache(maxsize=1)  # a run saves the same model again and again
+def _reference(config: NemotronConfig) -> _Reference:
+    model = Nemotron(config, device="meta")
+    return _Reference(
+        MappingProxyType({name: type(module) for name, module in model.named_modules()}),
+        MappingProxyType({n: tuple(tensor.shape) for n, tensor in model.state_dict().items()}),
+    )
+
+
+def _differences(tree: ModelTree, reference: _Reference) -> list[str]:
     """What differs from the model that `load` would build."""
-    modules = dict(reference.named_modules())
+    classes = reference.classes
     replaced = {
         name: module
         for name, module in tree.modules.items()
-        if name and name in modules and not _computes_the_same(module, modules[name])
+        if name and name in classes and not _computes_the_same(module, classes[name])
     }
     problems = []
     if replaced:
         described = shorten(
-            f"{name} ({type(module).__name__}, expected {type(modules[name]).__name__})"
+            f"{name} ({type(module).__name__}, expected {classes[name].__name__})"
             for name, module in replaced.items()
         )
         problems.append(
@@ -249,7 +268,7 @@ def _differences(tree: ModelTree, reference: Nemotron) -> list[str]:
             "peft: model.merge_and_unload()). Weights alone can be saved from a new model: "
             "plain = Nemotron(model.config); plain.load_state_dict(...)"
         )
-    expected = _expected(tree, reference)
+    expected = _expected(tree, reference.shapes)
     inside = tuple(f"{name}." for name in replaced)  # named already
     found = {n: tuple(t.shape) for n, t in tree.tensors.items()}
     added = [n for n in found if n not in expected and not n.startswith(inside)]
@@ -285,24 +304,26 @@ def _is_parametrized_weight(tree: ModelTree, name: str) -> bool:
     return module is not None and parametrize.is_parametrized(module, leaf)
 
 
-def _computes_the_same(module: nn.Module, expected: nn.Module) -> bool:
+def _computes_the_same(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether `load` would build this class, or one of this package computes with its tensors."""
     kind = type(module)
     if parametrize.is_parametrized(module):  # named already
         return True
-    if kind is type(expected) or kind.__module__.partition(".")[0] == __package__.partition(".")[0]:
+    if kind is expected or kind.__module__.partition(".")[0] == __package__.partition(".")[0]:
         return True
-    return kind is nn.Linear and isinstance(expected, nn.Linear) and module.bias is None
+    return kind is nn.Linear and issubclass(expected, nn.Linear) and module.bias is None
 
 
-def _expected(tree: ModelTree, reference: Nemotron) -> dict[str, tuple[int, ...]]:
+def _expected(
+    tree: ModelTree, plain_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, where packed layers have others than plain ones."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
-    for name, module in tree.packed.items():
+    shapes = dict(plain_shapes)
+    for name, packed in tree.packed.items():
         plain = name if name in shapes else f"{name}.weight"
-        shape = shapes.pop(plain, module.shape)
-        stored = stored_tensors(module.format, shape)
-        present = module.tensors()
+        shape = shapes.pop(plain, packed.shape)
+        stored = stored_tensors(packed.format, shape)
+        present = packed.tensors()
         shapes |= {f"{name}.{leaf}": size for leaf, (size, _) in stored.items() if leaf in present}
     for name, module in tree.modules.items():
         if isinstance(module, LinearWithKVScale):
@@ -312,5 +333,7 @@ def _expected(tree: ModelTree, reference: Nemotron) -> dict[str, tuple[int, ...]
 
 def _advice_for_missing(names: list[str]) -> str:
     if all(name.startswith("mtp.") for name in names):
-        return 'To save without MTP: model.config = model.config.replace(mtp_pattern="")'
+        return (
+            'To save without MTP: model.config = model.config.replace(mtp_pattern="", mtp_depths=0)'
+        )
     return "Put them back, or set model.config to what the model is now: model.config.replace()"

@@ -34,6 +34,7 @@ refused with an error that names them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class QuantizedModule(NamedTuple):
     @property
     def one_scale(self) -> bool:
         """Whether there is one number for the whole weight, whatever the declared strategy is."""
-        return all(item.count == 1 for part, item in self.tensors.items() if part in BLOCK_SCALES)
+        return all(item.numel == 1 for part, item in self.tensors.items() if part in BLOCK_SCALES)
 
 
 class GroupedTensors(NamedTuple):
@@ -239,7 +240,7 @@ def _fp8_problem(tensors: Mapping[str, StoredTensor], tile: tuple[int, int]) -> 
 def _fp8_algo(weight: StoredTensor, scale: StoredTensor, tile: tuple[int, int]) -> str | None:
     """The format of an FP8 weight by the shape of its scales; None if they do not fit."""
     rows, cols = weight.shape
-    if scale.count == 1 and len(scale.shape) <= 2:
+    if scale.numel == 1 and len(scale.shape) <= 2:
         return FP8
     if scale.shape in ((rows,), (rows, 1)):
         return FP8_ROWS
@@ -272,8 +273,8 @@ def _dtype_and_shape(item: StoredTensor) -> str:
     return f"{item.dtype} {list(item.shape[:8])}"
 
 
-def invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """The tensors of a module with invalid values: (what is wrong, the last part of the name).
+def invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
+    """The tensors of a module with invalid values: the last part of the name, and one value.
 
     A scale of a block of NVFP4 may be zero, where all its weights are zero. Other scales are above
     zero: zero would make a whole tensor, row or tile zero.
@@ -281,14 +282,13 @@ def invalid_values(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     for part, value in tensors.items():
         if part in WEIGHTS:
             if value.dtype == torch.float8_e4m3fn and bool(_is_nan(value).any()):
-                yield "holds NaN", part
+                yield part, math.nan
             continue
         wide = value.float()
         block = part in BLOCK_SCALES and value.dtype == torch.float8_e4m3fn
         valid = wide.isfinite() & ((wide >= 0) if block else (wide > 0))
         if not bool(valid.all()):
-            worst = float(wide[~valid].flatten()[0])
-            yield f"holds {worst:g}, expected finite numbers above 0", part
+            yield part, float(wide[~valid].flatten()[0])
 
 
 def _is_nan(codes: Tensor) -> Tensor:

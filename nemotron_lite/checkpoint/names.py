@@ -69,10 +69,8 @@ def without_prefix(name: str) -> tuple[str, str]:
     >>> without_prefix("lm_head")
     ('lm_head', '')
     """
-    for prefix in TEXT_PREFIXES:
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
+    if name.startswith(TEXT_PREFIXES):
+        name = name.partition("language_model.")[2]
     for prefix in PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix), prefix
@@ -81,7 +79,7 @@ def without_prefix(name: str) -> tuple[str, str]:
 
 def is_mtp(disk_name: str) -> bool:
     """Whether a tensor of a file belongs to the MTP module."""
-    return destination_of(disk_name).name.startswith("mtp.")
+    return "mtp." in disk_name and destination_of(disk_name).name.startswith("mtp.")
 
 
 def split_multimodal(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -91,7 +89,7 @@ def split_multimodal(names: Iterable[str]) -> tuple[list[str], list[str]]:
     prefix, the text model is what has the names of a text model.
     """
     names = list(names)
-    prefixes = TEXT_PREFIXES
+    prefixes: tuple[str, ...] = TEXT_PREFIXES
     if not any(name.startswith(prefixes) for name in names):
         prefixes = (*PREFIXES, "lm_head.", "mtp.")
     text = [name for name in names if name.startswith(prefixes)]

@@ -37,7 +37,7 @@ import re
 import warnings
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
 import torch
 from tokenizers import Tokenizer
@@ -87,11 +87,11 @@ class _NamedTensor(NamedTuple):
 
 
 def save(
-    model: Nemotron,
+    model: nn.Module,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: SupportsIndex = MAX_SHARD_BYTES,
 ) -> None:
     """Write `model` into the folder `path`, replacing a checkpoint that is there.
 
@@ -105,9 +105,9 @@ def save(
     (tied weights) are written as two tensors.
 
     Args:
-        model: on any device. The wrappers of torch.compile, DistributedDataParallel, DataParallel,
-            AveragedModel and activation checkpointing are left out, at any depth. Call `save` on
-            one process only.
+        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
+            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
+            Call `save` on one process only.
         path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.
@@ -121,10 +121,12 @@ def save(
             failed, the text says where the new checkpoint is.
     """
     folder = folder_path(path)
+    if not _is_utf8(folder):  # the safetensors library could not open it again
+        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.")
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
     tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
-    problems = tree.problems + _tokenizer_problems(tree.model, tokenizer)
+    problems = tree.problems or _tokenizer_problems(tree.model, tokenizer)
     if problems:
         raise CheckpointError(folder, problems)
     others = files_to_write(tree.model, folder, tokenizer)
@@ -149,6 +151,14 @@ def save(
             f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
             stacklevel=2,
         )
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:

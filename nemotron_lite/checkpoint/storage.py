@@ -99,12 +99,12 @@ def storage_summary(path: str | Path) -> list[StorageRow]:
     items = [(item, _module(item.name, places)) for item in found.stored]
     for item, module in items:
         if module is not None:
-            stored_values[module.path] = stored_values.get(module.path, 0) + item.count
+            stored_values[module.path] = stored_values.get(module.path, 0) + item.numel
     for item, module in items:
         role = OTHER if module is None else module.role
         form = modelopt.FP8 if item.dtype in modelopt.QUANTIZED[1:] else item.dtype
         # Padding does not count as weights: this tensor has its share of the module's weights.
-        weights: float = item.count
+        weights: float = item.numel
         if module is not None:
             weights *= module.parameters / stored_values[module.path]
         names, total, size = sums.get((role, form), (set(), 0.0, 0))
@@ -148,4 +148,4 @@ def _stored_tensors(item: StoredTensor, found: modelopt.GroupedTensors) -> Itera
 
 
 def _bytes(item: StoredTensor) -> int:
-    return item.count * _BYTES[item.dtype]
+    return item.numel * _BYTES[item.dtype]

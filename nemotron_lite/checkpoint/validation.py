@@ -51,7 +51,7 @@ def size_problem(config: NemotronConfig, stored: Iterable[StoredTensor]) -> str 
             f"config.json describes {layers:,} layers, but the files hold only {len(stored):,} "
             "tensors. Take the config.json that belongs to them"
         )
-    held = sum(item.count for item in stored)
+    held = sum(item.numel for item in stored)
     needed = parameters(config).total
     if needed > MOST_TIMES * held + SMALL:
         return (
@@ -75,7 +75,8 @@ def match_tensors(
         unexpected, stored twice, or of a wrong shape or dtype.
     """
     matched: dict[Destination, StoredTensor] = {}
-    first: dict[str, StoredTensor] = {}  # the first tensor of each name: a stack or one expert
+    # The first tensor of each name, and whether it is a stack and not one expert.
+    first: dict[str, tuple[StoredTensor, bool]] = {}
     wrong: set[Destination] = set()  # stored, but not usable: not to be reported as missing too
     unexpected, shapes, duplicates, dtypes = [], [], [], []
     for item in stored:
@@ -95,8 +96,8 @@ def match_tensors(
             wrong.add(destination)
         elif destination in matched:
             duplicates.append(_duplicate(item, matched[destination]))
-        elif stacked != _is_stacked(first.setdefault(destination.name, item)):
-            duplicates.append(_duplicate(item, first[destination.name]))
+        elif stacked != first.setdefault(destination.name, (item, stacked))[1]:
+            duplicates.append(_duplicate(item, first[destination.name][0]))
         else:
             matched[destination] = item
     problems = []
@@ -117,10 +118,6 @@ def match_tensors(
                 f"{label}: {count_and_names(found)}. Take files that were saved together"
             )
     return matched, problems
-
-
-def _is_stacked(item: StoredTensor) -> bool:
-    return destination_of(item.name).expert is None
 
 
 def _stored_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class StoredTensor(NamedTuple):
     dtype: str  # as the safetensors format names it, such as BF16
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -50,24 +50,25 @@ Traceback = Annotated[bool, typer.Option("--traceback", help="show where an erro
 class Group(TyperGroup):
     """The commands, called as a program: every way in which they can end is handled here."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **settings: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Run a command and exit, as click's `main` does."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **settings)
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, **{**options, "standalone_mode": False})
         prepare_streams()
         with _notes_on_stderr():
-            code = self._run(*args, **settings)
+            code = self._run(*args, **{**options, "standalone_mode": False})
         if sys.stdout is sys.__stdout__:
             end_quietly()
         sys.exit(code)
 
-    def _run(self, *args: Any, **settings: Any) -> int:
+    def _run(self, *args: Any, **options: Any) -> int:
         try:
             with plain_errors():
-                code = super().main(*args, standalone_mode=False, **settings)
-                if sys.stdout is not None:
+                found = super().main(*args, **options)
+                code = found if isinstance(found, int) else 0
+                if code == 0 and sys.stdout is not None:
                     sys.stdout.flush()
-            return code if isinstance(code, int) else 0
+            return code
         except typer.Exit as end:
             return end.exit_code
 
@@ -117,7 +118,8 @@ def _end(line: str, code: int) -> NoReturn:
 def _end_usage(error: Any) -> NoReturn:
     """One line for wrong usage; the help, where that is what the exception stands for."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
+        if error.format_message():  # empty if rich has printed the help
+            write_note(error.format_message())
         raise typer.Exit(error.exit_code) from None
     context = getattr(error, "ctx", None)
     more = f" ({context.command_path} --help lists the options)" if context else ""
@@ -128,8 +130,6 @@ def _explained(error: Exception) -> str:
     """The message of an error of the user; of another one, what it is and where it was raised."""
     if isinstance(error, OSError) and error.strerror:
         names = " and ".join(os.fsdecode(n) for n in (error.filename, error.filename2) if n)
-        if not names and not _current_folder_exists():
-            names = "the current folder no longer exists; go to another one (cd)"
         return f"{names}: {error.strerror}" if names else error.strerror
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         cause = str(error).splitlines()[:1]
@@ -159,23 +159,26 @@ def _current_folder_exists() -> bool:
 
 def _with_shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with two more options, which change `settings`; errors are printed plainly."""
+    shared = {"quiet": Quiet, "traceback": Traceback}
 
     @functools.wraps(function)
     def command(*args: Any, quiet: bool, traceback: bool, **options: Any) -> Any:
         settings.quiet = settings.quiet or quiet
         settings.traceback = settings.traceback or traceback
+        if not _current_folder_exists():  # relative paths mean nothing, and MKL ends the process
+            _end("Error: the current folder no longer exists: go to another one (cd).", 1)
         with plain_errors():
             return function(*args, **options)
 
-    shared = {"quiet": Quiet, "traceback": Traceback}
-    own = inspect.signature(function)
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in shared.items()
+    kinds = {**get_type_hints(function, include_extras=True), **shared}
+    parameters = [
+        *inspect.signature(function).parameters.values(),
+        *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False) for n in shared),
     ]
-    signature = own.replace(parameters=[*own.parameters.values(), *more])
-    command.__signature__ = signature  # type: ignore[attr-defined]
-    command.__annotations__ = {**function.__annotations__, **shared}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=kinds[parameter.name]) for parameter in parameters]
+    )
+    command.__annotations__ = kinds
     return command
 
 

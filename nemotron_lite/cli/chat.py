@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_lite.cli.common import Seed, app, err, out, plain_errors
+from nemotron_lite.cli.common import Seed, app, note, plain_errors, say, write
 from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Temperature, TopK, TopP
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
@@ -76,9 +76,9 @@ def chat(
             thinking=thinking,
             template=source,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=DEFAULT.temperature if temperature is None else temperature,
             top_p=top_p,
-            top_k=top_k,
+            top_k=top_k or None,
             seed=seed,
             speculation=None
             if draft is None
@@ -92,13 +92,15 @@ class _Terminal:
 
     def __init__(self, chat: Chat, show_thinking: bool) -> None:
         self.chat, self.show_thinking = chat, show_thinking
+        if sys.stdin is None:
+            raise ValueError("standard input is closed, so there is no message to answer.")
         self.interactive = sys.stdin.isatty()
 
     def run(self) -> None:
         if self.interactive:
             with suppress(ImportError):  # not every Python has it
                 import readline  # noqa: F401, input() then edits the line and has a history
-            err.print("[dim]/help lists the commands; Ctrl-D ends.[/]")
+            note("/help lists the commands; Ctrl-D ends.")
         for line in self._lines():
             if line.startswith("/") and self.interactive:
                 if line in ("/quit", "/exit"):
@@ -113,57 +115,50 @@ class _Terminal:
                 yield input("\n> " if self.interactive else "")
             except EOFError:
                 if self.interactive:
-                    err.print()
+                    say()
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
-                err.print("[dim](Ctrl-D ends)[/]")
+                say()  # behind the ^C that the terminal shows
 
     def _command(self, line: str) -> None:
         if line == "/clear":
             self.chat.clear()
-            err.print("[dim]The conversation is forgotten.[/]")
+            note("The conversation is forgotten.")
         elif line == "/think":
             self.show_thinking = not self.show_thinking
-            err.print(f"[dim]Thinking is {'shown' if self.show_thinking else 'hidden'}.[/]")
+            note(f"Thinking is {'shown' if self.show_thinking else 'hidden'}.")
         elif line == "/retry":
             said = self.chat.take_back()
             if said is None:
-                err.print("[dim]There is no message yet.[/]")
+                note("There is no message yet.")
             else:
                 self._say(said)
         else:
             if line != "/help":
-                err.print(f"{line}: no such command.", markup=False)
-            err.print(HELP, markup=False)
+                say(f"{line}: no such command.")
+            say(HELP)
 
     def _say(self, text: str) -> None:
         pieces = self.chat.stream(text)
         part = None
         try:
             for piece in pieces:
-                if piece.part == "thinking" and not self.show_thinking:
+                if piece.part == "thinking" and not (self.show_thinking and self.interactive):
                     continue
                 if part == "thinking" and piece.part == "content":
-                    self._write("\n\n", dim=False)
+                    write("\n\n")
                 part = piece.part
-                self._write(piece.text, dim=part == "thinking")
+                write(piece.text, style="dim" if part == "thinking" else "")
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
         finally:
             pieces.close()
-        out.file.write("\n")
-        out.file.flush()
+        write("\n")
         if self.interactive and self.chat.reply is not None:
-            err.print(f"[dim]{_summary(self.chat.reply)}[/]", soft_wrap=True)
-
-    def _write(self, text: str, *, dim: bool) -> None:
-        if dim and not self.interactive:
-            return  # in a pipe, the answers alone
-        out.file.write(f"\x1b[2m{text}\x1b[0m" if dim and out.is_terminal else text)
-        out.file.flush()
+            note(_summary(self.chat.reply))
 
 
 def _summary(reply: Reply) -> str:

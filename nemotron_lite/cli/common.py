@@ -29,7 +29,7 @@ from nemotron_lite.cli.application import (
     plain_errors,
     settings,
 )
-from nemotron_lite.cli.terminal import visible, write, write_note
+from nemotron_lite.cli.terminal import ignore_absurd_width, visible, write, write_note
 from nemotron_lite.openmp import let_idle_threads_sleep
 from nemotron_lite.progress import is_terminal
 from nemotron_lite.quantization.recipe import RECIPES
@@ -48,6 +48,7 @@ app = Application(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ignore_absurd_width()
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -65,10 +66,11 @@ Seed = Annotated[int, typer.Option(help="seed of weights, data order and samplin
 Precision = Annotated[str, typer.Option(help=f"precision of matrix products: {', '.join(RECIPES)}")]
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         say(f"nemotron-lite {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

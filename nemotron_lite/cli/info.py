@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from nemotron_lite.cli.common import Precision, app, out, plain_errors
+from nemotron_lite.cli.common import Precision, app, out, plain_errors, say
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
 from nemotron_lite.quantization.recipe import get_recipe
@@ -32,11 +31,14 @@ def info(
         from nemotron_lite.cli import tables
 
         config, chosen = read_config(model), get_recipe(precision)
-        out.print(f"[bold]{escape(model)}[/]  {config.num_layers} layers  {config.pattern}\n")
-        if model not in PRESETS and any(Path(model).glob("*.safetensors")):
+        say(f"{model}: {config.num_layers} layers", style="bold")
+        say(f"{config.pattern}\n")
+        if model not in PRESETS and not Path(model).is_file():
             from nemotron_lite.checkpoint import storage_summary
+            from nemotron_lite.checkpoint.locations import resolve
 
-            out.print(tables.stored_table(storage_summary(model)))
+            if any(resolve(model).glob("*.safetensors")):
+                out.print(tables.stored_table(storage_summary(model)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))

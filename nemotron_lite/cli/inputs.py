@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemotron_lite.cli.common import DTYPES, err
+import typer
+
+from nemotron_lite.cli.common import DTYPES, working
 from nemotron_lite.config import PRESETS, NemotronConfig
+from nemotron_lite.input_files import FileError, read_json, read_text
 
 if TYPE_CHECKING:
     from nemotron_lite.data import TextData
     from nemotron_lite.model import Nemotron
 
+PROMPT_BYTES = 64 << 20  # a million tokens have some 4 MB
 TRAINING_BYTES = 16  # per parameter, in float32: weight, gradient and AdamW's two moments
 
 
 def read_config(which: str) -> NemotronConfig:
-    """The config of a preset, of a config.json or of a folder that has one.
+    """The config of a preset, of a config.json, of a folder that has one, or of a hub id.
 
     Raises:
         ConfigError: an unknown preset, or sizes that do not fit together.
-        ValueError: the file is missing or not JSON.
+        ValueError: the file is missing, or it is no readable JSON.
     """
     path = Path(which)
-    if which in PRESETS or not path.exists():
+    if which in PRESETS or ("/" not in which and not path.exists()):
         return NemotronConfig.from_preset(which)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"no config.json in {path}: give a checkpoint folder or a preset.")
+    if not path.is_dir() and path.exists():  # a file, or something that is refused with its kind
+        return NemotronConfig.from_hf(read_json(path))
+    from nemotron_lite.checkpoint.locations import resolve
+
+    file = resolve(which) / "config.json"
     try:
-        return NemotronConfig.from_hf(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+        return NemotronConfig.from_hf(read_json(file))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no config.json in {file.parent}: give a checkpoint folder or a preset."
+        ) from None
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text of `--prompt`, of standard input (`--prompt -`) or of `--prompt-file`, as it is.
+
+    Raises:
+        typer.BadParameter: neither or both are given, or the argument is not UTF-8.
+        ValueError: the file or the input cannot be read, is too long or not UTF-8.
+    """
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter(
+            "give the text in --prompt, '-' there to read it from standard input, or --prompt-file."
+        )
+    if file is not None:
+        try:
+            return read_text(file, limit=PROMPT_BYTES)
+        except FileError as error:
+            if "named pipe" in error.fault:
+                raise ValueError(f"{error} (or --prompt - with the pipe as input).") from error
+            raise
+    assert prompt is not None
+    if prompt != "-":
+        return _as_text(prompt)
+    if sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed.")
+    content = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    if len(content) > PROMPT_BYTES:
+        raise ValueError(f"--prompt -: expected at most {PROMPT_BYTES:,} bytes.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: the input is not UTF-8 (byte {error.start:,}).") from error
+
+
+def _as_text(argument: str) -> str:
+    """An argument of the command line as text, whatever the locale: its bytes have to be UTF-8."""
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:  # Python keeps bytes that the locale does not have as surrogates
+        pass
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--prompt is not UTF-8 (position {error.start:,}).") from error
 
 
 def read_model(path: Path, dtype: str | None = None, *, packed: bool = False) -> Nemotron:
@@ -98,5 +151,5 @@ def prepare_text(config: NemotronConfig, text: Path | None) -> TextData:
     """The text to train on, with a tokenizer of the model's vocabulary size."""
     from nemotron_lite.data import prepare
 
-    with err.status("reading files, training a tokenizer, measuring gzip and n-grams"):
+    with working("reading files, training a tokenizer, measuring gzip and n-grams"):
         return prepare(vocab_size=config.vocab_size, root=text)

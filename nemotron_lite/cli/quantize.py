@@ -12,15 +12,25 @@ files store, so they differ by the stored weights alone.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from nemotron_lite.cli.common import Seed, Text, app, err, out, plain_errors, program, title
+from nemotron_lite.cli.common import (
+    Seed,
+    Text,
+    app,
+    out,
+    plain_errors,
+    program,
+    say,
+    title,
+    working,
+)
 from nemotron_lite.cli.inputs import read_model
 
 if TYPE_CHECKING:
@@ -76,7 +86,7 @@ def quantize(
         batches = sample_windows(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
         before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
-        out.print(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
+        say(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
 
         title(2, f"Calibrate on {pieces} pieces of {tokens} tokens")
         calibration = calibrate(loaded, batches)
@@ -87,7 +97,7 @@ def quantize(
             loaded, batches, calibration, budget, format or "bf16", choices
         )
         count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(formats.values()).items()))
-        out.print(
+        say(
             f"{len(modules)} modules can be quantized: {count}; "
             f"{bits_per_weight(modules, formats):.4f} bits a weight"
         )
@@ -104,11 +114,10 @@ def quantize(
                 ("as it was", before, stored), ("quantized", after, weight_bytes(save_to)),
             ]  # fmt: skip
             out.print(tables.loss_table(lines))
-        out.print(
-            f"The model is in {escape(str(save_to))}. To keep its weights packed in memory too:\n"
-            f"  {escape(program())} generate --model {escape(str(save_to))} --packed "
-            '--prompt "class Tree:"',
-            soft_wrap=True,
+        say(
+            f"The model is in {save_to}. To keep its weights packed in memory too:\n"
+            f"  {program()} generate --model {shlex.quote(str(save_to))} --packed "
+            '--prompt "class Tree:"'
         )
 
 
@@ -161,7 +170,7 @@ def read_text(
         raise ValueError(f"--held-out {held_out_bytes}: expected 0 or more bytes.")
     config = model.config
     start, end = config.bos_token_id, config.eos_token_ids[0]
-    with err.status("reading files"):
+    with working("reading files"):
         corpus = load_corpus(text, held_out_bytes=held_out_bytes)
         sides = [
             encode_documents(

@@ -1,12 +1,17 @@
-"""`nemotron-lite run`: build, train, score and use a small model, in under three minutes."""
+"""`nemotron-lite run`: build, train, score and use a small model, in under three minutes.
+
+The output folder is tried before anything else is done, and the model is saved as soon as it is
+trained. If the folder cannot be written by then, the model goes to a temporary folder.
+"""
 
 from __future__ import annotations
 
+import shlex
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from nemotron_lite.cli.common import (
     ModelSizes,
@@ -17,11 +22,18 @@ from nemotron_lite.cli.common import (
     out,
     plain_errors,
     program,
+    say,
+    settings,
     title,
 )
 from nemotron_lite.cli.generate import write
 from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, prepare_text, read_config
+from nemotron_lite.cli.terminal import write as show
+from nemotron_lite.files import check_writable_folder
 from nemotron_lite.generation.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from nemotron_lite.model import Nemotron
 
 # Below the default of `generate`: a model trained for minutes writes better text this way.
 TEMPERATURE = 0.7
@@ -44,7 +56,6 @@ def run(
     Takes under three minutes on two cores.
     """
     with plain_errors():
-        from nemotron_lite.checkpoint import save
         from nemotron_lite.cli import tables
         from nemotron_lite.model import Nemotron
         from nemotron_lite.train import TrainConfig, evaluate
@@ -54,35 +65,58 @@ def run(
         # A few hundred updates: the routers' biases have to move faster than in a run of a million.
         how = TrainConfig(max_seconds=max_seconds, bias_rate=0.02, precision=precision, seed=seed)
         check_memory(config)
+        check_writable_folder(save_to)
         title(1, f"Assemble: {config.pattern}")
         out.print(tables.brief_table(config, how.seq_len))
         built = Nemotron(config, seed=seed)
 
         title(2, "Read: Python source on this machine")
         data = prepare_text(config, text)
-        out.print(
+        say(
             f"{len(data.train):,} training tokens in {data.train_bytes / 1e6:.1f} MB; "
             f"{data.held_out.num_bytes:,} bytes held out"
         )
 
         title(3, f"Train: {max_seconds:.0f} seconds")
-        result = train_model(built, data, how)
+        built.tokenizer = data.tokenizer
+        result = train_model(built, data, how, progress=not settings.quiet)
+        _save(built, save_to)
+        if result.interrupted:
+            say(f"Stopped at step {result.step}. The model so far is in {save_to}.")
+            return
 
         title(4, "Score: bits per byte of files it has never seen (lower is better)")
         score = evaluate(built.eval(), data.held_out)
         out.print(tables.score_table(score.bits_per_byte, data.baselines))
 
         title(5, "Write")
-        out.print(f"[dim]{escape(SAMPLE_PROMPT)}[/]", end="")
-        built.tokenizer = data.tokenizer
+        show(SAMPLE_PROMPT, style="dim")
         options = GenerationOptions(max_new_tokens=160, temperature=TEMPERATURE, seed=seed)
         speed, _ = write(built, SAMPLE_PROMPT, options)
-        save(built, save_to)
-        out.print(
+        say(
             f"\nTraining read {result.tokens / result.seconds:,.0f} tokens/s, "
             f"scoring {score.tokens_per_second:,.0f}; writing took {speed:,.0f} tokens/s.\n"
-            f"The model is in {escape(str(save_to))}. Continue with it:\n"
-            f"  {escape(program())} generate --model {escape(str(save_to))} "
-            f'--temperature {TEMPERATURE} --prompt "class Tree:"',
-            soft_wrap=True,
+            f"The model is in {save_to}. Continue with it:\n"
+            f"  {program()} generate --model {shlex.quote(str(save_to))} "
+            f'--temperature {TEMPERATURE} --prompt "class Tree:"'
         )
+
+
+def _save(model: Nemotron, folder: Path) -> None:
+    """Save the trained model; to a temporary folder if `folder` cannot be written any more."""
+    from nemotron_lite.checkpoint import save
+
+    try:
+        save(model, folder)
+    except Exception as error:
+        instead = Path(tempfile.mkdtemp(prefix="nemotron-lite-"), "model")
+        try:
+            save(model, instead)
+        except Exception as second:
+            raise OSError(
+                f"the model cannot be saved to {folder} ({error}) nor to {instead} ({second})."
+            ) from error
+        raise OSError(
+            f"the model cannot be saved to {folder} ({error}). It is in {instead} instead: move it "
+            "to where you want it."
+        ) from error

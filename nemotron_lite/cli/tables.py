@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from nemotron_lite import ledger
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
@@ -132,7 +133,7 @@ def precision_table(config: NemotronConfig, recipe: Recipe) -> Table:
             )
         count = sum(module.parameters for module in of_format)
         table.add_row(
-            "", f"[bold]{format.upper()} in all", "", number(count), f"{count / total:.1%}"
+            "", _bold(f"{format.upper()} in all"), "", number(count), f"{count / total:.1%}"
         )
         table.add_section()
     return table
@@ -188,12 +189,12 @@ def stored_table(groups: Iterable[StorageRow]) -> Table:
     table.add_section()
     weights, stored = sum(g.weights for g in groups), sum(g.num_bytes for g in groups)
     table.add_row(
-        "[bold]in all",
+        _bold("in all"),
         "",
         "",
         number(weights),
         f"{8 * stored / weights:.3f}",
-        f"[bold]{size(stored)}",
+        _bold(size(stored)),
     )
     return table
 
@@ -220,13 +221,14 @@ def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
     """The model's score and the baselines, best first."""
     table = _table("model", "bits per byte", "what it has seen", left=1)
     lines = [
-        (bits_per_byte, "[bold]this Nemotron", "the training text"),
+        (bits_per_byte, "this Nemotron", "the training text"),
         (baselines.gzip, "gzip -9", "the held-out text only"),
         (baselines.lzma, "LZMA", "the training text"),
         (baselines.ngram, f"{baselines.ngram_order}-gram of bytes", "the training text"),
     ]
     for bits, name, seen in sorted(lines):
-        table.add_row(name, f"{bits:.3f}", seen)
+        ours = name == "this Nemotron"
+        table.add_row(_bold(name) if ours else name, f"{bits:.3f}", seen)
     return table
 
 
@@ -264,7 +266,11 @@ def _rows(table: Table, rows: Iterable[ledger.Row], width: int) -> None:
 
 def _total(table: Table, name: str, exact: str, value: int | float, width: int) -> None:
     gap = [""] if width >= WIDE else []
-    table.add_row("", f"[bold]{name}", exact, *gap, "", f"[bold]{number(value)}")
+    table.add_row("", _bold(name), exact, *gap, "", _bold(number(value)))
+
+
+def _bold(text: str) -> Text:
+    return Text(text, style="bold")
 
 
 def _layers(config: NemotronConfig, part: str) -> str:

@@ -1,15 +1,15 @@
-"""What the commands write: texts as they are, in any locale, and safe on a terminal.
+r"""What the commands write: texts as they are, in any locale, and safe on a terminal.
 
 A text that a model wrote, a prompt or the name of a file may hold anything: `[bold]`, `:bug:`, an
 escape sequence, bytes that are not UTF-8. So texts are written without markup, wrapping or
 highlighting.
 
     in a file or a pipe     every character as it is; bytes that were no UTF-8 come out unchanged
-    on a terminal           control characters other than line feed and tab are shown as `\\x1b`,
+    on a terminal           control characters other than line feed and tab are shown as `\x1b`,
                             because an escape sequence could clear the screen, change its title, or
                             type into the shell
 
-What the encoding of the output cannot represent is written as `\\u6f22`. If the locale is C, Python
+What the encoding of the output cannot represent is written as `\u6f22`. If the locale is C, Python
 chooses ASCII; that says nothing about the reader, so UTF-8 is written instead, unless
 `PYTHONIOENCODING` asks for another one.
 
@@ -31,6 +31,7 @@ from contextlib import suppress
 from typing import Any
 
 STYLES = {"bold": "1", "dim": "2", "red": "1;31"}  # codes of ECMA-48
+NARROWEST = 40  # characters of a line
 _ERRORS = "nemotron_lite.as_it_is"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -47,12 +48,19 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the smallest free number, which is this one
     codecs.register_error(_ERRORS, _encode_as_it_is)
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, _ERRORS), (sys.stderr, _ERRORS)):
         if isinstance(stream, io.TextIOWrapper):
             encoding = stream.encoding
             if _is_ascii(encoding) and not os.environ.get("PYTHONIOENCODING"):
                 encoding = "utf-8"
-            stream.reconfigure(encoding=encoding, errors=_ERRORS)
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
+def ignore_absurd_width() -> None:
+    """Forget a `COLUMNS` in which nothing could be read; rich reads it when a console is made."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isascii() and columns.isdigit() and int(columns[-9:]) < NARROWEST:
+        del os.environ["COLUMNS"]
 
 
 def write(text: str, *, stream: Any = None, style: str = "") -> None:

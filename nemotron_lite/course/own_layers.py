@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.layers import ForwardContext, LayerCache, Mixer
+from nemotron_lite.layers.mixer import SavedSizes
 from nemotron_lite.model import Nemotron
 
 Make = Callable[[NemotronConfig], nn.Module]
@@ -153,6 +154,12 @@ class OwnCache(LayerCache):
         twin.rows = copy.deepcopy(self.rows)
         return twin
 
+    def repeat(self, times: int) -> OwnCache:
+        """Each of the learner's objects `times` times, as copies."""
+        twin = copy.copy(self)
+        twin.rows = [copy.deepcopy(row) for row in self.rows for _ in range(times)]
+        return twin
+
     def accept(self, counts: int | Int[Tensor, "b"]) -> None:
         """Not possible: no draft was read."""
         raise ValueError(
@@ -167,6 +174,11 @@ class OwnCache(LayerCache):
         raise ValueError("the cache of a model with layers of your own cannot be saved to a file.")
 
     @classmethod
+    def check_saved(cls, *_: Any) -> SavedSizes:
+        """Not possible, since it was not saved."""
+        raise ValueError("a cache of layers of your own cannot be loaded from a file.")
+
+    @classmethod
     def from_saved(cls, tensors: Mapping[str, Tensor], extra: Mapping[str, Any] | None) -> OwnCache:
         """Not possible, since it was not saved."""
         raise ValueError("a cache of layers of your own cannot be loaded from a file.")
@@ -177,12 +189,12 @@ class _OwnNemotron(Nemotron):
 
     def empty_cache(
         self,
-        batch: int,
-        capacity: int = 256,
+        batch: SupportsIndex,
+        capacity: SupportsIndex = 256,
         mtp: bool = False,
         *,
         ssm_dtype: torch.dtype | None = None,
-        ssm_seed: int | None = 0,
+        ssm_seed: SupportsIndex | None = 0,
     ) -> Cache:
         """`Nemotron.empty_cache`, with the learner's caches in it.
 
@@ -196,7 +208,7 @@ class _OwnNemotron(Nemotron):
         for i, (layer, like) in enumerate(zip(layers, cache.layers, strict=True)):
             if isinstance(layer.mixer, OwnMixer) and like is not None:
                 own: Any = layer.mixer.own
-                cache.layers[i] = OwnCache([own.empty_cache(1) for _ in range(batch)], like)
+                cache.layers[i] = OwnCache([own.empty_cache(1) for _ in range(cache.batch)], like)
         return cache
 
 

@@ -41,6 +41,7 @@ from typing import Any
 from nemotron_lite.course import output, progress_store
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.display import show_live
+from nemotron_lite.input_files import read_text
 
 Value = float | int | str
 FILE = "predictions.toml"
@@ -147,7 +148,7 @@ def load_predictions(chapter: str) -> dict[str, Prediction]:
     path, name = folders[chapter] / FILE, f"{folders[chapter].name}/{FILE}"
     if not path.exists():
         raise PredictionError(f"{name} does not exist; write it, with [[predictions]].")
-    return parse_predictions(path.read_text(), name)
+    return parse_predictions(read_text(path), name)
 
 
 def parse_predictions(text: str, name: str = FILE) -> dict[str, Prediction]:
@@ -340,8 +341,12 @@ def _answers_html(asked: Prediction) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def _shown(asked: Prediction, guess: Value) -> str:

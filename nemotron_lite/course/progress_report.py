@@ -27,6 +27,7 @@ from nemotron_lite.course import output, progress_store
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.checking import has_passed, hints_read
 from nemotron_lite.course.exercises import Exercise, exercises
+from nemotron_lite.input_files import read_text
 
 HEAD = ("exercise", "kind", "state", "date", "hints")
 TOTALS = ("chapter", "must", "optional", "opening", "quiz", "predictions")
@@ -92,7 +93,9 @@ def _row(found: Exercise) -> tuple[str, ...]:
     if isinstance(stored, dict):
         when = progress_store.saved_at(f"checks/{found.id}")
         date = f"{datetime.fromisoformat(when).astimezone():%Y-%m-%d}" if when else ""
-        points = f"{stored.get('points', 0)} of {found.points} points"
+        earned = stored.get("points", 0)
+        earned = earned if type(earned) in (int, float) else 0
+        points = f"{earned:.6g} of {found.points} points"
         state = "✓ done" if has_passed(found.id) else f"begun, {points}"
     return found.id, found.kind, state, date, f"{len(hints_read(found.id))}/3"
 
@@ -115,7 +118,7 @@ def _link(name: str) -> str:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tomllib.loads(read_text(path)) if path.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

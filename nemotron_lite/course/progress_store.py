@@ -19,13 +19,16 @@ anybody's progress.
 
 A disk can be full, a folder read-only, a file damaged by hand. A chapter has to go on all the same:
 what cannot be written stays in memory, what cannot be read counts as missing, and one line says so.
+What stands in the place of a fact (a folder, a pipe, a link to nowhere) is renamed, not deleted.
 
 Left out: locks, and a history of what changed. A fact has one value, the last one.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +36,12 @@ from typing import Any
 
 from nemotron_lite.course import output
 from nemotron_lite.files import atomic_file
+from nemotron_lite.input_files import FileError, parse_json, read_text
 
 FOLDER = ".course"
 _KEY = re.compile(r"[a-z]+/[A-Za-z0-9_][A-Za-z0-9._-]*")
+LARGEST = 1 << 20  # bytes of one fact; an answer of a learner has a few thousand
+_IN_THE_WAY = (errno.ELOOP, errno.ENXIO, errno.ENODEV)  # a loop of links, a socket, no device
 _TEXT = ".py"  # a key with this ending holds text; every other holds a JSON value
 
 # Facts that are not on disk: there is no folder, or it refused the write. Key → (value, saved).
@@ -73,6 +79,8 @@ def put(key: str, value: Any) -> None:
     _check(key)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     text = str(value) if key.endswith(_TEXT) else json.dumps({"saved": now, "value": value})
+    if key.endswith(_TEXT):  # half a surrogate pair cannot be written; in a string its escape is it
+        value = text = text.encode("utf-8", "backslashreplace").decode()
     path = _path(key)
     if key not in _MEMORY and get(key) == value:
         return
@@ -134,18 +142,30 @@ def _read(key: str) -> tuple[Any, str] | None:
     if path is None:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, limit=LARGEST)
         if key.endswith(_TEXT):
             changed = datetime.fromtimestamp(path.stat().st_mtime, UTC)
             return text, changed.isoformat(timespec="seconds")
-        fact = json.loads(text)
+        fact = parse_json(text)
         saved = datetime.fromisoformat(fact["saved"])
+        if not 1970 <= saved.year < 9999:  # beyond, no time zone can be added
+            raise ValueError("no date of this course")
         return fact["value"], saved.isoformat(timespec="seconds")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except FileNotFoundError:
+        # A dangling link is no file either, but it stands in the way of one.
+        if path.is_symlink():
+            _set_aside(path)
+    except FileError as error:
+        cause = error.__cause__
+        if isinstance(cause, NotADirectoryError):
+            return None
+        if isinstance(cause, OSError) and cause.errno not in _IN_THE_WAY:
+            _warn(key, f"{path} cannot be read: {cause.strerror or cause}. It counts as missing.")
+        else:
+            _set_aside(path)
     except OSError as error:
         _warn(key, f"{path} cannot be read: {error.strerror or error}. It counts as missing.")
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         _set_aside(path)
     return None
 
@@ -153,8 +173,12 @@ def _read(key: str) -> tuple[Any, str] | None:
 def _set_aside(path: Path) -> None:
     """Rename a damaged file, so that its content is not lost and the next write succeeds."""
     aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while os.path.lexists(aside):  # what was set aside before is not lost either
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
     try:
-        path.replace(aside)
+        path.rename(aside)
         kept = f"It was renamed to {aside.name}"
     except OSError:
         kept = "It could not be renamed"

@@ -44,6 +44,7 @@ from typing import Any
 from nemotron_lite.course import output, progress_store
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.display import show_live
+from nemotron_lite.input_files import read_text
 
 PARTS = ("questions", "opening")
 BEFORE = "before"  # the objective of an opening question of chapter 00
@@ -102,7 +103,7 @@ def load_quiz(chapter: str, part: str = "questions") -> tuple[Question, ...]:
     path, name = folders[chapter] / "quiz.toml", f"{folders[chapter].name}/quiz.toml"
     if part not in PARTS:
         raise QuizError(f"A quiz has no part {part!r}; expected one of {PARTS}.")
-    found = parse_quiz(path.read_text(), name, part)
+    found = parse_quiz(read_text(path), name, part)
     if not found:
         raise QuizError(f"{name} has no [[{part}]].")
     for asked in found if part == "opening" else ():

@@ -64,7 +64,13 @@ TAGS = {
     "del", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup", "table", "tbody",
     "td", "tfoot", "th", "thead", "tr", "ul",
 }  # fmt: skip
-ATTRIBUTES = {"a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
+
+
+def _absolute_link(tag: str, name: str, value: str) -> bool:
+    return name == "href" and re.match(r"(?i)https?://", value) is not None
+
+
+ATTRIBUTES = {"a": _absolute_link, "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
 
 
 def formula(latex: str, *, block: bool = False) -> str:

@@ -166,7 +166,7 @@ def _described(kind: Isolation, seen: dict[str, Any], reason: str) -> Isolation:
             files += "" if seen.get("files_hidden") else ", which has this package in it"
         if os.geteuid() == 0:
             files += "; the code runs as root"
-    held = ["memory", "size of a file", "output"]
+    held = ["memory", "size of a file", "output"] if seen else []
     held += ["number of processes"] if seen.get("processes_limited") else []
     held += ["system calls"] if seen.get("calls_refused") else []
     processes = "its own"

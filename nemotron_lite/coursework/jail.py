@@ -108,8 +108,9 @@ def writable(target: Path) -> None:
 
 
 def python_folders() -> list[Path]:
-    """The folders of this Python and its packages."""
+    """The folders of this Python and its packages, also of packages that lie elsewhere."""
     found = [Path(p) for p in (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)]
+    found += [Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     return sorted({*found, *(path.resolve() for path in found)})
 
 

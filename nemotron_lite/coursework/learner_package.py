@@ -16,6 +16,7 @@ even if a module imports them.
 from __future__ import annotations
 
 import ast
+import compileall
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -164,6 +165,8 @@ def write_package(folder: Path, cells: Iterable[str]) -> list[str]:
         for above in target.relative_to(folder / NAME).parents:
             (folder / NAME / above / "__init__.py").touch()
     (folder / NAME / "course" / "__init__.py").write_text(STAND_IN, encoding="utf-8")
+    # Each learner's process would compile the same files again.
+    compileall.compile_dir(folder, quiet=2)
     for path in (folder, *folder.rglob("*")):  # another user may read it, whatever umask holds here
         path.chmod(0o755 if path.is_dir() else 0o644)
     return sorted(modules)

@@ -290,7 +290,7 @@ class Session:
             updates=updates,
             **about,
         )
-        if answer.get("method") is True:
+        if answer.get("method") is True and op == "get":
             return Method(self, target, fields["name"])
         try:
             return call.result(answer, body, fields.get("receiver"))

@@ -51,8 +51,8 @@ def score_row(result: dict[str, Any]) -> dict[str, Any]:
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a CSV file; what a row does not have stays empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(columns)
         table = csv.DictWriter(file, columns, restval="", quoting=csv.QUOTE_NONNUMERIC)
-        table.writeheader()
         table.writerows({name: plain_cell(value) for name, value in row.items()} for row in rows)
 
 

@@ -18,9 +18,9 @@ from pathlib import PurePosixPath
 SURROGATE = "\ud800-\udfff"
 CONTROL = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"
 LINES = "\t\n\r\u2028\u2029"
-REVERSING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
+DECEIVING = "\u200b\u2060\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
 UNWRITABLE = re.compile(f"[{CONTROL}{SURROGATE}\ufffe\uffff]")
-NOT_IN_A_LINE = re.compile(f"[{CONTROL}{SURROGATE}{LINES}{REVERSING}\ufffe\uffff]")
+NOT_IN_A_LINE = re.compile(f"[{CONTROL}{SURROGATE}{LINES}{DECEIVING}\ufffe\uffff]")
 NOT_IN_A_PATH = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 LONGEST_NAME = 100  # bytes of one part of a path; file systems allow 255

@@ -118,7 +118,10 @@ class Corpus:
 
 
 def load_corpus(
-    root: str | Path | None = None, *, held_out_bytes: SupportsIndex = 192 * 1024
+    root: str | Path | None = None,
+    *,
+    held_out_bytes: SupportsIndex = 192 * 1024,
+    text_field: str = "text",
 ) -> Corpus:
     """Read the corpus and split it.
 
@@ -127,6 +130,7 @@ def load_corpus(
             default.
         held_out_bytes: smallest size of the held-out text; the document that reaches it is the
             last.
+        text_field: the field of the objects in JSON Lines files that holds the text.
 
     Raises:
         CorpusError: `root` does not exist or cannot be read, or holds too little text for both
@@ -136,8 +140,10 @@ def load_corpus(
     wanted = integer("held_out_bytes", held_out_bytes, low=0, high=TEXT_LIMIT)
     if root is not None and not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is {type(root).__name__}: expected the path of a folder or a file.")
+    if not isinstance(text_field, str):
+        raise TypeError(f"text_field is {type(text_field).__name__}: expected a text.")
     place = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
-    found, documents = _read(place)
+    found, documents = _read(place, text_field)
     left_out = described(found.skipped)
     if left_out and root is not None:
         _log.warning("%s: left out of the text: %s.", place, left_out)
@@ -156,16 +162,16 @@ def load_corpus(
     return corpus
 
 
-def _read(place: Path) -> tuple[FoundText, list[Document]]:
+def _read(place: Path, text_field: str) -> tuple[FoundText, list[Document]]:
     """What is at a path, and its documents."""
     try:
         mode = os.stat(place).st_mode
         if not stat.S_ISDIR(mode):
-            found = read_file(place)
+            found = read_file(place, text_field=text_field)
             return found, list(_documents(found, whole=()))
-        found = read_folder(place, SOURCE, skipped_folders=SKIPPED_FOLDERS)
+        found = read_folder(place, SOURCE, skipped_folders=SKIPPED_FOLDERS, text_field=text_field)
         if not found.files:
-            own = read_folder(place, OWN_TEXT)
+            own = read_folder(place, OWN_TEXT, text_field=text_field)
             found = own if own.files else found
         return found, list(_documents(found, whole=SOURCE))
     except FileNotFoundError:

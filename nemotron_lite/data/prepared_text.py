@@ -10,25 +10,31 @@ line of the log (logger `nemotron_lite.data`), and the text is prepared again.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
+from tokenizers import Tokenizer
 
 from nemotron_lite.arguments import integer
 from nemotron_lite.data import text_cache
 from nemotron_lite.data.baselines import measure_baselines
 from nemotron_lite.data.batches import concatenate_documents
+from nemotron_lite.data.checks import several
 from nemotron_lite.data.corpus import Corpus, load_corpus
 from nemotron_lite.data.text_cache import DamagedCacheError
 from nemotron_lite.data.text_data import TextData
 from nemotron_lite.data.text_files import TEXT_LIMIT
 from nemotron_lite.data.tokenizer import (
+    END_OF_TEXT_ID,
+    LARGEST_ID,
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     encode_documents,
@@ -44,6 +50,9 @@ def prepare(
     root: str | Path | None = None,
     held_out_bytes: SupportsIndex = 192 * 1024,
     cache: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    special_ids: Sequence[SupportsIndex] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
+    text_field: str = "text",
 ) -> TextData:
     """Read the corpus, train the tokenizer, encode, and measure the baselines; or read the cache.
 
@@ -53,6 +62,10 @@ def prepare(
             standard library by default.
         held_out_bytes: size of the text that is never trained on.
         cache: folder for the results; `cache_folder()` by default.
+        tokenizer: of another model, or of an earlier run; by default one is trained. `vocab_size`
+            has no meaning with it.
+        special_ids: the tokens of a tokenizer that begin and end a document.
+        text_field: the field of the objects in JSON Lines files that holds the text.
 
     Raises:
         CorpusError: no text, or too little of it.
@@ -61,7 +74,10 @@ def prepare(
     """
     vocab_size = integer("vocab_size", vocab_size, low=SMALLEST_VOCABULARY, high=LARGEST_VOCABULARY)
     held_out_bytes = integer("held_out_bytes", held_out_bytes, low=1, high=TEXT_LIMIT)
-    corpus = load_corpus(root, held_out_bytes=held_out_bytes)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
+    begin, end = _two_ids(special_ids)
+    corpus = load_corpus(root, held_out_bytes=held_out_bytes, text_field=text_field)
     if cache is not None and not isinstance(cache, str | os.PathLike):
         raise TypeError(f"cache is {type(cache).__name__}: expected the path of a folder.")
     key: dict[str, str | int] = {
@@ -71,8 +87,13 @@ def prepare(
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
         "vocab_size": vocab_size,
         "held_out_bytes": held_out_bytes,
+        "begin": begin,
+        "end": end,
         "text": corpus.fingerprint(),
     }
+    if tokenizer is not None:
+        del key["vocab_size"]
+        key["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     place = Path(cache) if cache is not None else text_cache.cache_folder()
     try:
         if cache is not None and b"\0" in os.fsencode(cache):
@@ -84,7 +105,7 @@ def prepare(
             "There is no home directory to keep the prepared text in, so it is prepared again each "
             "time. Set XDG_CACHE_HOME to a folder that can be written."
         )
-        return text_cache.make_text(*_build(corpus, vocab_size, key))
+        return text_cache.make_text(*_build(corpus, tokenizer or vocab_size, (begin, end), key))
     folder = text_cache.text_folder(place, key)
     found, _ = _look(folder, key)
     if found is not None:
@@ -95,7 +116,7 @@ def prepare(
             return found
         if fault:
             _log.warning("%s. The text is prepared again.", fault)
-        files, meta = _build(corpus, vocab_size, key)
+        files, meta = _build(corpus, tokenizer or vocab_size, (begin, end), key)
         try:
             text_cache.write_text(folder, files, meta)
         except (OSError, ValueError) as error:
@@ -121,17 +142,34 @@ def _look(folder: Path, key: text_cache.Key) -> tuple[TextData | None, str]:
         return None, str(error)
 
 
+def _two_ids(special_ids: Any) -> tuple[int, int]:
+    found = several("special_ids", special_ids, "two token ids")
+    if len(found) != 2:
+        raise ValueError(f"special_ids has {len(found)} entries: expected two token ids.")
+    begin, end = (integer("special_ids", token, low=0, high=LARGEST_ID) for token in found)
+    return begin, end
+
+
 def _build(
-    corpus: Corpus, vocab_size: int, key: text_cache.Key
+    corpus: Corpus, tokenizer: Tokenizer | int, special_ids: tuple[int, int], key: text_cache.Key
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The contents of the files of a text, and what its `meta.json` says."""
+    """The contents of the files of a text, and what its `meta.json` says.
+
+    Args:
+        tokenizer: a tokenizer, or the vocabulary size of one that is to be trained.
+    """
     texts = [document.content.decode("utf-8") for document in corpus.train]
     held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
-    tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
+    if isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(texts, vocab_size=tokenizer)
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    begin, end = special_ids
+    largest = max(*special_ids, *tokenizer.get_vocab(with_added_tokens=True).values())
+    dtype = np.uint16 if largest < 1 << 16 else np.int32
     for split, split_texts in (("train", texts), ("held_out", held_out_texts)):
-        tokens, starts = concatenate_documents(encode_documents(tokenizer, split_texts))
+        tokens, starts = concatenate_documents(
+            encode_documents(tokenizer, split_texts, start=begin, end=end)
+        )
         files[f"{split}.npy"] = text_cache.npy(tokens.astype(dtype))
         files[f"{split}_starts.npy"] = text_cache.npy(starts)
     baselines = measure_baselines(

@@ -44,10 +44,12 @@ class FoundText:
         files: name and content (UTF-8) of each text, sorted by name. A file of JSON Lines gives one
             text a line, with the number of the line in its name.
         skipped: how many files, links, folders and lines were left out, by kind.
+        text_field: the field of a JSON Lines object that is read.
     """
 
     files: list[tuple[str, bytes]] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
+    text_field: str = "text"
 
     def skip(self, kind: str, count: int = 1) -> None:
         """Count something that was left out."""
@@ -55,7 +57,11 @@ class FoundText:
 
 
 def read_folder(
-    folder: Path, suffixes: Collection[str], *, skipped_folders: Collection[str] = ()
+    folder: Path,
+    suffixes: Collection[str],
+    *,
+    skipped_folders: Collection[str] = (),
+    text_field: str = "text",
 ) -> FoundText:
     """Every usable file below a folder; of files with the same content, the first by name.
 
@@ -64,11 +70,12 @@ def read_folder(
     Args:
         suffixes: endings of the names that are read.
         skipped_folders: names of folders that are not entered.
+        text_field: the field of the objects in JSON Lines files that is read.
 
     Raises:
         TextTooLargeError: more than `TEXT_LIMIT` bytes in all.
     """
-    found = FoundText()
+    found = FoundText(text_field=text_field)
     seen: set[bytes] = set()
     total = 0
     for name, path in sorted(_walk(folder, tuple(suffixes), skipped_folders, found)):
@@ -86,14 +93,14 @@ def read_folder(
     return found
 
 
-def read_file(path: Path) -> FoundText:
+def read_file(path: Path, *, text_field: str = "text") -> FoundText:
     """One file as a text; a file of JSON Lines as one text a line.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileError: not a regular file, too large, not readable, binary or not UTF-8.
     """
-    found = FoundText()
+    found = FoundText(text_field=text_field)
     if path.suffix == JSONL:
         found.files = _jsonl_lines(path.name, path, found)
         return found
@@ -169,7 +176,7 @@ def _read(name: str, path: Path, found: FoundText) -> list[tuple[str, bytes]]:
 
 
 def _jsonl_lines(name: str, path: Path, found: FoundText) -> list[tuple[str, bytes]]:
-    text = read_jsonl(path)
+    text = read_jsonl(path, text_field=found.text_field)
     for reason, count in text.skipped.items():
         found.skip(f"lines {reason}", count)
     return [(f"{name}:{number}", document.encode()) for number, document in text.documents]

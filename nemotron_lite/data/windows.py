@@ -44,13 +44,13 @@ def sample_windows(
     seed = integer("seed", seed, low=0, high=LARGEST_SEED)
     if count < 1 or seq_len < 2:
         raise ValueError(
-            f"{_short(count)} windows of {_short(seq_len)} tokens do not work: expected a count of at "
-            "least 1 and a seq_len of at least 2."
+            f"{_short(count)} windows of {_short(seq_len)} tokens do not work: expected a count of "
+            "at least 1 and a seq_len of at least 2."
         )
     if count * seq_len > LARGEST_BATCH:
         raise ValueError(
-            f"count={_short(count)} windows of seq_len={_short(seq_len)} tokens do not work: expected "
-            f"at most {LARGEST_BATCH:,} tokens in all."
+            f"count={_short(count)} windows of seq_len={_short(seq_len)} tokens do not work: "
+            f"expected at most {LARGEST_BATCH:,} tokens in all."
         )
     documents = token_documents("documents", documents)
     starts_per_document = np.array([max(0, len(doc) - seq_len + 1) for doc in documents])

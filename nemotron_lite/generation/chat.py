@@ -34,9 +34,10 @@ from typing import Any, Literal, NamedTuple, Unpack
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError, visible
+from nemotron_lite.generation.defaults import default_options, stop_tokens
 from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
-from nemotron_lite.generation.prompts import TextRow
+from nemotron_lite.generation.text_rows import TextRow
 from nemotron_lite.model import Nemotron
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -58,7 +59,8 @@ class Reply:
     Attributes:
         content: the answer.
         thinking: what stood between the thinking tags; "" without thinking.
-        stop_reason: "stop_token", "length" (max_new_tokens was reached) or "interrupted".
+        stop_reason: "stop_token", "stop_string", "length" (max_new_tokens was reached) or
+            "interrupted".
         tokens: number of tokens written.
         prompt_tokens: number of tokens read before the first one was written.
         reused_tokens: number of tokens of the conversation that the cache had read already.
@@ -172,9 +174,10 @@ class Chat:
         **settings: Unpack[GenerationSettings],
     ) -> None:
         self.model, self.template = model, ChatTemplate.of(model, template)
-        self.options = (options or GenerationOptions()).replace(**settings)
+        given: dict[str, Any] = dict(settings)
         if max_new_tokens is not None:
-            self.options = self.options.replace(max_new_tokens=max_new_tokens)
+            given["max_new_tokens"] = max_new_tokens
+        self.options = (options or default_options(model, given)).replace(**given)
         self.variables = {"enable_thinking": thinking, **(variables or {})}
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         if system is not None:
@@ -240,8 +243,15 @@ class Chat:
         prompt_tokens = int(reading.cache.lengths[0]) - reused + len(prompt)
 
         tokenizer, most = self.template.tokenizer, options.max_new_tokens
-        stop = frozenset(self.model.config.eos_token_ids if options.stop is None else options.stop)
-        row = TextRow(tokenizer, prompt, stop, most, skip_special_tokens=False)
+        stop = frozenset(stop_tokens(self.model) if options.stop is None else options.stop)
+        row = TextRow(
+            tokenizer,
+            prompt,
+            stop,
+            most,
+            stop_strings=tuple(options.stop_strings),
+            skip_special_tokens=False,
+        )
         splitter = ThinkingSplitter(visible(rendered).rstrip("\n").endswith(OPEN))
         tokens: list[int] = []
         first, reason = 0.0, "interrupted"
@@ -252,7 +262,7 @@ class Chat:
                     tokens.append(token)
                     yield from splitter.add(row.add(token))
             yield from splitter.end()
-            reason = "stop_token" if tokens and tokens[-1] in stop else "length"
+            reason = steps.results.stop_reason
             written = tokenizer.decode(prompt + tokens, skip_special_tokens=False)
             asked = tokenizer.decode(prompt, skip_special_tokens=False)
             self._after = _Reading(reading.cache, rendered + written[len(asked) :])

@@ -9,10 +9,25 @@
 Rows of a batch may have prompts of different lengths; each gives the tokens it would give alone.
 Each row draws from its own random stream, row r with `seed + r`, so this holds for sampling too.
 
+A conversation goes on from a cache, and nothing is read twice:
+
+    cache = model.empty_cache(1)
+    answer = generate(model, "User: hello", cache=cache, stop_strings="User:")
+    answer = generate(model, " and then?", cache=cache)            only what is new
+
+The cache is advanced in place. At the end it has read prompt and answer of each row, the last token
+too, and also a stop token and the tokens of a stop string; the next call continues from there, as
+if everything had been one prompt. `GenerationResult.tokens` are what it has read behind the prompt.
+An empty prompt goes on where the row stands. `max_new_tokens=0` only reads. If a stream is closed
+before its end, the cache has read all tokens that were written by then (`TokenStream.results`; with
+speculation a few more than were given). If an error ends a run, the cache is refused afterwards:
+keep `cache.clone()` where that matters.
+
 With `speculation=SpeculationOptions()` the MTP module proposes the next few tokens and the backbone
 verifies them in one pass (speculative/). Greedy decoding then writes the same tokens. Sampling
 keeps the distribution; the individual tokens differ, because the random numbers are used
-differently.
+differently. All options work with it. A cache must be made with `mtp=True`; tokens that it reads
+without speculation are missing in the MTP module's part, which only lowers the acceptance.
 
 On a CPU decoding is bound by reading the projection matrices. Where it helps (see
 prepared_weights.py), `generate` and `stream` first make a copy of them in a layout that oneDNN
@@ -23,27 +38,203 @@ exception are writes through `parameter.data` between two calls, which nothing n
 or give `prepare_weights=False`.
 
 Source: reference sheet 8.6 for the recommended temperature and top_p. Options are in options.py,
-prompts in prompts.py, filters in sampling.py. Left out: beam search, repetition penalties.
+prompts in prompts.py, filters in sampling.py, the loops in decoding.py and speculative/. Left out:
+beam search.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Unpack
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
+from nemotron_lite.arguments import flag, integer, shown
+from nemotron_lite.cache import Cache
+from nemotron_lite.generation.decoding import Decoding, PlainDecoding
+from nemotron_lite.generation.defaults import default_options, stop_tokens
 from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
-from nemotron_lite.generation.prefill import pad_right, prefill
+from nemotron_lite.generation.prefill import pad_right
 from nemotron_lite.generation.prepared_weights import prepare_weights
-from nemotron_lite.generation.prompts import Prompts, TextRow, continuation, encode_prompts
-from nemotron_lite.generation.sampling import Sampler
+from nemotron_lite.generation.prompts import Prompts, encode_prompts
+from nemotron_lite.generation.results import GenerationResult
 from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
-from nemotron_lite.generation.speculative.statistics import Statistics
+from nemotron_lite.generation.statistics import Statistics
+from nemotron_lite.generation.text_rows import TextRow, continuation
 from nemotron_lite.model import Nemotron
+
+MAX_SAMPLES = 4096  # per prompt; each is a row with a cache of its own
+
+# What mypy tells apart: one text, several texts, ids of one prompt, ids of several. Tensors and
+# arrays may be one prompt or several, so their results are Any.
+Texts = list[str] | tuple[str, ...]
+Ids = list[int] | tuple[int, ...]
+IdRows = Sequence[Sequence[int]]
+
+Step = TypeVar("Step")
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: str,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> str: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Texts,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Ids,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> list[int]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: IdRows,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: str | Ids,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[True],
+    **settings: Unpack[GenerationSettings],
+) -> GenerationResult: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Texts | IdRows,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[False] = False,
+    return_details: Literal[True],
+    **settings: Unpack[GenerationSettings],
+) -> list[GenerationResult]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: str,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[True],
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> tuple[str, Statistics]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Texts,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[True],
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> tuple[list[str], Statistics]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Ids,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[True],
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> tuple[list[int], Statistics]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: IdRows,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    return_statistics: Literal[True],
+    return_details: Literal[False] = False,
+    **settings: Unpack[GenerationSettings],
+) -> tuple[list[list[int]], Statistics]: ...
+
+
+@overload
+def generate(
+    model: Nemotron,
+    prompts: Prompts,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: int | None = None,
+    return_statistics: bool = False,
+    return_details: bool = False,
+    **settings: Unpack[GenerationSettings],
+) -> Any: ...
 
 
 def generate(
@@ -52,7 +243,10 @@ def generate(
     max_new_tokens: int | None = None,
     *,
     options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: int | None = None,
     return_statistics: bool = False,
+    return_details: bool = False,
     **settings: Unpack[GenerationSettings],
 ) -> Any:
     """Continue each prompt.
@@ -61,9 +255,16 @@ def generate(
         prompts: one text, a list of texts, the token ids of one prompt, or a list or `b t` tensor
             of several. Text needs `model.tokenizer`.
         max_new_tokens: the most tokens to write per row.
-        options: all options together; None takes the defaults.
+        options: all options together; None takes those of the model (`default_options`).
+        cache: has read the conversation so far, one row per prompt; the prompts are what is new.
+            It is advanced in place (see above).
+        num_samples: how many continuations to write of each prompt; the result of a prompt is then
+            a list of them. The prompt is read once. Sample s of prompt p is row
+            `p * num_samples + s`, which gives its random stream. None writes one, without a list.
         return_statistics: also return the `Statistics`: how many passes, how much of the drafts was
             accepted, where the time went.
+        return_details: return a `GenerationResult` in place of each text or list of ids: tokens,
+            text, log-probabilities and why the row ended.
         settings: any option of `GenerationOptions` as a keyword, such as `temperature=0.8`; it
             takes the place of the one in `options`.
 
@@ -74,49 +275,122 @@ def generate(
 
     Raises:
         ValueError: an option out of range, an empty prompt, a prompt that is neither text nor token
-            ids, text for a model without a tokenizer, speculation with a model that has no MTP
-            module, or an `ssm_dtype` that caches do not have.
-        TypeError: an option that does not exist.
+            ids, text or stop strings for a model without a tokenizer, speculation with a model that
+            has no MTP module, an `ssm_dtype` that caches do not have, or a cache that does not fit.
+        TypeError: an option that does not exist, or a value of a wrong type.
+        FloatingPointError: logits that are not finite; the message names step, row and layer.
     """
-    run = _Run(model, prompts, _options(options, max_new_tokens, settings))
-    texts: list[list[int]] = [[] for _ in run.rows]
-    for step in run.steps():
-        for text, token in zip(texts, step, strict=True):
-            if token is not None:
-                text.append(token)
-    found: list[Any] = texts
-    if run.tokenizer is not None:
-        found = [
-            continuation(run.tokenizer, prompt, text, run.stop)
-            for prompt, text in zip(run.rows, texts, strict=True)
-        ]
-    result = found[0] if run.single else found
+    return_statistics = flag("return_statistics", return_statistics)
+    return_details = flag("return_details", return_details)
+    found = _options(model, options, max_new_tokens, settings)
+    run = _Run(model, prompts, found, cache, num_samples)
+    for _ in run.steps():
+        pass
+    result = run.grouped(run.results() if return_details else run.outputs())
     return (result, run.statistics) if return_statistics else result
 
 
-class TokenStream(Iterator[Any]):
+class TokenStream(Iterator[Step], Generic[Step]):
     """What `stream` returns: the steps, and the statistics of the run so far.
 
     Attributes:
         statistics: counted while the run goes on; complete after the last step.
     """
 
-    def __init__(self, steps: Generator[Any, None, None], statistics: Statistics) -> None:
-        self._steps = steps
-        self.statistics = statistics
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._steps: Generator[Step, None, None] = run.pieces()
+        self.statistics = run.statistics
 
-    def __iter__(self) -> TokenStream:
+    def __iter__(self) -> TokenStream[Step]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Step:
         return next(self._steps)
 
     def close(self) -> None:
         """End the run before its last step and free its cache; no step follows.
 
+        A cache that the caller gave then reads the last token of each row, so that it has read
+        exactly the tokens in `results`. If no step was asked for, it has read nothing.
+
         `with contextlib.closing(stream(...)) as steps:` calls it at the end of the block.
         """
         self._steps.close()
+        self._run.drop_cache()
+
+    @property
+    def results(self) -> Any:
+        """The `GenerationResult` of what was written so far, or a list of them as the steps are.
+
+        With speculation a row may have written more tokens than the steps have given.
+        """
+        return self._run.grouped(self._run.results())
+
+
+@overload
+def stream(
+    model: Nemotron,
+    prompts: str,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    **settings: Unpack[GenerationSettings],
+) -> TokenStream[str]: ...
+
+
+@overload
+def stream(
+    model: Nemotron,
+    prompts: Texts,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    **settings: Unpack[GenerationSettings],
+) -> TokenStream[list[str]]: ...
+
+
+@overload
+def stream(
+    model: Nemotron,
+    prompts: Ids,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    **settings: Unpack[GenerationSettings],
+) -> TokenStream[int]: ...
+
+
+@overload
+def stream(
+    model: Nemotron,
+    prompts: IdRows,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: None = None,
+    **settings: Unpack[GenerationSettings],
+) -> TokenStream[list[int | None]]: ...
+
+
+@overload
+def stream(
+    model: Nemotron,
+    prompts: Prompts,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: int | None = None,
+    **settings: Unpack[GenerationSettings],
+) -> TokenStream[Any]: ...
 
 
 def stream(
@@ -125,110 +399,156 @@ def stream(
     max_new_tokens: int | None = None,
     *,
     options: GenerationOptions | None = None,
+    cache: Cache | None = None,
+    num_samples: int | None = None,
     **settings: Unpack[GenerationSettings],
-) -> TokenStream:
+) -> TokenStream[Any]:
     """`generate`, one step at a time.
 
     Each step has one token of every row. For several prompts it is a list: of token ids, with None
     for rows that have ended; or of pieces of text, where a piece is "" as long as a character is
-    not complete, and for rows that have ended. For one prompt it is the id or the piece itself. The
-    pieces of a row, joined, are the text that `generate` returns.
+    not complete or a stop string may begin, and for rows that have ended. For one prompt it is the
+    id or the piece itself. The pieces of a row, joined, are the text that `generate` returns. Ids
+    are given as they come, those of a stop string too.
 
     The arguments are those of `generate`. They are checked immediately; the prompt is read when the
     first step is requested.
     """
-    run = _Run(model, prompts, _options(options, max_new_tokens, settings))
-    return TokenStream(run.pieces(), run.statistics)
+    found = _options(model, options, max_new_tokens, settings)
+    return TokenStream(_Run(model, prompts, found, cache, num_samples, pieces=True))
 
 
 def _options(
-    options: GenerationOptions | None, max_new_tokens: int | None, settings: Mapping[str, Any]
+    model: Nemotron,
+    options: GenerationOptions | None,
+    max_new_tokens: int | None,
+    settings: Mapping[str, Any],
 ) -> GenerationOptions:
+    """The options of a call; see defaults.py for the order."""
     if max_new_tokens is not None:
         settings = {**settings, "max_new_tokens": max_new_tokens}
-    return (options or GenerationOptions()).replace(**settings)
+    if options is None:
+        return default_options(model, settings).replace(**settings)
+    if not isinstance(options, GenerationOptions):
+        raise TypeError(
+            f"options={shown(options)} ({type(options).__name__}): expected GenerationOptions."
+        )
+    return options.replace(**settings)
 
 
 class _Run:
     """Prompts and options, checked and ready to be continued."""
 
-    def __init__(self, model: Nemotron, prompts: Prompts, options: GenerationOptions) -> None:
-        if options.stop is None:
-            options = options.replace(stop=model.config.eos_token_ids)
-        assert options.stop is not None
-        self.model, self.options, self.stop = model, options, frozenset(options.stop)
-        self.rows, self.single, self.tokenizer = encode_prompts(model, prompts)
-        prompt, lengths = pad_right(self.rows)
-        decoding = PlainDecoding if options.speculation is None else SpeculativeDecoding
-        self.decoding = decoding(model, prompt, lengths, options)
-        self.statistics = self.decoding.statistics
+    def __init__(
+        self,
+        model: Nemotron,
+        prompts: Prompts,
+        options: GenerationOptions,
+        cache: Cache | None,
+        num_samples: int | None,
+        pieces: bool = False,
+    ) -> None:
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(
+                f"cache={shown(cache)} ({type(cache).__name__}): expected a Cache, as "
+                "model.empty_cache(rows) makes it."
+            )
+        if num_samples is not None:
+            num_samples = integer("num_samples", num_samples, low=1, high=MAX_SAMPLES)
+        if cache is not None and num_samples is not None:
+            raise ValueError(
+                f"num_samples={num_samples} with a cache: a cache holds one continuation of each "
+                "row. Give cache.repeat(num_samples) and as many prompts."
+            )
+        stop = stop_tokens(model) if options.stop is None else options.stop
+        options = options.replace(stop=stop)
+        read = None if cache is None else cache.lengths.tolist()
+        self.prompts, self.single, self.tokenizer = encode_prompts(model, prompts, read)
+        self.model, self.options, self.stop = model, options, frozenset(stop)
+        self.samples = num_samples
+        owners = [row for row in self.prompts for _ in range(num_samples or 1)]
+        texts = None
+        if options.stop_strings or (pieces and self.tokenizer is not None):
+            texts = [self._text_row(row) for row in owners]
+        prompt, lengths = pad_right(self.prompts)
+        kind = PlainDecoding if options.speculation is None else SpeculativeDecoding
+        decoding = kind(
+            model, prompt, lengths, options, samples=num_samples or 1, cache=cache, texts=texts
+        )
+        self.decoding: Decoding | None = decoding
+        self.statistics, self.rows, self.owners = decoding.statistics, decoding.rows, owners
+
+    def _text_row(self, prompt: list[int]) -> TextRow:
+        if self.model.tokenizer is None:
+            raise ValueError(
+                f"stop_strings={shown(self.options.stop_strings)} needs a tokenizer, and this "
+                "model has none (model.tokenizer is None): set model.tokenizer, or give stop "
+                "tokens (stop=...)."
+            )
+        return TextRow(
+            self.model.tokenizer,
+            prompt,
+            self.stop,
+            self.options.max_new_tokens,
+            stop_strings=tuple(self.options.stop_strings),
+        )
 
     def steps(self) -> Iterator[list[int | None]]:
         """A token per row and step; None for rows that have ended."""
         if self.options.prepare_weights:
             prepare_weights(self.model, self.options.max_new_tokens)
-        yield from self.decoding.steps()
+        assert self.decoding is not None
+        try:
+            yield from self.decoding.steps()
+        finally:
+            self.drop_cache()
+
+    def drop_cache(self) -> None:
+        """Free the cache of this run; what was written stays."""
+        self.decoding = None
 
     def pieces(self) -> Generator[Any, None, None]:
         """The steps as `stream` gives them."""
-        most = self.options.max_new_tokens
-        texts = [
-            TextRow(self.tokenizer, row, self.stop, most) for row in self.rows if self.tokenizer
-        ]
-        for step in self.steps():
+        for number, step in enumerate(self.steps()):
             found: list[Any] = step
-            if texts:
-                found = [text.add(token) for text, token in zip(texts, step, strict=True)]
-            yield found[0] if self.single else found
+            if self.tokenizer is not None:
+                found = [
+                    row.pieces[number] if number < len(row.pieces) else "" for row in self.rows
+                ]
+            yield self.grouped(found)
 
+    def outputs(self) -> list[Any]:
+        """What each row has written, as text where text was given."""
+        if self.tokenizer is None:
+            return [row.tokens for row in self.rows]
+        return [self._text(i) for i in range(len(self.rows))]
 
-class PlainDecoding:
-    """One token per row and forward pass.
+    def results(self) -> list[Any]:
+        """What each row has written, with the details."""
+        recorded = self.options.logprobs is not None
+        return [
+            GenerationResult(
+                tokens=list(row.tokens),
+                text=self._text(i),
+                stop_reason=row.stop_reason,
+                stop=row.stop,
+                prompt_tokens=len(self.owners[i]),
+                logprobs=list(row.logprobs) if recorded else None,
+                top_logprobs=list(row.top_logprobs) if recorded else None,
+            )
+            for i, row in enumerate(self.rows)
+        ]
 
-    Args:
-        prompt: padded on the right; `lengths` are the real tokens of each row.
-        options: how to continue; `stop` holds the tokens that end a row.
-    """
+    def _text(self, i: int) -> str | None:
+        row = self.rows[i]
+        if row.text is not None and row.ended:
+            return row.text.text
+        if self.model.tokenizer is None:
+            return None
+        return continuation(self.model.tokenizer, self.owners[i], row.tokens, self.stop)
 
-    def __init__(
-        self,
-        model: Nemotron,
-        prompt: Int[Tensor, "b t"],
-        lengths: list[int],
-        options: GenerationOptions,
-    ) -> None:
-        self.model, self.prompt, self.lengths, self.options = model, prompt, lengths, options
-        self.statistics = Statistics()
-        self.sampler = Sampler(len(prompt), options, options.seed)
-        self.cache = model.empty_cache(
-            len(prompt),
-            prompt.shape[1] + options.max_new_tokens,
-            ssm_dtype=options.ssm_dtype,
-            ssm_seed=options.ssm_seed,
-        )
-
-    def steps(self) -> Iterator[list[int | None]]:
-        """A token per row and step; None for rows that have ended."""
-        stop, seconds = self.options.stop or (), self.statistics.seconds
-        ended = [False] * len(self.prompt)
-        chosen = self.prompt[:, 0]
-        for step in range(self.options.max_new_tokens):
-            started = time.perf_counter()
-            # Inference mode must not stay on while the caller holds the iterator.
-            with torch.inference_mode():
-                if step == 0:
-                    segment = self.options.prefill_segment
-                    logits = prefill(self.model, self.prompt, self.lengths, self.cache, segment)
-                else:
-                    out = self.model(chosen.unsqueeze(1), self.cache, logits_to_keep=1)
-                    logits = out.logits[:, 0]
-                chosen = self.sampler(logits)
-                tokens = chosen.tolist()
-            seconds["verify" if step else "prompt"] += time.perf_counter() - started
-            if step:
-                going = [0 for over in ended if not over]
-                self.statistics.count(going, going)
-            yield [None if over else token for token, over in zip(tokens, ended, strict=True)]
-            ended = [over or token in stop for token, over in zip(tokens, ended, strict=True)]
-            if all(ended):
-                return
+    def grouped(self, rows: list[Any]) -> Any:
+        """Values of the rows as the result has them: by prompt, and by sample if asked for."""
+        n = self.samples
+        found = rows if n is None else [rows[i : i + n] for i in range(0, len(rows), n)]
+        return found[0] if self.single else found

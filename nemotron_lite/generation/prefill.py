@@ -65,4 +65,5 @@ def pad_right(rows: list[list[int]]) -> tuple[Int[Tensor, "b t"], list[int]]:
     """Rows of any lengths as one tensor, padded with 0, and their lengths."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
-    return torch.tensor([row + [0] * (longest - len(row)) for row in rows]), lengths
+    padded = [row + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device="cpu"), lengths

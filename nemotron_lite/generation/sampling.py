@@ -1,7 +1,8 @@
 """From logits to a token: temperature, filters, and a random stream for each row.
 
     p = softmax(logits / temperature), cut to the top_k most likely tokens, then to the smallest set
-    that has probability top_p, and normalized again
+    that has probability top_p, then to the tokens with at least min_p times the probability of the
+    best, and normalized again
 
 Temperature 0 is greedy: the most likely token, whatever the filters. Each row draws from its own
 random stream, row r with `seed + r`, so a row's text does not depend on its neighbors.
@@ -10,8 +11,9 @@ top_p looks at the most likely tokens first: if the best `CANDIDATES` have enoug
 others are neither sorted nor read again. Sorting a whole vocabulary takes longer than a small
 model's forward pass.
 
-Source: reference sheet 8.6 for the recommended settings (temperature 1.0, top_p 0.95). Left out:
-beam search, repetition penalties, min-p.
+Source: reference sheet 8.6 for the recommended settings (temperature 1.0, top_p 0.95); the order of
+the filters is that of transformers; min_p: Nguyen et al. 2024 (arXiv 2407.01082). Left out: beam
+search, locally typical sampling. What changes logits before the temperature is in adjustments.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.ops.verification import draw
 
 CANDIDATES = 256
-TINY_TEMPERATURE = 1e-20  # below it, logits / temperature may be infinite in float32
+TINY_TEMPERATURE = 1e-6  # below it, logits / temperature may be infinite in float32
+TINY_TOP_P = 1e-30  # smaller values are zero in float32, and no token has less in the best place
 
 
 def probabilities(
@@ -32,7 +35,7 @@ def probabilities(
 ) -> Float[Tensor, "*rows v"]:
     """`distribution` with these options, for any leading axes."""
     flat = logits.reshape(-1, logits.shape[-1])
-    found = distribution(flat, options.temperature, options.top_k, options.top_p)
+    found = distribution(flat, options.temperature, options.top_k, options.top_p, options.min_p)
     return found.view(logits.shape)
 
 
@@ -41,28 +44,37 @@ def distribution(
     temperature: float | int,
     top_k: int | None = None,
     top_p: float | int | None = None,
+    min_p: float | int | None = None,
 ) -> Float[Tensor, "b v"]:
     """The distribution that tokens are drawn from, after temperature and filters.
 
     Tokens that tie for the top_k-th place are all kept. With temperature 0 the most likely token
-    has probability 1.
+    has probability 1. Finite logits give probabilities that are finite and add up to 1.
     """
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-    tiny = temperature < TINY_TEMPERATURE
-    scaled = _divide_by_tiny(logits, temperature) if tiny else logits / temperature
+    if temperature < TINY_TEMPERATURE:
+        scaled = _divide_by_tiny(logits, temperature)
+    else:
+        scaled = logits / temperature
+        if temperature < 1:  # huge logits may overflow; the best must stay finite
+            scaled = scaled.clamp_(max=torch.finfo(scaled.dtype).max)
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = scaled.topk(top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < smallest, float("-inf"))
-    probabilities = scaled.softmax(-1)
-    if top_p is None or top_p >= 1:
-        return probabilities
-    ordered, places = _most_likely(probabilities, top_p)
-    before = ordered.cumsum(-1) - ordered
-    kept = ordered.masked_fill(before >= top_p, 0.0)
-    kept = kept / kept.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(-1, places, kept)
+    found = scaled.softmax(-1)
+    if top_p is not None and top_p < 1:
+        top_p = max(top_p, TINY_TOP_P)
+        ordered, places = _most_likely(found, top_p)
+        before = ordered.cumsum(-1) - ordered
+        kept = ordered.masked_fill(before >= top_p, 0.0)
+        kept = kept / kept.sum(-1, keepdim=True)
+        found = torch.zeros_like(found).scatter_(-1, places, kept)
+    if min_p:
+        found = found.masked_fill(found < min_p * found.amax(-1, keepdim=True), 0.0)
+        found = found / found.sum(-1, keepdim=True)
+    return found
 
 
 def _divide_by_tiny(logits: Float[Tensor, "b v"], temperature: float) -> Float[Tensor, "b v"]:
@@ -99,11 +111,17 @@ class RandomStreams:
 
     def __init__(self, rows: int, seed: int | None) -> None:
         first = torch.Generator().seed() if seed is None else seed
-        self.generators = [torch.Generator().manual_seed(first + row) for row in range(rows)]
+        seeds = [first + row for row in range(rows)]
+        self.generators = [
+            torch.Generator().manual_seed(seed if seed < 2**64 else seed - 2**64) for seed in seeds
+        ]
 
     def uniforms(self, count: int, device: torch.device) -> Float[Tensor, "b count"]:
         """`count` numbers in [0, 1) for each row, in float64."""
-        drawn = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators]
+        drawn = [
+            torch.rand(count, generator=g, dtype=torch.float64, device="cpu")
+            for g in self.generators
+        ]
         return torch.stack(drawn).to(device)
 
 

@@ -153,6 +153,14 @@ class LayerCache(ABC):
     def clone(self) -> LayerCache:
         """An independent copy, without a draft."""
 
+    @ordinary_tensors
+    def repeat(self, times: int) -> LayerCache:
+        """A copy with each row `times` times, side by side."""
+        copy = self.clone()
+        for name in self.TENSORS:
+            setattr(copy, name, getattr(copy, name).repeat_interleave(times, 0))
+        return copy
+
     @abstractmethod
     def accept(self, counts: int | Int[Tensor, "b"]) -> None:
         """Take in the first `counts` tokens of the draft and drop the others."""

@@ -69,8 +69,8 @@ def causal_attention(
             "must be 0. Read them without a cache, or each document in a row of its own."
         )
     documents = None if seq_idx is None else number_documents(seq_idx)
-    if isinstance(starts, int):
-        keys_seen(starts, q.shape[2], k.shape[2])
+    if isinstance(starts, int) and not 0 <= starts <= k.shape[2] - q.shape[2]:
+        keys_seen(starts, q.shape[2], k.shape[2])  # raises
     narrow = autocast_dtype(q)
     if narrow is not None and q.dtype != torch.float64:
         q = q.to(narrow)
@@ -89,7 +89,9 @@ def causal_attention(
         traced=_traced,
         gpu=gpu_attention.attend,
     )
-    return without_autocast(run, q)(q, k, v, starts, documents)
+    if narrow is not None:
+        run = without_autocast(run, q)
+    return run(q, k, v, starts, documents)
 
 
 def _starts(starts: Any, rows: int) -> int | Tensor:

@@ -143,7 +143,7 @@ def _fits(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> bool:
 
 def _range(counts: Tensor) -> tuple[int, int]:
     values = counts.tolist()
-    return min(values), max(values)
+    return min(values, default=0), max(values, default=0)
 
 
 def _naive_read(
@@ -178,7 +178,7 @@ def _naive_accept(
         else:
             new = state[one].clone()
         rows.append(new.to(state.dtype))
-    return torch.cat(rows)
+    return torch.cat(rows) if rows else state.clone()
 
 
 def _torch_read(

@@ -68,6 +68,7 @@ def expert_mlp(
 
 
 def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    up, down = up.to(z.dtype), down.to(z.dtype)
     rows = []
     for token, token_weights, chosen in zip(z, weights, indices, strict=True):
         answers = [
@@ -75,7 +76,7 @@ def _naive(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
             for weight, e in zip(token_weights, chosen.tolist(), strict=True)
         ]
         rows.append(torch.stack(answers).sum(0))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros_like(z)
 
 
 def _torch(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nemotron_lite.backends import triton
 from nemotron_lite.backends.dispatch import choose
-from nemotron_lite.dtypes import cast, wide_dtype
+from nemotron_lite.dtypes import cast, wide_dtype, without_autocast
 from nemotron_lite.ops.linear import linear
 
 
@@ -70,10 +70,8 @@ def route(
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
     wide = wide_dtype(x)
-    if torch.is_autocast_enabled(x.device.type):  # mixed precision must not reach the router
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
-    return torch.sigmoid(linear(cast(x, wide), cast(weight, wide)))
+    product = without_autocast(linear, x)  # mixed precision must not reach the router
+    return torch.sigmoid(product(cast(x, wide), cast(weight, wide)))
 
 
 def _naive(
@@ -87,6 +85,8 @@ def _naive(
     scale: float,
 ) -> Routing:
     scores = _scores(x, weight)
+    if not len(x):
+        return Routing(scores[:, :top_k], scores[:, :top_k].long(), scores)
     per_group = weight.shape[0] // n_group
     weights, indices = [], []
     for token_scores in scores:

@@ -91,7 +91,8 @@ def quantize_model(
             with_scale = LinearWithKVScale.from_linear(linear, buffer)
             # Divide by a tensor: a GPU multiplies by the reciprocal of a Python number, which
             # rounds once more.
-            with_scale.get_buffer(buffer).copy_(amax / torch.full_like(amax, E4M3_MAX))
+            scale = amax / torch.full_like(amax, E4M3_MAX)
+            with_scale.get_buffer(buffer).copy_(torch.where(scale == 0, 1.0, scale))
             model.set_submodule(path, with_scale.train(model.training))
     return model
 

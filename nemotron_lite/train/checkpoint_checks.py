@@ -51,7 +51,7 @@ def check_outline(path: Path, saved: Any) -> None:
     if not isinstance(saved, dict):
         problems.add(f"it holds {_type(saved)}, expected a dict")
         problems.stop()
-    if saved.get("format") != FORMAT or type(saved.get("format")) is not int:
+    if type(saved.get("format")) is not int or saved["format"] != FORMAT:
         raise ResumeError(
             f"{path} was not written by this version of nemotron_lite (format "
             f"{_value(saved.get('format'))}, expected {FORMAT}): resume with the version that "
@@ -68,11 +68,14 @@ def check_outline(path: Path, saved: Any) -> None:
         problems.add(f"seconds is {_value(seconds)}, expected a number of at least 0")
     _check_best(problems, saved["best"])
     fingerprint = saved["fingerprint"]
-    if not isinstance(fingerprint, dict) or set(fingerprint) != set(_PARTS):
-        problems.add(f"fingerprint is {_value(fingerprint)}, expected a dict of {_PARTS}")
+    if (
+        not isinstance(fingerprint, dict)
+        or set(fingerprint) != set(_PARTS)
+        or any(type(part) is not dict for part in fingerprint.values())
+    ):
+        problems.add(f"fingerprint is {_value(fingerprint)}, expected dicts of {_PARTS}")
     else:
-        for part in _PARTS:
-            _check_plain(problems, f"fingerprint.{part}", fingerprint[part])
+        _check_plain(problems, "fingerprint", fingerprint)
     problems.stop()
 
 
@@ -119,7 +122,7 @@ class _Problems:
     ) -> None:
         """Compare the keys of a dict; the order does not matter."""
         missing = sorted(expected - set(found))
-        extra = sorted((str(key) for key in set(found) - expected - optional), key=str)
+        extra = sorted(_value(key) for key in set(found) - expected - optional)
         if missing:
             self.add(f"{what} has no {_names(missing)}")
         if extra:
@@ -171,7 +174,7 @@ def _check_optimizer(
 ) -> None:
     names = parameter_names(model, optimizer)
     trained, state = saved["parameters"], saved["optimizer"]
-    if not isinstance(trained, dict) or list(trained) != names:
+    if not isinstance(trained, dict) or [*map(_key, trained)] != names:
         problems.add("parameters are not those of this model, in its order")
         return
     if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
@@ -221,7 +224,8 @@ def _check_moments(
 
 def _check_memory(problems: _Problems, name: str, entry: Any, memory: dict[int, str]) -> None:
     """Each moment must have its own memory; `memory` collects what is taken."""
-    for key, value in entry.items() if isinstance(entry, dict) else ():
+    for key in sorted(_MOMENTS) if isinstance(entry, dict) else ():
+        value = entry.get(key)
         if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
             address = value.untyped_storage().data_ptr()
             owner = memory.setdefault(address, f"{key} of {name}")
@@ -236,7 +240,9 @@ def _check_groups(problems: _Problems, saved: Any, own: list[dict[str, Any]]) ->
         return
     for number, (group, mine) in enumerate(zip(saved, own, strict=True)):
         what = f"optimizer.param_groups[{number}]"
-        if not isinstance(group, dict) or group.get("params") != mine["params"]:
+        listed = group.get("params") if isinstance(group, dict) else None
+        plain = isinstance(listed, list) and all(type(index) is int for index in listed)
+        if not plain or listed != mine["params"]:
             problems.add(f"{what} does not list the parameters of this model")
             continue
         for name, value in group.items():
@@ -286,6 +292,8 @@ def _check_plain(problems: _Problems, name: str, value: Any, depth: int = 8) -> 
             if isinstance(value, dict) and type(key) is not str:
                 problems.add(f"{name} has the key {_value(key)}, expected a text")
             _check_plain(problems, name, item, depth - 1)
+    elif type(value) is int and value.bit_length() > 64:
+        problems.add(f"{name} holds an integer of more than 64 bits")
     elif value is not None and type(value) not in (str, int, float, bool):
         problems.add(f"{name} holds {_type(value)}, expected plain values")
 
@@ -300,6 +308,10 @@ def _is_number(value: Any) -> bool:
     if type(value) is int:
         return abs(value) <= _MOST
     return type(value) is float and math.isfinite(value)
+
+
+def _key(key: object) -> object:
+    return key if isinstance(key, str) else None
 
 
 def _names(names: list[str]) -> str:

@@ -6,9 +6,9 @@ peak. The others were chosen by measurements on the `lite` preset: a larger lear
 fractions of warm-up and decay, and updates of only 512 tokens, because a short run makes only a few
 hundred updates. A run of thousands of updates needs larger batches and a shorter warm-up.
 
-A run with an output folder saves itself every ten minutes if nothing else is said. A save of the
-`lite` preset (24 MB of weights and moments) takes less than a second, so this costs less than a
-thousandth of the time, and a machine that fails costs at most ten minutes of training.
+A run with an output folder saves itself every ten minutes of training if nothing else is said. A
+machine that fails then costs ten minutes. A save writes three times the weights (weights and two
+moments), which takes seconds, so more often would cost little as well.
 
 Numbers may come from NumPy or from a tensor of one element. They are stored as Python numbers, so
 that a checkpoint and a log hold plain values.
@@ -141,7 +141,11 @@ class TrainConfig:
         object.__setattr__(self, name, read(name, getattr(self, name), **limits))
 
     def _fail(self, name: str, expected: str) -> NoReturn:
-        shown = repr(getattr(self, name))[:60]
+        value = getattr(self, name)
+        try:
+            shown = repr(value)[:60]
+        except Exception:  # such as an integer of more digits than Python prints
+            shown = f"a value of type {type(value).__name__}"
         raise ValueError(f"{name}={shown} does not work: expected {expected}.")
 
     @property

@@ -152,6 +152,8 @@ def train(
         raise ResumeError(
             f"{'resume=True' if resume else 'logs'} needs out_dir: give the folder of the run."
         )
+    if validation is not None:  # a text that is too short would be found out only at its turn
+        validation.batch(0, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
     run = _Run(model, data, config, Path(out_dir) if out_dir is not None else None, validation)
     with run.open(resume, allow_changes, skip_damaged, logs):
         return run.loop(progress, Callbacks(callbacks, on_step))

@@ -151,6 +151,8 @@ def _read(path: Path, step: int) -> tuple[list[tuple[bytes, dict[str, Any]]], in
     with os.fdopen(handle, "rb") as file:
         try:
             for line, complete in _lines(file):
+                if line is not None and not line.strip():
+                    continue
                 record = None if line is None else _record(line)
                 if record is None:
                     # A last line without an end is what a kill leaves: nothing to report.

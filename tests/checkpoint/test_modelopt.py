@@ -235,7 +235,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
     ),
     "nan in fp8": (
         lambda t: t[f"{IN_PROJ}.weight"].view(torch.uint8)[3].fill_(0xFF),
-        [f"{IN_PROJ}.weight holds NaN"],
+        [f"{IN_PROJ}.weight holds nan"],
     ),
 }  # fmt: skip
 

@@ -221,7 +221,7 @@ def test_user_errors_print_one_message(arguments, message, tmp_path, monkeypatch
 def test_missing_and_invalid_configs(tmp_path):
     assert "no config.json in" in call("info", tmp_path, code=1).stderr
     (tmp_path / "config.json").write_text("{")
-    assert "is not JSON" in call("info", tmp_path, code=1).stderr
+    assert "is no readable JSON" in call("info", tmp_path, code=1).stderr
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf() | {"num_experts_per_tok": 9}))
     assert "num_experts_per_tok=9" in call("info", tmp_path, code=1).stderr
 
@@ -233,13 +233,18 @@ def test_a_text_prompt_needs_a_tokenizer(tmp_path):
     assert "--dtype int3" in call(*options, "--dtype", "int3", code=1).stderr
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_fault_of_the_package_is_one_line_and_a_traceback_on_request(monkeypatch):
     def broken(*_: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("nemotron_lite.cli.info.read_config", broken)
-    result = CliRunner().invoke(app, ["info", "lite"])
-    assert isinstance(result.exception, KeyError)
+    [line] = call("info", "lite", code=1).stderr.splitlines()
+    assert line.startswith("Error: KeyError: 'a bug' (a fault of nemotron_lite, in ")
+    assert "--traceback shows all of it" in line
+    for options in (["--traceback", "info", "lite"], ["info", "lite", "--traceback"]):
+        assert isinstance(CliRunner().invoke(app, options).exception, KeyError)
+    monkeypatch.setenv("NEMOTRON_LITE_TRACEBACK", "1")
+    assert isinstance(CliRunner().invoke(app, ["info", "lite"]).exception, KeyError)
     shown = CliRunner().invoke(app, ["--traceback", "generate", "--model", "no", "--prompt", "x"])
     assert isinstance(shown.exception, nemotron_lite.CheckpointError)
 
@@ -249,6 +254,7 @@ def test_the_installed_command_starts_without_torch():
     module, name = scripts["nemotron-lite"].split(":")
     for arguments, shown, needs_torch in (
         (["--help"], "quantize", False),
+        (["--version"], f"nemotron-lite {nemotron_lite.__version__}", False),
         (["generate", "--help"], "--max-new-tokens", False),
         (["info", "nano"], "31,577,940,288", True),  # the layers hold the formulas of the ledger
     ):

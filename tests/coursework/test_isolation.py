@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from nemotron_lite.coursework.isolation import (
     hidden_folders,
     make_site,
 )
-from nemotron_lite.coursework.session import Session
+from nemotron_lite.coursework.session import GoneError, Session
 from tests.coursework.conftest import run
 
 PACKAGE = Path(nemotron_lite.__file__).resolve().parent
@@ -35,9 +36,10 @@ def inside(isolation: Isolation, start: Callable[..., Session]) -> Session:
 
 
 def test_the_result_says_what_holds(isolation: Isolation) -> None:
-    assert isolation.network == "off" or isolation.network.startswith("NOT cut off: ")
-    assert bool(isolation.command) == (isolation.network == "off")
-    assert isolation.files == ("its own" if isolation.jailed else "yours are readable")
+    assert isolation.network.startswith(("off", "NOT cut off: "))
+    assert (isolation.network == "off") == bool(isolation.command)
+    assert (isolation.files == "its own") == isolation.jailed
+    assert isolation.limits.startswith("memory, size of a file, output")
 
 
 def test_no_file_of_this_machine_can_be_seen(inside: Session, tmp_path: Path) -> None:
@@ -176,8 +178,10 @@ def test_without_unshare_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     found = find_isolation()
     assert (found.command, found.jailed) == ((), False)
-    assert found.network == "NOT cut off: unshare is not installed"
-    assert found.files == "yours are readable"
+    refused = "system calls" in found.limits
+    told = "off: sockets are refused ({})" if refused else "NOT cut off: {}"
+    assert found.network == told.format("unshare is not installed")
+    assert found.files.startswith(("only its home, and Python read-only", "yours are readable"))
 
 
 def test_a_system_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,4 +189,189 @@ def test_a_system_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     refusing.write_text("#!/bin/sh\necho 'unshare: Operation not permitted' >&2\nexit 1\n")
     refusing.chmod(0o755)
     monkeypatch.setattr(module.shutil, "which", lambda name: str(refusing))
-    assert find_isolation().network == "NOT cut off: unshare: Operation not permitted"
+    assert "unshare: Operation not permitted" in find_isolation().network
+
+
+# What code does to get more than its share. Each is tried with namespaces and without.
+
+BARE = Isolation((), False, "", "", "")
+TAKES_MEMORY = {
+    "private memory": "import mmap\nkept = [mmap.mmap(-1, 2**30, flags=mmap.MAP_PRIVATE) "
+                      "for _ in range(8)]",
+    "shared memory": "import mmap\nkept = [mmap.mmap(-1, 2**30) for _ in range(8)]",
+    "a file in memory": "import os\nkept = os.memfd_create('x')\nos.ftruncate(kept, 2**33)\n"
+                        "os.posix_fallocate(kept, 0, 2**33)",
+    "a System V segment": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 2**20, 0o1600) < 0\n"
+                          "raise OSError('refused')",
+    "a file system of its own": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+        "assert libc.unshare(0x10020000) < 0\n"
+        "assert libc.mount(b'x', b'/tmp', b'tmpfs', 0, 0) < 0\n"
+        "raise OSError('refused')",
+    "a large file": "with open('large', 'wb') as file:\n    for _ in range(1000):\n"
+                    "        file.write(bytes(2**20))",
+    "open files": "import os\nkept = [os.open('/dev/null', 0) for _ in range(5000)]",
+    "sockets": "import socket\nsocket.socket(socket.AF_INET)",
+    "sockets of this machine": "import socket\nsocket.socket(socket.AF_UNIX)",
+    "another process's memory": "import ctypes, os\n"
+        "assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) < 0\nraise OSError('refused')",
+    "more rights": "import resource\nfor what in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):\n"
+        "    _, hard = resource.getrlimit(what)\n    assert hard > 0\n"
+        "    try:\n        resource.setrlimit(what, (hard, hard + 1))\n"
+        "    except (OSError, ValueError):\n        continue\n    raise RuntimeError('raised')\n"
+        "raise OSError('refused')",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["namespaces", "none"])
+def limited(
+    request: pytest.FixtureRequest, isolation: Isolation, start: Callable[..., Session]
+) -> Session:
+    """A process with namespaces and one without, both under all limits."""
+    if request.param == "namespaces" and not isolation.jailed:
+        pytest.skip("this system has no namespaces for its users")
+    kind = isolation if request.param == "namespaces" else BARE
+    if "system calls" not in module._described(kind, module._tried(kind)[0], "").limits:
+        pytest.skip("this system filters no system calls")
+    return start(of=kind)
+
+
+@pytest.mark.parametrize("name", TAKES_MEMORY)
+def test_what_goes_beyond_a_limit_is_refused(limited: Session, name: str) -> None:
+    if name == "more rights" and run(limited, "import os\nprint(os.getuid())") == "0\n":
+        pytest.skip("root may raise its limits")
+    (error,) = limited.run("beyond", TAKES_MEMORY[name], 60)
+    assert error["ename"] in ("OSError", "PermissionError", "MemoryError"), error
+    assert run(limited, "kept = None\nprint('goes on')") == "goes on\n"
+
+
+def test_processes_are_limited_and_ordinary_ones_start(inside: Session) -> None:
+    code = """
+import os, subprocess, signal
+print(subprocess.run(["echo", "started"], capture_output=True, text=True).stdout.strip())
+children = []
+try:
+    for _ in range(1000):
+        child = os.fork()
+        if not child:
+            signal.pause()
+        children.append(child)
+except OSError as error:
+    print(type(error).__name__, 20 < len(children) < 200)
+for child in children:
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+"""
+    assert run(inside, code) == "started\nBlockingIOError True\n"
+
+
+def test_this_machine_cannot_be_changed_through_proc(inside: Session) -> None:
+    """Its parts are opened, and nothing is written into them."""
+    code = """
+import os
+opened = []
+for folder, _, names in os.walk("/proc/sys"):
+    for name in names:
+        try:
+            os.close(os.open(os.path.join(folder, name), os.O_WRONLY))
+            opened.append(name)
+        except OSError:
+            pass
+for name in ("/proc/sysrq-trigger", "/proc/1/oom_score_adj/../../sysrq-trigger"):
+    try:
+        os.close(os.open(name, os.O_WRONLY))
+        opened.append(name)
+    except OSError:
+        pass
+print(opened, os.getuid() != 0)
+"""
+    assert run(inside, code) == "[] True\n"
+
+
+def test_without_namespaces_only_its_own_files_can_be_opened(
+    start: Callable[..., Session], tmp_path: Path
+) -> None:
+    seen = module._tried(BARE)[0]
+    if not seen.get("paths_limited"):
+        pytest.skip("this system has no Landlock")
+    (tmp_path / "submission.ipynb").write_text("of another learner")
+    session = start(of=BARE)
+    parent = os.getpid()
+    code = f"""
+import os
+found = []
+places = [{str(tmp_path)!r}, {str(tmp_path / "submission.ipynb")!r}, {str(PACKAGE.parent)!r},
+          {str(PACKAGE / "course/exercises.py")!r}, "/root", "/home", "/etc/passwd", "/dev/shm",
+          "/proc/{parent}/environ", "/proc/{parent}/mem", "/tmp", "/"]
+for place in places:
+    for how in (os.O_RDONLY, os.O_WRONLY, os.O_RDONLY | os.O_DIRECTORY, os.O_RDWR | os.O_CREAT):
+        try:
+            os.close(os.open(place, how))
+            found.append(place)
+        except OSError:
+            pass
+for place in ("/dev/shm/mine", "/tmp/mine", {str(tmp_path / "mine")!r}):
+    for make in (os.mkdir, os.mkfifo, lambda p: os.symlink("x", p), lambda p: open(p, "w")):
+        try:
+            make(place)
+            found.append(place)
+        except OSError:
+            pass
+open("own", "w").write("own")
+print(found, open("own").read())
+"""
+    assert run(session, code) == "[] own\n"
+    if seen["signals_refused"]:
+        code = f"import os\ntry:\n    os.kill({parent}, 0)\nexcept OSError:\n    print('refused')"
+        assert run(session, code) == "refused\n"
+    assert sorted(os.listdir(tmp_path)) == ["submission.ipynb"]
+
+
+def test_the_memory_of_all_processes_together_is_watched(
+    isolation: Isolation, tmp_path: Path
+) -> None:
+    site, _ = make_site(tmp_path, [])
+    process = LearnerProcess(isolation, site, 0.75)
+    session = Session(process.channel)
+    session.hello(120)
+    code = """
+import os, signal
+for _ in range(8):
+    if os.fork() == 0:
+        kept = bytearray(500 * 2**20)
+        signal.pause()
+signal.pause()
+"""
+    begun = time.monotonic()
+    with pytest.raises(GoneError, match="more memory than the limit"):
+        session.run("many", code, 100)
+    assert time.monotonic() - begun < 60
+    process.stop()
+
+
+def test_the_log_cannot_be_replaced_and_its_size_is_limited(tmp_path: Path) -> None:
+    site, _ = make_site(tmp_path, [])
+    process = LearnerProcess(BARE, site, 4)
+    session = Session(process.channel)
+    session.hello(120)
+    flood = "import os\ntry:\n    while True:\n        os.write(2, b'\\xff\\x00' * 2**19)\n"
+    (told,) = session.run("flood", flood + "except OSError as error:\n    print(error.errno)", 60)
+    assert told["text"] == "27\n"  # EFBIG
+    assert len(process.log()) <= 2000
+    process.stop()
+
+
+def test_a_process_that_cannot_be_started_leaves_nothing(
+    isolation: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(module, "make_folder", lambda prefix: tmp_path / "made")
+    (tmp_path / "made").mkdir()
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(module.subprocess, "Popen", refuse)
+    with pytest.raises(BlockingIOError):
+        LearnerProcess(isolation, tmp_path, 4)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not (tmp_path / "made").exists()

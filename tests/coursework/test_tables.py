@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
 from pathlib import Path
 
 import pytest
 
-from nemotron_lite.coursework.tables import plain_cell, write_scores
+from nemotron_lite.coursework.tables import plain_cell, write_scores, write_table
+
+SIGNS = ("=", "+", "-", "@", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+BEFORE = ("", " ", "  ", "'", '"', "\t", "\r", "\n", "\u00a0", "\u200b", "\x00", "\x1b")
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
-def test_formulas_become_text(text: str) -> None:
-    assert plain_cell(text) == f"'{text}"
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("before", BEFORE, ids=map(repr, BEFORE))
+def test_formulas_become_text(before: str, sign: str) -> None:
+    made = plain_cell(f"{before}{sign}1+1")
+    first = unicodedata.normalize("NFKC", made)[0]
+    assert first not in "=+-@|%\t\r\n"
+    assert made.startswith(("'", "\\"))  # text for a spreadsheet: an apostrophe, or an escape
+    assert made.replace("\u00a0", " ").isprintable()
+
+
+def test_programs_that_split_at_semicolons_see_no_new_cell(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", ["name", "points"], [{"name": "ann;=1+1", "points": 3.0}])
+    line = (tmp_path / "t.csv").read_text().splitlines()[1]
+    assert line == '"ann;=1+1",3'
+    assert next(csv.reader([line], delimiter=";")) == ["ann;=1+1,3"]
 
 
 @pytest.mark.parametrize("value", ["ann", "a=1", 3, -1.5, ""])

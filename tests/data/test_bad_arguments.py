@@ -7,6 +7,7 @@ calls with one or two wrong arguments each.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +43,14 @@ batch = dict(index=0, batch_size=2, seq_len=8, seed=0)
 copy, recall = SelectiveCopy(2, 4), Recall((2,), 4, 4)
 exam = recall.test_set(2, rows=2)
 CALLS = {
-    "load_corpus": (load_corpus, dict(root=folder, held_out_bytes=50)),
-    "prepare": (prepare, dict(vocab_size=257, root=folder, held_out_bytes=50, cache=folder / "c")),
+    "load_corpus": (load_corpus, dict(root=folder, held_out_bytes=50, text_field="text")),
+    "prepare": (
+        prepare,
+        dict(
+            vocab_size=257, root=folder, held_out_bytes=50, cache=folder / "c", tokenizer=None,
+            special_ids=(0, 0), text_field="text",
+        ),
+    ),
     "windows": (sample_windows, dict(documents=documents, count=2, seq_len=5, seed=0)),
     "documents": (ConcatenatedDocuments, dict(tokens=np.arange(9), starts=np.array([0, 4]))),
     "concatenate": (concatenate_documents, dict(documents=documents)),
@@ -100,9 +107,12 @@ def test_a_wrong_argument_is_named(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.py").write_text(f"x{i} = 1\n" * 20)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    work = tmp_path / "work"  # some of the wrong paths name a folder here
+    work.mkdir()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "0", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=work, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "", done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import time
 from typing import Any
 
@@ -20,10 +21,18 @@ TURNS = ["one for value", "two", "in values: three"]
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
-    """A random model that reads conversations; it seldom writes a special token."""
-    tokenizer = conversation_tokenizer()
+    """A random model that writes letters, each of which is a token.
+
+    So encoding its answers again gives the same tokens, and the two ways can be compared.
+    """
+    tokenizer = conversation_tokenizer(vocab_size=257)
     model = Nemotron(SMALL.replace(vocab_size=tokenizer.get_vocab_size()), seed=1).eval()
     model.tokenizer = tokenizer
+    letters = [tokenizer.token_to_id(letter) for letter in string.ascii_letters]
+    with torch.no_grad():
+        others = torch.ones(tokenizer.get_vocab_size(), dtype=torch.bool)
+        others[letters] = False
+        model.lm_head.weight[others] = 0
     return model
 
 
@@ -56,6 +65,37 @@ def test_each_turn_is_what_reading_everything_gives(
         assert talk.messages == [*before, reply.message]
 
 
+def test_an_answer_ends_at_a_stop_token(model: Nemotron) -> None:
+    assert model.tokenizer is not None
+    free = Chat(model, thinking=False, max_new_tokens=12, **GREEDY).send("one").content
+    letter = free[5]
+    stop = [model.tokenizer.token_to_id(letter)]
+    talk = Chat(model, thinking=False, max_new_tokens=12, **{**GREEDY, "stop": stop})
+    reply = talk.send("one")
+    assert (reply.content, reply.stop_reason) == (free[: free.index(letter)], "stop_token")
+    assert talk.send("two").reused_tokens > 0
+
+
+def test_an_answer_ends_before_a_stop_string(model: Nemotron) -> None:
+    free = Chat(model, thinking=False, max_new_tokens=12, **GREEDY).send("one").content
+    talk = Chat(model, thinking=False, max_new_tokens=12, stop_strings=free[4:6], **GREEDY)
+    reply = talk.send("one")
+    assert reply.stop_reason == "stop_string"
+    assert reply.content == free[: free.index(free[4:6])]
+    before = [*talk.messages, {"role": "user", "content": "two"}]
+    want = reread(model, before, thinking=False, max_new_tokens=12, **GREEDY)
+    assert talk.send("two").content == want.partition(free[4:6])[0]
+
+
+def test_the_defaults_of_the_folder_count(model: Nemotron) -> None:
+    model.companion_files = {"generation_config.json": b'{"temperature": 0.5, "top_k": 7}'}
+    try:
+        options = Chat(model, top_k=3).options
+    finally:
+        model.companion_files = {}
+    assert (options.temperature, options.top_k) == (0.5, 3)
+
+
 def test_only_what_is_new_is_read(model: Nemotron) -> None:
     talk = Chat(model, max_new_tokens=4, **GREEDY)
     template = talk.template
@@ -64,7 +104,8 @@ def test_only_what_is_new_is_read(model: Nemotron) -> None:
     second = talk.send("two")
     whole = len(template.encode(template.render([*talk.messages[:-1]])))
     assert second.reused_tokens + second.prompt_tokens == whole
-    assert second.reused_tokens >= first.prompt_tokens - 3  # but for what opened the answer
+    opening = "<|im_start|>assistant\n<think>\n"  # the only part that is not kept
+    assert second.reused_tokens == first.prompt_tokens - len(template.encode(opening))
 
 
 def test_messages_changed_between_turns_are_read_again(model: Nemotron) -> None:
@@ -119,21 +160,23 @@ def test_ctrl_c_in_a_step_keeps_what_was_written(
     assert talk.send("two").content == want.lstrip("\n")
 
 
-def test_an_error_leaves_the_conversation_as_it_was(
-    model: Nemotron, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_leaves_the_conversation_as_it_was(model: Nemotron) -> None:
     talk = Chat(model, max_new_tokens=6, **GREEDY)
     talk.send("one")
     messages = [dict(m) for m in talk.messages]
-    with monkeypatch.context() as patch:
-        patch.setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight / 0))
+    weights = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    try:
         with pytest.raises(FloatingPointError):
             talk.send("two")
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(weights)
     assert talk.messages == messages
     before = [*messages, {"role": "user", "content": "two"}]
-    assert talk.send("two").thinking == reread(model, before, max_new_tokens=6, **GREEDY).strip(
-        "\n"
-    )
+    want = reread(model, before, max_new_tokens=6, **GREEDY)
+    assert talk.send("two").thinking == want.strip("\n")
 
 
 def test_sampled_turns_repeat_with_the_seed_and_differ_by_turn(model: Nemotron) -> None:

@@ -30,8 +30,9 @@ TALK: list[dict[str, Any]] = [
 ]
 
 
-def conversation_tokenizer() -> Tokenizer:
-    tokenizer = train_tokenizer(["for value in values: total = naïve\n"] * 3, vocab_size=272)
+def conversation_tokenizer(vocab_size: int = 272) -> Tokenizer:
+    text = "for value in values: total = naïve\n"
+    tokenizer = train_tokenizer([text] * 3, vocab_size=vocab_size)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     return tokenizer
 

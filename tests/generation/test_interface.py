@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 import weakref
@@ -204,8 +205,9 @@ def test_the_defaults_are_those_of_the_release_everywhere(model: Nemotron) -> No
     """Temperature 1.0 and top_p 0.95, in the API and on the command line."""
     assert (SamplingOptions().temperature, SamplingOptions().top_p) == (1.0, 0.95)
     command = inspect.signature(generate_command).parameters
-    for name in ("max_new_tokens", "temperature", "top_p", "top_k", "prepare_weights"):
-        assert command[name].default == getattr(GenerationOptions(), name)
+    for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        assert command[name].default is None, "generation_config.json comes first (defaults.py)"
+    assert command["prepare_weights"].default == GenerationOptions().prepare_weights
     for name in ("draft_length", "adaptive"):
         assert command[name].default == getattr(SpeculationOptions(), name)
     assert generate(model, [5], 9, seed=1) == generate(
@@ -226,7 +228,9 @@ def test_the_command_passes_every_option_on(
     read: list[dict[str, Any]] = []
     monkeypatch.setattr(
         "nemotron_lite.cli.generate.read_model",
-        lambda path, dtype, packed: read.append(dict(path=path, dtype=dtype, packed=packed)),
+        lambda path, dtype, packed: (
+            read.append(dict(path=path, dtype=dtype, packed=packed)) or model
+        ),
     )
     monkeypatch.setattr("nemotron_lite.cli.generate.write", write)
     fixed = ["generate", "--model", str(tmp_path), "--prompt", "x"]
@@ -235,6 +239,10 @@ def test_the_command_passes_every_option_on(
         "temperature": (["--temperature", "0.3"], 0.3),
         "top_p": (["--top-p", "0.5"], 0.5),
         "top_k": (["--top-k", "11"], 11),
+        "min_p": (["--min-p", "0.25"], 0.25),
+        "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
+        "stop_strings": (["--stop", "a", "--stop", "b"], ("a", "b")),
+        "check_layers": (["--check-layers"], True),
         "seed": (["--seed", "5"], 5),
         "ssm_dtype": (["--ssm-dtype", "float16"], torch.float16),
         "prepare_weights": (["--no-prepare-weights"], False),
@@ -247,19 +255,32 @@ def test_the_command_passes_every_option_on(
     others = ["--dtype", "bfloat16", "--packed"]
     result = CliRunner().invoke(app, [*fixed, *flags, *others])
     assert result.exit_code == 0, result.output
-    assert passed.pop() == GenerationOptions(**{name: value for name, (_, value) in values.items()})
+    stop = tuple(model.config.eos_token_ids)
+    expected = GenerationOptions(**{name: value for name, (_, value) in values.items()})
+    assert passed.pop() == expected.replace(stop=stop)
     assert read.pop() == dict(path=tmp_path, dtype="bfloat16", packed=True)
     known = {parameter.opts[0] for parameter in get_command(app).commands["generate"].params}
+    known -= {"--prompt-file", "--json", "--samples", "--quiet", "--traceback"}  # tests/cli
     used = {argument for argument in [*fixed, *flags, *others] if argument.startswith("--")}
     spelled = {"--no-prepare-weights": "--prepare-weights", "--fixed": "--adaptive"}
     assert {spelled.get(flag, flag) for flag in used} == known
-    # Only these two cannot be chosen on the command line.
+    # Only these cannot be chosen on the command line.
     assert {field.name for field in dataclasses.fields(GenerationOptions)} - values.keys() == {
         "stop",
+        "logits_processors",
+        "logprobs",
         "prefill_segment",
     }
     CliRunner().invoke(app, fixed)
-    assert passed.pop() == GenerationOptions(seed=0)
+    assert passed.pop() == GenerationOptions(seed=0, stop=stop)
+    # What is not given comes from the model's generation_config.json.
+    settings = {"top_k": 20, "temperature": 0.5, "max_new_tokens": 9}
+    files = {"generation_config.json": json.dumps(settings).encode()}
+    monkeypatch.setattr(model, "companion_files", files)
+    CliRunner().invoke(app, [*fixed, "--temperature", "0.25", "--top-k", "0"])
+    assert passed.pop() == GenerationOptions(
+        seed=0, stop=stop, top_k=None, temperature=0.25, max_new_tokens=9
+    )
 
 
 def test_the_command_line_reads_the_defaults_without_torch() -> None:

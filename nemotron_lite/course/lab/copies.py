@@ -43,6 +43,7 @@ from nbformat.validator import iter_validate
 from nemotron_lite.course.lab import merge as merging
 from nemotron_lite.course.progress_store import FOLDER
 from nemotron_lite.files import atomic_file
+from nemotron_lite.input_files import FileError, parse_json, read_bytes, read_text
 
 BASE = "nl_base"  # metadata of a copy: the version of the chapter it was made from
 PROGRESS = "progress.ipynb"
@@ -120,12 +121,15 @@ def _update_or_leave(path: Path, text: str) -> Outcome:
     """`_update_file`; a copy that cannot be read or merged does not keep the others from it."""
     try:
         return _update_file(path, text)
-    except (ValueError, IsADirectoryError) as error:
+    except (ValueError, IsADirectoryError, FileNotFoundError) as error:
         why = {
             UnicodeDecodeError: "it is not a text file in UTF-8",
             UnicodeEncodeError: "it has characters that cannot be written as UTF-8",
             IsADirectoryError: "it is a folder",
-        }.get(type(error), str(error))
+            FileNotFoundError: "it is a link to a file that is not there",
+        }.get(type(error.__cause__ if isinstance(error, FileError) else error), "")
+        if not why:
+            why = f"it {error.fault}" if isinstance(error, FileError) else str(error)
         return Outcome(
             path, "left alone", f"{path.name}: left as it is, because {why}. {HOW_TO_RESTART}"
         )
@@ -141,14 +145,14 @@ def _update_file(path: Path, text: str) -> Outcome:
     new = _parsed(text)
     store = path.parent / FOLDER
     base_path = store / "base" / f"{path.stem}.{version}.ipynb"
-    if not base_path.exists():
+    if not _is_version(base_path, version):
         _write(base_path, text)
-    if not path.exists():
+    if not os.path.lexists(path):
         fresh = _named(new, version)
         _write(path, _formatted(fresh))
         _sign(path)
         return Outcome(path, "copied", f"{path.name}: copied")
-    before = path.read_text(encoding="utf-8")
+    before = read_text(path)
     mine = _parsed(before)
     was = mine["metadata"].get(BASE)
     if was == version:
@@ -176,9 +180,18 @@ def _base(store: Path, path: Path, version: Any) -> merging.Notebook:
     if not isinstance(version, str) or not re.fullmatch("[0-9a-f]{16}", version):
         return EMPTY
     try:
-        return _parsed((store / "base" / f"{path.stem}.{version}.ipynb").read_text("utf-8"))
+        path = store / "base" / f"{path.stem}.{version}.ipynb"
+        return _parsed(read_text(path)) if _is_version(path, version) else EMPTY
     except (OSError, ValueError):
         return EMPTY
+
+
+def _is_version(path: Path, version: str) -> bool:
+    """Whether a base is there and undamaged: its name has the beginning of its SHA-256."""
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()[:16] == version
+    except (OSError, FileError):
+        return False
 
 
 def _parsed(text: str) -> merging.Notebook:
@@ -188,11 +201,9 @@ def _parsed(text: str) -> merging.Notebook:
         ValueError: it is something else; the message ends a sentence that begins with "because".
     """
     try:
-        notebook = json.loads(text)
+        notebook = parse_json(text)
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
     is_notebook = isinstance(notebook, dict) and isinstance(notebook.get("cells"), list)
     if not is_notebook or not isinstance(notebook.get("metadata"), dict):
         raise ValueError("it has no cells or no metadata, so it is not a notebook of format 4")
@@ -240,7 +251,7 @@ def _copies(work: Path) -> list[Path]:
 def _has_base(path: Path) -> bool:
     """Whether this is a copy of a chapter; a learner may have notebooks of other names here."""
     try:
-        return BASE in _parsed(path.read_text("utf-8"))["metadata"]
+        return BASE in _parsed(read_text(path))["metadata"]
     except (OSError, ValueError):
         return False
 

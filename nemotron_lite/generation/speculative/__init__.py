@@ -30,7 +30,7 @@ from nemotron_lite.generation.speculative.draft_length import AdaptiveDraftLengt
 from nemotron_lite.generation.speculative.drafter import Drafter, shortlist
 from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
 from nemotron_lite.generation.speculative.measured_costs import measure_costs
-from nemotron_lite.generation.speculative.statistics import Statistics
+from nemotron_lite.generation.statistics import Statistics
 
 __all__ = [
     "AdaptiveDraftLength",

@@ -31,6 +31,7 @@ trees, and drafting for position 0 of an empty prompt.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -40,6 +41,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.cache import Cache
+from nemotron_lite.finite import find_bad_layer
 from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.generation.sampling import probabilities
 from nemotron_lite.generation.speculative.draft_length import DraftLength
@@ -177,6 +179,26 @@ class Drafter:
         last = found if self._last is None else torch.where(here[:, None], found, self._last)
         self._last = last
 
+    def resume(
+        self, hidden: Float[Tensor, "b d"], after: Int[Tensor, "b 1"] | None, counts: list[int]
+    ) -> None:
+        """Go on behind what the cache has read: the hidden state of each row's last token.
+
+        Args:
+            after: the token after it; None where no row has one yet.
+            counts: 1 for rows whose next token is known, 0 for the others.
+        """
+        if after is not None and any(counts):
+            each = None if all(counts) else torch.tensor(counts, device=hidden.device)
+            self._read(hidden.unsqueeze(1), after, each)
+        self._last = hidden
+
+    def repeat(self, times: int, cache: Cache) -> None:
+        """Draft for each row of the prompts several times, with a cache that was repeated so."""
+        if times > 1:
+            assert self._last is not None
+            self.cache, self._last = cache, self._last.repeat_interleave(times, 0)
+
     def add_first_token(self, chosen: Int[Tensor, "b"]) -> None:
         """The first token after the prompts."""
         assert self._last is not None
@@ -198,6 +220,11 @@ class Drafter:
         self._num_pending += hidden.shape[1]
         if self._num_pending > MAX_PENDING:
             self._read_pending(leave=1)
+
+    def read_pending(self) -> None:
+        """Read all positions whose next token is known."""
+        if self._pending:
+            self._read_pending()
 
     def draft(
         self,
@@ -237,6 +264,8 @@ class Drafter:
                 distributions.append(q)
             for row, active, value in zip(confidences, drafting, confidence.tolist(), strict=True):
                 if active:
+                    if math.isnan(value):
+                        raise self._not_finite()
                     row.append(value)
             drafting = still_drafting(drafting)
             if not any(drafting):
@@ -262,8 +291,18 @@ class Drafter:
         if self.shortlist is not None:
             whole = q.new_zeros(len(q), self.model.config.vocab_size)
             q = whole.index_copy_(1, self.shortlist, q)
-        token = draw(q, uniforms[:, j])
+        # With NaN in the logits, `draw` gives the number after the last token.
+        token = draw(q, uniforms[:, j]).clamp_(max=q.shape[1] - 1)
         return token, q, q.gather(1, token[:, None])[:, 0]
+
+    def _not_finite(self) -> FloatingPointError:
+        """The error for logits of the MTP module that no token can be drafted from."""
+        place = find_bad_layer(self.model, self.cache)
+        where = "" if place is None else f" It began here: {place}"
+        return FloatingPointError(
+            "the logits of the MTP module are not finite, so no token can be drafted (without "
+            f"speculation the module is not used).{where}"
+        )
 
     def _read_pending(self, leave: int = 0) -> Float[Tensor, "b 1 d"]:
         """Read the pending positions but the last `leave` pieces; h^1 of each row's last one."""

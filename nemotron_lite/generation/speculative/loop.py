@@ -19,17 +19,17 @@ batch, which plain decoding does not do either.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.cache import Cache
+from nemotron_lite.generation.decoding import Decoding
 from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
-from nemotron_lite.generation.prefill import prefill
-from nemotron_lite.generation.sampling import Sampler, probabilities
+from nemotron_lite.generation.sampling import probabilities
 from nemotron_lite.generation.speculative.cost_model import ledger_costs
 from nemotron_lite.generation.speculative.draft_length import (
     AdaptiveDraftLength,
@@ -37,24 +37,21 @@ from nemotron_lite.generation.speculative.draft_length import (
     FixedDraftLength,
 )
 from nemotron_lite.generation.speculative.drafter import Draft, Drafter, check_shortlist
-from nemotron_lite.generation.speculative.statistics import Statistics
+from nemotron_lite.generation.text_rows import TextRow
 from nemotron_lite.model import Nemotron, segment
 
 
-class SpeculativeDecoding:
+class SpeculativeDecoding(Decoding):
     """One run: prompts that are continued with drafts of the MTP module.
 
-    Args:
-        prompt: padded on the right; `lengths` are the real tokens of each row.
-        options: how to continue; `stop` holds the tokens that end a row, `speculation` says how to
-            draft (its defaults where it is None).
-
-    Attributes:
-        statistics: counted while the run goes on.
+    The arguments are those of `Decoding`; `options.speculation` says how to draft (its defaults
+    where it is None).
 
     Raises:
         ValueError: a model without an MTP module, or a shortlist of tokens outside the vocabulary.
     """
+
+    needs_mtp = True
 
     def __init__(
         self,
@@ -62,6 +59,10 @@ class SpeculativeDecoding:
         prompt: Int[Tensor, "b t"],
         lengths: list[int],
         options: GenerationOptions,
+        *,
+        samples: int = 1,
+        cache: Cache | None = None,
+        texts: Sequence[TextRow] | None = None,
     ) -> None:
         speculation = options.speculation or SpeculationOptions()
         if model.mtp is None:
@@ -72,67 +73,76 @@ class SpeculativeDecoding:
         self.shortlist: Int[Tensor, "s"] | None = None
         if speculation.shortlist is not None:
             check_shortlist(speculation.shortlist, model.config.vocab_size)
-            self.shortlist = torch.tensor(speculation.shortlist)
-        self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
-        self.options = options
-        self.max_new_tokens, self.stop = options.max_new_tokens, frozenset(options.stop or ())
+            self.shortlist = torch.tensor(speculation.shortlist, device="cpu")
+        options = options.replace(speculation=speculation)
+        super().__init__(model, prompt, lengths, options, samples=samples, cache=cache, texts=texts)
+        self.max_new_tokens = options.max_new_tokens
         self.segment = options.prefill_segment or segment(self.prompt)
         self.max_draft = speculation.draft_length
-        self.statistics = Statistics()
-        rows, capacity = len(lengths), prompt.shape[1] + self.max_new_tokens + self.max_draft + 1
-        self.cache = model.empty_cache(
-            rows, capacity, mtp=True, ssm_dtype=options.ssm_dtype, ssm_seed=options.ssm_seed
-        )
-        self.sampler = Sampler(rows, options, options.seed)
-        self.draft_lengths: list[DraftLength] = _draft_lengths(model, speculation, rows)
-        self.texts: list[list[int]] = [[] for _ in lengths]
-        self.ended = [self.max_new_tokens == 0] * rows
+        self.draft_lengths: list[DraftLength] = _draft_lengths(model, speculation, len(self.rows))
 
-    def steps(self) -> Iterator[list[int | None]]:
-        """A token per row and step; None for rows that have ended."""
+    @property
+    def texts(self) -> list[list[int]]:
+        """The tokens that each row has written."""
+        return [row.tokens for row in self.rows]
+
+    def _steps(self) -> Iterator[list[int | None]]:
         given = 0
         for _ in self.passes():
-            while given < max(map(len, self.texts)) and all(
-                over or given < len(text) for over, text in zip(self.ended, self.texts, strict=True)
+            while given < max(len(row.tokens) for row in self.rows) and all(
+                row.ended or given < len(row.tokens) for row in self.rows
             ):
-                yield [text[given] if given < len(text) else None for text in self.texts]
+                yield [row.tokens[given] if given < len(row.tokens) else None for row in self.rows]
                 given += 1
 
     def passes(self) -> Iterator[None]:
-        """Write into `texts`: the prompt's first token, then one pass of the backbone at a time."""
-        if all(self.ended):
+        """Write into `rows`: the prompt's first token, then one pass of the backbone at a time."""
+        if not self.given and not any(self.going):
             return
-        # Inference mode must not stay on while the caller holds the iterator.
-        with torch.inference_mode():
+        with self._pass():
             started = time.perf_counter()
             self.drafter = Drafter(self.model, self.cache, self.options, self.shortlist)
-            add_prompt = partial(self.drafter.add_prompt, prompt=self.prompt, lengths=self.lengths)
-            logits = prefill(
-                self.model,
-                self.prompt,
-                self.lengths,
-                self.cache,
-                self.segment,
-                on_hidden=lambda hidden, start: add_prompt(hidden, start=start),
-            )
-            self.chosen = self._choose(logits, self._uniforms(1))
-            self.drafter.add_first_token(self.chosen)
-            self._write([[token] for token in self.chosen.tolist()])
+            self._resume()
+            logits = self._read_prompt(self.segment, keep_hidden=True)
+            self.drafter.repeat(self.samples, self.cache)
+            if any(self.going):
+                self.chosen = self._choose(logits, self._uniforms(1))
+                self.drafter.add_first_token(self.chosen)
             self.statistics.seconds["prompt"] += time.perf_counter() - started
         yield
-        while not all(self.ended):
-            with torch.inference_mode():
+        while any(self.going):
+            with self._pass():
                 self._draft_and_verify()
             yield
+
+    def _resume(self) -> None:
+        """The MTP module's entry for the last token of each row that the given cache has read.
+
+        It needs the token that comes after it. A row without a new token waits for its first one.
+        """
+        if self._last_hidden is None:
+            return
+        known = [
+            int(read > 0 and new > 0)
+            for read, new in zip(self.cache.lengths.tolist(), self.lengths, strict=True)
+        ]
+        after = self.prompt[:, :1] if self.prompt.shape[1] else None
+        self.drafter.resume(self._last_hidden, after, known)
+
+    def _on_hidden(self, hidden: Float[Tensor, "b t d"], start: int) -> None:
+        self.drafter.add_prompt(hidden, prompt=self.prompt, lengths=self.lengths, start=start)
+        if self.given:
+            super()._on_hidden(hidden, start)
 
     def _draft_and_verify(self) -> None:
         """One pass of the backbone: over a draft, or over one token where no row drafts."""
         k = self.max_draft
         seconds = self.statistics.seconds
         started = time.perf_counter()
+        going = self.going
         limits = [
-            0 if over else min(k, self.max_new_tokens - len(text) - 1)
-            for over, text in zip(self.ended, self.texts, strict=True)
+            0 if row.ended else min(k, self.max_new_tokens - len(row.tokens) - 1)
+            for row in self.rows
         ]
         uniforms = self._uniforms(2 * k + 1)
         draft = self.drafter.draft(
@@ -142,78 +152,119 @@ class SpeculativeDecoding:
         if draft is None:
             confidences: list[list[float]] = [[] for _ in limits]
             accepted = [0] * len(limits)
-            new = self._plain(uniforms)
+            self._plain(uniforms)
         else:
             confidences = draft.confidences
-            accepted, new = self._verify(draft, uniforms)
-        for chooser, row, count, over in zip(
-            self.draft_lengths, confidences, accepted, self.ended, strict=True
+            accepted = self._verify(draft, uniforms)
+        for chooser, row, count, active in zip(
+            self.draft_lengths, confidences, accepted, going, strict=True
         ):
-            if not over:
+            if active:
                 chooser.update(row, count)
-        going = [i for i, over in enumerate(self.ended) if not over]
-        self.statistics.count([len(confidences[i]) for i in going], [accepted[i] for i in going])
-        self._write(new)
+        active_rows = [i for i, active in enumerate(going) if active]
+        self.statistics.count(
+            [len(confidences[i]) for i in active_rows], [accepted[i] for i in active_rows]
+        )
         seconds["draft"] += drafted - started
         seconds["verify"] += time.perf_counter() - drafted
 
-    def _plain(self, uniforms: Tensor | None) -> list[list[int]]:
+    def _plain(self, uniforms: Tensor | None) -> None:
         """One token per row, as plain decoding writes it."""
-        out = self.model(self.chosen.unsqueeze(1), self.cache, logits_to_keep=1)
+        real = self._real()
+        out = self.model(self.chosen.unsqueeze(1), self.cache, lengths=real, logits_to_keep=1)
         self.chosen = self._choose(out.logits[:, 0], uniforms)
-        self.drafter.add(out.hidden, self.chosen.unsqueeze(1))
-        return [[token] for token in self.chosen.tolist()]
+        self.drafter.add(out.hidden, self.chosen.unsqueeze(1), real)
 
-    def _verify(self, draft: Draft, uniforms: Tensor | None) -> tuple[list[int], list[list[int]]]:
-        """Read, verify and keep a draft: how many tokens are accepted, and the new ones."""
+    def _choose(self, logits: Float[Tensor, "b v"], uniforms: Tensor | None) -> Int[Tensor, "b"]:
+        """Choose and write one token per row."""
+        total = logits.sum()
+        last = None if uniforms is None else uniforms[:, -1]
+        chosen = self.sampler.choose(self.adjust(logits, self.going), last)
+        tokens = chosen.tolist()
+        self._check(total.item(), logits.unsqueeze(1), [1] * len(tokens))
+        logprobs = self._logprobs(logits)
+        self._write(
+            [[token] for token in tokens], None if logprobs is None else logprobs.unsqueeze(1)
+        )
+        return chosen
+
+    def _verify(self, draft: Draft, uniforms: Tensor | None) -> list[int]:
+        """Read, verify, write and keep a draft; returns how many tokens of each are accepted."""
         length = draft.tokens.shape[1]
         inputs = torch.cat([self.chosen.unsqueeze(1), draft.tokens], dim=1)
         out = self.model(inputs, self.cache, draft=True)
         drafted = draft.tokens.tolist()
+        going, total = self.going, out.logits.sum()
+        real = [row[:n] for row, n in zip(drafted, draft.lengths, strict=True)]
+        logits = self.adjust.places(out.logits, real, going)
         if uniforms is None:
-            accepted, following = _verify_greedy(out.logits, drafted, draft.lengths)
+            accepted, following = _verify_greedy(logits, drafted, draft.lengths)
         else:
             assert draft.q is not None
             k = self.max_draft
             verdict = ops.verify(
-                probabilities(out.logits, self.options),
+                probabilities(logits, self.options),
                 draft.q,
                 draft.tokens,
                 torch.cat([uniforms[:, k : k + length], uniforms[:, -1:]], dim=1),
                 torch.tensor(draft.lengths, device=inputs.device),
             )
             accepted, following = verdict.accepted.tolist(), verdict.token.tolist()
+        self._check(total.item(), out.logits, [n + 1 for n in accepted])
         new = [
             [*row[:n], token] for row, n, token in zip(drafted, accepted, following, strict=True)
         ]
-        counts = [0 if over else n + 1 for n, over in zip(accepted, self.ended, strict=True)]
-        same = counts[0] if len(set(counts)) == 1 else None
+        before = [len(row.tokens) for row in self.rows]
+        self._write(new, self._logprobs(out.logits))
+        # In the cache of this run a row that ends may read tokens behind its end. In a caller's
+        # cache it must not: there it reads what was written, and no more.
+        counts = [n + 1 if active else 0 for n, active in zip(accepted, going, strict=True)]
+        known = counts  # positions whose next token is part of the text
+        if self.given:
+            counts, known = self._end_inside_drafts(out.hidden, accepted, going, before)
         self.chosen = torch.tensor(following, device=inputs.device)
-        longest = max(counts)
+        self.cache.accept(_uniform_or_each(counts))
+        longest = max(known)
         after = torch.tensor([(row + [0] * longest)[:longest] for row in new], device=inputs.device)
-        if same is not None:
-            self.cache.accept(same)
-            self.drafter.add(out.hidden[:, :same], after)
-        else:
-            each = torch.tensor(counts)
-            self.cache.accept(each)
-            self.drafter.add(out.hidden[:, :longest], after, each.to(inputs.device))
-        return accepted, new
+        same = len(set(known)) == 1
+        each = None if same else torch.tensor(known, device=inputs.device)
+        self.drafter.add(out.hidden[:, :longest], after, each)
+        return accepted
 
-    def _choose(self, logits: Float[Tensor, "b v"], uniforms: Tensor | None) -> Int[Tensor, "b"]:
-        return self.sampler.choose(logits, None if uniforms is None else uniforms[:, -1])
+    def _end_inside_drafts(
+        self,
+        hidden: Float[Tensor, "b k1 d"],
+        accepted: list[int],
+        going: list[bool],
+        before: list[int],
+    ) -> tuple[list[int], list[int]]:
+        """Tokens that the cache may take in, and positions for the drafter, row by row.
+
+        A row may end inside an accepted draft. Its last token is then read already.
+        """
+        counts, known = [], []
+        for i, (row, n) in enumerate(zip(self.rows, accepted, strict=True)):
+            written = len(row.tokens) - before[i]
+            counts.append(min(written, n) + 1 if going[i] else 0)
+            known.append(written)
+            if going[i] and written <= n:
+                row.unread = False
+                assert self._last_hidden is not None
+                self._last_hidden = self._last_hidden.clone()
+                self._last_hidden[i] = hidden[i, written]
+        return counts, known
+
+    def _read_last(self) -> None:
+        super()._read_last()
+        self.drafter.read_pending()
 
     def _uniforms(self, count: int) -> Float[Tensor, "b count"] | None:
         return self.sampler.uniforms(count, self.prompt.device)
 
-    def _write(self, new: list[list[int]]) -> None:
-        """Add tokens to the rows that have not ended, up to a stop token or `max_new_tokens`."""
-        for i, tokens in enumerate(new):
-            for token in tokens:
-                if self.ended[i]:
-                    break
-                self.texts[i].append(token)
-                self.ended[i] = token in self.stop or len(self.texts[i]) >= self.max_new_tokens
+
+def _uniform_or_each(counts: list[int]) -> int | Int[Tensor, "b"]:
+    """One number where all rows agree, which is faster."""
+    return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device="cpu")
 
 
 def _draft_lengths(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,30 @@ def too_deep(path: Path) -> None:
     path.write_text("[" * 100_000)
 
 
+def many_digits(path: Path) -> None:
+    path.write_text('{"cells": [], "metadata": {}, "nbformat": ' + "9" * 5000 + "}")
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_sparse_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**27)
+
+
+def a_link_to_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.ipynb")
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -241,8 +266,13 @@ def a_folder(path: Path) -> None:
     [
         (wrong_bytes, "not a text file in UTF-8"),
         (half_a_character, "cannot be written as UTF-8"),
-        (too_deep, "nested too deeply"),
+        (too_deep, "nested deeper than 64 levels"),
+        (many_digits, "a number of 5,000 digits"),
         (a_folder, "it is a folder"),
+        (a_pipe, "it is a named pipe"),
+        (a_sparse_file, "has 134,217,728 bytes"),
+        (a_link_to_nowhere, "it is a link to a file that is not there"),
+        (a_link_to_itself, "it cannot be opened"),
     ],
 )
 def test_a_copy_that_cannot_be_read_does_not_keep_the_others_from_it(
