@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int, Integer
@@ -419,6 +419,22 @@ class Nemotron(nn.Module):
             mtp_logits=[self.head(h) for h in found.mtp_hidden],
         )
 
+    if TYPE_CHECKING:  # torch says that a call of a module may return anything
+
+        def __call__(
+            self,
+            tokens: Tensor,
+            cache: Cache | None = None,
+            *,
+            lengths: Tensor | None = None,
+            seq_idx: Tensor | None = None,
+            mtp_depths: SupportsIndex = 0,
+            router_stats: bool = False,
+            logits_to_keep: SupportsIndex = 0,
+            draft: bool = False,
+        ) -> Output:
+            """`forward` with the head, and the hooks on the model."""
+
     def forward_hidden(
         self,
         tokens: Integer[Tensor, "b t"],
@@ -435,16 +451,14 @@ class Nemotron(nn.Module):
         It is a call of the model: hooks on the model run, and a model that was compiled in place
         (`model.compile()`) runs compiled.
         """
-        return self(
-            tokens,
-            cache,
+        options: dict[str, Any] = dict(
             lengths=lengths,
             seq_idx=seq_idx,
             mtp_depths=mtp_depths,
             router_stats=router_stats,
             draft=draft,
-            apply_head=False,
         )
+        return cast(Hidden, nn.Module.__call__(self, tokens, cache, apply_head=False, **options))
 
     def _hidden(
         self,

@@ -1,4 +1,4 @@
-"""`torch.compile` and `torch.export`: equal results, one graph where it can be one, and a bound on graph breaks.
+"""`torch.compile` and `torch.export`: equal results, and a bound on graphs and graph breaks.
 
 What can go wrong is nearly all in the tracing, so most cases compile for the backends "eager" and
 "aot_eager", which trace (and differentiate) and then run PyTorch's own operators. Two cases use
@@ -325,7 +325,7 @@ def main(names: list[str]) -> None:
             found[name] = None
         except Exception:
             found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def test_evaluation_reads_the_adapter() -> None:
     from nemotron_lite.data import HeldOut
 
     model, merged = adapted("lm_head")
-    held_out = HeldOut([np.arange(60) % 64], 60)
+    held_out = HeldOut((np.arange(60) % 64,), 60)
     found, expected = (evaluate(m, held_out).bits_per_byte for m in (model, merged))
     assert found == pytest.approx(expected, rel=1e-5)
 
