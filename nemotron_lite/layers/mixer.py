@@ -154,6 +154,7 @@ class LayerCache(ABC):
     def clone(self) -> LayerCache:
         """An independent copy, without a draft."""
 
+    @ordinary_tensors
     def repeat(self, times: int) -> LayerCache:
         """A copy with each row `times` times, side by side."""
         copy = self.clone()
