@@ -132,7 +132,7 @@ def score(
 def score(
     model: Nemotron,
     texts: Prompts,
-    continuations: Prompts | None = None,
+    continuations: Any = None,
     *,
     batch_size: int = BATCH_SIZE,
     segment_length: int | None = None,

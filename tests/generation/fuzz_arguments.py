@@ -28,7 +28,6 @@ from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationSettings
 
 SLOW = 5.0  # seconds
-MEMORY = 300 << 20  # bytes that the peak may grow by
 
 
 class Unprintable:
