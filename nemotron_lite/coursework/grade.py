@@ -168,6 +168,11 @@ def grade_folder(
         raise SubmissionError(
             f"the results would go into {out}, among the submissions; choose another --out."
         )
+    if out in folder.parents:  # the folder is replaced as a whole, with the submissions in it
+        raise SubmissionError(
+            f"the results cannot be written into --out {out}: the submissions lie in that folder; "
+            "choose another one."
+        )
     if not folder.is_dir():
         raise SubmissionError(
             f"{folder} is not a folder; SUBMISSIONS must name a folder with notebooks in it."
