@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nemotron_lite.cache import Cache
     from nemotron_lite.checkpoint import CheckpointError, load, save
     from nemotron_lite.config import ConfigError, NemotronConfig
+    from nemotron_lite.generation.chat import Chat
     from nemotron_lite.generation.generate import generate, stream
     from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
     from nemotron_lite.generation.results import GenerationResult
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cache",
+    "Chat",
     "CheckpointError",
     "ConfigError",
     "GenerationOptions",
@@ -77,6 +79,7 @@ _MODULE_OF = {
     "Nemotron": "model",
     "NemotronConfig": "config",
     "Cache": "cache",
+    "Chat": "generation.chat",
     "GenerationOptions": "generation.options",
     "GenerationResult": "generation.results",
     "Score": "generation.score",

@@ -107,6 +107,18 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_blocks_of_the_user_page_run_one_after_another(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkpoint.parents[1])
+    blocks = fenced((ROOT / "docs" / "using.md").read_text(), "python")
+    assert len(blocks) == 6
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"python block {number}", "exec"), names)
+    assert capsys.readouterr().out.endswith("None\n")  # no layer of this model is bad
+
+
 def test_python_blocks_run_as_they_stand(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
