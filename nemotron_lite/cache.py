@@ -384,8 +384,9 @@ class Cache:
                 extra = cache.saved_extra()
                 if extra is not None:
                     extras[f"{prefix}{i}"] = extra
-        patterns, lengths = (self.pattern, self.mtp_pattern), (self._lengths, self._mtp_lengths)
-        cache_file.write(path, SavedCache(patterns, lengths, extras, tensors))
+        patterns = (self.pattern, self.mtp_pattern)
+        saved = SavedCache(patterns, (self._lengths, self._mtp_lengths), extras, tensors)
+        cache_file.write(path, saved)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Cache:

@@ -402,9 +402,11 @@ class Nemotron(nn.Module):
         """
         tokens = to_int64("tokens", tokens)
         lengths = None if lengths is None else to_int64("lengths", lengths)
+        seq_idx = None if seq_idx is None else to_int64("seq_idx", seq_idx)
+        depths = mtp_depths if type(mtp_depths) is int else integer("mtp_depths", mtp_depths)
         logits_to_keep = check_logits_to_keep(logits_to_keep, tokens)
         found = self._hidden(
-            tokens, cache, lengths, seq_idx, mtp_depths, router_stats=router_stats, draft=draft
+            tokens, cache, lengths, seq_idx, depths, router_stats=router_stats, draft=draft
         )
         if not apply_head:
             return found
@@ -479,9 +481,6 @@ class Nemotron(nn.Module):
             )
         if self._prepared and torch.is_grad_enabled():  # an optimizer step may follow
             self._drop_prepared()
-        seq_idx = None if seq_idx is None else to_int64("seq_idx", seq_idx)
-        if type(mtp_depths) is not int:
-            mtp_depths = integer("mtp_depths", mtp_depths)
         check_call(self.config, self.dtype, tokens, cache, lengths, seq_idx, mtp_depths)
         if draft:
             check_draft(cache, lengths)

@@ -478,10 +478,8 @@ def test_what_is_no_integer_is_named(
     model: Nemotron, wrong: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     given: dict[str, Any] = {"tokens": TEXT, **wrong}
-    keeps = "logits_to_keep" in wrong
-    call = unchecked(Nemotron.forward if keeps else Nemotron.forward_hidden)
     with pytest.raises(error, match=message):
-        call(model, **given)
+        unchecked(Nemotron.forward)(model, **given)
 
 
 def test_a_foreign_token_in_a_long_prompt_leaves_the_cache_alone(

@@ -91,7 +91,7 @@ def test_a_scan_that_overflows_is_between_two_modules(model: Nemotron) -> None:
     with pytest.raises(NotFiniteError) as caught, check_layers(bad):
         bad(_tokens(1, 5))
     assert caught.value.place.name == f"backbone.layers.{mamba}.mixer.norm"
-    assert f"after backbone.layers.{mamba}.mixer.in_proj" in str(caught.value)
+    assert f"after backbone.layers.{mamba}.mixer.conv1d" in str(caught.value)
 
 
 def test_it_works_with_gradients_steps_drafts_and_the_mtp_module_s_last_token() -> None:

@@ -168,7 +168,9 @@ class PackedWeight(_KeepsDtypes):
     def __getstate__(self) -> dict[str, Any]:
         """FP8 numbers as bytes: pickle cannot restore a tensor in FP8 (torch 2.13)."""
         buffers = {
-            name: (tensor.dtype, tensor.view(torch.uint8)) if _is_fp8(tensor) else tensor
+            name: (tensor.dtype, tensor.view(torch.uint8))
+            if tensor is not None and _is_fp8(tensor)
+            else tensor
             for name, tensor in self._buffers.items()
         }
         return {**self.__dict__, "_buffers": buffers}
@@ -190,8 +192,8 @@ class PackedWeight(_KeepsDtypes):
         return f"{self.format}, {list(self.shape)}"
 
 
-def _is_fp8(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize == 1
+def _is_fp8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 class PackedLinear(PackedWeight):
