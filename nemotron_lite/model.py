@@ -120,7 +120,7 @@ class Backbone(nn.Module):
         """Look tokens up.
 
         Raises:
-            ValueError: a token outside the vocabulary, another device than that of the weights, or meta.
+            ValueError: a token outside the vocabulary, or on another device than the weights.
         """
         try:
             embedded = self.embeddings(tokens)

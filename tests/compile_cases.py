@@ -325,6 +325,7 @@ def main(names: list[str]) -> None:
             found[name] = None
         except Exception:
             found[name] = traceback.format_exc()
+        sys.stderr.write(f"{name}: {'right' if found[name] is None else 'WRONG'}\n")
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""One step of decoding as a function of tensors, for `torch.export` and engines that read its graph.
+"""One step of decoding as a function of tensors, for `torch.export` and what reads its graphs.
 
     logits, state = step(tokens, lengths, state)
 
