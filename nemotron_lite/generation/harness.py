@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +197,14 @@ def _register() -> type:
     if _registered:
         return _registered[0]
     try:
-        from lm_eval.api.model import LM  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        from lm_eval.api.registry import register_model
+        LM = import_module("lm_eval.api.model").LM
+        register_model = import_module("lm_eval.api.registry").register_model
     except ImportError as error:
         raise ImportError(
             'lm_eval is not installed: pip install "nemotron-lite[eval]" (or lm_eval).'
         ) from error
 
-    class NemotronLiteLM(LM):  # type: ignore[misc]
+    class NemotronLiteLM(LM):  # type: ignore[misc, valid-type]
         """`HarnessModel` in the interface of lm_eval."""
 
         def __init__(
@@ -247,9 +247,7 @@ def _register() -> type:
 def main() -> None:
     """lm_eval's command line, after the name is registered."""
     _register()
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+    import_module("lm_eval.__main__").cli_evaluate()
 
 
 try:
@@ -259,4 +257,4 @@ except ImportError:
         raise
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
