@@ -105,12 +105,12 @@ def test_it_works_with_gradients_steps_drafts_and_the_mtp_module_s_last_token() 
         cache.accept(1)
         assert model.mtp is not None
         embedded = model.backbone.embed(_tokens(2, 6))
-        model.mtp.forward_last(hidden, embedded, cache.mtp, ForwardContext())
+        model.mtp(hidden, embedded, cache.mtp, ForwardContext(last_only=True))
         model.mtp.layers[0].mixer.k_proj.weight.data.fill_(float("nan"))
         with pytest.raises(NotFiniteError, match=r"layer 0 \(attention\), mtp\.layers\.0\.mixer"):
-            model.mtp.forward_last(hidden, embedded, cache.mtp, ForwardContext())
+            model.mtp(hidden, embedded, cache.mtp, ForwardContext(last_only=True))
     # Outside of the block nothing is checked, and no hook is left.
-    model.mtp.forward_last(hidden, embedded, cache.mtp, ForwardContext())
+    model.mtp(hidden, embedded, cache.mtp, ForwardContext(last_only=True))
     assert not any(module._forward_hooks for module in model.modules())
 
 
