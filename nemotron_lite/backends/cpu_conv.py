@@ -112,7 +112,7 @@ class _ConvSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @exact_backward
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         window, weight, bias = ctx.saved_tensors
         taps = weight.shape[1]
         pre = _depthwise(window, weight, bias)

@@ -179,7 +179,7 @@ class _SortedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @exact_backward
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         z, up, down, weights, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:3]
         return (*_backward(grad, z, up, down, weights, hidden, ctx.order, needs), None)

@@ -96,7 +96,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @exact_backward
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         x, weight, scale = ctx.saved_tensors
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
         normed = wide * scale
@@ -114,7 +114,7 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @exact_backward
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
         y, z, weight, scale = ctx.saved_tensors
         groups = scale.shape[-2]
         wide_y, wide_z = y.to(scale.dtype), z.to(scale.dtype)

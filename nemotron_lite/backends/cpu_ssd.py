@@ -130,7 +130,9 @@ class _Ssd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @exact_backward
-    def backward(ctx: Any, grad_y: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_y: Tensor, grad_last: Tensor
+    ) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count = len(Inputs._fields)
         inputs = Inputs(*saved[:count])

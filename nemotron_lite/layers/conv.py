@@ -24,7 +24,7 @@ class CausalConv1d(nn.Conv1d):
     def __init__(self, channels: int, taps: int, bias: bool) -> None:
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
-    def forward(
+    def forward(  # type: ignore[override]  # it is called with a state too
         self,
         input: Float[Tensor, "b *t c"],
         state: Float[Tensor, "b km1 c"] | None = None,

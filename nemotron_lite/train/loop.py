@@ -171,7 +171,8 @@ class _Run:
         validation: BatchSource | None = None,
     ) -> None:
         # `torch.compile(model)` is called as it is; everything else concerns the model inside.
-        self.call, model = model, unwrap(model)
+        self.call: Callable[..., Any] = model
+        model = unwrap(model)
         _check_trainable(model)
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.optimizer = make_optimizer(

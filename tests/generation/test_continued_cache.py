@@ -36,7 +36,7 @@ def model() -> Nemotron:
 def assert_caches_close(
     found: Cache, row: int, expected: Cache, other: int, atol: float = 1e-9
 ) -> None:
-    """Both rows have read the same, whatever room their buffers have."""
+    """Both rows have read the same, whatever space their buffers have."""
     length = int(expected.lengths[other])
     assert int(found.lengths[row]) == length
     for a, b in zip(found.layers, expected.layers, strict=True):
