@@ -174,9 +174,7 @@ def score(
     return found[0] if single else found
 
 
-def _rows(
-    model: Nemotron, texts: Prompts, continuations: Prompts | None
-) -> tuple[list[_Row], bool]:
+def _rows(model: Nemotron, texts: Prompts, continuations: Any) -> tuple[list[_Row], bool]:
     """Contexts and tokens to score."""
     bos = [model.config.bos_token_id]
     encoded = encode_prompts(model, texts, behind=True)

@@ -165,4 +165,6 @@ def test_empty_prompts_are_refused(model: Nemotron) -> None:
 @pytest.mark.parametrize("stop", [2, "x", ["a"]])
 def test_stop_tokens_are_ids(stop: object) -> None:
     with pytest.raises(ValueError, match=r"expected token ids such as .*model\.config"):
-        options._token_ids(stop)  # the tests' own check of types would refuse the option before
+        options._token_ids(
+            "stop", stop, "None for model.config", 9
+        )  # the tests' own check of types would refuse the option before
