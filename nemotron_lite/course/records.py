@@ -8,9 +8,10 @@ The records belong to the repository, not to an installed package; chapters are 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from nemotron_lite.input_files import read_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "records"
 
@@ -20,6 +21,7 @@ def record(name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such record; the message lists those that exist.
+        FileError: it is damaged.
     """
     path = FOLDER / f"{name}.json"
     if not path.is_file():
@@ -28,5 +30,5 @@ def record(name: str) -> dict[str, Any]:
             f"there is no record {name!r} in {FOLDER}; there are: {known}. Records come with a "
             "checkout of the repository, not with an installed package."
         )
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(path)
     return found

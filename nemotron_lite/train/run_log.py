@@ -247,7 +247,7 @@ def _writer_class() -> Any:
     except ImportError as error:
         raise ImportError(
             "logs for TensorBoard need the package tensorboard: install it "
-            '(pip install tensorboard), or choose logs=["csv"] (--log csv).'
+            '(pip install tensorboard, or the extra "logs"), or choose logs=["csv"] (--log csv).'
         ) from error
     return SummaryWriter
 
