@@ -413,6 +413,10 @@ class Cache:
         layers, mtp = layer_caches("", pattern), layer_caches("mtp.", mtp_pattern)
         return cls(pattern, layers, saved.lengths[0], device, mtp_pattern, mtp, saved.lengths[1])
 
+    def __copy__(self) -> Cache:
+        """`clone`: two caches with the same buffers would change each other."""
+        return self.clone()
+
     def __getstate__(self) -> dict[str, Any]:
         """All but `checked_for`: a copy is compared with the model at its first call."""
         return {**self.__dict__, "checked_for": None}

@@ -58,7 +58,9 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        return _snapshot(path, None) if (path / "snapshots").is_dir() else path
+        # A checkpoint may have a folder of that name too; a cache folder has no config.json.
+        is_cache = (path / "snapshots").is_dir() and not (path / "config.json").exists()
+        return _snapshot(path, None) if is_cache else path
     if path.exists():
         raise CheckpointError(path, [_is_a_file(path)])
     if hub_id := _HUB_ID.fullmatch(str(path)):

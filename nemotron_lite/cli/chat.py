@@ -11,7 +11,7 @@ alone go to standard output.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
 
 if TYPE_CHECKING:
-    from nemotron_lite.generation.chat import Chat, Reply
+    from nemotron_lite.generation.chat import Chat, Piece, Reply
 
 HELP = """\
 /clear   forget the conversation, except for the system message
@@ -107,7 +107,7 @@ class _Terminal:
                     return
                 self._command(line)
             elif line.strip():
-                self._say(line)
+                self._show(self.chat.stream(line))
 
     def _lines(self) -> Iterator[str]:
         while True:
@@ -130,18 +130,16 @@ class _Terminal:
             self.show_thinking = not self.show_thinking
             note(f"Thinking is {'shown' if self.show_thinking else 'hidden'}.")
         elif line == "/retry":
-            said = self.chat.take_back()
-            if said is None:
-                note("There is no message yet.")
+            if any(message["role"] == "user" for message in self.chat.messages):
+                self._show(self.chat.retry())
             else:
-                self._say(said)
+                note("There is no message yet.")
         else:
             if line != "/help":
                 say(f"{line}: no such command.")
             say(HELP)
 
-    def _say(self, text: str) -> None:
-        pieces = self.chat.stream(text)
+    def _show(self, pieces: Generator[Piece]) -> None:
         part = None
         try:
             for piece in pieces:

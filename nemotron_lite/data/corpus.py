@@ -43,7 +43,7 @@ from nemotron_lite.data.text_files import (
     TEXT_LIMIT,
     FoundText,
     TextTooLargeError,
-    described,
+    describe_skipped,
     read_file,
     read_folder,
 )
@@ -144,7 +144,7 @@ def load_corpus(
         raise TypeError(f"text_field is {type(text_field).__name__}: expected a text.")
     place = Path(root) if root is not None else Path(sysconfig.get_path("stdlib"))
     found, documents = _read(place, text_field)
-    left_out = described(found.skipped)
+    left_out = describe_skipped(found.skipped)
     if left_out and root is not None:
         _log.warning("%s: left out of the text: %s.", place, left_out)
     held_out_names = _held_out_names(documents, wanted)

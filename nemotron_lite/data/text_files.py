@@ -113,7 +113,7 @@ def read_file(path: Path, *, text_field: str = "text") -> FoundText:
     return found
 
 
-def described(skipped: Mapping[str, int]) -> str:
+def describe_skipped(skipped: Mapping[str, int]) -> str:
     """`links to nothing (2), files that are not UTF-8 (1)`, for a message."""
     return ", ".join(f"{kind} ({count:,})" for kind, count in sorted(skipped.items()))
 

@@ -173,17 +173,27 @@ class Chat:
         options: GenerationOptions | None = None,
         **settings: Unpack[GenerationSettings],
     ) -> None:
+        if options is not None and not isinstance(options, GenerationOptions):
+            raise TypeError(
+                f"options of type {type(options).__name__}: expected GenerationOptions; single "
+                "options are keywords."
+            )
+        if isinstance(messages, str | bytes | Mapping):
+            raise TypeError("messages must be a list of dicts with role and content.")
         self.model, self.template = model, ChatTemplate.of(model, template)
         given: dict[str, Any] = dict(settings)
         if max_new_tokens is not None:
             given["max_new_tokens"] = max_new_tokens
         self.options = (options or default_options(model, given)).replace(**given)
         self.variables = {"enable_thinking": thinking, **(variables or {})}
+        for name in ("messages", "add_generation_prompt"):
+            if name in self.variables:
+                raise ChatTemplateError(f"variables may not contain {name!r}, which is set here.")
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         if system is not None:
             self.messages.insert(0, {"role": "system", "content": system})
         self.reply: Reply | None = None
-        self._turn = 0
+        self._turn, self._writing = 0, False
         self._before: _Reading | None = None  # has read up to the answer
         self._after: _Reading | None = None  # has read the answer too
 
@@ -209,7 +219,14 @@ class Chat:
         end, or Ctrl-C ends it, what was written so far is the reply. If an error ends it, the
         conversation is as it was before the turn.
         """
+        if not isinstance(text, str | Mapping):
+            raise TypeError(f"{text!r:.60}: expected a text or a message (a dict).")
         said = {"role": "user", "content": text} if isinstance(text, str) else dict(text)
+        if self._writing:
+            raise ChatTemplateError(
+                "a reply is being written: read it to its end, or close it (`pieces.close()`)."
+            )
+        self._writing, self.reply = True, None
         self.messages.append(said)
         try:
             yield from self._answer()
@@ -217,11 +234,33 @@ class Chat:
             if self.messages and self.messages[-1] is said:  # there is no reply
                 self.messages.pop()
             raise
+        finally:
+            self._writing = False
+
+    def retry(self) -> Generator[Piece]:
+        """Answer the last message of the user again; returns the pieces as `stream` does.
+
+        If an error ends it before a reply was begun, the old reply is still there.
+
+        Raises:
+            ChatTemplateError: there is no message of the user.
+        """
+        before = list(self.messages)
+        said = self.take_back()
+        if said is None:
+            raise ChatTemplateError("there is no message to answer again.")
+        kept = len(self.messages)
+        try:
+            yield from self.stream(said)
+        except BaseException:
+            if len(self.messages) == kept:
+                self.messages[:] = before
+            raise
 
     def take_back(self) -> str | None:
         """Remove the last reply and what the user said before it; returns the latter, or None."""
         for i in range(len(self.messages) - 1, -1, -1):
-            if self.messages[i]["role"] == "user":
+            if self.messages[i].get("role") == "user":
                 said = self.messages[i]["content"]
                 del self.messages[i:]
                 return str(said)
@@ -312,10 +351,11 @@ class Chat:
         """
         closed = self.template.render(self.messages, add_generation_prompt=False, **self.variables)
         start = len(reading.text)
-        if not rendered.startswith(closed) or not start < len(closed) < len(rendered):
+        if not rendered.startswith(closed) or not start <= len(closed) < len(rendered):
             return self.template.encode(rendered[start:])
-        head = self.template.encode(closed[start:])
-        generate(self.model, head, 0, options=options, cache=reading.cache)
+        if start < len(closed):
+            head = self.template.encode(closed[start:])
+            generate(self.model, head, 0, options=options, cache=reading.cache)
         self._before = _Reading(reading.cache.clone(), closed)
         return self.template.encode(rendered[len(closed) :])
 

@@ -23,6 +23,7 @@ Source: reference sheet 8.6. Left out: a bound on the memory of a template, pars
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,9 @@ MAY_OPEN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # in an assis
 _SPLIT = "\ue000"  # private use: put inside a special token's text, and taken out when encoding
 
 CHATML = r"""
+{%- if tools -%}
+{{ raise_exception("ChatML here writes no tools: give the model's own chat template") }}
+{%- endif -%}
 {%- set turns = namespace(last_user=-1) -%}
 {%- for message in messages -%}
 {%- if message.role == "user" -%}{%- set turns.last_user = loop.index0 -%}{%- endif -%}
@@ -55,6 +59,9 @@ CHATML = r"""
 {%- endif -%}
 {%- for message in messages -%}
 {%- if message.role == "assistant" -%}
+{%- if message.tool_calls -%}
+{{ raise_exception("ChatML here writes no tool calls: give the model's own chat template") }}
+{%- endif -%}
 {%- set keep = truncate_history_thinking is false or loop.index0 > turns.last_user -%}
 {{ "<|im_start|>assistant\n<think>" }}
 {%- if keep and message.reasoning_content -%}
@@ -96,17 +103,18 @@ class ChatTemplate:
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.variables = dict(variables or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = _to_json
         self._special = _special_texts(tokenizer)
         try:
+            source.encode()
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError) as error:
-            raise ChatTemplateError(f"the chat template is no Jinja template: {error}.") from error
+        except Exception as error:  # it is compiled to Python, which may refuse it too
+            raise ChatTemplateError(
+                f"the chat template is no Jinja template: {str(error)[:300]}."
+            ) from error
 
     @classmethod
     def of(cls, model: Nemotron, source: str | None = None) -> ChatTemplate:
@@ -162,10 +170,14 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: a message without a role or content, or an error of the template.
         """
+        if isinstance(messages, str | bytes | Mapping):
+            raise ChatTemplateError("messages must be a list of dicts with role and content.")
         marked = [self._checked(i, message) for i, message in enumerate(messages)]
         if not marked:
             raise ChatTemplateError("there are no messages: give at least one.")
-        given = {**self.variables, **variables}
+        if "messages" in variables:
+            raise ChatTemplateError("`messages` is no variable: give it as the messages.")
+        given = {**self.variables, **_mark(variables, self._special)}
         pieces, length = [], 0
         try:
             with _time_limit(SECONDS):
@@ -212,6 +224,34 @@ class ChatTemplate:
         return {key: _mark(value, special) for key, value in message.items()}
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which one operation cannot take for ever or fill the memory.
+
+    `9 ** 9 ** 9` and `"x" * 10 ** 10` are single operations of Python, which no time limit ends.
+    """
+
+    intercepted_binops = frozenset(["**", "*", "%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute it, unless the result would be too long."""
+        if operator == "**" and not (_is_small(left) and _is_small(right) and abs(right) < 100):
+            raise TemplateError("powers of large numbers are not computed")
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(times, int):
+                    if len(text) * times > CHARACTERS:
+                        raise TemplateError("a text is repeated too often")
+                elif isinstance(text, int) and not _is_small(text):
+                    raise TemplateError("products of large numbers are not computed")
+        if operator == "%" and isinstance(left, str) and re.search(r"[0-9]{4}|[*]", left):
+            raise TemplateError("a text is formatted with a width that is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1 << 64
+
+
 def visible(text: str) -> str:
     """A rendered text without the marks of `ChatTemplate.render`."""
     return text.replace(_SPLIT, "")
@@ -229,7 +269,7 @@ def _mark(value: Any, special: Sequence[str]) -> Any:
             value = value.replace(text, text[0] + _SPLIT + text[1:])
         return value
     if isinstance(value, Mapping):
-        return {key: _mark(item, special) for key, item in value.items()}
+        return {_mark(key, special): _mark(item, special) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mark(item, special) for item in value]
     return value
@@ -262,7 +302,7 @@ def _stored_template(model: Nemotron, settings: Mapping[str, Any]) -> str | None
     found = settings.get("chat_template")
     if isinstance(found, list):  # several templates, each with a name
         by_name = {
-            item.get("name"): item.get("template") for item in found if isinstance(item, dict)
+            str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)
         }
         found = by_name.get("default") or next(iter(by_name.values()), None)
     return found if isinstance(found, str) else None

@@ -17,6 +17,7 @@ which costs less than leaving them out.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -169,7 +170,10 @@ class Decoding:
         try:
             yield from self._steps()
         except GeneratorExit:
-            self._finish()
+            if sys.is_finalizing():  # the program ends, and torch may be gone already
+                self.cache.broken_by = "GeneratorExit"
+            else:
+                self._finish()
             raise
         except BaseException as error:
             self.cache.broken_by = type(error).__name__

@@ -8,7 +8,9 @@
     score(model, [[5, 17]], [[3, 9]])                      ids in place of texts
 
 A context and its continuation are encoded together, because a tokenizer may join characters across
-the border. The tokens behind those of the context alone count as the continuation. Spaces at the
+the border. The tokens behind those of the context alone count as the continuation. Where the
+border lies inside a token ("ret" and "urn"), both are encoded on their own, so that nothing of the
+continuation is left out. Spaces at the
 end of the context belong to the continuation's first token, as the tokenizer of a text would have
 them.
 
@@ -213,6 +215,8 @@ def _joined(model: Nemotron, context: str, continuation: str) -> _Row:
         moved = context[len(bare) :] + continuation
         before = model.tokenizer.encode(bare).ids
         whole = model.tokenizer.encode(bare + moved).ids
+        if whole[: len(before)] != before or len(whole) == len(before):
+            whole = [*before, *model.tokenizer.encode(moved, add_special_tokens=False).ids]
         return _Row(whole[: len(before)] or [model.config.bos_token_id], whole[len(before) :], size)
     new = model.tokenizer.encode(context + continuation, add_special_tokens=False).ids
     return _Row([model.config.bos_token_id], new, size)
