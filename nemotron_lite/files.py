@@ -231,6 +231,7 @@ def check_writable_folder(path: str | Path) -> None:
         TypeError, ValueError: `path` is no path.
     """
     folder = folder_path(path)
+    check_utf8(folder)
     made: list[Path] = []
     with _explained(folder):
         try:
@@ -243,6 +244,18 @@ def check_writable_folder(path: str | Path) -> None:
             for each in reversed(made):
                 with suppress(OSError):  # somebody else uses it by now
                     each.rmdir()
+
+
+def check_utf8(folder: Path) -> None:
+    """Refuse a folder whose name is not UTF-8: safetensors could not open a file in it.
+
+    Raises:
+        ValueError: the name.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.") from None
 
 
 def _probe(folder: Path) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import LAYER_KINDS
 from nemotron_lite.layers import Block
+from nemotron_lite.layers.moe import Router
 from nemotron_lite.model import Nemotron
 
 _LAYER = re.compile(r"(?:backbone|mtp)\.layers\.(\d+)\b")
@@ -90,12 +91,18 @@ class NotFiniteError(FloatingPointError):
 def check_layers(model: nn.Module) -> Iterator[None]:
     """Raise at the first module whose output is not finite, as long as the block runs.
 
+    The weights and biases of routers are looked at first: NaN there changes the choice of experts,
+    and every output can still be finite.
+
     It works in every forward pass of `model`, with and without gradients. The model may be wrapped
     (DDP, `torch.compile`).
 
     Raises:
         NotFiniteError: a FloatingPointError with the module, its layer, the row and the token.
     """
+    place = _in_routers(model)
+    if place is not None:
+        raise NotFiniteError(place)
     watch = _Watch(model)
     handles = [
         module.register_forward_hook(watch.hook(name, module), with_kwargs=True)
@@ -223,6 +230,19 @@ def _in_weights(model: nn.Module) -> BadLayer | None:
         if fault:
             name = _plain(path)
             return BadLayer(name, "weight", fault, *_layer(name, kinds))
+    return None
+
+
+def _in_routers(model: nn.Module) -> BadLayer | None:
+    """The first router with a weight or bias that is not finite."""
+    kinds = _kinds(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            for leaf, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                fault = "" if tensor.is_meta else _fault(tensor)
+                if fault:
+                    name = _plain(f"{path}.{leaf}")
+                    return BadLayer(name, "weight", fault, *_layer(name, kinds))
     return None
 
 

@@ -52,7 +52,7 @@ from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
 from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
-from nemotron_lite.files import atomic_folder, folder_path
+from nemotron_lite.files import atomic_folder, check_utf8, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
 from nemotron_lite.model import Nemotron
@@ -101,8 +101,8 @@ def save(
     `model.companion_files`. A companion file that you have changed there replaces the folder's.
 
     Weights are written in their own dtypes, also in a model that mixes them; config.json names the
-    dtype of most weights. NaN and infinity are written with a warning. Two names for one tensor
-    (tied weights) are written as two tensors.
+    dtype of most weights. NaN and infinity are written with a warning, and so is a subclass with a
+    forward of its own. Two names for one tensor (tied weights) are written as two tensors.
 
     Args:
         model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
@@ -121,14 +121,20 @@ def save(
             failed, the text says where the new checkpoint is.
     """
     folder = folder_path(path)
-    if not _is_utf8(folder):  # the safetensors library could not open it again
-        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.")
+    check_utf8(folder)
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
     tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
     problems = tree.problems or _tokenizer_problems(tree.model, tokenizer)
     if problems:
         raise CheckpointError(folder, problems)
+    kind = type(tree.model)
+    if kind.forward is not Nemotron.forward:
+        warnings.warn(
+            f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which no file holds: "
+            "`load` gives a plain Nemotron with these weights.",
+            stacklevel=2,
+        )
     others = files_to_write(tree.model, folder, tokenizer)
     shards = _shards(list(_named_tensors(tree)), limit)
     not_finite: list[str] = []
@@ -151,14 +157,6 @@ def save(
             f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
             stacklevel=2,
         )
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
@@ -194,7 +192,8 @@ def _is_replaced(others: Container[str]) -> Callable[[str], bool]:
 def _named_tensors(tree: ModelTree) -> Iterator[_NamedTensor]:
     for name, tensor in tree.tensors.items():
         for disk_name, expert in hub_names(name, tensor.shape[0] if tensor.ndim else 1):
-            yield _NamedTensor(disk_name, tensor if expert is None else tensor[expert])
+            part = tensor if expert is None else tensor[expert]
+            yield _NamedTensor(disk_name, part.resolve_neg())  # a view may be negated lazily
 
 
 def _shards(tensors: list[_NamedTensor], limit: int) -> list[list[_NamedTensor]]:
