@@ -91,7 +91,7 @@ class NotFiniteError(FloatingPointError):
 def check_layers(model: nn.Module) -> Iterator[None]:
     """Raise at the first module whose output is not finite, as long as the block runs.
 
-    The weights and biases of routers are looked at first: NaN there changes the choice of experts,
+    The selection biases of routers are looked at first: NaN there changes the choice of experts,
     and every output can still be finite.
 
     It works in every forward pass of `model`, with and without gradients. The model may be wrapped
@@ -234,15 +234,15 @@ def _in_weights(model: nn.Module) -> BadLayer | None:
 
 
 def _in_routers(model: nn.Module) -> BadLayer | None:
-    """The first router with a weight or bias that is not finite."""
+    """The first router with a selection bias that is not finite."""
     kinds = _kinds(model)
     for path, module in model.named_modules():
         if isinstance(module, Router):
-            for leaf, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                fault = "" if tensor.is_meta else _fault(tensor)
-                if fault:
-                    name = _plain(f"{path}.{leaf}")
-                    return BadLayer(name, "weight", fault, *_layer(name, kinds))
+            bias = module.e_score_correction_bias
+            fault = "" if bias.is_meta else _fault(bias)
+            if fault:
+                name = _plain(f"{path}.e_score_correction_bias")
+                return BadLayer(name, "weight", fault, *_layer(name, kinds))
     return None
 
 
