@@ -87,4 +87,6 @@ def test_a_killed_run_resumes_bit_for_bit(
     with pytest.raises(ResumeError, match=r"precision .* bf16"):
         train(other, text, changed, out_dir=tmp_path, resume=True, progress=False)
     result = train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
-    assert [record["loss"] for record in result.history] == whole[3:]
+    done = result.history[0]["step"] - 1  # the error in `on_step` was raised after a save
+    assert done >= 3
+    assert [record["loss"] for record in result.history] == whole[done:]
