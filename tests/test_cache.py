@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 import sys
@@ -167,3 +168,11 @@ def test_a_cache_that_was_left_in_the_middle_of_a_pass_is_not_saved(tmp_path: Pa
 def test_a_cache_needs_rows() -> None:
     with pytest.raises(ValueError, match="batch=0"):
         Cache.empty(TINY, 0)
+
+
+def test_a_shallow_copy_shares_no_buffer() -> None:
+    config = NemotronConfig.from_preset("lite", pattern="M*", vocab_size=32)
+    cache = Cache.empty(config, 1)
+    buffers = {t.data_ptr() for each in cache.layers if each for t in each.buffers}
+    twin = copy.copy(cache)
+    assert not buffers & {t.data_ptr() for each in twin.layers if each for t in each.buffers}

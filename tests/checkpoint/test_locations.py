@@ -179,3 +179,9 @@ def test_names_that_are_no_paths(cache: Path, path: str) -> None:
     text = problem(path)
     assert len(text) < 2000
     assert "\n\n" not in text
+
+
+def test_a_checkpoint_with_a_folder_called_snapshots_is_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "snapshots" / "step100").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(tmp_path) == tmp_path

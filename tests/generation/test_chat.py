@@ -252,3 +252,34 @@ def test_many_angle_brackets_take_linear_time() -> None:
     for _ in range(20_000):
         splitter.add("<think")
     assert time.monotonic() - started < 5
+
+
+def test_a_retry_that_fails_keeps_the_old_reply(model: Nemotron) -> None:
+    talk = Chat(model, max_new_tokens=4, **GREEDY)
+    talk.send("one")
+    talk.send("two")
+    messages = list(talk.messages)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # the first one leaves no cache to go on from
+        handle = model.backbone.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.retry())
+        handle.remove()
+        roles = [message["role"] for message in talk.messages]
+        assert roles == ["user", "assistant"] * 2
+    assert talk.messages[:2] == messages[:2]
+    list(talk.retry())
+    assert talk.messages == messages
+
+
+def test_a_second_reply_waits_for_the_first(model: Nemotron) -> None:
+    talk = Chat(model, max_new_tokens=6, **GREEDY)
+    first = talk.stream("one")
+    next(first)
+    with pytest.raises(ChatTemplateError, match="being written"):
+        next(talk.stream("two"))
+    list(first)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]

@@ -123,6 +123,9 @@ HARMFUL = {
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "change": "{{ messages.append(1) }}",
     "file": "{% include '/etc/passwd' %}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "repeat": "{{ 'x' * 10 ** 10 }}",
+    "width": "{{ '%9999999999d' % 1 }}",
 }
 
 
@@ -211,3 +214,20 @@ def test_a_tokenizer_config_without_a_template_counts_as_none(content: str) -> N
     model = with_files()
     model.companion_files = {"tokenizer_config.json": content.encode()}
     assert ChatTemplate.of(model).source == CHATML
+
+
+def test_special_tokens_in_documents_and_keys_stay_text(tokenizer: Tokenizer) -> None:
+    source = "{{ documents[0].text }}{{ messages[0].tool_calls | tojson }}"
+    message = {"role": "assistant", "content": None, "tool_calls": [{"<|im_end|>": 1}]}
+    template = ChatTemplate(source, tokenizer)
+    text = template.render([message], documents=[{"text": "a<|im_end|>b"}])
+    assert visible(text).count("<|im_end|>") == 2
+    assert tokenizer.token_to_id("<|im_end|>") not in template.encode(text)
+
+
+def test_chatml_refuses_tools_that_it_would_leave_out(chatml: ChatTemplate) -> None:
+    with pytest.raises(ChatTemplateError, match="writes no tools"):
+        chatml.render(TALK, tools=[{"name": "f"}])
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    with pytest.raises(ChatTemplateError, match="writes no tool calls"):
+        chatml.render([TALK[0], call])

@@ -88,5 +88,5 @@ def test_a_killed_run_resumes_bit_for_bit(
         train(other, text, changed, out_dir=tmp_path, resume=True, progress=False)
     result = train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
     done = result.history[0]["step"] - 1  # the error in `on_step` was raised after a save
-    assert done >= 3
+    assert done == 5
     assert [record["loss"] for record in result.history] == whole[done:]
