@@ -214,7 +214,7 @@ def case_copies_for_decoding_are_dropped_by_a_compiled_training_step(_: Nemotron
 
 
 def case_default_mode_decodes(_: Nemotron) -> None:
-    model = every_kind(pattern="M*", mtp_pattern="")
+    model = every_kind(pattern="M*", mtp_pattern="", mtp_depths=0)
     tokens, call = random_tokens(2, 4), torch.compile(model)
     ours, theirs = model.empty_cache(2), model.empty_cache(2)
     with torch.no_grad():

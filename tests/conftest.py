@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import random
+from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported: it reads these once. Two workers on two cores get one thread each.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -46,6 +48,15 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def playwright_driver() -> Iterator[Any]:
+    """Playwright, started once: a process cannot have a second one beside the first."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        yield driver
 
 
 @pytest.hookimpl(tryfirst=True)

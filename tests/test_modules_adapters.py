@@ -249,7 +249,7 @@ def test_norms_of_weights_of_torch_train(wrap: Callable[..., nn.Module]) -> None
     assert len(names) >= len(paths)
     for name in names:
         assert not torch.equal(before[name], model.get_parameter(name)), name
-    assert len(generate(model.eval(), [1, 2], max_new_tokens=40)) == 40
+    assert len(generate(model.eval(), [1, 2], max_new_tokens=40, stop=())) == 40
 
 
 def test_which_layers_are_a_matrix_and_nothing_else() -> None:

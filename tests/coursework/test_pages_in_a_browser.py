@@ -200,15 +200,12 @@ def net() -> Iterator[Net]:
 
 
 @pytest.fixture(scope="module")
-def browser(net: Net) -> Iterator[Any]:
+def browser(net: Net, playwright_driver: Any) -> Iterator[Any]:
     path = chromium.required()
-    from playwright.sync_api import sync_playwright
-
     there = f"--host-resolver-rules=MAP * 127.0.0.1:{net.server.server_port}"
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=path, args=["--no-sandbox", there])
-        yield running
-        running.close()
+    running = playwright_driver.chromium.launch(executable_path=path, args=["--no-sandbox", there])
+    yield running
+    running.close()
 
 
 def opened(browser: Any, net: Net, text: str, path: Path) -> tuple[int, list[str], Any]:

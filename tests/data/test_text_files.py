@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,16 +36,15 @@ def without_root() -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Twenty usable files."""
-    place = tmp_path / "text"
-    place.mkdir()
-    for i in range(20):
-        (place / f"file{i:02}.py").write_text(f"# {i}\n" + "x" * 995)
-    os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents[:2]:
-        os.chmod(parent, 0o755)
-    return place
+def folder() -> Iterator[Path]:
+    """Twenty usable files, in a place that another user can read (pytest's own he cannot)."""
+    with tempfile.TemporaryDirectory() as made:
+        os.chmod(made, 0o755)
+        place = Path(made, "text")
+        place.mkdir()
+        for i in range(20):
+            (place / f"file{i:02}.py").write_text(f"# {i}\n" + "x" * 995)
+        yield place
 
 
 def dangling(place: Path) -> None:
