@@ -19,18 +19,25 @@ class OverTimeError(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OverTimeError in the block after so many seconds."""
+    """Raise OverTimeError in the block after so many seconds, and again until the block is left.
+
+    Once is not enough: Python drops an exception that is raised in a destructor or in a callback of
+    the garbage collector, and a bare `except` takes it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    inside = True
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise OverTimeError(f"it took longer than {seconds:g} s")
+        if inside:
+            raise OverTimeError(f"it took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
+        inside = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
