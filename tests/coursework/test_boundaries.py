@@ -228,16 +228,8 @@ def test_a_page_that_cannot_be_made_becomes_a_plain_one(monkeypatch: pytest.Monk
 
 def test_time_that_is_over_ends_code_that_loses_the_error() -> None:
     """As Python does with an error in a destructor: it is printed, and the program goes on."""
-    lost = 0
     with pytest.raises(OverTimeError), time_limit(0.05):
-        while True:
-            try:
-                _catch_everything()
-            except OverTimeError:
-                lost += 1
-                if lost == 2:
-                    raise
-    assert lost == 2
+        _lose_one_error()
     time.sleep(0.1)  # the alarm is off
 
 
@@ -252,6 +244,12 @@ def test_time_that_is_over_ends_code_that_catches_everything() -> None:
     thread.start()
     thread.join()
     assert done == [1]
+
+
+def _lose_one_error() -> None:
+    with suppress(OverTimeError):
+        _catch_everything()
+    _catch_everything()
 
 
 def _catch_everything() -> None:
