@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton decides at its import whether kernels are interpreted, and transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
+
+# Programs that a shell starts in the background, or nohup, ignore these, and so would every process
+# that a test starts and then ends by a signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from jaxtyping import install_import_hook
 

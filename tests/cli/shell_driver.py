@@ -25,8 +25,6 @@ import types
 from typing import Any
 
 CASES = json.load(sys.stdin)
-# If a shell starts the tests in the background, they ignore SIGINT, and so does this program.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def arrange(case: dict[str, Any], files: list[int]) -> None:

@@ -86,8 +86,6 @@ class Person:
             [sys.executable, "-m", "nemotron_lite", *command],
             stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
-            # If a shell starts the tests in the background, they ignore SIGINT, and so would it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(terminal)
         self.seen = ""

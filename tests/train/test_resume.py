@@ -142,13 +142,7 @@ def test_a_stop_request_ends_after_the_update_and_saves(
     assert without_times([*result.history, *rest.history]) == whole[0]
 
 
-def test_a_second_request_stops_at_once(
-    model: Nemotron, text: ConcatenatedDocuments, request: pytest.FixtureRequest
-) -> None:
-    # If a shell starts the tests in the background, they ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-
+def test_a_second_request_stops_at_once(model: Nemotron, text: ConcatenatedDocuments) -> None:
     def stop_twice(record: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
