@@ -9,7 +9,7 @@ from nemotron_lite.backends import cpu_attention, private_torch
 from nemotron_lite.ops import causal_attention
 from tests.compare import errors
 
-FORMS = ["naive", "torch", "cpu", "gpu"]  # "gpu" runs on a CPU too
+FORMS = ["naive", "torch", "cpu", "traced", "gpu"]  # "gpu" runs on a CPU too
 
 
 def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = None):
@@ -25,7 +25,16 @@ def _qkv(b: int, t: int, h: int = 4, kv: int = 2, p: int = 8, s: int | None = No
 @pytest.mark.parametrize(("h", "kv"), [(4, 4), (4, 2), (6, 1)])
 # Of a single token the gradients of q and k are zero; PyTorch's kernel returns rounding noise.
 @pytest.mark.parametrize(
-    ("impl", "t"), [("torch", 2), ("torch", 33), ("cpu", 1), ("cpu", 2), ("cpu", 33)]
+    ("impl", "t"),
+    [
+        ("torch", 2),
+        ("torch", 33),
+        ("cpu", 1),
+        ("cpu", 2),
+        ("cpu", 33),
+        ("traced", 2),
+        ("traced", 33),
+    ],
 )
 def test_every_form_equals_naive(impl: str, h: int, kv: int, t: int) -> None:
     found = errors(
@@ -81,7 +90,7 @@ def test_concatenated_documents_do_not_see_each_other(impl: str) -> None:
 
 @pytest.mark.parametrize("t", [1, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["torch", "cpu", "gpu"])
+@pytest.mark.parametrize("impl", ["torch", "cpu", "traced", "gpu"])
 def test_strided_inputs_in_other_dtypes(impl: str, dtype: torch.dtype, t: int) -> None:
     """The memory layout of a layer (tokens before heads), after a cache of 5 tokens."""
     q, k, v = (

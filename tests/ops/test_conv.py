@@ -145,7 +145,7 @@ def test_unknown_implementation_is_refused() -> None:
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), impl="cuda")
 
 
-@pytest.mark.parametrize("impl", ["naive", "torch", "cpu"])
+@pytest.mark.parametrize("impl", ["naive", "torch", "cpu", "traced"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_window_is_the_convolution_after_its_state(impl: str, bias: bool) -> None:
     x, weight, shift, state = _inputs(2, 5, 6, 4)

@@ -23,7 +23,7 @@ def _inputs(t: int, e: int = 6, k: int = 3, f: int = 10, latent: int = 8, busy: 
 
 @pytest.mark.parametrize("busy", [None, 3])  # 3: half of the experts get no token
 @pytest.mark.parametrize("t", [1, 2, 5, 6, 40, 150])
-@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("impl", ["torch", "cpu", "traced"])
 def test_every_form_equals_naive(impl: str, t: int, busy: int | None) -> None:
     inputs, indices = _inputs(t, busy=busy)
     found = errors(
@@ -42,7 +42,9 @@ def test_without_gradients(t: int, copied: int, monkeypatch: pytest.MonkeyPatch)
     exact = expert_mlp(z, up, down, weights, indices, impl="naive")
     before = z.clone()
     with torch.no_grad():
-        torch.testing.assert_close(expert_mlp(z, up, down, weights, indices), exact)
+        for impl in ("auto", "traced"):
+            found = expert_mlp(z, up, down, weights, indices, impl=impl)
+            torch.testing.assert_close(found, exact)
     assert torch.equal(z, before)
 
 
@@ -57,7 +59,7 @@ def test_naive_equals_the_formula() -> None:
         torch.testing.assert_close(found[token], total)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("impl", ["torch", "cpu", "traced"])
 def test_gradients_against_numbers(impl: str) -> None:
     inputs, indices = _inputs(4, f=3, latent=2)
     leaves = [x.requires_grad_() for x in inputs]
@@ -69,7 +71,7 @@ def test_squared_relu() -> None:
     assert torch.equal(squared_relu(x), torch.tensor([0.0, 0.0, 9.0]))
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("impl", ["torch", "cpu", "traced"])
 def test_bfloat16_tokens_with_float32_weights(impl: str) -> None:
     """Mixed precision: activations in bfloat16, weights kept in float32."""
     (z, up, down, weights), indices = _inputs(12)

@@ -179,7 +179,7 @@ def split_at(cut: float, impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 RUNGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     f"{name}{how}": rung
-    for name, impl in (("plain", "torch"), ("chunked", "cpu"))
+    for name, impl in (("plain", "torch"), ("chunked", "cpu"), ("traced", "traced"))
     for how, rung in {
         "": functools.partial(ssd, impl=impl),
         ", chunks of 16": functools.partial(ssd, impl=impl, chunk_size=16),
@@ -219,7 +219,7 @@ def test_chunked_forms_equal_the_recurrence(rung: str, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (2, 65, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rung", ["plain", "chunked"])
+@pytest.mark.parametrize("rung", ["plain", "chunked", "traced"])
 def test_other_dtypes(rung: str, dtype: torch.dtype, case: Case) -> None:
     """Only inputs and outputs are stored in half precision; everything between is float32.
 
@@ -262,7 +262,9 @@ def test_the_definition_in_float32(rung: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens in (1, 65)], ids=str)
-@pytest.mark.parametrize(("rung", "impl"), [("plain step", "torch"), ("step in place", "cpu")])
+@pytest.mark.parametrize(
+    ("rung", "impl"), [("plain step", "torch"), ("step in place", "cpu"), ("traced step", "traced")]
+)
 def test_fast_steps(rung: str, impl: str, case: Case) -> None:
     inputs = inputs_of(case, torch.float32)
     state = inputs.pop("initial_state")
