@@ -19,6 +19,7 @@ The names below are the public interface. What the modules are for, from the gro
     cache_file          what is checked before a saved cache is used
     input_checks        checks of the arguments of a call of the model
     finite              where NaN or infinity began
+    wrappers            the model inside torch.compile, DistributedDataParallel and others
     checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too
     quantization        a trained model in 4 and 8 bits per weight
     generation          writing text: prompts, sampling, speculative decoding

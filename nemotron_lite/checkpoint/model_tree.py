@@ -22,12 +22,11 @@ no part of the weights.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,32 +40,10 @@ from nemotron_lite.quantization.packed_layers import (
     PackedWeight,
     stored_tensors,
 )
+from nemotron_lite.wrappers import GATHER, is_sharded, unwrap
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-# Wrappers that compute what the module inside computes: (module, class, name of the inside).
-# A class is looked up only where its module was imported: else there is no object of it.
-_WRAPPERS = (
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.optim.swa_utils", "AveragedModel", "module"),
-    (
-        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        "CheckpointWrapper",
-        "_checkpoint_wrapped_module",
-    ),
-)
-_SHARDED = (
-    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
-    ("torch.distributed.fsdp", "FSDPModule"),
-)
-_GATHER = (
-    "each process has a part of the weights. Gather them with get_model_state_dict(model, options="
-    "StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
-    "torch.distributed.checkpoint.state_dict on every process; then, on the first one, load_state_"
-    "dict(state, assign=True) into Nemotron(config), and save that"
-)
+_GATHER = GATHER.format(then="save that")
 
 
 @dataclass
@@ -97,7 +74,7 @@ def read_tree(model: object) -> ModelTree:
     Raises:
         TypeError: `model` is no Nemotron, nor a known wrapper around one.
     """
-    sharded = [name for name, module in _modules_of(model) if _is_any(module, _SHARDED)]
+    sharded = [name for name, module in _modules_of(model) if is_sharded(module)]
     inside = unwrap(model)
     if not isinstance(inside, Nemotron):
         if sharded and (found := [m for _, m in _modules_of(model) if isinstance(m, Nemotron)]):
@@ -117,25 +94,6 @@ def read_tree(model: object) -> ModelTree:
         kind = type(config).__name__
         tree.problems.append(f"model.config is a {kind}; expected a NemotronConfig")
     return tree
-
-
-def unwrap(module: Any) -> Any:
-    """The module inside all wrappers that compute the same; an object that is none stays."""
-    while True:
-        for where, name, inside in _WRAPPERS:
-            if _is_any(module, ((where, name),)):
-                module = module._modules[inside]
-                break
-        else:
-            return module
-
-
-def _is_any(module: object, classes: Iterable[tuple[str, str]]) -> bool:
-    for where, name in classes:
-        kind = getattr(sys.modules.get(where), name, None)
-        if isinstance(kind, type) and isinstance(module, kind):
-            return True
-    return False
 
 
 def _modules_of(model: object) -> list[tuple[str, nn.Module]]:

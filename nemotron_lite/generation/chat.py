@@ -32,13 +32,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack
 
+from torch import nn
+
 from nemotron_lite.cache import Cache
 from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError, visible
 from nemotron_lite.generation.defaults import default_options, stop_tokens
 from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
 from nemotron_lite.generation.text_rows import TextRow
-from nemotron_lite.model import Nemotron
+from nemotron_lite.wrappers import model_for_inference
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -162,7 +164,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Nemotron,
+        model: nn.Module,
         *,
         system: str | None = None,
         messages: Sequence[Mapping[str, Any]] = (),
@@ -180,6 +182,7 @@ class Chat:
             )
         if isinstance(messages, str | bytes | Mapping):
             raise TypeError("messages must be a list of dicts with role and content.")
+        model = model_for_inference(model)
         self.model, self.template = model, ChatTemplate.of(model, template)
         given: dict[str, Any] = dict(settings)
         if max_new_tokens is not None:
@@ -364,7 +367,7 @@ def _seed_of_turn(seed: int | None, turn: int) -> int | None:
     return None if seed is None else (seed + turn) % (1 << 63)
 
 
-def chat(model: Nemotron, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Reply:
+def chat(model: nn.Module, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Reply:
     """The reply to the last message of a conversation; the arguments are those of `Chat`.
 
         chat(model, [{"role": "user", "content": "What is 6 x 7?"}], max_new_tokens=64).content

@@ -47,6 +47,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
+from torch import nn
+
 from nemotron_lite.arguments import flag, integer, shown
 from nemotron_lite.cache import Cache
 from nemotron_lite.generation.decoding import Decoding, PlainDecoding
@@ -60,6 +62,7 @@ from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
 from nemotron_lite.generation.statistics import Statistics
 from nemotron_lite.generation.text_rows import TextRow, continuation
 from nemotron_lite.model import Nemotron
+from nemotron_lite.wrappers import model_for_inference
 
 MAX_SAMPLES = 4096  # per prompt; each is a row with a cache of its own
 
@@ -224,7 +227,7 @@ def generate(
 
 @overload
 def generate(
-    model: Nemotron,
+    model: nn.Module,
     prompts: Prompts,
     max_new_tokens: int | None = None,
     *,
@@ -238,7 +241,7 @@ def generate(
 
 
 def generate(
-    model: Nemotron,
+    model: nn.Module,
     prompts: Prompts,
     max_new_tokens: int | None = None,
     *,
@@ -252,6 +255,8 @@ def generate(
     """Continue each prompt.
 
     Args:
+        model: a `Nemotron`. Of a model in DistributedDataParallel, DataParallel or AveragedModel
+            the one inside writes; one from `torch.compile` is called as it is.
         prompts: one text, a list of texts, the token ids of one prompt, or a list or `b t` tensor
             of several. Text needs `model.tokenizer`.
         max_new_tokens: the most tokens to write per row.
@@ -282,6 +287,7 @@ def generate(
     """
     return_statistics = flag("return_statistics", return_statistics)
     return_details = flag("return_details", return_details)
+    model = model_for_inference(model)
     found = _options(model, options, max_new_tokens, settings)
     run = _Run(model, prompts, found, cache, num_samples)
     for _ in run.steps():
@@ -382,7 +388,7 @@ def stream(
 
 @overload
 def stream(
-    model: Nemotron,
+    model: nn.Module,
     prompts: Prompts,
     max_new_tokens: int | None = None,
     *,
@@ -394,7 +400,7 @@ def stream(
 
 
 def stream(
-    model: Nemotron,
+    model: nn.Module,
     prompts: Prompts,
     max_new_tokens: int | None = None,
     *,
@@ -414,6 +420,7 @@ def stream(
     The arguments are those of `generate`. They are checked immediately; the prompt is read when the
     first step is requested.
     """
+    model = model_for_inference(model)
     found = _options(model, options, max_new_tokens, settings)
     return TokenStream(_Run(model, prompts, found, cache, num_samples, pieces=True))
 

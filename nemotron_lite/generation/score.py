@@ -35,13 +35,14 @@ from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer, shown
 from nemotron_lite.finite import logits_error
 from nemotron_lite.generation.prefill import pad_right
 from nemotron_lite.generation.prompts import Prompts, encode_prompts
 from nemotron_lite.model import Nemotron, segment
+from nemotron_lite.wrappers import model_for_inference
 
 BATCH_SIZE = 8
 LOGITS = 1 << 24  # numbers of logits at a time: 64 MB in float32
@@ -122,7 +123,7 @@ def score(
 
 @overload
 def score(
-    model: Nemotron,
+    model: nn.Module,
     texts: Prompts,
     continuations: Prompts | None = None,
     *,
@@ -132,7 +133,7 @@ def score(
 
 
 def score(
-    model: Nemotron,
+    model: nn.Module,
     texts: Prompts,
     continuations: Any = None,
     *,
@@ -142,6 +143,7 @@ def score(
     """Log-likelihoods of texts, or of continuations of texts.
 
     Args:
+        model: a `Nemotron`, or one in a wrapper that `generate` takes.
         texts: in any form that `generate` takes. Without `continuations` all their tokens are
             scored, the first one after the model's BOS token (which is not put in front again).
         continuations: one for each text, in the same form. Only they are scored; `texts` are the
@@ -162,6 +164,7 @@ def score(
     batch_size = integer("batch_size", batch_size, low=1, high=MAX_BATCH_SIZE)
     if segment_length is not None:
         segment_length = integer("segment_length", segment_length, low=1)
+    model = model_for_inference(model)
     rows, single = _rows(model, texts, continuations)
     # Long rows first: what does not fit into memory fails at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs))

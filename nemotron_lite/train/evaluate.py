@@ -27,11 +27,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_lite.data import HeldOut
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.loss import weighted_cross_entropy
+from nemotron_lite.wrappers import plain_model
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ class ScoredWindow:
 
 @torch.no_grad()
 def evaluate(
-    model: Nemotron, held_out: HeldOut, *, window: int = 512, batch_size: int = 8
+    model: nn.Module, held_out: HeldOut, *, window: int = 512, batch_size: int = 8
 ) -> Evaluation:
     """Score every byte of the held-out files.
 
     Args:
-        model: its vocabulary is the one that `held_out` was encoded with.
+        model: a `Nemotron`, or one in a wrapper such as AveragedModel. Its vocabulary is the one
+            that `held_out` was encoded with.
         window: tokens per window; see the module text.
         batch_size: windows per forward pass.
 
@@ -82,6 +84,7 @@ def evaluate(
             f"window={window} with {len(held_out.documents)} documents does not work: expected a "
             "window of at least 2 tokens and at least one document."
         )
+    model = plain_model(model)
     windows = [w for document in held_out.documents for w in sliding_windows(document, window)]
     windows.sort(
         key=lambda w: -len(w.tokens)

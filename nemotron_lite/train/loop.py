@@ -35,9 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nemotron_lite.checkpoint.model_tree import unwrap
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.layers import Block
 from nemotron_lite.model import Nemotron
@@ -62,6 +61,7 @@ from nemotron_lite.train.run_log import check_kinds
 from nemotron_lite.train.schedule import learning_rate
 from nemotron_lite.train.signals import StopOnSignal
 from nemotron_lite.train.validation import validation_loss
+from nemotron_lite.wrappers import plain_model, unwrap, wrappers
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class TrainResult:
 
 
 def train(
-    model: Nemotron,
+    model: nn.Module,
     data: BatchSource,
     config: TrainConfig,
     *,
@@ -112,7 +112,8 @@ def train(
     """Train `model` in place.
 
     Args:
-        model: with float32 weights.
+        model: a `Nemotron` with float32 weights. It may be wrapped by `torch.compile` or by
+            DistributedDataParallel, with `static_graph=True` where a parameter has no gradient.
         data: the source of batches; `config.seed` selects the random stream. If it has a
             `fingerprint` (see `BatchSource`), a resume compares it.
         config: all options of the run.
@@ -164,15 +165,15 @@ class _Run:
 
     def __init__(
         self,
-        model: Nemotron,
+        model: nn.Module,
         data: BatchSource,
         config: TrainConfig,
         out_dir: Path | None,
         validation: BatchSource | None = None,
     ) -> None:
-        # `torch.compile(model)` is called as it is; everything else concerns the model inside.
+        # A wrapper is called as it is; everything else concerns the model inside.
         self.call: Callable[..., Any] = model
-        model = unwrap(model)
+        model = plain_model(unwrap(model))
         _check_trainable(model)
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.optimizer = make_optimizer(
@@ -184,6 +185,7 @@ class _Run:
         )
         self.precision = EmulatedPrecision(model, config.precision, config.seed)
         self.depths = model.config.mtp_depths if config.mtp_weight else 0
+        _check_distributed(self.call, model, self.depths)
         self.folder = None if out_dir is None else RunFolder(out_dir)
         self.result = TrainResult()
         self._fingerprint: dict[str, Any] = {}
@@ -460,6 +462,28 @@ def _check_trainable(model: Nemotron) -> None:
         raise ValueError(
             "no parameter of the model has requires_grad=True, so there is nothing to train: set "
             "it where you want training (model.requires_grad_())."
+        )
+
+
+def _check_distributed(wrapped: object, model: Nemotron, depths: int) -> None:
+    """Refuse a DistributedDataParallel that would fail at the first or at the second update."""
+    parallel = [m for m in wrappers(wrapped) if isinstance(m, nn.parallel.DistributedDataParallel)]
+    mtp = [] if model.mtp is None or depths else [*model.mtp.parameters()]
+    for each in parallel:
+        if each.static_graph:
+            continue
+        if each.find_unused_parameters:
+            why = (
+                "find_unused_parameters=True takes the weight of the head for unused, because the "
+                "loss applies the head after the call of the model"
+            )
+        elif any(p.requires_grad for p in mtp):
+            why = "mtp_weight=0 gives the parameters of the MTP module no gradient"
+        else:
+            continue
+        raise ValueError(
+            f"DistributedDataParallel cannot train like this: {why}. Wrap the model with "
+            "DistributedDataParallel(model, static_graph=True)."
         )
 
 
