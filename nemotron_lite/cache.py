@@ -361,7 +361,7 @@ class Cache:
         """Write one safetensors file, with the valid part of KV only. Atomic: all or nothing.
 
         Raises:
-            ValueError: a draft is waiting.
+            ValueError: a draft is waiting, or a path that is not UTF-8.
         """
         self._refuse_draft()
         if self.broken_by:

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemotron_lite.files import atomic_file
+from nemotron_lite.files import NOT_UTF8, atomic_file, check_utf8, is_utf8
 from nemotron_lite.input_files import FileError, check_regular, parse_json
 from nemotron_lite.layers import MIXERS, LayerCache
 from nemotron_lite.layers.mixer import SavedSizes
@@ -72,11 +72,12 @@ def write(path: str | Path, saved: SavedCache) -> None:
     """Write one file, all or nothing.
 
     Raises:
-        ValueError: tensors without numbers (on the meta device).
+        ValueError: tensors without numbers (on the meta device), or a name that is not UTF-8.
         OSError: the disk refused the write; what was there before stays.
     """
     if any(tensor.is_meta for tensor in saved.tensors.values()):
         raise ValueError("a cache on the meta device has no numbers to save: use another device.")
+    check_utf8(path)
     tensors = {name: tensor.detach().cpu() for name, tensor in saved.tensors.items()}
     description = json.dumps(
         {"patterns": saved.patterns, "lengths": saved.lengths, "extras": saved.extras}
@@ -109,6 +110,8 @@ def read(path: str | Path) -> SavedCache:
     except OSError as error:
         raise FileError(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever safetensors says about a file that is none of its own
+        if not is_utf8(path):
+            raise FileError(path, NOT_UTF8) from error
         reason = str(error)[:200]
         raise FileError(path, f"cannot be read as a safetensors file: {reason}") from error
 

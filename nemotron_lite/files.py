@@ -56,6 +56,8 @@ from nemotron_lite.folder_replacement import (
     sync_tree,
 )
 
+NOT_UTF8 = "has a path that is not UTF-8, and safetensors cannot open it; rename it"
+
 _WRITING = ".nemotron-lite.writing-"
 
 _MAKE_SPACE = (
@@ -246,16 +248,23 @@ def check_writable_folder(path: str | Path) -> None:
                     each.rmdir()
 
 
-def check_utf8(folder: Path) -> None:
-    """Refuse a folder whose name is not UTF-8: safetensors could not open a file in it.
+def is_utf8(path: str | Path) -> bool:
+    """Whether a path is UTF-8; safetensors opens no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_utf8(path: str | Path) -> None:
+    """Refuse a path that safetensors could not open later.
 
     Raises:
-        ValueError: the name.
+        ValueError: the path.
     """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"path={str(folder)!a} is not UTF-8; name another folder.") from None
+    if not is_utf8(path):
+        raise ValueError(f"path={str(path)!a} is not UTF-8; choose another name.")
 
 
 def _probe(folder: Path) -> None:

@@ -355,3 +355,17 @@ def test_a_cache_without_numbers_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="meta device has no numbers"):
         Cache.empty(CONFIG, 1, device="meta").save(tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_safetensors_cannot_open(cache: Cache, tmp_path: Path) -> None:
+    bad = tmp_path / os.fsdecode(b"not-\xff-utf8")
+    for path in (bad, bad / "cache", str(bad)):
+        with pytest.raises(ValueError, match="is not UTF-8; choose another name"):
+            cache.save(path)
+    assert list(tmp_path.iterdir()) == []
+    cache.save(tmp_path / "cache")
+    (tmp_path / "cache").rename(bad)
+    with pytest.raises(ValueError, match=r"a path that is not UTF-8.*rename it"):
+        Cache.load(bad)
+    bad.rename(tmp_path / "cache")
+    assert content(Cache.load(tmp_path / "cache")) == content(cache)

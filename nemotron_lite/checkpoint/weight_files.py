@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from nemotron_lite.checkpoint.errors import count_and_names, shorten, shown
+from nemotron_lite.files import NOT_UTF8, is_utf8
 from nemotron_lite.input_files import FileError, parse_json, read_json
 
 WEIGHTS = "model.safetensors"
@@ -169,6 +170,8 @@ def read_headers(folder: Path) -> tuple[list[StoredTensor], list[str]]:
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:
+    if not is_utf8(file):
+        return NOT_UTF8
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:

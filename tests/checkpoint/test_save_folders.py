@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_lite import Nemotron, folder_replacement, load, save
+from nemotron_lite import CheckpointError, Nemotron, folder_replacement, load, save
 from nemotron_lite.files import check_writable_folder
 from tests.checkpoint.test_save_atomic import contents
 from tests.checkpoint.tiny import TINY
@@ -54,6 +54,18 @@ def test_a_name_that_safetensors_cannot_open_is_refused(tmp_path: Path, make: Ma
     with pytest.raises(ValueError, match="is not UTF-8"):
         save(make(SMALL), tmp_path / os.fsdecode(b"not-\xff-utf8"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_was_renamed_to_such_a_name_says_what_to_do(
+    tmp_path: Path, make: Make
+) -> None:
+    folder = tmp_path / os.fsdecode(b"not-\xff-utf8")
+    save(make(SMALL), tmp_path / "m")
+    (tmp_path / "m").rename(folder)
+    with pytest.raises(CheckpointError, match=r"a path that is not UTF-8.*rename it"):
+        load(folder)
+    folder.rename(tmp_path / "m")
+    assert load(tmp_path / "m").config == SMALL
 
 
 @pytest.mark.parametrize("path", [".", "..", "../m", "inside/..", "./"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -32,6 +33,15 @@ def names(folder: Path) -> list[str]:
 
 def steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_that_safetensors_cannot_open_is_refused_before_the_run(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    with pytest.raises(ValueError, match="is not UTF-8; choose another name"):
+        go(model, text, tmp_path / os.fsdecode(b"run-\xff"), on_step=seen.append)
+    assert not seen and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_stops_with_words_and_leaves_no_partial_file(
