@@ -57,6 +57,11 @@ def check_call(
         raise ValueError(
             f"lengths has shape {list(lengths.shape)}; expected {shape[:1]}, one length per row."
         )
+    if lengths is not None and lengths.is_meta and type(lengths) is Tensor:
+        raise ValueError(
+            "lengths are on meta: there are no numbers to compute with. Make them on the device of "
+            "the model; a model on meta cannot be called."
+        )
     if lengths is not None:
         right = ((lengths >= 0) & (lengths <= shape[1])).all()
         if torch.compiler.is_compiling():  # the numbers are known when the program runs
@@ -66,6 +71,11 @@ def check_call(
     if seq_idx is not None and list(seq_idx.shape) != shape:
         raise ValueError(
             f"seq_idx has shape {list(seq_idx.shape)}; expected that of tokens, {shape}."
+        )
+    if seq_idx is not None and seq_idx.device != tokens.device:
+        raise ValueError(
+            f"seq_idx is on {seq_idx.device}, but tokens are on {tokens.device}: move one of them "
+            "with .to(device)."
         )
     if dtype in _HALVES:
         narrow = autocast_dtype(tokens)

@@ -62,13 +62,14 @@ class Linear(nn.Linear):
         """Keep a copy in oneDNN's own layout, unless there is one of this weight already.
 
         Nothing is copied where changes of the weight could not be noticed: for a weight that a
-        parametrization computes at each access, and for an inference tensor.
+        parametrization computes at each access, for an inference tensor, and in memory that is
+        shared with other processes.
 
         Raises:
             ValueError: the weight is not float32 on the CPU.
         """
         weight = self._parameters.get("weight")
-        if weight is None or weight.is_inference():
+        if weight is None or weight.is_inference() or (weight.is_cpu and weight.is_shared()):
             self.drop_prepared()
         elif self._prepacked is None or not self._is_current():
             self._prepacked = prepack(weight)
