@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from nemotron_lite import generate
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
 from nemotron_lite.finite import (
     BadLayer,
@@ -136,6 +137,44 @@ def test_what_is_found_afterwards(model: Nemotron) -> None:
     assert find_bad_layer(bias) == BadLayer(
         f"backbone.layers.{moe}.mixer.gate.e_score_correction_bias", "weight", "-inf", moe, "moe"
     )
+
+
+ROUTERS = [name for name, _ in build().named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_broken_bias_of_a_router_is_found_before_any_call(
+    model: Nemotron, name: str, value: str
+) -> None:
+    """It changes the choice of experts only, so that every output is still finite."""
+    bad = copy.deepcopy(model)
+    bad.get_buffer(name)[1] = float(value)
+    with torch.no_grad():
+        out = bad(_tokens(2, 6), mtp_depths=1)
+    assert out.logits.isfinite().all() and out.mtp_logits[0].isfinite().all()
+    with pytest.raises(NotFiniteError) as caught, check_layers(bad):
+        pytest.fail("the block does not begin")
+    place = caught.value.place
+    index = int(name.split(".")[name.split(".").index("layers") + 1])
+    assert (place.name, place.where, place.layer, place.kind) == (name, "weight", index, "moe")
+    assert place.found == {"nan": "NaN", "inf": "+inf", "-inf": "-inf"}[value]
+    assert place.row is None and place.token is None
+    assert not any(module._forward_hooks for module in bad.modules())
+    with pytest.raises(FloatingPointError, match="e_score_correction_bias"):
+        generate(bad, [1, 2, 3], 3, check_layers=True)
+    bad.get_buffer(name)[1] = 0.0
+    with check_layers(bad):
+        bad(_tokens(2, 6), mtp_depths=1)
+
+
+def test_routers_of_the_backbone_and_of_mtp_are_tested() -> None:
+    assert {name.partition(".")[0] for name in ROUTERS} == {"backbone", "mtp"}
+
+
+def test_a_model_without_numbers_has_no_broken_bias() -> None:
+    with check_layers(Nemotron(CONFIG, device="meta")):
+        pass
 
 
 def test_a_cache_is_looked_into_up_to_the_length_of_each_row(model: Nemotron) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ LINEAR = [
     if isinstance(module, nn.Linear)
 ]
 LAYERS = range(len(TINY.pattern))
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one process, which DDP and FSDP need."""
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def refused(model: Any, folder: Path, *names: str) -> str:
@@ -415,6 +406,43 @@ def test_a_subclass_of_the_model_is_saved(tmp_path: Path) -> None:
         pass
 
     saved_like(Mine(TINY, seed=1), Nemotron(TINY, seed=1), tmp_path)
+
+
+class OwnForward(Nemotron):
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(tokens.flip(1), *args, **kwargs)
+
+
+class OfOwnForward(OwnForward):
+    """It inherits the other forward."""
+
+
+class OwnHead(Nemotron):
+    """It has methods of its own, but the same forward."""
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        return self(tokens).logits[:, -1, :2]
+
+
+@pytest.mark.parametrize("kind", [OwnForward, OfOwnForward, OwnHead])
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled, averaged])
+def test_a_forward_of_a_subclass_is_warned_about(
+    tmp_path: Path, kind: type[Nemotron], wrap: Any
+) -> None:
+    """A file holds weights and no code. A warning is an error in these tests."""
+    model = wrap(kind(TINY, seed=1))
+    if kind is OwnHead:
+        save(model, tmp_path / "m")
+    else:
+        with pytest.warns(
+            UserWarning, match=rf"\.{kind.__name__} has a forward of its own"
+        ) as seen:
+            save(model, tmp_path / "m")
+        assert len(seen) == 1
+    found, plain = load(tmp_path / "m"), Nemotron(TINY, seed=1)
+    tokens = torch.arange(12)[None]
+    assert type(found) is Nemotron
+    assert torch.equal(found(tokens).logits, plain(tokens).logits)
 
 
 class Peft(nn.Module):

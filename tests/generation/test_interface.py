@@ -335,3 +335,34 @@ def test_a_prepared_model_writes_the_same_and_follows_its_weights(
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(1.3)
+
+
+OPEN_STREAMS = """
+import gc
+from nemotron_lite import SpeculationOptions, stream
+from tests.modules import every_kind
+
+model = every_kind()
+kinds = [{}, {"speculation": SpeculationOptions()}, {"check_layers": True}]
+streams = [stream(model, [1, 2, 3], 20, stop=(), **kind) for kind in kinds for _ in range(3)]
+caches = [model.empty_cache(2, mtp=True) for _ in kinds]
+streams += [
+    stream(model, [[1, 2], [3]], 20, stop=(), cache=cache, **kind)
+    for kind, cache in zip(kinds, caches)
+]
+streams += [stream(model, [1, 2, 3], 20)]  # the last one is not begun
+for each in streams[:-1]:
+    print(next(each), flush=True)
+gc.disable()
+cycle = stream(model, [1, 2, 3], 20, stop=())
+next(cycle)
+cycle.itself = cycle
+"""
+
+
+def test_streams_that_are_open_when_the_program_ends_say_nothing() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", OPEN_STREAMS]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(run.stdout.splitlines()) == 12

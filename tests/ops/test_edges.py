@@ -230,3 +230,20 @@ def test_keys_of_another_dtype_are_read_in_that_of_the_queries() -> None:
         narrow = k.bfloat16()
         wanted = ops.causal_attention(q, narrow, narrow, starts=starts)
         assert found.dtype == torch.bfloat16 and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("name", "impl"), FORMS)
+def test_negated_views_are_numbers_like_others(name: str, impl: str) -> None:
+    """The memory of such a view has the opposite sign: code that reads memory would be wrong."""
+
+    def negated(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = random(*shape, dtype=dtype)
+        view = torch.complex(torch.zeros_like(values), -values).conj().imag
+        assert view.is_neg() and torch.equal(view, values)
+        return view
+
+    for t in (1, 5, 130):
+        with torch.no_grad():
+            found, exact = (tensors(calls(2, t, make)[name](impl)) for make in (negated, random))
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, b)  # strided memory is summed in another order
