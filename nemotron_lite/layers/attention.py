@@ -160,16 +160,19 @@ class Attention(Mixer):
         context: ForwardContext = ForwardContext(),
     ) -> Float[Tensor, "b _ d"]:
         """Attend to this call's tokens and, with a cache, to those before them."""
+        asking, asked = x, context
+        if context.last_only and context.seq_idx is None:
+            # Keys and values of every token, but one query for each row.
+            asking, asked = context.last_tokens(x), context.at_last(x)
+        # Autograd adds the three gradients of x in the reverse order of these lines. Another order
+        # gives losses that differ in their last digits.
+        q = self._heads(self.q_proj(asking))
         k = self._heads(self.k_proj(x))
         v = self._heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.append(k, v, context.starts)
-        if context.last_only and context.seq_idx is None:
-            # Keys and values of every token, but one query for each row.
-            x, context = context.last_tokens(x), context.at_last(x)
-        q = self._heads(self.q_proj(x))
-        y = ops.causal_attention(q, k, v, starts=context.starts, seq_idx=context.seq_idx)
-        return self.o_proj(context.kept(y.transpose(1, 2).flatten(2)))
+        y = ops.causal_attention(q, k, v, starts=asked.starts, seq_idx=asked.seq_idx)
+        return self.o_proj(asked.kept(y.transpose(1, 2).flatten(2)))
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
