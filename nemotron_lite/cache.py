@@ -81,11 +81,33 @@ class Transcript:
             can be continued without a new token, and the MTP module makes its entry for the last
             token when the next one is known.
         lengths: of the rows.
+
+    Raises:
+        ValueError: the three do not fit together.
     """
 
     tokens: list[list[int] | None]
     hidden: Tensor
     lengths: list[int]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.lengths):
+            raise ValueError(
+                f"a transcript of {len(self.tokens)} rows has lengths of {len(self.lengths)}."
+            )
+        known = [
+            n if row is None else len(row) for row, n in zip(self.tokens, self.lengths, strict=True)
+        ]
+        if known != self.lengths:
+            raise ValueError(
+                f"a transcript of rows with {known} tokens does not fit the lengths "
+                f"{self.lengths}: give all tokens of a row, or None for it."
+            )
+        if self.hidden.ndim != 2 or len(self.hidden) != len(self.lengths):
+            raise ValueError(
+                f"hidden has shape {list(self.hidden.shape)}: expected one vector for each of "
+                f"{len(self.lengths)} rows."
+            )
 
 
 class Cache:
@@ -360,6 +382,9 @@ class Cache:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, with the valid part of KV only. Atomic: all or nothing.
 
+        The transcript is saved too, so a loaded cache continues with `generate` in every way that
+        this one does. The file then holds the text that was read.
+
         Raises:
             ValueError: a draft is waiting, or a path that is not UTF-8.
         """
@@ -384,9 +409,15 @@ class Cache:
                 extra = cache.saved_extra()
                 if extra is not None:
                     extras[f"{prefix}{i}"] = extra
+        known = None
+        if (left := self.transcript) is not None:
+            known = [row is not None for row in left.tokens]
+            ids = [token for row in left.tokens for token in row or ()]
+            tensors[cache_file.TOKENS] = torch.tensor(ids, dtype=torch.int64, device="cpu")
+            tensors[cache_file.HIDDEN] = left.hidden.contiguous()
         patterns = (self.pattern, self.mtp_pattern)
-        saved = SavedCache(patterns, (self._lengths, self._mtp_lengths), extras, tensors)
-        cache_file.write(path, saved)
+        lengths = (self._lengths, self._mtp_lengths)
+        cache_file.write(path, SavedCache(patterns, lengths, extras, known, tensors))
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Cache:
@@ -411,7 +442,11 @@ class Cache:
 
         pattern, mtp_pattern = saved.patterns
         layers, mtp = layer_caches("", pattern), layer_caches("mtp.", mtp_pattern)
-        return cls(pattern, layers, saved.lengths[0], device, mtp_pattern, mtp, saved.lengths[1])
+        cache = cls(pattern, layers, saved.lengths[0], device, mtp_pattern, mtp, saved.lengths[1])
+        if saved.known is not None:
+            hidden = saved.tensors[cache_file.HIDDEN].to(device)
+            cache.transcript = Transcript(saved.tokens(), hidden, list(saved.lengths[0]))
+        return cache
 
     def __copy__(self) -> Cache:
         """`clone`: two caches with the same buffers would change each other."""

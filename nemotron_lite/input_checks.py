@@ -86,7 +86,7 @@ def check_call(
             )
     _check_depths(config, shape[1], mtp_depths)
     if cache is not None:
-        _check_cache(config, dtype, tokens, cache)
+        check_cache(config, dtype, tokens.shape[0], tokens.device, cache)
         if seq_idx is not None:
             raise ValueError(
                 "concatenated documents (seq_idx) cannot continue a cache: leave out one of the "
@@ -184,8 +184,17 @@ def _check_depths(config: NemotronConfig, tokens: int, depths: int) -> None:
         )
 
 
-def _check_cache(config: NemotronConfig, dtype: torch.dtype, tokens: Tensor, cache: Cache) -> None:
-    rows = tokens.shape[0]
+def check_cache(
+    config: NemotronConfig, dtype: torch.dtype, rows: int, device: torch.device, cache: Cache
+) -> None:
+    """Refuse a cache that cannot take `rows` rows of tokens on `device`.
+
+    Args:
+        config, dtype: of the model.
+
+    Raises:
+        ValueError: the first thing that is wrong, and what to do.
+    """
     if cache.batch != rows:
         raise ValueError(
             f"{rows} rows of tokens, but a cache of {cache.batch}: make one with "
@@ -199,9 +208,9 @@ def _check_cache(config: NemotronConfig, dtype: torch.dtype, tokens: Tensor, cac
     known = cache.checked_for
     if known is None or known[0] is not config or known[1] != dtype:
         check_fits(config, dtype, cache)
-        if cache.device != tokens.device:
+        if cache.device != device:
             raise ValueError(
-                f"the cache is on {cache.device}, but tokens are on {tokens.device}: make the "
+                f"the cache is on {cache.device}, but tokens are on {device}: make the "
                 "cache with model.empty_cache, or load it with device=."
             )
         cache.checked_for = (config, dtype)
@@ -240,4 +249,29 @@ def check_fits(config: NemotronConfig, dtype: torch.dtype, cache: Cache) -> None
             raise ValueError(
                 f"{name} computes in {dtype}, but the cache holds {found.dtype}: was the model "
                 f"cast after the cache was made? {what_to_do}"
+            )
+
+
+def check_transcript(config: NemotronConfig, cache: Cache) -> None:
+    """Refuse a cache whose transcript a model with this config cannot have left.
+
+    Raises:
+        ValueError: vectors or token ids of another model, and what to do.
+    """
+    left = cache.transcript
+    if left is None:
+        return
+    if left.hidden.shape[1] != config.hidden_size:
+        raise ValueError(
+            f"the cache's transcript has vectors of {left.hidden.shape[1]} numbers, but the model "
+            f"has {config.hidden_size}: it belongs to another model. Load the cache that this "
+            "model saved."
+        )
+    for i, row in enumerate(left.tokens):
+        low, high = min(row or [0]), max(row or [0])
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"the cache has read token ids from {low} to {high} in row {i}, but the vocabulary "
+                f"has {config.vocab_size} entries: it belongs to another model. Load the cache "
+                "that this model saved."
             )

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemotron_lite import cache_file
-from nemotron_lite.cache import Cache
+from nemotron_lite.cache import Cache, Transcript
 from nemotron_lite.model import Nemotron
 from tests.test_model import TINY, _tokens
 
@@ -34,12 +34,14 @@ def model() -> Nemotron:
 
 @pytest.fixture(scope="module")
 def cache(model: Nemotron) -> Cache:
-    """Two rows of different lengths, float16 states, and entries of the MTP module."""
+    """Two rows of different lengths, float16 states, entries of the MTP module, a transcript."""
     cache = model.empty_cache(2, mtp=True, ssm_dtype=torch.float16, ssm_seed=7)
     with torch.no_grad():
         model(_tokens(2, 9), cache, lengths=torch.tensor([9, 4]))
     cache.mtp[0].k.normal_()
     cache.advance_mtp(torch.tensor([3, 0]))
+    tokens: list[list[int] | None] = [None, [5, 0, 7, CONFIG.vocab_size - 1]]
+    cache.transcript = Transcript(tokens, torch.randn(2, CONFIG.hidden_size), [9, 4])
     return cache
 
 
@@ -62,7 +64,9 @@ def content(cache: Cache) -> list[Any]:
         for name, tensor in layer.saved_tensors(length).items()
     ]
     numbers = (cache.pattern, cache.mtp_pattern, cache.lengths.tolist())
-    return [numbers, cache.mtp_lengths.tolist(), extras, tensors]
+    left = cache.transcript
+    transcript = None if left is None else (left.tokens, left.hidden.dtype, left.hidden.tolist())
+    return [numbers, cache.mtp_lengths.tolist(), extras, tensors, transcript]
 
 
 def refused_or_equal(path: Path, original: list[Any]) -> bool:
@@ -168,6 +172,13 @@ def add(name: str) -> Callable[[dict, dict], None]:
     return lambda description, tensors: tensors.update({name: torch.zeros(1)})
 
 
+def unknown(description: dict, tensors: dict) -> None:
+    """No row's ids are known any more, and none are stored."""
+    description["known"] = [False, False]
+    tensors[TOKENS] = tensors[TOKENS][:0]
+
+
+TOKENS, HIDDEN = cache_file.TOKENS, cache_file.HIDDEN
 SEEDS = ("extras", "0", "rounding_seeds")
 WRONG = {
     "no patterns": lambda description, tensors: description.pop("patterns"),
@@ -220,6 +231,31 @@ WRONG = {
     "all inputs of another dtype": lambda description, tensors: tensors.update(
         {name: x.bfloat16() for name, x in tensors.items() if name.endswith("conv")}
     ),
+    "no word about the transcript": lambda description, tensors: description.pop("known"),
+    "no transcript, but its tensors": put("known", value=None),
+    "known is a number": put("known", value=1),
+    "known of one row": put("known", value=[True]),
+    "known of three rows": put("known", value=[False, True, True]),
+    "known in numbers": put("known", value=[0, 1]),
+    "known is None for a row": put("known", value=[None, True]),
+    "another row is known": put("known", value=[True, False]),
+    "all rows are known": put("known", value=[True, True]),
+    "no row is known": put("known", value=[False, False]),
+    "a token id more": tensor(TOKENS, lambda x: torch.cat([x, x[:1]])),
+    "a token id less": tensor(TOKENS, lambda x: x[1:]),
+    "no token ids": tensor(TOKENS, lambda x: x[:0]),
+    "token ids with two axes": tensor(TOKENS, lambda x: x[None]),
+    "token ids in 32 bits": tensor(TOKENS, lambda x: x.int()),
+    "fractional token ids": tensor(TOKENS, lambda x: x.double()),
+    "a negative token id": tensor(TOKENS, lambda x: x - 1),
+    "vectors of one row": tensor(HIDDEN, lambda x: x[:1]),
+    "vectors of three rows": tensor(HIDDEN, lambda x: torch.cat([x, x[:1]])),
+    "vectors with three axes": tensor(HIDDEN, lambda x: x[None]),
+    "vectors of integers": tensor(HIDDEN, lambda x: x.int()),
+    "vectors in eight bits": tensor(HIDDEN, lambda x: x.to(torch.float8_e4m3fn)),
+    "missing token ids": drop(TOKENS),
+    "missing vectors": drop(HIDDEN),
+    "another tensor of a transcript": add("transcript.more"),
     "a missing tensor": drop("3.ssm"),
     "a tensor too many": add("1.k"),
     "a tensor of no layer": add("x"),
@@ -237,6 +273,34 @@ def test_a_file_that_contradicts_itself(saved: Path, tmp_path: Path, wrong: str)
 def test_rewriting_alone_changes_nothing(cache: Cache, saved: Path, tmp_path: Path) -> None:
     rewritten(saved, tmp_path / "cache", lambda description, tensors: None)
     assert not refused_or_equal(tmp_path / "cache", content(cache))
+
+
+def without(description: dict, tensors: dict) -> None:
+    description["known"] = None
+    del tensors[TOKENS], tensors[HIDDEN]
+
+
+@pytest.mark.parametrize(("change", "tokens"), [(without, None), (unknown, [None, None])])
+def test_less_may_be_known(saved: Path, tmp_path: Path, change: Any, tokens: Any) -> None:
+    rewritten(saved, tmp_path / "cache", change)
+    left = Cache.load(tmp_path / "cache").transcript
+    assert (None if left is None else left.tokens) == tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "lengths", "message"),
+    [
+        ([[1, 2]], (1, 4), [3], r"rows with \[2\] tokens does not fit the lengths \[3\]"),
+        ([[1], None], (1, 4), [1], "transcript of 2 rows has lengths of 1"),
+        ([[1], None], (1, 4), [1, 3], r"hidden has shape \[1, 4\]: expected one vector for each"),
+        ([[1]], (4,), [1], r"hidden has shape \[4\]"),
+    ],
+)
+def test_a_transcript_that_contradicts_itself(
+    tokens: Any, shape: tuple[int, ...], lengths: list[int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Transcript(tokens, torch.zeros(shape), lengths)
 
 
 @pytest.mark.parametrize(
@@ -316,13 +380,14 @@ def test_other_files_and_older_formats(tmp_path: Path) -> None:
         Cache.load(tmp_path / "text")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(
-        ValueError, match=r"is not a saved cache; expected 'nemotron_lite\.cache\.v5'"
+        ValueError, match=r"is not a saved cache; expected 'nemotron_lite\.cache\.v6'"
     ):
         Cache.load(tmp_path / "weights")
-    old = {"format": "nemotron_lite.cache.v4", "patterns": '["M", ""]', "lengths": "[[1], [0]]"}
-    save_file({"x": torch.zeros(1)}, tmp_path / "old", metadata=old)
-    with pytest.raises(ValueError, match=r"another format, 'nemotron_lite\.cache\.v4'.*Read the"):
-        Cache.load(tmp_path / "old")
+    for version in ("v4", "v5", "v7"):
+        other = {"format": f"nemotron_lite.cache.{version}", "cache": "{}"}
+        save_file({"x": torch.zeros(1)}, tmp_path / "other", metadata=other)
+        with pytest.raises(ValueError, match=rf"another format, '.*{version}', which.*Read the"):
+            Cache.load(tmp_path / "other")
     with pytest.raises(ValueError, match="cannot be opened"):
         Cache.load("a\0b")
 

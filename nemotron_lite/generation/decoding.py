@@ -35,6 +35,7 @@ from nemotron_lite.generation.results import StopReason
 from nemotron_lite.generation.sampling import Sampler
 from nemotron_lite.generation.statistics import Statistics
 from nemotron_lite.generation.text_rows import TextRow
+from nemotron_lite.input_checks import check_cache, check_transcript
 from nemotron_lite.layers import MambaCache
 from nemotron_lite.model import Nemotron
 
@@ -379,11 +380,8 @@ def _check_given(
             "its layers may have read different numbers of tokens: continue a copy made before "
             "that call, or an empty cache."
         )
-    if cache.draft_length:
-        raise ValueError(
-            f"a draft of {cache.draft_length} tokens is waiting in the cache: call "
-            "cache.accept(counts) first (accept(0) drops it)."
-        )
+    check_cache(model.config, model.dtype, len(lengths), model.device, cache)
+    check_transcript(model.config, cache)
     found = {layer.ssm.dtype for layer in cache.layers if isinstance(layer, MambaCache)}
     if options.ssm_dtype is not None and found - {options.ssm_dtype}:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +199,69 @@ def test_a_cache_is_saved_in_the_middle_of_a_run(model: Nemotron) -> None:
     ]
     assert rows == alone
     assert cache.lengths.tolist() == [7]
+
+
+@pytest.mark.parametrize("speculation", [None, FIXED])
+@pytest.mark.parametrize("kind", [KINDS["greedy"], KINDS["penalty"]])
+def test_a_loaded_cache_continues_as_the_saved_one(
+    model: Nemotron, tmp_path: Path, kind: dict[str, Any], speculation: SpeculationOptions | None
+) -> None:
+    """With and without new tokens, in rows of different lengths, and under any options."""
+    kind = kind | dict(stop=(), speculation=speculation)
+    cache = model.empty_cache(2, mtp=True)
+    generate(model, [[5, 6, 7], [8]], 4, cache=cache, **kind)
+    cache.save(tmp_path / "cache")
+    for prompts in ([[], []], [[], [9, 3]], [[4], [4]]):
+        loaded = Cache.load(tmp_path / "cache")
+        copy = cache.clone()
+        expected = generate(model, prompts, 6, cache=copy, **kind)
+        assert generate(model, prompts, 6, cache=loaded, **kind) == expected
+        assert loaded.transcript is not None and copy.transcript is not None
+        assert loaded.transcript.tokens == copy.transcript.tokens
+        assert torch.equal(loaded.transcript.hidden, copy.transcript.hidden)
+
+
+def test_a_row_that_is_not_known_stays_so(model: Nemotron, tmp_path: Path) -> None:
+    cache = model.empty_cache(2)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2], [0, 0]]), cache, lengths=torch.tensor([2, 0]))
+    generate(model, [[3], [4]], 2, cache=cache, stop=())
+    cache.save(tmp_path / "cache")
+    loaded = Cache.load(tmp_path / "cache")
+    assert loaded.transcript is not None and cache.transcript is not None
+    assert loaded.transcript.tokens == cache.transcript.tokens
+    assert loaded.transcript.tokens[0] is None and loaded.transcript.tokens[1] is not None
+    with pytest.raises(ValueError, match="in row 0 are not known"):
+        generate(model, [[3], [4]], 2, cache=loaded, repetition_penalty=1.2)
+    with torch.no_grad():
+        model(torch.tensor([[1], [2]]), loaded)
+    loaded.save(tmp_path / "cache")
+    assert Cache.load(tmp_path / "cache").transcript is None, "generate did not read all of it"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(vocab_size=8), "token ids from 5 to 9 in row 0, but the vocabulary has 8 entries"),
+        (dict(hidden_size=64), "vectors of 16 numbers, but the model has 64"),
+        (dict(head_dim=32), "belongs to another model"),
+    ],
+)
+def test_the_transcript_of_another_model_is_refused(
+    model: Nemotron, tmp_path: Path, sizes: dict[str, int], message: str
+) -> None:
+    """Also where the layers' caches would fit; and the cache is as it was."""
+    cache = model.empty_cache(1)
+    generate(model, [5, 6, 9], 0, cache=cache)
+    cache.save(tmp_path / "cache")
+    other = Nemotron(model.config.replace(**sizes), dtype=torch.float64, seed=2)
+    loaded = Cache.load(tmp_path / "cache")
+    for prompts in ([[]], [[3]]):
+        with pytest.raises(ValueError, match=message):
+            generate(other, prompts, 3, cache=loaded, repetition_penalty=1.1)
+    assert not loaded.broken_by
+    found = generate(model, [[]], 3, cache=loaded, temperature=0)
+    assert found == generate(model, [[]], 3, cache=cache, temperature=0)
 
 
 class InterruptedPassError(Exception):
