@@ -14,7 +14,7 @@ there. So a file in the folder stays, with three exceptions:
   fields stay.
 
 Left out: what describes the folder (README, LICENSE), what is code, and what `save` makes itself
-(config.json, tokenizer.json, the declaration of formats).
+(config.json, the declaration of formats) and tokenizer.json (`tokenizer_file.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from nemotron_lite.checkpoint.tokenizer_file import TOKENIZER, read_tokenizer
 from nemotron_lite.hf_config import to_hf
 from nemotron_lite.input_files import FileError, read_bytes, read_json
 from nemotron_lite.model import Nemotron
@@ -160,8 +161,8 @@ def _as_loaded(model: Nemotron) -> Mapping[str, bytes]:
 def _read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that is in a folder; None if there is none or it is damaged."""
     try:
-        return Tokenizer.from_buffer(read_bytes(folder / "tokenizer.json"))
-    except Exception:  # bare Exception is what the library raises
+        return read_tokenizer(read_bytes(folder / TOKENIZER))
+    except (FileError, OSError):
         return None
 
 

@@ -19,7 +19,8 @@ memory, in ModelOpt's layout and with hf_quant_config.json.
 
 What is written is what `load` can open: a model in a wrapper is taken out of it, and one with
 adapters or other foreign modules is refused before anything is written (`model_tree.py`). The small
-files that belong to the model are written too (`companions.py`).
+files that belong to the model are written too (`companions.py`), and a tokenizer.json that a user
+has put into the folder is not lost (`tokenizer_file.py`).
 
 Saving is atomic (see `nemotron_lite/files.py`): at every moment `path` holds the old checkpoint or
 the new one. Where the disk makes that impossible, there is a moment in which it holds no
@@ -51,6 +52,7 @@ from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
+from nemotron_lite.checkpoint.tokenizer_file import RECORD, TOKENIZER, checksum, highest_id, judge
 from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
 from nemotron_lite.files import atomic_folder, check_utf8, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
@@ -98,7 +100,9 @@ def save(
     The old checkpoint stays complete until the new one is, so the disk needs space for both. Other
     files in the folder are kept, also its chat template, its tokenizer's settings and its
     generation settings, of which only the token ids are corrected. A new folder gets those in
-    `model.companion_files`. A companion file that you have changed there replaces the folder's.
+    `model.companion_files`. A companion file that you have changed there replaces the folder's. A
+    tokenizer.json that no save has written stays if it fits and the model has none; otherwise it
+    gets another name, with a warning.
 
     Weights are written in their own dtypes, also in a model that mixes them; config.json names the
     dtype of most weights. NaN and infinity are written with a warning, and so is a subclass with a
@@ -136,17 +140,23 @@ def save(
             stacklevel=2,
         )
     others = files_to_write(tree.model, folder, tokenizer)
+    old = judge(folder, tokenizer, tree.model.config.vocab_size)
     shards = _shards(list(_named_tensors(tree)), limit)
+    metadata = {"format": "pt"}  # transformers opens no file without
+    if tokenizer is not None:
+        others[TOKENIZER] = tokenizer.to_str(pretty=True).encode()
+        metadata[RECORD] = checksum(others[TOKENIZER])
+    if old.renamed is not None:
+        others[old.renamed[0]] = old.renamed[1]
     not_finite: list[str] = []
-    with atomic_folder(folder, _is_replaced(others), last="config.json") as new:
-        _write_weights(new, shards, not_finite)
+    replaced = _is_replaced(others, kept=(TOKENIZER,) if old.stays else ())
+    with atomic_folder(folder, replaced, last="config.json") as new:
+        _write_weights(new, shards, metadata, not_finite)
         config = _config(tree)
         if tree.packed:
             own, config[modelopt_config.KEY] = _quantization(tree)
             _write_json(new / modelopt_config.FILE, own)
         _write_json(new / "config.json", config)
-        if tokenizer is not None:
-            (new / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in others.items():
             if content is not None:
                 (new / name).parent.mkdir(exist_ok=True)
@@ -175,7 +185,7 @@ def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
 def _tokenizer_problems(model: Nemotron, tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None:
         return []
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    highest = highest_id(tokenizer)
     if highest < model.config.vocab_size:
         return []
     return [
@@ -184,9 +194,11 @@ def _tokenizer_problems(model: Nemotron, tokenizer: Tokenizer | None) -> list[st
     ]
 
 
-def _is_replaced(others: Container[str]) -> Callable[[str], bool]:
+def _is_replaced(others: Container[str], kept: Container[str]) -> Callable[[str], bool]:
     """Which files of the old folder the new checkpoint replaces or removes."""
-    return lambda name: name in others or _OUR_FILES.fullmatch(name) is not None
+    return lambda name: (
+        name not in kept and (name in others or _OUR_FILES.fullmatch(name) is not None)
+    )
 
 
 def _named_tensors(tree: ModelTree) -> Iterator[_NamedTensor]:
@@ -209,7 +221,12 @@ def _shards(tensors: list[_NamedTensor], limit: int) -> list[list[_NamedTensor]]
     return shards
 
 
-def _write_weights(folder: Path, shards: list[list[_NamedTensor]], not_finite: list[str]) -> None:
+def _write_weights(
+    folder: Path,
+    shards: list[list[_NamedTensor]],
+    metadata: dict[str, str],
+    not_finite: list[str],
+) -> None:
     """Write all weight files, and the index if there are several."""
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -218,15 +235,20 @@ def _write_weights(folder: Path, shards: list[list[_NamedTensor]], not_finite: l
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map.update({each.name: name for each in shard})
         with (folder / name).open("wb") as file:
-            _write_shard(file, shard, not_finite)
+            _write_shard(file, shard, metadata, not_finite)
     if weight_map:
         total = sum(each.size for shard in shards for each in shard)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_shard(file: BinaryIO, tensors: list[_NamedTensor], not_finite: list[str]) -> None:
+def _write_shard(
+    file: BinaryIO,
+    tensors: list[_NamedTensor],
+    metadata: dict[str, str],
+    not_finite: list[str],
+) -> None:
     """Write one file; names of tensors with NaN or infinity are added to `not_finite`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     # The format requires each tensor to be aligned to its element size: wide dtypes come first.
     tensors = sorted(tensors, key=lambda each: -each.tensor.element_size())
