@@ -40,7 +40,7 @@ from nbformat import NotebookNode
 
 from nemotron_lite.authoring import lint, lint_cells
 from nemotron_lite.course.display import PLOTLY, WIDGET
-from nemotron_lite.files import atomic_file
+from nemotron_lite.files import atomic_file, check_writable_folder
 
 CHAPTERS = Path("notebooks")
 CELL_SECONDS = 180  # no cell may take longer than a whole chapter is allowed
@@ -273,7 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     try:
         paths = chapters(chosen.chapters, chosen.folder)
-    except PublishError as error:
+        check_writable_folder(chosen.folder)  # a chapter takes minutes
+    except (PublishError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     with FigureRenderer() as draw:

@@ -32,6 +32,8 @@ from nemotron_lite.cli.common import (
     working,
 )
 from nemotron_lite.cli.inputs import read_model
+from nemotron_lite.cli.outputs import save_model
+from nemotron_lite.files import check_writable_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +75,7 @@ def quantize(
     with plain_errors():
         import torch
 
-        from nemotron_lite.checkpoint import save, storage_summary, weight_bytes
+        from nemotron_lite.checkpoint import storage_summary, weight_bytes
         from nemotron_lite.cli import tables
         from nemotron_lite.data import sample_windows
         from nemotron_lite.quantization import bits_per_weight, calibrate, quantize_model
@@ -104,7 +106,7 @@ def quantize(
 
         title(4, "Write")
         quantize_model(loaded, formats, calibration, cache=cache).to(torch.bfloat16)
-        save(loaded, save_to)
+        save_model(loaded, save_to)
         out.print(tables.stored_table(storage_summary(save_to)))
 
         if held_out and before is not None:
@@ -129,6 +131,7 @@ def check_options(
     Raises:
         ValueError: both a budget and a format, an unknown format or set of choices, an output that
             would replace the model, or a model that is quantized already.
+        OSError: the output cannot be written.
     """
     from nemotron_lite.checkpoint import storage_summary
     from nemotron_lite.quantization.quantizable import CHOICES, FORMATS
@@ -153,6 +156,7 @@ def check_options(
             f"{model} is quantized already ({', '.join(sorted(quantized))}). Start from the "
             "original, whose weights are not rounded yet."
         )
+    check_writable_folder(save_to)
 
 
 def read_text(

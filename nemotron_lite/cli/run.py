@@ -7,9 +7,8 @@ trained. If the folder cannot be written by then, the model goes to a temporary 
 from __future__ import annotations
 
 import shlex
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -28,12 +27,10 @@ from nemotron_lite.cli.common import (
 )
 from nemotron_lite.cli.generate import write
 from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, prepare_text, read_config
+from nemotron_lite.cli.outputs import save_model
 from nemotron_lite.cli.terminal import write as show
 from nemotron_lite.files import check_writable_folder
 from nemotron_lite.generation.options import GenerationOptions
-
-if TYPE_CHECKING:
-    from nemotron_lite.model import Nemotron
 
 # Below the default of `generate`: a model trained for minutes writes better text this way.
 TEMPERATURE = 0.7
@@ -80,7 +77,7 @@ def run(
         title(3, f"Train: {max_seconds:.0f} seconds")
         built.tokenizer = data.tokenizer
         result = train_model(built, data, how, progress=not settings.quiet)
-        _save(built, save_to)
+        save_model(built, save_to)
         if result.interrupted:
             say(f"Stopped at step {result.step}. The model so far is in {save_to}.")
             return
@@ -100,23 +97,3 @@ def run(
             f"  {program()} generate --model {shlex.quote(str(save_to))} "
             f'--temperature {TEMPERATURE} --prompt "class Tree:"'
         )
-
-
-def _save(model: Nemotron, folder: Path) -> None:
-    """Save the trained model; to a temporary folder if `folder` cannot be written any more."""
-    from nemotron_lite.checkpoint import save
-
-    try:
-        save(model, folder)
-    except Exception as error:
-        instead = Path(tempfile.mkdtemp(prefix="nemotron-lite-"), "model")
-        try:
-            save(model, instead)
-        except Exception as second:
-            raise OSError(
-                f"the model cannot be saved to {folder} ({error}) nor to {instead} ({second})."
-            ) from error
-        raise OSError(
-            f"the model cannot be saved to {folder} ({error}). It is in {instead} instead: move it "
-            "to where you want it."
-        ) from error

@@ -42,6 +42,7 @@ from typing import Any
 from nemotron_lite.course import exercises
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import PRELUDE, Exercise
+from nemotron_lite.files import check_writable_folder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("nbgrader_worker.py")
@@ -444,7 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         folder = options.folder or exercises_folder()
-    except CourseworkError as error:
+        if not options.check:
+            check_writable_folder(folder)
+    except (CourseworkError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as work:

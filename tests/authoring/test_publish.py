@@ -198,6 +198,20 @@ def test_the_command_publishes_and_says_what_is_left(
     assert publish.main(["--folder", str(tmp_path), "07"]) == 2
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_a_chapter_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(f"{folder} cannot be written")
+
+    monkeypatch.setattr(publish, "check_writable_folder", refuse)
+    nbformat.write(runnable("print('ran')"), tmp_path / "01_sample.ipynb")
+    before = (tmp_path / "01_sample.ipynb").read_bytes()
+    assert publish.main(["--folder", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "01_sample.ipynb").read_bytes() == before
+
+
 @pytest.mark.timing
 def test_a_figure_becomes_a_small_picture() -> None:
     chromium.required()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import nemotron_lite
 from nemotron_lite import cli, data
 from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
 from nemotron_lite.cli import app
+from nemotron_lite.cli.outputs import save_model
+from nemotron_lite.cli.quantize import check_options
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.tiny import randomize
 from tests.cli.test_cli import TINY
@@ -149,6 +153,48 @@ def test_wrong_options_are_refused_before_any_work(
     quantize(trained, text, out, "--format", "fp8", "--held-out", 0)
     again = quantize(out, text, tmp_path / "again", code=1).stderr
     assert "is quantized already (FP8)" in again
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a pipe", "a name too long", "empty"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    trained: Path, text: Path, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    out = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "sub" / "m",
+        "a pipe": tmp_path / "pipe",
+        "a name too long": tmp_path / ("n" * 300),
+        "empty": " ",
+    }[kind]
+    found = quantize(trained, text, Path(out), "--format", "fp8", code=1)
+    assert found.stdout == "", "not even the first step has begun"
+    assert "name" in found.stderr and "Traceback" not in found.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_trying_the_output_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:
+    check_options(trained, tmp_path / "a" / "b", None, None, "any")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_folder_is_gone_is_saved_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "out").write_text("the folder became a file")
+    model = nemotron_lite.Nemotron(TINY, seed=4)
+    with pytest.raises(OSError, match=r"out is a file.*It is in .*temporary") as caught:
+        save_model(model, tmp_path / "out")
+    found = re.search(r"It is in (\S+) instead", str(caught.value))
+    assert found is not None
+    assert torch.equal(nemotron_lite.load(found[1]).lm_head.weight, model.lm_head.weight)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path / "out"))
+    with pytest.raises(OSError, match=r"cannot be saved to .*out \(.*\) nor to .*model"):
+        save_model(model, tmp_path / "out")
 
 
 def test_storage_report_reads_headers_only_and_refuses_damaged_files(

@@ -302,3 +302,14 @@ def test_an_installed_package_asks_for_a_folder(
     message = capsys.readouterr().err
     assert f"{tmp_path} is not a checkout of nemotron_lite" in message
     assert "--folder" in message
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make, "generate", lambda root: pytest.fail("notebooks are generated"))
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/exercises"):
+        assert make.main(["--folder", str(tmp_path / name)]) == 2
+        assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
