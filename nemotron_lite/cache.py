@@ -416,8 +416,8 @@ class Cache:
             tensors[cache_file.TOKENS] = torch.tensor(ids, dtype=torch.int64, device="cpu")
             tensors[cache_file.HIDDEN] = left.hidden.contiguous()
         patterns = (self.pattern, self.mtp_pattern)
-        lengths = (self._lengths, self._mtp_lengths)
-        cache_file.write(path, SavedCache(patterns, lengths, extras, known, tensors))
+        saved = SavedCache(patterns, (self._lengths, self._mtp_lengths), extras, known, tensors)
+        cache_file.write(path, saved)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Cache:

@@ -144,8 +144,8 @@ def save(
     shards = _shards(list(_named_tensors(tree)), limit)
     metadata = {"format": "pt"}  # transformers opens no file without
     if tokenizer is not None:
-        others[TOKENIZER] = tokenizer.to_str(pretty=True).encode()
-        metadata[RECORD] = checksum(others[TOKENIZER])
+        others[TOKENIZER] = words = tokenizer.to_str(pretty=True).encode()
+        metadata[RECORD] = checksum(words)
     if old.renamed is not None:
         others[old.renamed[0]] = old.renamed[1]
     not_finite: list[str] = []

@@ -1,7 +1,7 @@
-"""How commands write a model that took long to make.
+"""How commands write a model that took minutes or hours to make.
 
-A command tries its output folder before it begins to work (`check_writable_folder`). The disk may
-fill up or be taken away in the meantime; then the model goes to a temporary folder.
+A command tries its output folder before it begins to work (`check_writable_folder`). If the folder
+cannot be written any more when the model is finished, the model is saved to a temporary folder.
 """
 
 from __future__ import annotations
