@@ -34,7 +34,7 @@ from torch import Tensor
 from nemotron_lite.files import atomic_file
 from nemotron_lite.input_files import FileError, check_regular, parse_json
 from nemotron_lite.layers import MIXERS, LayerCache
-from nemotron_lite.layers.mixer import SavedSizes
+from nemotron_lite.layers.mixer import SavedLayer, SavedSizes
 
 FORMAT = "nemotron_lite.cache.v5"
 _FAMILY = "nemotron_lite.cache."
@@ -195,7 +195,8 @@ def _check_tensors(
         stored = {
             part: (shapes[f"{name}.{part}"], dtypes[f"{name}.{part}"]) for part in cls.TENSORS
         }
-        found = cls.check_saved(stored, extras.get(name), len(rows), max(*rows, 1), index)
+        saved = SavedLayer(stored, extras.get(name), len(rows), max(*rows, 1), index)
+        found = cls.check_saved(saved)
         first = known.setdefault(cls, found)
         if found != first:
             raise ValueError(

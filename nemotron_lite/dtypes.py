@@ -28,6 +28,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype to compute in."""
+    return cast(x, wide_dtype(x))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts products on the device of `x`; None where it is off."""
     kind = _kind(x)

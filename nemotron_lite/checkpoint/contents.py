@@ -47,7 +47,8 @@ def read_contents(folder: Path) -> Contents:
     """Read the small files of a folder and the headers of its weight files."""
     hf, config_problems = read_object(folder / "config.json", infinity=True)
     stored, header_problems = read_headers(folder)
-    parts, other_tensors = other_parts(hf), []
+    parts = other_parts(hf)
+    other_tensors: list[str] = []
     if parts:
         names, other_tensors = split_multimodal(item.name for item in stored)
         text_names = set(names)

@@ -107,8 +107,8 @@ def _snapshot(cached: Path, revision: str | None) -> Path:
         cached,
         [
             f"the cache of the hub has no revision {printable(wanted)!r} of {name}; it has the "
-            f"commits {shorten(there) or '(none)'}. Give one of them, {name}@COMMIT, or download it: "
-            f"`hf download {name} --revision {printable(wanted)}`"
+            f"commits {shorten(there) or '(none)'}. Give one of them, {name}@COMMIT, or download "
+            f"it: `hf download {name} --revision {printable(wanted)}`"
         ],
     )
 

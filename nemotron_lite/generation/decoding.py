@@ -80,6 +80,7 @@ class Decoding:
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.options, self.samples = options, samples
         self.statistics = Statistics()
+        self.chosen: Int[Tensor, "b"]  # the token of each row that the model reads next
         self.given = cache is not None
         self._before: list[list[int] | None] = [[] for _ in lengths]  # read by the given cache
         self._last_hidden: Float[Tensor, "b d"] | None = None  # of the last token that a row read
@@ -368,11 +369,7 @@ def _check_given(
             "its layers may have read different numbers of tokens: continue a copy made before "
             "that call, or an empty cache."
         )
-    if cache.draft_length:
-        raise ValueError(
-            f"a draft of {cache.draft_length} tokens is waiting in the cache: call "
-            "cache.accept(counts) first (accept(0) drops it)."
-        )
+    cache.refuse_draft()
     found = {layer.ssm.dtype for layer in cache.layers if isinstance(layer, MambaCache)}
     if options.ssm_dtype is not None and found - {options.ssm_dtype}:
         raise ValueError(

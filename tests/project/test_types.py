@@ -69,7 +69,7 @@ EXPECTED = [
     "nemotron_lite.config.NemotronConfig", "int", "nemotron_lite.model.Nemotron",
     "nemotron_lite.model.Nemotron", "nemotron_lite.model.Nemotron", "torch._C.device",
     "nemotron_lite.cache.Cache", "nemotron_lite.cache.Cache", "nemotron_lite.cache.Cache",
-    "nemotron_lite.model.Output", "torch._tensor.Tensor", "torch._tensor.Tensor",
+    "nemotron_lite.outputs.Output", "torch._tensor.Tensor", "torch._tensor.Tensor",
     "str", "list[str]", "list[int]", "list[list[int]]", "Any", "Any",
     _RESULT, f"list[{_RESULT}]", f"tuple[list[str], {_GENERATION}.statistics.Statistics]",
     f"{_GENERATION}.generate.TokenStream[str]", f"{_GENERATION}.generate.TokenStream[list[str]]",
