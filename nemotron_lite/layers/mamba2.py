@@ -181,7 +181,7 @@ class MambaCache(LayerCache):
         wanted = WIDE_DTYPE.get(dtype) if saved.extra is None else "F16"
         if not fits or not all((conv[2], *ssm)) or dtype not in WIDE_DTYPE or state_dtype != wanted:
             raise saved.misfit()
-        seed = None if saved.extra is None else _saved_seeds(saved.extra, saved.index).seed
+        seed = None if saved.extra is None else _saved_seeds(saved.extra, saved.layer).seed
         return SavedSizes(dtype, (*conv[1:], *ssm[1:]), (state_dtype, seed))
 
     @classmethod

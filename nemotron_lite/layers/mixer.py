@@ -99,14 +99,14 @@ class SavedLayer(NamedTuple):
         extra: what `LayerCache.saved_extra` gave.
         rows: of the batch.
         tokens: of the longest row, at least 1.
-        index: of the layer in the model.
+        layer: its index in the model.
     """
 
     stored: Mapping[str, tuple[tuple[int, ...], str]]
     extra: Mapping[str, Any] | None
     rows: int
     tokens: int
-    index: int
+    layer: int
 
     def misfit(self) -> ValueError:
         """The error for tensors that do not fit each other or the batch."""
@@ -114,7 +114,7 @@ class SavedLayer(NamedTuple):
             f"{name} {shape} {dtype}" for name, (shape, dtype) in self.stored.items()
         )
         return ValueError(
-            f"{held} of layer {self.index} are not those of {self.rows} rows and {self.tokens} "
+            f"{held} of layer {self.layer} are not those of {self.rows} rows and {self.tokens} "
             "tokens"
         )
 
