@@ -138,11 +138,12 @@ class Decoding:
         """
         given = 0
         for _ in self.passes():
-            while given < max(len(row.tokens) for row in self.rows) and all(
-                row.ended or given < len(row.tokens) for row in self.rows
-            ):
-                yield [row.tokens[given] if given < len(row.tokens) else None for row in self.rows]
-                given += 1
+            lengths = [len(row.tokens) for row in self.rows]
+            going = [n for n, row in zip(lengths, self.rows, strict=True) if not row.ended]
+            ready = min(going) if going else max(lengths)
+            for place in range(given, ready):
+                yield [row.tokens[place] if place < len(row.tokens) else None for row in self.rows]
+            given = ready
 
     def passes(self) -> Iterator[None]:
         """Write into `rows`: the prompt's first token, then one pass of the model at a time."""
