@@ -15,7 +15,8 @@ The names below are the public interface. What the modules are for, from the gro
     ops                 the operations as pure functions, one idea a file
     layers              modules over ops
     ledger              the arithmetic of a config: parameters, FLOPs, cache bytes
-    model, cache        the stack of layers, and what a sequence remembers
+    model, cache        the whole model, and what a sequence remembers
+    backbone, outputs   the stack of layers, and what a call of the model returns
     cache_file          what is checked before a saved cache is used
     input_checks        checks of the arguments of a call of the model
     finite              where NaN or infinity began

@@ -344,7 +344,7 @@ class Cache:
         Raises:
             ValueError: a draft is waiting.
         """
-        self._refuse_draft()
+        self.refuse_draft()
         layers, mtp = (
             [
                 None if cache is None else cache.clone() if times == 1 else cache.repeat(times)
@@ -372,11 +372,16 @@ class Cache:
             )
         return copy
 
-    def _refuse_draft(self) -> None:
+    def refuse_draft(self) -> None:
+        """What cannot be done before `accept` calls this first.
+
+        Raises:
+            ValueError: a draft is waiting.
+        """
         if self.draft_length:
             raise ValueError(
-                f"a draft of {self.draft_length} tokens is waiting: call accept(counts) first "
-                "(accept(0) drops it)."
+                f"a draft of {self.draft_length} tokens is waiting in the cache: call "
+                "cache.accept(counts) first (accept(0) drops it)."
             )
 
     def save(self, path: str | Path) -> None:
@@ -388,7 +393,7 @@ class Cache:
         Raises:
             ValueError: a draft is waiting, or a path that is not UTF-8.
         """
-        self._refuse_draft()
+        self.refuse_draft()
         if self.broken_by:
             raise ValueError(
                 f"this cache cannot be saved: a call ended in the middle ({self.broken_by}), and "

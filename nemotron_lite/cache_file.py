@@ -39,7 +39,7 @@ from torch import Tensor
 from nemotron_lite.files import NOT_UTF8, atomic_file, check_utf8, is_utf8
 from nemotron_lite.input_files import FileError, check_regular, parse_json
 from nemotron_lite.layers import MIXERS, LayerCache
-from nemotron_lite.layers.mixer import WIDE_DTYPE, SavedSizes
+from nemotron_lite.layers.mixer import WIDE_DTYPE, SavedLayer, SavedSizes
 
 FORMAT = "nemotron_lite.cache.v6"
 TOKENS, HIDDEN = "transcript.tokens", "transcript.hidden"
@@ -219,7 +219,8 @@ def _check_tensors(
         stored = {
             part: (shapes[f"{name}.{part}"], dtypes[f"{name}.{part}"]) for part in cls.TENSORS
         }
-        found = cls.check_saved(stored, extras.get(name), len(rows), max(*rows, 1), index)
+        layer = SavedLayer(stored, extras.get(name), len(rows), max(*rows, 1), index)
+        found = cls.check_saved(layer)
         first = known.setdefault(cls, found)
         if found != first:
             raise ValueError(

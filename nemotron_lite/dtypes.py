@@ -28,6 +28,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in `wide_dtype(x)`, in one call: decoding makes hundreds."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts products on the device of `x`; None where it is off."""
     kind = _kind(x)

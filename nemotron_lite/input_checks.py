@@ -200,11 +200,7 @@ def check_cache(
             f"{rows} rows of tokens, but a cache of {cache.batch}: make one with "
             f"model.empty_cache({rows})."
         )
-    if cache.draft_length:
-        raise ValueError(
-            f"a draft of {cache.draft_length} tokens is waiting in the cache: call "
-            "cache.accept(counts) first (accept(0) drops it)."
-        )
+    cache.refuse_draft()
     known = cache.checked_for
     if known is None or known[0] is not config or known[1] != dtype:
         check_fits(config, dtype, cache)

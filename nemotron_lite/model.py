@@ -18,8 +18,6 @@ embeddings and logit caps, which the family does not use.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeVar, cast
 
@@ -28,9 +26,11 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from nemotron_lite.arguments import integer
+from nemotron_lite.backbone import Backbone
 from nemotron_lite.backends.private_torch import pass_to_export
 from nemotron_lite.cache import MODEL_DTYPES, Cache, as_device
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.dtypes import widened
 from nemotron_lite.input_checks import (
     check_call,
     check_draft,
@@ -39,19 +39,12 @@ from nemotron_lite.input_checks import (
     to_int64,
 )
 from nemotron_lite.input_files import parse_json
-from nemotron_lite.layers import (
-    MTP,
-    Block,
-    ForwardContext,
-    LayerCache,
-    Linear,
-    RMSNorm,
-    Router,
-    RouterStats,
-    run_layers,
-)
+from nemotron_lite.layers import MTP, ForwardContext, Linear, Router, RouterStats
+from nemotron_lite.outputs import Hidden, Output, last_tokens, refuse_backward
 
 M = TypeVar("M", bound="Nemotron")
+
+pass_to_export(Cache)  # `forward` says what to do instead
 
 # Prefill segments: tokens per row that one pass of a long input without gradients reads.
 SEGMENT = 2048
@@ -61,97 +54,6 @@ GPU_SEGMENT = 8192  # larger on a GPU: the rows are spread over 512 experts, and
 def segment(tokens: Tensor) -> int:
     """Length of a prefill segment on the device of `tokens`."""
     return GPU_SEGMENT if tokens.is_cuda else SEGMENT
-
-
-@dataclass
-class Hidden:
-    """The model's output before the head.
-
-    Attributes:
-        hidden: after the final norm, `b t d`.
-        mtp_hidden: entry k-1 is depth k, `b t-k d`; its row i predicts token i+k+1.
-        router: statistics of every mixture of experts, backbone first; empty unless `router_stats`.
-    """
-
-    hidden: Float[Tensor, "b t d"]
-    mtp_hidden: list[Tensor] = field(default_factory=list)
-    router: list[RouterStats] = field(default_factory=list)
-
-
-@dataclass
-class Output(Hidden):
-    """`Hidden` with the head applied.
-
-    Attributes:
-        logits: float32 (float64 for a float64 model), `b t v`, or `b n v` with `logits_to_keep=n`.
-        mtp_logits: entry k-1 is depth k, `b t-k v`; its row i predicts token i+k+1.
-    """
-
-    logits: Tensor = field(kw_only=True)
-    mtp_logits: list[Tensor] = field(default_factory=list)
-
-
-for _result in (Hidden, Output):  # so that torch.export can return them
-    torch.export.register_dataclass(_result)
-pass_to_export(Cache)  # `forward` says what to do instead
-
-
-class Backbone(nn.Module):
-    """Everything between token ids and the head."""
-
-    def __init__(self, config: NemotronConfig) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, kind, f"backbone.layers.{i}") for i, kind in enumerate(config.pattern)
-        )
-        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def init_weights(
-        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
-    ) -> None:
-        """Fresh weights (see `layers.Mixer.init_weights`)."""
-        nn.init.normal_(self.embeddings.weight, std=std, generator=generator)
-        for layer in self.layers:
-            cast(Block, layer).init_weights(std, residual_divisor, generator)
-        self.norm_f.init_weights()
-
-    def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """Look tokens up.
-
-        Raises:
-            ValueError: a token outside the vocabulary, or on another device than the weights.
-        """
-        try:
-            embedded = self.embeddings(tokens)
-        except IndexError as error:
-            raise ValueError(
-                f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary "
-                f"has {self.embeddings.num_embeddings} entries. Is this the model's tokenizer?"
-            ) from error
-        except RuntimeError as error:
-            if tokens.device != self.embeddings.weight.device:
-                raise self._other_device(tokens) from error
-            raise
-        if (embedded.is_meta or tokens.is_meta) and type(embedded) is Tensor:
-            raise self._other_device(tokens)  # PyTorch would go on with any numbers
-        return embedded
-
-    def _other_device(self, tokens: Tensor) -> ValueError:
-        return ValueError(
-            f"tokens are on {tokens.device} and weights on {self.embeddings.weight.device}: move "
-            "one of them with .to(device). On meta there are no numbers to compute with: `load` or "
-            "Nemotron(config, device='cpu') makes some."
-        )
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "b t"],
-        cache: Sequence[LayerCache | None] | None,
-        context: ForwardContext,
-    ) -> Float[Tensor, "b t d"]:
-        """The residual stream after the final norm."""
-        return self.norm_f(run_layers(self.layers, self.embed(tokens), cache, context))
 
 
 class Nemotron(nn.Module):
@@ -410,9 +312,9 @@ class Nemotron(nn.Module):
         )
         if not apply_head:
             return found
-        logits = self.head(_last_tokens(found.hidden, lengths, logits_to_keep))
+        logits = self.head(last_tokens(found.hidden, lengths, logits_to_keep))
         if cache is not None and logits.requires_grad and not torch.compiler.is_compiling():
-            logits = _NoGradient.apply(logits)
+            logits = refuse_backward(logits)
         return Output(
             found.hidden,
             found.mtp_hidden,
@@ -547,33 +449,4 @@ class Nemotron(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows v"]:
         """Logits in float32 (float64 for a float64 model)."""
-        logits = self.lm_head(hidden)
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
-
-class _NoGradient(torch.autograd.Function):
-    """Logits after a cache. Through the head alone a gradient would come out incomplete."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            "these logits were computed after a cache, and no gradients are recorded through a "
-            "cache: call the model on the whole text without a cache, model(tokens)."
-        )
-
-
-def _last_tokens(
-    hidden: Float[Tensor, "b t d"], lengths: Int[Tensor, "b"] | None, count: int
-) -> Float[Tensor, "b n d"]:
-    """The last `count` real tokens of each row (see `logits_to_keep`); all t tokens for 0."""
-    if not count:
-        return hidden
-    if lengths is None:
-        return hidden[:, -count:]
-    ends = lengths.to(hidden.device)[:, None]
-    places = (ends - count + torch.arange(count, device=hidden.device)).clamp(min=0)
-    return hidden[torch.arange(len(places), device=hidden.device)[:, None], places]
+        return widened(self.lm_head(hidden))

@@ -7,9 +7,14 @@
     declaration         what a config file says about them, compared with what is stored
     modelopt_config     such files of ModelOpt
     compressed_tensors  such files of llm-compressor, and of plain FP8
+    contents            all of this for one folder
     validation          finds all problems of a folder before weights are read
     companions          the small files that belong to the model
+    tokenizer           tokenizer.json, and whether it fits the model
     loading             load: one tensor at a time, into a model that had no memory until then
+    weight_dtypes       which dtype each weight gets
+    weight_reading      the values of the tensors, cast or decoded
+    packed_loading      layers that keep them quantized
     saving              save: the hub's layout, in shards
     storage             how many bytes the weights take in which format
     errors              CheckpointError, which says everything that is wrong in a short message

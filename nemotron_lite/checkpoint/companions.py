@@ -14,7 +14,7 @@ there. So a file in the folder stays, with three exceptions:
   fields stay.
 
 Left out: what describes the folder (README, LICENSE), what is code, and what `save` makes itself
-(config.json, the declaration of formats) and tokenizer.json (`tokenizer_file.py`).
+(config.json, the declaration of formats) and tokenizer.json (`tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nemotron_lite.checkpoint.tokenizer_file import TOKENIZER, read_tokenizer
+from nemotron_lite.checkpoint.tokenizer import same_tokens, tokenizer_in
 from nemotron_lite.hf_config import to_hf
 from nemotron_lite.input_files import FileError, read_bytes, read_json
 from nemotron_lite.model import Nemotron
@@ -92,7 +92,7 @@ def read_companions(folder: Path) -> CompanionFiles:
         except FileNotFoundError:  # a dangling link, or removed since it was listed
             continue
         except FileError as error:
-            warnings.warn(f"{error}. The model is loaded without this file.", stacklevel=4)
+            warnings.warn(f"{error}. The model is loaded without this file.", stacklevel=5)
     return CompanionFiles(found)
 
 
@@ -110,10 +110,10 @@ def files_to_write(
         TypeError, ValueError: an entry of `companion_files` is no file inside a folder.
     """
     own = _checked(model.companion_files)
-    old = _read_tokenizer(folder)
-    if tokenizer is not None and not _same(tokenizer, model.tokenizer):
+    old = tokenizer_in(folder)
+    if tokenizer is not None and not same_tokens(tokenizer, model.tokenizer):
         own = {name: content for name, content in own.items() if name not in OF_TOKENIZER}
-    replaced = old is not None and tokenizer is not None and not _same(old, tokenizer)
+    replaced = old is not None and tokenizer is not None and not same_tokens(old, tokenizer)
     written: dict[str, bytes | None] = {}
     if replaced:
         written |= {name: None for name in OF_TOKENIZER if (folder / name).exists()}
@@ -156,21 +156,6 @@ def _checked(files: Any) -> dict[str, bytes]:
 def _as_loaded(model: Nemotron) -> Mapping[str, bytes]:
     """The companion files before anybody changed them; a dict of your own was never loaded."""
     return getattr(model.companion_files, "as_loaded", {})
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer that is in a folder; None if there is none or it is damaged."""
-    try:
-        return read_tokenizer(read_bytes(folder / TOKENIZER))
-    except (FileError, OSError):
-        return None
-
-
-def _same(one: Tokenizer | None, other: Tokenizer | None) -> bool:
-    """Whether two tokenizers have the same tokens under the same ids."""
-    if one is None or other is None or one is other:
-        return one is other
-    return bool(one.get_vocab(True) == other.get_vocab(True))
 
 
 def _tokenizer_config(model: Nemotron) -> bytes:

@@ -26,9 +26,9 @@ class CheckpointError(ValueError):
 
     def __init__(self, folder: Path, problems: Iterable[str]) -> None:
         self.folder = folder
-        self.problems = [shown(problem, LONGEST_PROBLEM, keep="\n") for problem in problems]
+        self.problems = [printable(problem, LONGEST_PROBLEM, keep="\n") for problem in problems]
         count = len(self.problems)
-        lines = [f"{shown(str(folder), 300)}: {count} problem{'s' if count > 1 else ''}"]
+        lines = [f"{printable(str(folder), 300)}: {count} problem{'s' if count > 1 else ''}"]
         length = len(lines[0])
         for number, problem in enumerate(self.problems):
             line = problem.replace("\n", "\n    ")
@@ -43,7 +43,7 @@ class CheckpointError(ValueError):
         return type(self), (self.folder, self.problems)
 
 
-def shown(text: str, limit: int = LONGEST_NAME, keep: str = "") -> str:
+def printable(text: str, limit: int = LONGEST_NAME, keep: str = "") -> str:
     """A text as it can be printed: at most `limit` characters, the middle left out.
 
     Characters that a terminal would act on, or that cannot be encoded, are escaped.
@@ -64,7 +64,7 @@ def shown(text: str, limit: int = LONGEST_NAME, keep: str = "") -> str:
 def shorten(names: Iterable[str], limit: int = 8) -> str:
     """The first few names of a list that may have thousands."""
     names = list(names)
-    some = ", ".join(shown(name) for name in names[:limit])
+    some = ", ".join(printable(name) for name in names[:limit])
     return some if len(names) <= limit else f"{some} and {len(names) - limit:,} more"
 
 

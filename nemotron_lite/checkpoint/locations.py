@@ -24,7 +24,7 @@ import os
 import re
 from pathlib import Path
 
-from nemotron_lite.checkpoint.errors import CheckpointError, shorten, shown
+from nemotron_lite.checkpoint.errors import CheckpointError, printable, shorten
 from nemotron_lite.input_files import FileError, read_text
 
 _HUB_ID = re.compile(r"([\w.-]+)/([\w.-]+)(?:@([\w./-]+))?", re.ASCII)
@@ -52,7 +52,7 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # too long, no permission, a zero byte
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(path, [f"it cannot be opened ({shown(str(error))})"]) from error
+        raise CheckpointError(path, [f"it cannot be opened ({printable(str(error))})"]) from error
     return folder
 
 
@@ -106,9 +106,9 @@ def _snapshot(cached: Path, revision: str | None) -> Path:
     raise CheckpointError(
         cached,
         [
-            f"the cache of the hub has no revision {shown(wanted)!r} of {name}; it has the commits "
-            f"{shorten(there) or '(none)'}. Give one of them, {name}@COMMIT, or download it: "
-            f"`hf download {name} --revision {shown(wanted)}`"
+            f"the cache of the hub has no revision {printable(wanted)!r} of {name}; it has the "
+            f"commits {shorten(there) or '(none)'}. Give one of them, {name}@COMMIT, or download "
+            f"it: `hf download {name} --revision {printable(wanted)}`"
         ],
     )
 

@@ -20,7 +20,7 @@ memory, in ModelOpt's layout and with hf_quant_config.json.
 What is written is what `load` can open: a model in a wrapper is taken out of it, and one with
 adapters or other foreign modules is refused before anything is written (`model_tree.py`). The small
 files that belong to the model are written too (`companions.py`), and a tokenizer.json that a user
-has put into the folder is not lost (`tokenizer_file.py`).
+has put into the folder is not lost (`old_tokenizer.py`).
 
 Saving is atomic (see `nemotron_lite/files.py`): at every moment `path` holds the old checkpoint or
 the new one. Where the disk makes that impossible, there is a moment in which it holds no
@@ -48,11 +48,12 @@ from nemotron_lite.arguments import integer
 from nemotron_lite.checkpoint import modelopt_config
 from nemotron_lite.checkpoint.companions import files_to_write
 from nemotron_lite.checkpoint.errors import CheckpointError, shorten
-from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.model_tree import ModelTree, read_tree
 from nemotron_lite.checkpoint.modelopt import CACHE_SCALES, FORM_OF
 from nemotron_lite.checkpoint.names import hub_names
-from nemotron_lite.checkpoint.tokenizer_file import RECORD, TOKENIZER, checksum, highest_id, judge
+from nemotron_lite.checkpoint.old_tokenizer import RECORD, checksum, judge
+from nemotron_lite.checkpoint.tokenizer import TOKENIZER, plain_tokenizer, vocabulary_problems
+from nemotron_lite.checkpoint.weight_dtypes import ALWAYS_FLOAT32
 from nemotron_lite.checkpoint.weight_files import INDEX, WEIGHTS
 from nemotron_lite.files import atomic_folder, check_utf8, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
@@ -128,8 +129,8 @@ def save(
     check_utf8(folder)
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
     tree = read_tree(model)
-    tokenizer = _plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
-    problems = tree.problems or _tokenizer_problems(tree.model, tokenizer)
+    tokenizer = plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
+    problems = tree.problems or vocabulary_problems(tokenizer, tree.model.config)
     if problems:
         raise CheckpointError(folder, problems)
     kind = type(tree.model)
@@ -167,31 +168,6 @@ def save(
             f"{shorten(not_finite)}. Do not go on with this model; take an earlier checkpoint.",
             stacklevel=2,
         )
-
-
-def _plain_tokenizer(tokenizer: Any) -> Tokenizer | None:
-    """The `tokenizers.Tokenizer` itself; transformers' fast tokenizers have one inside.
-
-    Raises:
-        TypeError: something else.
-    """
-    inside = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if inside is not None and not isinstance(inside, Tokenizer):
-        kind = type(tokenizer).__name__
-        raise TypeError(f"tokenizer is a {kind}: expected a tokenizers.Tokenizer or None.")
-    return inside
-
-
-def _tokenizer_problems(model: Nemotron, tokenizer: Tokenizer | None) -> list[str]:
-    if tokenizer is None:
-        return []
-    highest = highest_id(tokenizer)
-    if highest < model.config.vocab_size:
-        return []
-    return [
-        f"the tokenizer has ids up to {highest}, but the model's vocabulary has only "
-        f"{model.config.vocab_size} entries: give the tokenizer of this model"
-    ]
 
 
 def _is_replaced(others: Container[str], kept: Container[str]) -> Callable[[str], bool]:

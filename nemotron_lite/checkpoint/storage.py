@@ -16,18 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nemotron_lite.checkpoint import modelopt, modelopt_config, validation
+from nemotron_lite.checkpoint import modelopt, validation
+from nemotron_lite.checkpoint.contents import read_contents
 from nemotron_lite.checkpoint.errors import CheckpointError, count_and_names
 from nemotron_lite.checkpoint.locations import resolve
-from nemotron_lite.checkpoint.names import destination_of, split_multimodal
+from nemotron_lite.checkpoint.names import destination_of
 from nemotron_lite.checkpoint.weight_files import (
     StoredTensor,
     find_files,
-    read_headers,
-    read_object,
 )
 from nemotron_lite.config import ConfigError
-from nemotron_lite.hf_config import from_hf, other_parts
+from nemotron_lite.hf_config import from_hf
 from nemotron_lite.quantization.recipe import ModuleFormat, module_formats
 
 OTHER = "other"
@@ -65,15 +64,8 @@ def storage_summary(path: str | Path) -> list[StorageRow]:
         CheckpointError: missing or damaged files, or scales that do not belong to their weights.
     """
     folder = resolve(path)
-    hf, problems = read_object(folder / "config.json", infinity=True)
-    stored, header_problems = read_headers(folder)
-    if other_parts(hf):
-        names = set(split_multimodal(item.name for item in stored)[0])
-        stored = [item for item in stored if item.name in names]
-    declarations, declaration_problems = modelopt_config.read_declarations(folder, hf)
-    tile = next((d.tile for d in declarations if d.tile != modelopt.TILE), modelopt.TILE)
-    found = modelopt.group_quantized(stored, tile)
-    problems += header_problems + declaration_problems + found.problems
+    contents = read_contents(folder)
+    hf, found, problems = contents.hf, contents.found, [*contents.problems]
     places: dict[str, ModuleFormat] = {}
     try:
         config = from_hf(hf) if hf else None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from nemotron_lite.checkpoint.errors import count_and_names, shorten, shown
+from nemotron_lite.checkpoint.errors import count_and_names, printable, shorten
 from nemotron_lite.files import NOT_UTF8, is_utf8
 from nemotron_lite.input_files import FileError, parse_json, read_json
 
@@ -98,7 +98,7 @@ def find_files(folder: Path) -> WeightFiles:
     for name in inside:
         if name in present:
             if (fault := _not_a_file(folder / name)) is not None:
-                problems.append(f"{shown(name)} {fault}")
+                problems.append(f"{printable(name)} {fault}")
             else:
                 files.append(folder / name)
     return WeightFiles(files, weight_map, problems)
@@ -120,7 +120,7 @@ def _not_a_file(path: Path) -> str | None:
             kind = "a folder" if path.is_dir() else "a device or a named pipe"
             return f"is {kind}; expected a regular file"
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be encoded
-        return f"cannot be opened ({shown(str(error))})"
+        return f"cannot be opened ({printable(str(error))})"
     return None
 
 
@@ -153,7 +153,7 @@ def read_headers(folder: Path) -> tuple[list[StoredTensor], list[str]]:
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     stored.append(StoredTensor(file, name, shape, dtype))
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
-            unreadable.append(f"{shown(file.name)} {_why_unreadable(file, error)}")
+            unreadable.append(f"{printable(file.name)} {_why_unreadable(file, error)}")
     problems += unreadable[:8]
     if len(unreadable) > 8:
         problems.append(f"{len(unreadable) - 8:,} more files are not readable")
@@ -186,7 +186,9 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     expected = 8 + length + _bytes_of(header)
     if expected > size > 8 + length:
         return f"is truncated: it has {size:,} of {expected:,} bytes; {AGAIN}"
-    return f"is no readable safetensors file ({size:,} bytes; {shown(str(error), 200)}); {AGAIN}"
+    return (
+        f"is no readable safetensors file ({size:,} bytes; {printable(str(error), 200)}); {AGAIN}"
+    )
 
 
 def _bytes_of(header: bytes) -> int:
@@ -210,4 +212,4 @@ def read_object(file: Path, *, infinity: bool = False) -> tuple[dict[str, Any], 
     except FileNotFoundError:
         return {}, [f"{file.name} is missing; copy it from where the weights are from"]
     except FileError as error:
-        return {}, [f"{file.name} {shown(error.fault, 300)}; {AGAIN}"]
+        return {}, [f"{file.name} {printable(error.fault, 300)}; {AGAIN}"]

@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, Unpack
 from torch import nn
 
 from nemotron_lite.cache import Cache
-from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError, visible
+from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError, without_marks
 from nemotron_lite.generation.defaults import default_options, stop_tokens
 from nemotron_lite.generation.generate import generate, stream
 from nemotron_lite.generation.options import GenerationOptions, GenerationSettings
@@ -294,7 +294,7 @@ class Chat:
             stop_strings=tuple(options.stop_strings),
             skip_special_tokens=False,
         )
-        splitter = ThinkingSplitter(visible(rendered).rstrip("\n").endswith(OPEN))
+        splitter = ThinkingSplitter(without_marks(rendered).rstrip("\n").endswith(OPEN))
         tokens: list[int] = []
         first, reason = 0.0, "interrupted"
         try:

@@ -252,7 +252,7 @@ def _is_small(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1 << 64
 
 
-def visible(text: str) -> str:
+def without_marks(text: str) -> str:
     """A rendered text without the marks of `ChatTemplate.render`."""
     return text.replace(_SPLIT, "")
 

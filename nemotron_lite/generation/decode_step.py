@@ -119,11 +119,7 @@ class DecodeStep(nn.Module):
         Raises:
             ValueError: a draft is waiting, or SSM states in float16.
         """
-        if cache.draft_length:
-            raise ValueError(
-                f"a draft of {cache.draft_length} tokens is waiting in the cache: call "
-                "cache.accept(counts) first."
-            )
+        cache.refuse_draft()
         for layer in cache.layers:
             if isinstance(layer, MambaCache) and layer.rounding_seeds is not None:
                 raise ValueError(

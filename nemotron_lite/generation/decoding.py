@@ -1,8 +1,11 @@
-"""What plain and speculative decoding have in common: the rows, the cache, and the end of a run.
+"""A run of decoding, pass by pass: what plain and speculative decoding have in common.
 
-    rows       what each row has written, and whether it has ended (`WrittenRow`)
+    passes     the prompt, then one pass of the model after the other, until every row has ended
+    rows       what each row has written, and whether it has ended (written_row.py)
     cache      made for the run, or given by the caller to be continued
     checks     logits that are not finite end the run with an error that names the layer
+
+`PlainDecoding` below writes one token per row and pass; speculative/loop.py writes several.
 
 A cache that the caller gave is read and advanced in place. While a run goes on, the last token of a
 row is chosen but not read yet. So at the end it is read too, and rows that have ended read nothing
@@ -31,10 +34,10 @@ from nemotron_lite.finite import NotFiniteError, check_layers, logits_error
 from nemotron_lite.generation.adjustments import Adjustments
 from nemotron_lite.generation.options import GenerationOptions
 from nemotron_lite.generation.prefill import prefill
-from nemotron_lite.generation.results import StopReason
 from nemotron_lite.generation.sampling import Sampler
 from nemotron_lite.generation.statistics import Statistics
 from nemotron_lite.generation.text_rows import TextRow
+from nemotron_lite.generation.written_row import WrittenRow
 from nemotron_lite.input_checks import check_cache, check_transcript
 from nemotron_lite.layers import MambaCache
 from nemotron_lite.model import Nemotron
@@ -42,61 +45,8 @@ from nemotron_lite.model import Nemotron
 RESERVED = 4096  # new tokens per row that a cache has room for at once; it grows beyond them
 
 
-class WrittenRow:
-    """What one row has written, and why it ended.
-
-    Args:
-        stop: tokens that end it.
-        max_new_tokens: tokens after which it ends.
-        text: of the row, where pieces of text or stop strings are wanted.
-
-    Attributes:
-        tokens, pieces: ids, and the text that each of them completed.
-        logprobs, top_logprobs: as in `GenerationResult`, where they are recorded.
-        stop_reason, stop: as in `GenerationResult`.
-        unread: whether the last token is still to be read by the cache.
-    """
-
-    def __init__(
-        self, stop: frozenset[int], max_new_tokens: int, text: TextRow | None = None
-    ) -> None:
-        self._stop, self._most, self.text = stop, max_new_tokens, text
-        self.tokens: list[int] = []
-        self.pieces: list[str] = []
-        self.logprobs: list[float] = []
-        self.top_logprobs: list[list[tuple[int, float]]] = []
-        self.stop: int | str | None = None
-        self.stop_reason: StopReason = "unfinished" if max_new_tokens else "length"
-        self.unread = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether no further token will be written."""
-        return self.stop_reason != "unfinished"
-
-    def record(self, token: int, logprobs: Float[Tensor, "v"], most_likely: int) -> None:
-        """Keep the log-probability of a token, and of the most likely ones."""
-        best = logprobs.topk(min(most_likely, len(logprobs)))
-        self.logprobs.append(float(logprobs[token]))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        self.top_logprobs.append(list(pairs))
-
-    def add(self, token: int) -> None:
-        """Write a token; the row must not have ended."""
-        self.tokens.append(token)
-        self.unread = True
-        if self.text is not None:
-            self.pieces.append(self.text.add(token))
-        if token in self._stop:
-            self.stop_reason, self.stop = "stop_token", token
-        elif self.text is not None and self.text.stop_string is not None:
-            self.stop_reason, self.stop = "stop_string", self.text.stop_string
-        elif len(self.tokens) >= self._most:
-            self.stop_reason = "length"
-
-
 class Decoding:
-    """One run. Subclasses say how tokens come about.
+    """One run. Subclasses say what is done with the prompt, and in each pass after it.
 
     Args:
         model: to continue with.
@@ -131,6 +81,7 @@ class Decoding:
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.options, self.samples = options, samples
         self.statistics = Statistics()
+        self.chosen: Int[Tensor, "b"]  # the token of each row that the model reads next
         self.given = cache is not None
         self._before: list[list[int] | None] = [[] for _ in lengths]  # read by the given cache
         self._last_hidden: Float[Tensor, "b d"] | None = None  # of the last token that a row read
@@ -182,6 +133,39 @@ class Decoding:
         self._finish()
 
     def _steps(self) -> Iterator[list[int | None]]:
+        """The tokens of `passes`, one per row at a time: a row that is ahead waits for the others.
+
+        Rows that have ended are ahead of all.
+        """
+        given = 0
+        for _ in self.passes():
+            lengths = [len(row.tokens) for row in self.rows]
+            going = [n for n, row in zip(lengths, self.rows, strict=True) if not row.ended]
+            ready = min(going) if going else max(lengths)
+            for place in range(given, ready):
+                yield [row.tokens[place] if place < len(row.tokens) else None for row in self.rows]
+            given = ready
+
+    def passes(self) -> Iterator[None]:
+        """Write into `rows`: the prompt's first token, then one pass of the model at a time."""
+        if not self.given and not any(self.going):
+            return
+        started = time.perf_counter()
+        with self._pass():
+            self._begin()
+        self.statistics.seconds["prompt"] += time.perf_counter() - started
+        yield
+        while any(self.going):
+            with self._pass():
+                self._continue()
+            yield
+
+    def _begin(self) -> None:
+        """Read the prompts, and choose the first token of each row unless none is wanted."""
+        raise NotImplementedError
+
+    def _continue(self) -> None:
+        """One pass after the prompt: at least one token in each row that has not ended."""
         raise NotImplementedError
 
     @property
@@ -220,6 +204,38 @@ class Decoding:
             self.cache = self.cache.repeat(self.samples)
             logits = logits.repeat_interleave(self.samples, 0)
         return logits
+
+    def _read_chosen(
+        self, uniforms: Float[Tensor, "b n"] | None
+    ) -> tuple[Float[Tensor, "b 1 d"], Int[Tensor, "b"] | None]:
+        """Read the token chosen last in each row, and choose and write the next one.
+
+        Returns:
+            The hidden state of the token that was read, and `_real` of the pass.
+        """
+        real = self._real()
+        out = self.model(self.chosen.unsqueeze(1), self.cache, lengths=real, logits_to_keep=1)
+        self.chosen = self._choose(out.logits[:, 0], uniforms)
+        return out.hidden, real
+
+    def _choose(
+        self, logits: Float[Tensor, "b v"], uniforms: Float[Tensor, "b n"] | None
+    ) -> Int[Tensor, "b"]:
+        """Choose and write one token per row, by the last of its random numbers."""
+        total = logits.sum()
+        last = None if uniforms is None else uniforms[:, -1]
+        chosen = self.sampler.choose(self.adjust(logits, self.going), last)
+        tokens = chosen.tolist()
+        self._check(total.item(), logits.unsqueeze(1), [1] * len(tokens))
+        logprobs = self._logprobs(logits)
+        self._write(
+            [[token] for token in tokens], None if logprobs is None else logprobs.unsqueeze(1)
+        )
+        return chosen
+
+    def _uniforms(self, count: int) -> Float[Tensor, "b count"] | None:
+        """The next `count` random numbers of each row; None for greedy decoding."""
+        return self.sampler.uniforms(count, self.prompt.device)
 
     def _on_hidden(self, hidden: Float[Tensor, "b t d"], start: int) -> None:
         """Keep the hidden state of each row's last token, from one segment of the prompt."""
@@ -332,42 +348,17 @@ class Decoding:
 class PlainDecoding(Decoding):
     """One token per row and forward pass."""
 
-    def _steps(self) -> Iterator[list[int | None]]:
-        if not self.given and not any(self.going):
-            return
-        seconds = self.statistics.seconds
-        started = time.perf_counter()
-        with self._pass():
-            logits = self._read_prompt(self.options.prefill_segment, keep_hidden=self.given)
-            chosen = self._choose(logits) if any(self.going) else self.prompt[:, :0]
-        seconds["prompt"] += time.perf_counter() - started
-        step = 0
-        while step < self.options.max_new_tokens:
-            yield [row.tokens[step] if step < len(row.tokens) else None for row in self.rows]
-            step += 1
-            going = self.going
-            if not any(going):
-                return
-            started = time.perf_counter()
-            with self._pass():
-                out = self.model(
-                    chosen.unsqueeze(1), self.cache, lengths=self._real(), logits_to_keep=1
-                )
-                chosen = self._choose(out.logits[:, 0])
-            seconds["verify"] += time.perf_counter() - started
-            self.statistics.count([0] * sum(going), [0] * sum(going))
+    def _begin(self) -> None:
+        logits = self._read_prompt(self.options.prefill_segment, keep_hidden=self.given)
+        if any(self.going):
+            self.chosen = self._choose(logits, self._uniforms(1))
 
-    def _choose(self, logits: Float[Tensor, "b v"]) -> Int[Tensor, "b"]:
-        """Choose and write the next token of each row."""
-        total = logits.sum()
-        chosen = self.sampler(self.adjust(logits, self.going))
-        tokens = chosen.tolist()
-        self._check(total.item(), logits.unsqueeze(1), [1] * len(tokens))
-        logprobs = self._logprobs(logits)
-        self._write(
-            [[token] for token in tokens], None if logprobs is None else logprobs.unsqueeze(1)
-        )
-        return chosen
+    def _continue(self) -> None:
+        started = time.perf_counter()
+        rows = sum(self.going)
+        self._read_chosen(self._uniforms(1))
+        self.statistics.seconds["verify"] += time.perf_counter() - started
+        self.statistics.count([0] * rows, [0] * rows)
 
 
 def _check_given(

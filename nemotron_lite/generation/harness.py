@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from nemotron_lite.arguments import integer, shown
-from nemotron_lite.generation.chat_template import ChatTemplate, visible
+from nemotron_lite.generation.chat_template import ChatTemplate, without_marks
 from nemotron_lite.generation.defaults import stop_tokens
 from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import GenerationOptions
@@ -169,7 +169,7 @@ class HarnessModel:
     ) -> str:
         """The text of a conversation, by the model's chat template."""
         template = ChatTemplate.of(self.model)
-        return visible(template.render(messages, add_generation_prompt=add_generation_prompt))
+        return without_marks(template.render(messages, add_generation_prompt=add_generation_prompt))
 
 
 def _batch_size(value: int | str) -> int:

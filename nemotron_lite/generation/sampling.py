@@ -149,8 +149,3 @@ class Sampler:
         if uniforms is None:
             return logits.argmax(-1)
         return draw(probabilities(logits, self.options), uniforms)
-
-    def __call__(self, logits: Float[Tensor, "b v"]) -> Int[Tensor, "b"]:
-        """One token per row, with the next random number of each row's stream."""
-        drawn = self.uniforms(1, logits.device)
-        return self.choose(logits, None if drawn is None else drawn[:, 0])

@@ -27,6 +27,7 @@ from nemotron_lite.layers.mixer import (
     LedgerLine,
     Matrix,
     Mixer,
+    SavedLayer,
     SavedSizes,
     ordinary_tensors,
 )
@@ -101,22 +102,13 @@ class KVCache(LayerCache):
         return {name: getattr(self, name)[:, :, :tokens].contiguous() for name in self.TENSORS}
 
     @classmethod
-    def check_saved(
-        cls,
-        stored: Mapping[str, tuple[tuple[int, ...], str]],
-        extra: Mapping[str, Any] | None,
-        rows: int,
-        tokens: int,
-        index: int,
-    ) -> SavedSizes:
+    def check_saved(cls, saved: SavedLayer) -> SavedSizes:
         """Keys and values of all tokens of the longest row, in one dtype."""
-        (shape, dtype), values = stored["k"], stored["v"]
-        wide = len(shape) == 4 and all(shape) and (shape[0], shape[2]) == (rows, tokens)
-        if values != (shape, dtype) or not wide or dtype not in WIDE_DTYPE or extra is not None:
-            raise ValueError(
-                f"keys {shape} {dtype} and values {values[0]} {values[1]} of layer {index} are not "
-                f"those of {rows} rows and {tokens} tokens"
-            )
+        (shape, dtype), values = saved.stored["k"], saved.stored["v"]
+        fits = len(shape) == 4 and all(shape) and (shape[0], shape[2]) == (saved.rows, saved.tokens)
+        alike = values == (shape, dtype) and dtype in WIDE_DTYPE
+        if not fits or not alike or saved.extra is not None:
+            raise saved.misfit()
         return SavedSizes(dtype, (shape[1], shape[3]))
 
     @classmethod

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.dtypes import cast
+from nemotron_lite.dtypes import cast, widened
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.conv import CausalConv1d
 from nemotron_lite.layers.linear import Linear
@@ -46,6 +46,7 @@ from nemotron_lite.layers.mixer import (
     LedgerLine,
     Matrix,
     Mixer,
+    SavedLayer,
     SavedSizes,
     ordinary_tensors,
 )
@@ -173,24 +174,14 @@ class MambaCache(LayerCache):
         return {"rounding_seeds": asdict(self.rounding_seeds)}
 
     @classmethod
-    def check_saved(
-        cls,
-        stored: Mapping[str, tuple[tuple[int, ...], str]],
-        extra: Mapping[str, Any] | None,
-        rows: int,
-        tokens: int,
-        index: int,
-    ) -> SavedSizes:
+    def check_saved(cls, saved: SavedLayer) -> SavedSizes:
         """Inputs of the convolution, a state, and rounding seeds if the state is in float16."""
-        (conv, dtype), (ssm, state_dtype) = stored["conv"], stored["ssm"]
-        fits = len(conv) == 3 and len(ssm) == 4 and conv[0] == ssm[0] == rows
-        wanted = WIDE_DTYPE.get(dtype) if extra is None else "F16"
+        (conv, dtype), (ssm, state_dtype) = saved.stored["conv"], saved.stored["ssm"]
+        fits = len(conv) == 3 and len(ssm) == 4 and conv[0] == ssm[0] == saved.rows
+        wanted = WIDE_DTYPE.get(dtype) if saved.extra is None else "F16"
         if not fits or not all((conv[2], *ssm)) or dtype not in WIDE_DTYPE or state_dtype != wanted:
-            raise ValueError(
-                f"conv {conv} {dtype} and ssm {ssm} {state_dtype} of layer {index} are not those "
-                f"of {rows} rows"
-            )
-        seed = None if extra is None else _saved_seeds(extra, index).seed
+            raise saved.misfit()
+        seed = None if saved.extra is None else _saved_seeds(saved.extra, saved.layer).seed
         return SavedSizes(dtype, (*conv[1:], *ssm[1:]), (state_dtype, seed))
 
     @classmethod
@@ -379,7 +370,7 @@ class Mamba2(Mixer):
 
     def _rates(self) -> Float[Tensor, "h"]:
         """A: how fast each head forgets, negative."""
-        return -torch.exp(_wide(self.A_log))
+        return -torch.exp(widened(self.A_log))
 
     @classmethod
     @ordinary_tensors
@@ -447,8 +438,3 @@ class Mamba2(Mixer):
             Matrix("in_proj", "mamba.in_proj", d * config.mamba_in_proj_size),
             Matrix("out_proj", "mamba.out_proj", config.mamba_inner_size * d),
         ]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32, or float64 where x already is."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

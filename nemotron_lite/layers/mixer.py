@@ -91,6 +91,34 @@ class CacheOptions:
     device: torch.device
 
 
+class SavedLayer(NamedTuple):
+    """What a file holds for one layer.
+
+    Attributes:
+        stored: shape and dtype of each of `LayerCache.TENSORS`; a dtype as safetensors names it.
+        extra: what `LayerCache.saved_extra` gave.
+        rows: of the batch.
+        tokens: of the longest row, at least 1.
+        layer: its index in the model.
+    """
+
+    stored: Mapping[str, tuple[tuple[int, ...], str]]
+    extra: Mapping[str, Any] | None
+    rows: int
+    tokens: int
+    layer: int
+
+    def misfit(self) -> ValueError:
+        """The error for tensors that do not fit each other or the batch."""
+        held = " and ".join(
+            f"{name} {shape} {dtype}" for name, (shape, dtype) in self.stored.items()
+        )
+        return ValueError(
+            f"{held} of layer {self.layer} are not those of {self.rows} rows and {self.tokens} "
+            "tokens"
+        )
+
+
 class SavedSizes(NamedTuple):
     """What the tensors of one saved layer say about the model; all layers of a kind agree."""
 
@@ -187,22 +215,8 @@ class LayerCache(ABC):
 
     @classmethod
     @abstractmethod
-    def check_saved(
-        cls,
-        stored: Mapping[str, tuple[tuple[int, ...], str]],
-        extra: Mapping[str, Any] | None,
-        rows: int,
-        tokens: int,
-        index: int,
-    ) -> SavedSizes:
+    def check_saved(cls, saved: SavedLayer) -> SavedSizes:
         """Compare what a file holds for one layer with each other, before it is read.
-
-        Args:
-            stored: shape and dtype of each of `TENSORS`; a dtype as safetensors names it.
-            extra: what `saved_extra` gave.
-            rows: of the batch.
-            tokens: of the longest row, at least 1.
-            index: of the layer in the model.
 
         Raises:
             ValueError: what does not fit.

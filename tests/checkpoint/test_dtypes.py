@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_lite import Nemotron, generate, load, save
-from nemotron_lite.checkpoint.loading import ALWAYS_FLOAT32, KEPT_FLOAT32
+from nemotron_lite.checkpoint.weight_dtypes import ALWAYS_FLOAT32, KEPT_FLOAT32
 from tests.checkpoint.modelopt_folder import edit, edit_config, message
 
 TOKENS = torch.arange(24)[None] % 128

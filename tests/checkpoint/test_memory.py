@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_lite.checkpoint.loading import REOPEN_AFTER
+from nemotron_lite.checkpoint.weight_reading import REOPEN_AFTER
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),

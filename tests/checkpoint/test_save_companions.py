@@ -201,11 +201,11 @@ def test_a_fast_tokenizer_of_transformers_is_one(tmp_path: Path, make: Make) -> 
     class Fast:
         backend_tokenizer = tokenizer(128)
 
-    from nemotron_lite.checkpoint.saving import _plain_tokenizer
+    from nemotron_lite.checkpoint.tokenizer import plain_tokenizer
 
-    assert isinstance(_plain_tokenizer(Fast()), Tokenizer)
+    assert isinstance(plain_tokenizer(Fast()), Tokenizer)
     with pytest.raises(TypeError, match=r"tokenizer is a str: expected a tokenizers\.Tokenizer"):
-        _plain_tokenizer("gpt2")
+        plain_tokenizer("gpt2")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from nemotron_lite import Nemotron, load, save
-from nemotron_lite.checkpoint.tokenizer_file import judge
+from nemotron_lite.checkpoint.old_tokenizer import judge
 from tests.checkpoint.test_round_trip import tokenizer
 from tests.checkpoint.tiny import TINY
 

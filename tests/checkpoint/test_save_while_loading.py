@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemotron_lite import CheckpointError, Nemotron, folder_replacement, load, save
-from nemotron_lite.checkpoint import loading
+from nemotron_lite.checkpoint import contents, loading, weight_reading
 from tests.checkpoint.tiny import TINY
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -44,16 +44,16 @@ def test_a_save_in_the_middle_of_a_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     """At each moment in which the load goes on to the next files."""
-    monkeypatch.setattr(loading, "REOPEN_AFTER", 20_000)
+    monkeypatch.setattr(weight_reading, "REOPEN_AFTER", 20_000)
     save(constant(1), tmp_path / "m", max_shard_bytes=40_000)
-    real, calls = loading._read, iter(range(1000))
+    real, calls = weight_reading._read, iter(range(1000))
 
     def read(*arguments: Any) -> Any:
         if next(calls) == moment:
             save(constant(2), tmp_path / "m", max_shard_bytes=40_000)
         return real(*arguments)
 
-    monkeypatch.setattr(loading, "_read", read)
+    monkeypatch.setattr(weight_reading, "_read", read)
     assert values(load(tmp_path / "m")) == {2.0}
 
 
@@ -62,7 +62,7 @@ def test_an_error_in_between_is_no_error_of_the_new_folder(
 ) -> None:
     save(constant(1), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"damaged")
-    real, calls = loading.read_headers, iter(range(1000))
+    real, calls = contents.read_headers, iter(range(1000))
 
     def headers(folder: Path) -> Any:
         found = real(folder)
@@ -70,7 +70,7 @@ def test_an_error_in_between_is_no_error_of_the_new_folder(
             save(constant(2), tmp_path / "m")
         return found
 
-    monkeypatch.setattr(loading, "read_headers", headers)
+    monkeypatch.setattr(contents, "read_headers", headers)
     assert values(load(tmp_path / "m")) == {2.0}
 
 

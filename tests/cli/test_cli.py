@@ -6,39 +6,19 @@ import json
 import re
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import nemotron_lite
-from nemotron_lite import cli, data
+from nemotron_lite import cli
 from nemotron_lite.cli import app, common, tables
-from nemotron_lite.config import NemotronConfig
+from tests.cli.commands import TINY, call, copy_into, python_files
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = NemotronConfig(
-    pattern="ME*E", vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, chunk_size=32,
-    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, moe_latent_size=16,
-    moe_shared_expert_intermediate_size=32, mtp_pattern="*E", mtp_depths=1,
-    bos_token_id=0, eos_token_id=0,
-)  # fmt: skip
-
-
-def call(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for console in (cli.out, cli.err):
-        monkeypatch.setattr(console, "_width", 150)
 
 
 @pytest.fixture
@@ -50,16 +30,9 @@ def sizes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of Python files, with an own cache folder and few held-out bytes."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
-        (folder / source.name).write_bytes(source.read_bytes())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    prepare = data.prepare
-    monkeypatch.setattr(data, "prepare", lambda **kw: prepare(held_out_bytes=2_000, **kw))
-    return folder
+def text(tmp_path: Path, own_cache: None) -> Path:
+    """A folder of Python files."""
+    return copy_into(tmp_path / "text", python_files())
 
 
 def test_info_shows_the_published_totals():

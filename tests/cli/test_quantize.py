@@ -6,45 +6,28 @@ import json
 import os
 import re
 import shutil
-import sysconfig
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import nemotron_lite
-from nemotron_lite import cli, data
+from nemotron_lite import data
 from nemotron_lite.checkpoint import CheckpointError, storage_summary, weight_bytes
-from nemotron_lite.cli import app
 from nemotron_lite.cli.outputs import save_model
 from nemotron_lite.cli.quantize import check_options
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.tiny import randomize
-from tests.cli.test_cli import TINY
+from tests.cli.commands import TINY, call, copy_into, python_files
 
 EXPERTS = "backbone.layers.1.mixer.experts"
 
 
-def run_command(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for console in (cli.out, cli.err):
-        monkeypatch.setattr(console, "_width", 150)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for source in sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py")):
-        (folder / source.name).write_bytes(source.read_bytes())
-    return folder
+    return copy_into(tmp_path_factory.mktemp("text"), python_files())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +43,7 @@ def trained(text: Path) -> Path:
 
 
 def quantize(trained: Path, text: Path, out: Path, *more: object, code: int = 0) -> Result:
-    return run_command(
+    return call(
         "quantize",
         "--model",
         trained,
@@ -102,7 +85,7 @@ def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     assert isinstance(model.get_submodule(f"{EXPERTS}.up_proj"), PackedWeight)
     assert "backbone.layers.2.mixer.k_proj.k_scale" in model.state_dict()
     assert model.tokenizer is not None
-    shown = run_command("info", out).stdout
+    shown = call("info", out).stdout
     assert re.search(r"│ NVFP4 +│ routed experts ", shown)
     assert re.search(r"│ BF16 +│ embedding ", shown)
 
@@ -123,16 +106,14 @@ def test_packed_weights_generate_the_same_text(trained: Path, text: Path, tmp_pa
     quantize(trained, text, out, "--format", "fp8", "--held-out", 0)
     options = ("generate", "--model", out, "--prompt", "def f", "--max-new-tokens", 8,
                "--temperature", 0, "--dtype", "float32")  # fmt: skip
-    plain = run_command(*options).stdout
-    assert run_command(*options, "--packed").stdout == plain
-    half = run_command(*options, "--packed", "--ssm-dtype", "float16")
+    plain = call(*options).stdout
+    assert call(*options, "--packed").stdout == plain
+    half = call(*options, "--packed", "--ssm-dtype", "float16")
     assert half.stdout.startswith("def f")
-    assert run_command(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
+    assert call(*options, "--packed", "--ssm-dtype", "float16").stdout == half.stdout
     plain_folder = ("generate", "--model", trained, "--prompt", "x", "--packed")
-    assert "is quantized. Omit this option" in run_command(*plain_folder, code=1).stderr
-    assert (
-        "--ssm-dtype int8: expected" in run_command(*options, "--ssm-dtype", "int8", code=1).stderr
-    )
+    assert "is quantized. Omit this option" in call(*plain_folder, code=1).stderr
+    assert "--ssm-dtype int8: expected" in call(*options, "--ssm-dtype", "int8", code=1).stderr
 
 
 def test_wrong_options_are_refused_before_any_work(

@@ -5,54 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
 import nemotron_lite
-from nemotron_lite import checkpoint, cli, data
-from nemotron_lite.cli import app
-from nemotron_lite.config import NemotronConfig
+from nemotron_lite import checkpoint, data
+from tests.cli import commands
+from tests.cli.commands import call, copy_into, python_files
 
-TINY = NemotronConfig(
-    pattern="ME", vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16, chunk_size=32,
-    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, moe_latent_size=16,
-    moe_shared_expert_intermediate_size=32, mtp_pattern="", mtp_depths=0,
-    bos_token_id=0, eos_token_id=0,
-)  # fmt: skip
-
-
-def call(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == code, result.output + result.stderr
-    return result
-
-
-@pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for console in (cli.out, cli.err):
-        monkeypatch.setattr(console, "_width", 150)
+# No MTP module and no attention: these tests train often.
+TINY = commands.TINY.replace(pattern="ME", mtp_pattern="", mtp_depths=0)
 
 
 @pytest.fixture
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def texts(tmp_path: Path, own_cache: None) -> tuple[Path, Path]:
     """A folder of Python files, and a file of JSON Lines with other text."""
-    folder, file = tmp_path / "text", tmp_path / "other.jsonl"
-    folder.mkdir()
-    sources = sorted(Path(sysconfig.get_path("stdlib"), "asyncio").glob("*.py"))
-    for source in sources[:8]:
-        (folder / source.name).write_bytes(source.read_bytes())
+    file, sources = tmp_path / "other.jsonl", python_files()
     lines = [json.dumps({"body": s.read_text(), "text": 5}) for s in sources[8:24]]
     file.write_text("\n".join([*lines, '{"body": "cut off']) + "\n")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    prepare = data.prepare
-    monkeypatch.setattr(data, "prepare", lambda **kw: prepare(held_out_bytes=2_000, **kw))
-    return folder, file
+    return copy_into(tmp_path / "text", sources[:8]), file
 
 
 @pytest.fixture

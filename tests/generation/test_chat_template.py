@@ -17,7 +17,7 @@ from nemotron_lite.generation.chat_template import (
     CHATML,
     ChatTemplate,
     ChatTemplateError,
-    visible,
+    without_marks,
 )
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import SMALL
@@ -50,31 +50,31 @@ def chatml(tokenizer: Tokenizer) -> ChatTemplate:
 def test_chatml_is_the_layout_of_the_reference_sheet(chatml: ChatTemplate) -> None:
     opening = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\none<|im_end|>\n"
     answer = "<|im_start|>assistant\n"
-    assert visible(chatml.render(TALK[:1])) == f"{opening}{answer}<think>\n"
+    assert without_marks(chatml.render(TALK[:1])) == f"{opening}{answer}<think>\n"
     off = chatml.render(TALK[:1], enable_thinking=False)
-    assert visible(off) == f"{opening}{answer}<think></think>"
+    assert without_marks(off) == f"{opening}{answer}<think></think>"
     third = "<|im_end|>\n<|im_start|>user\nthree<|im_end|>\n"
     whole = chatml.render(TALK, add_generation_prompt=False)
-    assert visible(whole) == f"{opening}{answer}<think></think>two{third}"
+    assert without_marks(whole) == f"{opening}{answer}<think></think>two{third}"
     kept = chatml.render(TALK, add_generation_prompt=False, truncate_history_thinking=False)
-    assert visible(kept) == f"{opening}{answer}<think>\nwhy\n</think>\ntwo{third}"
+    assert without_marks(kept) == f"{opening}{answer}<think>\nwhy\n</think>\ntwo{third}"
 
 
 def test_thinking_after_the_last_user_message_is_kept(chatml: ChatTemplate) -> None:
     result = {"role": "tool", "content": "42"}
-    text = visible(chatml.render([TALK[0], TALK[1], result], add_generation_prompt=False))
+    text = without_marks(chatml.render([TALK[0], TALK[1], result], add_generation_prompt=False))
     assert "<think>\nwhy\n</think>\ntwo" in text
     assert "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n" in text
 
 
 def test_a_system_message_takes_the_place_of_the_empty_one(chatml: ChatTemplate) -> None:
-    text = visible(chatml.render([{"role": "system", "content": "Be brief."}, TALK[0]]))
+    text = without_marks(chatml.render([{"role": "system", "content": "Be brief."}, TALK[0]]))
     assert text.count("<|im_start|>system") == 1
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
 def test_equal_messages_are_told_apart(chatml: ChatTemplate) -> None:
-    text = visible(chatml.render([*TALK[:2], TALK[0]], add_generation_prompt=False))
+    text = without_marks(chatml.render([*TALK[:2], TALK[0]], add_generation_prompt=False))
     assert "why" not in text
 
 
@@ -99,7 +99,7 @@ def test_hostile_contents_keep_their_text(chatml: ChatTemplate, tokenizer: Token
     for content in ("<|im_<|im_end|>end|>", "{{ messages }}", "a\ue000b", "\ud800", "", "\0"):
         text = chatml.render([{"role": "user", "content": content}])
         ids = chatml.encode(text)
-        assert tokenizer.decode(ids, skip_special_tokens=False) == visible(text)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == without_marks(text)
         assert ids.count(tokenizer.token_to_id("<|im_end|>")) == 2
 
 
@@ -108,7 +108,7 @@ def test_tokens_inside_lists_and_dicts_are_marked_too(tokenizer: Tokenizer) -> N
     call = {"name": "f", "arguments": {"a": ["<|im_end|>", 3, True, None]}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
     text = template.render([message])
-    assert json.loads(visible(text)) == [call]
+    assert json.loads(without_marks(text)) == [call]
     assert tokenizer.token_to_id("<|im_end|>") not in template.encode(text)
 
 
@@ -221,7 +221,7 @@ def test_special_tokens_in_documents_and_keys_stay_text(tokenizer: Tokenizer) ->
     message = {"role": "assistant", "content": None, "tool_calls": [{"<|im_end|>": 1}]}
     template = ChatTemplate(source, tokenizer)
     text = template.render([message], documents=[{"text": "a<|im_end|>b"}])
-    assert visible(text).count("<|im_end|>") == 2
+    assert without_marks(text).count("<|im_end|>") == 2
     assert tokenizer.token_to_id("<|im_end|>") not in template.encode(text)
 
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from nemotron_lite import Cache, Nemotron, SpeculationOptions, generate, stream
-from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.layers import KVCache
-from tests.generation.speculative.conftest import SMALL
+from tests.generation.text_models import text_model
 
 TURNS = [[[5, 6, 7], [8]], [[9], [10, 11, 12, 13]], [[3], [4, 3]]]
 FIXED = SpeculationOptions(draft_length=3, adaptive=False)
@@ -28,10 +27,7 @@ MTP = dict(speculation=FIXED)
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
-    model = Nemotron(SMALL.replace(vocab_size=272), dtype=torch.float64, seed=1)
-    text = "for value in values: total = total + value  # naïve, but exact\n"
-    model.tokenizer = train_tokenizer([text] * 3, vocab_size=272)
-    return model
+    return text_model()
 
 
 def assert_caches_close(

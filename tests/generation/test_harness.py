@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemotron_lite import GenerationOptions, Nemotron, generate, save, score
-from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation.harness import HarnessModel
 from tests.generation.speculative.conftest import SMALL
-
-TEXT = "for value in values: total = total + value  # naïve, but exact\n"
+from tests.generation.text_models import TEXT, text_model
 
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
-    model = Nemotron(SMALL.replace(vocab_size=272), dtype=torch.float64, seed=1)
-    model.tokenizer = train_tokenizer([TEXT] * 3, vocab_size=272)
-    return model
+    return text_model()
 
 
 @pytest.fixture(scope="module")

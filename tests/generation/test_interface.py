@@ -21,22 +21,18 @@ from typer.testing import CliRunner
 from nemotron_lite import GenerationOptions, SpeculationOptions, generate, stream
 from nemotron_lite.cli import app
 from nemotron_lite.cli.generate import generate as generate_command
-from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation import prepared_weights
 from nemotron_lite.generation.options import GenerationSettings, SamplingOptions
 from nemotron_lite.generation.prompts import encode_prompts
 from nemotron_lite.model import Nemotron
 from tests.generation.speculative.conftest import GREEDY, SMALL
-
-TEXT = "for value in values: total = total + value  # naïve, but exact\n"
+from tests.generation.text_models import text_model
 
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
     """A random model that reads and writes text, some of it in characters of several bytes."""
-    model = Nemotron(SMALL.replace(vocab_size=272), seed=1)
-    model.tokenizer = train_tokenizer([TEXT] * 3, vocab_size=272)
-    return model
+    return text_model(dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

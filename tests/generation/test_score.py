@@ -10,18 +10,15 @@ import pytest
 import torch
 
 from nemotron_lite import Nemotron, Score, generate, load, score
-from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation import score as module
-from tests.generation.speculative.conftest import SMALL
+from tests.generation.text_models import text_model
 
 TEXT = "für value in values: total = total + value  # naïve, but exact\n"
 
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
-    model = Nemotron(SMALL.replace(vocab_size=276), dtype=torch.float64, seed=1)
-    model.tokenizer = train_tokenizer([TEXT] * 3, vocab_size=276)
-    return model
+    return text_model(TEXT, vocab_size=276)
 
 
 def by_hand(model: Nemotron, context: list[int], tokens: list[int]) -> list[float]:

@@ -6,12 +6,11 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
 from nemotron_lite import Nemotron, SpeculationOptions, generate, stream
-from nemotron_lite.data.tokenizer import train_tokenizer
 from nemotron_lite.generation.text_rows import StopStrings, TextRow, continuation
 from tests.generation.speculative.conftest import SMALL
+from tests.generation.text_models import text_model
 
 TEXT = "für value in values: total = total + value  # naïve → 数値, but exact\n"
 
@@ -54,9 +53,7 @@ def test_any_cut_into_pieces_gives_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Nemotron:
-    model = Nemotron(SMALL.replace(vocab_size=280), dtype=torch.float64, seed=1)
-    model.tokenizer = train_tokenizer([TEXT] * 3, vocab_size=280)
-    return model
+    return text_model(TEXT, vocab_size=280)
 
 
 def test_rows_of_tokens(model: Nemotron) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """\
 import torch
-from nemotron_lite import Cache, Nemotron, NemotronConfig, load, save
+from nemotron_lite import Cache, Nemotron, NemotronConfig, generate, load, save, stream
 from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.train import TrainConfig, train
 
@@ -38,19 +38,42 @@ def use(path: str, tokens: torch.Tensor, data: ConcatenatedDocuments) -> None:
     reveal_type(out)
     reveal_type(out.logits)
     reveal_type(model.forward_hidden(tokens).hidden)
+    reveal_type(generate(model, "a", 5, temperature=0, cache=cache))
+    reveal_type(generate(model, ["a"]))
+    reveal_type(generate(model, [1]))
+    reveal_type(generate(model, [[1], [2, 3]]))
+    reveal_type(generate(model, tokens))
+    reveal_type(generate(model, "a", num_samples=2))
+    reveal_type(generate(model, "a", return_details=True))
+    reveal_type(generate(model, [[1]], return_details=True))
+    reveal_type(generate(model, ["a"], return_statistics=True))
+    reveal_type(stream(model, "a", cache=cache))
+    reveal_type(stream(model, ["a"]))
+    reveal_type(next(stream(model, [1])))
+    reveal_type(next(stream(model, [[1]])))
     result = train(model, data, TrainConfig(steps=1))
     reveal_type(result)
     reveal_type(result.step)
     save(model, path)
     model(tokens, chache=cache)
     load(3.5)
+    generate(model, "a", temperatur=1)
+    generate(model, "a", return_details=True, seed="x")
+    stream(model, "a", return_details=True)
 """
+
+_GENERATION = "nemotron_lite.generation"
+_RESULT = f"{_GENERATION}.results.GenerationResult"
 
 EXPECTED = [
     "nemotron_lite.config.NemotronConfig", "int", "nemotron_lite.model.Nemotron",
     "nemotron_lite.model.Nemotron", "nemotron_lite.model.Nemotron", "torch._C.device",
     "nemotron_lite.cache.Cache", "nemotron_lite.cache.Cache", "nemotron_lite.cache.Cache",
-    "nemotron_lite.model.Output", "torch._tensor.Tensor", "torch._tensor.Tensor",
+    "nemotron_lite.outputs.Output", "torch._tensor.Tensor", "torch._tensor.Tensor",
+    "str", "list[str]", "list[int]", "list[list[int]]", "Any", "Any",
+    _RESULT, f"list[{_RESULT}]", f"tuple[list[str], {_GENERATION}.statistics.Statistics]",
+    f"{_GENERATION}.generate.TokenStream[str]", f"{_GENERATION}.generate.TokenStream[list[str]]",
+    "int", "list[int | None]",
     "nemotron_lite.train.loop.TrainResult", "int",
 ]  # fmt: skip
 
@@ -77,9 +100,15 @@ def test_a_users_program_sees_types_and_mistakes(tmp_path: Path) -> None:
     seen = re.findall(r'Revealed type is "([^"]*)"', said)
     assert [re.sub(r"^builtins\.", "", kind) for kind in seen] == EXPECTED
     errors = re.findall(r"error: (.*?)  \[", said)
-    assert len(errors) == 2, said
-    assert 'Unexpected keyword argument "chache"' in errors[0]
-    assert 'incompatible type "float"' in errors[1]
+    for expected in (
+        'Unexpected keyword argument "chache"',
+        'incompatible type "float"',
+        'Unexpected keyword argument "temperatur"',
+        'No overload variant of "generate" matches argument types "Nemotron", "str", "bool", "str"',
+        'Unexpected keyword argument "return_details"',
+    ):
+        assert any(expected in error for error in errors), said
+    assert len(errors) == 7, said  # after an unexpected keyword: also that no overload matches
 
 
 def test_the_package_says_that_it_has_types() -> None:

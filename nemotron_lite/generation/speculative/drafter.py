@@ -41,6 +41,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite.cache import Cache
+from nemotron_lite.dtypes import widened
 from nemotron_lite.finite import find_bad_layer
 from nemotron_lite.generation.options import SamplingOptions
 from nemotron_lite.generation.sampling import probabilities
@@ -107,12 +108,7 @@ def head_for(
     if weight is None:
         return lambda hidden: model.head(hidden)[..., shortlist]
     rows = weight[shortlist]
-
-    def short_head(hidden: Tensor) -> Tensor:
-        logits = linear(hidden, rows)
-        return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-
-    return short_head
+    return lambda hidden: widened(linear(hidden, rows))
 
 
 class Drafter:

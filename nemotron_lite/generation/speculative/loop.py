@@ -9,9 +9,6 @@ Where one row drafts less than another, it is padded with tokens that are read a
 At the end of a text: a stop token inside an accepted draft ends the row there, and what was
 accepted after it is discarded. A row that may write m more tokens drafts at most m - 1.
 
-`steps` gives one token per row at a time, as plain decoding does. A row that is ahead waits for the
-others.
-
 Source: Leviathan et al. 2023 (arXiv 2211.17192). Left out: dropping rows that have ended from the
 batch, which plain decoding does not do either.
 """
@@ -19,7 +16,7 @@ batch, which plain decoding does not do either.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -81,39 +78,14 @@ class SpeculativeDecoding(Decoding):
         self.max_draft = speculation.draft_length
         self.draft_lengths: list[DraftLength] = _draft_lengths(model, speculation, len(self.rows))
 
-    @property
-    def texts(self) -> list[list[int]]:
-        """The tokens that each row has written."""
-        return [row.tokens for row in self.rows]
-
-    def _steps(self) -> Iterator[list[int | None]]:
-        given = 0
-        for _ in self.passes():
-            while given < max(len(row.tokens) for row in self.rows) and all(
-                row.ended or given < len(row.tokens) for row in self.rows
-            ):
-                yield [row.tokens[given] if given < len(row.tokens) else None for row in self.rows]
-                given += 1
-
-    def passes(self) -> Iterator[None]:
-        """Write into `rows`: the prompt's first token, then one pass of the backbone at a time."""
-        if not self.given and not any(self.going):
-            return
-        with self._pass():
-            started = time.perf_counter()
-            self.drafter = Drafter(self.model, self.cache, self.options, self.shortlist)
-            self._resume()
-            logits = self._read_prompt(self.segment, keep_hidden=True)
-            self.drafter.repeat(self.samples, self.cache)
-            if any(self.going):
-                self.chosen = self._choose(logits, self._uniforms(1))
-                self.drafter.add_first_token(self.chosen)
-            self.statistics.seconds["prompt"] += time.perf_counter() - started
-        yield
-        while any(self.going):
-            with self._pass():
-                self._draft_and_verify()
-            yield
+    def _begin(self) -> None:
+        self.drafter = Drafter(self.model, self.cache, self.options, self.shortlist)
+        self._resume()
+        logits = self._read_prompt(self.segment, keep_hidden=True)
+        self.drafter.repeat(self.samples, self.cache)
+        if any(self.going):
+            self.chosen = self._choose(logits, self._uniforms(1))
+            self.drafter.add_first_token(self.chosen)
 
     def _resume(self) -> None:
         """The MTP module's entry for the last token of each row that the given cache has read.
@@ -134,7 +106,7 @@ class SpeculativeDecoding(Decoding):
         if self.given:
             super()._on_hidden(hidden, start)
 
-    def _draft_and_verify(self) -> None:
+    def _continue(self) -> None:
         """One pass of the backbone: over a draft, or over one token where no row drafts."""
         k = self.max_draft
         seconds = self.statistics.seconds
@@ -152,7 +124,8 @@ class SpeculativeDecoding(Decoding):
         if draft is None:
             confidences: list[list[float]] = [[] for _ in limits]
             accepted = [0] * len(limits)
-            self._plain(uniforms)
+            hidden, real = self._read_chosen(uniforms)
+            self.drafter.add(hidden, self.chosen.unsqueeze(1), real)
         else:
             confidences = draft.confidences
             accepted = self._verify(draft, uniforms)
@@ -167,26 +140,6 @@ class SpeculativeDecoding(Decoding):
         )
         seconds["draft"] += drafted - started
         seconds["verify"] += time.perf_counter() - drafted
-
-    def _plain(self, uniforms: Tensor | None) -> None:
-        """One token per row, as plain decoding writes it."""
-        real = self._real()
-        out = self.model(self.chosen.unsqueeze(1), self.cache, lengths=real, logits_to_keep=1)
-        self.chosen = self._choose(out.logits[:, 0], uniforms)
-        self.drafter.add(out.hidden, self.chosen.unsqueeze(1), real)
-
-    def _choose(self, logits: Float[Tensor, "b v"], uniforms: Tensor | None) -> Int[Tensor, "b"]:
-        """Choose and write one token per row."""
-        total = logits.sum()
-        last = None if uniforms is None else uniforms[:, -1]
-        chosen = self.sampler.choose(self.adjust(logits, self.going), last)
-        tokens = chosen.tolist()
-        self._check(total.item(), logits.unsqueeze(1), [1] * len(tokens))
-        logprobs = self._logprobs(logits)
-        self._write(
-            [[token] for token in tokens], None if logprobs is None else logprobs.unsqueeze(1)
-        )
-        return chosen
 
     def _verify(self, draft: Draft, uniforms: Tensor | None) -> list[int]:
         """Read, verify, write and keep a draft; returns how many tokens of each are accepted."""
@@ -257,9 +210,6 @@ class SpeculativeDecoding(Decoding):
     def _read_last(self) -> None:
         super()._read_last()
         self.drafter.read_pending()
-
-    def _uniforms(self, count: int) -> Float[Tensor, "b count"] | None:
-        return self.sampler.uniforms(count, self.prompt.device)
 
 
 def _uniform_or_each(counts: list[int]) -> int | Int[Tensor, "b"]:

@@ -108,7 +108,8 @@ def test_the_mtp_module_s_cache_after_a_whole_run(
         pass
     with torch.inference_mode():
         run.drafter._read_pending()
-    for row, (n, text) in enumerate(zip(lengths, run.texts, strict=True)):
+    texts = [row.tokens for row in run.rows]
+    for row, (n, text) in enumerate(zip(lengths, texts, strict=True)):
         have = int(run.cache.lengths[row])
         whole = (prompt[row, :n].tolist() + text + [0] * k)[: have + 1]
         if have + 1 > n + len(text):  # accepted behind the end and thrown away: not in the text

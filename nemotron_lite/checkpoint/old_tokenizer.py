@@ -31,10 +31,10 @@ from typing import NamedTuple
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from nemotron_lite.checkpoint.tokenizer import TOKENIZER, highest_id, parsed
 from nemotron_lite.checkpoint.weight_files import find_files
 from nemotron_lite.input_files import FileError, read_bytes
 
-TOKENIZER = "tokenizer.json"
 RECORD = "tokenizer_sha256"  # in the `__metadata__` of weight files
 
 
@@ -74,7 +74,7 @@ def judge(folder: Path, new: Tokenizer | None, vocab_size: int) -> OldTokenizer:
         return OldTokenizer(stays=new is None)
     if _record(folder) == checksum(content):
         return OldTokenizer()
-    old = read_tokenizer(content)
+    old = parsed(content)
     if new is None and old is not None and highest_id(old) < vocab_size:
         return OldTokenizer(stays=True)
     if new is not None and old is not None and _definition(old) == _definition(new):
@@ -86,21 +86,6 @@ def judge(folder: Path, new: Tokenizer | None, vocab_size: int) -> OldTokenizer:
         stacklevel=3,
     )
     return OldTokenizer(renamed=(name, content))
-
-
-def read_tokenizer(content: bytes) -> Tokenizer | None:
-    """The tokenizer in a file's content; None if it is damaged."""
-    try:
-        return Tokenizer.from_buffer(content)
-    except BaseException as error:  # the library raises bare Exception, and panics are not even one
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        return None
-
-
-def highest_id(tokenizer: Tokenizer) -> int:
-    """The largest id of its tokens; -1 without any."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _record(folder: Path) -> str | None:

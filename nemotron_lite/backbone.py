@@ -1,0 +1,76 @@
+"""The backbone: embeddings, a string of residual layers, and a final norm.
+
+    x = Emb(tokens);   x = x + Mixer_l(RMSNorm_l(x))  for each layer l;   RMSNorm_f(x)
+
+The head and the MTP module read its output (model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers import Block, ForwardContext, LayerCache, RMSNorm, run_layers
+
+
+class Backbone(nn.Module):
+    """Everything between token ids and the head."""
+
+    def __init__(self, config: NemotronConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, kind, f"backbone.layers.{i}") for i, kind in enumerate(config.pattern)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def init_weights(
+        self, std: float, residual_divisor: float, generator: torch.Generator | None = None
+    ) -> None:
+        """Fresh weights (see `layers.Mixer.init_weights`)."""
+        nn.init.normal_(self.embeddings.weight, std=std, generator=generator)
+        for layer in self.layers:
+            cast(Block, layer).init_weights(std, residual_divisor, generator)
+        self.norm_f.init_weights()
+
+    def embed(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Look tokens up.
+
+        Raises:
+            ValueError: a token outside the vocabulary, or on another device than the weights.
+        """
+        try:
+            embedded = self.embeddings(tokens)
+        except IndexError as error:
+            raise ValueError(
+                f"tokens range from {int(tokens.min())} to {int(tokens.max())}, but the vocabulary "
+                f"has {self.embeddings.num_embeddings} entries. Is this the model's tokenizer?"
+            ) from error
+        except RuntimeError as error:
+            if tokens.device != self.embeddings.weight.device:
+                raise self._other_device(tokens) from error
+            raise
+        if (embedded.is_meta or tokens.is_meta) and type(embedded) is Tensor:
+            raise self._other_device(tokens)  # PyTorch would go on with any numbers
+        return embedded
+
+    def _other_device(self, tokens: Tensor) -> ValueError:
+        return ValueError(
+            f"tokens are on {tokens.device} and weights on {self.embeddings.weight.device}: move "
+            "one of them with .to(device). On meta there are no numbers to compute with: `load` or "
+            "Nemotron(config, device='cpu') makes some."
+        )
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        cache: Sequence[LayerCache | None] | None,
+        context: ForwardContext,
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream after the final norm."""
+        return self.norm_f(run_layers(self.layers, self.embed(tokens), cache, context))
