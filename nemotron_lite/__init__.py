@@ -24,6 +24,7 @@ The names below are the public interface. What the modules are for, from the gro
     checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too
     quantization        a trained model in 4 and 8 bits per weight
     generation          writing text: prompts, sampling, speculative decoding
+    export              files for other programs: GGUF, which llama.cpp runs
     data, train         corpora and batches; the training loop
     course, coursework  what the chapters call; handing out and grading exercises
     authoring           publishing and checking the chapters

@@ -1,4 +1,4 @@
-"""The command line: `nemotron-lite run | info | train | generate | chat | quantize`.
+"""The command line: `nemotron-lite run | info | train | generate | chat | quantize | export`.
 
     nemotron-lite run                               build, train, score and sample a small model
     nemotron-lite info super --context 1048576      parameters, FLOPs and cache size of a model
@@ -6,6 +6,7 @@
     nemotron-lite generate --model runs/mine/model --prompt "def "
     nemotron-lite chat --model runs/tuned            a conversation, with a model trained for it
     nemotron-lite quantize --model runs/mine/model --out runs/small --bits 4.75
+    nemotron-lite export --model runs/mine/model --to gguf --out mine.gguf
 
 Each command has its own module and uses only public functions of the package, so Python code can do
 the same. torch, and every module that needs it, is imported inside the commands, so that `--help`
@@ -19,6 +20,7 @@ Left out: downloading models from the hub, and several devices.
 
 from nemotron_lite.cli import (
     chat,
+    export,
     generate,
     info,
     quantize,
@@ -27,4 +29,4 @@ from nemotron_lite.cli import (
 )  # importing registers the commands
 from nemotron_lite.cli.common import app, err, out
 
-__all__ = ["app", "chat", "err", "generate", "info", "out", "quantize", "run", "train"]
+__all__ = ["app", "chat", "err", "export", "generate", "info", "out", "quantize", "run", "train"]

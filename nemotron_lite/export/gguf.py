@@ -7,11 +7,14 @@ of the largest one (in a mixture of experts: one stack of a layer). The old file
 one is complete (`nemotron_lite/files.py`).
 
 Proven in tests/export by llama.cpp itself (`xllamacpp`): the same greedy tokens, log-probabilities
-within 1e-4 in float32, the same tokens for a text, and as many drafts accepted. One difference is
-known: behind the MTP module llama.cpp has a LayerNorm, which also takes the mean away, where ours,
-Megatron's and vLLM's have an RMSNorm. It changes drafts alone, never the text.
+within 1e-4 in float32, the same tokens for a text, and as many drafts accepted. Two differences of
+llama.cpp are known. They change drafts and never the text:
 
-In NVFP4 llama.cpp rounds the inputs of a product to 8 bits on a CPU, so logits differ by more there.
+- Behind the MTP module it has a LayerNorm, which also takes the mean away, where ours, Megatron's
+  and vLLM's have an RMSNorm.
+- Before the first position the module reads one more: the first token with a hidden state of zeros.
+
+In NVFP4 it rounds the inputs of a product to 8 bits on a CPU, so logits differ by more there.
 
 Source: the `gguf` package, which writes the format. Left out: several files, and reading GGUF.
 """
@@ -74,8 +77,8 @@ def to_gguf(
 
     Raises:
         ExportError: what a GGUF file cannot hold, all reasons together.
-        ImportError: the package gguf is missing (the extra `export`).
-        TypeError, ValueError: an argument of another kind.
+        TypeError, ValueError: an argument of another kind, or the package gguf is missing (the
+            extra `export`).
         OSError: the file cannot be written; the old one is as it was.
     """
     if dtype is not None and dtype not in FORMATS:
@@ -83,7 +86,7 @@ def to_gguf(
         raise ValueError(f"dtype={dtype}: expected None or one of {expected}.")
     mtp, unpack = flag("mtp", mtp), flag("unpack", unpack)
     file = _file_path(path)
-    library = _library()
+    library = gguf_library()
     tree = read_tree(model)
     if tree.problems:
         raise ExportError(file, tree.problems)
@@ -241,16 +244,16 @@ def _check_space(file: Path, entries: list[Entry]) -> None:
         )
 
 
-def _library() -> Any:
+def gguf_library() -> Any:
     """The package gguf.
 
     Raises:
-        ImportError: it is not installed.
+        ValueError: it is not installed.
     """
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "writing GGUF files needs the package gguf: install it (pip install gguf, or the extra "
             '"export").'
         ) from error

@@ -95,7 +95,8 @@ _OUTSIDE = {
     "lm_head.weight": ("OUTPUT", ".weight"),
 }
 _FLOAT32 = ("FFN_GATE_INP", "SSM_CONV1D")  # beside everything that is no matrix
-# llama.cpp multiplies by these matrices without the scale of a whole tensor.
+# llama.cpp multiplies by these matrices without the scale of a whole tensor. It has one for the MTP
+# module, but refuses the file where it does not load that module.
 _WITHOUT_SCALE = ("TOKEN_EMBD", "MOE_LATENT_DOWN", "MOE_LATENT_UP", "FFN_GATE_INP")
 
 
@@ -160,8 +161,9 @@ def plan(
         dtype: of matrices; None keeps that of each. Packed NVFP4 weights stay packed.
         unpack: decode packed weights that the file cannot hold; else they are problems.
     """
+    # A stack of experts is a parameter of its module, where a linear layer has a `weight`.
     packed = {
-        name if name.endswith(("experts.up_proj", "experts.down_proj")) else f"{name}.weight": each
+        name if len(each.shape) == 3 else f"{name}.weight": each
         for name, each in tree.packed.items()
     }
     entries, refused = [], []
@@ -169,7 +171,7 @@ def plan(
         stem = names(kind, block)
         if ours in packed:
             weight = packed[ours]
-            if _fits_nvfp4(weight, kind):
+            if _fits_nvfp4(weight, kind) and not ours.startswith("mtp."):
                 entries += _nvfp4_entries(stem, ours, weight)
                 continue
             if not unpack:
@@ -197,9 +199,9 @@ def plan(
     if refused:
         problems.append(
             f"{count_and_names(refused, 'packed weight')}: a GGUF file holds NVFP4 only, in rows "
-            f"of a multiple of {NVFP4_BLOCK} numbers, and not for embedding, router and latent "
-            "projections. Decode these with unpack=True (--unpack), or load the model with "
-            "packed=False"
+            f"of a multiple of {NVFP4_BLOCK} numbers, and not for the MTP module, embedding, "
+            "router and latent projections. Decode these with unpack=True (--unpack), or load the "
+            "model with packed=False"
         )
     return entries, problems
 

@@ -30,8 +30,11 @@ PACKAGE_OF = {"yaml": "pyyaml", "xdist": "pytest-xdist", "PIL": "pillow"}
 # What comes with a package that is declared: JupyterLab is nothing without these two.
 BROUGHT_BY = {"IPython": "jupyterlab", "traitlets": "jupyterlab"}
 # Packages that may import more than the core: what a chapter uses comes with `lab`, and the tools
-# that publish, check and grade chapters come with `dev`.
-EXTRAS_OF = {"course": {"lab"}, "authoring": {"lab", "dev"}, "coursework": {"lab", "dev"}}
+# that publish, check and grade chapters come with `dev`. `export` is an extra of its own.
+EXTRAS_OF = {
+    "course": {"lab"}, "authoring": {"lab", "dev"}, "coursework": {"lab", "dev"},
+    "export": {"export"},
+}  # fmt: skip
 
 
 def declared(pyproject: str) -> dict[str, Requirement]:
