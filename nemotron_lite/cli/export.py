@@ -63,7 +63,7 @@ def export(
             pre_tokenizer=pre_tokenizer,
             progress=not settings.quiet,
         )
-        say(f"{loaded.num_parameters():,} parameters in {tables.size(out.stat().st_size)}: {out}")
+        say(f"The model is in {out} ({tables.size(out.stat().st_size)}).")
 
 
 def check_options(to: str, out: Path, dtype: str | None, packed: bool, unpack: bool) -> None:

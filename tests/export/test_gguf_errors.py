@@ -68,7 +68,7 @@ def prefix_space(tokenizer: Tokenizer) -> None:
 
 def two_in_front(tokenizer: Tokenizer) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> A $A", special_tokens=[("<|endoftext|>", 0), ("A", 34)]
+        single="<|endoftext|> @ $A", special_tokens=[("<|endoftext|>", 0), ("@", 34)]
     )
 
 
@@ -128,7 +128,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "format", "count"), [({}, "fp8", 9), ({"hidden_size": 80}, "nvfp4", 7)]
+    ("changes", "format", "count"), [({}, "fp8", 9), ({"hidden_size": 80}, "nvfp4", 4)]
 )
 def test_packed_weights_that_stay_out(
     changes: dict[str, Any], format: str, count: int, tmp_path: Path
@@ -197,9 +197,8 @@ def test_arguments(tmp_path: Path) -> None:
         to_gguf(small_model(), tmp_path / "model.gguf", dtype=torch.float64)
     with pytest.raises(TypeError, match="model is a Linear"):
         to_gguf(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
+    empty = Nemotron(small_model().config, device="meta")
     with pytest.raises(ExportError, match="meta"):
-        empty = Nemotron(small_model().config, device="meta")
-        empty.tokenizer = small_model().tokenizer
         to_gguf(empty, tmp_path / "model.gguf")
 
 

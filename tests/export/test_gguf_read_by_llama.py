@@ -241,7 +241,7 @@ def test_without_mtp_there_are_no_drafts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["M*E", "M*-"])
 def test_nvfp4_stays_packed(pattern: str, tmp_path: Path) -> None:
-    """llama.cpp rounds inputs to 8 bits there: a wrong code or scale is off by far more than 0.2."""
+    """llama.cpp rounds inputs to 8 bits there; a wrong code or scale is off by more than 0.2."""
     model = packed_model(pattern)
     to_gguf(model, tmp_path / "model.gguf", unpack=True)
     assert difference(model, tmp_path / "model.gguf")[1] < 0.2

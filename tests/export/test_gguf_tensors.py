@@ -185,7 +185,7 @@ def test_keys_describe_the_model(tmp_path: Path) -> None:
     assert math.isclose(own["attention.layer_norm_rms_epsilon"], c.norm_eps, rel_tol=1e-6)
     assert (own["ssm.inner_size"], own["ssm.time_step_rank"], own["ssm.group_count"]) == (64, 8, 2)
     tokens = found["tokenizer.ggml.tokens"]
-    assert [tokens[i] for i in (0, 1, 34)] == ["<|endoftext|>", "Ċ", "A"]
+    assert [tokens[i] for i in (0, 1, 35)] == ["<|endoftext|>", "Ċ", "A"]
     types = found["tokenizer.ggml.token_type"]
     assert types[:2] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
     stops = ("eos_token_id", "eot_token_id", "eom_token_id")

@@ -112,7 +112,7 @@ def test_the_blocks_of_the_user_page_run_one_after_another(
 ) -> None:
     monkeypatch.chdir(checkpoint.parents[1])
     blocks = fenced((ROOT / "docs" / "using.md").read_text(), "python")
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"python block {number}", "exec"), names)
