@@ -37,7 +37,7 @@ from nemotron_lite.checkpoint.model_tree import read_tree
 from nemotron_lite.export.gguf_config import architecture, config_problems, write_config
 from nemotron_lite.export.gguf_tensors import FORMATS, NVFP4, Entry, plan
 from nemotron_lite.export.gguf_tokenizer import read_vocabulary, write_vocabulary
-from nemotron_lite.files import atomic_file, check_writable_folder
+from nemotron_lite.files import atomic_file, check_utf8, check_writable_folder
 from nemotron_lite.generation.chat_template import ChatTemplate, ChatTemplateError
 from nemotron_lite.generation.defaults import stop_tokens
 from nemotron_lite.model import Nemotron
@@ -56,7 +56,7 @@ def to_gguf(
     *,
     dtype: torch.dtype | None = None,
     mtp: bool = True,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Any = None,
     unpack: bool = False,
     pre_tokenizer: str | None = None,
     progress: bool = False,
@@ -69,7 +69,8 @@ def to_gguf(
         dtype: of matrices: float32, bfloat16 or float16. None keeps the dtype of each (float64
             becomes float32). Norms, biases, convolution and router are always float32.
         mtp: write the MTP module too, if the model has one.
-        tokenizer: None takes `model.tokenizer`.
+        tokenizer: a `tokenizers.Tokenizer`, or a fast one of transformers; None takes
+            `model.tokenizer`.
         unpack: decode packed weights that GGUF cannot hold (FP8, short rows). Packed NVFP4 weights
             that it can hold always stay packed.
         pre_tokenizer: llama.cpp's name of the rule that splits texts, where it is not recognized.
@@ -81,7 +82,7 @@ def to_gguf(
             extra `export`).
         OSError: the file cannot be written; the old one is as it was.
     """
-    if dtype is not None and dtype not in FORMATS:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FORMATS):
         expected = ", ".join(str(each).removeprefix("torch.") for each in FORMATS)
         raise ValueError(f"dtype={dtype}: expected None or one of {expected}.")
     mtp, unpack = flag("mtp", mtp), flag("unpack", unpack)
@@ -91,9 +92,14 @@ def to_gguf(
     if tree.problems:
         raise ExportError(file, tree.problems)
     inside = tree.model
-    tokenizer = inside.tokenizer if tokenizer is None else tokenizer
-    if not isinstance(tokenizer, Tokenizer):
-        raise _no_tokenizer(tokenizer)
+    tokenizer = _plain_tokenizer(inside.tokenizer if tokenizer is None else tokenizer)
+    kind = type(inside)
+    if kind.forward is not Nemotron.forward:
+        warnings.warn(
+            f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which no file holds: "
+            "llama.cpp computes what a plain Nemotron does with these weights.",
+            stacklevel=2,
+        )
     config, stops = inside.config, stop_tokens(inside)
     vocabulary, wrong = read_vocabulary(
         tokenizer, config.vocab_size, config.bos_token_id, stops, pre_tokenizer
@@ -205,20 +211,30 @@ def _file_path(path: str | Path) -> Path:
     if not str(path).strip() or "\0" in str(path):
         raise ValueError(f"path={str(path)!r}: expected the name of a file, as model.gguf.")
     file = Path(path).expanduser().absolute()
+    check_utf8(file)
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file in it, such as model.gguf.")
     return file
 
 
-def _no_tokenizer(found: object) -> Exception:
+def _plain_tokenizer(found: Any) -> Tokenizer:
+    """The `tokenizers.Tokenizer` itself; transformers' fast tokenizers have one inside.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: something else.
+    """
     if found is None:
-        return ValueError(
+        raise ValueError(
             "this model has no tokenizer, and a GGUF file holds one: put tokenizer.json into the "
             "checkpoint folder, or give tokenizer=..."
         )
-    return TypeError(
-        f"tokenizer is a {type(found).__name__}: expected a tokenizers.Tokenizer or None."
-    )
+    inside = getattr(found, "backend_tokenizer", found)
+    if not isinstance(inside, Tokenizer):
+        raise TypeError(
+            f"tokenizer is a {type(found).__name__}: expected a tokenizers.Tokenizer or None."
+        )
+    return inside
 
 
 def _template(model: Nemotron) -> str | None:

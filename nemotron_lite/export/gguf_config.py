@@ -24,10 +24,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from nemotron_lite.config import NemotronConfig
 
 WITH_EXPERTS, WITHOUT_EXPERTS = "nemotron_h_moe", "nemotron_h"
 SIGMOID = 2  # the code of the router's function
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def architecture(config: NemotronConfig, mtp: bool) -> str:
@@ -78,6 +81,10 @@ def config_problems(config: NemotronConfig, mtp: bool) -> list[str]:
         problems.append(
             f"time_step_limit={config.time_step_limit}: a GGUF file has no key for a clamp of dt"
         )
+    for name in ("norm_eps", "routed_scaling_factor"):
+        value = getattr(config, name)
+        if not SMALLEST <= value <= LARGEST:
+            problems.append(f"{name}={value}: a GGUF file holds it in float32, which cannot")
     return problems
 
 

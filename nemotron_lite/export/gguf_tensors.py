@@ -23,11 +23,13 @@ numbers holds numbers i and i + 8, where ModelOpt's holds 2i and 2i + 1. The sca
 tensor is a tensor of its own beside it (`….scale`), with one number for each expert.
 
 Source: `gguf`'s table of names; llama.cpp's loader; `gguf.quants.NVFP4`. Left out: formats that
-round anew (Q8_0, Q4_K, ...): llama.cpp's own quantizer makes them from a file in float32 or BF16.
+round anew (Q8_0, Q4_K, ...), which llama.cpp's own quantizer makes from a file in float32 or BF16;
+the scales that a calibration stored for inputs and for the cache, which nothing here computes with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +123,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        count = int(np.prod(self.shape, dtype=np.int64))
+        count = math.prod(self.shape)
         if self.format == NVFP4:
             return count // NVFP4_BLOCK * NVFP4_BYTES
         return count * (4 if self.format == "F32" else 2)
@@ -166,35 +168,25 @@ def plan(
         name if len(each.shape) == 3 else f"{name}.weight": each
         for name, each in tree.packed.items()
     }
-    entries, refused = [], []
-    for ours, (kind, suffix), block in _sources(tree.model.config, mtp):
+    config = tree.model.config
+    entries: list[Entry] = []
+    refused = []
+    for ours, (kind, suffix), block in _sources(config, mtp):
         stem = names(kind, block)
-        if ours in packed:
-            weight = packed[ours]
+        if (weight := packed.get(ours)) is not None:
             if _fits_nvfp4(weight, kind) and not ours.startswith("mtp."):
                 entries += _nvfp4_entries(stem, ours, weight)
-                continue
-            if not unpack:
+            elif unpack:
+                narrow = _narrow(dtype or tree.model.dtype)
+                make = partial(_decode, weight, narrow)
+                entries.append(Entry(f"{stem}{suffix}", ours, weight.shape, FORMATS[narrow], make))
+            else:
                 refused.append(f"{ours} ({weight.format}, {list(weight.shape)})")
-                continue
-            format = FORMATS[_narrow(dtype or tree.model.dtype)]
-            entries.append(
-                Entry(f"{stem}{suffix}", ours, weight.shape, format, partial(_decode, weight))
-            )
-            continue
-        value = tree.tensors.get(ours)
-        if value is None and ours.endswith("conv1d.bias"):
-            channels = tree.model.config.conv_dim
-            make = partial(torch.zeros, channels)
-            entries.append(Entry(f"{stem}{suffix}", ours, (channels,), "F32", make))
-            continue
-        if value is None:  # a matrix that this config has not, such as the latent projections
-            continue
-        make, shape = _changed(ours, value, tree.model.config)
-        format = "F32"
-        if len(shape) > 1 and suffix and kind not in (*_FLOAT32, "SSM_NORM"):
-            format = FORMATS[_narrow(dtype or value.dtype)]
-        entries.append(Entry(f"{stem}{suffix}", ours, shape, format, make))
+        elif (value := tree.tensors.get(ours)) is not None:
+            entries.append(_plain_entry(f"{stem}{suffix}", ours, kind, value, config, dtype))
+        elif ours.endswith("conv1d.bias"):
+            make = partial(torch.zeros, config.conv_dim)
+            entries.append(Entry(f"{stem}{suffix}", ours, (config.conv_dim,), "F32", make))
     problems = []
     if refused:
         problems.append(
@@ -225,21 +217,24 @@ def _narrow(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _changed(
-    name: str, value: Tensor, config: NemotronConfig
-) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
-    """How the numbers of the file are made from a tensor of ours, and their shape."""
-    leaf = name.rpartition("mixer.")[2]
-    if leaf == "A_log":
-        return lambda: -torch.exp(_wide(value)).unsqueeze(1), (*value.shape, 1)
-    if leaf == "D":
-        return lambda: value.unsqueeze(1), (*value.shape, 1)
-    if leaf == "conv1d.weight":
-        return lambda: value.squeeze(1), (value.shape[0], value.shape[2])
-    if name.endswith("mixer.norm.weight"):
-        shape = (config.n_groups, value.shape[0] // config.n_groups)
-        return lambda: value.view(shape), shape
-    return lambda: value.resolve_neg(), tuple(value.shape)
+def _plain_entry(
+    name: str, ours: str, kind: str, value: Tensor, config: NemotronConfig,
+    dtype: torch.dtype | None,
+) -> Entry:  # fmt: skip
+    """The tensor of the file that is made from a plain tensor of ours."""
+    if kind == "SSM_A":
+        return Entry(
+            name, ours, (*value.shape, 1), "F32", lambda: -torch.exp(_wide(value)).unsqueeze(1)
+        )
+    shapes = {
+        "SSM_D": (*value.shape, 1),
+        "SSM_NORM": (config.n_groups, value.numel() // config.n_groups),
+        "SSM_CONV1D": tuple(value.shape[::2]),  # without the axis of one in the middle
+    }
+    shape = shapes.get(kind, tuple(value.shape))
+    wide = value.ndim < 2 or kind in _FLOAT32
+    format = "F32" if wide else FORMATS[_narrow(dtype or value.dtype)]
+    return Entry(name, ours, shape, format, lambda: value.reshape(shape))
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -248,11 +243,14 @@ def _wide(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def _decode(weight: PackedWeight) -> Tensor:
-    """The numbers of a packed weight, expert by expert."""
+def _decode(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The numbers of a packed weight; a stack is decoded matrix by matrix."""
     if len(weight.shape) == 2:
-        return weight.decode(torch.float32)
-    return torch.stack([weight.decode(torch.float32, e) for e in range(weight.shape[0])])
+        return weight.decode(dtype)
+    made = torch.empty(weight.shape, dtype=dtype)
+    for expert in range(weight.shape[0]):
+        made[expert] = weight.decode(dtype, expert)
+    return made
 
 
 def _fits_nvfp4(weight: PackedWeight, kind: str) -> bool:

@@ -47,12 +47,19 @@ class Llama:
         body = {"content": text, "add_special": special, "parse_special": False}
         return self.post("/tokenize", body)["tokens"]
 
-    def complete(self, ids: Sequence[int], count: int = GREEDY, probabilities: int = 0) -> dict:
+    def complete(
+        self,
+        ids: Sequence[int],
+        count: int = GREEDY,
+        probabilities: int = 0,
+        *,
+        ignore_eos: bool = True,
+    ) -> dict[str, Any]:
         """Greedy tokens and, on request, log-probabilities of the most likely ones."""
         return self.post(
             "/completion",
             {
-                "prompt": list(ids), "n_predict": count, "temperature": 0, "ignore_eos": True,
+                "prompt": list(ids), "n_predict": count, "temperature": 0, "ignore_eos": ignore_eos,
                 "n_probs": probabilities, "return_tokens": True, "cache_prompt": False,
             },
         )  # fmt: skip

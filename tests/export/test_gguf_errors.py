@@ -32,6 +32,8 @@ from tests.export.llama import NO_MTP, packed_model, small_model
         ({"time_step_limit": (0.01, 0.5)}, "time_step_limit=(0.01, 0.5)"),
         ({"eos_token_id": (0, 1, 2, 3)}, "4 tokens end a text"),
         ({"eos_token_id": 200}, "eos_token_id=200 is outside"),
+        ({"routed_scaling_factor": 1e300}, "routed_scaling_factor=1e+300"),
+        ({"norm_eps": 1e-60}, "norm_eps=1e-60"),
         ({"bos_token_id": 200}, "bos_token_id=200 is outside"),
     ],
     ids=str,
@@ -179,6 +181,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("", ValueError, "name of a file"),
         ("a\0b", ValueError, "name of a file"),
+        ("a\udc80.gguf", ValueError, "not UTF-8"),
         (".", IsADirectoryError, "is a folder"),
         ("file/model.gguf", NotADirectoryError, "is a file"),
     ],
@@ -195,6 +198,8 @@ def test_paths(
 def test_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dtype=torch\.float64: expected None or one of float32"):
         to_gguf(small_model(), tmp_path / "model.gguf", dtype=torch.float64)
+    with pytest.raises(TypeError, match="tokenizer is a int"):
+        to_gguf(small_model(), tmp_path / "model.gguf", tokenizer=3)
     with pytest.raises(TypeError, match="model is a Linear"):
         to_gguf(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
     empty = Nemotron(small_model().config, device="meta")
@@ -213,3 +218,18 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builtins, "__import__", fails)
     with pytest.raises(ValueError, match='the extra "export"'):
         to_gguf(small_model(), tmp_path / "model.gguf")
+
+
+class _Doubled(Nemotron):
+    """Computes something else with the same weights."""
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        return super().forward(*given, **options)
+
+
+def test_a_forward_of_its_own_is_named(tmp_path: Path) -> None:
+    plain = small_model()
+    model = _Doubled(plain.config)
+    model.tokenizer = plain.tokenizer
+    with pytest.warns(UserWarning, match="_Doubled has a forward of its own"):
+        to_gguf(model, tmp_path / "model.gguf")

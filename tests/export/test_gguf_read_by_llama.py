@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nemotron_lite import Nemotron, SpeculationOptions, generate
 from nemotron_lite.data import train_tokenizer
@@ -138,6 +138,40 @@ def rules() -> dict[str, Tokenizer]:
         tokenizer.train_from_iterator(texts(), trainer)
         made[name] = tokenizer
     return made
+
+
+def test_added_tokens_and_the_first_token(tmp_path: Path) -> None:
+    """A token that is not special is taken from every text; the first one is added as ours is."""
+    tokenizer = rules()["gpt-2"]
+    tokenizer.add_tokens(["<tool>", "<tool>s", "def"])
+    model = small_model_with(tokenizer, 610)
+    given = ["a <tool> b", "<tool>s<tool>", "undefined def <|endoftext|>", "", *texts()[20:40]]
+    for template in (None, "<|endoftext|> $A"):
+        if template:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=template, special_tokens=[("<|endoftext|>", 0)]
+            )
+        to_gguf(model, tmp_path / "model.gguf")
+        tokenizer.encode_special_tokens = True
+        with llama(tmp_path / "model.gguf") as reader:
+            for text in given:
+                assert reader.tokenize(text, special=True) == tokenizer.encode(text).ids, text
+        tokenizer.encode_special_tokens = False
+
+
+@pytest.mark.parametrize("stop", [31, 90, 77])
+def test_a_text_ends_at_each_stop_token(stop: int, tmp_path: Path) -> None:
+    model = model_with_drafts(0.5)
+    model.companion_files["generation_config.json"] = b'{"eos_token_id": [31, 90, 77]}'
+    to_gguf(model, tmp_path / "model.gguf")
+    order = generate(model, [1], 126, temperature=0, stop=())
+    before = order[order.index(stop) - 3]
+    with llama(tmp_path / "model.gguf") as reader:
+        answer = reader.complete([5, before], ignore_eos=False)
+    assert answer["stop_type"] == "eos"
+    ours = generate(model, [5, before], GREEDY, temperature=0)
+    assert answer["tokens"] == ours
+    assert ours[-1] == stop
 
 
 @pytest.mark.parametrize("rule", ["gpt-2", "refact", "tekken"])
