@@ -168,6 +168,7 @@ def _write(
                 if not _is_finite(array, entry.format):
                     not_finite.append(entry.source)
                 writer.write_tensor_data(array)
+                del array  # before the next one is made
                 done += entry.nbytes
                 report.update(done, entry.name)
         except OverflowError as error:
