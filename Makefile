@@ -31,7 +31,7 @@ run: $(STAMP)  ## train a small Nemotron 3 Super on Python's standard library, t
 	$(BIN)/nemotron-lite run $(ARGS)
 
 # Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.
-test check: export GOMP_SPINCOUNT ?= 2000
+test check: export GOMP_SPINCOUNT ?= 100
 test: $(STAMP)  ## run every test, on WORKERS processes (2); ORDER=random shuffles them
 	$(BIN)/python -m pytest -n $(WORKERS) $(ORDERED) $(ARGS)
 

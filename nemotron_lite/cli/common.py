@@ -30,7 +30,6 @@ from nemotron_lite.cli.application import (
     settings,
 )
 from nemotron_lite.cli.terminal import ignore_absurd_width, visible, write, write_note
-from nemotron_lite.openmp import let_idle_threads_sleep
 from nemotron_lite.progress import is_terminal
 from nemotron_lite.quantization.recipe import RECIPES
 
@@ -38,8 +37,6 @@ __all__ = [
     "DTYPES", "ModelSizes", "Precision", "Seed", "Text", "app", "err", "note", "out",
     "plain_errors", "program", "say", "settings", "title", "visible", "working", "write",
 ]  # fmt: skip
-
-let_idle_threads_sleep()  # the commands import torch after this module
 
 app = Application(
     cls=Group,

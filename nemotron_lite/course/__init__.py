@@ -41,16 +41,12 @@ The modules:
 
 Names are imported when they are first used. plotly, ipywidgets and IPython belong to the `lab`
 extra. Importing this package needs none of them; a function that does says so if they are missing.
-It sets one environment variable, which torch reads when it is loaded (see `openmp`), so import this
-package before torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from nemotron_lite.openmp import let_idle_threads_sleep
 
 if TYPE_CHECKING:
     from nemotron_lite.course.checking import check, hint, solution
@@ -63,8 +59,6 @@ if TYPE_CHECKING:
     from nemotron_lite.course.quizzes import quiz
     from nemotron_lite.course.session import Session, setup
     from nemotron_lite.course.sources import show_source
-
-let_idle_threads_sleep()
 
 __all__ = [
     "Check",

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_lite import openmp
 from nemotron_lite.course import output, predictions, progress_store
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def setup(chapter: str, *, seed: int = 0, threads: int | None = None) -> Session
     torch.manual_seed(seed)
     if threads is not None:
         torch.set_num_threads(threads)
+    openmp.watch_until_exit()
     predictions.begin(chapter)
     progress_store.begin()
     _plot_theme()

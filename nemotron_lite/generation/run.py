@@ -24,6 +24,7 @@ from nemotron_lite.generation.results import GenerationResult
 from nemotron_lite.generation.speculative.loop import SpeculativeDecoding
 from nemotron_lite.generation.text_rows import TextRow, continuation
 from nemotron_lite.model import Nemotron
+from nemotron_lite.openmp import watching
 
 MAX_SAMPLES = 4096  # per prompt; each is a row with a cache of its own
 
@@ -109,7 +110,8 @@ class Run:
             prepare_weights(self.model, self.options.max_new_tokens)
         assert self.decoding is not None
         try:
-            yield from self.decoding.steps()
+            with watching():
+                yield from self.decoding.steps()
         finally:
             self.drop_cache()
 

@@ -42,6 +42,7 @@ from nemotron_lite.finite import logits_error
 from nemotron_lite.generation.prefill import pad_right
 from nemotron_lite.generation.prompts import Prompts, encode_prompts
 from nemotron_lite.model import Nemotron, segment
+from nemotron_lite.openmp import watching
 from nemotron_lite.wrappers import model_for_inference
 
 BATCH_SIZE = 8
@@ -243,7 +244,7 @@ def _score_batch(
     ends = torch.tensor(lengths, device=model.device)
     firsts = torch.tensor([len(row.context) - 1 for row in rows], device=model.device)
     total, step = inputs.shape[1], segment_length or segment(inputs)
-    with torch.inference_mode():
+    with watching(), torch.inference_mode():
         cache = None if total <= step else model.empty_cache(len(rows), capacity=total)
         for start in range(0, total, step):
             part = inputs[:, start : start + step]

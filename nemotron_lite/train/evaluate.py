@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from nemotron_lite.data import HeldOut
 from nemotron_lite.model import Nemotron
+from nemotron_lite.openmp import watching
 from nemotron_lite.train.loss import weighted_cross_entropy
 from nemotron_lite.wrappers import plain_model
 
@@ -91,11 +92,12 @@ def evaluate(
     )  # the rows of a batch then have about the same length
     started = time.perf_counter()
     nats, scored, read = 0.0, 0, 0
-    for batch in _batches(windows, batch_size):
-        nll = _negative_log_likelihoods(model, batch)
-        nats += float(nll.double().sum())
-        scored += sum(len(w.tokens) - w.first_scored for w in batch)
-        read += sum(len(w.tokens) for w in batch)
+    with watching():
+        for batch in _batches(windows, batch_size):
+            nll = _negative_log_likelihoods(model, batch)
+            nats += float(nll.double().sum())
+            scored += sum(len(w.tokens) - w.first_scored for w in batch)
+            read += sum(len(w.tokens) for w in batch)
     seconds = time.perf_counter() - started
     return Evaluation(
         bits_per_byte=nats / math.log(2) / held_out.num_bytes,

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from nemotron_lite.data.batches import Batch, BatchSource
 from nemotron_lite.layers import Block
 from nemotron_lite.model import Nemotron
+from nemotron_lite.openmp import watching
 from nemotron_lite.progress import Progress
 from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
@@ -156,7 +157,7 @@ def train(
     if validation is not None:  # a text that is too short would be found out only at its turn
         validation.batch(0, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
     run = _Run(model, data, config, Path(out_dir) if out_dir is not None else None, validation)
-    with run.open(resume, allow_changes, skip_damaged, logs):
+    with watching(), run.open(resume, allow_changes, skip_damaged, logs):
         return run.loop(progress, Callbacks(callbacks, on_step))
 
 

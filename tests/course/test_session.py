@@ -37,27 +37,6 @@ def test_the_line_is_the_same_everywhere(shown: Callable[..., Shown]) -> None:
     assert "<style>/* The look of the chapters" in last["text/html"]
 
 
-PROGRAMS = {
-    "unset": ("from nemotron_lite.course import setup", None, "2000"),
-    "set by the user": ("from nemotron_lite.course import setup", "7", "7"),
-    "the commands": ("import nemotron_lite.cli.common", None, "2000"),
-}
-
-
-@pytest.mark.parametrize("case", PROGRAMS)
-def test_idle_threads_sleep_before_torch_is_loaded(case: str) -> None:
-    program, before, after = PROGRAMS[case]
-    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    if before:
-        env["GOMP_SPINCOUNT"] = before
-    check = "import os, sys; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
-    run = subprocess.run(
-        [sys.executable, "-c", f"{program}\n{check}"],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert run.stdout == after + "\n"
-
-
 def test_the_same_numbers_twice() -> None:
     draws = []
     for _ in range(2):

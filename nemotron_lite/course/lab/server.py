@@ -1,8 +1,4 @@
-"""JupyterLab as a learner needs it: its environment, its settings, and what it saves.
-
-**Environment.** PyTorch's CPU threads come from OpenMP, which reads its variables once, when torch
-is imported. A kernel inherits the environment of the server, so they are set here, before the
-server starts. `nemotron_lite/openmp.py` says what they do. A value that the user set stays.
+"""JupyterLab as a learner needs it: its settings, and what it saves.
 
 **Settings** are files in a folder of ours, which JUPYTER_CONFIG_PATH names. Jupyter reads them
 beside the user's own files, which are not changed: a Jupyter started in another way is as before.
@@ -32,7 +28,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_lite import openmp
 from nemotron_lite.course import output
 from nemotron_lite.course.display import WIDGET
 from nemotron_lite.course.progress_store import FOLDER
@@ -72,7 +67,6 @@ def options(root: Path, work: Path) -> list[str]:
 
 def prepare_environment(environment: MutableMapping[str, str], settings: Path) -> None:
     """Set what the server and the kernels it starts inherit; a value of the user stays."""
-    environment.setdefault("GOMP_SPINCOUNT", openmp.ROUNDS)
     paths = [str(settings), environment.get("JUPYTER_CONFIG_PATH", "")]
     environment["JUPYTER_CONFIG_PATH"] = os.pathsep.join(path for path in paths if path)
 

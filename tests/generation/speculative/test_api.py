@@ -93,7 +93,7 @@ def test_a_long_plain_stretch_is_read_when_drafting_goes_on(
     for _ in run.passes():
         assert sum(h.shape[1] for h, _, _ in run.drafter._pending) <= drafter.MAX_PENDING + 1
     assert run.statistics.verifications > 0
-    assert run.texts == generate(small, [[1, 2]], 300, **GREEDY)
+    assert [row.tokens for row in run.rows] == generate(small, [[1, 2]], 300, **GREEDY)
 
 
 def test_statistics_count_what_was_accepted(small: Nemotron, guided: Guided) -> None:
