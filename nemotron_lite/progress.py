@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 SHORTEST, LONGEST = 10.0, 30.0  # seconds between two lines in a file
@@ -147,6 +149,34 @@ class _Lines:
             parts.append(note)
         self._stream.write(f"{self._label}: {', '.join(parts)}\n")
         self._stream.flush()
+
+
+@contextmanager
+def still_working(label: str, file: Stream | None = None) -> Iterator[None]:
+    """Write a line every 30 seconds while the block runs, where nobody can say how far it is.
+
+    Args:
+        label: what is done.
+        file: where the lines go; stderr by default.
+    """
+    end, begun = threading.Event(), _clock()
+    stream: Stream | None = sys.stderr if file is None else file
+
+    def write() -> None:
+        while stream is not None and not end.wait(LONGEST):
+            try:
+                stream.write(f"{label}: {duration(_clock() - begun)} so far\n")
+                stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more
+                return
+
+    thread = threading.Thread(target=write, name="still-working", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def is_terminal(stream: Stream | None) -> bool:

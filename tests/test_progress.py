@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import sys
+import time
 
 import pytest
 
@@ -150,3 +152,18 @@ def test_durations() -> None:
     assert shown == [
         "0.4 s", "9.9 s", "10 s", "59 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "2 h 07 min",
     ]  # fmt: skip
+
+
+def test_work_of_unknown_length_writes_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LONGEST", 0.02)
+    file = io.StringIO()
+    with progress.still_working("scoring", file):
+        while file.getvalue().count("\n") < 2:
+            time.sleep(0.005)
+    lines = file.getvalue().splitlines()
+    assert all(re.fullmatch(r"scoring: \d\.\d s so far", line) for line in lines)
+    time.sleep(0.1)
+    assert file.getvalue().splitlines() == lines, "the end ends it"
+    file.close()
+    with progress.still_working("scoring", file):  # nobody reads it: no error
+        time.sleep(0.05)

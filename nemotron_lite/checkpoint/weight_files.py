@@ -210,6 +210,8 @@ def read_object(file: Path, *, infinity: bool = False) -> tuple[dict[str, Any], 
     try:
         return read_json(file, infinity=infinity), []
     except FileNotFoundError:
+        if (inside := file.parent / "model" / file.name).is_file():
+            return {}, [f"this is the folder of a run; its model is in {inside.parent}"]
         return {}, [f"{file.name} is missing; copy it from where the weights are from"]
     except FileError as error:
         return {}, [f"{file.name} {printable(error.fault, 300)}; {AGAIN}"]

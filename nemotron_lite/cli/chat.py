@@ -54,7 +54,7 @@ def chat(
     top_p: TopP = DEFAULT.top_p,
     top_k: TopK = DEFAULT.top_k,
     seed: Seed = 0,
-    dtype: Annotated[str | None, typer.Option(help="of the weights")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights: float32 or bfloat16")] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="keep quantized weights packed in memory")
     ] = False,

@@ -30,7 +30,7 @@ from nemotron_lite.cli.application import (
     settings,
 )
 from nemotron_lite.cli.terminal import ignore_absurd_width, visible, write, write_note
-from nemotron_lite.progress import is_terminal
+from nemotron_lite.progress import is_terminal, still_working
 from nemotron_lite.quantization.recipe import RECIPES
 
 __all__ = [
@@ -111,9 +111,12 @@ def title(step: int, text: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that something is going on, on a terminal only."""
-    if settings.quiet or not is_terminal(sys.stderr):
+    """Show that something is going on: a moving sign on a terminal, seldom a line in a file."""
+    if settings.quiet:
         yield
-    else:
+    elif is_terminal(sys.stderr):
         with err.status(what):
+            yield
+    else:
+        with still_working(what):
             yield

@@ -86,7 +86,8 @@ def quantize(
         loaded = read_model(model, "float32")
         documents, held_out = read_text(loaded, text, held_out_bytes)
         batches = sample_windows(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
-        before = evaluate(loaded, held_out) if held_out else None
+        with working("scoring"):
+            before = evaluate(loaded, held_out) if held_out else None
         stored = weight_bytes(model)
         say(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
 
@@ -95,13 +96,14 @@ def quantize(
 
         budget = None if format else bits or BUDGET
         title(3, f"Choose: {format} for all" if format else f"Choose within {budget} bits")
-        modules, formats = choose_formats(
-            loaded, batches, calibration, budget, format or "bf16", choices
-        )
+        with working("measuring what rounding each module costs"):
+            modules, formats = choose_formats(
+                loaded, batches, calibration, budget, format or "bf16", choices
+            )
         count = ", ".join(f"{n} {name}" for name, n in sorted(Counter(formats.values()).items()))
         say(
             f"{len(modules)} modules can be quantized: {count}; "
-            f"{bits_per_weight(modules, formats):.4f} bits a weight"
+            f"{bits_per_weight(modules, formats):.4f} bits a weight of these"
         )
 
         title(4, "Write")
@@ -111,7 +113,8 @@ def quantize(
 
         if held_out and before is not None:
             title(5, f"Score on {held_out.num_bytes:,} bytes it has never seen")
-            after = evaluate(loaded.float(), held_out)
+            with working("scoring"):
+                after = evaluate(loaded.float(), held_out)
             lines: list[tuple[str, Evaluation, int]] = [
                 ("as it was", before, stored), ("quantized", after, weight_bytes(save_to)),
             ]  # fmt: skip

@@ -24,6 +24,7 @@ from nemotron_lite.cli.common import (
     say,
     settings,
     title,
+    working,
 )
 from nemotron_lite.cli.generate import write
 from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, prepare_text, read_config
@@ -83,7 +84,8 @@ def run(
             return
 
         title(4, "Score: bits per byte of files it has never seen (lower is better)")
-        score = evaluate(built.eval(), data.held_out)
+        with working("scoring"):
+            score = evaluate(built.eval(), data.held_out)
         out.print(tables.score_table(score.bits_per_byte, data.baselines))
 
         title(5, "Write")

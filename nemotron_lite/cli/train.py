@@ -66,21 +66,26 @@ def train(
     init_from: InitFrom = None,
     steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
     max_seconds: Seconds = None,
-    batch_size: Annotated[int | None, typer.Option(help="rows per micro-batch")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="tokens per row")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="rows per micro-batch; 2 if not given")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens per row; 256 if not given")] = None,
     gradient_accumulation_steps: Accumulation = 1,
     gradient_checkpointing: Recompute = False,
     vocab_size: Annotated[
         int | None, typer.Option(help="tokenizer size; the model's if not given")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="peak learning rate; the last one is a hundredth of it")
+        float | None,
+        typer.Option(help="peak learning rate, 0.0025 if not given; the last is a hundredth of it"),
     ] = None,
     precision: Precision = "fp32",
     eval_every: Annotated[
         int | None, typer.Option(help="updates between validations; none if not given")
     ] = None,
-    eval_batches: Annotated[int | None, typer.Option(help="batches of a validation")] = None,
+    eval_batches: Annotated[
+        int | None, typer.Option(help="batches of a validation; 8 if not given")
+    ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="updates between checkpoints; every 10 minutes if not given")
     ] = None,
@@ -96,7 +101,7 @@ def train(
 ) -> None:
     """Train a model on text and save it to OUT/model in Hugging Face's layout.
 
-    Options that are not given have the defaults of `nemotron_lite.train.TrainConfig`.
+    It needs --steps or --max-seconds. The rest of the recipe is `nemotron_lite.train.TrainConfig`.
     """
     with plain_errors():
         from nemotron_lite.cli import tables
@@ -158,7 +163,8 @@ def train(
                 f"Lowest validation loss: {result.best['loss']:.4f} after update "
                 f"{result.best['step']}."
             )
-        score = evaluate(built.eval(), data.held_out)
+        with working("scoring files it has never seen"):
+            score = evaluate(built.eval(), data.held_out)
         out.print(tables.score_table(score.bits_per_byte, data.baselines))
         say(f"The model is in {save_to / 'model'}.")
 

@@ -176,8 +176,8 @@ def _read(place: Path, text_field: str) -> tuple[FoundText, list[Document]]:
         return found, list(_documents(found, whole=SOURCE))
     except FileNotFoundError:
         raise CorpusError(
-            f"there is no folder {place}: give root= (--text) a folder of .py files, a text file "
-            "or a .jsonl file."
+            f"there is no folder or file {place}: give a folder of .py files, a text file or a "
+            ".jsonl file (--text in the shell, root= in Python)."
         ) from None
     except (FileError, TextTooLargeError) as error:
         raise CorpusError(str(error)) from error

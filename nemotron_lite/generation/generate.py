@@ -224,7 +224,8 @@ def generate(
     Raises:
         ValueError: an option out of range, an empty prompt, a prompt that is neither text nor token
             ids, text or stop strings for a model without a tokenizer, speculation with a model that
-            has no MTP module, an `ssm_dtype` that caches do not have, or a cache that does not fit.
+            has no MTP module, an `ssm_dtype` that caches do not have, a cache that does not fit, or
+            `logprobs` without `return_details`.
         TypeError: an option that does not exist, or a value of a wrong type.
         FloatingPointError: logits that are not finite; the message names step, row and layer.
     """
@@ -232,6 +233,10 @@ def generate(
     return_details = flag("return_details", return_details)
     model = model_for_inference(model)
     found = complete_options(model, options, max_new_tokens, settings)
+    if settings.get("logprobs") is not None and not return_details:
+        raise ValueError(
+            f"logprobs={found.logprobs} without return_details=True: they are part of the details."
+        )
     run = Run(model, prompts, found, cache, num_samples)
     for _ in run.steps():
         pass

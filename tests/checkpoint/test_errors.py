@@ -64,6 +64,13 @@ def test_folder_renamed_by_an_interrupted_save(saved: Path) -> None:
     assert str(old) in message(saved)
 
 
+def test_the_folder_of_a_run_names_its_model(saved: Path) -> None:
+    run = saved.parent / "run"
+    run.mkdir()
+    saved.rename(run / "model")
+    assert f"this is the folder of a run; its model is in {run / 'model'}" in message(run)
+
+
 def test_empty_folder_lists_both_files(tmp_path: Path) -> None:
     text = message(tmp_path)
     assert "2 problems" in text

@@ -119,6 +119,12 @@ def test_every_seed_in_range(model: Nemotron, seed: int) -> None:
     assert found[2] == generate(model, [[1]], 4, seed=wrapped, stop=())[0]
 
 
+def test_logprobs_that_nobody_would_see_are_refused(model: Nemotron) -> None:
+    with pytest.raises(ValueError, match="logprobs=2 without return_details=True"):
+        generate(model, [1, 2], 3, logprobs=2)
+    assert len(generate(model, [1, 2], 3, logprobs=None, stop=())) == 3
+
+
 @pytest.mark.parametrize("speculation", SPECULATIONS)
 @pytest.mark.parametrize("penalty", [None, 1.3])
 def test_logprobs_are_those_of_the_model(
