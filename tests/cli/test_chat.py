@@ -10,6 +10,7 @@ import string
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,14 @@ class Person:
                     assert text in self.seen, self.seen[-2000:]
         self.seen = self.seen.partition(text)[2]
 
+    def interrupts_until(self, text: str) -> None:
+        """Ctrl-C until `text` comes: Python's `input` misses one before it waits for a line."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            with suppress(AssertionError):
+                return self.sees(text, seconds=2)
+        raise AssertionError(f"{text!r} did not come: {self.seen[-2000:]!r}")
+
     def types(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
@@ -129,8 +138,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder: Path) -> None:
         person.types("/nothing\n")
         person.sees("no such command")
         person.sees("> ")
-        person.process.send_signal(signal.SIGINT)  # at the prompt: only the line is discarded
-        person.sees("> ")
+        person.interrupts_until("> ")  # at the prompt only the line is discarded
         person.types("\x04")
         assert person.process.wait(30) == 0
     finally:
