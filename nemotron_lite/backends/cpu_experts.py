@@ -67,10 +67,12 @@ def pair_by_pair(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: 
     (tokens, k), chosen = indices.shape, indices.flatten()
     rows = z.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, 1, z.shape[1])
     # A row times a matrix, not a matrix times a column: MKL's batches are twice as fast this way.
-    up, down = (cast(part.index_select(0, chosen), z.dtype).mT for part in (up, down))
-    hidden = torch.bmm(rows, up).relu_()
+    # One copy at a time: two would exceed what the C library keeps, and every call would have to
+    # fetch its memory from the system again.
+    hidden = torch.bmm(rows, cast(up.index_select(0, chosen), z.dtype).mT).relu_()
     hidden.mul_(hidden).mul_(weights.reshape(-1, 1, 1))
-    return torch.bmm(hidden, down).view(tokens, k, z.shape[1]).sum(1)
+    chosen_down = cast(down.index_select(0, chosen), z.dtype).mT
+    return torch.bmm(hidden, chosen_down).view(tokens, k, z.shape[1]).sum(1)
 
 
 class _Order:
