@@ -166,10 +166,18 @@ class NemotronConfig:
         self._check_tensor_sizes()
 
     def _use_plain_numbers(self) -> None:
-        """Turn NumPy's numbers into Python's, which compare, print and save as expected."""
+        """Turn NumPy's numbers into Python's, which compare, print and save as expected.
+
+        An integer where a float belongs becomes one, as in a file: above 2^53 they may differ.
+        """
         for field in fields(self):
-            value = getattr(self, field.name)
-            plain = tuple(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
+            value, is_float = getattr(self, field.name), "float" in str(field.type)
+            if isinstance(value, tuple):
+                plain: Any = tuple(_plain(part) for part in value)
+                if is_float:
+                    plain = tuple(map(_as_float, plain))
+            else:
+                plain = _as_float(_plain(value)) if is_float else _plain(value)
             if plain is not value:
                 object.__setattr__(self, field.name, plain)
 
@@ -316,6 +324,11 @@ class NemotronConfig:
 
 
 _LARGEST = sys.float_info.max
+
+
+def _as_float(value: Any) -> Any:
+    """An integer as a float; anything else as it is, and integers that no float can hold."""
+    return float(value) if type(value) is int and abs(value) <= _LARGEST else value
 
 
 def _plain(value: Any) -> Any:

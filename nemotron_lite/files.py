@@ -268,10 +268,21 @@ def check_utf8(path: str | Path) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Write a small file into a folder and remove it again."""
-    with _temporary_folder(folder, _WRITING, 0o700) as temporary:
-        (temporary / "probe").write_bytes(b"probe")
-        sync_file(temporary / "probe")
+    """Write a small file into a folder and remove it again.
+
+    Another save may exchange the folder in between, and what was written goes with the old one:
+    then it is tried again.
+    """
+    for tries_left in reversed(range(10)):
+        try:
+            with _temporary_folder(folder, _WRITING, 0o700) as temporary:
+                (temporary / "probe").write_bytes(b"probe")
+                sync_file(temporary / "probe")
+        except FileNotFoundError:
+            if not tries_left or not os.path.isdir(folder):
+                raise
+        else:
+            return
 
 
 def folder_path(path: str | Path) -> Path:

@@ -275,3 +275,19 @@ def test_numbers_of_numpy_become_python_s() -> None:
     assert found == config(hidden_size=48, use_conv_bias=False, norm_eps=1e-6)
     assert type(found.hidden_size) is int
     assert hash(found) == hash(config(hidden_size=48, use_conv_bias=False, norm_eps=1e-6))
+
+
+@pytest.mark.parametrize("name", ["time_step_max", "routed_scaling_factor"])
+def test_an_integer_is_a_float_where_a_float_belongs(name: str) -> None:
+    def with_value(value: object, field: str = name) -> NemotronConfig:
+        found = config()
+        object.__setattr__(found, field, value)  # the tests' own check of types is passed by
+        found.__post_init__()
+        return found
+
+    found = with_value(2**53 + 1)
+    assert type(getattr(found, name)) is float
+    assert NemotronConfig.from_hf(found.to_hf()) == found
+    assert type(with_value((0, 1), "time_step_limit").time_step_limit[0]) is float
+    with pytest.raises(ConfigError, match=name):
+        with_value(10**400)

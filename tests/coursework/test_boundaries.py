@@ -203,6 +203,7 @@ def test_a_folder_that_cannot_be_searched_is_a_row(
      "![" * 9000, "<!--" * 9000, "|a|\n|-|\n" * 4000, "&" * 50_000, "$" + "{" * 5000 + "$"],
     ids=lambda text: repr(text[:6]),
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a lost alarm
 def test_a_page_takes_limited_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_submission, "PAGE_SECONDS", 0.5)
     row = row_of(submissions.Submission("ann", Path("x")), None, message="")
