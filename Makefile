@@ -35,7 +35,7 @@ test check: export GOMP_SPINCOUNT ?= 100
 test: $(STAMP)  ## run every test, on WORKERS processes (2); ORDER=random shuffles them
 	$(BIN)/python -m pytest -n $(WORKERS) $(ORDERED) $(ARGS)
 
-check: $(STAMP) lint  ## lint, and the fast tests: some minutes on two cores
+check: $(STAMP) lint  ## lint, and the fast tests: 4 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests $(ORDERED) $(ARGS)
 
 lab: $(STAMP)  ## copy the chapters to work/, or update the copies, and open them in JupyterLab
