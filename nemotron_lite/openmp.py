@@ -56,8 +56,10 @@ class _Team:
         def hold() -> None:
             import torch
 
-            torch.ones(PARALLEL).add_(1)  # starts the threads
-            begun.set()
+            try:
+                torch.ones(PARALLEL).add_(1)  # starts the threads
+            finally:
+                begun.set()
             self._end.wait()
 
         self._thread = threading.Thread(target=hold, name="openmp-team", daemon=True)
@@ -89,7 +91,10 @@ class _Watch:
                 self._thread = threading.Thread(
                     target=self._run, args=(self._end,), name="openmp-watch", daemon=True
                 )
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system allows no more threads: nothing is watched
+                    self._thread = None
 
     def leave(self) -> None:
         """Stop when the last user leaves."""

@@ -121,6 +121,21 @@ def test_blocks_may_be_nested_and_in_many_threads(machine: dict[str, float]) -> 
     assert openmp._watch.users == 0
 
 
+def test_where_no_thread_can_be_started_nothing_is_watched(
+    machine: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with openmp.watching():
+            assert "openmp-watch" not in names()
+    assert openmp._watch.users == 0
+    with openmp.watching():
+        assert "openmp-watch" in names()
+
+
 def test_for_a_notebook_it_begins_once_and_stays(machine: dict[str, float]) -> None:
     openmp.watch_until_exit()
     openmp.watch_until_exit()
