@@ -183,8 +183,7 @@ def test_lite_keeps_the_proportions_of_super() -> None:
     for ratio in (
         lambda c: c.mamba_inner_size / c.hidden_size,
         lambda c: c.expert_size / c.hidden_size,
-        lambda c: c.moe_intermediate_size / c.hidden_size,
-        lambda c: c.moe_shared_expert_intermediate_size / c.hidden_size,
+        lambda c: c.moe_shared_expert_intermediate_size / c.moe_intermediate_size,
         lambda c: c.num_attention_heads * c.head_dim / c.hidden_size,
     ):
         assert ratio(lite) == pytest.approx(ratio(big), rel=0.01)

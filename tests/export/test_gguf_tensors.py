@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_lite import Nemotron, load, save
+from nemotron_lite import Nemotron, NemotronConfig, load, save
 from nemotron_lite.export import to_gguf
+from nemotron_lite.export.gguf_tensors import NVFP4_BLOCK
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.export.llama import NO_MTP, packed_model, small_model
 
@@ -120,6 +121,21 @@ def test_every_tensor_is_ours(
         if not wide:
             wanted = value.to(narrow).float()
         assert torch.equal(values, wanted), name
+
+
+def test_every_matrix_of_lite_fits_nvfp4() -> None:
+    """Rows of whole blocks, also in the MTP module, and in dense layers of lite's width."""
+    config = NemotronConfig.from_preset("lite")
+    for pattern in (config.pattern, "M-*-"):
+        model = Nemotron(config.replace(pattern=pattern), device="meta")
+        matrices = {
+            name: tuple(value.shape)
+            for name, value in model.named_parameters()
+            if value.ndim > 1 and "conv1d" not in name
+        }
+        ragged = {name: s for name, s in matrices.items() if s[-1] % NVFP4_BLOCK}
+        assert matrices
+        assert ragged == {}
 
 
 @pytest.mark.parametrize("pattern", ["M*E", "M*-"])
