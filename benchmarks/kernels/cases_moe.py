@@ -47,7 +47,8 @@ class MoE(NamedTuple):
 SUPER = MoE("Super", 512, 22, 2688, 1024)
 EIGHTH = MoE("an eighth of Super", 64, 3, 2688, 1024)
 NANO = MoE("Nano", 128, 6, 1856, 2688, scale=2.5)
-LITE = MoE("lite in float32", 64, 6, 168, 64, torch.float32)
+# The width is in the name, because the record has "lite in float32" with the earlier width, 168.
+LITE = MoE("lite, experts of width 128, float32", 64, 6, 128, 64, torch.float32)
 
 _compiled = functools.cache(torch.compile)
 
