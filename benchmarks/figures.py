@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from nemotron_lite import NemotronConfig, ledger
 
 ROOT = record.RECORDS.parents[1]
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"<!-- figures(?:: ([\w ]+))? -->\n(.*?)<!-- end of figures -->", re.S)
 SIZES = ("S", "M")
 WIDTH = 100
+EARLIER_LITE = 16_710_880  # parameters of `lite` when its experts were 168 wide
 
 
 def rewrite(text: str, blocks: dict[str, str]) -> str:
@@ -179,10 +181,22 @@ def bfloat16(records: Path) -> str:
     found = _read(records / "bf16_quality.json")
     bits = found["bits_per_byte"]
     return _wrapped(
-        f"Quality in bfloat16 ({_link('bf16_quality.json')}): the model {found['model']}, needs "
-        f"{bits['bfloat16']:.4f} bits per byte of held-out text in bfloat16 and "
-        f"{bits['float32']:.4f} in float32."
+        f"Quality in bfloat16 ({_link('bf16_quality.json')}): the model {found['model']} "
+        f"and with {_size(found)}, needs {bits['bfloat16']:.4f} bits per byte of held-out text in "
+        f"bfloat16 and {bits['float32']:.4f} in float32."
     )
+
+
+def _size(found: dict[str, Any]) -> str:
+    """The size of the model in a record; if it is `lite`, whether the preset has changed since."""
+    name = next(found[key] for key in ("model", "size", "name") if key in found)
+    # Records without the number are older than the change.
+    parameters = found.get("parameters", EARLIER_LITE)
+    text = f"{parameters / 1e6:.1f} million parameters"
+    now = ledger.parameters(NemotronConfig.from_preset("lite")).total
+    if name.startswith("lite") and parameters != now:
+        text += f" (of an earlier preset; now {now / 1e6:.1f})"
+    return text
 
 
 def _operator_ratios(found: dict[str, Any]) -> dict[str, float]:
@@ -338,8 +352,8 @@ def loss_of_checkpoints(records: Path) -> str:
             )
     groups = found["results"][0]["nats_per_token"]["n"]
     text = (
-        f"Change of held-out loss in percent, for the model `{found['model']}` after "
-        f"{found['training_seconds']:.0f} seconds of training "
+        f"Change of held-out loss in percent, for the model `{found['model']}` with {_size(found)} "
+        f"after {found['training_seconds']:.0f} seconds of training "
         f"({_link('nvfp4_checkpoints_loss.json')}): median, smallest and largest of {groups} "
         "groups of held-out files."
     )
@@ -349,19 +363,22 @@ def loss_of_checkpoints(records: Path) -> str:
 
 def training(records: Path) -> str:
     """What emulated training in NVFP4 costs in time and in loss."""
-    times = _read(records / "nvfp4_training_times.json")["results"]
+    timed = _read(records / "nvfp4_training_times.json")
     ratios = " and ".join(
         f"{entry['times_bf16']['median']:.2f} times a BF16 step for {entry['batch_size']} x "
         f"{entry['length']} tokens"
-        for entry in times
+        for entry in timed["results"]
     )
-    text = f"A step takes {ratios} ({_link('nvfp4_training_times.json')})."
+    text = (
+        f"A step of the model `{timed['size']}` with {_size(timed)} takes {ratios} "
+        f"({_link('nvfp4_training_times.json')})."
+    )
     rows = []
     for name in ("lite", "small"):
         file = f"nvfp4_training_{name}.json"
         found = _read(records / file)
         scale = found["scale"]
-        size = f"{name}, {scale['parameters'] / 1e6:.1f} million parameters, {scale['steps']} steps"
+        size = f"{name}, {_size(scale)}, {scale['steps']} steps"
         for variant, entry in found["variants"].items():
             if variant != "bf16":
                 gap = _percent(entry["held_out_nats_gap_percent"])
@@ -394,6 +411,7 @@ def speculation(records: Path) -> str:
             differ += entry.get("texts_that_differ", 0)
     text = (
         f"Record: {_link('speculation.json', 'speculation.json')}. The model `{found['model']}` "
+        f"with {_size(found)} "
         f"was trained with {story['threads']} thread{'s' * (story['threads'] > 1)}: "
         f"{story['backbone']['seconds']:.0f} seconds for the whole model "
         f"({story['backbone']['tokens']:,} tokens, {story['held_out_bits_per_byte']:.2f} bits per "

@@ -243,6 +243,7 @@ def measure_quality(seconds: float) -> dict[str, Any]:
         "what": "bf16 quality",
         "path": "`train`, then `evaluate` in float32 and after model.to(torch.bfloat16)",
         "model": f"lite, trained for {seconds:.0f} seconds",
+        "parameters": model.num_parameters(),
         "bits_per_byte": {"float32": exact.bits_per_byte, "bfloat16": rounded.bits_per_byte},
         "held_out_bytes": exact.num_bytes,
         "relative_loss": rounded.bits_per_byte / exact.bits_per_byte - 1,

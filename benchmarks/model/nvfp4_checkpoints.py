@@ -164,11 +164,13 @@ def measure_speed(folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]
 
 def trained_model(seconds: float) -> tuple[Nemotron, TextData]:
     """The `lite` model, trained once and stored in runs/."""
-    data, folder = prepare(), RUNS / f"nvfp4_checkpoints-{seconds:.0f}"
+    data = prepare()
+    config = NemotronConfig.from_preset(
+        "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
+    )
+    digest = measure.model_digest(config, data.tokenizer)
+    folder = RUNS / f"nvfp4_checkpoints-{seconds:.0f}-{digest}"
     if not folder.is_dir():
-        config = NemotronConfig.from_preset(
-            "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
-        )
         model = Nemotron(config, seed=0)
         train(model, data, TrainConfig(max_seconds=seconds, bias_rate=0.02))
         save(model, folder, data.tokenizer)
@@ -306,7 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = measure_loss(model, data, bits=BUDGET, prompts=32, length=256, most=512)
     payload = {
         "path": "`evaluate` of the quantized model in float32",
-        "model": "lite", "training_seconds": None if asked.model else asked.seconds,
+        "model": "lite", "parameters": model.num_parameters(),
+        "training_seconds": None if asked.model else asked.seconds,
         "calibration": {"passages": 32, "tokens": 256},
     }  # fmt: skip
     print(write_record("nvfp4_checkpoints_loss", {**payload, "results": results}))

@@ -326,7 +326,10 @@ def main(arguments: list[str] | None = None) -> None:
     elif "times" in works:
         data = prepare(vocab_size=LITE.vocab_size)
         results = step_times(LITE, data, [(2, 256), (4, 512)], 5)
-        payload = {"size": "lite", "path": "one update of `train`", "results": results}
+        payload = {
+            "size": "lite", "parameters": Nemotron(LITE, device="meta").num_parameters(),
+            "path": "one update of `train`", "results": results,
+        }  # fmt: skip
         print(write_record("nvfp4_training_times", payload))
 
 

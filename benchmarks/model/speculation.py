@@ -80,11 +80,12 @@ class Trained:
 def trained_model(seconds: float, prompts: int) -> Trained:
     """The `lite` model, trained once and stored in runs/."""
     data = prepare()
-    folder, judges = RUNS / f"speculation-{seconds:.0f}", _beginnings(data, prompts)
+    config = NemotronConfig.from_preset(
+        "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
+    )
+    digest = measure.model_digest(config, data.tokenizer)
+    folder, judges = RUNS / f"speculation-{seconds:.0f}-{digest}", _beginnings(data, prompts)
     if not (folder / "story.json").is_file():
-        config = NemotronConfig.from_preset(
-            "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
-        )
         model = Nemotron(config, seed=0)
         began = time.perf_counter()
         whole = train(model, data, TrainConfig(max_seconds=BACKBONE * seconds, bias_rate=0.02))
@@ -353,6 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.quick:
         payload = {
             "model": "lite" if not asked.model else asked.model.name,
+            "parameters": model.num_parameters(),
             "path": "`generate` for every text, with and without speculation",
             "training": story,
             "shortlist": counted,

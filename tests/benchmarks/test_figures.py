@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import figures, record
+from nemotron_lite import NemotronConfig, ledger
 
 
 @pytest.fixture
@@ -164,3 +165,41 @@ def test_every_kind_of_figure_follows_its_record(records: Path) -> None:
         assert shown not in function(records), name
         file.write_text(json.dumps(set_everywhere(json.loads(file.read_text()), key, number)))
         assert shown in function(records), name
+
+
+def test_a_figure_of_an_earlier_lite_says_so(records: Path) -> None:
+    """Until its record is that of the preset's present size; other models never say it."""
+    now = ledger.parameters(NemotronConfig.from_preset("lite")).total
+    note = f"(of an earlier preset; now {now / 1e6:.1f})"
+    of_lite = {
+        "bf16_quality": figures.bfloat16,
+        "nvfp4_checkpoints_loss": figures.loss_of_checkpoints,
+        "nvfp4_training_lite": figures.training,
+        "nvfp4_training_times": figures.training,
+        "speculation": figures.speculation,
+    }
+    for name in of_lite:
+        file = records / f"{name}.json"
+        found = json.loads(file.read_text())
+        found.get("scale", found)["parameters"] = now
+        file.write_text(json.dumps(found))
+    whole = "\n".join(figures.for_document(records).values())
+    assert f"{now / 1e6:.1f} million parameters" in whole
+    assert "earlier preset" not in whole
+    for name, function in of_lite.items():
+        file = records / f"{name}.json"
+        new = file.read_text()
+        found = json.loads(new)
+        found.get("scale", found)["parameters"] = 2_000_000
+        file.write_text(json.dumps(found))
+        text = " ".join(function(records).split())
+        assert text.count(f"2.0 million parameters {note}") == 1, name
+        file.write_text(new)
+
+
+def test_other_models_have_no_earlier_preset(records: Path) -> None:
+    file = records / "speculation.json"
+    found = json.loads(file.read_text()) | {"model": "mine", "parameters": 2_000_000}
+    file.write_text(json.dumps(found))
+    text = " ".join(figures.speculation(records).split())
+    assert "The model `mine` with 2.0 million parameters was trained" in text
