@@ -43,7 +43,8 @@ from nemotron_lite.model import Nemotron
 ROLES = ("system", "user", "assistant", "tool")
 SECONDS = 10.0
 CHARACTERS = 64 << 20
-MAY_OPEN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # in an assistant's message
+# In an assistant's message.
+MAY_OPEN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<parameter=", "</parameter>")
 _SPLIT = "\ue000"  # private use: put inside a special token's text, and taken out when encoding
 
 CHATML = r"""
@@ -219,8 +220,9 @@ class ChatTemplate:
                 f"message {index} ({message['role']}) has a content of type "
                 f"{type(content).__name__}: expected text."
             )
-        allowed = MAY_OPEN if message["role"] == "assistant" else ()
-        special = [text for text in self._special if text not in allowed]
+        special = self._special
+        if message["role"] == "assistant":
+            special = [t for t in special if not (t.startswith(MAY_OPEN) or t.endswith(MAY_OPEN))]
         return {key: _mark(value, special) for key, value in message.items()}
 
 
@@ -266,7 +268,8 @@ def _mark(value: Any, special: Sequence[str]) -> Any:
             value = value.encode(errors="replace").decode()
         value = value.replace(_SPLIT, "")
         for text in special:
-            value = value.replace(text, text[0] + _SPLIT + text[1:])
+            while text in value:  # again, because two of them may share a character
+                value = value.replace(text, text[0] + _SPLIT + text[1:])
         return value
     if isinstance(value, Mapping):
         return {_mark(key, special): _mark(item, special) for key, item in value.items()}
@@ -276,9 +279,13 @@ def _mark(value: Any, special: Sequence[str]) -> Any:
 
 
 def _special_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that the tokenizer turns into one token wherever they stand; longest first."""
+    """Texts that the tokenizer turns into one token wherever they stand; longest first.
+
+    Line breaks around them are left out: the template could write them beside a content.
+    """
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    return sorted((text for text in added if len(text) > 1), key=len, reverse=True)
+    cores = {text.strip() for text in added}
+    return sorted((text for text in cores if len(text) > 1), key=lambda t: (-len(t), t))
 
 
 def _tokenizer_config(model: Nemotron) -> dict[str, Any]:
