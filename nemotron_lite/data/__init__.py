@@ -35,8 +35,11 @@ from nemotron_lite.data.prepared_text import prepare
 from nemotron_lite.data.text_cache import cache_folder
 from nemotron_lite.data.text_data import HeldOut, TextData
 from nemotron_lite.data.tokenizer import (
+    CHAT_PIECES,
+    CHAT_TOKENS,
     END_OF_TEXT,
     END_OF_TEXT_ID,
+    chat_ids,
     decode,
     encode_documents,
     train_tokenizer,
@@ -44,6 +47,8 @@ from nemotron_lite.data.tokenizer import (
 from nemotron_lite.data.windows import sample_windows
 
 __all__ = [
+    "CHAT_PIECES",
+    "CHAT_TOKENS",
     "END_OF_TEXT",
     "END_OF_TEXT_ID",
     "Baselines",
@@ -58,6 +63,7 @@ __all__ = [
     "NGram",
     "TextData",
     "cache_folder",
+    "chat_ids",
     "concatenate_documents",
     "decode",
     "encode_documents",

@@ -11,13 +11,14 @@ line of the log (logger `nemotron_lite.data`), and the text is prepared again.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import platform
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -33,10 +34,11 @@ from nemotron_lite.data.text_cache import DamagedCacheError
 from nemotron_lite.data.text_data import TextData
 from nemotron_lite.data.text_files import TEXT_LIMIT
 from nemotron_lite.data.tokenizer import (
+    CHAT_TOKENS,
     END_OF_TEXT_ID,
     LARGEST_ID,
-    LARGEST_VOCABULARY,
-    SMALLEST_VOCABULARY,
+    check_special_tokens,
+    check_vocabulary,
     encode_documents,
     train_tokenizer,
 )
@@ -51,19 +53,21 @@ def prepare(
     held_out_bytes: SupportsIndex = 192 * 1024,
     cache: str | Path | None = None,
     tokenizer: Tokenizer | None = None,
+    special_tokens: Sequence[str] = CHAT_TOKENS,
     special_ids: Sequence[SupportsIndex] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
     text_field: str = "text",
 ) -> TextData:
     """Read the corpus, train the tokenizer, encode, and measure the baselines; or read the cache.
 
     Args:
-        vocab_size: number of tokens, `<|endoftext|>` included.
+        vocab_size: number of tokens, `<|endoftext|>` and the special ones included.
         root: a folder, a text file or a `.jsonl` file, as in `load_corpus`; this interpreter's
             standard library by default.
         held_out_bytes: size of the text that is never trained on.
         cache: folder for the results; `cache_folder()` by default.
         tokenizer: of another model, or of an earlier run; by default one is trained. `vocab_size`
-            has no meaning with it.
+            and `special_tokens` have no meaning with it.
+        special_tokens: texts that are one token each, as in `train_tokenizer`.
         special_ids: the tokens of a tokenizer that begin and end a document.
         text_field: the field of the objects in JSON Lines files that holds the text.
 
@@ -72,7 +76,8 @@ def prepare(
         TypeError: an argument of another type.
         ValueError: a vocabulary that is too small, or too large for the text.
     """
-    vocab_size = integer("vocab_size", vocab_size, low=SMALLEST_VOCABULARY, high=LARGEST_VOCABULARY)
+    special_tokens = check_special_tokens(special_tokens)
+    vocab_size = check_vocabulary(vocab_size, special_tokens)
     held_out_bytes = integer("held_out_bytes", held_out_bytes, low=1, high=TEXT_LIMIT)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
@@ -86,14 +91,16 @@ def prepare(
         "numpy": np.__version__,
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
         "vocab_size": vocab_size,
+        "special_tokens": json.dumps(special_tokens),
         "held_out_bytes": held_out_bytes,
         "begin": begin,
         "end": end,
         "text": corpus.fingerprint(),
     }
     if tokenizer is not None:
-        del key["vocab_size"]
+        del key["vocab_size"], key["special_tokens"]
         key["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    wanted = tokenizer or _Training(vocab_size, special_tokens)
     place = Path(cache) if cache is not None else text_cache.cache_folder()
     try:
         if cache is not None and b"\0" in os.fsencode(cache):
@@ -105,7 +112,7 @@ def prepare(
             "There is no home directory to keep the prepared text in, so it is prepared again each "
             "time. Set XDG_CACHE_HOME to a folder that can be written."
         )
-        return text_cache.make_text(*_build(corpus, tokenizer or vocab_size, (begin, end), key))
+        return text_cache.make_text(*_build(corpus, wanted, (begin, end), key))
     folder = text_cache.text_folder(place, key)
     found, _ = _look(folder, key)
     if found is not None:
@@ -116,7 +123,7 @@ def prepare(
             return found
         if fault:
             _log.warning("%s. The text is prepared again.", fault)
-        files, meta = _build(corpus, tokenizer or vocab_size, (begin, end), key)
+        files, meta = _build(corpus, wanted, (begin, end), key)
         try:
             text_cache.write_text(folder, files, meta)
         except (OSError, ValueError) as error:
@@ -150,18 +157,24 @@ def _two_ids(special_ids: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _build(
-    corpus: Corpus, tokenizer: Tokenizer | int, special_ids: tuple[int, int], key: text_cache.Key
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The contents of the files of a text, and what its `meta.json` says.
+class _Training(NamedTuple):
+    """The settings of a tokenizer that is to be trained."""
 
-    Args:
-        tokenizer: a tokenizer, or the vocabulary size of one that is to be trained.
-    """
+    vocab_size: int
+    special_tokens: tuple[str, ...]
+
+
+def _build(
+    corpus: Corpus,
+    tokenizer: Tokenizer | _Training,
+    special_ids: tuple[int, int],
+    key: text_cache.Key,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The contents of the files of a text, and what its `meta.json` says."""
     texts = [document.content.decode("utf-8") for document in corpus.train]
     held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
-    if isinstance(tokenizer, int):
-        tokenizer = train_tokenizer(texts, vocab_size=tokenizer)
+    if isinstance(tokenizer, _Training):
+        tokenizer = train_tokenizer(texts, **tokenizer._asdict())
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     begin, end = special_ids
     largest = max(*special_ids, *tokenizer.get_vocab(with_added_tokens=True).values())

@@ -41,7 +41,7 @@ from nemotron_lite.data.text_data import HeldOut, TextData
 from nemotron_lite.files import atomic_folder
 from nemotron_lite.input_files import parse_json, read_bytes
 
-FORMAT = 2  # version of the layout; raise it when the files or the rules of the corpus change
+FORMAT = 3  # raise it when the files, the rules of the corpus or the tokenizer's change
 META = "meta.json"
 FILES = (
     "tokenizer.json", "train.npy", "train_starts.npy", "held_out.npy", "held_out_starts.npy",

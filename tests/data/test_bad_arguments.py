@@ -47,8 +47,8 @@ CALLS = {
     "prepare": (
         prepare,
         dict(
-            vocab_size=257, root=folder, held_out_bytes=50, cache=folder / "c", tokenizer=None,
-            special_ids=(0, 0), text_field="text",
+            vocab_size=258, special_tokens=("<a>",), root=folder, held_out_bytes=50,
+            cache=folder / "c", tokenizer=None, special_ids=(0, 0), text_field="text",
         ),
     ),
     "windows": (sample_windows, dict(documents=documents, count=2, seq_len=5, seed=0)),
@@ -59,7 +59,7 @@ CALLS = {
     "SelectiveCopy": (SelectiveCopy, dict(items=2, letters=3, places="fixed")),
     "recall test": (recall.test_set, dict(pairs=2, rows=2, questions=2, seed=0)),
     "copy test": (copy.test_set, dict(rows=2, seq_len=9, seed=0)),
-    "train_tokenizer": (train_tokenizer, dict(texts=["abc"], vocab_size=257)),
+    "train_tokenizer": (train_tokenizer, dict(texts=["abc"], vocab_size=257, special_tokens=())),
     "encode": (encode_documents, dict(tokenizer=tokenizer, texts=["abc"], start=0, end=0)),
     "decode": (decode, dict(tokenizer=tokenizer, tokens=[1, 2])),
     "ngram": (NGram, dict(documents=[b"abc"], order=2)),
