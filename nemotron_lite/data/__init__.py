@@ -7,6 +7,12 @@
     data.baselines                   gzip, LZMA and n-gram bits per byte of those documents
 
     prepared_text.py     `prepare`
+    prepared_mixture.py  `open_mixture`: the shipped lite model's text, from a manifest
+    manifest.py          what a model is trained on, with versions and hashes
+    make_manifest.py     the command that writes one
+    sources.py           the standard library and the packages of this project, as named sources
+    duplicates.py        copies, and near copies of held-out files
+    mixture.py           batches of several sources, drawn by weight
     corpus.py            a folder, a file or the standard library, and its held-out part
     text_files.py        which files are read, and which are left out
     jsonl.py             JSON Lines
@@ -31,6 +37,9 @@ from nemotron_lite.data.batches import (
 )
 from nemotron_lite.data.corpus import Corpus, CorpusError, Document, load_corpus
 from nemotron_lite.data.jsonl import JsonlText, read_jsonl
+from nemotron_lite.data.manifest import Manifest, ManifestError, read_manifest
+from nemotron_lite.data.mixture import Mixture, Phase
+from nemotron_lite.data.prepared_mixture import MixtureData, open_mixture
 from nemotron_lite.data.prepared_text import prepare
 from nemotron_lite.data.text_cache import cache_folder
 from nemotron_lite.data.text_data import HeldOut, TextData
@@ -60,7 +69,12 @@ __all__ = [
     "Document",
     "HeldOut",
     "JsonlText",
+    "Manifest",
+    "ManifestError",
+    "Mixture",
+    "MixtureData",
     "NGram",
+    "Phase",
     "TextData",
     "cache_folder",
     "chat_ids",
@@ -69,8 +83,10 @@ __all__ = [
     "encode_documents",
     "load_corpus",
     "measure_baselines",
+    "open_mixture",
     "prepare",
     "read_jsonl",
+    "read_manifest",
     "sample_windows",
     "train_tokenizer",
 ]

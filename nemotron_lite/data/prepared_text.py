@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import zlib
 from collections.abc import Sequence
@@ -30,7 +29,6 @@ from nemotron_lite.data.baselines import measure_baselines
 from nemotron_lite.data.batches import concatenate_documents
 from nemotron_lite.data.checks import several
 from nemotron_lite.data.corpus import Corpus, load_corpus
-from nemotron_lite.data.text_cache import DamagedCacheError
 from nemotron_lite.data.text_data import TextData
 from nemotron_lite.data.text_files import TEXT_LIMIT
 from nemotron_lite.data.tokenizer import (
@@ -83,8 +81,6 @@ def prepare(
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
     begin, end = _two_ids(special_ids)
     corpus = load_corpus(root, held_out_bytes=held_out_bytes, text_field=text_field)
-    if cache is not None and not isinstance(cache, str | os.PathLike):
-        raise TypeError(f"cache is {type(cache).__name__}: expected the path of a folder.")
     key: dict[str, str | int] = {
         "python": platform.python_version(),
         "tokenizers": tokenizers.__version__,
@@ -101,52 +97,13 @@ def prepare(
         del key["vocab_size"], key["special_tokens"]
         key["tokenizer"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     wanted = tokenizer or _Training(vocab_size, special_tokens)
-    place = Path(cache) if cache is not None else text_cache.cache_folder()
-    try:
-        if cache is not None and b"\0" in os.fsencode(cache):
-            raise ValueError("a zero byte")
-    except ValueError as error:  # or half of a surrogate pair
-        raise ValueError(f"cache={cache!r} is no path ({error}).") from error
-    if place is None:
-        _log.warning(
-            "There is no home directory to keep the prepared text in, so it is prepared again each "
-            "time. Set XDG_CACHE_HOME to a folder that can be written."
-        )
-        return text_cache.make_text(*_build(corpus, wanted, (begin, end), key))
-    folder = text_cache.text_folder(place, key)
-    found, _ = _look(folder, key)
-    if found is not None:
-        return found
-    with text_cache.locked(place):
-        found, fault = _look(folder, key)  # another process may have prepared it in the meantime
-        if found is not None:
-            return found
-        if fault:
-            _log.warning("%s. The text is prepared again.", fault)
-        files, meta = _build(corpus, wanted, (begin, end), key)
-        try:
-            text_cache.write_text(folder, files, meta)
-        except (OSError, ValueError) as error:
-            cause = getattr(error, "strerror", None) or error
-            remedy = "give another cache=" if cache is not None else "set XDG_CACHE_HOME"
-            _log.warning(
-                "The prepared text cannot be kept in %s (%s), so it is prepared again each time. "
-                "To keep it, %s: a folder that can be written.",
-                place,
-                cause,
-                remedy,
-            )
-        else:
-            found, _ = _look(folder, key)
-    return found if found is not None else text_cache.make_text(files, meta)
-
-
-def _look(folder: Path, key: text_cache.Key) -> tuple[TextData | None, str]:
-    """The cached text, or the fault of what is there; neither if nothing is there."""
-    try:
-        return text_cache.read_text(folder, key), ""
-    except DamagedCacheError as error:
-        return None, str(error)
+    return text_cache.through_cache(
+        cache,
+        key,
+        text_cache.FILES,
+        text_cache.text_of,
+        lambda: _build(corpus, wanted, (begin, end)),
+    )
 
 
 def _two_ids(special_ids: Any) -> tuple[int, int]:
@@ -168,17 +125,15 @@ def _build(
     corpus: Corpus,
     tokenizer: Tokenizer | _Training,
     special_ids: tuple[int, int],
-    key: text_cache.Key,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The contents of the files of a text, and what its `meta.json` says."""
+    """The contents of the files of a text, and what its `meta.json` says beside the key."""
     texts = [document.content.decode("utf-8") for document in corpus.train]
     held_out_texts = [document.content.decode("utf-8") for document in corpus.held_out]
     if isinstance(tokenizer, _Training):
         tokenizer = train_tokenizer(texts, **tokenizer._asdict())
     files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()}
     begin, end = special_ids
-    largest = max(*special_ids, *tokenizer.get_vocab(with_added_tokens=True).values())
-    dtype = np.uint16 if largest < 1 << 16 else np.int32
+    dtype = token_dtype(tokenizer, special_ids)
     for split, split_texts in (("train", texts), ("held_out", held_out_texts)):
         tokens, starts = concatenate_documents(
             encode_documents(tokenizer, split_texts, start=begin, end=end)
@@ -188,5 +143,11 @@ def _build(
     baselines = measure_baselines(
         [d.content for d in corpus.train], [d.content for d in corpus.held_out]
     )
-    meta = text_cache.describe(key, corpus.train_bytes, corpus.held_out_bytes, baselines)
-    return files, meta
+    sizes = {"train_bytes": corpus.train_bytes, "held_out_bytes": corpus.held_out_bytes}
+    return files, {**sizes, "baselines": asdict(baselines)}
+
+
+def token_dtype(tokenizer: Tokenizer, special_ids: Sequence[int] = ()) -> type[np.integer[Any]]:
+    """The smallest dtype for the tokens of a file: uint16 or int32."""
+    largest = max(*special_ids, *tokenizer.get_vocab(with_added_tokens=True).values())
+    return np.uint16 if largest < 1 << 16 else np.int32

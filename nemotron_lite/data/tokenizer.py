@@ -39,6 +39,7 @@ END_OF_TEXT_ID = 0
 SMALLEST_VOCABULARY = 257  # <|endoftext|> and 256 bytes
 LARGEST_VOCABULARY = 1 << 20  # the real tokenizer has 131,072; the trainer reserves memory for all
 LARGEST_ID = 2**31 - 1  # of an int32 array
+_AT_ONCE = 256  # documents; the library needs about 60 bytes for a token while it encodes
 
 CHAT_PIECES: Mapping[str, str] = MappingProxyType(
     {
@@ -191,13 +192,18 @@ def encode_documents(
     texts = several("texts", texts, "texts")
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
+    documents: list[np.ndarray] = []
     try:
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for first in range(0, len(texts), _AT_ONCE):
+            encoded = tokenizer.encode_batch_fast(
+                texts[first : first + _AT_ONCE], add_special_tokens=False
+            )
+            documents += [np.array([start, *e.ids, end], dtype=np.int32) for e in encoded]
     except Exception as error:
         _explain(texts, error)
     finally:  # a chat template writes special tokens with the same tokenizer
         tokenizer.encode_special_tokens = before
-    return [np.array([start, *e.ids, end], dtype=np.int32) for e in encoded]
+    return documents
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[SupportsIndex]) -> str:

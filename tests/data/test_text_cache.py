@@ -132,7 +132,7 @@ def test_a_damaged_file_is_noticed(cache: Path, root: Path, name: str, damage: s
         else {"text": corpus.fingerprint()}
     )
     with pytest.raises(text_cache.DamagedCacheError) as caught:
-        text_cache.read_text(only_folder(cache), key)
+        text_cache.read_checked(only_folder(cache), key, FILES, text_cache.text_of)
     assert str(only_folder(cache)) in str(caught.value)
     assert len(str(caught.value)) < 600
 
