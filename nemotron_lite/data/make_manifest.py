@@ -1,21 +1,30 @@
 """Write the manifest of the shipped lite model from the packages of this machine.
 
     python -m nemotron_lite.data.make_manifest [FILE]
+    python -m nemotron_lite.data.make_manifest --requirements > versions.txt
 
 The packages are those that this project depends on, with all of its extras, and theirs in turn, as
 far as they are installed. Nothing else that happens to be installed is read. Without a FILE, the
-manifest of the package itself is replaced.
+manifest of the package itself is replaced. The second command writes the versions of the packages
+in the manifest, for `pip install -r versions.txt`.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from nemotron_lite.data.corpus import load_corpus
-from nemotron_lite.data.manifest import LITE, TokenizerSettings, describe_sources
+from nemotron_lite.data.manifest import (
+    LITE,
+    TokenizerSettings,
+    as_requirements,
+    describe_sources,
+    read_manifest,
+)
 from nemotron_lite.data.mixture import Phase
 from nemotron_lite.data.sources import (
     DOCSTRINGS,
@@ -94,6 +103,20 @@ def make_manifest(path: Path) -> str:
     return "\n".join([*lines, f"written: {path}"])
 
 
+def main() -> None:
+    """The command."""
+    arguments = argparse.ArgumentParser(description="Write the manifest of a training text.")
+    arguments.add_argument("file", nargs="?", type=Path, default=LITE, help="the manifest")
+    arguments.add_argument(
+        "--requirements", action="store_true", help="list its packages for pip; write nothing"
+    )
+    asked = arguments.parse_args()
+    if asked.requirements:
+        sys.stdout.write(as_requirements(read_manifest(asked.file)))
+    else:
+        sys.stdout.write(make_manifest(asked.file) + "\n")
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    sys.stdout.write(make_manifest(Path(sys.argv[1]) if len(sys.argv) > 1 else LITE) + "\n")
+    main()

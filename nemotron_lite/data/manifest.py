@@ -79,9 +79,9 @@ class Manifest:
 
     @property
     def packages(self) -> list[str]:
-        """Names of all packages, without Python itself, in the order in which they are read."""
-        names = [package.name for packages in self.sources.values() for package in packages]
-        return [name for name in dict.fromkeys(names) if name != PYTHON]
+        """Names of all packages, without Python itself; sorted, as they are read."""
+        names = {package.name for packages in self.sources.values() for package in packages}
+        return sorted(names - {PYTHON})
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -203,8 +203,9 @@ def refuse(differences: Sequence[str], wanted: Manifest) -> ManifestError:
     )
     return ManifestError(
         f"the text of this machine is not that of the manifest: {shown}{more}. Install the "
-        f"versions of the manifest, with Python {python}; or give strict=False to train on what is "
-        "here, which gives another model."
+        "versions of the manifest (python -m nemotron_lite.data.make_manifest --requirements lists "
+        f"them for pip), with Python {python}; or give strict=False to train on what is here, "
+        "which gives another model."
     )
 
 

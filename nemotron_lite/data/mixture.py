@@ -57,16 +57,24 @@ class Phase:
     """
 
     name: str
-    start: float
-    weights: Mapping[str, float]
+    start: int | float
+    weights: Mapping[str, int | float]
 
 
 def check_phases(phases: Sequence[Phase], sources: Sequence[str]) -> None:
     """Refuse phases that are not in order, or weights that are no shares of these sources.
 
     Raises:
+        TypeError: a start or a weight that is no number.
         ValueError: which phase is wrong, and why.
     """
+    for phase in phases:
+        for value in (phase.start, *phase.weights.values()):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(
+                    f"phase {phase.name!r} has {value!r} as its start or a weight: expected a "
+                    "number."
+                )
     starts = [phase.start for phase in phases]
     increasing = all(a < b for a, b in pairwise(starts))
     if not starts or starts[0] != 0 or not increasing or not starts[-1] < 1:
@@ -191,7 +199,7 @@ class Mixture:
     def _phase(self, index: int) -> int:
         return bisect_right(self.phase_starts, index) - 1
 
-    def _shares(self, weights: Mapping[str, float]) -> list[int]:
+    def _shares(self, weights: Mapping[str, int | float]) -> list[int]:
         """Rows of each source in a block: the weights by largest remainders."""
         exact = np.array([weights.get(name, 0.0) for name in self.sources]) * BLOCK
         rows = np.floor(exact + 1e-9).astype(int)

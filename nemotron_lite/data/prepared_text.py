@@ -16,6 +16,7 @@ import logging
 import platform
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 

@@ -197,8 +197,10 @@ def licence(distribution: metadata.Distribution) -> str:
         for line in about.get_all("Classifier") or []
         if line.startswith("License ::")
     ]
-    text = (about.get("License") or "").strip().partition("\n")[0][:60]
-    return about.get("License-Expression") or ", ".join(classifiers) or text or "not stated"
+    (expression,) = (about.get_all("License-Expression") or [""])[:1]
+    (text,) = (about.get_all("License") or [""])[:1]
+    first_line = text.strip().partition("\n")[0][:60]
+    return expression or ", ".join(classifiers) or first_line or "not stated"
 
 
 def _listed(distribution: metadata.Distribution) -> list[metadata.PackagePath]:

@@ -39,7 +39,7 @@ END_OF_TEXT_ID = 0
 SMALLEST_VOCABULARY = 257  # <|endoftext|> and 256 bytes
 LARGEST_VOCABULARY = 1 << 20  # the real tokenizer has 131,072; the trainer reserves memory for all
 LARGEST_ID = 2**31 - 1  # of an int32 array
-_AT_ONCE = 256  # documents; the library needs about 60 bytes for a token while it encodes
+_AT_ONCE = 256  # documents; the library needs much memory for each token while it encodes
 
 CHAT_PIECES: Mapping[str, str] = MappingProxyType(
     {
@@ -160,11 +160,13 @@ def chat_ids(tokenizer: Tokenizer) -> dict[str, int]:
     Raises:
         ValueError: the tokenizer has not all of them.
     """
-    ids = {name: tokenizer.token_to_id(text) for name, text in CHAT_PIECES.items()}
-    missing = [CHAT_PIECES[name] for name, number in ids.items() if number is None]
+    found = ((name, tokenizer.token_to_id(text)) for name, text in CHAT_PIECES.items())
+    ids = {name: number for name, number in found if number is not None}
+    missing = [text for name, text in CHAT_PIECES.items() if name not in ids]
+    count = len(CHAT_PIECES)
     if missing:
         raise ValueError(
-            f"the tokenizer has no token {missing[0]!r}; {len(missing)} of {len(ids)} pieces of "
+            f"the tokenizer has no token {missing[0]!r}; {len(missing)} of {count} pieces of "
             "the chat format are missing. Train it with special_tokens=CHAT_TOKENS."
         )
     return ids

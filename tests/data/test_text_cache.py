@@ -317,8 +317,8 @@ def test_the_key_holds_everything_that_the_text_depends_on(
 ) -> None:
     meta = json.loads((only_folder(original[1]) / META).read_text())["content"]
     assert set(meta["key"]) == {
-        "python", "tokenizers", "numpy", "zlib", "vocab_size", "held_out_bytes", "begin",
-        "end", "text",
+        "python", "tokenizers", "numpy", "zlib", "vocab_size", "special_tokens",
+        "held_out_bytes", "begin", "end", "text",
     }  # fmt: skip
     prepare(root=root, cache=tmp_path, **SMALL)
     monkeypatch.setattr(prepared_text.tokenizers, "__version__", "99")
