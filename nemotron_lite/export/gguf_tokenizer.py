@@ -5,8 +5,8 @@ regular expressions. A GGUF file only has the *name* of such a rule, and llama.c
 does. So the pipeline has to be one that has a name:
 
     name      pipeline
-    gpt-2     ByteLevel with its own expression (what `data.train_tokenizer` makes)
-    refact    Digits one by one, then the same
+    gpt-2     ByteLevel with its own expression
+    refact    Digits one by one, then the same (what `data.train_tokenizer` makes)
     tekken    Split by Mistral's expression, then ByteLevel without one (Nemotron's own tokenizer)
 
 Anything else is refused; `pre_tokenizer` names the rule by hand, for who knows that it fits.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_lite.data import load_corpus, read_manifest
+from nemotron_lite.data import load_corpus, read_manifest, sources
 from nemotron_lite.data.corpus import Corpus, Document
 from nemotron_lite.data.manifest import describe_sources
 from nemotron_lite.data.sources import (
@@ -15,7 +15,6 @@ from nemotron_lite.data.sources import (
     DOCUMENTATION,
     LONGEST_FILE,
     PACKAGES,
-    SOURCE_LIMIT,
     STANDARD_LIBRARY,
     FoundSources,
     read_sources,
@@ -111,11 +110,10 @@ def test_near_copies_of_held_out_files_are_left_out(
 
 def test_duplicates_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    changed = code(1).replace("0001", "0000", 1)
+    changed = code(1) + code(4, lines=20)
     install(tmp_path, "one", {"one/a.py": code(1), "one/b.py": code(1), "one/c.py": code(2)})
-    install(
-        tmp_path, "two", {"two/a.py": changed, "two/library.py": code(1000), "two/d.py": code(3)}
-    )
+    library = code(1000) + "\n"
+    install(tmp_path, "two", {"two/a.py": changed, "two/b.py": library, "two/d.py": code(3)})
     found = read_sources(corpus_of(1), ["one", "two"])  # of which the first file is code(1000)
     assert len(names(found, PACKAGES) & {"one/one/a.py", "one/one/b.py"}) == 1
     assert names(found, PACKAGES) >= {"one/one/c.py", "two/two/d.py"}
@@ -123,12 +121,13 @@ def test_duplicates_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_package_gives_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SOURCE_LIMIT", 200_000)
     monkeypatch.syspath_prepend(tmp_path)
-    files = {f"big/m{i}.py": f'"""{prose(i)}"""\n' + code(i, lines=4_000) for i in range(30)}
+    files = {f"big/m{i}.py": f'"""{prose(i)}"""\n' + code(i, lines=400) for i in range(30)}
     install(tmp_path, "big", files)
     found = read_sources(corpus_of(1), ["big"])
     (package,) = found.sources[PACKAGES]
-    assert SOURCE_LIMIT * 0.85 < package.num_bytes <= SOURCE_LIMIT
+    assert 160_000 < package.num_bytes <= 200_000
     left = {f"big/{name}" for name in files} - names(found, PACKAGES)
     assert left <= names(found, DOCSTRINGS)  # docstrings of the others too
     again = read_sources(corpus_of(1), ["big"])

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nemotron_lite import Nemotron, SpeculationOptions, generate
-from nemotron_lite.data import train_tokenizer
+from nemotron_lite.data import CHAT_TOKENS, train_tokenizer
 from nemotron_lite.export import to_gguf
 from nemotron_lite.export.gguf_tokenizer import _TEKKEN
 from nemotron_lite.generation.speculative import Drafter
@@ -122,9 +122,9 @@ def texts() -> list[str]:
 
 def rules() -> dict[str, Tokenizer]:
     """A tokenizer for each rule that is recognized."""
-    made = {"gpt-2": train_tokenizer(texts(), vocab_size=600)}
+    made = {"refact": train_tokenizer(texts(), vocab_size=600, special_tokens=CHAT_TOKENS)}
     for name, steps, ignores in (
-        ("refact", [pre_tokenizers.Digits(individual_digits=True)], False),
+        ("gpt-2", [], False),
         ("tekken", [pre_tokenizers.Split(Regex(_TEKKEN), "isolated")], True),
     ):
         last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name != "tekken")
@@ -142,7 +142,7 @@ def rules() -> dict[str, Tokenizer]:
 
 def test_added_tokens_and_the_first_token(tmp_path: Path) -> None:
     """A token that is not special is taken from every text; the first one is added as ours is."""
-    tokenizer = rules()["gpt-2"]
+    tokenizer = rules()["refact"]
     tokenizer.add_tokens(["<tool>", "<tool>s", "def"])
     model = small_model_with(tokenizer, 610)
     given = ["a <tool> b", "<tool>s<tool>", "undefined def <|endoftext|>", "", *texts()[20:40]]
