@@ -10,7 +10,9 @@ oneDNN is faster (BF16; float32 as in cpu_linear.py) oneDNN makes the products, 
 of scores at a time, in float32 throughout. oneDNN has no product of BF16 matrices with a float32
 result, which scores need; and rounding the weights costs as much time as multiplying them saves.
 
-With gradients, and on devices other than the CPU, only the first and the last way are used.
+With gradients, and on devices other than the CPU, only the first and the last way are used. With
+gradients on a CPU, BF16 is computed in float32: the flash kernel's backward pass takes three times
+as long in BF16.
 
 Source: measured. Left out: a backward pass of our own; PyTorch's is used.
 """
@@ -45,6 +47,8 @@ def attend(
     documents: Int[Tensor, "b t"] | None,
 ) -> Float[Tensor, "b h t p"]:
     """`ops.causal_attention`; documents come from `number_documents`."""
+    if q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return attend(q.float(), k.float(), v.float(), starts, documents).to(q.dtype)
     tokens = q.shape[2]
     if isinstance(starts, int):
         k, v = k[:, :, : starts + tokens], v[:, :, : starts + tokens]

@@ -107,3 +107,11 @@ def cpu_vendor() -> str:
         return ""
     words = platform.processor()  # "Intel64 Family 6 ..., GenuineIntel" on Windows
     return words.rsplit(", ", 1)[-1] if ", " in words else ""
+
+
+def multiplies_bf16_fast(device: torch.device) -> bool:
+    """Whether the device has instructions for products of BF16 matrices."""
+    if device.type != "cpu":
+        return True
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return HAS_ONEDNN and any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -61,6 +61,7 @@ class TrainConfig:
     gradient_accumulation_steps: Integer = 1  # micro-batches per update
     gradient_checkpointing: Flag = False  # less memory, more time (layers/block.py)
 
+    optimizer: Target = "adamw"  # or "muon" for matrices (muon.py)
     lr: Number = 2.5e-3  # peak
     min_lr: Number = 2.5e-5  # at the end of the decay
     warmup_fraction: Number = 0.05  # of the run
@@ -120,6 +121,8 @@ class TrainConfig:
         self._check_betas()
         if not isinstance(self.mtp_target, str) or self.mtp_target not in ("text", "backbone"):
             self._fail("mtp_target", "'text' or 'backbone'")
+        if not isinstance(self.optimizer, str) or self.optimizer not in ("adamw", "muon"):
+            self._fail("optimizer", "'adamw' or 'muon'")
         if not isinstance(self.precision, str | Recipe):
             self._fail("precision", "the name of a recipe, or a Recipe")
         get_recipe(self.precision)

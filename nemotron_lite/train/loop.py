@@ -179,6 +179,7 @@ class _Run:
         self.model, self.data, self.config, self.validation = model, data, config, validation
         self.optimizer = make_optimizer(
             model,
+            name=config.optimizer,
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,

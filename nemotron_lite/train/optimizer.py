@@ -17,30 +17,71 @@ AdamW: Loshchilov and Hutter 2017 (arXiv 1711.05101).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nemotron_lite.layers.moe import Experts
+from nemotron_lite.train.muon import Muon
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups of trainable parameters: matrices with decay, everything else without.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, orthogonal: bool = False
+) -> list[dict[str, Any]]:
+    """Groups of trainable parameters: matrices with decay, everything else without.
 
     The order inside a group is that of `model.named_parameters()`, so that a saved optimizer state
     fits the same model again.
+
+    Args:
+        orthogonal: put the matrices that Muon moves into a third group, the last.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+    moved = _orthogonal(model) if orthogonal else set()
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in trainable if p.ndim >= 2 and id(p) not in moved],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if orthogonal:
+        chosen = [p for p in trainable if id(p) in moved]
+        groups.append({"params": chosen, "weight_decay": weight_decay, "orthogonal": True})
+    return groups
+
+
+def _orthogonal(model: nn.Module) -> set[int]:
+    """Identities of the parameters that Muon moves: projections and experts, but not the head."""
+    head = getattr(model, "lm_head", None)
+    found = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            found.add(id(module.weight))
+        elif isinstance(module, Experts):
+            found |= {id(module.up_proj), id(module.down_proj)}
+    return found
 
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`: one pass over the weights instead of ten."""
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    """Fused AdamW over `parameter_groups` (one pass over the weights instead of ten), or Muon.
+
+    Args:
+        name: "adamw" or "muon".
+    """
+    options: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "muon":
+        return Muon(parameter_groups(model, weight_decay, orthogonal=True), **options)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), **options)
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
