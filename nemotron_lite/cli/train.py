@@ -52,6 +52,7 @@ InitFrom = Annotated[
 Logs = Annotated[
     list[str] | None, typer.Option("--log", help="beside log.jsonl: csv, tensorboard; repeatable")
 ]
+Optimizer = Annotated[str, typer.Option(help="adamw, or muon for matrices")]
 Allowed = Annotated[
     list[str] | None,
     typer.Option("--allow-changed", help="what may differ in a resumed run; repeatable"),
@@ -79,6 +80,7 @@ def train(
         float | None,
         typer.Option(help="peak learning rate, 0.0025 if not given; the last is a hundredth of it"),
     ] = None,
+    optimizer: Optimizer = "adamw",
     precision: Precision = "fp32",
     eval_every: Annotated[
         int | None, typer.Option(help="updates between validations; none if not given")
@@ -121,6 +123,7 @@ def train(
             max_seconds=max_seconds,
             gradient_accumulation_steps=gradient_accumulation_steps,
             gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
             precision=precision,
             eval_every=eval_every,
             save_every=save_every,

@@ -8,7 +8,8 @@ model, the optimizer and torch's random state are as they were.
     step, tokens, seconds      counts that fit together and the name of the file
     fingerprint                nested plain values (fingerprint.py compares them)
     model                      the model's own names, shapes and dtypes; no NaN or infinity
-    parameters, optimizer      AdamW's moments for the same parameters in the same order
+    parameters, optimizer      AdamW's moments (for Muon's matrices, the momentum) of the same
+                               parameters in the same order
     rng, device_rng            states that a generator accepts
     best                       the best validation so far, or None
 
@@ -36,7 +37,7 @@ _KEYS = {
     "best",
 }  # fmt: skip
 _PARTS = ("sizes", "options", "inputs", "versions")  # of a fingerprint
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}
 _MOST = 1 << 53
 _LISTED = 5  # problems in a message
 
@@ -189,29 +190,38 @@ def _check_optimizer(
     if set(moments) != expected or any(type(key) is not int for key in moments):
         problems.add("optimizer.state does not have one entry for each trained parameter")
         return
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [
+        (p, _MUON if group.get("orthogonal") else _ADAMW)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     memory: dict[int, str] = {}
     for index in sorted(expected):
-        _check_moments(problems, names[index], moments[index], tensors[index], saved["step"])
+        _check_moments(problems, names[index], moments[index], *tensors[index], saved["step"])
         _check_memory(problems, names[index], moments[index], memory)
 
 
 def _check_moments(
-    problems: _Problems, name: str, entry: Any, parameter: Tensor, run_step: int
+    problems: _Problems,
+    name: str,
+    entry: Any,
+    parameter: Tensor,
+    wanted: set[str],
+    run_step: int,
 ) -> None:
     if not isinstance(entry, dict):
         problems.add(f"the moments of {name} are {_type(entry)}, expected a dict")
         return
-    problems.keys(f"the optimizer's entry of {name}", entry, _MOMENTS, optional=set())
-    if not set(entry) >= _MOMENTS:
+    problems.keys(f"the optimizer's entry of {name}", entry, wanted, optional=set())
+    if not set(entry) >= wanted:
         return
     what = f"step of {name}"
-    if problems.tensor(what, entry["step"], torch.Size([]), torch.float32):
+    if "step" in wanted and problems.tensor(what, entry["step"], torch.Size([]), torch.float32):
         step = float(entry["step"])
         # The optimizer counts in float32, which stops at 2^24.
         if step != int(step) or not 0 < step <= max(run_step, 1):
             problems.add(f"{what} is {step:g}, expected a whole number from 1 to {run_step}")
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in sorted(wanted - {"step"}):
         what, value = f"{key} of {name}", entry[key]
         if not problems.tensor(what, value, parameter.shape, parameter.dtype):
             continue
@@ -224,7 +234,7 @@ def _check_moments(
 
 def _check_memory(problems: _Problems, name: str, entry: Any, memory: dict[int, str]) -> None:
     """Each moment must have its own memory; `memory` collects what is taken."""
-    for key in sorted(_MOMENTS) if isinstance(entry, dict) else ():
+    for key in sorted(_ADAMW | _MUON) if isinstance(entry, dict) else ():
         value = entry.get(key)
         if isinstance(value, Tensor) and value.layout == torch.strided and value.numel():
             address = value.untyped_storage().data_ptr()
