@@ -60,7 +60,11 @@ def quantize(
         str | None, typer.Option("--format", help="one format for all: nvfp4, fp8, bf16")
     ] = None,
     choices: Annotated[
-        str, typer.Option(help="of a mix: any; or report, as in the report's table 7")
+        str,
+        typer.Option(
+            help="what may be quantized: any; report, as in the report's table 7; or everything, "
+            "with head and MTP module"
+        ),
     ] = "any",
     pieces: Annotated[int, typer.Option("--prompts", help="pieces of text to calibrate on")] = 32,
     tokens: Annotated[int, typer.Option(help="in each piece")] = 256,
@@ -92,7 +96,7 @@ def quantize(
         say(f"{loaded.num_parameters():,} parameters in {tables.size(stored)}")
 
         title(2, f"Calibrate on {pieces} pieces of {tokens} tokens")
-        calibration = calibrate(loaded, batches)
+        calibration = calibrate(loaded, batches, choices=choices)
 
         budget = None if format else bits or BUDGET
         title(3, f"Choose: {format} for all" if format else f"Choose within {budget} bits")
@@ -206,7 +210,7 @@ def choose_formats(
     )
 
     if budget is None:
-        modules = quantizable_modules(model)
+        modules = quantizable_modules(model, choices)
         return modules, single_format(modules, format)
     sensitivity = measure_sensitivity(model, batches, calibration, choices=choices)
     return sensitivity.modules, allocate_bits(sensitivity, budget)

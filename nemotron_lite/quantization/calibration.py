@@ -45,12 +45,22 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]]) -> Calibration:
+def calibrate(
+    model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]], *, choices: str = "any"
+) -> Calibration:
     """Run a model over some text and record the largest magnitudes.
+
+    Args:
+        model: with plain weights.
+        batches: of tokens.
+        choices: as for `quantizable_modules`. With "everything", the head and all depths of the
+            MTP module are run too.
 
     Raises:
         ValueError: no batches, or activations that are NaN or infinite.
     """
+    everything = choices == "everything"
+    depths = model.config.mtp_depths if everything and model.mtp is not None else 0
     input_amax: dict[str, Tensor] = {}
     kv_amax: dict[str, Tensor] = {}
 
@@ -66,7 +76,7 @@ def calibrate(model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]]) -> Calibra
     def linear_hook(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
             record(input_amax, f"{name}.weight", args[0].abs().amax())
-            if name.endswith(("k_proj", "v_proj")):
+            if name.startswith("backbone.") and name.endswith(("k_proj", "v_proj")):
                 record(kv_amax, name, y.abs().amax())
 
         return hook
@@ -83,12 +93,15 @@ def calibrate(model: Nemotron, batches: Iterable[Int[Tensor, "_ _"]]) -> Calibra
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             handles.append(module.register_forward_hook(experts_hook(name)))
-        elif isinstance(module, nn.Linear) and name.startswith("backbone."):
+        elif isinstance(module, nn.Linear) and (everything or name.startswith("backbone.")):
             handles.append(module.register_forward_hook(linear_hook(name)))
     tokens = 0
     try:
         for batch in batches:
-            model.forward_hidden(batch.to(model.device))
+            if everything:
+                model(batch.to(model.device), mtp_depths=depths)
+            else:
+                model.forward_hidden(batch.to(model.device))
             tokens += batch.numel()
     finally:
         for handle in handles:

@@ -26,7 +26,11 @@ from nemotron_lite.quantization.packed_layers import (
     empty_packed_layer,
     install_packed_layer,
 )
-from nemotron_lite.quantization.quantizable import FORMATS, quantizable_modules
+from nemotron_lite.quantization.quantizable import (
+    FORMATS,
+    QuantizableModule,
+    quantizable_modules,
+)
 from nemotron_lite.quantization.scale_search import search_block_scales
 
 
@@ -58,13 +62,23 @@ def quantize_model(
         ValueError: a path that is no quantizable module, an unknown format, `cache` without a
             calibration, or weights that are not finite.
     """
-    known = {module.path: module for module in quantizable_modules(model)}
+    known = {module.path: module for module in quantizable_modules(model, "everything")}
     if unknown := sorted(set(formats) - set(known)):
         raise ValueError(
             f"{', '.join(unknown)}: not to be quantized. Expected paths of {', '.join(known)}."
         )
     if wrong := sorted(set(formats.values()) - set(FORMATS)):
         raise ValueError(f"format {wrong[0]!r}: expected one of {', '.join(FORMATS)}.")
+    for path, format in formats.items():
+        if format not in known[path].formats:
+            raise ValueError(
+                f"{path} in {format!r}: expected one of {', '.join(known[path].formats)}."
+            )
+    if missing := _without_calibration(known, formats, calibration):
+        raise ValueError(
+            f"{missing} is to be quantized, but the calibration has no inputs of it: calibrate("
+            'model, batches, choices="everything").'
+        )
     if cache and calibration is None:
         raise ValueError(
             "cache=True needs a calibration, which says how large keys and values get. Pass "
@@ -95,6 +109,18 @@ def quantize_model(
             with_scale.get_buffer(buffer).copy_(torch.where(scale == 0, 1.0, scale))
             model.set_submodule(path, with_scale.train(model.training))
     return model
+
+
+def _without_calibration(
+    known: Mapping[str, QuantizableModule],
+    formats: Mapping[str, str],
+    calibration: Calibration | None,
+) -> str | None:
+    """The first weight that a calibration does not cover."""
+    if calibration is None:
+        return None
+    names = (n for path, format in formats.items() if format != "bf16" for n in known[path].shapes)
+    return next((name for name in names if name not in calibration.input_amax), None)
 
 
 @torch.no_grad()

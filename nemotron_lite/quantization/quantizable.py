@@ -1,14 +1,16 @@
 """Which modules can be quantized, in which formats, and at how many bits.
 
 A quantizable module gets one format: it is a linear layer, or all routed experts of a layer with
-both of their matrices. Embedding, head, router, convolution, norms and the MTP module stay as they
-are, as in NVIDIA's releases (report table 7).
+both of their matrices. Embedding, router, convolution and norms stay as they are.
 
-There are two sets of allowed formats (`choices`):
+There are three sets of allowed formats (`choices`):
 
-    "any"       NVFP4, FP8 or BF16 for every module except q, k and v, which stay BF16
-    "report"    table 7: routed experts NVFP4; shared expert any; Mamba projections, latent
-                projections and attention output FP8 or BF16
+    "any"         NVFP4, FP8 or BF16 for every module except q, k and v, which stay BF16. Head and
+                  MTP module stay as they are, as in NVIDIA's releases
+    "report"      table 7: routed experts NVFP4; shared expert any; Mamba projections, latent
+                  projections and attention output FP8 or BF16
+    "everything"  those of "any", the MTP module in any format, and the head in FP8 or BF16. For
+                  small models, whose head and MTP module are a large part of the file
 
 The bits of a module count its codes and block scales (NVFP4 4.5 bits a weight, FP8 8, BF16 16). The
 padding of rows is counted; the one scale of a whole tensor is not. Averages are over the weights of
@@ -43,6 +45,11 @@ _TABLE_7: dict[str, tuple[str, ...]] = {
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "any": dict.fromkeys(_TABLE_7, FORMATS),
     "report": _TABLE_7,
+    "everything": {
+        **dict.fromkeys(_TABLE_7, FORMATS),
+        "mtp": FORMATS,
+        "head": ("fp8", "bf16"),
+    },
 }
 _STAY_PLAIN = ("q_proj", "k_proj", "v_proj")
 
@@ -110,8 +117,8 @@ def quantizable_modules(model: Nemotron, choices: str = "any") -> list[Quantizab
 
 
 def single_format(modules: list[QuantizableModule], format: str) -> dict[str, str]:
-    """The same format for every module: path -> format."""
-    return {module.path: format for module in modules}
+    """The same format for every module (the smallest it may have, if not this): path -> format."""
+    return {m.path: format if format in m.formats else m.formats[0] for m in modules}
 
 
 def bits_per_weight(modules: list[QuantizableModule], formats: Mapping[str, str]) -> float:

@@ -14,6 +14,9 @@ that.
 `inputs=True` counts the rounding of activations as well (in the format of the weight, as Blackwell
 multiplies); False counts the weights alone.
 
+The loss is that of the next token. The MTP module does not change it, so its formats cost nothing
+here, and a budget gives it the smallest. What that costs is the acceptance of drafts.
+
 The estimate ranks modules and formats; it is not the loss. Measure the chosen mix on held-out text.
 
 Source: Nemotron 3 Super report 4.2 (AutoQuantize: second-order Taylor scores with Fisher).

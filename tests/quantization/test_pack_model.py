@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nemotron_lite import Nemotron, load, save
+from nemotron_lite import Nemotron, generate, load, save
+from nemotron_lite.generation.options import SpeculationOptions
 from nemotron_lite.ops import squared_relu
 from nemotron_lite.quantization import (
     bits_per_weight,
@@ -19,7 +20,11 @@ from nemotron_lite.quantization import (
     quantize_model,
     single_format,
 )
-from nemotron_lite.quantization.packed_layers import PackedExperts, PackedWeight
+from nemotron_lite.quantization.packed_layers import (
+    PackedExperts,
+    PackedLinear,
+    PackedWeight,
+)
 from tests.quantization.learnable_text import loss_of, text
 
 Fresh = Callable[[], Nemotron]
@@ -40,6 +45,11 @@ def test_quantizable_modules_of_a_model(random_model: Nemotron) -> None:
     assert report[EXPERTS] == ("nvfp4",)
     assert report["backbone.layers.3.mixer.o_proj"] == ("fp8", "bf16")
     assert bits_per_weight(modules, single_format(modules, "fp8")) == 8
+    everything = {m.path: m.formats for m in quantizable_modules(random_model, "everything")}
+    assert everything["lm_head"] == ("fp8", "bf16")
+    added = {name for name in set(everything) - set(by_path) - {"lm_head"}}
+    assert added and all(name.startswith("mtp.") for name in added)
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "gate")) for name in added)
     with pytest.raises(ValueError, match="choices='all'"):
         quantizable_modules(random_model, "all")
 
@@ -74,6 +84,40 @@ def test_experts_without_tokens_take_the_largest_of_their_layer(random_model: Ne
     ]
     assert found[2] == found.max()
     assert found.min() < found.max()
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "fp8"])
+def test_head_and_mtp_module_are_quantized_on_request(
+    fresh: Fresh, tmp_path: Path, form: str
+) -> None:
+    model = fresh()
+    modules = quantizable_modules(model, "everything")
+    formats = single_format(modules, form)
+    assert formats["lm_head"] == "fp8"
+    with pytest.raises(ValueError, match=r"lm_head.* in 'nvfp4': expected one of fp8, bf16"):
+        quantize_model(model, {"lm_head": "nvfp4"})
+    with pytest.raises(ValueError, match='choices="everything"'):
+        quantize_model(model, formats, calibrate(model, [text(6)]))
+    quantize_model(model, formats, calibrate(model, [text(6)], choices="everything"), cache=True)
+    save(model, tmp_path / "m")
+    packed, plain = load(tmp_path / "m", packed=True), load(tmp_path / "m", dtype=torch.float32)
+    assert isinstance(packed.lm_head, PackedLinear) and not isinstance(plain.lm_head, PackedLinear)
+    assert isinstance(packed.mtp.layers[1].mixer.experts, PackedExperts)
+    tokens = text(5)
+    found = [m(tokens, mtp_depths=2) for m in (model, packed, plain)]
+    assert torch.equal(found[0].logits, found[1].logits)
+    torch.testing.assert_close(found[0].logits, found[2].logits, atol=1e-4, rtol=1e-4)
+    for a, b, c in zip(*(out.mtp_logits for out in found), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)
+    prompt = tokens[0, :8].tolist()
+    options = dict(max_new_tokens=12, temperature=0.0)
+    written = [
+        generate(each, prompt, speculation=speculation, **options)
+        for each in (packed, plain)
+        for speculation in (None, SpeculationOptions(draft_length=2, adaptive=False))
+    ]
+    assert written == written[:1] * 4
 
 
 @pytest.mark.parametrize("form", ["nvfp4", "fp8"])
@@ -149,8 +193,8 @@ def test_a_mix_and_what_stays_plain(fresh: Fresh) -> None:
 
 def test_what_cannot_be_quantized(fresh: Fresh) -> None:
     model = fresh()
-    with pytest.raises(ValueError, match="lm_head: not to be quantized"):
-        quantize_model(model, {"lm_head": "fp8"})
+    with pytest.raises(ValueError, match="gate: not to be quantized"):
+        quantize_model(model, {"backbone.layers.1.mixer.gate": "fp8"})
     with pytest.raises(ValueError, match="format 'int4'"):
         quantize_model(model, {EXPERTS: "int4"})
     with pytest.raises(ValueError, match="needs a calibration"):
