@@ -248,6 +248,20 @@ def check_writable_folder(path: str | Path) -> None:
                     each.rmdir()
 
 
+def cache_folder() -> Path | None:
+    """The folder of what can be made again: `nemotron_lite` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    A relative `XDG_CACHE_HOME` is ignored, as its specification says. None if there is no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base) / "nemotron_lite"
+    try:
+        return Path.home() / ".cache" / "nemotron_lite"
+    except RuntimeError:  # HOME is not set, and the user has no entry in /etc/passwd
+        return None
+
+
 def is_utf8(path: str | Path) -> bool:
     """Whether a path is UTF-8; safetensors opens no other."""
     try:

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton decides at its import whether kernels are interpreted, and transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("NEMOTRON_LITE_MEASURE", "0")  # which library multiplies: PyTorch's choice
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 
 # Programs that a shell starts in the background, or nohup, ignore these, and so would every process

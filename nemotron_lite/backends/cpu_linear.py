@@ -11,23 +11,21 @@ fifth generation, one core, us:
     oneDNN                    1366              198             359            14
     oneDNN, prepacked            -              141             191            14
 
-Single rows are multiplied with matrices larger than the CPU's caches, as in decoding. A call of
-oneDNN costs 8 us more, so small products stay with MKL. Both sum in float32; the results differ by
-rounding.
+On an Intel Xeon with AMX, two cores, MKL is the faster one for most products. A prepacked matrix
+wins there for 8 to 64 rows: 1.4 to 2.1 times as fast for 8 rows and half a million entries or more.
 
-`prepack` copies a matrix into the layout that oneDNN reads. The product then takes half the time,
-and hardly more for eight rows than for one. The copy needs as much memory as the matrix, so it is
-made only on request (`Nemotron.prepare_for_decoding`).
+`prepack` copies a matrix into the layout that oneDNN reads. The copy needs as much memory as the
+matrix, so it is made only on request (`Nemotron.prepare_for_decoding`).
 
-Which library multiplies is decided by the CPU's vendor and by sizes, never by a timing: a run that
-is repeated on one machine gives the same bits.
+Which library multiplies is measured once per machine (measured_products.py) and kept in a file: a
+run that is repeated on one machine gives the same bits. Both libraries sum in float32; the results
+differ by rounding.
 
 Source: measured. Left out: a bias, which no layer of the family has.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,11 +33,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_lite.backends import private_torch
+from nemotron_lite.backends import measured_products, private_torch
 from nemotron_lite.backends.private_torch import onednn_linear, onednn_reorder
 
-LARGE = 250_000  # numbers in a matrix that is worth a call of oneDNN for a single row
-LEAST_WORK = 1_000_000  # multiply-adds that are worth it for any matrix
 MOST_PREPACKED_ROWS = 64  # with more rows, the layout is not what costs time
 
 
@@ -90,13 +86,18 @@ def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     return (
-        (weight.numel() >= LARGE or rows * weight.numel() >= LEAST_WORK)
-        and rows > 0
+        rows > 0
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
-        and _onednn_is_faster()
+        and private_torch.HAS_ONEDNN_LINEAR
+        and measured_products.prefers_onednn(rows, weight.numel())
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def prefers_prepacked(rows: int, numel: int) -> bool:
+    """Whether a copy in oneDNN's layout is the fastest for this many rows and matrix entries."""
+    return 0 < rows <= MOST_PREPACKED_ROWS and measured_products.prefers_prepacked(rows, numel)
 
 
 def prepack(weight: Float[Tensor, "o i"]) -> Tensor:
@@ -115,20 +116,6 @@ def prepack(weight: Float[Tensor, "o i"]) -> Tensor:
         )
     with torch.inference_mode(False), torch.no_grad():
         return onednn_reorder(weight)
-
-
-def _onednn_is_faster() -> bool:
-    """Whether PyTorch would use MKL, the CPU is not Intel's, and oneDNN is there."""
-    return (
-        private_torch.HAS_ONEDNN_LINEAR
-        and torch.backends.mkl.is_available()
-        and _vendor() not in ("", "GenuineIntel")
-    )
-
-
-@lru_cache
-def _vendor() -> str:
-    return private_torch.cpu_vendor()
 
 
 class _Linear(torch.autograd.Function):

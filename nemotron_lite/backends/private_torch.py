@@ -2,7 +2,7 @@
 
 PyTorch may rename or remove a private operator in any release. Each one is called in this file
 only, and only if it exists; otherwise the public form beside it computes the same numbers, slower.
-The CPU's vendor is read here too, because no public function of Python or PyTorch tells it on every
+The CPU's name is read here too, because no public function of Python or PyTorch tells it on every
 system.
 
     operator                                          what it gives                  fallback
@@ -98,20 +98,17 @@ def pass_to_export(kind: type) -> None:
     )
 
 
-def cpu_vendor() -> str:
-    """The CPU's vendor as it names itself, such as "AuthenticAMD"; empty where nothing tells."""
+def cpu_name() -> str:
+    """The CPU's name and stepping as the system tells them; empty where nothing tells."""
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
     if CPUINFO.is_file():
-        for line in CPUINFO.read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.split(":", 1)[1].strip()
-        return ""
-    words = platform.processor()  # "Intel64 Family 6 ..., GenuineIntel" on Windows
-    return words.rsplit(", ", 1)[-1] if ", " in words else ""
+        lines = [line.split(":", 1) for line in CPUINFO.read_text().splitlines() if ":" in line]
+        found = {name.strip(): value.strip() for name, value in reversed(lines)}  # the first CPU's
+        return " | ".join(found[name] for name in wanted if name in found)
+    return platform.processor()
 
 
-def multiplies_bf16_fast(device: torch.device) -> bool:
-    """Whether the device has instructions for products of BF16 matrices."""
-    if device.type != "cpu":
-        return True
+def has_bf16_instructions() -> bool:
+    """Whether the CPU has instructions for products of BF16 matrices, as PyTorch sees it."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return HAS_ONEDNN and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return HAS_ONEDNN and any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)

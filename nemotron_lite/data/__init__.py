@@ -41,7 +41,6 @@ from nemotron_lite.data.manifest import Manifest, ManifestError, read_manifest
 from nemotron_lite.data.mixture import Mixture, Phase
 from nemotron_lite.data.prepared_mixture import MixtureData, open_mixture
 from nemotron_lite.data.prepared_text import prepare
-from nemotron_lite.data.text_cache import cache_folder
 from nemotron_lite.data.text_data import HeldOut, TextData
 from nemotron_lite.data.tokenizer import (
     CHAT_PIECES,
@@ -54,6 +53,7 @@ from nemotron_lite.data.tokenizer import (
     train_tokenizer,
 )
 from nemotron_lite.data.windows import sample_windows
+from nemotron_lite.files import cache_folder
 
 __all__ = [
     "CHAT_PIECES",

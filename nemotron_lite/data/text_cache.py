@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from nemotron_lite.data.baselines import Baselines
 from nemotron_lite.data.batches import ConcatenatedDocuments
 from nemotron_lite.data.text_data import HeldOut, TextData
-from nemotron_lite.files import atomic_folder
+from nemotron_lite.files import atomic_folder, cache_folder
 from nemotron_lite.input_files import parse_json, read_bytes
 
 FORMAT = 3  # raise it when the files, the rules of the corpus or the tokenizer's change
@@ -58,20 +58,6 @@ T = TypeVar("T")
 
 class DamagedCacheError(ValueError):
     """A cached text that cannot be used. The message names the folder and the fault."""
-
-
-def cache_folder() -> Path | None:
-    """The folder of prepared texts: `nemotron_lite` in `$XDG_CACHE_HOME` or `~/.cache`.
-
-    A relative `XDG_CACHE_HOME` is ignored, as its specification says. None if there is no home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base) / "nemotron_lite"
-    try:
-        return Path.home() / ".cache" / "nemotron_lite"
-    except RuntimeError:  # HOME is not set, and the user has no entry in /etc/passwd
-        return None
 
 
 def text_folder(cache: Path, key: Key) -> Path:

@@ -107,7 +107,9 @@ class Run:
     def steps(self) -> Iterator[list[int | None]]:
         """A token per row and step; None for rows that have ended."""
         if self.options.prepare_weights:
-            prepare_weights(self.model, self.options.max_new_tokens)
+            rows, speculation = len(self.rows), self.options.speculation
+            most = 1 if speculation is None else speculation.draft_length + 1
+            prepare_weights(self.model, self.options.max_new_tokens, (rows, rows * most))
         assert self.decoding is not None
         try:
             with watching():

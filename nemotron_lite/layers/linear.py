@@ -30,7 +30,7 @@ from torch.nn.modules import module
 from nemotron_lite import ops
 
 # Past `ops.linear`: only this backend can read a prepacked copy, which is no ordinary matrix.
-from nemotron_lite.backends.cpu_linear import MOST_PREPACKED_ROWS, prepack, product
+from nemotron_lite.backends.cpu_linear import prefers_prepacked, prepack, product
 
 
 class Linear(nn.Linear):
@@ -90,9 +90,9 @@ class Linear(nn.Linear):
         return (
             self._is_current()
             and not torch.is_grad_enabled()
-            and 0 < x.numel() <= MOST_PREPACKED_ROWS * x.shape[-1]
             and x.dtype == torch.float32
             and x.is_cpu
+            and prefers_prepacked(x.numel() // self.in_features, self.weight.numel())
             and not torch.is_autocast_enabled("cpu")
         )
 

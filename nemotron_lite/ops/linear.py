@@ -1,7 +1,7 @@
 """The product of every projection: y = x W^T, without a bias, which no layer of the family has.
 
-`F.linear` is the definition and the plain form at once. On CPUs that are not Intel's, oneDNN is
-faster for large float32 products; `backends/cpu_linear.py` says when and by how much.
+`F.linear` is the definition and the plain form at once. On some CPUs and for some sizes oneDNN is
+faster in float32; `backends/measured_products.py` measures where.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def linear(
         x: float32 on the CPU for "cpu", any dtype and device for "torch".
         weight: o rows of i numbers.
         impl: "torch" (`F.linear`), "cpu" (oneDNN), or "auto": "cpu" where it is faster, which is
-            for float32 products on the CPU that are large enough, if the CPU is not Intel's. A
-            compiler gets "torch", and chooses the library itself.
+            for some float32 products on some CPUs. A compiler gets "torch", and chooses the
+            library itself.
 
     Raises:
         ValueError: unknown `impl`, or "cpu" for tensors that oneDNN does not take or with a PyTorch

@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron_lite.backends.private_torch import multiplies_bf16_fast
+from nemotron_lite.backends.measured_products import prefers_bf16
 
 MOMENTUM = 0.95
 STEPS = 5
@@ -90,7 +90,7 @@ def orthogonal(x: Float[Tensor, "*e r c"]) -> Float[Tensor, "*e r c"]:
 
     A matrix of zeros stays zero.
     """
-    narrow = torch.bfloat16 if multiplies_bf16_fast(x.device) else x.dtype
+    narrow = torch.bfloat16 if prefers_bf16(x.device) else x.dtype
     a, b, c = COEFFICIENTS
     wide = x.shape[-2] <= x.shape[-1]
     y = (x if wide else x.mT).reshape(-1, *sorted(x.shape[-2:]))

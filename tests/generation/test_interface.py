@@ -298,9 +298,9 @@ def test_weights_are_prepared_where_it_pays(
     monkeypatch.setattr(Nemotron, "prepare_for_decoding", lambda self: prepared.append(self))
     most = prepared_weights.MIN_TOKENS
     faster = False
-    monkeypatch.setattr(prepared_weights, "prefers_onednn", lambda x, weight: faster)
+    monkeypatch.setattr(prepared_weights, "prefers_prepacked", lambda rows, numel: faster)
     generate(bare, [1], most, **GREEDY)
-    assert not prepared, "MKL is as fast here"
+    assert not prepared, "the copy is no faster here"
     faster = True
     generate(bare, [1], most - 1, **GREEDY)
     generate(bare, [1], most, prepare_weights=False, **GREEDY)
@@ -318,7 +318,8 @@ def test_a_prepared_model_writes_the_same_and_follows_its_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Text of weights that change between two calls is that of a model that was never prepared."""
-    monkeypatch.setattr(prepared_weights, "prefers_onednn", lambda x, weight: True)
+    for module in (prepared_weights, sys.modules["nemotron_lite.layers.linear"]):
+        monkeypatch.setattr(module, "prefers_prepacked", lambda rows, numel: True)
     whole = Nemotron.prepare_for_decoding
     monkeypatch.setattr(Nemotron, "prepare_for_decoding", lambda self: whole(self, smallest=1))
     one, other = Nemotron(SMALL, seed=1), Nemotron(SMALL, seed=1)

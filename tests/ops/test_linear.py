@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nemotron_lite import ops
-from nemotron_lite.backends import cpu_linear, private_torch
+from nemotron_lite.backends import cpu_linear, measured_products, private_torch
 from nemotron_lite.layers import Linear
 from nemotron_lite.model import Nemotron
 from tests.compare import relative_rms
@@ -74,34 +74,31 @@ def test_gradients(which: str) -> None:
 
 @ONEDNN
 def test_which_library_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN takes large float32 products where MKL is slow, and nothing else."""
-    monkeypatch.setattr(cpu_linear, "_onednn_is_faster", lambda: True)
-    large = torch.empty(1000, 1000)
+    """What was measured decides, and only about float32 products on the CPU."""
+    asked = []
+    monkeypatch.setattr(
+        measured_products, "prefers_onednn", lambda rows, numel: asked.append((rows, numel)) or True
+    )
+    large = torch.empty(1000, 500)
     cases = {
         (1, torch.float32): True, (0, torch.float32): False, (8, torch.float64): False,
         (8, torch.bfloat16): False,
     }  # fmt: skip
     for (rows, dtype), expected in cases.items():
-        x = torch.empty(rows, 1000, dtype=dtype)
+        x = torch.empty(rows, 500, dtype=dtype)
         assert cpu_linear.prefers_onednn(x, large.to(dtype)) is expected, (rows, dtype)
-    small = torch.empty(100, 100)
-    assert not cpu_linear.prefers_onednn(torch.empty(8, 100), small)
-    assert cpu_linear.prefers_onednn(torch.empty(100, 100), small)
+    assert asked == [(1, 500_000)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert not cpu_linear.prefers_onednn(torch.empty(8, 1000), large)
-        assert ops.linear(torch.zeros(8, 1000), torch.zeros(1000, 1000)).dtype == torch.bfloat16
-    monkeypatch.setattr(cpu_linear, "_onednn_is_faster", lambda: False)
-    assert not cpu_linear.prefers_onednn(torch.empty(8, 1000), large)
+        assert not cpu_linear.prefers_onednn(torch.empty(8, 500), large)
+        assert ops.linear(torch.zeros(8, 500), torch.zeros(7, 500)).dtype == torch.bfloat16
+    monkeypatch.setattr(measured_products, "prefers_onednn", lambda rows, numel: False)
+    assert not cpu_linear.prefers_onednn(torch.empty(8, 500), large)
 
 
-@pytest.mark.parametrize(
-    ("vendor", "faster"), [("AuthenticAMD", True), ("GenuineIntel", False), ("", False)]
-)
-def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch, vendor: str, faster: bool) -> None:
-    monkeypatch.setattr(private_torch, "HAS_ONEDNN_LINEAR", True)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(cpu_linear, "_vendor", lambda: vendor)
-    assert cpu_linear._onednn_is_faster() is faster
+@pytest.fixture
+def _prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a copy is the fastest for every product."""
+    monkeypatch.setattr(measured_products, "prefers_prepacked", lambda rows, numel: True)
 
 
 def test_what_is_refused() -> None:
@@ -113,6 +110,7 @@ def test_what_is_refused() -> None:
 
 
 @ONEDNN
+@pytest.mark.usefixtures("_prepacked")
 def test_a_model_prepared_for_decoding_gives_the_same_logits() -> None:
     model = Nemotron(SMALL, seed=0).eval()
     tokens = torch.tensor([[1, 2, 3, 4]])
@@ -132,6 +130,7 @@ def test_a_model_prepared_for_decoding_gives_the_same_logits() -> None:
 
 
 @ONEDNN
+@pytest.mark.usefixtures("_prepacked")
 def test_a_prepacked_copy_is_used_only_while_the_weight_is_unchanged() -> None:
     layer = Linear(8, 8)
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -160,6 +159,7 @@ def test_a_prepacked_copy_is_used_only_while_the_weight_is_unchanged() -> None:
         layer.double().prepare_for_decoding()
 
 
+@pytest.mark.usefixtures("_prepacked")
 def test_a_fused_optimizer_step_ends_the_copy() -> None:
     """Fused AdamW changes the weight without raising its version counter."""
     layer, x = Linear(8, 8), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -171,6 +171,7 @@ def test_a_fused_optimizer_step_ends_the_copy() -> None:
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
 
 
+@pytest.mark.usefixtures("_prepacked")
 def test_a_copy_belongs_to_one_tensor_object() -> None:
     """Another weight may get the address and the version of the old one."""
     layer, x = Linear(8, 8), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nemotron_lite import ops
-from nemotron_lite.backends import cpu_attention, cpu_linear, private_torch
+from nemotron_lite.backends import cpu_attention, cpu_linear, measured_products, private_torch
 from nemotron_lite.layers import Linear
 from tests.compare import relative_rms
 
@@ -91,7 +91,10 @@ def test_products(calls: Counter[str], rows: tuple[int, ...]) -> None:
     assert calls == expected_calls(HAS_ONEDNN_LINEAR=4, HAS_ONEDNN_REORDER=1)
 
 
-def test_a_layer_prepared_for_decoding(calls: Counter[str]) -> None:
+def test_a_layer_prepared_for_decoding(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_products, "prefers_prepacked", lambda rows, numel: True)
     layer, x = Linear(32, 24), torch.randn(3, 32)
     with torch.no_grad():
         exact = F.linear(x, layer.weight)
@@ -106,8 +109,7 @@ def test_without_onednn_auto_uses_pytorch_and_cpu_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a processor where "auto" would take oneDNN if it were there."""
-    monkeypatch.setattr(cpu_linear, "_vendor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(measured_products, "prefers_onednn", lambda rows, numel: True)
     monkeypatch.setattr(private_torch, "HAS_ONEDNN_LINEAR", True)
     x, weight = torch.randn(8, 1000), torch.randn(1000, 1000)
     assert cpu_linear.prefers_onednn(x, weight)
@@ -118,28 +120,16 @@ def test_without_onednn_auto_uses_pytorch_and_cpu_says_why(
         ops.linear(x, weight, impl="cpu")
 
 
-@pytest.mark.parametrize(
-    ("text", "vendor"),
-    [
-        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"),
-        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm CPUs report no vendor
-    ],
-)
-def test_the_vendor_on_linux(
-    text: str, vendor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
+def test_the_name_of_the_cpu_on_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = "vendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t: fpu avx2\ncpu MHz\t: {}\n"
+    (tmp_path / "cpuinfo").write_text(one.format(1000.1) + "\n" + one.format(2000.2))
     monkeypatch.setattr(private_torch, "CPUINFO", tmp_path / "cpuinfo")
-    assert private_torch.cpu_vendor() == vendor
+    assert private_torch.cpu_name() == "AuthenticAMD | EPYC | fpu avx2", "without what varies"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert private_torch.cpu_name() == ""
 
 
-@pytest.mark.parametrize(
-    ("words", "vendor"),
-    [("Intel64 Family 6 Model 85 Stepping 4, GenuineIntel", "GenuineIntel"), ("arm", ""), ("", "")],
-)
-def test_the_vendor_elsewhere(
-    words: str, vendor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_name_of_the_cpu_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private_torch, "CPUINFO", tmp_path / "missing")
-    monkeypatch.setattr(private_torch.platform, "processor", lambda: words)
-    assert private_torch.cpu_vendor() == vendor
+    monkeypatch.setattr(private_torch.platform, "processor", lambda: "arm")
+    assert private_torch.cpu_name() == "arm"

@@ -47,7 +47,7 @@ def test_quantizable_modules_of_a_model(random_model: Nemotron) -> None:
     assert bits_per_weight(modules, single_format(modules, "fp8")) == 8
     everything = {m.path: m.formats for m in quantizable_modules(random_model, "everything")}
     assert everything["lm_head"] == ("fp8", "bf16")
-    added = {name for name in set(everything) - set(by_path) - {"lm_head"}}
+    added = set(everything) - set(by_path) - {"lm_head"}
     assert added and all(name.startswith("mtp.") for name in added)
     assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "gate")) for name in added)
     with pytest.raises(ValueError, match="choices='all'"):

@@ -17,7 +17,7 @@ RECIPE = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 @pytest.fixture(params=[False, True], ids=["float32", "bf16"])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(muon, "multiplies_bf16_fast", lambda device: request.param)
+    monkeypatch.setattr(muon, "prefers_bf16", lambda device: request.param)
     return bool(request.param)
 
 

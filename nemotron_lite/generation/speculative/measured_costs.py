@@ -55,7 +55,7 @@ def measure_seconds(
             f"{model.config.mtp_pattern!r}) and drafts of at least 2 tokens (draft_length is "
             f"{draft_length})."
         )
-    prepare_weights(model)  # as `generate` does
+    prepare_weights(model, rows=(1, draft_length + 1))  # as `generate` does
     mtp, generator = model.mtp, torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> torch.Tensor:
