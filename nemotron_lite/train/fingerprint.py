@@ -44,6 +44,8 @@ FREE = frozenset(
         "gradient_checkpointing",
     }
 )
+# Options that older versions did not have, with the value that gives what those did.
+ADDED = {"optimizer": "adamw"}
 _MODEL = "model."
 _NEVER_PREFIXES = (_MODEL, "tokenizer")
 _SHOWN = 40  # characters of one value in the table
@@ -140,7 +142,7 @@ def _pairs(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
     sizes = _merged(saved["sizes"], now["sizes"])
     return [
         *_merged(saved["inputs"], now["inputs"]),
-        *_merged(saved["options"], now["options"]),
+        *_merged({**ADDED, **saved["options"]}, now["options"]),
         *[(_MODEL + name, before, after) for name, before, after in sizes],
     ]
 

@@ -54,7 +54,7 @@ CHANGES: dict[str, Any] = {
     "min_lr": 1e-6, "warmup_fraction": 0.1, "decay_fraction": 0.1, "betas": (0.8, 0.9),
     "eps": 1e-7, "weight_decay": 0.0, "grad_clip": 2.0, "mtp_weight": 0.1,
     "mtp_target": "backbone", "balance_weight": 0.1, "bias_rate": 0.1, "precision": "bf16",
-    "seed": 5,
+    "seed": 5, "optimizer": "muon",
 }  # fmt: skip
 FREE: dict[str, Any] = {
     "max_seconds": 600.0, "save_every": 2, "save_every_seconds": 5.0, "keep_checkpoints": 7,
@@ -162,3 +162,14 @@ def test_a_fingerprint_is_of_the_content(text: ConcatenatedDocuments) -> None:
     fewer = ConcatenatedDocuments(text.tokens, text.starts[:-1])
     found = {t.fingerprint() for t in (text, other_text(text), joined, fewer)}
     assert len(found) == 4
+
+
+def test_an_option_that_an_older_version_did_not_have_has_its_old_value(
+    model: Nemotron, text: ConcatenatedDocuments
+) -> None:
+    now = run_fingerprint(model, text, TrainConfig(**RECIPE))
+    old = {**now, "options": {k: v for k, v in now["options"].items() if k != "optimizer"}}
+    compare_runs(old, now, allow_changes=(), folder="runs/a")
+    muon = run_fingerprint(model, text, TrainConfig(**RECIPE, optimizer="muon"))
+    with pytest.raises(ResumeError, match=r"optimizer +adamw +muon"):
+        compare_runs(old, muon, allow_changes=(), folder="runs/a")
