@@ -82,6 +82,22 @@ def test_a_killed_run_resumes_bit_for_bit(
         assert torch.equal(tensor, weights[name]), name
 
 
+def test_a_run_with_muon_resumes_bit_for_bit(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
+    config = TrainConfig(**{**RECIPE, "optimizer": "muon"})
+    whole = Nemotron(model.config, seed=0)
+    history = train(whole, text, config, progress=False).history
+    stopped = train(
+        model, text, config, out_dir=tmp_path, progress=False, on_step=lambda r: r["step"] < 5
+    )
+    other = Nemotron(model.config, seed=5)
+    rest = train(other, text, config, out_dir=tmp_path, resume=True, progress=False)
+    assert without_times(stopped.history + rest.history) == without_times(history)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
 def test_resume_restores_the_random_state(
     model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
 ) -> None:
