@@ -37,7 +37,7 @@ _KEYS = {
     "best",
 }  # fmt: skip
 _PARTS = ("sizes", "options", "inputs", "versions")  # of a fingerprint
-_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}
+_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"}
 _MOST = 1 << 53
 _LISTED = 5  # problems in a message
 
@@ -216,7 +216,7 @@ def _check_moments(
     if not set(entry) >= wanted:
         return
     what = f"step of {name}"
-    if "step" in wanted and problems.tensor(what, entry["step"], torch.Size([]), torch.float32):
+    if problems.tensor(what, entry["step"], torch.Size([]), torch.float32):
         step = float(entry["step"])
         # The optimizer counts in float32, which stops at 2^24.
         if step != int(step) or not 0 < step <= max(run_step, 1):

@@ -78,7 +78,9 @@ class Muon(torch.optim.AdamW):
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)  # AdamW expects it when it loads
             state["momentum"] = torch.zeros_like(parameter)
+        state["step"] += 1
         momentum = state["momentum"].mul_(MOMENTUM).add_(grad)
         update = orthogonal(grad.add(momentum, alpha=MOMENTUM))
         scale = SIZE * max(parameter.shape[-2:]) ** 0.5
