@@ -183,7 +183,7 @@ class _Batches:
             total += len(experts) * rows
 
         offset = counts - counts.cumsum(0)  # minus the pairs of the experts before, by number
-        offset[by_load[: len(starts)]] += torch.tensor(starts, device=flat.device)
+        offset[by_load[: len(starts)]] += torch.tensor(starts, dtype=flat.dtype, device=flat.device)
         pairs = flat.argsort(stable=True)
         order = torch.arange(flat.numel(), device=flat.device)
         self.places = torch.empty_like(flat)

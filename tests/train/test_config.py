@@ -21,7 +21,7 @@ NUMBERS = (
     "max_seconds", "lr", "min_lr", "warmup_fraction", "decay_fraction", "eps", "weight_decay",
     "grad_clip", "mtp_weight", "balance_weight", "bias_rate", "save_every_seconds",
 )  # fmt: skip
-OTHERS = ("gradient_checkpointing", "betas", "mtp_target", "precision")
+OTHERS = ("gradient_checkpointing", "betas", "mtp_target", "optimizer", "precision")
 OPTIONAL = ("steps", "max_seconds", "eval_every", "save_every", "save_every_seconds")
 
 VALUES = [
