@@ -9,6 +9,7 @@ The names below are the public interface. What the modules are for, from the gro
     config, hf_config   the sizes of a model, and its `config.json`
     arguments           integers and numbers that a caller gives
     input_files         small files that anybody may have written
+    shipped_models      the models that come with the package
     progress            how far a long computation is: a bar, or lines in a file
     openmp              threads that wait, on a machine that others use too
     backends            fast implementations of the operations, and the choice between them

@@ -55,6 +55,7 @@ from nemotron_lite.folder_replacement import (
     sync_folder,
     sync_tree,
 )
+from nemotron_lite.shipped_models import check_not_shipped
 
 NOT_UTF8 = "has a path that is not UTF-8, and safetensors cannot open it; rename it"
 
@@ -93,6 +94,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         OSError: the disk refused the write.
     """
     path = Path(path).resolve()
+    check_not_shipped(path)
     with _temporary_folder(path.parent, _WRITING, 0o700) as folder:
         temporary = folder / path.name
         temporary.touch()
@@ -300,12 +302,15 @@ def _probe(folder: Path) -> None:
 
 
 def folder_path(path: str | Path) -> Path:
-    """The absolute folder that a user names; a leading `~` is the home folder, links are followed.
+    """The absolute folder that a user names to write to.
+
+    A leading `~` is the home folder, and links are followed.
 
     Raises:
         TypeError: neither text nor path.
         ValueError: empty, with a zero byte, or with the home of an unknown user.
         NotADirectoryError: a file.
+        PermissionError: a model that comes with the package.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"path={path!r} ({type(path).__name__}): expected a text or a Path.")
@@ -318,6 +323,7 @@ def folder_path(path: str | Path) -> Path:
         raise ValueError(f"path={text!r} leads to no folder ({error}).") from error
     if os.path.exists(folder) and not os.path.isdir(folder):  # Path.exists can raise
         raise NotADirectoryError(f"{folder} is a file; name a folder to save into.")
+    check_not_shipped(folder)
     return folder
 
 

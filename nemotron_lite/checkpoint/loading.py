@@ -72,8 +72,9 @@ def load(
     because released chat models list one more id there than in `config.json`.
 
     Args:
-        path: the folder; or a folder `models--ORG--NAME` of the hub's cache, or an `ORG/NAME` or
-            `ORG/NAME@REVISION` that this cache holds (`locations.resolve`).
+        path: the folder; or the name of a shipped model, "lite", whose weights are decoded to
+            float32 if nothing else is said; or a folder `models--ORG--NAME` of the hub's cache, or
+            an `ORG/NAME` or `ORG/NAME@REVISION` that this cache holds (`locations.resolve`).
         dtype: of the weights; None takes the one that config.json names, or that most of them have.
             A router in float32 stays in float32 beside weights of 16 bits.
         device: of the weights.

@@ -1,4 +1,8 @@
-"""Where a checkpoint lies on this disk: a folder, a folder of the hub's cache, or a hub id.
+"""Where a checkpoint lies on this disk: a folder, a shipped model, a folder of the hub's cache, or
+a hub id.
+
+A name without a separator that is no folder here is that of a model that comes with the package:
+`lite` (`shipped_models.py`).
 
 Programs of Hugging Face keep downloads in a cache, by default ~/.cache/huggingface/hub:
 
@@ -24,6 +28,7 @@ import os
 import re
 from pathlib import Path
 
+from nemotron_lite import shipped_models
 from nemotron_lite.checkpoint.errors import CheckpointError, printable, shorten
 from nemotron_lite.input_files import FileError, read_text
 
@@ -36,8 +41,9 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint.
 
     Args:
-        path_or_id: a folder; a folder `models--ORG--NAME` of the hub's cache, or an `ORG/NAME` or
-            `ORG/NAME@REVISION` that this cache holds. `~` at the start is the home folder.
+        path_or_id: a folder; the name of a shipped model; a folder `models--ORG--NAME` of the hub's
+            cache, or an `ORG/NAME` or `ORG/NAME@REVISION` that this cache holds. `~` at the start
+            is the home folder.
 
     Raises:
         CheckpointError: there is no such folder, it is a file, or it holds only GGUF files. The
@@ -63,6 +69,8 @@ def _find(path: Path) -> Path:
         return _snapshot(path, None) if is_cache else path
     if path.exists():
         raise CheckpointError(path, [_is_a_file(path)])
+    if shipped := shipped_models.folder(str(path)):
+        return shipped
     if hub_id := _HUB_ID.fullmatch(str(path)):
         organization, name, revision = hub_id.groups()
         cached = cache_folder() / f"models--{organization}--{name}"
@@ -160,8 +168,13 @@ def _is_missing(path: Path) -> str:
             f"`hf download {name}{option}`, or into a folder with "
             f"`hf download {name}{option} --local-dir DIR`"
         )
+    shipped = shorten(shipped_models.names()) or "none"
+    if len(path.parts) == 1 and path.name:
+        start = f"there is neither a folder nor a shipped model of this name (shipped: {shipped})"
+    else:
+        start = f"there is no such folder; the shipped models have plain names ({shipped})"
     return (
-        "there is no such folder. `make run` trains a small model and saves it as runs/lite; "
+        f"{start}. `make run` trains a small model and saves it as runs/small; "
         f"`hf download OWNER/NAME --local-dir {path}` downloads a published one"
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_lite.cli.common import Seed, app, note, plain_errors, say, write
+from nemotron_lite.cli.common import SHIPPED, ModelFolder, Seed, app, note, plain_errors, say, write
 from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Temperature, TopK, TopP
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
@@ -38,7 +38,7 @@ TEMPLATE_BYTES = 1 << 20
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Option(help="checkpoint folder, or a hub id in the local cache")],
+    model: ModelFolder = SHIPPED,
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
     thinking: Annotated[
         bool, typer.Option("--thinking/--no-thinking", help="whether the model thinks first")

@@ -34,8 +34,9 @@ from nemotron_lite.progress import is_terminal, still_working
 from nemotron_lite.quantization.recipe import RECIPES
 
 __all__ = [
-    "DTYPES", "ModelSizes", "Precision", "Seed", "Text", "app", "err", "note", "out",
-    "plain_errors", "program", "say", "settings", "title", "visible", "working", "write",
+    "DTYPES", "SHIPPED", "ModelFolder", "ModelSizes", "Precision", "Seed", "Text", "app", "err",
+    "note", "out", "plain_errors", "program", "say", "settings", "title", "visible", "working",
+    "write",
 ]  # fmt: skip
 
 app = Application(
@@ -51,6 +52,14 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 DTYPES = ("float32", "bfloat16")
 
+SHIPPED = Path("lite")  # what is used if no model is named
+ModelFolder = Annotated[
+    Path,
+    typer.Option(
+        "--model",
+        help="checkpoint folder, a shipped model (lite), or a hub id in the local cache",
+    ),
+]
 ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or the path of a config.json")]
 Text = Annotated[
     Path | None,

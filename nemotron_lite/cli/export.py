@@ -1,6 +1,6 @@
 """`nemotron-lite export`: a model as one file for llama.cpp and the programs around it.
 
-    nemotron-lite export --model runs/lite --to gguf --out lite.gguf --dtype bfloat16
+    nemotron-lite export --model lite --to gguf --out lite.gguf --dtype bfloat16
 
 The file holds sizes, tokenizer, chat template and weights, the MTP module too. What a GGUF file
 cannot hold is refused before anything is written. Programs that read Hugging Face's folders need no
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from nemotron_lite.cli.common import app, plain_errors, say, settings
+from nemotron_lite.cli.common import ModelFolder, app, plain_errors, say, settings
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.files import check_writable_folder
 
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Option(help="checkpoint folder")],
+    model: ModelFolder,
     out: Annotated[Path, typer.Option(help="the file to write")],
     to: Annotated[str, typer.Option(help=f"format: {', '.join(FORMATS)}")] = "gguf",
     dtype: Annotated[

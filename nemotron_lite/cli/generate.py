@@ -1,8 +1,9 @@
 """`nemotron-lite generate`: continue a prompt, and show the text as it comes.
 
-    nemotron-lite generate --model runs/lite --prompt "def "
-    git diff | nemotron-lite generate --model runs/lite --prompt - --stop "class " --quiet
-    nemotron-lite generate --model runs/lite --prompt-file a.txt --samples 4 --json
+    nemotron-lite generate --prompt "def "                    the model that comes with the package
+    nemotron-lite generate --model runs/mine/model --prompt "def "
+    git diff | nemotron-lite generate --prompt - --stop "class " --quiet
+    nemotron-lite generate --prompt-file a.txt --samples 4 --json
 
 Options of sampling that are not given are those of the model's generation_config.json; where it has
 none, those of `GenerationOptions`. With `--json`, each continuation is one object on one line.
@@ -17,7 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemotron_lite.cli.common import DTYPES, Seed, app, note, plain_errors, say, title
+from nemotron_lite.cli.common import (
+    DTYPES,
+    SHIPPED,
+    ModelFolder,
+    Seed,
+    app,
+    note,
+    plain_errors,
+    say,
+    title,
+)
 from nemotron_lite.cli.common import write as show
 from nemotron_lite.cli.inputs import read_model, read_prompt
 from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
@@ -40,7 +51,7 @@ TopK = Annotated[
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="checkpoint folder, or a hub id in the local cache")],
+    model: ModelFolder = SHIPPED,
     prompt: Annotated[
         str | None, typer.Option(help="what to continue; - reads it from standard input")
     ] = None,

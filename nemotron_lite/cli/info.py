@@ -1,7 +1,8 @@
 """`nemotron-lite info`: parameters, FLOPs and cache size of a model, and the format of each matrix.
 
-All of it is computed from the sizes: no weight is made or read. For a checkpoint folder the headers
-of the files are read too. They give the format and the size of the stored matrices.
+All of it is computed from the sizes: no weight is made or read. For a checkpoint folder, and for a
+preset that a shipped model has the name of, the headers of the files are read too. They give the
+format and the size of the stored matrices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from nemotron_lite import shipped_models
 from nemotron_lite.cli.common import Precision, app, out, plain_errors, say
 from nemotron_lite.cli.inputs import read_config
 from nemotron_lite.config import PRESETS
@@ -33,12 +35,11 @@ def info(
         config, chosen = read_config(model), get_recipe(precision)
         say(f"{model}: {config.num_layers} layers", style="bold")
         say(f"{config.pattern}\n")
-        if model not in PRESETS and not Path(model).is_file():
+        folder = _folder(model)
+        if folder is not None and any(folder.glob("*.safetensors")):
             from nemotron_lite.checkpoint import storage_summary
-            from nemotron_lite.checkpoint.locations import resolve
 
-            if any(resolve(model).glob("*.safetensors")):
-                out.print(tables.stored_table(storage_summary(model)))
+            out.print(tables.stored_table(storage_summary(folder)))
         out.print(tables.parameter_table(config, out.width))
         if layers:
             out.print(tables.layer_table(config, chosen))
@@ -47,3 +48,14 @@ def info(
         out.print(tables.precision_table(config, chosen))
         if chosen.uses("nvfp4"):
             out.print(tables.gemm_table(chosen))
+
+
+def _folder(model: str) -> Path | None:
+    """The checkpoint whose files are shown; of a preset, the shipped model of that name."""
+    if model in PRESETS:
+        return shipped_models.folder(model)
+    if Path(model).is_file():
+        return None
+    from nemotron_lite.checkpoint.locations import resolve
+
+    return resolve(model)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nemotron_lite import shipped_models
 from nemotron_lite.cli.common import DTYPES, working
 from nemotron_lite.config import PRESETS, NemotronConfig
 from nemotron_lite.input_files import FileError, read_json, read_text
@@ -22,14 +23,15 @@ TRAINING_BYTES = 16  # per parameter, in float32: weight, gradient and AdamW's t
 
 
 def read_config(which: str) -> NemotronConfig:
-    """The config of a preset, of a config.json, of a folder that has one, or of a hub id.
+    """The config of a preset, of a config.json, or of a checkpoint as `load` finds it.
 
     Raises:
         ConfigError: an unknown preset, or sizes that do not fit together.
         ValueError: the file is missing, or it is no readable JSON.
     """
     path = Path(which)
-    if which in PRESETS or ("/" not in which and not path.exists()):
+    unknown = "/" not in which and not path.exists() and shipped_models.folder(which) is None
+    if which in PRESETS or unknown:
         return NemotronConfig.from_preset(which)
     if not path.is_dir() and path.exists():  # a file, or something that is refused with its kind
         return NemotronConfig.from_hf(read_json(path))

@@ -51,7 +51,7 @@ def test_missing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "hf download" in message(tmp_path / "nothing")
     assert "`hf download nvidia/nothing --local-dir DIR`" in message(Path("nvidia/nothing"))
     monkeypatch.chdir(tmp_path)
-    assert "`make run` trains a small model and saves it as runs/lite" in message(Path("runs/lite"))
+    assert "trains a small model and saves it as runs/small" in message(Path("runs/lite"))
 
 
 def test_a_file_instead_of_the_folder(saved: Path) -> None:

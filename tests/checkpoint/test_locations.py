@@ -120,8 +120,8 @@ def test_what_is_not_there_says_how_to_download_it(cache: Path) -> None:
     assert f"the cache of the hub ({cache}) does not hold" in text
     assert "`hf download nvidia/Nemotron-3 --revision v1`" in text
     assert "`hf download nvidia/Nemotron-3 --revision v1 --local-dir DIR`" in text
-    assert "runs/lite" in problem("runs/lite")
-    assert "runs/lite" in problem("/nowhere/at/all")
+    assert "runs/small" in problem("runs/mine")
+    assert "runs/small" in problem("/nowhere/at/all")
 
 
 @pytest.mark.parametrize(
