@@ -1,4 +1,14 @@
-"""`nemotron-lite run`: build, train, score and use a small model, in under three minutes.
+"""`nemotron-lite run`: what this package is, in under three minutes on two cores.
+
+    1. assemble     the parts of the shipped model "lite", and what each costs
+    2. write        it writes Python, token by token and with drafts of its MTP module
+    3. score        bits per byte of files that it has never seen, beside gzip, LZMA and an n-gram
+    4. train        a small model, from random weights, while you watch; its score joins the table
+    5. go on        the next commands
+
+The files of part 3 are those that the shipped model's manifest holds out. Another version of Python
+has other contents of them; then a line says so. Part 4 has the shipped model's tokenizer, so that
+no tokenizer is trained, and its sizes and options are in `train/lite_recipe.py`.
 
 The output folder is tried before anything else is done, and the model is saved as soon as it is
 trained. If the folder cannot be written by then, the model goes to a temporary folder.
@@ -6,15 +16,20 @@ trained. If the folder cannot be written by then, the model goes to a temporary 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 import shlex
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemotron_lite import shipped_models
 from nemotron_lite.cli.common import (
-    ModelSizes,
-    Precision,
+    SHIPPED,
     Seed,
     Text,
     app,
@@ -26,76 +41,272 @@ from nemotron_lite.cli.common import (
     title,
     working,
 )
-from nemotron_lite.cli.generate import write
-from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, prepare_text, read_config
+from nemotron_lite.cli.inputs import check_memory, for_our_tokenizer, read_config, read_model
+from nemotron_lite.cli.live_curve import LiveCurve
 from nemotron_lite.cli.outputs import save_model
 from nemotron_lite.cli.terminal import write as show
-from nemotron_lite.files import check_writable_folder
-from nemotron_lite.generation.options import GenerationOptions
+from nemotron_lite.files import atomic_file, check_writable_folder
+from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
+from nemotron_lite.progress import is_terminal
+from nemotron_lite.quantization.recipe import RECIPES, get_recipe
 
-# Below the default of `generate`: a model trained for minutes writes better text this way.
-TEMPERATURE = 0.7
+if TYPE_CHECKING:
+    from nemotron_lite.config import NemotronConfig
+    from nemotron_lite.data import TextData
+    from nemotron_lite.generation.statistics import Statistics
+    from nemotron_lite.model import Nemotron
+
 SAMPLE_PROMPT = "import os\nimport sys\n\n\ndef "
+SAMPLE_TOKENS = 160
+# Greedy, because then drafts change nothing but the speed.
+SAMPLE = GenerationOptions(max_new_tokens=SAMPLE_TOKENS, temperature=0.0, stop=())
+DRAFTS = SpeculationOptions(draft_length=4)
+WARM_UP = 8  # tokens that are written before the clock starts
+CONTEXT = 512  # tokens, for the FLOPs of part 1
+
+Sizes = Annotated[
+    str | None,
+    typer.Option("--model", help="what to train: a preset, or a config.json; else a small model"),
+]
+RunPrecision = Annotated[
+    str,
+    typer.Option(
+        help=f"of matrix products in training: {', '.join(RECIPES)}; auto takes bf16 where the "
+        "processor has instructions for it"
+    ),
+]
 
 
 @app.command()
 def run(
-    max_seconds: Annotated[float, typer.Option(help="of training")] = 105.0,
+    max_seconds: Annotated[float | None, typer.Option(help="of training; 75 if not given")] = None,
     seed: Seed = 0,
-    save_to: Annotated[Path, typer.Option("--out", help="where the model goes")] = Path(
-        "runs/lite"
+    save_to: Annotated[Path, typer.Option("--out", help="where the trained model goes")] = Path(
+        "runs/small"
     ),
-    model: ModelSizes = "lite",
-    precision: Precision = "fp32",
+    model: Sizes = None,
+    precision: RunPrecision = "auto",
     text: Text = None,
+    save_curve: Annotated[
+        Path | None, typer.Option(help="write the loss curve of the training to this JSON file")
+    ] = None,
 ) -> None:
-    """Build a small Nemotron 3 Super, train it on this machine's Python files, and use it.
+    """See the shipped model write, score it, and train a small one on this machine's Python files.
 
     Takes under three minutes on two cores.
     """
     with plain_errors():
         from nemotron_lite.cli import tables
-        from nemotron_lite.model import Nemotron
-        from nemotron_lite.train import TrainConfig, evaluate
-        from nemotron_lite.train import train as train_model
+        from nemotron_lite.train.lite_recipe import (
+            LIVE_SECONDS,
+            fast_precision,
+            live_config,
+            live_training,
+        )
 
-        config = for_our_tokenizer(read_config(model))
-        # A few hundred updates: the routers' biases have to move faster than in a run of a million.
-        how = TrainConfig(max_seconds=max_seconds, bias_rate=0.02, precision=precision, seed=seed)
-        check_memory(config)
+        how = live_training(
+            fast_precision() if precision == "auto" else get_recipe(precision).name,
+            max_seconds=LIVE_SECONDS if max_seconds is None else max_seconds,
+            seed=seed,
+        )
+        sizes = live_config() if model is None else read_config(model)
+        check_memory(sizes)
         check_writable_folder(save_to)
-        title(1, f"Assemble: {config.pattern}")
-        out.print(tables.brief_table(config, how.seq_len))
-        built = Nemotron(config, seed=seed)
+        if save_curve is not None:
+            check_writable_folder(save_curve.parent)
 
-        title(2, "Read: Python source on this machine")
-        data = prepare_text(config, text)
+        with working("opening the shipped model"):
+            lite = read_model(SHIPPED)
+        title(1, f"Assemble: the shipped model, {lite.config.pattern}")
+        out.print(tables.brief_table(lite.config, CONTEXT))
+
+        title(2, "Write: the shipped model continues a prompt")
+        _write_twice(lite, tables)
+
+        title(3, "Score: bits per byte of files it has never seen (lower is better)")
+        data = _text(lite, text)
+        scores = [("lite, shipped", _score(lite, data), _seen(text))]
+        out.print(tables.score_table(scores, data.baselines))
+        del lite
+
+        vocab_size = data.tokenizer.get_vocab_size()
+        config = for_our_tokenizer(sizes, vocab_size)
+        trained = _train(config, data, how, save_to, save_curve, same=model is None and not text)
+        if trained is None:
+            return
+        scores.append(("the one just trained", _score(trained, data), "the training text"))
+        out.print(tables.score_table(scores, data.baselines))
+
+        title(5, "Go on")
+        for command, what in _next(save_to):
+            say(f"  {command}\n      {what}")
+
+
+def _write_twice(model: Nemotron, tables: Any) -> None:
+    """Write the same text without and with drafts, and compare the speed."""
+    for speculation in (None, DRAFTS):
+        _write(model, SAMPLE.replace(max_new_tokens=WARM_UP, speculation=speculation), quiet=True)
+    if not settings.quiet:
+        say("token by token:", style="dim")
+    show(SAMPLE_PROMPT, style="dim")
+    plain, speed, _ = _write(model, SAMPLE)
+    watched = is_terminal(sys.stdout) and not settings.quiet
+    if watched:
+        say("\nwith drafts of the MTP module:", style="dim")
+        show(SAMPLE_PROMPT, style="dim")
+    drafted, faster, found = _write(model, SAMPLE.replace(speculation=DRAFTS), quiet=not watched)
+    lines = [
+        ("token by token", speed, 1.0),
+        ("with drafts of the MTP module", faster, found.tokens_per_pass),
+    ]
+    say()
+    out.print(tables.decoding_table(lines))
+    same = next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=False)) if a != b), None)
+    say(
+        f"Acceptance length {found.acceptance_length:.2f}. "
+        + (
+            "Both texts are the same."
+            if plain == drafted
+            else f"The texts differ from character {len(plain) if same is None else same} on: two "
+            "tokens were equally likely up to rounding."
+        )
+    )
+
+
+def _write(
+    model: Nemotron, options: GenerationOptions, *, quiet: bool = False
+) -> tuple[str, float, Statistics]:
+    """Continue the prompt; the text, tokens per second, and what the drafts did."""
+    from nemotron_lite.generation.generate import stream
+
+    pieces = stream(model, SAMPLE_PROMPT, options=options)
+    started, text = time.perf_counter(), ""
+    for piece in pieces:
+        text += piece
+        if not quiet:
+            show(piece)
+    seconds = time.perf_counter() - started
+    if not quiet:
+        say()
+    return text, len(pieces.results.tokens) / seconds, pieces.statistics
+
+
+def _text(lite: Nemotron, text: Path | None) -> TextData:
+    """The text in the shipped model's tokens; held out is what the model's manifest holds out.
+
+    Says if the held-out files of this Python are not those of the manifest.
+    """
+    from nemotron_lite.data import load_corpus, prepare, read_manifest
+
+    held_out: dict[str, Any] = {}
+    remark = None
+    if text is None:
+        manifest = read_manifest()
+        held_out = {"held_out_names": manifest.held_out}
+        here = {
+            document.name: hashlib.sha256(document.content).hexdigest()
+            for document in load_corpus(**held_out).held_out
+        }
+        remark = held_out_remark(manifest.held_out, here)
+    with working("reading files, measuring gzip, LZMA and n-grams"):
+        data = prepare(root=text, tokenizer=lite.tokenizer, **held_out)
+    if not settings.quiet:
         say(
             f"{len(data.train):,} training tokens in {data.train_bytes / 1e6:.1f} MB; "
             f"{data.held_out.num_bytes:,} bytes held out"
         )
+    if remark:
+        say(remark)
+    return data
 
-        title(3, f"Train: {max_seconds:.0f} seconds")
-        built.tokenizer = data.tokenizer
-        result = train_model(built, data, how, progress=not settings.quiet)
-        save_model(built, save_to)
-        if result.interrupted:
-            say(f"Stopped at step {result.step}. The model so far is in {save_to}.")
-            return
 
-        title(4, "Score: bits per byte of files it has never seen (lower is better)")
-        with working("scoring"):
-            score = evaluate(built.eval(), data.held_out)
-        out.print(tables.score_table(score.bits_per_byte, data.baselines))
+def held_out_remark(wanted: Any, here: Any) -> str | None:
+    """A sentence if the held-out files of this machine are not those of the manifest.
 
-        title(5, "Write")
-        show(SAMPLE_PROMPT, style="dim")
-        options = GenerationOptions(max_new_tokens=160, temperature=TEMPERATURE, seed=seed)
-        speed, _ = write(built, SAMPLE_PROMPT, options)
-        say(
-            f"\nTraining read {result.tokens / result.seconds:,.0f} tokens/s, "
-            f"scoring {score.tokens_per_second:,.0f}; writing took {speed:,.0f} tokens/s.\n"
-            f"The model is in {save_to}. Continue with it:\n"
-            f"  {program()} generate --model {shlex.quote(str(save_to))} "
-            f'--temperature {TEMPERATURE} --prompt "class Tree:"'
-        )
+    Args:
+        wanted, here: SHA-256 of each file by its name.
+    """
+    changed = sum(wanted[name] != here[name] for name in here)
+    missing = len(wanted) - len(here)
+    if not changed and not missing:
+        return None
+    return (
+        f"Python {platform.python_version()} has other versions of {changed} of the {len(wanted)} "
+        f"held-out files, and {missing} are missing: scores differ from those of the record."
+    )
+
+
+def _score(model: Nemotron, data: TextData) -> float:
+    from nemotron_lite.train import evaluate
+
+    with working("scoring"):
+        return evaluate(model.eval(), data.held_out).bits_per_byte
+
+
+def _seen(text: Path | None) -> str:
+    """What the shipped model has read, from its record."""
+    record = shipped_models.read_record(str(SHIPPED))
+    tokens = record["training"]["tokens"] / 1e6
+    return f"{tokens:.1f} M tokens of Python" + ("" if text is None else ", not this text")
+
+
+def _train(
+    config: NemotronConfig,
+    data: TextData,
+    how: Any,
+    save_to: Path,
+    save_curve: Path | None,
+    *,
+    same: bool,
+) -> Nemotron | None:
+    """Part 4: train, draw and save; None if the training was interrupted.
+
+    Args:
+        same: whether this is the run of the reference curve.
+    """
+    from nemotron_lite.model import Nemotron
+    from nemotron_lite.train import train as train_model
+
+    built = Nemotron(config, seed=how.seed)
+    title(
+        4,
+        f"Train: {config.pattern}, {built.num_parameters() / 1e6:.1f} million parameters from "
+        f"random weights, {how.max_seconds:.0f} seconds in {how.precision}",
+    )
+    built.tokenizer = data.tokenizer
+    live = LiveCurve(how.max_seconds, shipped_models.read_live_curve() if same else None)
+    with live:
+        result = train_model(built, data, how, progress=False, on_step=live.step)
+    live.show_result()
+    save_model(built, save_to)
+    if save_curve is not None:
+        from nemotron_lite.train.lite_record import describe_machine
+
+        content = {
+            **live.as_json(), "tokens": result.tokens, "config": how.to_dict(),
+            "pattern": config.pattern, "machine": describe_machine(),
+        }  # fmt: skip
+        with atomic_file(save_curve) as temporary:
+            temporary.write_text(json.dumps(content, allow_nan=False) + "\n")
+    if result.interrupted:
+        say(f"Stopped at update {result.step}. The model so far is in {save_to}.")
+        return None
+    say(
+        f"Read {result.tokens:,} tokens, {result.tokens / result.seconds:,.0f} a second. The model "
+        f"is in {save_to}."
+    )
+    return built
+
+
+def _next(saved: Path) -> list[tuple[str, str]]:
+    start = program()
+    return [
+        (f"{start} chat", "talk to the shipped model: it has read code, and no conversations yet"),
+        (
+            f"{start} generate --model {shlex.quote(str(saved))} --temperature 0.7 "
+            '--prompt "class Tree:"',
+            "let the model write that was just trained",
+        ),
+        (f"{start} info super", "what the model of 120 billion parameters consists of and costs"),
+        ("make lab", "open the chapters, and build each part yourself"),
+    ]

@@ -217,18 +217,34 @@ def loss_table(lines: Iterable[tuple[str, Evaluation, int]]) -> Table:
     return table
 
 
-def score_table(bits_per_byte: float, baselines: Baselines) -> Table:
-    """The model's score and the baselines, best first."""
+def score_table(scores: Iterable[tuple[str, float, str]], baselines: Baselines) -> Table:
+    """Models and the baselines, best first; the models are bold.
+
+    Args:
+        scores: name, bits per byte, and what the model has seen.
+    """
     table = _table("model", "bits per byte", "what it has seen", left=1)
-    lines = [
-        (bits_per_byte, "this Nemotron", "the training text"),
-        (baselines.gzip, "gzip -9", "the held-out text only"),
-        (baselines.lzma, "LZMA", "the training text"),
-        (baselines.ngram, f"{baselines.ngram_order}-gram of bytes", "the training text"),
+    ours = list(scores)
+    others = [
+        ("gzip -9", baselines.gzip, "the held-out text only"),
+        ("LZMA", baselines.lzma, "the training text"),
+        (f"{baselines.ngram_order}-gram of bytes", baselines.ngram, "the training text"),
     ]
-    for bits, name, seen in sorted(lines):
-        ours = name == "this Nemotron"
-        table.add_row(_bold(name) if ours else name, f"{bits:.3f}", seen)
+    for name, bits, seen in sorted(ours + others, key=lambda line: line[1]):
+        bold = any(name == each for each, *_ in ours)
+        table.add_row(_bold(name) if bold else name, f"{bits:.3f}", seen)
+    return table
+
+
+def decoding_table(lines: Iterable[tuple[str, float, float]]) -> Table:
+    """Ways to write the same text: name, tokens per second, tokens for each pass of the backbone.
+
+    The first line is what the others are compared with.
+    """
+    lines = list(lines)
+    table = _table("decoding", "tokens/s", "speed", "tokens per pass")
+    for name, speed, per_pass in lines:
+        table.add_row(name, f"{speed:,.0f}", f"{speed / lines[0][1]:.2f} x", f"{per_pass:.2f}")
     return table
 
 

@@ -33,7 +33,7 @@ import logging
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex
@@ -122,6 +122,7 @@ def load_corpus(
     *,
     held_out_bytes: SupportsIndex = 192 * 1024,
     text_field: str = "text",
+    held_out_names: Collection[str] | None = None,
 ) -> Corpus:
     """Read the corpus and split it.
 
@@ -131,10 +132,12 @@ def load_corpus(
         held_out_bytes: smallest size of the held-out text; the document that reaches it is the
             last.
         text_field: the field of the objects in JSON Lines files that holds the text.
+        held_out_names: the documents to hold out, in place of `held_out_bytes`: those of a model
+            that was trained elsewhere. Names that are not here are left out.
 
     Raises:
         CorpusError: `root` does not exist or cannot be read, or holds too little text for both
-            parts, or more than 1 GiB.
+            parts, or more than 1 GiB; or none of the named documents.
         TypeError, ValueError: `root` is no path, or `held_out_bytes` no number from 0 to 1 GiB.
     """
     wanted = integer("held_out_bytes", held_out_bytes, low=0, high=TEXT_LIMIT)
@@ -147,10 +150,17 @@ def load_corpus(
     left_out = describe_skipped(found.skipped)
     if left_out and root is not None:
         _log.warning("%s: left out of the text: %s.", place, left_out)
-    held_out_names = _held_out_names(documents, wanted)
-    train = tuple(d for d in documents if d.name not in held_out_names)
-    held_out = tuple(d for d in documents if d.name in held_out_names)
+    chosen = _held_out_names(documents, wanted) if held_out_names is None else {*held_out_names}
+    train = tuple(d for d in documents if d.name not in chosen)
+    held_out = tuple(d for d in documents if d.name in chosen)
     corpus = Corpus(train, held_out, found.skipped)
+    if held_out_names is not None:
+        if not held_out or not train:
+            raise CorpusError(
+                f"{place} has {len(held_out)} of the {len(chosen)} files to hold out, and "
+                f"{len(train)} others: expected some of both."
+            )
+        return corpus
     if corpus.held_out_bytes < wanted or corpus.train_bytes < 2 * wanted:
         total = corpus.train_bytes + corpus.held_out_bytes
         raise CorpusError(

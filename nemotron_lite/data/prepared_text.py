@@ -15,7 +15,7 @@ import json
 import logging
 import platform
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -55,6 +55,7 @@ def prepare(
     special_tokens: Sequence[str] = CHAT_TOKENS,
     special_ids: Sequence[SupportsIndex] = (END_OF_TEXT_ID, END_OF_TEXT_ID),
     text_field: str = "text",
+    held_out_names: Collection[str] | None = None,
 ) -> TextData:
     """Read the corpus, train the tokenizer, encode, and measure the baselines; or read the cache.
 
@@ -69,6 +70,7 @@ def prepare(
         special_tokens: texts that are one token each, as in `train_tokenizer`.
         special_ids: the tokens of a tokenizer that begin and end a document.
         text_field: the field of the objects in JSON Lines files that holds the text.
+        held_out_names: the documents to hold out, in place of `held_out_bytes` (`load_corpus`).
 
     Raises:
         CorpusError: no text, or too little of it.
@@ -81,7 +83,9 @@ def prepare(
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"tokenizer is {type(tokenizer).__name__}: expected tokenizers.Tokenizer.")
     begin, end = _two_ids(special_ids)
-    corpus = load_corpus(root, held_out_bytes=held_out_bytes, text_field=text_field)
+    corpus = load_corpus(
+        root, held_out_bytes=held_out_bytes, text_field=text_field, held_out_names=held_out_names
+    )
     key: dict[str, str | int] = {
         "python": platform.python_version(),
         "tokenizers": tokenizers.__version__,

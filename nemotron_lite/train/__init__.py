@@ -10,6 +10,9 @@ schedule.py       the learning rate: warm-up, stable, decay
 validation.py     a loss on other text, during the run
 evaluate.py       bits per byte of text that was not trained on, after it
 distillation.py   a loss that compares the MTP module with the backbone instead of with the text
+lite_recipe.py    the options of the shipped model's training, and of the one in the first command
+lite_training.py  trains, packs and scores the shipped model
+lite_record.py    the record that comes with it
 healing.py        trains only the MTP module, on text that the frozen backbone generated
 
 The folder of a run, and what protects it:

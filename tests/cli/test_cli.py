@@ -140,33 +140,6 @@ def test_train_resumes_where_it_stopped(sizes, text, tmp_path, precision):
     assert len(losses[0]) == 4
 
 
-def test_run_prints_all_its_steps(sizes, text, tmp_path):
-    shown = call(
-        "run", "--model", sizes, "--text", text, "--max-seconds", 2, "--out", tmp_path / "model"
-    ).stdout
-    titles = re.findall(r"^(\d)\. (\w+)", shown, re.MULTILINE)
-    assert titles == [
-        ("1", "Assemble"),
-        ("2", "Read"),
-        ("3", "Train"),
-        ("4", "Score"),
-        ("5", "Write"),
-    ]
-    assert tables.number(TINY_PARAMETERS) in shown
-    scores = dict(
-        re.findall(r"│ (this Nemotron|gzip -9|LZMA|6-gram of bytes) +│ +(\d\.\d+)", shown)
-    )
-    assert set(scores) == {"this Nemotron", "gzip -9", "LZMA", "6-gram of bytes"}
-    assert 0 < float(scores["this Nemotron"]) < 8
-    assert shown.index("5. Write") < shown.index("import os\nimport sys\n\n\ndef ")
-    speeds = re.search(r"read ([\d,]+) tokens/s, scoring ([\d,]+); writing took ([\d,]+)", shown)
-    assert all(int(n.replace(",", "")) > 0 for n in speeds.groups())
-    assert nemotron_lite.load(tmp_path / "model").tokenizer.get_vocab_size() == 300
-
-
-TINY_PARAMETERS = nemotron_lite.ledger.parameters(TINY).total
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -131,7 +131,7 @@ def test_a_failed_final_save_of_train_names_the_checkpoint_and_resume_saves_agai
 
 
 def test_a_failed_save_of_run_goes_to_a_temporary_folder(
-    options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_lite: Path, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = checkpoint.save
 
