@@ -19,7 +19,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lab progress notebooks grade bench lint clean
+.PHONY: help setup run lite test check lab progress notebooks grade bench lint clean
 
 help:  ## list the targets
 	@echo "make TARGET [ARGS=\"...\"]"
@@ -27,8 +27,11 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## install everything into .venv; the other targets do it on their own
 
-run: $(STAMP)  ## train a small Nemotron 3 Super on Python's standard library, then let it write
+run: $(STAMP)  ## watch the shipped model write, and a small one learn, in under three minutes
 	$(BIN)/nemotron-lite run $(ARGS)
+
+lite: $(STAMP)  ## train the shipped model anew, in about two hours; the same call continues it
+	$(BIN)/nemotron-lite train-lite $(ARGS)
 
 # Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.
 test check: export GOMP_SPINCOUNT ?= 100

@@ -1,9 +1,10 @@
-"""The command line: `nemotron-lite run | info | train | generate | chat | quantize | export`.
+"""The command line: `nemotron-lite run | info | train | generate | chat | quantize | export | ...`.
 
-    nemotron-lite run                               build, train, score and sample a small model
+    nemotron-lite run                               the shipped model writes; a small one learns
     nemotron-lite info super --context 1048576      parameters, FLOPs and cache size of a model
     nemotron-lite train --out runs/mine --steps 500
-    nemotron-lite generate --model runs/mine/model --prompt "def "
+    nemotron-lite train-lite                         train the shipped model anew
+    nemotron-lite generate --prompt "def "           with the shipped model, or --model FOLDER
     nemotron-lite chat --model runs/tuned            a conversation, with a model trained for it
     nemotron-lite quantize --model runs/mine/model --out runs/small --bits 4.75
     nemotron-lite export --model runs/mine/model --to gguf --out mine.gguf
@@ -26,7 +27,11 @@ from nemotron_lite.cli import (
     quantize,
     run,
     train,
+    train_lite,
 )  # importing registers the commands
 from nemotron_lite.cli.common import app, err, out
 
-__all__ = ["app", "chat", "err", "export", "generate", "info", "out", "quantize", "run", "train"]
+__all__ = [
+    "app", "chat", "err", "export", "generate", "info", "out", "quantize", "run", "train",
+    "train_lite",
+]  # fmt: skip

@@ -27,8 +27,8 @@ _BRAILLE = 0x2800
 class Curve:
     """Points, and how they look: a style of rich on a terminal, a character in ASCII."""
 
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float | int]
+    y: Sequence[float | int]
     style: str = ""
     mark: str = "*"
 
@@ -41,8 +41,8 @@ class Chart:
         ValueError: an empty range or size.
     """
 
-    x: tuple[float, float]
-    y: tuple[float, float]
+    x: tuple[float | int, float | int]
+    y: tuple[float | int, float | int]
     width: int = 60
     height: int = 12
     x_name: str = field(default="seconds")

@@ -29,7 +29,7 @@ REDRAW = 0.5  # seconds between two pictures
 LINE_EVERY = 10.0  # seconds between two lines in a log
 RECENT = 20  # updates whose mean loss is shown as a number
 MOST_POINTS = 150  # of a curve that is kept
-_BAR = 30  # characters
+_BAR = 60  # characters
 _clock = time.monotonic
 
 
@@ -118,10 +118,10 @@ class LiveCurve(AbstractContextManager["LiveCurve"]):
     def _status(self) -> Text:
         share = min(1.0, self._record["seconds"] / self.seconds)
         done = round(_BAR * share)
-        text = Text("      ")
+        text = Text("       ")
         text.append("━" * done, style="cyan")
         text.append("━" * (_BAR - done), style="bright_black")
-        text.append(f" {self._in_words()}")
+        text.append(f"\n       {self._in_words()}")
         return text
 
     def _in_words(self) -> str:

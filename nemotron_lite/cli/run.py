@@ -48,7 +48,7 @@ from nemotron_lite.cli.terminal import write as show
 from nemotron_lite.files import atomic_file, check_writable_folder
 from nemotron_lite.generation.options import GenerationOptions, SpeculationOptions
 from nemotron_lite.progress import is_terminal
-from nemotron_lite.quantization.recipe import RECIPES, get_recipe
+from nemotron_lite.quantization.recipe import RECIPES
 
 if TYPE_CHECKING:
     from nemotron_lite.config import NemotronConfig
@@ -99,13 +99,13 @@ def run(
         from nemotron_lite.cli import tables
         from nemotron_lite.train.lite_recipe import (
             LIVE_SECONDS,
-            fast_precision,
+            choose_precision,
             live_config,
             live_training,
         )
 
         how = live_training(
-            fast_precision() if precision == "auto" else get_recipe(precision).name,
+            choose_precision(precision),
             max_seconds=LIVE_SECONDS if max_seconds is None else max_seconds,
             seed=seed,
         )

@@ -6,8 +6,9 @@
 The shipped model reads the text of a manifest (`data/manifests/lite.json`): 2,000 updates of 4,096
 tokens. Matrices are updated by Muon, everything else by AdamW. The rate is 4e-3 and falls over the
 last third. Products are computed in bfloat16 where the processor has instructions for it, and in
-float32 elsewhere (`fast_precision`); `NVFP4_FROM` may switch the last part of the run to NVFP4, in
-which the release was trained. The routers' biases move faster than in a run of a million updates.
+float32 elsewhere (`choose_precision`). `NVFP4_FROM` may switch the last part of the run to NVFP4,
+in which the release was trained. The routers' biases move faster than in a run of a million
+updates.
 
 The live model has the same layers, fewer of them, and no MTP module, so that it reads as many
 tokens as possible in its 75 seconds. It is encoded by the shipped model's tokenizer.
@@ -21,6 +22,7 @@ import torch
 
 from nemotron_lite.backends.private_torch import multiplies_bf16_fast
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.quantization.recipe import get_recipe
 from nemotron_lite.train.config import TrainConfig
 
 LITE = "lite"  # the preset, and the name of the shipped model
@@ -39,9 +41,15 @@ LIVE_TRAINING: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def fast_precision(device: torch.device | None = None) -> str:
-    """ "bf16" where the device has instructions for products in bfloat16, else "fp32"."""
-    return "bf16" if multiplies_bf16_fast(device or torch.device("cpu")) else "fp32"
+def choose_precision(name: str, device: torch.device | None = None) -> str:
+    """The precision of matrix products; "auto" is bf16 where the device has instructions for it.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "auto":
+        return "bf16" if multiplies_bf16_fast(device or torch.device("cpu")) else "fp32"
+    return get_recipe(name).name
 
 
 def lite_config() -> NemotronConfig:

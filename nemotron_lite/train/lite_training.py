@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from nemotron_lite.checkpoint import save
-from nemotron_lite.data import BatchSource, MixtureData
+from nemotron_lite.data import BatchSource
 from nemotron_lite.files import atomic_file
 from nemotron_lite.input_files import read_json
 from nemotron_lite.model import Nemotron
@@ -112,13 +112,14 @@ class _StopAt(Callback):
         return bool(record["step"] < self._step)
 
 
-def pack_lite(model: Nemotron, data: MixtureData, folder: str | Path) -> None:
+def pack_lite(model: Nemotron, data: BatchSource, folder: str | Path) -> None:
     """Quantize a trained model in place to NVFP4, and write it as it is shipped.
 
     Weights that stay plain are stored in bfloat16. config.json names float32, so that `load`
     decodes to the dtype that most processors are fastest in.
 
     Args:
+        model: with its tokenizer.
         data: some of its text is read to find how large activations get.
     """
     batches = [
@@ -131,7 +132,7 @@ def pack_lite(model: Nemotron, data: MixtureData, folder: str | Path) -> None:
     calibration = calibrate(model, [tokens.to(model.device) for tokens in batches])
     formats = single_format(quantizable_modules(model), "nvfp4")
     quantize_model(model, formats, calibration).to(torch.bfloat16)
-    save(model, folder, data.tokenizer)
+    save(model, folder)
     config = Path(folder) / "config.json"
     content = {**read_json(config), "torch_dtype": "float32"}
     with atomic_file(config) as temporary:

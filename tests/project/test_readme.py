@@ -48,7 +48,7 @@ def unknown_targets(text: str, makefile: str) -> list[str]:
 
 def unknown_commands(text: str, known: set[str]) -> list[str]:
     """`nemotron-lite x` anywhere, where the command line has no x."""
-    return [name for name in re.findall(r"nemotron-lite ([a-z]+)", text) if name not in known]
+    return [name for name in re.findall(r"nemotron-lite ([a-z][a-z-]*)", text) if name not in known]
 
 
 def figures_without_a_record(text: str, root: Path) -> list[str]:
