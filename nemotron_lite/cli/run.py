@@ -71,8 +71,8 @@ Sizes = Annotated[
 RunPrecision = Annotated[
     str,
     typer.Option(
-        help=f"of matrix products in training: {', '.join(RECIPES)}; auto takes bf16 where the "
-        "processor has instructions for it"
+        help=f"of matrix products in training: {', '.join(RECIPES)}; auto takes bf16 where "
+        "it is faster on this machine"
     ),
 ]
 

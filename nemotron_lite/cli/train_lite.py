@@ -6,7 +6,7 @@
 
     1. read      the text of the manifest, from the packages that are installed
     2. train     `train/lite_recipe.py` has the sizes and all options
-    3. pack      every matrix that can be, in NVFP4
+    3. pack      every matrix that can be, in NVFP4 or FP8
     4. score     bits per byte before and after, baselines, and how many drafted tokens are right
 
 OUT holds the run, OUT/model the trained model in float32, and OUT/lite what is shipped: the packed

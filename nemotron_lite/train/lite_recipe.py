@@ -5,7 +5,7 @@
 
 The shipped model reads the text of a manifest (`data/manifests/lite.json`): 2,000 updates of 4,096
 tokens. Matrices are updated by Muon, everything else by AdamW. The rate is 4e-3 and falls over the
-last third. Products are computed in bfloat16 where the processor has instructions for it, and in
+last third. Products are computed in bfloat16 where this was measured to be faster, and in
 float32 elsewhere (`choose_precision`). `NVFP4_FROM` may switch the last part of the run to NVFP4,
 in which the release was trained. The routers' biases move faster than in a run of a million
 updates.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nemotron_lite.backends.private_torch import multiplies_bf16_fast
+from nemotron_lite.backends.measured_products import prefers_bf16
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.quantization.recipe import get_recipe
 from nemotron_lite.train.config import TrainConfig
@@ -42,13 +42,13 @@ LIVE_TRAINING: dict[str, Any] = dict(
 
 
 def choose_precision(name: str, device: torch.device | None = None) -> str:
-    """The precision of matrix products; "auto" is bf16 where the device has instructions for it.
+    """The precision of matrix products; "auto" is bf16 where the device multiplies it faster.
 
     Raises:
         ValueError: an unknown name.
     """
     if name == "auto":
-        return "bf16" if multiplies_bf16_fast(device or torch.device("cpu")) else "fp32"
+        return "bf16" if prefers_bf16(device or torch.device("cpu")) else "fp32"
     return get_recipe(name).name
 
 

@@ -26,16 +26,18 @@ from nemotron_lite.files import atomic_file
 from nemotron_lite.input_files import read_json
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization import (
+    allocate_bits,
     calibrate,
-    quantizable_modules,
+    measure_sensitivity,
     quantize_model,
-    single_format,
 )
 from nemotron_lite.train.callbacks import Callback
 from nemotron_lite.train.checkpointing import list_checkpoints
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.loop import TrainResult, train
 
+BITS = 4.9  # a weight, on average over what can be packed: 12 MB in all
+CHOICES = "everything"
 CALIBRATION = dict(batches=8, batch_size=4, seq_len=256)
 
 
@@ -113,10 +115,12 @@ class _StopAt(Callback):
 
 
 def pack_lite(model: Nemotron, data: BatchSource, folder: str | Path) -> None:
-    """Quantize a trained model in place to NVFP4, and write it as it is shipped.
+    """Quantize a trained model in place, and write it as it is shipped.
 
-    Weights that stay plain are stored in bfloat16. config.json names float32, so that `load`
-    decodes to the dtype that most processors are fastest in.
+    Head and MTP module are packed too, and all formats together stay within `BITS` a weight: most
+    modules get NVFP4, the most sensitive ones FP8. Weights that stay plain are stored in bfloat16.
+    config.json names float32, so that `load` decodes to the dtype that most processors are fastest
+    in.
 
     Args:
         model: with its tokenizer.
@@ -128,9 +132,11 @@ def pack_lite(model: Nemotron, data: BatchSource, folder: str | Path) -> None:
         ).tokens
         for i in range(CALIBRATION["batches"])
     ]
+    batches = [tokens.to(model.device) for tokens in batches]
     model.eval()
-    calibration = calibrate(model, [tokens.to(model.device) for tokens in batches])
-    formats = single_format(quantizable_modules(model), "nvfp4")
+    calibration = calibrate(model, batches, choices=CHOICES)
+    sensitivity = measure_sensitivity(model, batches, calibration, choices=CHOICES)
+    formats = allocate_bits(sensitivity, BITS)
     quantize_model(model, formats, calibration).to(torch.bfloat16)
     save(model, folder)
     config = Path(folder) / "config.json"
