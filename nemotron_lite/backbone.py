@@ -8,18 +8,27 @@ The head and the MTP module read its output (model.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers import Block, ForwardContext, LayerCache, RMSNorm, run_layers
+from nemotron_lite.layers import (
+    Block,
+    ForwardContext,
+    LayerCache,
+    RMSNorm,
+    TokenSteps,
+    run_layers,
+)
 
 
 class Backbone(nn.Module):
     """Everything between token ids and the head."""
+
+    _token_steps: TokenSteps | None = None  # of these very layers; neither copied nor saved
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -73,4 +82,17 @@ class Backbone(nn.Module):
         context: ForwardContext,
     ) -> Float[Tensor, "b t d"]:
         """The residual stream after the final norm."""
-        return self.norm_f(run_layers(self.layers, self.embed(tokens), cache, context))
+        x = self.embed(tokens)
+        if cache is None or torch.compiler.is_compiling():
+            return self.norm_f(run_layers(self.layers, x, cache, context))
+        if self._token_steps is None or self._token_steps.layers is not self.layers:
+            self._token_steps = TokenSteps(self.layers)
+        found = None
+        if x.shape[1] == 1:
+            found = self._token_steps.run(x, cache, context)
+        else:
+            self._token_steps.forget_refusal()
+        return self.norm_f(run_layers(self.layers, x, cache, context) if found is None else found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_token_steps": None}

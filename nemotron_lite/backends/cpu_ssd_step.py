@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemotron_lite.dtypes import cast
+
 
 def ssd_step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
@@ -25,7 +27,7 @@ def ssd_step(
     groups, n = B.shape[1:]
     shared = heads // groups
     narrow, wide = x.dtype, state.dtype
-    x, dt, B, C = x.to(wide), dt.to(wide), B.to(wide), C.to(wide)
+    x, dt, B, C = cast(x, wide), cast(dt, wide), cast(B, wide), cast(C, wide)
     # Splitting an axis is always a view, so this writes through to the caller's state.
     grouped = state.unflatten(1, (groups, -1))
     fade = torch.exp(dt * A).view(batch, groups, shared, 1, 1)
@@ -35,5 +37,5 @@ def ssd_step(
     rows = state.reshape(batch * groups, shared * width, n)
     y = torch.bmm(C.reshape(batch * groups, 1, n), rows.mT).view(batch, heads, width)
     if D is not None:
-        y.addcmul_(x, D.to(wide).unsqueeze(-1))
-    return y.to(narrow), state
+        y.addcmul_(x, cast(D, wide).unsqueeze(-1))
+    return cast(y, narrow), state

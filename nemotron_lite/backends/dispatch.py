@@ -61,6 +61,15 @@ def choose(
     return implementations[impl]
 
 
+def chooses_cpu(x: Tensor) -> bool:
+    """Whether "auto" is the tuned form for CPUs, for a caller that asks once for many operations.
+
+    Tensors of a subclass, such as those of `FakeTensorMode`, are left to each operation.
+    """
+    compiles = torch.compiler.is_compiling()
+    return not compiles and type(x) is Tensor and x.is_cpu and not _on_gpu(x)
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 

@@ -23,6 +23,7 @@ from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
 from nemotron_lite.layers.norm import RMSNorm
+from nemotron_lite.layers.one_token import TokenSteps
 
 __all__ = [
     "MIXERS",
@@ -47,6 +48,7 @@ __all__ = [
     "RMSNorm",
     "Router",
     "RouterStats",
+    "TokenSteps",
     "plain_weight",
     "run_layers",
 ]

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.backends.cpu_attention import attend
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
@@ -29,6 +30,7 @@ from nemotron_lite.layers.mixer import (
     Mixer,
     SavedLayer,
     SavedSizes,
+    TokenStep,
     ordinary_tensors,
 )
 
@@ -165,6 +167,18 @@ class Attention(Mixer):
             k, v = cache.append(k, v, context.starts)
         y = ops.causal_attention(q, k, v, starts=asked.starts, seq_idx=asked.seq_idx)
         return self.o_proj(asked.kept(y.transpose(1, 2).flatten(2)))
+
+    def token_step(self, rows: int) -> TokenStep:
+        """The step of `forward` for one token per row."""
+        projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        query, key, value, out = (projection.product_for(rows) for projection in projections)
+        heads = rows, -1, 1, self.head_dim
+
+        def step(x: Tensor, cache: KVCache, starts: int | Tensor) -> Tensor:
+            k, v = cache.append(key(x).view(heads), value(x).view(heads), starts)
+            return out(attend(query(x).view(heads), k, v, starts, None).reshape(rows, -1))
+
+        return step
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)

@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nemotron_lite.backends.cpu_norm import rms_norm
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.attention import Attention
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.mamba2 import Mamba2
-from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Mixer
+from nemotron_lite.layers.mixer import LayerCache, LedgerLine, Mixer, TokenStep
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.layers.norm import RMSNorm
@@ -63,6 +64,15 @@ class Block(nn.Module):
         """Add the mixer's output to the residual stream; `b 1 d` with `context.last_only`."""
         y = self.mixer(self.norm(x), cache, context)
         return context.kept(x) + y
+
+    def token_step(self, rows: int) -> TokenStep:
+        """The step of `forward` for one token per row (see `Mixer.token_step`)."""
+        mix, weight, eps = self.mixer.token_step(rows), self.norm.weight, self.norm.eps
+
+        def step(x: Tensor, cache: LayerCache | None, starts: int | Tensor) -> Tensor:
+            return x + mix(rms_norm(x, weight, eps), cache, starts)
+
+        return step
 
     @staticmethod
     def parameter_lines(config: NemotronConfig, kind: str) -> list[LedgerLine]:

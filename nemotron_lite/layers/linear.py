@@ -20,6 +20,7 @@ the layer like everybody else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn.modules import module
 from nemotron_lite import ops
 
 # Past `ops.linear`: only this backend can read a prepacked copy, which is no ordinary matrix.
-from nemotron_lite.backends.cpu_linear import prefers_prepacked, prepack, product
+from nemotron_lite.backends.cpu_linear import prefers_prepacked, prepack, product, product_for
 
 
 class Linear(nn.Linear):
@@ -57,6 +58,15 @@ class Linear(nn.Linear):
             elif self._may_use_copy(input):
                 return product(input, self._prepacked)
         return ops.linear(input, self.weight)
+
+    def product_for(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """What `forward` computes for `rows i`, with the choice of the library made once.
+
+        It holds as long as `weight` and the prepared copy stay the same objects, and only without
+        gradients and autocast, for a weight on the CPU and inputs of its dtype.
+        """
+        copy = self._prepacked if self._is_current() else None
+        return product_for(self.weight, rows, copy)
 
     def prepare_for_decoding(self) -> None:
         """Keep a copy in oneDNN's own layout, unless there is one of this weight already.

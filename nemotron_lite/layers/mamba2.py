@@ -25,7 +25,7 @@ Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+from nemotron_lite.backends import cpu_norm
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.dtypes import cast, widened
 from nemotron_lite.layers.context import ForwardContext
@@ -48,9 +49,11 @@ from nemotron_lite.layers.mixer import (
     Mixer,
     SavedLayer,
     SavedSizes,
+    TokenStep,
     ordinary_tensors,
 )
-from nemotron_lite.ops.scan import step_sizes
+from nemotron_lite.ops.conv import plain_step
+from nemotron_lite.ops.scan import cpu_step, step_sizes
 
 
 class MambaDraft:
@@ -322,14 +325,43 @@ class Mamba2(Mixer):
 
     def _step(self, u: Float[Tensor, "b 1 d"], cache: MambaCache) -> Float[Tensor, "b 1 d"]:
         """One token per row: one step of the recurrence, without a time axis."""
-        z, xBC, dt = self.in_proj(u[:, 0]).split_with_sizes(self.splits, dim=-1)
-        xBC, cache.conv = self.conv1d(xBC, cache.conv)
+        parts = self.in_proj, self.conv1d, ops.ssd_step, self.norm, self.out_proj
+        return self._one_token(u[:, 0], cache, *parts).unsqueeze(1)
+
+    def _one_token(
+        self,
+        u: Float[Tensor, "b d"],
+        cache: MambaCache,
+        in_proj: Callable[..., Tensor],
+        conv: Callable[..., tuple[Tensor, Tensor]],
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        norm: Callable[..., Tensor],
+        out_proj: Callable[..., Tensor],
+    ) -> Float[Tensor, "b d"]:
+        """The step itself, with the parts of the layer as modules or as functions."""
+        z, xBC, dt = in_proj(u).split_with_sizes(self.splits, dim=-1)
+        xBC, cache.conv = conv(xBC, cache.conv)
         x, B, C = self._split_heads(xBC)
         dt, to_steps = self._raw_steps(dt)
-        y, cache.ssm = ops.ssd_step(
+        y, cache.ssm = scan(
             cache.ssm, x, dt, self._rates(), B, C, D=self.D, seed=cache.next_seed(), **to_steps
         )
-        return self.out_proj(self.norm(y.flatten(1), z)).unsqueeze(1)
+        return out_proj(norm(y.flatten(1), z))
+
+    def token_step(self, rows: int) -> TokenStep:
+        """`_one_token` with functions."""
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        scales, groups, eps = self.norm.weight, self.norm.groups, self.norm.eps
+
+        def conv(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return plain_step(state, x, taps, bias)
+
+        def norm(y: Tensor, z: Tensor) -> Tensor:
+            return cpu_norm.gated_rms_norm(y, z, scales, groups, eps)
+
+        into, out = self.in_proj.product_for(rows), self.out_proj.product_for(rows)
+        one_token = self._one_token
+        return lambda u, cache, starts: one_token(u, cache, into, conv, cpu_step, norm, out)
 
     def _read_draft(
         self, u: Float[Tensor, "b t d"], cache: MambaCache, context: ForwardContext
@@ -370,7 +402,8 @@ class Mamba2(Mixer):
 
     def _rates(self) -> Float[Tensor, "h"]:
         """A: how fast each head forgets, negative."""
-        return -torch.exp(widened(self.A_log))
+        rates = torch.exp(widened(self.A_log))
+        return -rates if rates.requires_grad else rates.neg_()
 
     @classmethod
     @ordinary_tensors

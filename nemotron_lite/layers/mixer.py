@@ -230,6 +230,10 @@ class LayerCache(ABC):
         """The cache whose `saved_tensors` and `saved_extra` these are."""
 
 
+# One token of each row, `b d`; the layer's cache, which is advanced; the tokens before it.
+TokenStep = Callable[[Tensor, Any, int | Tensor], Tensor]
+
+
 class Mixer(nn.Module):
     """The base class of all mixers. A subclass also defines `forward(x, cache, context)`.
 
@@ -255,6 +259,14 @@ class Mixer(nn.Module):
             std: standard deviation of the matrices.
             residual_divisor: divides the matrices that write into the residual stream.
             generator: where the random numbers come from; None is torch's global generator.
+        """
+        raise NotImplementedError
+
+    def token_step(self, rows: int) -> TokenStep:
+        """`forward` for one token in each of `rows` rows, as a function of few calls.
+
+        It makes every choice once, reads the weights that the module has now, and calls no module:
+        one_token.py says when it may be used. The results are those of `forward`, bit for bit.
         """
         raise NotImplementedError
 

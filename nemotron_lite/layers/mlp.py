@@ -21,7 +21,7 @@ from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer
+from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer, TokenStep
 
 
 class MLP(Mixer):
@@ -53,6 +53,11 @@ class MLP(Mixer):
         if context is not None:
             x = context.kept(x)
         return self.down_proj(ops.squared_relu(self.up_proj(x)))
+
+    def token_step(self, rows: int) -> TokenStep:
+        """The step of `forward` for one token per row."""
+        up, down = self.up_proj.product_for(rows), self.down_proj.product_for(rows)
+        return lambda x, cache=None, starts=0: down(ops.squared_relu(up(x)))
 
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:

@@ -15,7 +15,7 @@ Source: Nemotron 3 Super report 2.1.1; reference sheet 4.1. Left out: expert par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,11 +23,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron_lite import ops
+from nemotron_lite.backends import cpu_experts
+from nemotron_lite.backends.cpu_linear import product_for
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer
+from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer, TokenStep
 from nemotron_lite.layers.mlp import MLP
+from nemotron_lite.ops.routing import choose_experts, plain_route
 
 
 class Router(nn.Module):
@@ -70,6 +73,14 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "t d"]) -> ops.Routing:
         """Choose experts and their weights."""
         return ops.route(x, self.weight, self.e_score_correction_bias, **self.choice)
+
+    def token_step(self, rows: int) -> Callable[[Float[Tensor, "b d"]], ops.Routing]:
+        """`forward` for `rows` tokens, as in `Mixer.token_step`."""
+        weight, bias, choice = self.weight, self.e_score_correction_bias, self.choice
+        if weight.dtype != torch.float32:
+            return lambda x: plain_route(x, weight, bias, **choice)
+        product = product_for(weight, rows)
+        return lambda x: choose_experts(torch.sigmoid(product(x)), bias, **choice)
 
 
 class Experts(nn.Module):
@@ -151,16 +162,23 @@ class MoE(Mixer):
             rows = x.shape[:2]
             scores, indices = routing.scores.unflatten(0, rows), routing.indices.unflatten(0, rows)
             context.router_stats.append(RouterStats(self.name, scores, indices))
-        return self._mix(flat, routing).view(x.shape)
+        latent = (self.fc1_latent_proj, self.fc2_latent_proj) if self.latent else None
+        return _mix(flat, routing, self.experts, latent, self.shared_experts).view(x.shape)
 
-    def _mix(self, flat: Float[Tensor, "t d"], routing: ops.Routing) -> Float[Tensor, "t d"]:
+    def token_step(self, rows: int) -> TokenStep:
+        """The step of `forward` for one token per row, without statistics."""
+        route, up, down = self.gate.token_step(rows), self.experts.up_proj, self.experts.down_proj
+        latent, shared = None, None
         if self.latent:
-            y = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(flat), routing))
-        else:
-            y = self.experts(flat, routing)
+            projections = self.fc1_latent_proj, self.fc2_latent_proj
+            latent = projections[0].product_for(rows), projections[1].product_for(rows)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(flat)
-        return y
+            shared = self.shared_experts.token_step(rows)
+
+        def experts(z: Tensor, routing: ops.Routing) -> Tensor:
+            return cpu_experts.expert_mlp(z, up, down, routing.weights, routing.indices)
+
+        return lambda x, cache, starts: _mix(x, route(x), experts, latent, shared)
 
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
@@ -204,3 +222,18 @@ class MoE(Mixer):
                 Matrix("shared_experts.down_proj", "shared", size),
             ]
         return found
+
+
+def _mix(
+    flat: Float[Tensor, "t d"],
+    routing: ops.Routing,
+    experts: Callable[..., Tensor],
+    latent: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None,
+    shared: Callable[..., Tensor] | None,
+) -> Float[Tensor, "t d"]:
+    """The sum of all experts, which are modules or functions; `latent` leads into z and back."""
+    if latent is None:
+        y = experts(flat, routing)
+    else:
+        y = latent[1](experts(latent[0](flat), routing))
+    return y if shared is None else y + shared(flat)

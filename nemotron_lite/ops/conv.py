@@ -125,7 +125,7 @@ def causal_conv1d_step(
     Raises:
         ValueError: unknown `impl` ("torch", which is the definition too, or "triton").
     """
-    run = choose("causal_conv1d_step", impl, x, torch=_step, triton=triton.causal_conv1d_step)
+    run = choose("causal_conv1d_step", impl, x, torch=plain_step, triton=triton.causal_conv1d_step)
     if state.dtype != x.dtype:
         wide = torch.promote_types(state.dtype, x.dtype)
         y, new = run(state.to(wide), x.to(wide), weight, bias)
@@ -236,7 +236,10 @@ def _all_taps(
     return F.silu(y if bias is None else y + bias.to(window.dtype))
 
 
-def _step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def plain_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d_step` of a state in the dtype of x."""
     window = torch.cat([state, x.unsqueeze(1)], dim=1)
     y = (window * cast(weight, window.dtype).t()).sum(1)
     if bias is not None:

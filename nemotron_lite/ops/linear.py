@@ -24,15 +24,16 @@ def linear(
         x: float32 on the CPU for "cpu", any dtype and device for "torch".
         weight: o rows of i numbers.
         impl: "torch" (`F.linear`), "cpu" (oneDNN), or "auto": "cpu" where it is faster, which is
-            for some float32 products on some CPUs. A compiler gets "torch", and chooses the
-            library itself.
+            for some float32 products on some CPUs; otherwise PyTorch's own library.
 
     Raises:
         ValueError: unknown `impl`, or "cpu" for tensors that oneDNN does not take or with a PyTorch
             that was built without it.
     """
     if impl == "auto":
-        if not torch.compiler.is_compiling() and cpu_linear.prefers_onednn(x, weight):
+        if torch.compiler.is_compiling():
+            return F.linear(x, weight)
+        if cpu_linear.prefers_onednn(x, weight):
             return cpu_linear.differentiable_product(x, weight)
-        return F.linear(x, weight)
+        return cpu_linear.plain_product(x, weight)
     return choose("linear", impl, x, torch=F.linear, cpu=cpu_linear.linear)(x, weight)

@@ -64,7 +64,7 @@ def route(
     Raises:
         ValueError: unknown `impl`.
     """
-    run = choose("route", impl, x, naive=_naive, torch=_torch, triton=_triton)
+    run = choose("route", impl, x, naive=_naive, torch=plain_route, triton=_triton)
     return run(x, weight, bias, top_k, n_group, topk_group, normalize, scale)
 
 
@@ -103,7 +103,7 @@ def _naive(
     return Routing(torch.stack(weights), torch.stack(indices), scores)
 
 
-def _torch(
+def plain_route(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -113,7 +113,21 @@ def _torch(
     normalize: bool,
     scale: float,
 ) -> Routing:
+    """`route` by plain PyTorch."""
     scores = _scores(x, weight)
+    return choose_experts(scores, bias, top_k, n_group, topk_group, normalize, scale)
+
+
+def choose_experts(
+    scores: Float[Tensor, "t e"],
+    bias: Float[Tensor, "e"],
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+) -> Routing:
+    """The choice of `route` from scores that are known."""
     biased = (scores.detach() if scores.requires_grad else scores) + bias
     if n_group > 1:
         biased = _keep_best_groups(biased, n_group, topk_group)

@@ -140,7 +140,7 @@ def ssd_step(
         x,
         naive=_naive_step,
         torch=_torch_step,
-        cpu=_cpu_step,
+        cpu=cpu_step,
         traced=_traced_step,
         triton=triton.ssd_step,
     )
@@ -200,18 +200,19 @@ def _rounded_as(state: Tensor, new: Tensor, seed: int | None) -> Tensor:
     return round_to_float16(new.float(), seed) if state.dtype == torch.float16 else new
 
 
-def _cpu_step(
+def cpu_step(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    seed: int | None,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`ssd_step` where autocast is off: in place, without gradients."""
     dt = step_sizes(dt, dt_bias, dt_softplus)
     groups, n = B.shape[1:]
     if state.shape != (*x.shape, n) or C.shape != B.shape or x.shape[1] % groups:
