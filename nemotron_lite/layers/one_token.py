@@ -22,6 +22,7 @@ Left out: drafts, the MTP module, prompts, and tensors outside the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -147,19 +148,19 @@ def _classes_are_ours() -> bool:
 class _Watch:
     """Whether modules are still what they were, found out in few calls.
 
-    Comparing two lists asks for identity first, in C: thousands of comparisons take microseconds.
+    Loops over modules are in C, and comparing two lists asks for identity first: thousands of
+    comparisons take microseconds.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._modules = list(layers.modules())
-        attributes = [module.__dict__ for module in self._modules]
-        self._attributes = attributes
-        self._hooks = [own[name] for own in attributes for name in _HOOKS]
-        self._children = [own["_modules"] for own in attributes if own["_modules"]]
-        named = ("_parameters", "_buffers")
-        self._tensors = [own[name] for own in attributes for name in named if own[name]]
-        self._seen = self._look()
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._hooks = [own[name] for own in self._attributes for name in _HOOKS]
+        named = ("_modules", "_parameters", "_buffers")
+        self._parts = [own[name] for own in self._attributes for name in named if own[name]]
         self._held = self._contents()
+        self._weights = [thing for thing in self._held if isinstance(thing, Tensor)]
+        self._seen = self._look()
 
     def unchanged(self) -> bool:
         """Whether everything is the same as when this object was made."""
@@ -173,15 +174,14 @@ class _Watch:
         except (RuntimeError, TypeError, ValueError):  # tensors that differ cannot be compared
             return False
 
+    def _contents(self) -> list[Any]:
+        """Children, parameters and buffers."""
+        return list(chain.from_iterable(map(dict.values, self._parts)))
+
     def _look(self) -> list[Any]:
         """Classes, attributes, and where the weights are."""
-        weights = [tensor for tensor in self._contents() if isinstance(tensor, Tensor)]
         return [
             list(map(type, self._modules)),
             list(map(list, map(dict.values, self._attributes))),
-            list(map(Tensor.data_ptr, weights)),
+            list(map(Tensor.data_ptr, self._weights)),
         ]
-
-    def _contents(self) -> list[Any]:
-        """Children, parameters and buffers."""
-        return [thing for part in (*self._children, *self._tensors) for thing in part.values()]
