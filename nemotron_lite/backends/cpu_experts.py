@@ -83,11 +83,11 @@ def one_token(z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Ten
     hidden = z.new_empty(len(chosen), up.shape[1])
     rows = hidden.unbind()
     for row, expert in zip(rows, chosen, strict=True):
-        torch.mv(up[expert], x, out=row)
+        torch.mv(up.select(0, expert), x, out=row)
     hidden.relu_().square_().mul_(weights.view(-1, 1))
     y = z.new_zeros(z.shape[1])
     for row, expert in zip(rows, chosen, strict=True):
-        y.addmv_(down[expert], row)
+        y.addmv_(down.select(0, expert), row)
     return y.unsqueeze(0)
 
 

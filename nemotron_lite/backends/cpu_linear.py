@@ -81,11 +81,11 @@ def plain_product(
         and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
     ):
-        return one_row(x.view(1, -1), weight).view(*x.shape[:-1], -1)
+        return one_row(weight, x).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
-def one_row(x: Float[Tensor, "1 i"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "1 o"]:
+def one_row(weight: Float[Tensor, "o i"], x: Float[Tensor, "*ones i"]) -> Float[Tensor, "1 o"]:
     """x W^T of one row, without gradients, as a product of a matrix and a vector.
 
     The libraries do that in 0.85 (float32) and 0.6 (BF16) of the time of a product of matrices.
@@ -140,7 +140,7 @@ def product_for(
         if measured_products.prefers_onednn(rows, weight.numel()):
             return partial(_swapped_product, weight)
     if rows == 1:
-        return lambda x: one_row(x, weight)
+        return partial(one_row, weight)
     return lambda x: F.linear(x, weight)
 
 

@@ -29,7 +29,7 @@ def ssd_step(
     narrow, wide = x.dtype, state.dtype
     x, dt, B, C = cast(x, wide), cast(dt, wide), cast(B, wide), cast(C, wide)
     # Splitting an axis is always a view, so this writes through to the caller's state.
-    grouped = state.unflatten(1, (groups, -1))
+    grouped = state.view(batch, groups, shared, width, n)
     fade = torch.exp(dt * A).view(batch, groups, shared, 1, 1)
     write = (x * dt.unsqueeze(-1)).reshape(batch, groups, shared, width, 1)
     grouped.mul_(fade).addcmul_(write, B.reshape(batch, groups, 1, 1, n))

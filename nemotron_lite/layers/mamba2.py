@@ -380,10 +380,11 @@ class Mamba2(Mixer):
         """x `*bt h p`, B and C `*bt g n`."""
         shared = self.groups * self.state_size
         x, B, C = xBC.split_with_sizes((self.splits[0], shared, shared), dim=-1)
+        each, shape = xBC.shape[:-1], (self.groups, self.state_size)
         return (
-            x.unflatten(-1, (-1, self.head_dim)),
-            B.unflatten(-1, (self.groups, -1)),
-            C.unflatten(-1, (self.groups, -1)),
+            x.view(*each, self.splits[2], self.head_dim),
+            B.view(*each, *shape),
+            C.view(*each, *shape),
         )
 
     def _raw_steps(self, dt: Float[Tensor, "*bt h"]) -> tuple[Tensor, dict[str, Any]]:

@@ -57,7 +57,11 @@ class MLP(Mixer):
     def token_step(self, rows: int) -> TokenStep:
         """The step of `forward` for one token per row."""
         up, down = self.up_proj.product_for(rows), self.down_proj.product_for(rows)
-        return lambda x, cache=None, starts=0: down(ops.squared_relu(up(x)))
+
+        def step(x: Tensor, cache: None = None, starts: int | Tensor = 0) -> Tensor:
+            return down(ops.squared_relu(up(x)))
+
+        return step
 
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:

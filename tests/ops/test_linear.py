@@ -199,3 +199,19 @@ def test_training_a_prepared_model_ends_every_copy() -> None:
     model = Nemotron(SMALL, seed=0).prepare_for_decoding(smallest=1)
     model.forward_hidden(torch.tensor([[1, 2, 3]]))
     assert all(m._prepacked is None for m in model.modules() if isinstance(m, Linear))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (1, 0), (5, 0), (0, 24)])
+def test_one_row_is_the_product_of_many(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A single row goes another way without gradients, from any strides."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(dtype)[..., ::2]
+    weight = torch.randn(shape[-1], 40, generator=generator).to(dtype)[:, ::2].t()
+    with torch.no_grad():
+        found = ops.linear(x, weight)
+    expected = (x.double() @ weight.double().t()).to(dtype)
+    assert found.shape == expected.shape and found.dtype == dtype
+    torch.testing.assert_close(
+        found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
