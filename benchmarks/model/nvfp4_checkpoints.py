@@ -1,7 +1,7 @@
 """Checkpoints in 4 and 8 bits: their size, the speed of generating, and the change of the loss.
 
     python -m benchmarks nvfp4_checkpoints                       trains for two minutes first
-    python -m benchmarks nvfp4_checkpoints --model runs/lite     a trained model that is there
+    python -m benchmarks nvfp4_checkpoints --model runs/small    a trained model that is there
     python -m benchmarks nvfp4_checkpoints --only size
 
 **Size and speed** of a model of size M (106 million random weights, as in `model_speed`), saved in

@@ -1,7 +1,7 @@
 """Speculative decoding with the MTP module beside plain decoding, run alternately.
 
     python -m benchmarks speculation                    trains for ten minutes first, then measures
-    python -m benchmarks speculation --model runs/lite  a model that is there already
+    python -m benchmarks speculation --model lite       a model that is there already
     python -m benchmarks speculation --quick            a tiny untrained model, no record
 
 The model is the `lite` preset, trained on Python's standard library and kept in runs/. Most of the

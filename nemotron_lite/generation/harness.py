@@ -2,7 +2,7 @@ r"""The package as a model of EleutherAI's lm-evaluation-harness (`lm_eval`), an
 
     pip install "nemotron-lite[eval]"
     python -m nemotron_lite.generation.harness run \
-        --model nemotron_lite --model_args pretrained=runs/lite,batch_size=8 --tasks my_task
+        --model nemotron_lite --model_args pretrained=lite,batch_size=8 --tasks my_task
 
 or in Python, with a model that is in memory:
 

@@ -81,3 +81,20 @@ def test_standard_library_is_large_enough_and_clean() -> None:
     assert not any(d.content in train for d in corpus.held_out)
     for document in corpus.train:
         assert not SKIPPED_FOLDERS & set(document.name.split("/")[:-1])
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_named_documents_are_held_out(folder: Path, count: int) -> None:
+    """In place of a split by size: a text is split as another machine split it."""
+    names = [f"pkg{i % 3}/file{i:02}.py" for i in range(1, 1 + count)]
+    corpus = load_corpus(folder, held_out_names=[*names, "gone.py", "notes.txt"])
+    assert sorted(d.name for d in corpus.held_out) == sorted(names)
+    assert len(corpus.train) == 40 - count
+    assert not {d.name for d in corpus.train} & set(names)
+    assert corpus.fingerprint() != load_corpus(folder, held_out_bytes=1000).fingerprint()
+
+
+@pytest.mark.parametrize("names", [[], ["gone.py"]])
+def test_none_of_the_named_documents(folder: Path, names: list[str]) -> None:
+    with pytest.raises(CorpusError, match=rf"0 of the {len(names)} files to hold out, and 40"):
+        load_corpus(folder, held_out_names=names)

@@ -78,3 +78,18 @@ def test_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert data.cache_folder() == tmp_path / "nemotron_lite"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert data.cache_folder() == Path.home() / ".cache" / "nemotron_lite"
+
+
+def test_named_documents_are_held_out(tmp_path: Path) -> None:
+    root = tmp_path / "text"
+    root.mkdir()
+    for i in range(6):
+        (root / f"m{i}.py").write_text(f"value_{i} = {i}\n" * 40)
+    options = dict(root=root, vocab_size=260, cache=tmp_path / "cache", special_tokens=())
+    data = prepare(**options, held_out_names=["m4.py", "m1.py"])
+    texts = [decode(data.tokenizer, document) for document in data.held_out.documents]
+    assert texts == [(root / name).read_text() for name in ("m1.py", "m4.py")]
+    assert data.held_out.num_bytes == sum(len(text) for text in texts)
+    other = prepare(**options, held_out_names=["m4.py"])
+    assert other.held_out.num_bytes == len(texts[1])
+    assert other.fingerprint() != data.fingerprint()

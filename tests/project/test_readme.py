@@ -93,24 +93,16 @@ def test_speeds_have_a_record() -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A small checkpoint with a tokenizer, at the path that the README speaks of."""
-    from nemotron_lite.data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["def mean(values):\n    return sum(values)\n"], vocab_size=270)
-    config = NemotronConfig.from_preset(
-        "lite", pattern="ME*E", vocab_size=tokenizer.get_vocab_size(), n_routed_experts=8
-    )
-    folder = tmp_path / "runs" / "lite"
-    folder.parent.mkdir()
-    nemotron_lite.save(nemotron_lite.Nemotron(config), folder, tokenizer=tokenizer)
-    return folder
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a reader, who has used the package before."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_the_blocks_of_the_user_page_run_one_after_another(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(checkpoint.parents[1])
     blocks = fenced((ROOT / "docs" / "using.md").read_text(), "python")
     assert len(blocks) == 7
     names: dict[str, object] = {}
@@ -119,10 +111,7 @@ def test_the_blocks_of_the_user_page_run_one_after_another(
     assert capsys.readouterr().out.endswith("None\n")  # no layer of this model is bad
 
 
-def test_python_blocks_run_as_they_stand(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(checkpoint.parents[1])
+def test_python_blocks_run_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = fenced(README, "python") + fenced(contributing, "python")
     assert len(blocks) == 3
@@ -133,9 +122,8 @@ def test_python_blocks_run_as_they_stand(
     assert printed[0].startswith("120,668,707,840 parameters")
     assert printed[1].strip(), "the text that the model wrote"
     assert float(re.search(r"tensor\(([\d.e-]+)\)", printed[2])[1]) < 1e-4
-    assert (checkpoint.parent / "copy" / "config.json").exists()
-    again = nemotron_lite.load(checkpoint.parent / "copy")
-    before = nemotron_lite.load(checkpoint)
+    again = nemotron_lite.load(folder / "runs" / "copy")
+    before = nemotron_lite.load("lite")
     tokens = torch.arange(20)[None]
     assert torch.equal(again(tokens).logits, before(tokens).logits)
 
