@@ -28,6 +28,8 @@ from nemotron_lite.progress import is_terminal
 REDRAW = 0.5  # seconds between two pictures
 LINE_EVERY = 10.0  # seconds between two lines in a log
 RECENT = 20  # updates whose mean loss is shown as a number
+STEEP = 0.05  # the first part of a run, whose losses do not set the range of the chart
+RECENT_SECONDS = 3.0  # of the reference curve, for its loss at the end
 MOST_POINTS = 150  # of a curve that is kept
 _BAR = 60  # characters
 _clock = time.monotonic
@@ -110,8 +112,11 @@ class LiveCurve(AbstractContextManager["LiveCurve"]):
             curves.append(
                 Curve(self._reference["seconds"], self._reference["loss"], "bright_black", ".")
             )
-        losses = [y for curve in curves for x, y in zip(curve.x, curve.y, strict=True)]
-        low, high = min(losses), max(losses)
+        points = [point for curve in curves for point in zip(curve.x, curve.y, strict=True)]
+        low = min(y for _, y in points)
+        # The first updates fall so far that the rest would be a flat line: they are at the edge.
+        later = [y for x, y in points if x >= STEEP * self.seconds]
+        high = max(later or [y for _, y in points])
         chart = Chart((0.0, float(self.seconds)), (low, max(high, low + 0.1)))
         return chart.draw(curves, ascii_only=ascii_only)
 
@@ -134,9 +139,6 @@ class LiveCurve(AbstractContextManager["LiveCurve"]):
             there = _at(self._reference, record["seconds"])
             text += f" (reference {there:.3f})" if there is not None else ""
         return f"{text}, {record['tokens'] / record['seconds']:,.0f} tokens/s"
-
-
-RECENT_SECONDS = 3.0
 
 
 def _mean(values: Sequence[float]) -> float:
