@@ -178,10 +178,10 @@ def _described(data: MixtureData) -> dict[str, Any]:
     from nemotron_lite.data import read_manifest
     from nemotron_lite.data.manifest import compare
 
-    manifest = data.manifest
+    wanted, manifest = read_manifest(), data.manifest
     return {
-        "manifest_sha256": hashlib.sha256(manifest.to_json().encode()).hexdigest(),
-        "differences": compare(read_manifest(), manifest),
+        "manifest_sha256": hashlib.sha256(wanted.to_json().encode()).hexdigest(),
+        "differences": compare(wanted, manifest),
         "sources": {
             name: {
                 "packages": len(packages),
