@@ -22,6 +22,7 @@ from importlib import import_module
 BENCHMARKS = (
     "ssd_operator",
     "model_speed",
+    "cpu_peers",
     "growth",
     "speculation",
     "nvfp4_training",

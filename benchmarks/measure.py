@@ -41,6 +41,13 @@ def model_digest(config: NemotronConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:8]
 
 
+class Timed(float):
+    """Seconds that a call has measured itself, because it does more than what is compared.
+
+    `alternate` takes them in place of the time of the whole call.
+    """
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """n, median, min and max of some measurements.
 
@@ -60,7 +67,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def alternate(
     calls: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `rounds` of each; they alternate, in another order each round."""
+    """Seconds of every call, `rounds` of each; they alternate, in another order each round.
+
+    A call that returns `Timed` is counted with these seconds.
+    """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: expected at least 1.")
     names = list(calls)
@@ -72,8 +82,9 @@ def alternate(
         for name in names if number % 2 == 0 else reversed(names):
             gc.collect()
             start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
+            found = calls[name]()
+            taken = time.perf_counter() - start
+            seconds[name].append(float(found) if isinstance(found, Timed) else taken)
     return seconds
 
 
@@ -107,13 +118,54 @@ def compare(
     return entry
 
 
+def compare_each(
+    what: str,
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    tokens: int,
+    aims: Mapping[str, float | None] | None = None,
+    **labels: object,
+) -> dict[str, Any]:
+    """One entry of a record with several peers: "ours" against each of the others.
+
+    The same as `compare`, but `times_faster`, `aim` and `reached` are dictionaries by peer.
+
+    Args:
+        what: what was done.
+        seconds: lists of the same length, from `alternate`.
+        tokens: tokens that one call reads or generates, all rows together.
+        aims: the required ratio for each peer that has one.
+        labels: sizes that distinguish this entry from others.
+    """
+    entry: dict[str, Any] = {"what": what, **labels, "seconds": {}, "tokens_per_second": {}}
+    for name, values in seconds.items():
+        entry["seconds"][name] = summary(values)
+        entry["tokens_per_second"][name] = tokens / statistics.median(values)
+    entry["times_faster"] = {
+        name: summary([b / a for a, b in zip(seconds["ours"], values, strict=True)])
+        for name, values in seconds.items()
+        if name != "ours"
+    }
+    wanted = {name: aim for name, aim in (aims or {}).items() if aim and name in seconds}
+    if wanted:
+        entry["aim"] = wanted
+        entry["reached"] = {
+            name: entry["times_faster"][name]["median"] >= aim for name, aim in wanted.items()
+        }
+    return entry
+
+
 def describe(entry: Mapping[str, Any]) -> str:
     """One line of progress: what was measured, and the result."""
     speeds = entry.get("tokens_per_second", {})
     parts = [f"{name} {speed:,.0f} tokens/s" for name, speed in speeds.items()]
     if "times_faster" in entry:
-        ratio = entry["times_faster"]
-        parts.append(f"{ratio['median']:.2f} times faster ({ratio['min']:.2f}-{ratio['max']:.2f})")
+        faster = entry["times_faster"]
+        single = "median" in faster
+        for name, ratio in {"": faster}.items() if single else faster.items():
+            spread = f"({ratio['min']:.2f}-{ratio['max']:.2f})"
+            over = "" if single else f" than {name}"
+            parts.append(f"{ratio['median']:.2f} times faster{over} {spread}")
     parts += [f"{k} {_plain(v)}" for k, v in entry.items() if k not in _SHOWN]
     return f"{entry['what']}: " + ", ".join(parts)
 

@@ -31,7 +31,7 @@ import torch
 from nemotron_lite.files import atomic_file
 
 RECORDS = Path(__file__).parent / "records"
-PACKAGES = ("torch", "transformers", "triton", "numpy", "einops")
+PACKAGES = ("torch", "transformers", "xllamacpp", "triton", "numpy", "einops")
 SPREADS = ({"min", "max"}, {"q1", "q3"})  # either pair gives the spread
 
 

@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     A run of some parts writes records whose names end with these parts.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks model_speed", allow_abbrev=False)
-    parser.add_argument("--size", default="S,M", help="S, M or both")
+    parser.add_argument("--size", default="S,M", help="S, M, lite, or several")
     parser.add_argument("--only", default=",".join(WORKS), help="parts, separated by commas")
     parser.add_argument("--quick", action="store_true", help="a trial: a tiny size, no record")
     asked = parser.parse_args(arguments)

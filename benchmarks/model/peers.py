@@ -14,7 +14,8 @@ A comparison is only fair if both programs do the same work. So:
 One known difference is removed: transformers clamps dt at `time_step_min` in prefill (not in
 decoding), Nemotron 3 does not. The peer gets a `time_step_min` that is too small to matter.
 
-Sizes S and M have Super's shape at two widths, with 11 and 106 million parameters.
+Sizes S and M have Super's shape at two widths, with 11 and 106 million parameters; lite is the
+preset.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ SIZES: dict[str, NemotronConfig] = {
         moe_latent_size=256, moe_intermediate_size=384, moe_shared_expert_intermediate_size=1024,
         **_SHAPE,
     ),
+    # The preset of the course, without its MTP module: transformers' class has none.
+    "lite": NemotronConfig.from_preset("lite", mtp_pattern="", mtp_depths=0),
     # For the tests of the benchmarks: every kind of layer, little time.
     "tiny": NemotronConfig(
         pattern="ME*E", vocab_size=128, hidden_size=32,
