@@ -1,8 +1,9 @@
 """Run the benchmarks: `python -m benchmarks`, or one of them with its options.
 
-    python -m benchmarks                              all of them, nearly two hours on two cores
+    python -m benchmarks                              all of them, several hours on two cores
     python -m benchmarks --quick                      all of them on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
+    python -m benchmarks cpu_peers --size M --long
     python -m benchmarks growth --peer-limit 8192
     python -m benchmarks gpu_model                    on a GPU, by name only
     python -m benchmarks figures                      figures of docs/benchmarks.md and README.md
@@ -23,6 +24,7 @@ BENCHMARKS = (
     "ssd_operator",
     "model_speed",
     "cpu_peers",
+    "busy_machine",
     "growth",
     "speculation",
     "nvfp4_training",

@@ -32,6 +32,7 @@ ROOT = record.RECORDS.parents[1]
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"<!-- figures(?:: ([\w ]+))? -->\n(.*?)<!-- end of figures -->", re.S)
 SIZES = ("S", "M")
+PEER_SIZES = ("S", "M", "lite")
 WIDTH = 100
 EARLIER_LITE = 16_710_880  # parameters of `lite` when its experts were 168 wide
 
@@ -63,7 +64,8 @@ def rewrite(text: str, blocks: dict[str, str]) -> str:
 def for_document(records: Path) -> dict[str, str]:
     """The blocks of docs/benchmarks.md, by name."""
     functions: dict[str, Callable[[Path], str]] = {
-        "model": model, "bfloat16": bfloat16, "operator": operator, "growth": growth, "gpu": gpu,
+        "model": model, "bfloat16": bfloat16, "peers": cpu_peers, "busy": busy,
+        "operator": operator, "growth": growth, "gpu": gpu,
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
         "training": training, "speculation": speculation, "removal": removal,
     }  # fmt: skip
@@ -174,6 +176,78 @@ def model(records: Path) -> str:
     row("the same, our bfloat16 against our float32", "bf16")
     row("one matrix product of ours, bfloat16 against float32", "bf16 bare product")
     return f"{_wrapped(text)}\n\n{_table(['work', *speeds], rows)}"
+
+
+def cpu_peers(records: Path) -> str:
+    """Ours beside each peer on a CPU, at each size that has a record; and which have none yet."""
+    parts, missing = [], []
+    for size in PEER_SIZES:
+        file = records / f"cpu_peers_{size}.json"
+        if not file.exists():
+            missing.append(f"`python -m benchmarks cpu_peers --size {size}`")
+            continue
+        found = _read(file)
+        entries = found["measurements"]
+        peers = list(dict.fromkeys(name for entry in entries for name in entry["times_faster"]))
+        rows = []
+        for entry in entries:
+            length = _lengths([entry], "length" if "length" in entry else "context")
+            work = f"{entry['what']}, {length} tokens"
+            if "batch" in entry:
+                count = {1: "one row", 8: "eight rows"}[entry["batch"]]
+                work = f"{entry['what']}, {count} after {length} tokens"
+            ratios = (entry["times_faster"].get(name) for name in peers)
+            rows.append(
+                [
+                    work,
+                    f"{entry['tokens_per_second']['ours']:,.0f}",
+                    *("–" if ratio is None else f"{ratio['median']:.2f}" for ratio in ratios),
+                ]
+            )
+        equal = ", ".join(
+            f"{name} {sizes['active_parameters'] / 1e6:.2f} of "
+            f"{sizes['parameters'] / 1e6:.1f} million"
+            for name, sizes in found["transformers_of_equal_active_size"].items()
+        )
+        text = (
+            f"Size {size} ({_link(file.name)}), {found['parameters'] / 1e6:.1f} million "
+            f"parameters, of which a token reads {found['active_parameters'] / 1e6:.2f} million"
+            + (f" ({equal})" if equal else "")
+            + f". Processor: {found['machine']['cpu']}, {found['machine']['threads']} threads."
+        )
+        heads = ["work", "tokens per second", *(f"times {name}" for name in peers)]
+        parts.append(f"{_wrapped(text)}\n\n{_table(heads, rows)}")
+    return "\n\n".join([*parts, *_to_be_made(missing)])
+
+
+def busy(records: Path) -> str:
+    """Speed beside a program that uses one of two cores."""
+    file = records / "busy_machine.json"
+    if not file.exists():
+        return "\n".join(_to_be_made(["`python -m benchmarks busy_machine`"]))
+    found = _read(file)
+    rows = [
+        [
+            entry["start"],
+            entry["what"],
+            *(f"{entry['tokens_per_second'][w]['median']:,.0f}" for w in ("quiet", "busy")),
+            "{median:.0%} ({min:.0%} to {max:.0%})".format(**entry["share_of_quiet"]),
+        ]
+        for entry in found["results"]
+    ]
+    text = (
+        f"The model `{found['model']}` with {_size(found)} ({_link(file.name)}), tokens per "
+        f"second. Processor: {found['machine']['cpu']}."
+    )
+    heads = ["started by", "work", "alone", "beside a neighbour", "share"]
+    return f"{_wrapped(text)}\n\n{_table(heads, rows)}"
+
+
+def _to_be_made(commands: Sequence[str]) -> list[str]:
+    """A paragraph that says which records do not exist yet; none if all exist."""
+    if not commands:
+        return []
+    return [_wrapped(f"Records that are still to be made: {', '.join(commands)}.")]
 
 
 def bfloat16(records: Path) -> str:

@@ -87,7 +87,7 @@ FULL = Plan(
 )  # fmt: skip
 LONG = replace(FULL, prefill=FULL.prefill | {32768: 2}, decode=(*FULL.decode, (1, 4096), (8, 4096)))
 QUICK = Plan(
-    prefill={64: 2, 160: 2}, decode=((1, 64), (8, 64)), decode_rounds=2, decode_steps=2,
+    prefill={64: 2, 160: 2}, decode=((1, 64), (8, 64)), decode_rounds=2, decode_steps=8,
     check=(8, 20), aims=False,
 )  # fmt: skip
 
