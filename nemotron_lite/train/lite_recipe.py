@@ -34,7 +34,7 @@ LITE_TRAINING: dict[str, Any] = dict(
 NVFP4_FROM: float | None = None  # the fraction of the run from which products are in NVFP4
 
 LIVE_SECONDS = 75.0
-LIVE_CONFIG: dict[str, Any] = dict(pattern="MEM*E", mtp_pattern="", mtp_depths=0)
+LIVE_CONFIG: dict[str, Any] = dict(pattern="M*E", mtp_pattern="", mtp_depths=0)
 LIVE_TRAINING: dict[str, Any] = dict(
     batch_size=4, seq_len=256, optimizer="muon", lr=5e-3, min_lr=5e-5,
     warmup_fraction=0.02, decay_fraction=0.4, bias_rate=0.02,
