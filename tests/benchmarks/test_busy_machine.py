@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_ways_of_starting_and_the_table(
     assert "still to be made" in figures.busy(records)
     config = NemotronConfig.from_preset("lite", pattern="M*E", vocab_size=512)
     text = tmp_path / "text.txt"
-    text.write_text("def f(x):\n    return x + 1  # a line of text\n" * 9000)
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text.write_text("\n".join(f.read_text(encoding="utf-8") for f in files)[:700_000])
     commands: list[list[str]] = []
     popen = subprocess.Popen
 
