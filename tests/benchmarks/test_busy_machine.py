@@ -87,18 +87,21 @@ def test_ways_of_starting_and_the_table(
         return popen(command, **given)
 
     monkeypatch.setattr(subprocess, "Popen", noted)
-    entries = [
-        *busy.measure_all(config, ["command line"], busy.WORKS, size=(4, 3), rounds=1, text=text),
-        *busy.measure_all(config, ["thread"], ["decoding"], size=(4, 3), rounds=1, text=text),
-    ]
+    given = {"size": (4, 3), "rounds": 1, "text": text}
+    entries = busy.measure_all(config, ["command line"], ["decoding"], **given)
     spins = ["sched_setaffinity" in command[-1] for command in commands]
-    assert spins == [False, True, False] * 3, "each busy one has a neighbour"
-    assert [c[3] for c in commands if c[2] == "nemotron_lite"] == ["train"] * 2 + ["generate"] * 2
+    assert spins == [False, True, False], "the busy one has a neighbour"
+    assert [command[3] for command in commands if not spins[commands.index(command)]] == [
+        "generate"
+    ] * 2
+    busy.make_files(tmp_path, config, text)
+    for start, work in (("command line", "training"), ("thread", "decoding")):
+        assert busy.speed(start, work, tmp_path, (4, 3), text, busy.two_cores()) > 0
+    assert commands[-2][3] == "train" and "'thread', 'decoding'" in commands[-1][-1]
     monkeypatch.setattr(record, "RECORDS", records)
     entries[0]["share_of_quiet"] |= {"median": 0.456}
     record.write_record(
         "busy_machine", {"path": "p", "model": "other", "parameters": 9, "results": entries}
     )
     table = figures.busy(records)
-    assert "| command line | training |" in table and "| 46% (" in table
-    assert "| thread | decoding |" in table
+    assert "| command line | decoding |" in table and "| 46% (" in table
