@@ -20,8 +20,8 @@ A comparison is refused if the programs do not write the same text. All rows tak
 token and read what they wrote themselves. The first 16 tokens of ours and of llama.cpp must be the
 same, in float32 for seven of eight rows and for each single row. (Where two tokens are almost
 equally likely, rounding decides.) In bfloat16 rounding decides often: llama.cpp rounds the inputs
-of products, too. So two of eight rows must be the same there, which no other model would reach by
-chance, and a single row need not be. The same holds for the two caches of a Qwen3 model.
+of products, too. So two of eight rows must be the same there, which no other model would reach,
+and a single row need not be. The same holds for the two caches of a Qwen3 model.
 transformers' NemotronH must have the logits of ours in float32 (`peers.check_same_model`).
 
 A run with all peers and works writes `cpu_peers_SIZE.json`, which the tables of docs/benchmarks.md

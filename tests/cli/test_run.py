@@ -58,9 +58,7 @@ def test_run_has_five_parts(tiny_lite: Path, sizes: Path, text: Path, tmp_path: 
 
     part = shown.partition("2. Write")[2].partition("3. Score")[0]
     lite = nemotron_lite.load("lite")
-    expected = nemotron_lite.generate(
-        lite, run.SAMPLE_PROMPT, options=run.SAMPLE
-    )
+    expected = nemotron_lite.generate(lite, run.SAMPLE_PROMPT, options=run.SAMPLE)
     assert f"{run.SAMPLE_PROMPT}{expected}\n" in part
     assert "not the probability of any text" in part
     speeds = re.findall(r"│ +([\d,]+) │ +([\d.]+) x │ +([\d.]+) │", part)
