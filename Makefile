@@ -30,7 +30,7 @@ setup: $(STAMP)  ## install everything into .venv; the other targets do it on th
 run: $(STAMP)  ## watch the shipped model write, and a small one learn, in under three minutes
 	$(BIN)/nemotron-lite run $(ARGS)
 
-lite: $(STAMP)  ## train the shipped model anew, in about two hours; the same call continues it
+lite: $(STAMP)  ## train the shipped model anew, in about 80 minutes; the same call continues it
 	$(BIN)/nemotron-lite train-lite $(ARGS)
 
 # Workers and the kernels of their notebooks share the cores: idle threads give theirs back at once.

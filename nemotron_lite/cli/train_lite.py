@@ -1,6 +1,6 @@
 """`nemotron-lite train-lite` (`make lite`): train the shipped model anew, from its manifest.
 
-    nemotron-lite train-lite                        about two hours on two cores
+    nemotron-lite train-lite                        about 80 minutes on two cores
     nemotron-lite train-lite                        after Ctrl-C: continues where it stopped
     nemotron-lite train-lite --text-as-found        with other versions of the packages
 
@@ -58,7 +58,7 @@ def train_lite(
 ) -> None:
     """Train the shipped model from its manifest, pack it and score it; call it again to continue.
 
-    Takes about two hours on two cores.
+    Takes about 80 minutes on two cores.
     """
     with plain_errors():
         import torch

@@ -5,8 +5,9 @@
     w <- w - lr (0.2 sqrt(max(rows, columns)) O + wd w)
 
 The momentum of a matrix has a few large singular values, and AdamW moves the matrix mostly along
-them. Muon sets all of them near one, so that every direction is learned at the same rate. In the
-short runs of this project the loss falls faster per token (docs/benchmarks.md).
+them. Muon sets all of them near one, so that every direction is learned at the same rate. After
+77,000 tokens `lite` had 2.25 to 2.27 bits per byte with it (rates 2.5e-3 to 1e-2), and 2.31 with
+AdamW: one seed, updates of 512 tokens.
 
 The factor 0.2 sqrt(max(rows, columns)) gives the update the size that an AdamW update has, so that
 learning rate and weight decay of one serve the other (Moonlight).
