@@ -213,7 +213,7 @@ def flops(
         mode: "prefill" (chunked scan), "decode" (one step of the recurrence), "train" (three times
             prefill: the backward pass makes two products for each one of the forward pass).
         chunk: chunk length of the scan; by default `config.chunk_size`, with which the model itself
-            does not compute (it takes chunks of 64 on a CPU).
+            does not compute (on a CPU it takes chunks of 32 to 64).
         mtp_depths: how often the MTP module runs; 0 by default, the config's depths in "train".
         logits_to_keep: count the head for that many last tokens of the prompt; 0 for all of them.
             Does not change "decode", which has one token.

@@ -136,7 +136,9 @@ def pack_lite(model: Nemotron, data: BatchSource, folder: str | Path) -> None:
     model.eval()
     calibration = calibrate(model, batches, choices=CHOICES)
     sensitivity = measure_sensitivity(model, batches, calibration, choices=CHOICES)
-    formats = allocate_bits(sensitivity, BITS)
+    modules = sensitivity.modules
+    least = sum(min(map(m.bits, m.formats)) for m in modules) / sum(m.num_weights for m in modules)
+    formats = allocate_bits(sensitivity, max(BITS, least + 0.01))  # a tiny model needs more
     quantize_model(model, formats, calibration).to(torch.bfloat16)
     save(model, folder)
     config = Path(folder) / "config.json"
