@@ -46,6 +46,7 @@ import torch
 from nemotron_lite.course import learner_code, output
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.compare import close, gradients, keeps_inputs, raises, strided
+from nemotron_lite.course.syntax import parse
 
 __all__ = [
     "PRELUDE",
@@ -162,9 +163,7 @@ class Exercise:
         """
         text = self.solution if source is None else source
         imports = [
-            node
-            for node in ast.parse(self.stub).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
+            node for node in parse(self.stub).body if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         crc = f"{zlib.crc32(text.encode()):08x}"
         file = f"<{self.id} {crc}>"
@@ -186,9 +185,7 @@ class Exercise:
     def provided(self) -> set[str]:
         """Names that an answer need not define: prelude, imports of the stub, what it needs."""
         head = [
-            n
-            for n in ast.parse(PRELUDE + self.stub).body
-            if isinstance(n, ast.Import | ast.ImportFrom)
+            n for n in parse(PRELUDE + self.stub).body if isinstance(n, ast.Import | ast.ImportFrom)
         ]
         names = {(a.asname or a.name).partition(".")[0] for node in head for a in node.names}
         return names | {exercise(needed).function_name for needed in self.needs}
@@ -345,9 +342,7 @@ def _count(number: int, of: int, what: str) -> str:
 def _defined_name(source: str) -> str:
     """The name of the last function or class that some source code defines."""
     names = [
-        node.name
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        node.name for node in parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
     ]
     if not names:
         raise ExerciseError(f"{source[:60]!r} defines no function or class; it must define one.")

@@ -31,6 +31,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from nemotron_lite.course.syntax import parse
+
 Body = tuple[Any, ...]
 # Instructions that read a name of the module, in functions and in the bodies of classes.
 READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
@@ -158,7 +160,7 @@ def asked_for(stub: str) -> tuple[str, ...]:
     statement asks for all of its functions.
     """
     every, asked = [], []
-    for name, node in _functions_in(ast.parse(stub).body):
+    for name, node in _functions_in(parse(stub).body):
         every.append(name)
         last = node.body[-1]
         if isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last):
@@ -310,7 +312,7 @@ def answer_source(thing: Any, name: str, provided: Iterable[str] = ()) -> tuple[
 
 def _undefined(source: str, provided: Iterable[str]) -> list[str]:
     """Global names that source code uses, and neither it nor its surroundings define."""
-    bound = {name for node in ast.parse(source).body for name in _bound_names(node)}
+    bound = {name for node in parse(source).body for name in _bound_names(node)}
     known = {*bound, *provided}
     return (
         []
@@ -349,7 +351,7 @@ class _Collected:
         """Add the statements of a cell that bind `name`, and what they use; False if none do."""
         text = "".join(linecache.getlines(filename))
         try:
-            statements = ast.parse(text).body
+            statements = parse(text).body
         except (SyntaxError, ValueError):
             return False
         bound = [(node, _bound_names(node)) for node in statements if not _about_the_course(node)]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_lite.course import output
+from nemotron_lite.course.syntax import parse
 
 
 def show_source(obj: Any, *, folded: str = "", docstring: bool = False) -> None:
@@ -80,7 +81,7 @@ def _python_object(obj: Any) -> Any:
 
 
 def _without_docstring(source: str) -> str:
-    tree = ast.parse(source)
+    tree = parse(source)
     node = tree.body[0]
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return source

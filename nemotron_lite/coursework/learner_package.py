@@ -22,12 +22,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import nemotron_lite
+from nemotron_lite.course.syntax import parse
 
 PACKAGE = Path(nemotron_lite.__file__).parent
 NAME = "nemotron_lite"
 OWN = (
     "coursework.learner_process", "coursework.learner_limits", "coursework.learner_shell",
-    "coursework.learner_answers", "coursework.wire", "course.learner_code",
+    "coursework.learner_answers", "coursework.wire", "course.learner_code", "course.syntax",
 )  # fmt: skip
 ALWAYS = "from nemotron_lite import NemotronConfig"
 NEVER = re.compile(r"nemotron_lite\.(course|coursework|authoring|cli)(\.|$)")
@@ -124,7 +125,7 @@ def _module_of(name: str) -> str:
 def needed_modules(sources: Iterable[str]) -> dict[str, Path]:
     """The modules of this package that some sources import, directly or not, with their files."""
     found: dict[str, Path] = {}
-    waiting = [name for text in sources for name in _imports(ast.parse(text), "")]
+    waiting = [name for text in sources for name in _imports(parse(text), "")]
     while waiting:
         name = waiting.pop()
         if name.partition(".")[0] != NAME:
@@ -137,7 +138,7 @@ def needed_modules(sources: Iterable[str]) -> dict[str, Path]:
                 continue
             found[one] = path
             text = path.read_text(encoding="utf-8")
-            waiting += _imports(ast.parse(text), one + ".x" * (path.name == "__init__.py"))
+            waiting += _imports(parse(text), one + ".x" * (path.name == "__init__.py"))
     return found
 
 

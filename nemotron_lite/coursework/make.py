@@ -42,6 +42,7 @@ from typing import Any
 from nemotron_lite.course import exercises
 from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.exercises import PRELUDE, Exercise
+from nemotron_lite.course.syntax import parse
 from nemotron_lite.files import check_writable_folder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ Written = ast.FunctionDef | ast.AsyncFunctionDef
 def _functions(source: str) -> dict[str, Written]:
     """The functions and methods that some source defines, by names such as `Mamba2.forward`."""
     found: dict[str, Written] = {}
-    for node in ast.parse(source).body:
+    for node in parse(source).body:
         if isinstance(node, Written):
             found[node.name] = node
         elif isinstance(node, ast.ClassDef):
@@ -145,12 +146,12 @@ def _own_statements(exercise: Exercise, name: str, stub: Written, solution: Writ
 def _beside(exercise: Exercise) -> tuple[list[str], dict[str, list[str]]]:
     """What the solution has and the stub lacks: statements, and methods of each class."""
     lines = exercise.solution.splitlines()
-    stub_body = ast.parse(exercise.stub).body
+    stub_body = parse(exercise.stub).body
     known = {ast.dump(node) for node in stub_body}
     named = {getattr(node, "name", "") for node in stub_body} - {""}
     classes = {node.name: node for node in stub_body if isinstance(node, ast.ClassDef)}
     statements, methods = [], {}
-    for node in ast.parse(exercise.solution).body:
+    for node in parse(exercise.solution).body:
         if isinstance(node, ast.ClassDef) and node.name in classes:
             given = {getattr(one, "name", ast.dump(one)) for one in classes[node.name].body}
             methods[node.name] = [
@@ -230,7 +231,7 @@ def answer_cell(exercise: Exercise) -> str:
             "for; move it into a function, or give it in the stub."
         )
     cell = "\n".join(lines)
-    ast.parse(cell)
+    parse(cell)
     return cell
 
 

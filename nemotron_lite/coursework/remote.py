@@ -23,6 +23,8 @@ from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+from nemotron_lite.course.syntax import parse
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -132,7 +134,7 @@ def outline(file: str, name: str) -> Any:
     if len(source) > LONGEST:
         return None
     try:
-        tree = ast.parse(source)
+        tree = parse(source)
         code = compile(tree, file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

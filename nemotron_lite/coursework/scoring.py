@@ -31,6 +31,7 @@ from torch import Tensor
 
 from nemotron_lite.course import exercises
 from nemotron_lite.course.exercises import PRELUDE, Exercise
+from nemotron_lite.course.syntax import parse
 from nemotron_lite.coursework.clean_copy import (
     Assignment,
     GradedExercise,
@@ -94,7 +95,7 @@ def reference_sources(exercise: Exercise) -> list[str]:
         sources += reference_sources(needed)
     imports = [
         ast.unparse(node)
-        for node in ast.parse(exercise.stub).body
+        for node in parse(exercise.stub).body
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     return [*sources, "\n".join(imports), exercise.solution]

@@ -34,6 +34,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from nemotron_lite.course.syntax import parse
 from nemotron_lite.coursework.pages import page
 from nemotron_lite.coursework.tables import write_table
 from nemotron_lite.coursework.texts import writable
@@ -140,7 +141,7 @@ def words(source: str) -> list[str]:
     try:
         with warnings.catch_warnings():  # of the learner's code, such as "invalid escape sequence"
             warnings.simplefilter("ignore")
-            tree = ast.parse(source)
+            tree = parse(source)
         tree = _Plain(_chosen_names(tree)).visit(tree)
         plain = ast.unparse(ast.fix_missing_locations(tree))
         kept = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
