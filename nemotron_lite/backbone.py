@@ -21,6 +21,7 @@ from nemotron_lite.layers import (
     LayerCache,
     RMSNorm,
     TokenSteps,
+    decodes_compiled,
     run_layers,
 )
 
@@ -88,7 +89,7 @@ class Backbone(nn.Module):
         if self._token_steps is None or self._token_steps.layers is not self.layers:
             self._token_steps = TokenSteps(self.layers)
         found = None
-        if x.shape[1] == 1:
+        if x.shape[1] == 1 or (context.draft and decodes_compiled()):
             found = self._token_steps.run(x, cache, context)
         else:
             self._token_steps.forget_refusal()

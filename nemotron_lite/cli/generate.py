@@ -99,6 +99,10 @@ def generate(
             help="copy weights into a faster layout, where the CPU gains; their memory doubles",
         ),
     ] = DEFAULT.prepare_weights,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled", help="decode by C code, compiled for this CPU at the first use"),
+    ] = DEFAULT.compiled,
     draft: Annotated[
         str | None, typer.Option(help="mtp: the MTP module drafts, the backbone verifies")
     ] = None,
@@ -135,7 +139,9 @@ def generate(
         given = {name: value for name, value in given.items() if value is not None}
         if top_k == 0:
             given["top_k"] = None
-        given |= dict(seed=seed, prepare_weights=prepare_weights, check_layers=check_layers)
+        given |= dict(
+            seed=seed, prepare_weights=prepare_weights, compiled=compiled, check_layers=check_layers
+        )
         if draft is not None:
             given["speculation"] = SpeculationOptions(draft_length=draft_length, adaptive=adaptive)
         GenerationOptions(**given)  # a wrong value is refused before the model is read

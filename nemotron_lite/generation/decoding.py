@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -39,7 +40,7 @@ from nemotron_lite.generation.statistics import Statistics
 from nemotron_lite.generation.text_rows import TextRow
 from nemotron_lite.generation.written_row import WrittenRow
 from nemotron_lite.input_checks import check_cache, check_transcript
-from nemotron_lite.layers import MambaCache
+from nemotron_lite.layers import MambaCache, compiled_decoding
 from nemotron_lite.model import Nemotron
 
 RESERVED = 4096  # new tokens per row that a cache has room for at once; it grows beyond them
@@ -81,6 +82,7 @@ class Decoding:
         self.model, self.prompt, self.lengths = model, prompt.to(model.device), lengths
         self.options, self.samples = options, samples
         self.statistics = Statistics()
+        self._warned = False
         self.chosen: Int[Tensor, "b"]  # the token of each row that the model reads next
         self.given = cache is not None
         self._before: list[list[int] | None] = [[] for _ in lengths]  # read by the given cache
@@ -177,12 +179,25 @@ class Decoding:
     def _pass(self) -> Iterator[None]:
         """Around each pass of the model. Inference mode must not stay on between two steps."""
         watch = check_layers(self.model) if self.options.check_layers else nullcontext()
-        with torch.inference_mode(), watch:
+        compiled = compiled_decoding() if self.options.compiled else nullcontext()
+        with torch.inference_mode(), watch, compiled as refusals:
             try:
                 yield
+                if refusals:
+                    self._warn(refusals[0])
             except NotFiniteError as error:
                 step = max(len(row.tokens) for row in self.rows)
                 raise FloatingPointError(f"at step {step}: {error}") from error
+
+    def _warn(self, refusal: str) -> None:
+        """Say once per run why compiled code is not used."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"compiled=True: decoding goes the ordinary way, because {refusal}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _read_prompt(self, segment: int | None, keep_hidden: bool) -> Float[Tensor, "b v"]:
         """Read the prompts, and repeat them for each sample; the logits after each row."""

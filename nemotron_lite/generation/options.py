@@ -200,6 +200,11 @@ class GenerationOptions(SamplingOptions):
         prepare_weights: call `model.prepare_for_decoding()` first, where that makes decoding faster
             (prepared_weights.py says where). The projection matrices are then in memory twice,
             and the copies stay with the model for the next call. False saves that memory.
+        compiled: on a CPU, decode by C code that is compiled for this machine in about two seconds,
+            the first time (layers/compiled_tokens.py). It is several times faster for small models.
+            Rounding differs, so the text may differ where two tokens are almost equally likely.
+            Without a C compiler, or with layers that the code does not have, decoding goes the
+            ordinary way, and a warning says why.
         check_layers: look at the output of every layer, and stop at the first that is not finite
             (finite.py). Slow; for debugging.
 
@@ -217,6 +222,7 @@ class GenerationOptions(SamplingOptions):
     ssm_dtype: Any = None  # torch.dtype | None, without importing torch
     speculation: SpeculationOptions | None = None
     prepare_weights: bool = True
+    compiled: bool = False
     check_layers: bool = False
 
     def __post_init__(self) -> None:
@@ -232,7 +238,7 @@ class GenerationOptions(SamplingOptions):
             value = getattr(self, name)
             if value is not None:
                 set_(self, name, integer(name, value, low=low, high=high))
-        for name in ("prepare_weights", "check_layers"):
+        for name in ("prepare_weights", "compiled", "check_layers"):
             set_(self, name, flag(name, getattr(self, name)))
         if self.ssm_dtype is not None and str(type(self.ssm_dtype)) != "<class 'torch.dtype'>":
             raise TypeError(
@@ -290,6 +296,7 @@ class GenerationSettings(TypedDict, total=False):
     ssm_dtype: Any
     speculation: SpeculationOptions | None
     prepare_weights: bool
+    compiled: bool
     check_layers: bool
 
 

@@ -7,6 +7,7 @@ block       a norm, one mixer and the residual sum; which mixer each pattern let
 mtp         the multi-token prediction module
 context     the positions of one call's tokens
 linear, norm, conv   a matrix; RMSNorm; the causal convolution
+one_token            a decoded token through the layers with few calls, or in compiled code
 
 All mixers are called alike, `mixer(x, cache, context)`: the tokens, the layer's cache (changed in
 place), and the positions of the tokens.
@@ -23,7 +24,7 @@ from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.layers.moe import Experts, MoE, Router
 from nemotron_lite.layers.mtp import MTP
 from nemotron_lite.layers.norm import RMSNorm
-from nemotron_lite.layers.one_token import TokenSteps
+from nemotron_lite.layers.one_token import TokenSteps, compiled_decoding, decodes_compiled
 
 __all__ = [
     "MIXERS",
@@ -49,6 +50,8 @@ __all__ = [
     "Router",
     "RouterStats",
     "TokenSteps",
+    "compiled_decoding",
+    "decodes_compiled",
     "plain_weight",
     "run_layers",
 ]

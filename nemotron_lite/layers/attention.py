@@ -17,6 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.backends.compiled_step import (
+    AttentionStruct,
+    LinearStruct,
+    NotCompiledError,
+    StateStruct,
+    address,
+)
 from nemotron_lite.backends.cpu_attention import attend
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
@@ -24,6 +31,7 @@ from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import (
     WIDE_DTYPE,
     CacheOptions,
+    CompiledCall,
     LayerCache,
     LedgerLine,
     Matrix,
@@ -179,6 +187,23 @@ class Attention(Mixer):
             return out(attend(query(x).view(heads), k, v, starts, None).reshape(rows, -1))
 
         return step
+
+    def compiled_part(self) -> AttentionStruct:
+        """The four projections."""
+        projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        heads, kv_heads = (p.out_features // self.head_dim for p in projections[:2])
+        return AttentionStruct(*map(LinearStruct.of, projections), heads, kv_heads, self.head_dim)
+
+    def compiled_state(
+        self, part: AttentionStruct, state: StateStruct, cache: KVCache, call: CompiledCall
+    ) -> None:
+        """The buffers, with room for the new tokens."""
+        if call.keys > cache.capacity:
+            cache.reserve(max(call.keys, 2 * cache.capacity))
+        if cache.k.dtype != call.dtype:
+            raise NotCompiledError(f"keys are in {cache.k.dtype}, and the weights in {call.dtype}")
+        state.first, state.second = address(cache.k), address(cache.v)
+        state.capacity = cache.capacity
 
     def _heads(self, x: Float[Tensor, "b t hp"]) -> Float[Tensor, "b h t p"]:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)

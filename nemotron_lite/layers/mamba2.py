@@ -35,6 +35,13 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.backends import cpu_norm
+from nemotron_lite.backends.compiled_step import (
+    LinearStruct,
+    MambaStruct,
+    NotCompiledError,
+    StateStruct,
+    address,
+)
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.dtypes import cast, widened
 from nemotron_lite.layers.context import ForwardContext
@@ -43,6 +50,7 @@ from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import (
     WIDE_DTYPE,
     CacheOptions,
+    CompiledCall,
     LayerCache,
     LedgerLine,
     Matrix,
@@ -362,6 +370,45 @@ class Mamba2(Mixer):
         into, out = self.in_proj.product_for(rows), self.out_proj.product_for(rows)
         one_token = self._one_token
         return lambda u, cache, starts: one_token(u, cache, into, conv, cpu_step, norm, out)
+
+    def compiled_part(self) -> MambaStruct:
+        """The whole mixer; without a limit on dt, the limits are 0 and infinity."""
+        conv = self.conv1d
+        return MambaStruct(
+            LinearStruct.of(self.in_proj), LinearStruct.of(self.out_proj),
+            address(conv.weight), None if conv.bias is None else address(conv.bias),
+            *map(address, (self.A_log, self.D, self.dt_bias, self.norm.weight)),
+            self.splits[2], self.head_dim, self.groups, self.state_size, conv.weight.shape[2],
+            self.norm.eps, *self.dt_limit,
+        )  # fmt: skip
+
+    def compiled_state(
+        self, part: MambaStruct, state: StateStruct, cache: MambaCache, call: CompiledCall
+    ) -> Callable[[], None] | None:
+        """Inputs of the convolution and state, both changed in place unless a draft is read."""
+        if cache.ssm.dtype != torch.float32 or cache.conv.dtype != call.dtype:
+            raise NotCompiledError(
+                f"states are in {cache.ssm.dtype} and inputs of the convolution in "
+                f"{cache.conv.dtype}: expected float32 and {call.dtype}"
+            )
+        cache.conv = cache.conv.contiguous()
+        state.first, state.second = address(cache.conv), address(cache.ssm)
+        if not call.draft:
+            state.window = None
+            return None
+        b, t, g, n = call.rows, call.tokens, self.groups, self.state_size
+        window = cache.conv.new_empty(b, cache.conv.shape[1] + t, cache.conv.shape[2])
+        x = cache.conv.new_empty(b, t, self.splits[2], self.head_dim)
+        B = cache.conv.new_empty(b, t, g, n)
+        dt = cache.ssm.new_empty(b, t, self.splits[2])
+        state.window, state.x, state.B, state.dt = map(address, (window, x, B, dt))
+
+        def keep() -> None:
+            A = self._rates()
+            decays = ops.draft_decays(dt, A, cache.ssm.dtype)
+            cache.draft = MambaDraft(window, (x, dt, A, B), decays)
+
+        return keep
 
     def _read_draft(
         self, u: Float[Tensor, "b t d"], cache: MambaCache, context: ForwardContext

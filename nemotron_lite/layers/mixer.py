@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from nemotron_lite.backends.compiled_step import MixerStruct, StateStruct
 from nemotron_lite.config import NemotronConfig
 
 # Dtypes of a model as safetensors names them, and those of its SSM states.
@@ -68,6 +69,24 @@ class Matrix(NamedTuple):
     name: str
     role: str
     parameters: int
+
+
+class CompiledCall(NamedTuple):
+    """What a mixer must know of a call of the compiled code.
+
+    Attributes:
+        rows: of the batch.
+        tokens: of each row that are read.
+        keys: tokens of the longest row, these included.
+        draft: whether they are a draft.
+        dtype: of the model.
+    """
+
+    rows: int
+    tokens: int
+    keys: int
+    draft: bool
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -269,6 +288,30 @@ class Mixer(nn.Module):
         one_token.py says when it may be used. The results are those of `forward`, bit for bit.
         """
         raise NotImplementedError
+
+    def compiled_part(self) -> MixerStruct:
+        """The mixer as the compiled code sees it (compiled_tokens.py).
+
+        Raises:
+            NotCompiledError: something that the code does not compute.
+        """
+        raise NotImplementedError
+
+    def compiled_state(
+        self, part: Any, state: StateStruct, cache: Any, call: CompiledCall
+    ) -> Callable[[], None] | None:
+        """Write into `state` where the cache is; returns what is to be done after the call.
+
+        Args:
+            part: what `compiled_part` returned.
+            state: of this layer.
+            cache: of this layer.
+            call: what is read.
+
+        Raises:
+            NotCompiledError: a cache that the code cannot use.
+        """
+        return None
 
     @classmethod
     def empty_cache(

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron_lite import ops
+from nemotron_lite.backends.compiled_step import LinearStruct, MlpStruct
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
@@ -62,6 +63,10 @@ class MLP(Mixer):
             return down(ops.squared_relu(up(x)))
 
         return step
+
+    def compiled_part(self) -> MlpStruct:
+        """Both matrices."""
+        return MlpStruct(LinearStruct.of(self.up_proj), LinearStruct.of(self.down_proj))
 
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:

@@ -24,11 +24,18 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.backends import cpu_experts
+from nemotron_lite.backends.compiled_step import (
+    LinearStruct,
+    MoeStruct,
+    NotCompiledError,
+    StateStruct,
+    address,
+)
 from nemotron_lite.backends.cpu_linear import product_for
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.linear import Linear
-from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer, TokenStep
+from nemotron_lite.layers.mixer import CompiledCall, LedgerLine, Matrix, Mixer, TokenStep
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.ops.routing import choose_experts, plain_route
 
@@ -179,6 +186,39 @@ class MoE(Mixer):
             return cpu_experts.expert_mlp(z, up, down, routing.weights, routing.indices)
 
         return lambda x, cache, starts: _mix(x, route(x), experts, latent, shared)
+
+    def compiled_part(self) -> MoeStruct:
+        """Router, experts, and the latent projections and the shared expert if there are any."""
+        up = self.experts.up_proj
+        none = LinearStruct()
+        latent = (none, none)
+        if self.latent:
+            latent = LinearStruct.of(self.fc1_latent_proj), LinearStruct.of(self.fc2_latent_proj)
+        shared = (none, none)
+        if self.shared_experts is not None:
+            mlp = self.shared_experts
+            shared = LinearStruct.of(mlp.up_proj), LinearStruct.of(mlp.down_proj)
+        part = MoeStruct(
+            LinearStruct.of(self.gate), *latent, *shared,
+            address(self.gate.e_score_correction_bias), address(up),
+            address(self.experts.down_proj), experts=up.shape[0], hidden=up.shape[1],
+            latent=up.shape[2],
+        )  # fmt: skip
+        self._set_choice(part)
+        return part
+
+    def compiled_state(
+        self, part: MoeStruct, state: StateStruct, cache: None, call: CompiledCall
+    ) -> None:
+        """No cache; but the rule of the choice is a dict whose values may be changed."""
+        self._set_choice(part)
+
+    def _set_choice(self, part: MoeStruct) -> None:
+        choice = self.gate.choice
+        if choice["n_group"] > 1:
+            raise NotCompiledError(f"the router has n_group={choice['n_group']}")
+        part.chosen, part.scale = choice["top_k"], choice["scale"]
+        part.normalize = choice["normalize"]
 
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.linear import Linear
 from nemotron_lite.layers.mixer import LayerCache, LedgerLine
 from nemotron_lite.layers.norm import RMSNorm
+from nemotron_lite.layers.one_token import TokenSteps, decodes_compiled
 
 
 class _Entry(Block):
@@ -60,6 +61,8 @@ class _Entry(Block):
 
 class MTP(nn.Module):
     """The module of `config.mtp_pattern`, with parameters named as in published checkpoints."""
+
+    _token_steps: TokenSteps | None = None  # of these very layers; neither copied nor saved
 
     def __init__(self, config: NemotronConfig) -> None:
         super().__init__()
@@ -116,11 +119,24 @@ class MTP(nn.Module):
         if last_cached < 0:  # no layer has a cache: the other tokens change nothing
             hidden, embedded = context.last_tokens(hidden), context.last_tokens(embedded)
         x = self._entry.join(embedded, hidden)
+        if cache is not None and (x.shape[1] == 1 or decodes_compiled()):
+            # A step of a draft, or what was accepted of the last one: few tokens.
+            found = self._steps().run(x, entries, replace(context, last_only=False))
+            if found is not None:
+                return found[:, -1:]
         every, alone = replace(context, last_only=False), ForwardContext()
         for j, (layer, entry) in enumerate(zip(self.layers, entries, strict=True)):
             read = every if j < last_cached else context if j == last_cached else alone
             x = layer(x, entry, read)
         return x
+
+    def _steps(self) -> TokenSteps:
+        if self._token_steps is None or self._token_steps.layers is not self.layers:
+            self._token_steps = TokenSteps(self.layers)
+        return self._token_steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_token_steps": None}
 
     @staticmethod
     def parameter_lines() -> list[LedgerLine]:

@@ -16,12 +16,17 @@ Weights may be changed in place: no function holds a copy of one, only the prepa
 Only layers made of this package's own classes have such functions: a layer with an adapter, a hook,
 a parametrization or packed weights goes the ordinary way, and all layers of its model with it.
 
-Left out: drafts, the MTP module, prompts, and tensors outside the CPU.
+Inside `compiled_decoding` the same layers go through compiled code instead, where rounding differs.
+That takes a few tokens per row, too, and so drafts and the MTP module.
+
+Left out: prompts, and tensors outside the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -32,9 +37,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 # Past `ops`: the question is which implementation they would all choose.
+from nemotron_lite.backends.compiled_step import NotCompiledError
 from nemotron_lite.backends.dispatch import chooses_cpu
 from nemotron_lite.layers.attention import Attention
 from nemotron_lite.layers.block import Block
+from nemotron_lite.layers.compiled_tokens import CompiledLayers
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.conv import CausalConv1d
 from nemotron_lite.layers.linear import Linear
@@ -58,6 +65,32 @@ _ALL_HOOKS = [
 ]  # fmt: skip
 
 
+_refusals: ContextVar[list[str] | None] = ContextVar("refusals", default=None)
+
+
+@contextmanager
+def compiled_decoding() -> Iterator[list[str]]:
+    """Inside, decoded tokens and drafts go through compiled code (compiled_tokens.py) on a CPU.
+
+    Where that is not possible everything goes on in the ordinary way, and the reason is added to
+    the list that this gives. The list stays empty until a token has been read.
+
+        with compiled_decoding() as refusals:
+            out = model(token, cache)
+    """
+    refusals: list[str] = []
+    token = _refusals.set(refusals)
+    try:
+        yield refusals
+    finally:
+        _refusals.reset(token)
+
+
+def decodes_compiled() -> bool:
+    """Whether this is inside `compiled_decoding`."""
+    return _refusals.get() is not None
+
+
 class TokenSteps:
     """The functions of a model's layers, by number of rows.
 
@@ -69,75 +102,111 @@ class TokenSteps:
         self.layers = layers
         self._watch: _Watch | None = None
         self._steps: dict[tuple[int, int], list[TokenStep]] = {}
-        self._refused = False
+        self._compiled: CompiledLayers | NotCompiledError | None = None
+        self._refused = ""
 
     def run(
         self,
-        x: Float[Tensor, "b 1 d"],
+        x: Float[Tensor, "b t d"],
         cache: Sequence[LayerCache | None],
         context: ForwardContext,
-    ) -> Float[Tensor, "b 1 d"] | None:
+    ) -> Float[Tensor, "b t d"] | None:
         """What `run_layers` computes; None where it has to be asked.
 
         Args:
-            x: the embedded tokens, one per row.
+            x: the embedded tokens: one per row, or a few for compiled code.
             cache: of each layer.
             context: of the call.
         """
-        steps = self._find(x, context)
-        if steps is None:
+        refusals = _refusals.get()
+        if not self._may_run(x, context):
+            if refusals is not None and self._refused:
+                refusals.append(self._refused)
             return None
+        if refusals is not None:
+            try:
+                return self._compiled_layers(x.dtype).run(x, cache, context)
+            except NotCompiledError as error:
+                refusals.append(str(error))
+        if x.shape[1] > 1 or context.draft:
+            return None
+        key = x.shape[0], torch.get_num_threads()  # the libraries are chosen for both
+        if key not in self._steps:
+            blocks: Any = self.layers
+            self._steps[key] = [block.token_step(x.shape[0]) for block in blocks]
         rows, starts = x.squeeze(1), context.starts
-        for step, entry in zip(steps, cache, strict=True):
+        for step, entry in zip(self._steps[key], cache, strict=True):
             rows = step(rows, entry, starts)
         return rows.unsqueeze(1)
 
     def forget_refusal(self) -> None:
         """Look at the layers again at the next token: a prompt was read, a decoding begins."""
-        self._refused = False
+        self._refused = ""
 
-    def _find(self, x: Tensor, context: ForwardContext) -> list[TokenStep] | None:
+    def _compiled_layers(self, dtype: torch.dtype) -> CompiledLayers:
+        if self._compiled is None:
+            blocks: Any = self.layers
+            try:
+                self._compiled = CompiledLayers(blocks, dtype)
+            except NotCompiledError as error:
+                self._compiled = error
+        if isinstance(self._compiled, NotCompiledError):
+            raise self._compiled
+        return self._compiled
+
+    def _may_run(self, x: Tensor, context: ForwardContext) -> bool:
         if (
             torch.is_grad_enabled()
-            or not chooses_cpu(x)
             or torch.is_autocast_enabled("cpu")
             or torch.jit.is_tracing()
-            or context.draft
             or context.last_only
             or context.lengths is not None
             or context.router_stats is not None
-            or any(_ALL_HOOKS)
         ):
-            return None
-        if self._watch is None or not self._watch.unchanged():
-            self._steps = {}
-            if self._refused or not self._plain(x.dtype):
-                self._refused, self._watch = True, None
-                return None
-            self._watch = _Watch(self.layers)
-        key = x.shape[0], torch.get_num_threads()  # the libraries are chosen for both
-        if key not in self._steps:
-            blocks: Any = self.layers
-            self._steps[key] = [block.token_step(x.shape[0]) for block in blocks]
-        return self._steps[key]
-
-    def _plain(self, dtype: torch.dtype) -> bool:
-        """Whether the layers are this package's own, without hooks, on the CPU, in `dtype`."""
-        if dtype not in DTYPES or not _classes_are_ours():
             return False
-        for module in self.layers.modules():
-            own = module.__dict__
-            replaced = "forward" in own or "token_step" in own
-            if type(module) not in _CLASSES or replaced or any(own[name] for name in _HOOKS):
+        if not chooses_cpu(x):
+            self._refused = f"the model is on {x.device}"
+            return False
+        if any(_ALL_HOOKS):
+            return False
+        if self._watch is None or not self._watch.unchanged():
+            self._steps, self._compiled = {}, None
+            if not self._refused:
+                self._refused = self._why_not(x.dtype)
+            if self._refused:
+                self._watch = None
                 return False
+            self._watch = _Watch(self.layers)
+        return True
+
+    def _why_not(self, dtype: torch.dtype) -> str:
+        """Empty if the layers are this package's own, without hooks, on the CPU, in `dtype`."""
+        if dtype not in DTYPES:
+            return f"the model is in {dtype}"
+        if not _classes_are_ours():
+            return "the forward function of a layer has been replaced"
+        for name, module in self.layers.named_modules():
+            own, which = module.__dict__, f"layer {name or 'list'}"
+            if type(module) not in _CLASSES and not _is_block(module):
+                return f"{which} is of the class {type(module).__name__}"
+            if "forward" in own or "token_step" in own or any(own[hooks] for hooks in _HOOKS):
+                return f"{which} has a hook or a function of its own"
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is None:
                     continue
                 if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
-                    return False
+                    return f"a weight of {which} is a {type(tensor).__name__} on {tensor.device}"
             if any(p is not None and p.dtype != dtype for p in module._parameters.values()):
-                return False
-        return True
+                return f"{which} has weights in another dtype than {dtype}"
+        return ""
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether it computes what a `Block` does; the first layer of the MTP module has more parts."""
+    kind: Any = type(module)
+    names = "forward", "__call__", "token_step"
+    same = all(getattr(kind, name, None) is getattr(Block, name) for name in names)
+    return isinstance(module, Block) and same
 
 
 def _classes_are_ours() -> bool:

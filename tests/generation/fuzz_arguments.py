@@ -100,6 +100,7 @@ GOOD: dict[str, list[Any]] = {
     "ssm_dtype": [torch.float16, torch.float32, None],
     "speculation": [None, SpeculationOptions(), SpeculationOptions(draft_length=np.int64(3))],
     "prepare_weights": [True, False, np.bool_(True)],
+    "compiled": [True, False],
     "check_layers": [True, False],
     "options": [None, GenerationOptions(max_new_tokens=np.int64(2), stop_strings="a")],
     "num_samples": [1, 3, np.int64(2), torch.tensor(2), 64, None],

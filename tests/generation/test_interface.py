@@ -238,6 +238,7 @@ def test_the_command_passes_every_option_on(
         "min_p": (["--min-p", "0.25"], 0.25),
         "repetition_penalty": (["--repetition-penalty", "1.5"], 1.5),
         "stop_strings": (["--stop", "a", "--stop", "b"], ("a", "b")),
+        "compiled": (["--compiled"], True),
         "check_layers": (["--check-layers"], True),
         "seed": (["--seed", "5"], 5),
         "ssm_dtype": (["--ssm-dtype", "float16"], torch.float16),
