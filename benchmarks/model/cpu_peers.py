@@ -4,9 +4,10 @@
     python -m benchmarks cpu_peers --size M --long       also 32K tokens, and decoding after 4K
     python -m benchmarks cpu_peers --peers transformers,llama.cpp --only decode
 
-Up to five programs run alternately in one process, with the same number of threads:
+Up to six programs run alternately in one process, with the same number of threads:
 
-    ours            the calls that a user makes (`peers.PATHS`)
+    ours            the calls that a user makes (`peers.PATHS`), decoding with `compiled=True`
+    ordinary        the same without `compiled=True`, for decoding only
     transformers    NemotronH with the same weights
     llama.cpp       the same weights, exported with `to_gguf`, in the same precision (`llama_cpp`)
     dense, moe      transformers' Qwen3 and Qwen3-MoE, random weights, with as many parameters per
@@ -123,12 +124,12 @@ class Decoder:
         """Read the prompts `b t`, which are the same up to their last token.
 
         Args:
-            who: "ours", or another name for a model of transformers.
+            who: "ours" or "ordinary" (see `peers.decode`), or any name for a model of transformers.
             model: the model.
             prompts: token ids.
             static: tokens of a static cache; 0 is the cache that the model makes.
         """
-        self.kind, self.model = "ours" if who == "ours" else "peer", model
+        self.kind, self.model = who if who in ("ours", "ordinary") else "peer", model
         shared, rows = prompts[:1, :-1], prompts.shape[0]
         if static:
             from transformers import StaticCache
@@ -138,7 +139,8 @@ class Decoder:
             model(shared.expand(rows, -1), past_key_values=cache, logits_to_keep=1)
             self.cache = cache
         else:
-            self.cache = peers.widen(self.kind, peers.prefill(self.kind, model, shared)[1], rows)
+            reader = "peer" if self.kind == "peer" else "ours"
+            self.cache = peers.widen(reader, peers.prefill(reader, model, shared)[1], rows)
         self.last = prompts[:, -1:]
         self.written: list[list[int]] = [[] for _ in prompts]
 
@@ -230,7 +232,8 @@ def measure_decode(programs: Programs, plan: Plan) -> Iterator[dict[str, Any]]:
         settings: dict[str, Any] = {}
         ours = Decoder("ours", programs.ours, prompts)
         ours.step(SAME_TOKENS)
-        steps: dict[str, Callable[[int], object]] = {"ours": ours.step}
+        ordinary = Decoder("ordinary", programs.ours, prompts)
+        steps: dict[str, Callable[[int], object]] = {"ours": ours.step, "ordinary": ordinary.step}
         with ExitStack() as stack:
             for who, model in programs.models.items():
                 if who == "transformers":
