@@ -287,5 +287,6 @@ def _run(command: Sequence[str]) -> str:
         raise CompilerError(f"the compiler {command[0]} does not run: {error}") from error
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise CompilerError(f"the compiler {command[0]} fails: {said.strip()[:300]}")
+        why = said.strip()[:300] or f"exit status {done.returncode}"
+        raise CompilerError(f"the compiler {command[0]} fails: {why}")
     return done.stdout

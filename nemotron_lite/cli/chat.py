@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron_lite.cli.common import SHIPPED, ModelFolder, Seed, app, note, plain_errors, say, write
-from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Temperature, TopK, TopP
+from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Compiled, Temperature, TopK, TopP
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
 
@@ -58,6 +58,7 @@ def chat(
     packed: Annotated[
         bool, typer.Option("--packed", help="keep quantized weights packed in memory")
     ] = False,
+    compiled: Compiled = DEFAULT.compiled,
     draft: Annotated[
         str | None, typer.Option(help="mtp: the MTP module drafts, the backbone verifies")
     ] = None,
@@ -80,6 +81,7 @@ def chat(
             top_p=top_p,
             top_k=top_k or None,
             seed=seed,
+            compiled=compiled,
             speculation=None
             if draft is None
             else SpeculationOptions(draft_length=DEFAULT_DRAFT.draft_length),

@@ -44,6 +44,10 @@ Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely
 TopP = Annotated[
     float | None, typer.Option(help="smallest set of tokens with this probability; 1 keeps all")
 ]
+Compiled = Annotated[
+    bool,
+    typer.Option("--compiled", help="decode by C code, compiled for this CPU at the first use"),
+]
 TopK = Annotated[
     int | None, typer.Option(help="the most likely tokens only, this many; 0 keeps all")
 ]
@@ -99,10 +103,7 @@ def generate(
             help="copy weights into a faster layout, where the CPU gains; their memory doubles",
         ),
     ] = DEFAULT.prepare_weights,
-    compiled: Annotated[
-        bool,
-        typer.Option("--compiled", help="decode by C code, compiled for this CPU at the first use"),
-    ] = DEFAULT.compiled,
+    compiled: Compiled = DEFAULT.compiled,
     draft: Annotated[
         str | None, typer.Option(help="mtp: the MTP module drafts, the backbone verifies")
     ] = None,

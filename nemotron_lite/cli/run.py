@@ -1,7 +1,8 @@
 """`nemotron-lite run`: what this package is, in under three minutes on two cores.
 
     1. assemble     the parts of the shipped model "lite", and what each costs
-    2. write        it writes Python, token by token and with drafts of its MTP module
+    2. write        it writes Python, token by token and with drafts of its MTP module; both once
+                    more by compiled code, where there is a C compiler
     3. score        bits per byte of files that it has never seen, beside gzip, LZMA and an n-gram
     4. train        a small model, from random weights, while you watch; its score joins the table
     5. go on        the next commands
@@ -22,6 +23,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,12 +161,30 @@ def _write_twice(model: Nemotron, tables: Any) -> None:
         ("token by token", speed, 1.0),
         ("with drafts of the MTP module", faster, found.tokens_per_pass),
     ]
+    compiled, refusal = _write_compiled(model)
     say()
-    out.print(tables.decoding_table(lines))
+    out.print(tables.decoding_table([*lines, *compiled]))
+    if refusal:
+        say(refusal)
     say(
         f"Acceptance length {found.acceptance_length:.2f}. A draft changes the speed, and not the "
         "probability of any text."
     )
+
+
+def _write_compiled(model: Nemotron) -> tuple[list[tuple[str, float, float]], str | None]:
+    """The same two ways by compiled code: lines of the table, or why there are none."""
+    lines = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name, speculation in (("token by token, compiled", None), ("drafts, compiled", DRAFTS)):
+            options = SAMPLE.replace(speculation=speculation, compiled=True)
+            _write(model, options.replace(max_new_tokens=WARM_UP), quiet=True)
+            if caught:
+                return [], str(caught[0].message)
+            speed, found = _write(model, options, quiet=True)
+            lines.append((name, speed, 1.0 if speculation is None else found.tokens_per_pass))
+    return lines, None
 
 
 def _write(
