@@ -20,9 +20,10 @@ says which it was.
 A comparison is refused if the programs do not write the same text. All rows take the most likely
 token and read what they wrote themselves. The first 16 tokens of ours and of llama.cpp must be the
 same, in float32 for seven of eight rows and for each single row. (Where two tokens are almost
-equally likely, rounding decides.) In bfloat16 rounding decides often: llama.cpp rounds the inputs
-of products, too. So two of eight rows must be the same there, which no other model would reach,
-and a single row need not be. The same holds for the two caches of a Qwen3 model.
+equally likely, rounding decides.) In bfloat16 rounding decides often, because llama.cpp rounds the
+inputs of products and ours does not. So the first 4 tokens of two of eight rows must be the same
+there, which no other model would reach, and a single row need not be. The same holds for the two
+caches of a Qwen3 model.
 transformers' NemotronH must have the logits of ours in float32 (`peers.check_same_model`).
 
 A run with all peers and works writes `cpu_peers_SIZE.json`, which the tables of docs/benchmarks.md
@@ -53,7 +54,8 @@ from nemotron_lite import Nemotron
 PEERS = ("transformers", "llama.cpp", "dense", "moe")
 WORKS = ("prefill", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SAME_TOKENS = 16
+SAME_TOKENS = 16  # in float32
+SAME_IN_BFLOAT16 = 4
 _Call = TypeVar("_Call")
 # Required ratios by peer: of prefill by length, of decoding by rows.
 PREFILL_AIMS: dict[str, dict[int, float]] = {
@@ -111,6 +113,11 @@ class Programs:
         """Whether keys and values are float32 in llama.cpp too."""
         return self.dtype == "float32"
 
+    @property
+    def alike(self) -> int:
+        """How many first tokens of a row are compared."""
+        return SAME_TOKENS if self.exact else SAME_IN_BFLOAT16
+
     def needed(self, rows: int) -> int:
         """How many of some rows must have the same tokens, see the docstring of this module."""
         return rows - rows // 8 if self.exact else rows // 4
@@ -152,10 +159,12 @@ class Decoder:
                 row.append(token)
 
 
-def same_rows(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> int:
-    """How many rows begin with the same 16 tokens."""
+def same_rows(
+    first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], count: int = SAME_TOKENS
+) -> int:
+    """How many rows begin with the same `count` tokens."""
     return sum(
-        len(a) >= SAME_TOKENS and list(a[:SAME_TOKENS]) == list(b[:SAME_TOKENS])
+        len(a) >= count and list(a[:count]) == list(b[:count])
         for a, b in zip(first, second, strict=True)
     )
 
@@ -181,12 +190,13 @@ def check_same_text(programs: Programs, plan: Plan) -> dict[str, int]:
         theirs.step(SAME_TOKENS)
         alone = llama_cpp.Rows(server, prompts[:1].tolist())
         alone.step(SAME_TOKENS)
-    same = same_rows(ours.written, theirs.written)
+    same = same_rows(ours.written, theirs.written, programs.alike)
     needed = programs.needed(rows)
-    if same < needed or same_rows(alone.written, theirs.written[:1]) < programs.needed(1):
+    single = same_rows(alone.written, theirs.written[:1], programs.alike)
+    if same < needed or single < programs.needed(1):
         raise RuntimeError(
-            f"ours and llama.cpp write the same {SAME_TOKENS} tokens in {same} of {rows} rows in "
-            f"{programs.dtype}, expected at least {needed}: they do not compute the same model, "
+            f"ours and llama.cpp write the same {programs.alike} tokens in {same} of {rows} rows "
+            f"in {programs.dtype}, expected at least {needed}: they do not compute the same model, "
             "so their times are not compared."
         )
     return {"rows": rows, "same": same}
@@ -248,8 +258,9 @@ def measure_decode(programs: Programs, plan: Plan) -> Iterator[dict[str, Any]]:
                 ) -> tuple[Callable[[int], object], float, bool]:
                     written = llama_cpp.Rows(server, prompts.tolist())
                     written.step(SAME_TOKENS)
-                    same = same_rows(ours.written, written.written) >= programs.needed(rows)
-                    return written.step, written.step(SAME_TOKENS), same
+                    same = same_rows(ours.written, written.written, programs.alike)
+                    enough = same >= programs.needed(rows)
+                    return written.step, written.step(SAME_TOKENS), enough
 
                 step, flash = fastest_server(stack, programs, trial, rows=rows, context=most)
                 steps["llama.cpp"], settings["flash_attention"] = step, flash
@@ -323,10 +334,11 @@ def fastest_cache(
         decoder.step(SAME_TOKENS)
         found[name] = time.perf_counter() - started, decoder
     rows = prompts.shape[0]
-    same = same_rows(*(decoder.written for _, decoder in found.values()))
+    first, second = (decoder.written for _, decoder in found.values())
+    same = same_rows(first, second, programs.alike)
     if same < programs.needed(rows):
         raise RuntimeError(
-            f"the {who} transformer writes the same {SAME_TOKENS} tokens with both of its caches "
+            f"the {who} transformer writes the same {programs.alike} tokens with both its caches "
             f"in {same} of {rows} rows, expected at least {programs.needed(rows)}: one of the "
             "caches is used wrongly, so it is not timed."
         )

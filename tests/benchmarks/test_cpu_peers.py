@@ -69,7 +69,7 @@ def test_too_few_equal_rows_in_bfloat16_are_refused(
     narrow = dataclasses.replace(programs, dtype="bfloat16")
     assert [narrow.needed(n) for n in (1, 8)] == [0, 2]
     assert [programs.needed(n) for n in (1, 8)] == [1, 7]
-    monkeypatch.setattr(cpu_peers, "same_rows", lambda a, b: 1)
+    monkeypatch.setattr(cpu_peers, "same_rows", lambda a, b, count: 1)
     with pytest.raises(RuntimeError, match="1 of 8 rows in bfloat16, expected at least 2"):
         cpu_peers.check_same_text(narrow, PLAN)
 
