@@ -14,6 +14,8 @@
    Rows: row r of the batch and its token t are row r * tokens + t of every activation. */
 
 #include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -137,8 +139,19 @@ typedef struct {
 
 /* ---- Threads ---- */
 
+/* Where all threads wait for each other. OpenMP's own barrier lets a thread sleep after a short
+   while wherever a process has more threads than cores, and waking it takes longer than a layer of
+   a small model. Here it waits actively for about as long as a layer takes, and then gives its core
+   away again and again: beside a busy neighbour the other thread needs it. */
+typedef struct {
+    atomic_int arrived, rounds;
+} Meeting;
+
+enum { ACTIVE = 2000 };
+
 typedef struct {
     int64_t thread, threads;
+    Meeting *meeting;
     float *shared[3];  /* rows of activations that all threads see, `wide` numbers each */
     float *private[2]; /* the same of this thread alone */
     float *scores;     /* `keys` numbers of this thread, then one state */
@@ -156,11 +169,28 @@ static inline Range share(const Team *team, int64_t count, int64_t block) {
     return mine;
 }
 
-static inline void wait_for_all(const Team *team) {
-    if (team->threads > 1) {
-#ifdef _OPENMP
-#pragma omp barrier
+static inline void pause_core(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
+}
+
+static void wait_for_all(const Team *team) {
+    if (team->threads == 1) return;
+    Meeting *m = team->meeting;
+    int round = atomic_load_explicit(&m->rounds, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&m->arrived, 1, memory_order_acq_rel) + 1 == team->threads) {
+        atomic_store_explicit(&m->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&m->rounds, round + 1, memory_order_release);
+        return;
+    }
+    for (int64_t i = 0; atomic_load_explicit(&m->rounds, memory_order_acquire) == round; i++) {
+        if (i < ACTIVE)
+            pause_core();
+        else
+            sched_yield();
     }
 }
 
@@ -545,8 +575,9 @@ static void run_mlp(const Team *team, const Call *call, const Layer *layer) {
 
 /* ---- The whole ---- */
 
-static void run_layers(const Call *call, int64_t thread, int64_t threads, int64_t spare) {
-    Team team = {.thread = thread, .threads = threads};
+static void run_layers(const Call *call, int64_t thread, int64_t threads, int64_t spare,
+                       Meeting *meeting) {
+    Team team = {.thread = thread, .threads = threads, .meeting = meeting};
     for (int i = 0; i < 3; i++) team.shared[i] = call->scratch + i * call->wide;
     float *own = call->scratch + 3 * call->wide + thread * (2 * call->wide + call->keys + spare);
     team.private[0] = own;
@@ -569,10 +600,11 @@ static void run_layers(const Call *call, int64_t thread, int64_t threads, int64_
 void decode_step(const Call *call, int64_t spare) {
 #ifdef _OPENMP
     if (call->threads > 1) {
+        Meeting meeting = {0};
 #pragma omp parallel num_threads((int)call->threads)
-        run_layers(call, omp_get_thread_num(), omp_get_num_threads(), spare);
+        run_layers(call, omp_get_thread_num(), omp_get_num_threads(), spare, &meeting);
         return;
     }
 #endif
-    run_layers(call, 0, 1, spare);
+    run_layers(call, 0, 1, spare, 0);
 }
