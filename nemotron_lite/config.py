@@ -9,8 +9,8 @@ Sizes have the names of the published `config.json`. The comments below give the
 course uses for them: d, h, p, n, g, k, e, f, l, v.
 
 Sources: Nemotron 3 Super technical report (arXiv 2604.12374) Table 1 and section 2; the Nano report
-(arXiv 2512.20848) Table 1; NVIDIA's own small test model for `tiny-super`. Left out: biases on the
-linear layers, tied embeddings and rotary positions, which no Nemotron 3 model has.
+(arXiv 2512.20848) Table 1; NVIDIA's own small test model for `tiny-super`. Left out: tied
+embeddings and rotary positions, which no model of the family has.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class NemotronConfig:
     num_attention_heads: int = 4  # h
     num_key_value_heads: int = 2
     head_dim: int = 64
+    attention_bias: bool = False  # no released model has biases on these projections, ...
 
     # Mamba-2 layers
     mamba_num_heads: int = 8  # h
@@ -75,6 +76,7 @@ class NemotronConfig:
     # it only by rounding. The ledger counts FLOPs with it.
     chunk_size: int = 128
     use_conv_bias: bool = True
+    use_bias: bool = False  # ... nor on Mamba's in_proj and out_proj
     time_step_min: float = 0.001  # range of the initial step sizes; for initialization only
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -94,6 +96,7 @@ class NemotronConfig:
 
     # dense MLP layers
     intermediate_size: int = 768  # f
+    mlp_bias: bool = False  # of dense layers, shared experts and latent projections
 
     # multi-token prediction: one module of this pattern, applied once per depth with shared weights
     mtp_pattern: str = ""
@@ -153,9 +156,15 @@ class NemotronConfig:
             self._fail("time_step_min", f"at most time_step_max={self.time_step_max}")
         limit = self.time_step_limit
         pair = isinstance(limit, tuple) and len(limit) == 2 and all(map(_is_number, limit))
-        if not pair or not 0 <= limit[0] < limit[1] or _LARGEST < limit[1] < math.inf:
-            self._fail("time_step_limit", "(low, high) with 0 <= low < high; (0, inf) is no clamp")
-        for name in ("use_conv_bias", "norm_topk_prob", "rescale_prenorm_residual"):
+        if not pair or not 0 <= limit[0] < limit[1] or not all(map(_fits_float32, limit)):
+            self._fail(
+                "time_step_limit",
+                "(low, high) with 0 <= low < high, in numbers of float32; (0, inf) is no clamp",
+            )
+        for name in (
+            "use_conv_bias", "use_bias", "attention_bias", "mlp_bias", "norm_topk_prob",
+            "rescale_prenorm_residual",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "True or False")
         self._check_token_ids()
@@ -324,6 +333,7 @@ class NemotronConfig:
 
 
 _LARGEST = sys.float_info.max
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 def _as_float(value: Any) -> Any:
@@ -346,6 +356,11 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fits_float32(value: int | float) -> bool:
+    """Whether float32, in which dt is computed, holds a number without overflow."""
+    return value == math.inf or value <= LARGEST_FLOAT32
 
 
 def _is_token(value: object) -> bool:
@@ -398,7 +413,7 @@ PRESETS: dict[str, NemotronConfig] = {
         moe_latent_size=1024, moe_shared_expert_intermediate_size=5376, intermediate_size=2688,
         routed_scaling_factor=5.0, initializer_range=0.014, **_FULL_SIZE, **_SUPER_MTP,
     ),
-    # routed_scaling_factor, expert groups and the conv are unconfirmed for Ultra: Super's are used.
+    # As in the released file, which has the routing of Super.
     "ultra": NemotronConfig(
         pattern=ULTRA_PATTERN, **{**_FULL_SIZE, "num_attention_heads": 64}, hidden_size=8192,
         mamba_num_heads=256, n_routed_experts=512, num_experts_per_tok=22,

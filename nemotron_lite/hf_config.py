@@ -7,17 +7,19 @@ keys they read. This module knows all spellings, so that `NemotronConfig` needs 
                 (`layers_block_type`, transformers 5), old names (mamba, attention) or new ones
                 (linear_attention, full_attention)
     norm eps    `layer_norm_epsilon`, `norm_eps` or `rms_norm_eps`
-    infinity    bare `Infinity` (the hub) or `{"__float__": "Infinity"}` (transformers 5)
+    infinity    bare `Infinity` (the hub), `{"__float__": "Infinity"}` (transformers 5), or a number
+                beyond float32, in which dt is computed (1e+308 in Ultra's file)
     mamba_*     the names of Mamba-2 before Nemotron (`mamba_d_conv`, `mamba_n_groups`, ...)
 
 Rules:
 
 * A missing key has the default value of transformers, because the program that wrote the file
   relied on it. Pattern, vocabulary and width have no default and are required.
-* A key that requires something that no Nemotron 3 model has (biases, tied embeddings, a sliding
-  window, another activation) is an error. One error names all such keys.
+* A key that requires something that is not built (tied embeddings, a sliding window, another
+  activation) is an error. One error names all such keys, and says why.
 * Two spellings of the same key must agree.
-* A key that has no effect (`rope_theta`, `expand`, `use_cache`, ...) is ignored.
+* A key that has no effect (`rope_theta`, `expand`, `use_cache`, ...) is ignored. The sizes of
+  experts and dense layers have none where there is no such layer, and may be 0 there.
 * Sizes that differ from layer to layer (NVIDIA's Puzzle releases) are an error that names them.
 
 In a multimodal release (Nemotron VL and Omni) the sizes of the text model are in an object inside,
@@ -30,6 +32,11 @@ dt here, while transformers (5.23) clamps dt with it in prefill and not in decod
 for Super, which was trained to predict two more tokens with this one module. The number of depths
 has no key on the hub: we write `mtp_depths`, and assume 2 if it is missing.
 
+Three keys give linear layers a bias: `attention_bias`, `mlp_bias` (dense layers, shared experts and
+latent projections) and `use_bias` (Mamba's projections). No release has one. transformers (5.23)
+builds the last two and ignores `attention_bias`: it drops the biases of q, k, v and o that NVIDIA's
+own code has. `mamba_proj_bias` is what mlx-lm reads in the place of `use_bias`.
+
 Sources: reference sheet 1.2, 1.3, 2.4, 10.2; transformers 5.23 `NemotronHConfig`. Left out: the
 dtype of the weights (`dtype`, `quantization_config`), which `checkpoint` reads.
 """
@@ -41,7 +48,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nemotron_lite.arguments import shown
-from nemotron_lite.config import MOST_EOS_TOKENS, ConfigError, NemotronConfig
+from nemotron_lite.config import LARGEST_FLOAT32, MOST_EOS_TOKENS, ConfigError, NemotronConfig
 
 LAYER_LETTERS = {
     "linear_attention": "M", "mamba": "M",
@@ -61,6 +68,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "num_attention_heads": (("num_attention_heads",), 32),
     "num_key_value_heads": (("num_key_value_heads",), 8),
     "head_dim": (("head_dim", "attention_head_dim"), 128),
+    "attention_bias": (("attention_bias",), False),
     "mamba_num_heads": (("mamba_num_heads",), 128),
     "mamba_head_dim": (("mamba_head_dim",), 64),
     "ssm_state_size": (("ssm_state_size",), 128),
@@ -68,6 +76,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "conv_kernel": (("conv_kernel", "mamba_d_conv"), 4),
     "chunk_size": (("chunk_size", "mamba_chunk_size"), 128),
     "use_conv_bias": (("use_conv_bias", "mamba_conv_bias"), True),
+    "use_bias": (("use_bias",), False),
     "time_step_min": (("time_step_min", "mamba_dt_min"), 0.001),
     "time_step_max": (("time_step_max", "mamba_dt_max"), 0.1),
     "time_step_floor": (("time_step_floor", "mamba_dt_init_floor"), 1e-4),
@@ -81,6 +90,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "norm_topk_prob": (("norm_topk_prob",), True),
     "routed_scaling_factor": (("routed_scaling_factor",), 1.0),
     "intermediate_size": (("intermediate_size",), 21_504),
+    "mlp_bias": (("mlp_bias",), False),
     "norm_eps": (("layer_norm_epsilon", "norm_eps", "rms_norm_eps"), 1e-5),
     "initializer_range": (("initializer_range",), 0.02),
     "rescale_prenorm_residual": (("rescale_prenorm_residual",), True),
@@ -97,20 +107,30 @@ _PER_LAYER = ("block_configs", "mtp_block_configs", "per_layer_config", "layer_c
 
 MOST_PROBLEMS = 12  # that one error lists
 
-# Keys that have the same value in every Nemotron 3 model; the first value is the one we write.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_bias": (False,),
-    "mamba_proj_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "residual_in_fp32": (False,),
-    "sliding_window": (None,),
-    "attention_dropout": (0.0,),
-    "hidden_dropout": (0.0,),
-    "mamba_hidden_act": ("silu", "swish"),
-    "mlp_hidden_act": ("relu2",),
-}
+# Keys with one value that is built, which is that of every release: the values (the first is the
+# one we write), and why there is no other.
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tie_word_embeddings": (
+        (False,), "the head is a matrix of its own; a copy of the embedding does, as lm_head.weight"
+    ),
+    "residual_in_fp32": (
+        (False,), "the residual stream has the dtype of the weights; with False, load in float32"
+    ),
+    "sliding_window": ((None,), "attention reads all tokens before it"),
+    "attention_dropout": ((0.0,), "there is no dropout; it does not change what a model says"),
+    "hidden_dropout": ((0.0,), "there is no dropout; it does not change what a model says"),
+    "mamba_hidden_act": (("silu", "swish"), "the convolution's kernels have this activation only"),
+    "mlp_hidden_act": (("relu2",), "the experts' kernels have a squared ReLU only"),
+}  # fmt: skip
+
+# Sizes of layers that a pattern may be without.
+_SIZES_OF = {
+    "E": (
+        "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "-": ("intermediate_size",),
+}  # fmt: skip
 
 
 def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
@@ -156,10 +176,18 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
         config, ("time_step_init_min",), values["time_step_min"], problems
     )
     values["mtp_pattern"], values["mtp_depths"] = _mtp(config, problems)
-    for key, supported in _FIXED.items():
+    _fill_unused_sizes(values)
+    _check_proj_bias(config, values["use_bias"], problems)
+    for key, (supported, why) in _FIXED.items():
         if key in config and config[key] not in supported:
             wanted = " or ".join(repr(value) for value in supported)
-            problems.append(f"{key} is {shown(config[key])}; only {wanted} is supported")
+            problems.append(f"{key} is {shown(config[key])}; only {wanted} is supported: {why}")
+    if values["mtp_pattern"] and config.get("mtp_use_repeated_layer") not in (None, True):
+        repeated = shown(config["mtp_use_repeated_layer"])
+        problems.append(
+            f"mtp_use_repeated_layer is {repeated}; only True is supported: all depths share one "
+            "MTP module"
+        )
     if problems:
         if len(problems) > MOST_PROBLEMS:
             left = len(problems) - MOST_PROBLEMS
@@ -167,9 +195,9 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
         raise ConfigError(
             "this config.json describes a model that nemotron_lite does not support:\n  - "
             + "\n  - ".join(problems)
-            + "\nSupported are nemotron_h models without biases (except the convolution's), with"
-            " untied embeddings, squared-ReLU experts and full attention without positional"
-            " encoding. If the file does not describe its weights correctly, correct these keys."
+            + "\nSupported are nemotron_h models with untied embeddings, squared-ReLU experts and"
+            " full attention without positional encoding. If the file does not describe its weights"
+            " correctly, correct these keys."
         )
     return NemotronConfig(**values)
 
@@ -262,8 +290,8 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
     omitted when it limits nothing, as in the release. Otherwise it is written and may contain
     `inf`, for which `json.dumps` writes `Infinity`.
 
-    transformers ignores `n_shared_experts=0` and creates a shared expert with random weights. No
-    other key avoids this.
+    transformers ignores `n_shared_experts=0` and creates a shared expert with random weights. It
+    also ignores `attention_bias` and drops these biases. No other key avoids this.
     """
     hf: dict[str, Any] = {
         "architectures": ["NemotronHForCausalLM"],
@@ -285,7 +313,8 @@ def to_hf(config: NemotronConfig) -> dict[str, Any]:
     if config.mtp_pattern:
         hf["mtp_hybrid_override_pattern"] = config.mtp_pattern
         hf["mtp_depths"] = config.mtp_depths
-    for key, supported in _FIXED.items():
+    hf["mamba_proj_bias"] = config.use_bias  # mlx-lm reads this name
+    for key, (supported, _) in _FIXED.items():
         hf[key] = supported[0]
     # The dtype of the SSM state in the caches of other programs.
     hf["mamba_ssm_cache_dtype"] = "float32"
@@ -433,6 +462,24 @@ def _eos(config: dict[str, Any], problems: list[str]) -> int | tuple[int, ...]:
     return int(eos)
 
 
+def _fill_unused_sizes(values: dict[str, Any]) -> None:
+    """Give the sizes of layers that are nowhere their default values where a file has 0."""
+    for letter, fields in _SIZES_OF.items():
+        unused = letter not in values["pattern"] + values["mtp_pattern"]
+        if unused and any(values[field] == 0 for field in fields):
+            values |= {field: _FIELDS[field][1] for field in fields}
+
+
+def _check_proj_bias(config: dict[str, Any], use_bias: bool, problems: list[str]) -> None:
+    """Refuse a file that has `mamba_proj_bias` without `use_bias`: programs read either of them."""
+    proj_bias = config.get("mamba_proj_bias")
+    if proj_bias not in (None, False) and not (proj_bias is True and use_bias):
+        problems.append(
+            f"mamba_proj_bias is {shown(proj_bias)}, and use_bias is {use_bias}: set both to True "
+            "if in_proj and out_proj have biases in the files, else to False"
+        )
+
+
 def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
     """The clamp of dt: none, unless the file has `time_step_limit`."""
     found = [config[k] for k in ("time_step_limit", "mamba_dt_limit") if config.get(k) is not None]
@@ -447,4 +494,4 @@ def _limit(config: dict[str, Any], problems: list[str]) -> tuple[float, float]:
             f"time_step_limit is {shown(limit)}; it must be two numbers, as [0.0, Infinity]"
         )
         return 0.0, math.inf
-    return low, high
+    return low, high if high <= LARGEST_FLOAT32 else math.inf

@@ -26,6 +26,13 @@ VARIANTS = {
         pattern="M", vocab_size=96, hidden_size=48, moe_latent_size=24, mtp_pattern="E*E",
         mtp_depths=1,
     ),
+    "biases": NemotronConfig(
+        pattern="M-*E", vocab_size=96, hidden_size=48, moe_latent_size=24, mtp_pattern="*E",
+        mtp_depths=1, attention_bias=True, mlp_bias=True, use_bias=True,
+    ),
+    "biases of one kind": NemotronConfig(
+        pattern="M-*E", vocab_size=96, hidden_size=48, n_shared_experts=0, mlp_bias=True
+    ),
 }  # fmt: skip
 
 

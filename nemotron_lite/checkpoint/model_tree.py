@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 
 from nemotron_lite.checkpoint.errors import shorten
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.layers import BiasedLinear
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.packed_layers import (
     LinearWithKVScale,
@@ -274,7 +275,11 @@ def _computes_the_same(module: nn.Module, expected: type[nn.Module]) -> bool:
         return True
     if kind is expected or kind.__module__.partition(".")[0] == __package__.partition(".")[0]:
         return True
-    return kind is nn.Linear and issubclass(expected, nn.Linear) and module.bias is None
+    return (
+        kind is nn.Linear
+        and issubclass(expected, nn.Linear)
+        and (module.bias is not None) == issubclass(expected, BiasedLinear)
+    )
 
 
 def _expected(

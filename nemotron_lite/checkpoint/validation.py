@@ -20,6 +20,7 @@ Source: reference sheet section 10.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
@@ -35,6 +36,13 @@ from nemotron_lite.ledger import parameters
 MOST_TIMES = 32
 SMALL = 1_000_000  # weights; models of this size are always compared tensor by tensor
 NAMES = 100  # of missing tensors that are collected; the others are counted
+# Which key of config.json gives these projections a bias.
+_BIASES = {
+    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp_bias": ("up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"),
+    "use_bias": ("in_proj", "out_proj"),
+}
+_EXPERT_BIAS = re.compile(r"\.experts\.[0-9]+\.(up|down)_proj\.bias$")
 
 
 def size_problem(config: NemotronConfig, stored: Iterable[StoredTensor]) -> str | None:
@@ -202,4 +210,15 @@ def _advice_for_unexpected(names: list[str]) -> str:
             ". config.json says n_shared_experts is 0, which transformers ignores: set it to 1 if"
             " the weights were trained with a shared expert"
         )
+    if all(name.endswith("_proj.bias") for name in names):
+        return _advice_for_biases(names)
     return ". Take the config.json that belongs to the weights, or save them again without these"
+
+
+def _advice_for_biases(names: list[str]) -> str:
+    """What to do about biases of projections that config.json does not mention."""
+    if any(_EXPERT_BIAS.search(name) for name in names):
+        return ". Routed experts have no biases here, as in transformers, whatever mlp_bias says"
+    last = {name.split(".")[-2] for name in names}
+    keys = [key for key, projections in _BIASES.items() if last & set(projections)]
+    return f". If the weights were trained with them, set {' and '.join(keys)} to true in it"

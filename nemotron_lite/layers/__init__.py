@@ -17,7 +17,7 @@ from nemotron_lite.layers.attention import Attention, KVCache
 from nemotron_lite.layers.block import MIXERS, Block, run_layers
 from nemotron_lite.layers.context import ForwardContext, RouterStats
 from nemotron_lite.layers.conv import CausalConv1d
-from nemotron_lite.layers.linear import Linear, plain_weight
+from nemotron_lite.layers.linear import BiasedLinear, Linear, plain_weight
 from nemotron_lite.layers.mamba2 import GatedRMSNorm, Mamba2, MambaCache
 from nemotron_lite.layers.mixer import CacheOptions, LayerCache, LedgerLine, Matrix, Mixer
 from nemotron_lite.layers.mlp import MLP
@@ -31,6 +31,7 @@ __all__ = [
     "MLP",
     "MTP",
     "Attention",
+    "BiasedLinear",
     "Block",
     "CacheOptions",
     "CausalConv1d",

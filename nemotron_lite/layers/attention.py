@@ -1,8 +1,9 @@
 """Attention layers, the few places of the hybrid where a token sees all tokens before it.
 
-Grouped-query attention with full context and nothing else: no positions, no biases, no norms on
-queries and keys. In Super 8 of 88 layers are of this kind, and 32 query heads share 2 key/value
-heads. So the part of the cache that grows with the context is 8,192 bytes per token in BF16.
+Grouped-query attention with full context and nothing else: no positions, no norms on queries and
+keys, and biases only where a config asks for them (`attention_bias`). In Super 8 of 88 layers are
+of this kind, and 32 query heads share 2 key/value heads. So the part of the cache that grows with
+the context is 8,192 bytes per token in BF16.
 
 Source: reference sheet section 3.
 """
@@ -27,7 +28,7 @@ from nemotron_lite.backends.compiled_step import (
 from nemotron_lite.backends.cpu_attention import attend
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.linear import linear
 from nemotron_lite.layers.mixer import (
     WIDE_DTYPE,
     CacheOptions,
@@ -142,10 +143,11 @@ class Attention(Mixer):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         shared = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, width)
-        self.k_proj = Linear(config.hidden_size, shared)
-        self.v_proj = Linear(config.hidden_size, shared)
-        self.o_proj = Linear(width, config.hidden_size)
+        bias = config.attention_bias
+        self.q_proj = linear(config.hidden_size, width, bias)
+        self.k_proj = linear(config.hidden_size, shared, bias)
+        self.v_proj = linear(config.hidden_size, shared, bias)
+        self.o_proj = linear(width, config.hidden_size, bias)
 
     def init_weights(
         self, std: float, residual_divisor: float, generator: torch.Generator | None = None
@@ -219,10 +221,13 @@ class Attention(Mixer):
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters."""
-        return [
+        lines = [
             LedgerLine("q_proj, o_proj", "2 * d * h*p"),
             LedgerLine("k_proj, v_proj", "2 * d * j*p"),
         ]
+        if config.attention_bias:
+            lines.append(LedgerLine("biases", "h*p + 2*j*p + d"))
+        return lines
 
     @classmethod
     def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:

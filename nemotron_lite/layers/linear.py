@@ -1,4 +1,4 @@
-"""A matrix without a bias, multiplied by `ops.linear`: every projection of the family is one.
+"""A matrix without a bias, multiplied by `ops.linear`: every projection that NVIDIA released.
 
 It is an `nn.Linear`, so that everything that looks for one (checkpoints, quantization, the
 optimizer's groups) finds it; only the product is computed by `ops.linear`. `prepare_for_decoding`
@@ -16,6 +16,9 @@ Some callers want the matrix and not the layer: a loss that keeps no logits, a d
 few rows of the head. `plain_weight` gives it to them, but only where the matrix is all there is to
 the layer. An adapter (LoRA), a parametrization or a hook makes it None, and the caller then calls
 the layer like everybody else.
+
+Configs may ask for biases (`attention_bias`, `mlp_bias`, `use_bias`). `linear` then makes a
+`BiasedLinear`. It is a class of its own, so that the class without a bias asks for none.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules import module
@@ -113,6 +117,45 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__
         return {name: state[name] for name in state if name not in ("_prepacked", "_copied")}
+
+
+class BiasedLinear(Linear):
+    """y = x W^T + b.
+
+    float32 on the CPU is multiplied like the layer without a bias, and b is added to the product.
+    Elsewhere `F.linear` adds b before it rounds: in BF16 that is more accurate, on a GPU faster.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def init_weights(
+        self, std: float, divisor: float = 1.0, generator: torch.Generator | None = None
+    ) -> None:
+        """As without a bias, which starts at zero."""
+        super().init_weights(std, divisor, generator)
+        self.bias.zero_()
+
+    def forward(self, input: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
+        """Project the last axis and add the bias."""
+        wide = input.dtype == self.weight.dtype == torch.float32
+        if wide and input.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return super().forward(input) + self.bias
+        return F.linear(input, self.weight, self.bias)
+
+    def product_for(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """As without a bias; it holds as long as the bias stays the same object too."""
+        weight, bias = self.weight, self.bias
+        if weight.dtype != torch.float32:
+            return lambda x: F.linear(x, weight, bias)
+        product = super().product_for(rows)
+        return lambda x: product(x) + bias
+
+
+def linear(in_features: int, out_features: int, bias: bool) -> Linear:
+    """A projection, with or without a bias."""
+    return (BiasedLinear if bias else Linear)(in_features, out_features)
 
 
 def plain_weight(layer: nn.Module) -> Tensor | None:

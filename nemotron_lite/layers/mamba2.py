@@ -19,7 +19,9 @@ last real token.
 A draft is read without changing the cache. Afterwards `MambaCache.accept` computes the state after
 the accepted tokens from x, dt and B of the draft (ops/draft_scan.py).
 
-Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2. Left out: biases on the projections.
+The projections have biases only where a config asks for them (`use_bias`).
+
+Source: Mamba-2 (arXiv 2405.21060); reference sheet section 2.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.dtypes import cast, widened
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.conv import CausalConv1d
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.linear import linear
 from nemotron_lite.layers.mixer import (
     WIDE_DTYPE,
     CacheOptions,
@@ -266,13 +268,13 @@ class Mamba2(Mixer):
         self.clamps_dt = config.time_step_limit != (0.0, math.inf)
         self.initial_dt = (config.time_step_min, config.time_step_max, config.time_step_floor)
         self.splits = (inner, config.conv_dim, heads)
-        self.in_proj = Linear(config.hidden_size, config.mamba_in_proj_size)
+        self.in_proj = linear(config.hidden_size, config.mamba_in_proj_size, config.use_bias)
         self.conv1d = CausalConv1d(config.conv_dim, config.conv_kernel, config.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(inner, config.n_groups, config.norm_eps)
-        self.out_proj = Linear(inner, config.hidden_size)
+        self.out_proj = linear(inner, config.hidden_size, config.use_bias)
 
     def init_weights(
         self, std: float, residual_divisor: float, generator: torch.Generator | None = None
@@ -476,12 +478,14 @@ class Mamba2(Mixer):
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters. The convolution has k taps and perhaps a bias for each channel."""
         conv = "(k + 1) * (h*p + 2*g*n)" if config.use_conv_bias else "k * (h*p + 2*g*n)"
+        biases = LedgerLine("biases of the projections", "2*h*p + 2*g*n + h + d")
         return [
             LedgerLine("in_proj", "d * (2*h*p + 2*g*n + h)"),
             LedgerLine("conv1d", conv),
             LedgerLine("A_log, D, dt_bias", "3 * h"),
             LedgerLine("norm", "h*p"),
             LedgerLine("out_proj", "h*p * d"),
+            *([biases] if config.use_bias else []),
         ]
 
     @classmethod

@@ -2,8 +2,8 @@
 
     y = W2 relu(W1 x)^2
 
-It has no gate and no bias. It is the mixer of the `-` layer, and every mixture of experts has one
-as the shared expert that all tokens pass through.
+It has no gate, and biases only where a config asks for them (`mlp_bias`). It is the mixer of the
+`-` layer, and every mixture of experts has one as the shared expert that all tokens pass through.
 
 Source: reference sheet 1.1 (`mlp_hidden_act = relu2`).
 """
@@ -21,7 +21,7 @@ from nemotron_lite import ops
 from nemotron_lite.backends.compiled_step import LinearStruct, MlpStruct
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.linear import linear
 from nemotron_lite.layers.mixer import LedgerLine, Matrix, Mixer, TokenStep
 
 
@@ -30,15 +30,15 @@ class MLP(Mixer):
 
     LETTERS: ClassVar[Mapping[str, str]] = {"f": "intermediate_size"}
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.up_proj = linear(hidden_size, intermediate_size, bias)
+        self.down_proj = linear(intermediate_size, hidden_size, bias)
 
     @classmethod
     def build(cls, config: NemotronConfig, name: str) -> MLP:
         """The mixer of a `-` layer."""
-        return cls(config.hidden_size, config.intermediate_size)
+        return cls(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def init_weights(
         self, std: float, residual_divisor: float, generator: torch.Generator | None = None
@@ -71,7 +71,8 @@ class MLP(Mixer):
     @classmethod
     def parameter_lines(cls, config: NemotronConfig) -> list[LedgerLine]:
         """Its parameters."""
-        return [LedgerLine("up_proj, down_proj", "2 * d * f")]
+        lines = [LedgerLine("up_proj, down_proj", "2 * d * f")]
+        return [*lines, LedgerLine("biases", "f + d")] if config.mlp_bias else lines
 
     @classmethod
     def flop_lines(cls, config: NemotronConfig, mode: str) -> list[LedgerLine]:

@@ -10,6 +10,9 @@ the arithmetic and the traffic between devices then cost the same as a mixture a
 there are far more combinations to choose from. Without `moe_latent_size` the experts read x itself
 (Nano).
 
+With `mlp_bias` the latent projections and the shared expert have biases, as in transformers. The
+routed experts have none.
+
 Source: Nemotron 3 Super report 2.1.1; reference sheet 4.1. Left out: expert parallelism.
 """
 
@@ -34,7 +37,7 @@ from nemotron_lite.backends.compiled_step import (
 from nemotron_lite.backends.cpu_linear import product_for
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers.context import ForwardContext, RouterStats
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.linear import linear
 from nemotron_lite.layers.mixer import CompiledCall, LedgerLine, Matrix, Mixer, TokenStep
 from nemotron_lite.layers.mlp import MLP
 from nemotron_lite.ops.routing import choose_experts, plain_route
@@ -132,10 +135,12 @@ class MoE(Mixer):
         self.experts = Experts(config)
         self.latent = latent is not None
         if latent is not None:
-            self.fc1_latent_proj = Linear(d, latent)
-            self.fc2_latent_proj = Linear(latent, d)
+            self.fc1_latent_proj = linear(d, latent, config.mlp_bias)
+            self.fc2_latent_proj = linear(latent, d, config.mlp_bias)
         self.shared_experts = (
-            MLP(d, config.moe_shared_expert_intermediate_size) if config.n_shared_experts else None
+            MLP(d, config.moe_shared_expert_intermediate_size, config.mlp_bias)
+            if config.n_shared_experts
+            else None
         )
 
     @classmethod
@@ -230,8 +235,12 @@ class MoE(Mixer):
         ]
         if config.moe_latent_size is not None:
             lines.append(LedgerLine("latent projections", "2 * d * l"))
+            if config.mlp_bias:
+                lines.append(LedgerLine("biases of the latent projections", "l + d"))
         if config.n_shared_experts:
             lines.append(LedgerLine("shared expert", "2 * d * s"))
+            if config.mlp_bias:
+                lines.append(LedgerLine("biases of the shared expert", "s + d"))
         return lines
 
     @classmethod

@@ -44,7 +44,7 @@ from nemotron_lite.layers.block import Block
 from nemotron_lite.layers.compiled_tokens import CompiledLayers
 from nemotron_lite.layers.context import ForwardContext
 from nemotron_lite.layers.conv import CausalConv1d
-from nemotron_lite.layers.linear import Linear
+from nemotron_lite.layers.linear import BiasedLinear, Linear
 from nemotron_lite.layers.mamba2 import GatedRMSNorm, Mamba2
 from nemotron_lite.layers.mixer import LayerCache, TokenStep
 from nemotron_lite.layers.mlp import MLP
@@ -53,8 +53,8 @@ from nemotron_lite.layers.norm import RMSNorm
 
 DTYPES = (torch.float32, torch.bfloat16)
 _CLASSES: tuple[type[nn.Module], ...] = (
-    Block, RMSNorm, Linear, Mamba2, CausalConv1d, GatedRMSNorm, Attention, MoE, Router, Experts,
-    MLP, nn.ModuleList,
+    Block, RMSNorm, Linear, BiasedLinear, Mamba2, CausalConv1d, GatedRMSNorm, Attention, MoE,
+    Router, Experts, MLP, nn.ModuleList,
 )  # fmt: skip
 _FORWARDS = [kind.forward for kind in _CLASSES]  # somebody may exchange one later
 _CALLS = [kind.__call__ for kind in _CLASSES]

@@ -1,4 +1,4 @@
-"""The product of every projection: y = x W^T, without a bias, which no layer of the family has.
+"""The product of every projection: y = x W^T. A bias, which no release has, is the layer's.
 
 `F.linear` is the definition and the plain form at once. On some CPUs and for some sizes oneDNN is
 faster in float32; `backends/measured_products.py` measures where.

@@ -269,6 +269,31 @@ def test_shared_expert_in_the_weights_but_not_in_the_config(saved: Path) -> None
     assert "n_shared_experts is 0, which transformers ignores" in message(saved)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["0.mixer.in_proj"], "set use_bias to true"),
+        (["3.mixer.q_proj", "3.mixer.o_proj"], "set attention_bias to true"),
+        (["4.mixer.up_proj", "1.mixer.shared_experts.up_proj"], "set mlp_bias to true"),
+        (["1.mixer.fc1_latent_proj", "0.mixer.out_proj"], "set mlp_bias and use_bias to true"),
+        (["1.mixer.experts.0.up_proj"], "Routed experts have no biases here"),
+    ],
+)
+def test_biases_that_the_config_does_not_mention(saved: Path, names: list[str], words: str) -> None:
+    biases = {f"backbone.layers.{name}.bias": torch.zeros(32) for name in names}
+    edit_weights(saved, lambda tensors: tensors.update(biases))
+    text = message(saved)
+    assert words in text
+    assert all(name in text for name in names)
+
+
+def test_biases_that_the_config_promises(saved: Path) -> None:
+    edit_config(saved, attention_bias=True, mtp_depths=2)
+    text = message(saved)
+    assert "missing: 4 tensors" in text
+    assert "backbone.layers.3.mixer.q_proj.bias" in text
+
+
 @pytest.mark.parametrize("sign", ["packed", "scale"])
 def test_a_part_of_a_quantized_weight(saved: Path, sign: str) -> None:
     if sign == "packed":

@@ -67,6 +67,10 @@ CASES: dict[str, dict[str, object]] = {
     ),
     "chunk longer than the text": dict(hybrid_override_pattern="MEM*", chunk_size=128),
     "chunk of eight": dict(hybrid_override_pattern="MM*", chunk_size=8),
+    "biases": dict(hybrid_override_pattern="ME-*", use_bias=True, mlp_bias=True),
+    "biases and a latent": dict(
+        hybrid_override_pattern="ME*-E", use_bias=True, mlp_bias=True, moe_latent_size=12
+    ),
     "miniature of super": dict(
         hybrid_override_pattern="MEM*EME", moe_latent_size=24, num_experts_per_tok=6,
         routed_scaling_factor=5.0, n_groups=4,

@@ -89,6 +89,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "experts in groups": dict(pattern="E", n_group=4, topk_group=2),
     "experts, not normalized": dict(pattern="ME", norm_topk_prob=False),
     "mlp": dict(pattern="-M"),
+    "biases": dict(pattern="M-*E", use_bias=True, mlp_bias=True, attention_bias=True),
 }
 
 
@@ -97,6 +98,10 @@ MIXES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mix", MIXES)
 def test_bits_of_every_mix(mix: str, dtype: torch.dtype, rows: int) -> None:
     model = every_kind(**MIXES[mix]).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):  # they start at zero
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
     assert both(model, filled(model, rows))[1] == [True] * 4
     assert rows == 1 or both(model, filled(model, rows, ragged=True))[1] == [True] * 4
 
@@ -104,7 +109,7 @@ def test_bits_of_every_mix(mix: str, dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_bits_with_float16_states_and_prepared_copies(rows: int, prepared: bool) -> None:
-    model = every_kind()
+    model = every_kind(use_bias=True)
     if prepared:
         model.prepare_for_decoding(smallest=0)
     assert all(both(model, filled(model, rows, ssm_dtype=torch.float16))[1])

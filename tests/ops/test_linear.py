@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from nemotron_lite import ops
 from nemotron_lite.backends import cpu_linear, measured_products, private_torch
-from nemotron_lite.layers import Linear
+from nemotron_lite.layers import BiasedLinear, Linear, plain_weight
 from nemotron_lite.model import Nemotron
 from tests.compare import relative_rms
 from tests.generation.speculative.conftest import SMALL
@@ -169,6 +169,61 @@ def test_a_fused_optimizer_step_ends_the_copy() -> None:
     optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
+
+
+def biased(i: int = 24, o: int = 40) -> BiasedLinear:
+    layer = BiasedLinear(i, o)
+    with torch.no_grad():
+        layer.init_weights(0.3, generator=torch.Generator().manual_seed(1))
+        assert not layer.bias.any() and layer.weight.std() > 0.2
+        layer.bias.normal_(generator=torch.Generator().manual_seed(2))
+    return layer
+
+
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_bias_is_added(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer, x = biased().to(dtype), _inputs(*rows)[0].to(dtype)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    one_rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    with torch.no_grad():
+        assert (layer(x).dtype, layer(x).shape) == (dtype, exact.shape)
+        torch.testing.assert_close(layer(x).double(), exact, rtol=one_rounding, atol=1e-6)
+        if x.ndim == 2:
+            assert torch.equal(layer.product_for(len(x))(x), layer(x))
+    assert plain_weight(layer) is None, "the matrix is not all there is to the layer"
+
+
+def test_gradients_of_a_layer_with_a_bias() -> None:
+    layer, x = biased(), _inputs(3, 5)[0].requires_grad_()
+    (layer(x) ** 2).sum().backward()
+    leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    (F.linear(*leaves) ** 2).sum().backward()
+    for found, expected in zip((x, layer.weight, layer.bias), leaves, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_a_bias_under_autocast_has_its_dtype() -> None:
+    layer, x = biased(), _inputs(3)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        assert torch.equal(found, F.linear(x, layer.weight, layer.bias))
+    assert found.dtype == torch.bfloat16
+
+
+@ONEDNN
+@pytest.mark.usefixtures("_prepacked")
+def test_a_prepared_copy_is_used_beside_a_bias() -> None:
+    layer, x = biased(), _inputs(2)[0]
+    layer.prepare_for_decoding()
+    assert layer._prepacked is not None
+    with torch.no_grad():
+        exact = F.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), exact)
+        torch.testing.assert_close(layer.product_for(2)(x), exact)
+        layer.bias.mul_(2)  # the copy is of the matrix alone
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert set(copy.deepcopy(layer).state_dict()) == {"weight", "bias"}
 
 
 @pytest.mark.usefixtures("_prepacked")
