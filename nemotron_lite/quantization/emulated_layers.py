@@ -205,30 +205,28 @@ def _in_working_dtype(x: Tensor) -> Tensor:
 
 
 class _EmulatedLinear(nn.Linear):
-    """A linear layer without bias that can share the weight of another layer."""
+    """A linear layer that can share weight and bias of another layer.
+
+    The bias stays in its own precision and is added to the product.
+    """
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Any:
-        """A layer of this class that shares the weight of `linear`.
-
-        Raises:
-            ValueError: a linear layer with a bias, which the family does not have.
-        """
-        if getattr(linear, "bias", None) is not None:
-            raise ValueError(
-                "this linear layer has a bias; quantized layers have no bias. Use bias=False."
-            )
+        """A layer of this class that shares weight and bias of `linear`."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, **options)
-        made.weight = linear.weight
+        made.weight, made.bias = linear.weight, linear.bias
         return made
+
+    def _add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class NVFP4Linear(_EmulatedLinear):
     """y = x W^T with every product in NVFP4.
 
     Args:
-        in_features, out_features: as for `nn.Linear`; there is no bias.
+        in_features, out_features: as for `nn.Linear`; without a bias, but for `from_linear`.
         recipe: how the five operands are quantized.
         seeds: of stochastic rounding; one `StochasticSeeds` serves a whole model.
         number: of this module in the model, from which its seeds are made.
@@ -254,7 +252,7 @@ class NVFP4Linear(_EmulatedLinear):
         x = _in_working_dtype(input)
         seeds = self.seeds.next_call(self.number, self.name)
         y = _NVFP4Product.apply(x.flatten(0, -2), self.weight, self.recipe, seeds)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._add_bias(y.view(*x.shape[:-1], self.out_features))
 
 
 class MXFP8Linear(_EmulatedLinear):
@@ -267,7 +265,7 @@ class MXFP8Linear(_EmulatedLinear):
         """Multiply; in the dtype of the input, or that of an enclosing autocast."""
         x = _in_working_dtype(input)
         y = _MXFP8Product.apply(x.flatten(0, -2), self.weight)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._add_bias(y.view(*x.shape[:-1], self.out_features))
 
 
 class TokensByExpert:

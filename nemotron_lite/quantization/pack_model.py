@@ -169,6 +169,8 @@ def packed_copy(
     """A packed copy of the module at `path`; the model is not changed."""
     layers: dict[str, PackedWeight] = {}
     for leaf, weight in model.get_submodule(path).named_parameters():
+        if leaf == "bias":  # shared by the packed layer
+            continue
         name = f"{path}.{leaf}"
         layers[leaf] = empty_packed_layer(model, name, format)
         store_quantized(layers[leaf], weight, calibration.input_amax[name], name=name)

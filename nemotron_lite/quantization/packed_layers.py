@@ -197,7 +197,7 @@ def _is_fp8(tensor: Tensor) -> bool:
 
 
 class PackedLinear(PackedWeight):
-    """y = x W^T with a packed W; no bias."""
+    """y = x W^T with a packed W."""
 
     def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows f"]:
         """Decode and multiply, in the dtype of x."""
@@ -205,6 +205,17 @@ class PackedLinear(PackedWeight):
         if self.format == "fp8":
             return multiply(x, self.encoded())
         return nvfp4.matmul(x, self.quantized())
+
+
+class BiasedPackedLinear(PackedLinear):
+    """y = x W^T + b with a packed W; b is a plain parameter, that of the layer it replaces."""
+
+    bias: nn.Parameter
+
+    def forward(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows f"]:
+        """Decode, multiply and add, in the dtype of x."""
+        y = super().forward(x)
+        return y + self.bias.to(y.dtype)
 
 
 class PackedExperts(nn.Module):
@@ -264,10 +275,10 @@ class LinearWithKVScale(_KeepsDtypes, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str) -> LinearWithKVScale:
-        """Share the weight of `linear`, and add a buffer `name` ("k_scale" or "v_scale")."""
+        """Share weight and bias of `linear`, and add a buffer `name` ("k_scale" or "v_scale")."""
         with torch.device("meta"):
             made = cls(linear.in_features, linear.out_features, bias=False)
-        made.weight = linear.weight
+        made.weight, made.bias = linear.weight, linear.bias
         made.register_buffer(name, torch.ones((), dtype=torch.float32, device=linear.weight.device))
         return made
 
@@ -291,8 +302,11 @@ def empty_packed_layer(
         with current.device:
             layer = PackedWeight(format, tuple(current.shape), calibrated=calibrated)
     elif isinstance(current, nn.Linear):
+        kind = PackedLinear if current.bias is None else BiasedPackedLinear
         with current.weight.device:
-            layer = PackedLinear(format, tuple(current.weight.shape), calibrated=calibrated)
+            layer = kind(format, tuple(current.weight.shape), calibrated=calibrated)
+        if current.bias is not None:
+            layer.register_parameter("bias", current.bias)
         layer.train(current.training)
     else:
         raise ValueError(f"{name} is neither a linear layer nor a stack of experts.")

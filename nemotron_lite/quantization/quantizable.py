@@ -111,7 +111,9 @@ def quantizable_modules(model: Nemotron, choices: str = "any") -> list[Quantizab
                 f"{entry.path} is {type(module).__name__}: this model is quantized already. Load "
                 "it without packed=True, or better, quantize the original."
             )
-        shapes = {f"{entry.path}.{n}": tuple(p.shape) for n, p in module.named_parameters()}
+        shapes = {
+            f"{entry.path}.{n}": tuple(p.shape) for n, p in module.named_parameters() if n != "bias"
+        }
         found.append(QuantizableModule(entry.path, entry.role, shapes, allowed[entry.role]))
     return found
 

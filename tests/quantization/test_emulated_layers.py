@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nemotron_lite import ops
 from nemotron_lite.config import NemotronConfig
-from nemotron_lite.layers import Experts
+from nemotron_lite.layers import BiasedLinear, Experts
 from nemotron_lite.ops.philox import random_halves
 from nemotron_lite.quantization import emulated_layers, nvfp4
 from nemotron_lite.quantization.emulated_layers import (
@@ -116,6 +116,24 @@ def test_linear_reads_bfloat16_under_autocast() -> None:
         torch.testing.assert_close(
             found.double().flatten(0, 1), exact, rtol=2**-8 + 1e-6, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", [NVFP4Linear, MXFP8Linear])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bias_is_added_to_the_quantized_product(kind: type, autocast: bool) -> None:
+    original, x = BiasedLinear(32, 48), torch.randn(5, 32)
+    torch.nn.init.normal_(original.bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer = kind.from_linear(original)
+        assert layer.weight is original.weight and layer.bias is original.bias
+        y = layer(x)
+        layer.bias = None
+        product = layer(x)
+        assert y.dtype == product.dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert torch.equal(y, product + original.bias.to(y.dtype))
+        grad = torch.randn(5, 48).to(y.dtype)
+        y.backward(grad)
+    torch.testing.assert_close(original.bias.grad, grad.float().sum(0), rtol=2**-7, atol=1e-2)
 
 
 def test_mxfp8_linear_equals_the_definition() -> None:

@@ -20,11 +20,14 @@ from nemotron_lite.quantization import (
     quantize_model,
     single_format,
 )
+from nemotron_lite.quantization.pack_model import packed_copy
 from nemotron_lite.quantization.packed_layers import (
+    LinearWithKVScale,
     PackedExperts,
     PackedLinear,
     PackedWeight,
 )
+from tests.checkpoint.tiny import TINY, randomize
 from tests.quantization.learnable_text import loss_of, text
 
 Fresh = Callable[[], Nemotron]
@@ -75,6 +78,62 @@ def test_calibration_finds_what_modules_read(random_model: Nemotron) -> None:
         hidden = squared_relu(rows @ moe.mixer.experts.up_proj[e].mT)
         torch.testing.assert_close(found.input_amax[f"{EXPERTS}.down_proj"][e], hidden.max())
     assert set(found.kv_amax) == {f"backbone.layers.3.mixer.{n}_proj" for n in "kv"}
+
+
+@pytest.fixture
+def biased_model() -> Nemotron:
+    """A model whose projections all have biases."""
+    biases = dict(attention_bias=True, mlp_bias=True, use_bias=True)
+    model = Nemotron(TINY.replace(**biases), seed=0)
+    randomize(model.state_dict().items(), 3)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_packed_layers_keep_their_biases(
+    format: str, biased_model: Nemotron, tmp_path: Path
+) -> None:
+    model, tokens = biased_model, torch.arange(64).view(2, 32)
+    plain = {name: value.clone() for name, value in model.named_parameters()}
+    modules = quantizable_modules(model, "everything")
+    without = quantizable_modules(Nemotron(TINY, seed=0), "everything")
+    assert [m.shapes for m in modules] == [m.shapes for m in without], "matrices only"
+    calibration = calibrate(model, [tokens], choices="everything")
+    copied = packed_copy(model, "backbone.layers.4.mixer.up_proj", format, calibration)
+    quantize_model(model, single_format(modules, format), calibration=calibration, cache=True)
+    biases = [name for name in plain if name.endswith("_proj.bias")]
+    assert len(biases) == 26
+    assert all(torch.equal(model.get_parameter(name), plain[name]) for name in biases)
+    assert isinstance(model.backbone.layers[3].mixer.k_proj, LinearWithKVScale)
+    decoded = Nemotron(model.config)
+    state = {n: t for n, t in model.state_dict().items() if "scale" not in n}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            stack = len(module.shape) == 3
+            state.pop(f"{name}.weight")
+            state[name if stack else f"{name}.weight"] = (
+                torch.stack([module.decode(torch.float32, e) for e in range(module.shape[0])])
+                if stack
+                else module.decode(torch.float32)
+            )
+    decoded.load_state_dict(state)
+    expected = decoded(tokens, mtp_depths=1)
+    found = model(tokens, mtp_depths=1)
+    torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found.mtp_logits[0], expected.mtp_logits[0], atol=2e-4, rtol=2e-4)
+    save(model, tmp_path / "packed")
+    again = load(tmp_path / "packed", packed=True)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    torch.testing.assert_close(load(tmp_path / "packed")(tokens).logits, found.logits)
+    x = torch.randn(3, 32)
+    layer = model.backbone.layers[4].mixer.up_proj
+    assert torch.equal(copied(x), layer(x))
+    assert not torch.equal(layer(x), PackedLinear.forward(layer, x))
+    for name in biases:
+        model.get_parameter(name).zero_()
+    assert (model(tokens).logits - found.logits).abs().max() > 0.1, "they all matter"
 
 
 def test_experts_without_tokens_take_the_largest_of_their_layer(random_model: Nemotron) -> None:

@@ -5,7 +5,7 @@
 
 x is floating point (weights of 4 bits, activations of 16: this suits hardware without FP4 units,
 because decoding tokens is limited by reading W), or packed as well, which is what Blackwell's
-tensor cores multiply. There is no bias, because no layer of the family has one.
+tensor cores multiply. There is no bias; the layer adds it.
 
     "naive"    decode everything in float32, then multiply in float32
     "cpu"      decode a stripe of rows at a time, and of the experts only the chosen ones
