@@ -81,6 +81,14 @@ def config_problems(config: NemotronConfig, mtp: bool) -> list[str]:
         problems.append(
             f"time_step_limit={config.time_step_limit}: a GGUF file has no key for a clamp of dt"
         )
+    if "M" in config.pattern and config.use_bias:
+        problems.append("use_bias=True: llama.cpp's Mamba layers have no biases of projections")
+    if config.mlp_bias and "E" in layers:
+        only_mtp = " Leave the MTP module out with mtp=False (--no-mtp)"
+        problems.append(
+            "mlp_bias=True with 'E' layers: llama.cpp has such biases in '-' layers only, and none "
+            f"in shared experts.{'' if 'E' in config.pattern else only_mtp}"
+        )
     for name in ("norm_eps", "routed_scaling_factor"):
         value = getattr(config, name)
         if not SMALLEST <= value <= LARGEST:

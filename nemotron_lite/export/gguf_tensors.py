@@ -11,7 +11,7 @@
 
 (shapes as PyTorch has them; a GGUF file lists the axes in reverse). All other tensors keep their
 values and shapes. Where the model has no bias of the convolution, zeros are written, because
-llama.cpp adds one always.
+llama.cpp adds one always. Of the other biases it has those of attention and of dense layers.
 
 Matrices have the number format that is asked for, or their own. What is no matrix (norms, biases,
 A, D), the convolution and the router are float32 in every file: llama.cpp computes with them in
@@ -52,10 +52,9 @@ NVFP4_BYTES = 36  # of a block: 4 scales and 32 bytes of codes
 # The name of each tensor of a layer in `gguf.MODEL_TENSOR`, and what follows it in the file.
 _NORM = {"norm.weight": ("ATTN_NORM", ".weight")}
 _ATTENTION = {
-    "mixer.q_proj.weight": ("ATTN_Q", ".weight"),
-    "mixer.k_proj.weight": ("ATTN_K", ".weight"),
-    "mixer.v_proj.weight": ("ATTN_V", ".weight"),
-    "mixer.o_proj.weight": ("ATTN_OUT", ".weight"),
+    f"mixer.{name}_proj.{leaf}": (f"ATTN_{kind}", f".{leaf}")
+    for name, kind in (("q", "Q"), ("k", "K"), ("v", "V"), ("o", "OUT"))
+    for leaf in ("weight", "bias")
 }
 _MAMBA = {
     "mixer.in_proj.weight": ("SSM_IN", ".weight"),
@@ -78,8 +77,9 @@ _EXPERTS = {
     "mixer.shared_experts.down_proj.weight": ("FFN_DOWN_SHEXP", ".weight"),
 }
 _MLP = {
-    "mixer.up_proj.weight": ("FFN_UP", ".weight"),
-    "mixer.down_proj.weight": ("FFN_DOWN", ".weight"),
+    f"mixer.{name}_proj.{leaf}": (f"FFN_{name.upper()}", f".{leaf}")
+    for name in ("up", "down")
+    for leaf in ("weight", "bias")
 }
 _OF_KIND = {"M": _NORM | _MAMBA, "*": _NORM | _ATTENTION, "E": _NORM | _EXPERTS, "-": _NORM | _MLP}
 _MTP_ATTENTION = _NORM | _ATTENTION | {

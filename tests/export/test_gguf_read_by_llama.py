@@ -75,6 +75,9 @@ def difference(model: Nemotron, file: Path) -> tuple[list[int], float]:
         {"num_key_value_heads": 4, "norm_eps": 1e-2},
         {"hidden_size": 33, "moe_intermediate_size": 23, "moe_latent_size": 15},
         {"moe_shared_expert_intermediate_size": 41, "vocab_size": 131},
+        {"pattern": "M*-*-", "attention_bias": True, "mlp_bias": True, **NO_MTP},
+        {"attention_bias": True, **NO_MTP},
+        {"attention_bias": True},
     ],
     ids=str,
 )
@@ -195,7 +198,7 @@ def small_model_with(tokenizer: Tokenizer, vocab_size: int) -> Nemotron:
 
 
 @torch.no_grad()
-def model_with_drafts(noise: float) -> Nemotron:
+def model_with_drafts(noise: float, **changes: Any) -> Nemotron:
     """A model whose text is a fixed order of tokens, and whose drafts are right in part.
 
     The head gives the token that follows the last one; mixers add little to that. The MTP module
@@ -203,14 +206,14 @@ def model_with_drafts(noise: float) -> Nemotron:
     to the residual stream is zero: then its last norm is a LayerNorm, which llama.cpp computes, and
     an RMSNorm at once.
     """
-    model = small_model(pattern="M*E", vocab_size=128)
+    model = small_model(pattern="M*E", vocab_size=128, **changes)
     assert model.mtp is not None
     width, table = model.config.hidden_size, model.backbone.embeddings.weight
     order = 1 + torch.randperm(127, generator=torch.Generator().manual_seed(0))
     model.lm_head.weight[order.roll(-1)] = table[order]
     for name, weight in model.named_parameters():
         if name.endswith(("out_proj.weight", "o_proj.weight", "fc2_latent_proj.weight",
-                          "shared_experts.down_proj.weight")):  # fmt: skip
+                          "shared_experts.down_proj.weight", "o_proj.bias")):  # fmt: skip
             weight *= noise if name.startswith("mtp.") else 0.02
             if name.startswith("mtp."):
                 weight -= weight.mean(0)
@@ -263,6 +266,15 @@ def test_as_many_drafts_are_made_and_accepted(draft: int, tmp_path: Path) -> Non
 def test_with_its_first_position_all_drafts_are_the_same(draft: int, tmp_path: Path) -> None:
     """Where the module's attention matters so much that most drafts are wrong."""
     compare_drafts(model_with_drafts(0.9), draft, tmp_path / "model.gguf")
+
+
+@pytest.mark.usefixtures("first_position")
+def test_drafts_of_a_module_with_biases(tmp_path: Path) -> None:
+    model = model_with_drafts(0.7, attention_bias=True)
+    assert model.mtp is not None
+    bias = model.mtp.get_parameter("layers.0.mixer.o_proj.bias")
+    assert bias.abs().max() > 0.1
+    compare_drafts(model, 4, tmp_path / "model.gguf")
 
 
 def test_without_mtp_there_are_no_drafts(tmp_path: Path) -> None:
