@@ -106,6 +106,7 @@ TEXT_KEYS = ("text_config", "llm_config")
 _PER_LAYER = ("block_configs", "mtp_block_configs", "per_layer_config", "layer_configs")
 
 MOST_PROBLEMS = 12  # that one error lists
+_WITHOUT_MTP = ". To leave it out, set num_nextn_predict_layers to 0 and load with mtp='drop'"
 
 # Keys with one value that is built, which is that of every release: the values (the first is the
 # one we write), and why there is no other.
@@ -186,7 +187,7 @@ def from_hf(config: Mapping[str, Any]) -> NemotronConfig:
         repeated = shown(config["mtp_use_repeated_layer"])
         problems.append(
             f"mtp_use_repeated_layer is {repeated}; only True is supported: all depths share one "
-            "MTP module"
+            f"MTP module{_WITHOUT_MTP}"
         )
     if problems:
         if len(problems) > MOST_PROBLEMS:
@@ -427,7 +428,7 @@ def _mtp(config: dict[str, Any], problems: list[str]) -> tuple[str, int]:
     if modules is not False and (not _is_a(modules, int) or modules not in (0, 1)):
         problems.append(
             f"num_nextn_predict_layers is {shown(modules)}; only one MTP module, shared by all "
-            "depths, is supported"
+            f"depths, is supported{_WITHOUT_MTP}"
         )
     if not modules:
         return "", 0

@@ -164,7 +164,9 @@ def _brute_force(config: NemotronConfig, t: int, chunk: int) -> int:
     return total + t * 2 * d * config.vocab_size
 
 
-@pytest.mark.parametrize("name", ["lite", "tiny-super", "super", "dense", "plain mixture"])
+@pytest.mark.parametrize(
+    "name", ["lite", "tiny-super", "super", "dense", "plain mixture", "biases"]
+)
 @pytest.mark.parametrize(("t", "chunk"), [(1, 64), (100, 32), (128, 128), (257, 64)])
 def test_prefill_counts_every_multiply_add(name, t, chunk):
     count = ledger.flops(VARIANTS[name], t, "prefill", chunk=chunk)
@@ -172,7 +174,7 @@ def test_prefill_counts_every_multiply_add(name, t, chunk):
     assert sum(count.by_part.values()) == pytest.approx(count.per_token)
 
 
-@pytest.mark.parametrize("name", ["lite", "tiny-super", "dense", "plain mixture"])
+@pytest.mark.parametrize("name", ["lite", "tiny-super", "dense", "plain mixture", "biases"])
 def test_prefill_is_what_a_running_model_multiplies(name):
     """torch counts products of matrices with weights exactly as the ledger does.
 

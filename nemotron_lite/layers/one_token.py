@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -56,8 +56,9 @@ _CLASSES: tuple[type[nn.Module], ...] = (
     Block, RMSNorm, Linear, BiasedLinear, Mamba2, CausalConv1d, GatedRMSNorm, Attention, MoE,
     Router, Experts, MLP, nn.ModuleList,
 )  # fmt: skip
-_FORWARDS = [kind.forward for kind in _CLASSES]  # somebody may exchange one later
-_CALLS = [kind.__call__ for kind in _CLASSES]
+_FORWARD, _CALL = attrgetter("forward"), attrgetter("__call__")
+_FORWARDS = list(map(_FORWARD, _CLASSES))  # somebody may exchange one later
+_CALLS = list(map(_CALL, _CLASSES))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ALL_HOOKS = [
     hooks._global_forward_hooks, hooks._global_forward_pre_hooks,
@@ -210,8 +211,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _classes_are_ours() -> bool:
-    forwards, calls = [kind.forward for kind in _CLASSES], [kind.__call__ for kind in _CLASSES]
-    return forwards == _FORWARDS and calls == _CALLS
+    return list(map(_FORWARD, _CLASSES)) == _FORWARDS and list(map(_CALL, _CLASSES)) == _CALLS
 
 
 class _Watch:

@@ -71,6 +71,16 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
         assert found == published
 
 
+def test_the_table_of_releases_is_this_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "using.md").read_text()
+    table = {
+        name: f"{parameters(NemotronConfig.from_hf(each.file)).total:,}"
+        for name, each in RELATIVES.items()
+    }
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| Nemotron")]
+    assert {row[0].removeprefix("| "): row[1] for row in rows} == table
+
+
 @pytest.mark.parametrize("name", [n for n, each in RELATIVES.items() if each.tensors])
 def test_tensors_are_as_many_as_in_the_released_files(name: str) -> None:
     model = Nemotron(NemotronConfig.from_hf(RELATIVES[name].file), device="meta")
