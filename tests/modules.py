@@ -18,7 +18,12 @@ EVERY_KIND = NemotronConfig(
 
 def every_kind(seed: int = 0, **changes: object) -> Nemotron:
     """Mamba, attention, a mixture of experts, an MLP, and an MTP module."""
-    return Nemotron(EVERY_KIND.replace(**changes), seed=seed).eval()
+    model = Nemotron(EVERY_KIND.replace(**changes), seed=seed).eval()
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith("_proj.bias"):  # they start at zero
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(number))
+    return model
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
