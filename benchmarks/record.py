@@ -15,11 +15,9 @@ writing. Compare programs inside one record, not across records.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 
 from nemotron_lite.files import atomic_file
+from nemotron_lite.provenance import describe_machine, versions
 
 RECORDS = Path(__file__).parent / "records"
 PACKAGES = ("torch", "transformers", "xllamacpp", "triton", "numpy", "einops")
@@ -62,7 +61,7 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": _command(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         **payload,
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -73,35 +72,17 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, memory, how threads wait, system, load; and the GPU, if any."""
-    found: dict[str, Any] = {
-        "cpu": _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+    """Processor, cores, threads, system, memory, how threads wait, load; and the GPU, if any."""
+    return describe_machine() | {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "openmp": {
             name: value
             for name, value in sorted(os.environ.items())
             if name.startswith(("OMP_", "GOMP_", "KMP_"))
         },
         "ram_gib": _ram_gib(),
-        "os": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that figures depend on; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _command() -> str:
@@ -127,18 +108,6 @@ def _faults(value: Any, place: str) -> Iterator[str]:
             yield from _faults(item, f"{place}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{place} is {value}: expected a finite number; write None for what failed."
-
-
-def _first(file: str, field: str) -> str | None:
-    """The value of the first line `field : value` of a file of /proc."""
-    path = Path(file)
-    if not path.exists():
-        return None
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == field:
-            return value.strip()
-    return None
 
 
 def _ram_gib() -> float | None:

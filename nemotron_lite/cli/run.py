@@ -293,7 +293,7 @@ def _train(
     live.show_result()
     save_model(built, save_to)
     if save_curve is not None:
-        from nemotron_lite.train.lite_record import describe_machine
+        from nemotron_lite.provenance import describe_machine
 
         content = {
             **live.as_json(), "tokens": result.tokens, "config": how.to_dict(),

@@ -40,7 +40,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,7 @@ from nemotron_lite.coursework.tables import write_scores
 from nemotron_lite.coursework.texts import PageNames, one_line
 from nemotron_lite.coursework.workers import run_all
 from nemotron_lite.files import atomic_folder
+from nemotron_lite.provenance import versions
 
 RESULTS = ("scores.csv", "scores.json", "similarity.csv", "similarity.html", "feedback")
 MOST_JOBS = 4
@@ -104,16 +104,6 @@ def importing_sources(assignment: Assignment) -> list[str]:
             if needed[:2] != one.id[:2]:
                 sources += reference_sources(exercises.exercise(needed))
     return sources
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("nemotron-lite", "torch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _folder_state(folder: Path) -> str:
@@ -237,7 +227,7 @@ def _grade_into(
     summary = {
         "submissions": results, "network": isolation.network, "processes": isolation.processes,
         "files": isolation.files, "other_limits": isolation.limits, "limits": asdict(limits),
-        "seed": salt, "versions": _versions(),
+        "seed": salt, "versions": versions(("nemotron-lite", "torch")),
         "submissions_unchanged": _folder_state(folder) == before,
         "graded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip

@@ -17,20 +17,14 @@ tokens.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemotron_lite import ledger
-from nemotron_lite.backends.private_torch import CPUINFO
 from nemotron_lite.data import HeldOut
 from nemotron_lite.data.baselines import Baselines
 from nemotron_lite.files import atomic_file
@@ -38,6 +32,7 @@ from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import SpeculationOptions
 from nemotron_lite.input_files import FileError, parse_json, read_text
 from nemotron_lite.model import Nemotron
+from nemotron_lite.provenance import describe_machine, versions
 from nemotron_lite.train.config import TrainConfig
 
 FORMAT = 1
@@ -169,7 +164,7 @@ def make_record(
             "acceptance": dict(acceptance),
         },
         "machine": describe_machine(),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
     }  # fmt: skip
 
 
@@ -177,34 +172,3 @@ def save_record(record: Mapping[str, Any], folder: str | Path) -> None:
     """Write record.json into the folder of a model."""
     with atomic_file(Path(folder) / "record.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, threads and system; and the GPU, if there is one."""
-    found: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-    try:
-        lines = read_text(CPUINFO).splitlines()
-    except (FileNotFoundError, FileError):
-        lines = []
-    found["cpu"] = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        found["cpu"],
-    )
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -29,7 +29,7 @@ def test_a_record_carries_its_provenance(folder: Path, monkeypatch: pytest.Monke
     assert found["command"] == "python -m benchmarks notes.txt .../peers"
     assert found["result"]["median"] == 2.0
     assert found["machine"]["cores"] >= 1
-    assert {"cpu", "threads", "ram_gib", "os"} <= set(found["machine"])
+    assert {"cpu", "threads", "ram_gib", "system"} <= set(found["machine"])
     assert {"python", "torch"} <= set(found["versions"])
     assert str(home) not in path.read_text()
 
