@@ -63,6 +63,7 @@ def needed_packages(project: str = PROJECT) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
+    project = canonicalize_name(project)
     extras = metadata.metadata(project).get_all("Provides-Extra") or []
     waiting, seen = [(project, frozenset(extras))], set()
     while waiting:

@@ -34,7 +34,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -126,12 +126,13 @@ class FoundSources:
         return [document for package in self.sources[source] for document in package.documents]
 
 
-def read_sources(corpus: Corpus, packages: Sequence[str]) -> FoundSources:
+def read_sources(corpus: Corpus, packages: Collection[str]) -> FoundSources:
     """Read every source from this machine, without duplicates and without anything held out.
 
     Args:
         corpus: the standard library, with its held-out part.
-        packages: names of distributions, in the order in which they are read.
+        packages: names of distributions. They are read in alphabetical order, whatever order is
+            given: of two copies of a text the first one counts, so the order decides the result.
     """
     found = FoundSources({name: [] for name in SOURCES})
     held_out, code, prose = SeenText(d.content for d in corpus.held_out), SeenText(), SeenText()
@@ -140,7 +141,7 @@ def read_sources(corpus: Corpus, packages: Sequence[str]) -> FoundSources:
     read = _Filter(STANDARD_LIBRARY, held_out, code, 2.0, found.near_copies)
     library.documents = read.take(corpus.train, sum(len(d.content) for d in corpus.train))
     found.sources[STANDARD_LIBRARY].append(library)
-    for name in packages:
+    for name in sorted(set(packages)):
         try:
             distribution = metadata.distribution(name)
         except (metadata.PackageNotFoundError, ValueError):

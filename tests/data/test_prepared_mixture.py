@@ -189,6 +189,42 @@ def test_the_committed_manifest_names_what_the_project_installs() -> None:
         assert set(manifest.held_out) == {document.name for document in corpus.held_out}
 
 
+def test_a_manifest_is_the_same_for_every_order_of_the_packages(site: Path) -> None:
+    """Also where two packages have the same code, which is taken from one of them."""
+    for seed, name in enumerate(("omega", "gamma"), 30):
+        install(site, name, {f"{name}/a.py": code(7), f"{name}/b.py": code(seed)})
+    corpus = corpus_of(3)
+    names = ["omega", "beta", "gamma", "alpha", "beta"]
+    texts = [
+        describe_sources(read_sources(corpus, order), corpus, PHASES, SETTINGS).to_json()
+        for order in (names, names[::-1], set(names))
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    packages = json.loads(texts[0])["sources"][PACKAGES]["packages"]
+    assert [(p["name"], p["documents"]) for p in packages] == [
+        ("alpha", 1), ("beta", 1), ("gamma", 2), ("omega", 1)
+    ]  # fmt: skip
+
+
+def test_needed_packages_are_those_of_all_extras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In alphabetical order, each once, under the names that package indexes use."""
+    monkeypatch.syspath_prepend(tmp_path)
+    needs = {
+        "My_Project": ["zeta[fast]", "Alpha.Beta", "mine[all]; extra == 'lab'"],
+        "zeta": ["not-there", "quick; extra == 'fast'", "slow; extra == 'other'"],
+        "alpha_beta": ["zeta"], "mine": ["my-project[lab]"], "quick": [], "slow": [],
+    }  # fmt: skip
+    for name, requires in needs.items():
+        install(tmp_path, name, {})
+        lines = "".join(f"Requires-Dist: {text}\n" for text in requires)
+        about = tmp_path / f"{name}-1.5.dist-info" / "METADATA"
+        about.write_text(f"Metadata-Version: 2.4\nName: {name}\nProvides-Extra: lab\n{lines}")
+    expected = ["alpha-beta", "mine", "quick", "zeta"]
+    assert needed_packages("My_Project") == needed_packages("my-project") == expected
+
+
 def test_the_command_lists_versions_for_pip(manifest: Manifest, tmp_path: Path) -> None:
     assert as_requirements(manifest) == "alpha==1.5\nbeta==1.5\n"
     path = tmp_path / "m.json"
