@@ -9,7 +9,8 @@ does. So the pipeline has to be one that has a name:
     refact    Digits one by one, then the same (what `data.train_tokenizer` makes)
     tekken    Split by Mistral's expression, then ByteLevel without one (Nemotron's own tokenizer)
 
-Anything else is refused; `pre_tokenizer` names the rule by hand, for who knows that it fits.
+Anything else is refused, and so is a tokenizer without merges, because llama.cpp cannot open such a
+file; `pre_tokenizer` names the rule by hand, for who knows that it fits.
 
 A token that the tokenizer marks as special is written as a control token: llama.cpp, like
 `generate`, takes it from a text only where it is told to read special tokens. Ids without a token
@@ -131,6 +132,12 @@ def _model_problems(described: dict[str, Any]) -> list[str]:
         for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
         if model.get(name)
     ]
+    if not model.get("merges"):
+        problems.append(
+            "the tokenizer has no merges, and llama.cpp opens no file without any: train it with a "
+            "larger vocabulary than the 256 bytes and the special tokens, or use this model with "
+            "nemotron_lite"
+        )
     if model.get("byte_fallback"):
         problems.append("the tokenizer has byte_fallback, which byte-level BPE does not use")
     if described.get("normalizer") is not None:

@@ -90,6 +90,11 @@ def whole_words(tokenizer: Tokenizer) -> None:
     tokenizer.model = models.BPE(vocab=vocab, merges=[], ignore_merges=True)
 
 
+def no_merges(tokenizer: Tokenizer) -> None:
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
+    tokenizer.model = models.BPE(vocab=vocab, merges=[])
+
+
 def too_many(tokenizer: Tokenizer) -> None:
     tokenizer.add_tokens(["something new"])
 
@@ -103,6 +108,7 @@ def too_many(tokenizer: Tokenizer) -> None:
         (left_strip, "lstrip"),
         (another_model, "WordLevel"),
         (whole_words, "ignore_merges=True"),
+        (no_merges, "has no merges"),
         (too_many, "ids up to 128"),
     ],
 )
