@@ -109,6 +109,16 @@ def write(path: str | Path, saved: SavedCache) -> None:
         save_file(tensors, temporary, metadata=metadata)
 
 
+def is_cache_file(path: str | Path) -> bool:
+    """Whether a file was written by `write`, in this or an earlier layout; damaged ones are not."""
+    try:
+        check_regular(path)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return (file.metadata() or {}).get("format", "").startswith(_FAMILY)
+    except Exception:  # whatever safetensors says about a file that is none of its own
+        return False
+
+
 def read(path: str | Path) -> SavedCache:
     """What `write` wrote, on the CPU.
 

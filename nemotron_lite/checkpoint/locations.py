@@ -29,6 +29,7 @@ import re
 from pathlib import Path
 
 from nemotron_lite import shipped_models
+from nemotron_lite.cache_file import is_cache_file
 from nemotron_lite.checkpoint.errors import CheckpointError, printable, shorten
 from nemotron_lite.input_files import FileError, read_text
 
@@ -148,6 +149,8 @@ _GGUF = (
 def _is_a_file(path: Path) -> str:
     if path.suffix.lower() == ".gguf":
         return f"it is a GGUF file: {_GGUF}"
+    if is_cache_file(path):
+        return "it is a cache that `Cache.save` wrote, and holds no weights: `Cache.load` opens it"
     if path.name == "config.json" or path.suffix == ".safetensors":
         return (
             "it is a file; a model is a folder with config.json and weights: give the folder that "

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from nemotron_lite.cache_file import is_cache_file
 from nemotron_lite.checkpoint.errors import count_and_names, printable, shorten
 from nemotron_lite.files import NOT_UTF8, is_utf8
 from nemotron_lite.input_files import FileError, parse_json, read_json
@@ -33,6 +34,7 @@ INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 LONGEST_FILE_NAME = 255  # bytes; file systems have no longer names
 AGAIN = "download or copy it again"
+_PICKLES = (".bin", ".pt", ".pth")
 
 
 class StoredTensor(NamedTuple):
@@ -126,16 +128,24 @@ def _not_a_file(path: Path) -> str | None:
 
 def _other_weight_files(folder: Path) -> str:
     """The end of an error message: weight files under other names, and what to do."""
-    shards = sorted(folder.glob("*.safetensors"))
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *_PICKLES))
+    caches = [file for file in found if is_cache_file(file)]
+    shards = [f for f in found if f.suffix == ".safetensors" and f not in caches]
     if shards:
         names = shorten(file.name for file in shards)
         return f", but there is {names}: the index is missing, download or copy it"
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    pickles = [f for f in found if f.suffix in _PICKLES and f not in caches]
     if pickles:
         names = shorten(file.name for file in pickles)
         return (
             f", but there is {names}: pickle files are not supported. Open the model with the"
             " program that wrote it and save it with safe_serialization=True"
+        )
+    if caches:
+        names = shorten(file.name for file in caches)
+        return (
+            f", but there is {names}: a cache that `Cache.save` wrote, which holds no weights. "
+            "`Cache.load` opens it; download or copy the weights"
         )
     return "; download or copy the weights"
 

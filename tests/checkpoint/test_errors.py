@@ -102,6 +102,22 @@ def test_a_folder_with_pickles_only(saved: Path) -> None:
     assert "safe_serialization=True" in message(saved)
 
 
+@pytest.mark.parametrize("name", ["chat.safetensors", "chat.bin", "chat.pt"])
+def test_a_folder_with_a_saved_cache_only(
+    name: str, saved: Path, tiny: NemotronConfig, make: Make
+) -> None:
+    """It is no pickle and no shard."""
+    (saved / "model.safetensors").rename(saved / "elsewhere")
+    make(tiny).empty_cache(1).save(saved / name)
+    text = message(saved)
+    assert f"there is {name}: a cache that `Cache.save` wrote" in text
+    assert "pickle" not in text
+    assert "index is missing" not in text
+    assert "`Cache.load` opens it" in message(saved / name)
+    (saved / "old.bin").write_bytes(b"no safetensors")
+    assert "there is old.bin: pickle files" in message(saved)
+
+
 def test_shards_without_their_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
     text = message(sharded)
