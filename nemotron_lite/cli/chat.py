@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_lite.cli.common import SHIPPED, ModelFolder, Seed, app, note, plain_errors, say, write
-from nemotron_lite.cli.generate import DEFAULT, DEFAULT_DRAFT, Compiled, Temperature, TopK, TopP
+from nemotron_lite.cli.common import SHIPPED, ModelFolder, app, note, plain_errors, say, write
+from nemotron_lite.cli.generate import (
+    DEFAULT,
+    DEFAULT_DRAFT,
+    Compiled,
+    SamplingSeed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from nemotron_lite.cli.inputs import read_model
 from nemotron_lite.generation.options import SpeculationOptions
 
@@ -53,7 +61,7 @@ def chat(
     temperature: Temperature = DEFAULT.temperature,
     top_p: TopP = DEFAULT.top_p,
     top_k: TopK = DEFAULT.top_k,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     dtype: Annotated[str | None, typer.Option(help="of the weights: float32 or bfloat16")] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="keep quantized weights packed in memory")

@@ -34,9 +34,9 @@ from nemotron_lite.progress import is_terminal, still_working
 from nemotron_lite.quantization.recipe import RECIPES
 
 __all__ = [
-    "DTYPES", "SHIPPED", "ModelFolder", "ModelSizes", "Precision", "Seed", "Text", "app", "err",
-    "note", "out", "plain_errors", "program", "say", "settings", "title", "visible", "working",
-    "write",
+    "DTYPES", "SHIPPED", "JsonlField", "ModelFolder", "ModelSizes", "Precision", "Seed", "Text",
+    "app", "err", "note", "out", "plain_errors", "program", "say", "settings", "title", "visible",
+    "working", "write",
 ]  # fmt: skip
 
 app = Application(
@@ -68,6 +68,7 @@ Text = Annotated[
         "standard library if not given"
     ),
 ]
+JsonlField = Annotated[str, typer.Option(help="field of a .jsonl file that holds the text")]
 Seed = Annotated[int, typer.Option(help="seed of weights, data order and sampling")]
 Precision = Annotated[str, typer.Option(help=f"precision of matrix products: {', '.join(RECIPES)}")]
 

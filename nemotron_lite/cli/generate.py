@@ -22,7 +22,6 @@ from nemotron_lite.cli.common import (
     DTYPES,
     SHIPPED,
     ModelFolder,
-    Seed,
     app,
     note,
     plain_errors,
@@ -41,6 +40,7 @@ SSM_DTYPES = ("float32", "float16")
 DEFAULT, DEFAULT_DRAFT = GenerationOptions(), SpeculationOptions()
 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="of sampling")]
 TopP = Annotated[
     float | None, typer.Option(help="smallest set of tokens with this probability; 1 keeps all")
 ]
@@ -87,7 +87,7 @@ def generate(
         typer.Option(help="end before this text; may be given several times"),
     ] = None,
     samples: Annotated[int, typer.Option(help="continuations to write")] = 1,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     dtype: Annotated[str | None, typer.Option(help=f"of the weights: {', '.join(DTYPES)}")] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="keep quantized weights packed in memory")

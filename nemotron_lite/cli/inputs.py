@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from nemotron_lite import shipped_models
-from nemotron_lite.cli.common import DTYPES, working
+from nemotron_lite.cli.common import DTYPES
 from nemotron_lite.config import PRESETS, NemotronConfig
 from nemotron_lite.input_files import FileError, read_json, read_text
 
 if TYPE_CHECKING:
-    from nemotron_lite.data import TextData
     from nemotron_lite.model import Nemotron
 
 PROMPT_BYTES = 64 << 20  # a million tokens have some 4 MB
@@ -147,11 +146,3 @@ def check_memory(config: NemotronConfig) -> None:
             f"AdamW's moments, but this machine has {have / 2**30:,.0f} GiB: choose a smaller "
             "model, such as lite."
         )
-
-
-def prepare_text(config: NemotronConfig, text: Path | None) -> TextData:
-    """The text to train on, with a tokenizer of the model's vocabulary size."""
-    from nemotron_lite.data import prepare
-
-    with working("reading files, training a tokenizer, measuring gzip and n-grams"):
-        return prepare(vocab_size=config.vocab_size, root=text)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron_lite.cli.common import (
+    JsonlField,
     Seed,
     Text,
     app,
@@ -73,6 +74,7 @@ def quantize(
         int, typer.Option("--held-out", help="bytes of text to score on; 0 leaves it out")
     ] = 192 * 1024,
     text: Text = None,
+    jsonl_field: JsonlField = "text",
     seed: Seed = 0,
 ) -> None:
     """Quantize a trained model: one format for all, or the best mix within a budget of bits."""
@@ -88,7 +90,7 @@ def quantize(
         check_options(model, save_to, bits, format, choices)
         title(1, "Read")
         loaded = read_model(model, "float32")
-        documents, held_out = read_text(loaded, text, held_out_bytes)
+        documents, held_out = read_text(loaded, text, held_out_bytes, jsonl_field)
         batches = sample_windows(documents, pieces, tokens, seed=seed).split(BATCH_SIZE)
         with working("scoring"):
             before = evaluate(loaded, held_out) if held_out else None
@@ -167,7 +169,7 @@ def check_options(
 
 
 def read_text(
-    model: Nemotron, text: Path | None, held_out_bytes: int
+    model: Nemotron, text: Path | None, held_out_bytes: int, jsonl_field: str
 ) -> tuple[list[np.ndarray], HeldOut | None]:
     """Documents to calibrate on, and others to score, as token ids of the model's tokenizer.
 
@@ -182,7 +184,7 @@ def read_text(
     config = model.config
     start, end = config.bos_token_id, config.eos_token_ids[0]
     with working("reading files"):
-        corpus = load_corpus(text, held_out_bytes=held_out_bytes)
+        corpus = load_corpus(text, held_out_bytes=held_out_bytes, text_field=jsonl_field)
         sides = [
             encode_documents(
                 model.tokenizer, [d.content.decode() for d in side], start=start, end=end

@@ -32,6 +32,7 @@ import typer
 from nemotron_lite import shipped_models
 from nemotron_lite.cli.common import (
     SHIPPED,
+    JsonlField,
     Seed,
     Text,
     app,
@@ -89,6 +90,7 @@ def run(
     model: Sizes = None,
     precision: RunPrecision = "auto",
     text: Text = None,
+    jsonl_field: JsonlField = "text",
     save_curve: Annotated[
         Path | None, typer.Option(help="write the loss curve of the training to this JSON file")
     ] = None,
@@ -126,7 +128,7 @@ def run(
         _write_twice(lite, tables)
 
         title(3, "Score: bits per byte of files it has never seen (lower is better)")
-        data = _text(lite, text)
+        data = _text(lite, text, jsonl_field)
         scores = [("lite, shipped", _score(lite, data), _seen(text))]
         out.print(tables.score_table(scores, data.baselines))
         del lite
@@ -204,7 +206,7 @@ def _write(
     return len(pieces.results.tokens) / seconds, pieces.statistics
 
 
-def _text(lite: Nemotron, text: Path | None) -> TextData:
+def _text(lite: Nemotron, text: Path | None, jsonl_field: str) -> TextData:
     """The text in the shipped model's tokens; held out is what the model's manifest holds out.
 
     Says if the held-out files of this Python are not those of the manifest.
@@ -222,7 +224,7 @@ def _text(lite: Nemotron, text: Path | None) -> TextData:
         }
         remark = held_out_remark(manifest.held_out, here)
     with working("reading files, measuring gzip, LZMA and n-grams"):
-        data = prepare(root=text, tokenizer=lite.tokenizer, **held_out)
+        data = prepare(root=text, tokenizer=lite.tokenizer, text_field=jsonl_field, **held_out)
     if not settings.quiet:
         say(
             f"{len(data.train):,} training tokens in {data.train_bytes / 1e6:.1f} MB; "

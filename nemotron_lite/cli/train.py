@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemotron_lite.cli.common import (
+    JsonlField,
     ModelSizes,
     Precision,
     Seed,
@@ -57,7 +58,6 @@ Allowed = Annotated[
     list[str] | None,
     typer.Option("--allow-changed", help="what may differ in a resumed run; repeatable"),
 ]
-JsonlField = Annotated[str, typer.Option(help="field of a .jsonl file that holds the text")]
 
 
 @app.command()

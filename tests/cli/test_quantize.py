@@ -90,6 +90,17 @@ def test_one_format_for_all(trained: Path, text: Path, tmp_path: Path) -> None:
     assert re.search(r"│ BF16 +│ embedding ", shown)
 
 
+def test_the_field_of_json_lines(trained: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    body = "".join(python.read_text() for python in sorted(text.glob("*.py")))
+    file.write_text(json.dumps({"body": body}))
+    out, more = tmp_path / "small", ("--format", "nvfp4", "--held-out", 0)
+    refused = quantize(trained, file, out, *more, code=1).stderr
+    assert "'text'" in refused and "notes.jsonl" in refused
+    quantize(trained, file, out, *more, "--jsonl-field", "body")
+    assert weight_bytes(out) < weight_bytes(trained)
+
+
 def test_a_mix_within_a_budget(trained: Path, text: Path, tmp_path: Path) -> None:
     shown = quantize(trained, text, tmp_path / "mix", "--bits", 7, "--held-out", 0).stdout
     found = re.search(r"(\d+) modules can be quantized: (.*); ([\d.]+) bits a weight", shown)

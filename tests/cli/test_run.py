@@ -114,7 +114,7 @@ def test_the_live_run_and_its_curve(
             seq_len=32, batch_size=2, precision=precision, **given
         ),
     )
-    monkeypatch.setattr(run, "_text", lambda lite, _: _prepared(lite, text))
+    monkeypatch.setattr(run, "_text", lambda lite, *_: _prepared(lite, text))
     saved = tmp_path / "curve.json"
     shown = call(
         "run", "--max-seconds", 1, "--out", tmp_path / "model", "--save-curve", saved,
@@ -182,11 +182,22 @@ def test_what_the_manifest_holds_out_is_scored(
     )
     monkeypatch.setattr(data, "read_manifest", lambda: wanted)
     lite = nemotron_lite.load("lite")
-    found = run._text(lite, None)
+    found = run._text(lite, None, "text")
     assert len(found.held_out.documents) == 2
     assert found.held_out.num_bytes == len(files[2].content) + len(files[5].content)
     shown = capsys.readouterr().out
     assert "other versions of 2 of the 3 held-out files, and 1 are missing" in shown
+
+
+def test_the_field_of_json_lines(tiny_lite: Path, own_cache: None, tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    bodies = [f"def f_{i}():\n    return {i}\n" * 9000 for i in range(3)]
+    file.write_text("\n".join(json.dumps({"body": body}) for body in bodies))
+    found = run._text(nemotron_lite.load("lite"), file, "body")
+    assert found.train_bytes + found.held_out.num_bytes == sum(map(len, bodies))
+    options = ("--max-seconds", 0.3, "--out", tmp_path / "model", "--quiet")
+    refused = call("run", "--text", file, *options, code=1).stderr
+    assert "'text'" in refused and "notes.jsonl" in refused
 
 
 def test_the_recipe_of_the_live_run() -> None:
