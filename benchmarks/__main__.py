@@ -29,6 +29,7 @@ BENCHMARKS = (
     "speculation",
     "nvfp4_training",
     "nvfp4_checkpoints",
+    "float16_states",
     "removal",
 )
 BY_NAME = ("gpu_model", "figures")  # only run by name

@@ -13,7 +13,6 @@ the peak is above the model. Linux only; elsewhere `peak_above` returns None.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import statistics
@@ -24,21 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from nemotron_lite.config import NemotronConfig
-
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def model_digest(config: NemotronConfig, tokenizer: Tokenizer) -> str:
-    """Eight hex digits that differ when sizes or tokenizer differ.
-
-    They name the folder of a trained model, so that no benchmark reads one that was trained before
-    the preset or the tokenizer changed.
-    """
-    parts = json.dumps(config.to_hf(), sort_keys=True) + tokenizer.to_str()
-    return hashlib.sha256(parts.encode()).hexdigest()[:8]
 
 
 class Timed(float):

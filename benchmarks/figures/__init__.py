@@ -39,6 +39,7 @@ from benchmarks.figures.markdown import read, wrapped
 from benchmarks.figures.techniques import (
     bfloat16,
     checkpoints,
+    float16_states,
     loss_of_checkpoints,
     removal,
     speculation,
@@ -80,6 +81,7 @@ def for_document(records: Path) -> dict[str, str]:
         "model": model, "bfloat16": bfloat16, "peers": cpu_peers, "busy": busy,
         "operator": operator, "growth": growth, "gpu": gpu,
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
+        "float16 states": float16_states,
         "training": training, "speculation": speculation, "removal": removal,
     }  # fmt: skip
     return {name: function(records) for name, function in functions.items()}

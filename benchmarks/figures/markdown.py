@@ -42,9 +42,10 @@ def size_of(found: dict[str, Any]) -> str:
     return text
 
 
-def percent(summary: dict[str, float]) -> str:
+def percent(summary: dict[str, float], digits: int = 2) -> str:
     """A change in percent: "+0.05 (-0.04 to +0.10)"."""
-    return f"{summary['median']:+.2f} ({summary['min']:+.2f} to {summary['max']:+.2f})"
+    middle, low, high = (f"{summary[name]:+.{digits}f}" for name in ("median", "min", "max"))
+    return f"{middle} ({low} to {high})"
 
 
 def to_be_made(commands: Sequence[str]) -> list[str]:

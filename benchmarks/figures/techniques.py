@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures.markdown import link, percent, read, size_of, table, wrapped
+from benchmarks.figures.markdown import link, percent, read, size_of, table, to_be_made, wrapped
 
-# The ways of rolling a cache back, by their names in new records and in older ones.
+# The ways of drafting and of rolling a cache back, by their names in the records.
+DRAFTS = {f"fixed {k}": f"drafts of {k}" for k in (1, 2, 3, 4, 6)}
+DRAFTS |= {
+    "shortlist": "drafts of 4, from a shortlist", "adaptive": "adaptive, at most 6",
+    "poor": "adaptive, MTP module with random weights",
+}  # fmt: skip
 ROLLBACK = {
     "accept": "the inputs of each token, as `Cache.accept` does it",
     "clone": "a copy of the whole cache (`Cache.clone`), and the accepted tokens read again",
-}
-ROLLBACK |= {
-    "replay": ROLLBACK["accept"],
-    "snapshots": "a copy of the Mamba layers' states after every token, which `Cache` did earlier "
-    "and does no longer",
 }
 
 
@@ -24,10 +24,42 @@ def bfloat16(records: Path) -> str:
     found = read(records / "bf16_quality.json")
     bits = found["bits_per_byte"]
     return wrapped(
-        f"Quality in bfloat16 ({link('bf16_quality.json')}): the model {found['model']} and with "
+        f"Quality in bfloat16 ({link('bf16_quality.json')}): the model {found['model']}, with "
         f"{size_of(found)}, needs {bits['bfloat16']:.4f} bits per byte of held-out text in "
         f"bfloat16 and {bits['float32']:.4f} in float32."
     )
+
+
+def float16_states(records: Path) -> str:
+    """Quality with SSM states in float16."""
+    file = records / "float16_states.json"
+    if not file.exists():
+        return "\n".join(to_be_made(["`python -m benchmarks float16_states`"]))
+    found = read(file)
+    stretches: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for entry in found["results"]:
+        stretches.setdefault((entry["first"], entry["last"]), {})[entry["as"]] = entry
+    rows = []
+    for (first, last), ways in stretches.items():
+        row = [f"{first:,} to {last:,}", f"{ways['float32']['nats_per_token']['median']:.3f}"]
+        for name in ("stochastic", "nearest", "read at once"):
+            row += [percent(ways[name]["change_percent"], 3), f"{ways[name]['mean_kl']:.0e}"]
+        rows.append(row)
+    sizes = found["cache_bytes_of_a_row"]
+    text = (
+        f"The model `{found['model']}` with {size_of(found)} ({link(file.name)}) reads the "
+        f"beginnings of its {found['files']} longest held-out files token by token. Change of the "
+        "loss in percent (median, smallest and largest of the files; "
+        f"{found['seeds']} seeds for stochastic rounding), and mean KL divergence, both against "
+        "states in float32. The last two columns are float32 in one pass: they show what another "
+        "order of the sums changes. A cache of one row without keys and values has "
+        f"{sizes['float16']:,} bytes instead of {sizes['float32']:,}."
+    )
+    heads = [
+        "tokens", "nats per token", "rounded stochastically", "KL", "rounded to nearest", "KL",
+        "float32 at once", "KL",
+    ]  # fmt: skip
+    return f"{wrapped(text)}\n\n{table(heads, rows)}"
 
 
 def checkpoints(records: Path) -> str:
@@ -72,28 +104,36 @@ def loss_of_checkpoints(records: Path) -> str:
     names = {
         "bf16 for all": "BF16", "fp8 for all": "FP8", "nvfp4 for all": "NVFP4",
         "nvfp4 for all, scales by rule": "NVFP4, scales without search",
+        "shipped": "as shipped: NVFP4 and FP8, head and MTP module too",
     }  # fmt: skip
-    rows = []
-    for entry in found["results"]:
-        if "weights" in entry:
-            rows.append(
-                [
-                    names.get(entry["as"], entry["as"]),
-                    f"{entry['bits_a_weight']:.2f}",
-                    *(
-                        percent(entry[w]["change_percent"])
-                        for w in ("weights", "weights and inputs")
-                    ),
-                ]
-            )
-    groups = found["results"][0]["nats_per_token"]["n"]
+    before, *others = found["results"]
+    rows = [["as it was", "32.00", f"{before['bits_per_byte']:.4f}", "", ""]]
+    for entry in others:
+        changes = (entry[w]["change_percent"] for w in ("weights", "weights and inputs"))
+        rows.append(
+            [
+                names.get(entry["as"], entry["as"]),
+                f"{entry['bits_a_weight']:.2f}",
+                f"{entry['weights']['bits_per_byte']:.4f}",
+                *map(percent, changes),
+            ]
+        )
+    if found["before_packing"]:
+        which = "The shipped model before its weights were packed"
+    else:
+        which = f"The model `{found['model']}`"
+    rounded = sorted({"NVFP4", "FP8"} & set(found["stored_as"]))
     text = (
-        f"Change of held-out loss in percent, for the model `{found['model']}` with "
-        f"{size_of(found)} after {found['training_seconds']:.0f} seconds of training "
-        f"({link('nvfp4_checkpoints_loss.json')}): median, smallest and largest of {groups} "
-        "groups of held-out files."
+        f"{which}, with {size_of(found)} ({link('nvfp4_checkpoints_loss.json')}): bits per byte of "
+        f"the first {found['tokens_of_a_document']:,} tokens of each held-out file, and the change "
+        "of the loss in percent: median, smallest and largest of "
+        f"{before['nats_per_token']['n']} groups of these files."
+        + f" It is stored in {' and '.join(rounded)}, so this is a second rounding."
+        * bool(rounded)
     )
-    heads = ["format", "bits per weight", "weights quantized", "weights and inputs"]
+    heads = [
+        "format", "bits per weight", "bits per byte", "weights quantized", "weights and inputs"
+    ]  # fmt: skip
     return f"{wrapped(text)}\n\n{table(heads, rows)}"
 
 
@@ -124,53 +164,81 @@ def training(records: Path) -> str:
 
 
 def speculation(records: Path) -> str:
-    """Speculative decoding beside plain decoding."""
-    found = read(records / "speculation.json")
-    story = found["training"]
-    names = {
-        "adaptive": "adaptive, at most 6", "poor": "adaptive, MTP module with random weights"
-    }  # fmt: skip
-    names |= {f"fixed {k}": f"drafts of {k}" for k in (1, 2, 3, 4, 6)}
+    """How many drafts are accepted, and what drafting gains."""
+    files = (records / "speculation_acceptance.json", records / "speculation.json")
+    commands = [
+        f"`python -m benchmarks speculation --only {part}`"
+        for part, file in zip(("acceptance", "speed"), files, strict=True)
+        if not file.exists()
+    ]
+    parts = [
+        part(read(file))
+        for part, file in zip((_acceptance, _gain), files, strict=True)
+        if file.exists()
+    ]
+    return "\n\n".join([*parts, *to_be_made(commands)])
+
+
+def _texts(found: dict[str, Any], file: str) -> str:
+    return (
+        f"The model `{found['model']}` with {size_of(found)} ({link(file)}), {found['prompts']} "
+        f"prompts of {found['prompt_tokens']} tokens, {found['new_tokens']} new tokens each."
+    )
+
+
+def _acceptance(found: dict[str, Any]) -> str:
     by_way: dict[str, list[str]] = {}
-    differ = 0
     for entry in found["results"]:
-        if entry["what"] == "decode":
-            ratio = entry["times_faster"]
-            predicted = entry["predicted_times_faster"]
-            by_way.setdefault(entry["way"], [names[entry["way"]]]).extend(
+        spread = entry["by_prompt"]
+        by_way.setdefault(entry["way"], [DRAFTS[entry["way"]]]).extend(
+            [
+                f"{entry['acceptance_length']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})",
+                " ".join(f"{rate:.2f}" for rate in entry["rates"]),
+            ]
+        )
+    text = (
+        f"Acceptance. {_texts(found, 'speculation_acceptance.json')} The acceptance length over "
+        "all prompts (smallest and largest of single prompts), and by position the share of "
+        "drafted tokens that were accepted where everything before them was. The shortlist has the "
+        f"{found['shortlist']:,} tokens that are most frequent in the training text."
+    )
+    heads = ["drafts", "greedy", "by position", "temperature 0.7", "by position"]
+    return f"{wrapped(text)}\n\n{table(heads, list(by_way.values()))}"
+
+
+def _gain(found: dict[str, Any]) -> str:
+    decoding = [entry for entry in found["results"] if entry["what"] == "decode"]
+    differ = sum(entry.get("texts_that_differ", 0) for entry in decoding)
+    text = (
+        f"Speed. {_texts(found, 'speculation.json')} Processor: {found['machine']['cpu']}, "
+        f"{found['machine']['threads']} threads. Greedy texts that differ from those of plain "
+        f"decoding: {differ}."
+    )
+    parts = [wrapped(text)]
+    for temperature in sorted({entry["temperature"] for entry in decoding}):
+        entries = [entry for entry in decoding if entry["temperature"] == temperature]
+        rows = [["none", f"{entries[0]['tokens_per_second']['plain']:,.0f}", "1", "", "1"]]
+        for entry in entries:
+            ratio, predicted = entry["times_faster"], entry["predicted_times_faster"]
+            rows.append(
                 [
+                    DRAFTS[entry["way"]],
+                    f"{entry['tokens_per_second']['ours']:,.0f}",
                     f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
                     f"{predicted['ledger']:.2f} / {predicted['measured']:.2f}",
                     f"{entry['statistics']['acceptance_length']:.2f}",
                 ]
             )
-            differ += entry.get("texts_that_differ", 0)
-    text = (
-        f"Record: {link('speculation.json', 'speculation.json')}. The model `{found['model']}` "
-        f"with {size_of(found)} "
-        f"was trained with {story['threads']} thread{'s' * (story['threads'] > 1)}: "
-        f"{story['backbone']['seconds']:.0f} seconds for the whole model "
-        f"({story['backbone']['tokens']:,} tokens, {story['held_out_bits_per_byte']:.2f} bits per "
-        f"byte of held-out text), {story['writing']['seconds']:.0f} seconds in which the backbone "
-        f"continues pieces of its training text, and {story['healing']['seconds']:.0f} seconds of "
-        "training the MTP module on that text. This last step raised the acceptance length of "
-        "drafts of four on held-out prompts from "
-        f"{story['acceptance_length_before_healing']:.2f} to "
-        f"{story['acceptance_length_after_healing']:.2f}. Drafts use the {found['shortlist']:,} "
-        f"tokens that the backbone writes most often. {found['prompts']} prompts of "
-        f"{found['prompt_tokens']} tokens, {found['new_tokens']} new tokens each. Greedy texts "
-        f"that differ from those of plain decoding: {differ}."
-    )
-    heads = [
-        "drafts", "greedy", "predicted", "acceptance length", "temperature 0.7", "predicted",
-        "acceptance length",
-    ]  # fmt: skip
+        name = f"temperature {temperature}" if temperature else "greedy"
+        heads = [
+            f"drafts, {name}", "tokens per second", "times plain", "predicted", "acceptance length"
+        ]  # fmt: skip
+        parts.append(table(heads, rows))
     ways = [entry for entry in found["results"] if entry["what"] == "rollback"]
     rollback = "; ".join(
         f"{entry['bytes_kept']:,} bytes and "
         f"{entry['verify_and_keep_over_a_plain_step']:.2f} plain steps with "
-        # Records of before the one way to roll back call it "hold".
-        f"{ROLLBACK[entry['way'] if 'way' in entry else entry['hold']]}"
+        f"{ROLLBACK[entry['way']]}"
         for entry in ways
     )
     after = (
@@ -178,7 +246,7 @@ def speculation(records: Path) -> str:
         "to roll the cache back. Bytes stored, and time of verifying and accepting the draft: "
         f"{rollback}."
     )
-    return f"{wrapped(text)}\n\n{table(heads, list(by_way.values()))}\n\n{wrapped(after)}"
+    return "\n\n".join([*parts, wrapped(after)])
 
 
 def removal(records: Path) -> str:

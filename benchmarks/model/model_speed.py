@@ -14,8 +14,8 @@ must agree on logits before anything is timed. The aims, in float32 on two cores
 
 Quality in bfloat16 is measured in two ways. On the random model: the share of tokens whose most
 likely next token stays the same, and the divergence from the float32 logits; both also for
-transformers in bfloat16. (Its routing changes where two scores are almost equal.) On a small model
-trained for a minute: bits per byte of held-out text in both precisions.
+transformers in bfloat16. (Its routing changes where two scores are almost equal.) On the shipped
+model: bits per byte of held-out text in both precisions.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.model import memory, peers
+from benchmarks.model import memory, peers, shipped
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig
-from nemotron_lite.data import prepare
 from nemotron_lite.ops.linear import linear
-from nemotron_lite.train import TrainConfig, evaluate, train
+from nemotron_lite.train import evaluate
 
 PREFILL_AIMS = {512: 1.3, 2048: 1.4, 8192: 1.6, 32768: 2.5}
 DECODE_AIMS = {1: 2.0, 8: 1.5}
@@ -57,7 +56,7 @@ class Plan:
     train_rounds: int
     memory_length: int
     bf16: dict[int, int]  # length: rounds
-    quality_seconds: float  # of training the small model; 0 leaves it out
+    quality: bool = True  # whether the shipped model is scored
     aims: bool = True  # the aims are meant for sizes S and M
 
     def aim(self, ratio: float | None) -> float | None:
@@ -69,11 +68,10 @@ FULL = Plan(
     prefill={512: 9, 2048: 7, 8192: 3, 32768: 2},
     decode=((1, 512), (8, 512), (1, 4096), (8, 4096)), decode_rounds=9, decode_steps=8,
     train=(4, 512), train_rounds=5, memory_length=8192, bf16={512: 7, 2048: 5, 8192: 3},
-    quality_seconds=60.0,
 )  # fmt: skip
 QUICK = Plan(
     prefill={64: 2, 160: 2}, decode=((1, 64), (8, 64)), decode_rounds=2, decode_steps=2,
-    train=(2, 64), train_rounds=2, memory_length=256, bf16={64: 2}, quality_seconds=0.0,
+    train=(2, 64), train_rounds=2, memory_length=256, bf16={64: 2}, quality=False,
     aims=False,
 )  # fmt: skip
 
@@ -232,20 +230,16 @@ def agreement(exact: Tensor, other: Tensor) -> dict[str, float]:
     }
 
 
-def measure_quality(seconds: float) -> dict[str, Any]:
-    """Bits per byte of held-out text, of the lite model trained briefly, in both precisions."""
-    data = prepare()
-    model = Nemotron(NemotronConfig.from_preset("lite"), seed=0)
-    train(model, data, TrainConfig(max_seconds=seconds), progress=False)
-    exact = evaluate(model.eval(), data.held_out)
-    rounded = evaluate(model.to(torch.bfloat16), data.held_out)
+def measure_quality() -> dict[str, Any]:
+    """Bits per byte of held-out text, of the shipped model, in both precisions."""
+    trained = shipped.open_trained()
+    exact = evaluate(trained.model, trained.data.held_out)
+    rounded = evaluate(trained.model.to(torch.bfloat16), trained.data.held_out)
     return {
         "what": "bf16 quality",
-        "path": "`train`, then `evaluate` in float32 and after model.to(torch.bfloat16)",
-        "model": f"lite, trained for {seconds:.0f} seconds",
-        "parameters": model.num_parameters(),
+        "path": "`evaluate` in float32 and after model.to(torch.bfloat16)",
+        **trained.about,
         "bits_per_byte": {"float32": exact.bits_per_byte, "bfloat16": rounded.bits_per_byte},
-        "held_out_bytes": exact.num_bytes,
         "relative_loss": rounded.bits_per_byte / exact.bits_per_byte - 1,
     }
 
@@ -301,8 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
         found = measure_size(size, works, plan)
         if not asked.quick:
             print(write_record(f"model_speed_{size}{partly}", found))
-    if "quality" in works and plan.quality_seconds:
-        quality = measure_quality(plan.quality_seconds)
+    if "quality" in works and plan.quality:
+        quality = measure_quality()
         print(f"  {measure.describe(quality)}", flush=True)
         print(write_record("bf16_quality", quality))
 

@@ -1,7 +1,7 @@
 """Checkpoints in 4 and 8 bits: their size, the speed of generating, and the change of the loss.
 
-    python -m benchmarks nvfp4_checkpoints                       trains for two minutes first
-    python -m benchmarks nvfp4_checkpoints --model runs/small    a trained model that is there
+    python -m benchmarks nvfp4_checkpoints                       the shipped model, rounded again
+    python -m benchmarks nvfp4_checkpoints --only loss --model runs/lite-base/model
     python -m benchmarks nvfp4_checkpoints --only size
 
 **Size and speed** of a model of size M (106 million random weights, as in `model_speed`), saved in
@@ -12,10 +12,16 @@ loading.
 
 **Loss** of a trained model: BF16, FP8 and NVFP4 for all modules, NVFP4 with block scales from the
 largest magnitude instead of searched ones, and the mix of least estimated cost under 4.75 bits per
-weight. Held-out loss is measured with plain inputs ("weights"), and with inputs rounded to the
-format of each weight, as Blackwell's tensor cores need them ("weights and inputs"). The held-out
-documents are divided into groups, and the change is given for each group, because a change of a
-hundredth of a percent may be random. Nothing is tuned on these documents.
+weight. What a format costs is measured on weights that are not rounded yet, and the package does
+not contain those of the shipped model: they are the folder that `make lite` leaves, for `--model`.
+Then the model as it is shipped is measured too. Without `--model` the shipped weights are decoded
+and rounded again. This says what a second rounding costs, and less than the first one did: a weight
+that is an NVFP4 number already stays what it is, or nearly so.
+
+Held-out loss is measured with plain inputs ("weights"), and with inputs rounded to the format of
+each weight, as Blackwell's tensor cores need them ("weights and inputs"). The held-out documents
+are cut to 1,024 tokens and divided into groups, and the change is given for each group, because a
+change of a hundredth of a percent may be random. Nothing is tuned on these documents.
 
 A CPU has no instructions for these formats: decoding takes time that BF16 does not need. On a CPU
 packed weights save memory only.
@@ -38,11 +44,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.model import peers
+from benchmarks.model import peers, shipped
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
 from nemotron_lite.checkpoint import storage_summary, weight_bytes
-from nemotron_lite.data import END_OF_TEXT_ID, HeldOut, TextData, prepare, sample_windows
+from nemotron_lite.checkpoint.locations import resolve
+from nemotron_lite.data import HeldOut, TextData, decode, prepare, sample_windows
 from nemotron_lite.quantization import (  # fmt: skip
     Calibration,
     allocate_bits,
@@ -54,9 +61,8 @@ from nemotron_lite.quantization import (  # fmt: skip
     single_format,
 )
 from nemotron_lite.quantization.packed_layers import PackedWeight
-from nemotron_lite.train import TrainConfig, evaluate, train
+from nemotron_lite.train import Evaluation, evaluate
 
-RUNS = measure.ROOT / "runs"
 BUDGET = 4.75  # bits a weight
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 # Folder, packed, dtype: the ways to load the model.
@@ -162,34 +168,25 @@ def measure_speed(folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]
     return found
 
 
-def trained_model(seconds: float) -> tuple[Nemotron, TextData]:
-    """The `lite` model, trained once and stored in runs/."""
-    data = prepare()
-    config = NemotronConfig.from_preset(
-        "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
-    )
-    digest = measure.model_digest(config, data.tokenizer)
-    folder = RUNS / f"nvfp4_checkpoints-{seconds:.0f}-{digest}"
-    if not folder.is_dir():
-        model = Nemotron(config, seed=0)
-        train(model, data, TrainConfig(max_seconds=seconds, bias_rate=0.02))
-        save(model, folder, data.tokenizer)
-    return load(folder, dtype=torch.float32), data
-
-
-def groups_of(held_out: HeldOut, count: int, most: int) -> list[HeldOut]:
+def groups_of(data: TextData, count: int, most: int) -> list[HeldOut]:
     """Held-out documents in groups of about equal size, none longer than `most` tokens each."""
-    documents = sorted((d[:most] for d in held_out.documents), key=len, reverse=True)
-    groups: list[list[Any]] = [[] for _ in range(min(count, len(documents)))]
-    for document in documents:
+    cut = [document[:most] for document in data.held_out.documents]
+    groups: list[list[np.ndarray]] = [[] for _ in range(min(count, len(cut)))]
+    for document in sorted(cut, key=len, reverse=True):
         min(groups, key=lambda group: sum(map(len, group))).append(document)
-    # Only losses per token are read from these, so the bytes do not matter.
-    return [HeldOut(tuple(group), 1) for group in groups]
+    return [
+        HeldOut(tuple(g), sum(len(decode(data.tokenizer, d).encode()) for d in g)) for g in groups
+    ]
 
 
-def losses(model: Nemotron, groups: list[HeldOut]) -> list[float]:
-    """Loss of each group in nats per token."""
-    return [evaluate(model, group).nats_per_token for group in groups]
+def losses(model: Nemotron, groups: list[HeldOut]) -> list[Evaluation]:
+    """The score of each group."""
+    return [evaluate(model, group) for group in groups]
+
+
+def bits_per_byte(found: list[Evaluation]) -> float:
+    """Of all groups together."""
+    return sum(e.bits_per_byte * e.num_bytes for e in found) / sum(e.num_bytes for e in found)
 
 
 def assignments(
@@ -211,17 +208,32 @@ def assignments(
 
 
 def measure_loss(
-    model: Nemotron, data: TextData, *, bits: float, prompts: int, length: int, most: int
+    model: Nemotron,
+    data: TextData,
+    *,
+    bits: float,
+    prompts: int,
+    length: int,
+    most: int,
+    packed: Nemotron | None = None,
 ) -> list[dict[str, Any]]:
-    """Held-out loss of every assignment of formats, and of the model before quantizing."""
+    """Held-out loss of every assignment of formats, and of the model before quantizing.
+
+    Args:
+        bits: the budget of the mix.
+        prompts, length: pieces of text to calibrate on, and tokens of each.
+        most: tokens of a held-out document.
+        packed: the same model as it is shipped, which is measured too.
+    """
     parts = data.train.tokens, data.train.starts
     documents = [part for part in _split(*parts) if len(part) >= length]
     batches = list(sample_windows(documents, prompts, length).split(4))
-    groups = groups_of(data.held_out, 8, most)
+    groups = groups_of(data, 8, most)
     calibration, base = calibrate(model, batches), losses(model, groups)
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     config, parts_of_model = model.config, quantizable_modules(model)
-    found = [{"what": "loss", "as": "it was", "nats_per_token": measure.summary(base)}]
+    found: list[dict[str, Any]] = [{"what": "loss", "as": "it was", **_scores(base)}]
+    print(f"  as it was: {found[0]['bits_per_byte']:.4f} bits per byte", flush=True)
     for name, (formats, search, estimate) in assignments(model, batches, calibration, bits).items():
         other = Nemotron(config)
         other.load_state_dict(plain)
@@ -239,25 +251,46 @@ def measure_loss(
             entry["by_role"] = dict(
                 sorted(Counter(f"{roles[p]} {f}" for p, f in formats.items()).items())
             )
-        for label, rounds in (("weights", False), ("weights and inputs", True)):
-            for layer in other.modules():
-                if isinstance(layer, PackedWeight):
-                    layer.quantize_inputs = rounds
-            now = losses(other, groups)
-            changes = [100 * (after / before - 1) for after, before in zip(now, base, strict=True)]
-            entry[label] = {
-                "nats_per_token": measure.summary(now),
-                "change_percent": {**measure.summary(changes), "each": changes},
-            }
-        found.append(entry)
-        change = entry["weights"]["change_percent"], entry["weights and inputs"]["change_percent"]
+        found.append(entry | _with_and_without_inputs(name, other, groups, base))
+    if packed is not None:
+        entry = {"what": "loss", "as": "shipped", "bits_a_weight": stored_bits(shipped.LITE)}
+        found.append(entry | _with_and_without_inputs("shipped", packed, groups, base))
+    return found
+
+
+def stored_bits(model: str) -> float:
+    """Bits per weight of what is quantized in a checkpoint, with the scales."""
+    held = [part for part in storage_summary(resolve(model)) if part.format in ("NVFP4", "FP8")]
+    return 8 * sum(part.num_bytes for part in held) / sum(part.weights for part in held)
+
+
+def _with_and_without_inputs(
+    name: str, model: Nemotron, groups: list[HeldOut], base: list[Evaluation]
+) -> dict[str, Any]:
+    """The scores with plain inputs and with rounded ones, and their changes in percent."""
+    entry: dict[str, Any] = {}
+    for label, rounds in (("weights", False), ("weights and inputs", True)):
+        for layer in model.modules():
+            if isinstance(layer, PackedWeight):
+                layer.quantize_inputs = rounds
+        now = losses(model, groups)
+        pairs = zip(now, base, strict=True)
+        changes = [100 * (after.nats_per_token / b.nats_per_token - 1) for after, b in pairs]
+        change = {**measure.summary(changes), "each": changes}
+        entry[label] = {**_scores(now), "change_percent": change}
         print(
-            f"  {name}: {entry['bits_a_weight']:.3f} bits, weights {change[0]['median']:+.3f} % "
-            f"({change[0]['min']:+.3f} to {change[0]['max']:+.3f}), and inputs "
-            f"{change[1]['median']:+.3f} %",
+            f"  {name}, {label}: {entry[label]['bits_per_byte']:.4f} bits per byte, "
+            f"{change['median']:+.3f} % ({change['min']:+.3f} to {change['max']:+.3f})",
             flush=True,
         )
-    return found
+    return entry
+
+
+def _scores(found: list[Evaluation]) -> dict[str, Any]:
+    return {
+        "bits_per_byte": bits_per_byte(found),
+        "nats_per_token": measure.summary([e.nats_per_token for e in found]),
+    }
 
 
 def _split(tokens: Any, starts: Any) -> list[Any]:
@@ -271,8 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks nvfp4_checkpoints", allow_abbrev=False
     )
     parser.add_argument("--only", default="size,loss", help="size, loss or both")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of training")
-    parser.add_argument("--model", type=Path, help="a trained checkpoint folder instead")
+    parser.add_argument("--model", type=Path, help="a trained checkpoint folder")
     parser.add_argument("--tokens", type=int, default=48, help="written by each way")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
@@ -301,17 +333,20 @@ def main(arguments: list[str] | None = None) -> None:
         config = peers.SIZES["tiny"].replace(vocab_size=300)
         measure_loss(Nemotron(config, seed=0), data, bits=6.0, prompts=2, length=16, most=64)
         return
-    if asked.model:
-        model, data = load(asked.model, dtype=torch.float32), prepare()
-    else:
-        model, data = trained_model(asked.seconds)
-    results = measure_loss(model, data, bits=BUDGET, prompts=32, length=256, most=512)
+    trained = shipped.open_trained(asked.model)
+    packed = None
+    if shipped.is_before_packing(trained.model):
+        packed = load(shipped.LITE, dtype=torch.float32, packed=True).eval()
+    results = measure_loss(
+        trained.model, trained.data, bits=BUDGET, prompts=32, length=256, most=1024, packed=packed
+    )
     payload = {
         "path": "`evaluate` of the quantized model in float32",
-        "model": "lite", "parameters": model.num_parameters(),
-        "training_seconds": None if asked.model else asked.seconds,
+        **trained.about,
+        "before_packing": packed is not None,
         "calibration": {"passages": 32, "tokens": 256},
-    }  # fmt: skip
+        "tokens_of_a_document": 1024,
+    }
     print(write_record("nvfp4_checkpoints_loss", {**payload, "results": results}))
 
 

@@ -1,40 +1,38 @@
-"""Speculative decoding with the MTP module beside plain decoding, run alternately.
+"""What drafts of the MTP module gain: the shipped model with and without, run alternately.
 
-    python -m benchmarks speculation                    trains for ten minutes first, then measures
-    python -m benchmarks speculation --model lite       a model that is there already
-    python -m benchmarks speculation --quick            a tiny untrained model, no record
+    python -m benchmarks speculation                       the speed needs a quiet machine
+    python -m benchmarks speculation --only acceptance     how many drafts are right: no times
+    python -m benchmarks speculation --model FOLDER        another trained model
+    python -m benchmarks speculation --quick               a tiny untrained model, no record
 
-The model is the `lite` preset, trained on Python's standard library and kept in runs/. Most of the
-training time goes to the whole model. Then the backbone is frozen and continues pieces of its
-training text, and the MTP module alone is trained on that text (train/healing.py), with the
-backbone's own distributions as the target (train/distillation.py). All steps together take the
-given seconds. Drafts use only the `SHORTLIST` tokens that are most frequent in the backbone's text.
-Prompts are the beginnings of held-out files, one at a time (batch 1). For greedy and for sampled
-decoding:
+Prompts are the beginnings of files that the model has never seen, one at a time (batch 1), greedy
+and at temperature 0.7 with top_p 0.95, as `nemotron-lite run` shows it. The ways of drafting:
 
-    plain       token by token: the "plain" of every ratio
-    fixed k     drafts of k tokens, always
-    adaptive    drafts as far as they pay, by prices measured on this machine (`measure_costs`)
-    poor        adaptive, with an MTP module of random weights: what drafting costs where it is
-                useless
+    plain        token by token: the "plain" of every ratio
+    fixed k      drafts of k tokens, always
+    shortlist    drafts of 4, of the `SHORTLIST` tokens that are most frequent in the training text
+    adaptive     drafts as far as they pay, by prices measured on this machine (`measure_costs`)
+    poor         adaptive, with an MTP module of random weights: what drafting costs where it is
+                 useless
 
-Aims: 1.6 times plain at batch 1, and never below 0.95 times when acceptance is poor. Greedy
-texts must be those of plain decoding; prompts whose text differs (a near tie of two logits, rounded
-otherwise by the longer pass) are counted in `texts_that_differ`.
+**Acceptance** (`speculation_acceptance.json`): the acceptance length of drafts of a fixed length,
+by prompt, and the share of accepted tokens by position. It depends on the model and the texts, and
+not on the machine.
 
-Beside each measured ratio stand two predictions, acceptance length over the price of a round: with
-the ledger's prices, which count bytes, and with prices measured part by part. And for going back
-after a draft: bytes kept for it, and the time of verifying it and taking in what stays, with
-`Cache.accept` and with a copy of the whole cache (`Cache.clone`).
+**Speed** (`speculation.json`): tokens per second of every way. Aims: 1.6 times plain at batch 1,
+and never below 0.95 times when acceptance is poor. Greedy texts must be those of plain decoding;
+prompts whose text differs (a near tie of two logits, rounded otherwise by the longer pass) are
+counted in `texts_that_differ`. Beside each measured ratio stand two predictions, acceptance length
+over the price of a round: with the ledger's prices, which count bytes, and with prices measured
+part by part. And for going back after a draft: bytes kept for it, and the time of verifying it and
+taking in what stays, with `Cache.accept` and with a copy of the whole cache (`Cache.clone`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -43,9 +41,10 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.model import shipped
 from benchmarks.record import write_record
-from nemotron_lite import Nemotron, NemotronConfig, generate, load, save
-from nemotron_lite.data import END_OF_TEXT_ID, prepare
+from nemotron_lite import Nemotron, NemotronConfig, generate
+from nemotron_lite.data import HeldOut
 from nemotron_lite.generation.speculative import (
     SpeculationCosts,
     SpeculationOptions,
@@ -55,99 +54,76 @@ from nemotron_lite.generation.speculative import (
     speedup,
 )
 from nemotron_lite.generation.speculative.measured_costs import costs_from_seconds, measure_seconds
-from nemotron_lite.train import Continuations, TrainConfig, evaluate, heal, train
-from nemotron_lite.train.healing import GENERATION_BATCH_SIZE, generate_continuations
 
-RUNS = measure.ROOT / "runs"
 AIM, FLOOR = 1.6, 0.95
+TEMPERATURES, TOP_P = (0.0, 0.7), 0.95
 LENGTHS, LONGEST = (1, 2, 3, 4, 6), 6
-PROMPT = 96  # tokens of a prompt that is measured
-LEAD, WRITTEN = 32, 224  # of a piece of training text, and of what the backbone adds to it
-BACKBONE, WRITING = 0.6, 0.1  # shares of the time; the rest heals
-SHORTLIST = 1024  # tokens of 4,096 that drafts are made of
+PROMPT = 96  # tokens
+SHORTLIST, SHORTLISTED = 1024, 4  # tokens to draft from, and tokens of such a draft
+WORKS = ("acceptance", "speed")
 
 
-@dataclass
-class Trained:
-    """A model, what drafts are made of, prompts, and how it came about."""
-
-    model: Nemotron
-    shortlist: tuple[int, ...]
-    prompts: list[list[int]]
-    story: dict[str, Any]
+def beginnings(held_out: HeldOut, count: int) -> list[list[int]]:
+    """The first tokens of held-out files that are twice as long."""
+    long_enough = [d for d in held_out.documents if len(d) >= 2 * PROMPT]
+    return [document[:PROMPT].tolist() for document in long_enough[:count]]
 
 
-def trained_model(seconds: float, prompts: int) -> Trained:
-    """The `lite` model, trained once and stored in runs/."""
-    data = prepare()
-    config = NemotronConfig.from_preset(
-        "lite", bos_token_id=END_OF_TEXT_ID, eos_token_id=END_OF_TEXT_ID
+def fixed_ways(tokens_to_draft: tuple[int, ...]) -> dict[str, SpeculationOptions]:
+    """The ways of drafting that do not depend on the machine."""
+    ways = {f"fixed {k}": SpeculationOptions(draft_length=k, adaptive=False) for k in LENGTHS}
+    ways["shortlist"] = SpeculationOptions(
+        draft_length=SHORTLISTED, adaptive=False, shortlist=tokens_to_draft
     )
-    digest = measure.model_digest(config, data.tokenizer)
-    folder, judges = RUNS / f"speculation-{seconds:.0f}-{digest}", _beginnings(data, prompts)
-    if not (folder / "story.json").is_file():
-        model = Nemotron(config, seed=0)
-        began = time.perf_counter()
-        whole = train(model, data, TrainConfig(max_seconds=BACKBONE * seconds, bias_rate=0.02))
-        written = own_text(model, data, until=began + (BACKBONE + WRITING) * seconds)
-        wrote = time.perf_counter() - began - whole.seconds
-        how = TrainConfig(
-            max_seconds=max(1.0, seconds - whole.seconds - wrote),
-            seq_len=LEAD + WRITTEN,
-            mtp_weight=1.0,
-            mtp_target="backbone",
-        )
-        # Judging is not training, and stands outside the time: other held-out files than those
-        # that are measured later.
-        others = _beginnings(data, prompts + 6)[prompts:] or judges
-        healed = heal(model, written, how, eval_prompts=others, eval_tokens=64)
-        texts = [row[LEAD:] for row in written.tokens.tolist()]
-        story = {
-            "threads": torch.get_num_threads(),
-            "backbone": {"seconds": whole.seconds, "steps": whole.step, "tokens": whole.tokens},
-            "writing": {"seconds": wrote, "tokens": healed.generated_tokens},
-            "healing": {"seconds": healed.result.seconds, "steps": healed.result.step},
-            "acceptance_length_before_healing": healed.before.acceptance_length,
-            "acceptance_length_after_healing": healed.after.acceptance_length,
-            "acceptance_rates_before_healing": healed.before.acceptance_rates,
-            "acceptance_rates_after_healing": healed.after.acceptance_rates,
-            "held_out_bits_per_byte": evaluate(model.eval(), data.held_out).bits_per_byte,
-            "shortlist": list(shortlist(texts, SHORTLIST)),
-        }
-        save(model, folder / "model", data.tokenizer)
-        (folder / "story.json").write_text(json.dumps(story))
-    story = json.loads((folder / "story.json").read_text())
-    tokens = tuple(story.pop("shortlist"))
-    return Trained(load(folder / "model"), tokens, judges, story)
+    return ways
 
 
-def own_text(model: Nemotron, data: Any, until: float) -> Continuations:
-    """The backbone's continuations of training text, half greedy and half sampled.
+def sampling(temperature: float) -> dict[str, Any]:
+    """The options of a temperature."""
+    return {"temperature": temperature, "top_p": TOP_P if temperature else None, "stop": ()}
 
-    As many rounds as fit before the time `until`; at least one.
-    """
-    model.eval()
-    prompts: list[list[int]] = []
-    texts: list[list[int]] = []
-    while not prompts or time.perf_counter() < until:
-        pieces = data.batch(
-            len(prompts), batch_size=2 * GENERATION_BATCH_SIZE, seq_len=LEAD, seed=2
-        ).tokens.tolist()
-        for part, temperature in (
-            (pieces[:GENERATION_BATCH_SIZE], 0.0),
-            (pieces[GENERATION_BATCH_SIZE:], 0.7),
-        ):
-            made = generate_continuations(
-                model, part, WRITTEN, temperature=temperature, seed=len(prompts)
+
+def measure_acceptance(
+    model: Nemotron, prompts: list[list[int]], tokens: int, tokens_to_draft: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """One entry for each temperature and way: acceptance by prompt and by position."""
+    entries = []
+    for temperature in TEMPERATURES:
+        for name, way in fixed_ways(tokens_to_draft).items():
+            told: list[Statistics] = []
+            write_all(model, prompts, tokens, [], told, speculation=way, **sampling(temperature))
+            whole = sum(told, Statistics())
+            entry: dict[str, Any] = {
+                "what": "acceptance", "way": name, "temperature": temperature,
+                "acceptance_length": whole.acceptance_length,
+                "by_prompt": measure.summary([each.acceptance_length for each in told]),
+                "rates": whole.acceptance_rates,
+                "verifications": whole.verifications,
+            }  # fmt: skip
+            entries.append(entry)
+            spread = entry["by_prompt"]
+            print(
+                f"  {name} at temperature {temperature}: acceptance length "
+                f"{whole.acceptance_length:.2f} (prompts: {spread['min']:.2f} to "
+                f"{spread['max']:.2f}), rates "
+                + " ".join(f"{rate:.2f}" for rate in whole.acceptance_rates),
+                flush=True,
             )
-            prompts += part
-            texts += made.tokens[:, LEAD:].tolist()
-    return Continuations(prompts, texts)
+    return entries
 
 
-def _beginnings(data: Any, count: int) -> list[list[int]]:
-    long_enough = [d for d in data.held_out.documents if len(d) >= 2 * PROMPT]
-    return [d[:PROMPT].tolist() for d in long_enough[:count]]
+def measure_prices(
+    model: Nemotron, rounds: int, tokens_to_draft: tuple[int, ...] | None = None
+) -> tuple[dict[str, float], dict[str, SpeculationCosts]]:
+    """Seconds of each part of a round, and what they cost in plain steps, counted and measured."""
+    parts = measure_seconds(
+        model, LONGEST, context=PROMPT, rounds=rounds, shortlist=tokens_to_draft
+    )
+    counted = None if tokens_to_draft is None else len(tokens_to_draft)
+    return parts, {
+        "ledger": ledger_costs(model.config, LONGEST, drafted_tokens=counted),
+        "measured": costs_from_seconds(parts, LONGEST),
+    }
 
 
 def poor(model: Nemotron) -> Nemotron:
@@ -171,9 +147,7 @@ def write_all(
     """Continue the prompts one after another; `texts` becomes what was written."""
     texts.clear()
     for i, prompt in enumerate(prompts):
-        text, told = generate(
-            model, prompt, tokens, seed=i, stop=(), return_statistics=True, **options
-        )
+        text, told = generate(model, prompt, tokens, seed=i, return_statistics=True, **options)
         texts.append(text)
         statistics.append(told)
 
@@ -184,25 +158,26 @@ def measure_decoding(
     tokens: int,
     rounds: int,
     temperature: float,
-    prices: dict[str, SpeculationCosts],
-    tokens_to_draft: tuple[int, ...] | None = None,
+    prices: dict[str, dict[str, SpeculationCosts]],
+    tokens_to_draft: tuple[int, ...],
 ) -> list[dict[str, Any]]:
-    """One entry per way of drafting, each against plain decoding in the same rounds."""
-    ways = {
-        f"fixed {k}": SpeculationOptions(draft_length=k, adaptive=False, shortlist=tokens_to_draft)
-        for k in LENGTHS
-    }
+    """One entry per way of drafting, each against plain decoding in the same rounds.
+
+    Args:
+        prices: of drafts from "all tokens" and from a "shortlist", by their kind.
+    """
+    ways = fixed_ways(tokens_to_draft)
     ways["adaptive"] = SpeculationOptions(
-        draft_length=LONGEST, costs=prices["measured"], shortlist=tokens_to_draft
+        draft_length=LONGEST, costs=prices["all tokens"]["measured"]
     )
     models = dict.fromkeys(ways, model) | {"poor": poor(model)}
     ways["poor"] = ways["adaptive"]
-    sampling: dict[str, Any] = dict(temperature=temperature, top_p=0.95 if temperature else None)
+    options = sampling(temperature)
     told: dict[str, list[Statistics]] = {name: [] for name in ("plain", *ways)}
     texts: dict[str, list[list[int]]] = {name: [] for name in ("plain", *ways)}
     calls: dict[str, Any] = {
         "plain": partial(
-            write_all, model, prompts, tokens, texts["plain"], told["plain"], **sampling
+            write_all, model, prompts, tokens, texts["plain"], told["plain"], **options
         )
     }
     for name, way in ways.items():
@@ -214,7 +189,7 @@ def measure_decoding(
             texts[name],
             told[name],
             speculation=way,
-            **sampling,
+            **options,
         )
     seconds = measure.alternate(calls, rounds)
     entries = []
@@ -231,7 +206,7 @@ def measure_decoding(
         )
         # Every round of measurement wrote the same texts; the counts are those of all rounds.
         entry |= {"statistics": statistics.to_dict(), "predicted_times_faster": {}}
-        for kind, price in prices.items():
+        for kind, price in prices["shortlist" if name == "shortlist" else "all tokens"].items():
             entry["predicted_times_faster"][kind] = predicted(statistics, price)
         if not temperature:
             pairs = zip(texts["plain"], texts[name], strict=True)
@@ -312,55 +287,60 @@ def describe(entry: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train or load, measure, write `speculation.json`."""
+    """Measure, and write `speculation_acceptance.json` and `speculation.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks speculation", allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=600.0, help="of training")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=192, help="generated after each prompt")
+    parser.add_argument("--only", default=",".join(WORKS), help="acceptance, speed or both")
+    parser.add_argument("--model", type=Path, help="a trained checkpoint folder")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="generated after each prompt")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="a trial: tiny, no record")
     asked = parser.parse_args(arguments)
-    story: dict[str, Any] | None = None
-    drafted: tuple[int, ...] | None = None
+    works = asked.only.split(",")
+    if not set(works) <= set(WORKS):
+        parser.error(f"--only {asked.only}: expected acceptance, speed or both.")
     if asked.quick:
         config = NemotronConfig.from_preset(
             "lite", pattern="ME*E", vocab_size=128, hidden_size=32, mtp_pattern="*E"
         )
         model, prompts = Nemotron(config, seed=0).eval(), [[1, 2, 3], [4, 5]]
-        drafted, asked.tokens, asked.rounds = tuple(range(64)), 8, 2
-    elif asked.model:
-        model = load(asked.model)
-        prompts = _beginnings(prepare(vocab_size=model.config.vocab_size), asked.prompts)
+        drafted, tokens, rounds, trials, about = tuple(range(64)), 8, 2, 3, {}
     else:
-        trained = trained_model(asked.seconds, asked.prompts)
-        model, drafted, prompts = trained.model, trained.shortlist, trained.prompts
-        story = trained.story
-        print(f"  {story}", flush=True)
-    parts = measure_seconds(
-        model, LONGEST, context=PROMPT, rounds=3 if asked.quick else 40, shortlist=drafted
-    )
-    counted = None if drafted is None else len(drafted)
-    prices = {
-        "ledger": ledger_costs(model.config, LONGEST, drafted_tokens=counted),
-        "measured": costs_from_seconds(parts, LONGEST),
-    }
-    print(f"  prices in plain steps: {prices}", flush=True)
-    results = measure_rollback(model, 3 if asked.quick else 40)
-    for temperature in (0.0, 0.7):
-        results += measure_decoding(
-            model, prompts, asked.tokens, asked.rounds, temperature, prices, drafted
-        )
+        trained = shipped.open_trained(asked.model)
+        model, about = trained.model, trained.about
+        prompts = beginnings(trained.data.held_out, asked.prompts)
+        tokens, rounds, trials = asked.tokens, asked.rounds, 40
+        drafted = shortlist([trained.data.train.tokens.tolist()], SHORTLIST)
+    texts = {
+        **about, "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": tokens,
+        "top_p": TOP_P, "shortlist": len(drafted),
+    }  # fmt: skip
+    if "acceptance" in works:
+        payload = {
+            "path": "`generate` with speculation, one prompt at a time",
+            **texts,
+            "results": measure_acceptance(model, prompts, tokens, drafted),
+        }  # fmt: skip
+        if not asked.quick:
+            print(write_record("speculation_acceptance", payload))
+    if "speed" not in works:
+        return
+    parts, prices = {}, {}
+    for name, short in (("all tokens", None), ("shortlist", drafted)):
+        parts[name], prices[name] = measure_prices(model, trials, short)
+        print(f"  prices in plain steps, {name}: {prices[name]}", flush=True)
+    results = measure_rollback(model, trials)
+    for temperature in TEMPERATURES:
+        results += measure_decoding(model, prompts, tokens, rounds, temperature, prices, drafted)
     if not asked.quick:
         payload = {
-            "model": "lite" if not asked.model else asked.model.name,
-            "parameters": model.num_parameters(),
             "path": "`generate` for every text, with and without speculation",
-            "training": story,
-            "shortlist": counted,
-            "prompts": len(prompts), "prompt_tokens": PROMPT, "new_tokens": asked.tokens,
+            **texts,
             "step_seconds": parts,
-            "prices": {kind: vars(price) for kind, price in prices.items()},
+            "prices": {
+                name: {kind: vars(price) for kind, price in found.items()}
+                for name, found in prices.items()
+            },
             "aims": {"drafting": AIM, "poor drafts": FLOOR},
             "results": results,
         }  # fmt: skip

@@ -159,7 +159,6 @@ def test_every_kind_of_figure_follows_its_record(records: Path) -> None:
         ("nvfp4_checkpoints_loss", "median", 0.654, figures.loss_of_checkpoints, "| +0.65 ("),
         ("nvfp4_training_times", "median", 3.219, figures.training, "3.22 times a BF16 step"),
         ("nvfp4_training_lite", "median", 0.777, figures.training, "| +0.78 ("),
-        ("speculation", "acceptance_length", 3.339, figures.speculation, "| 3.34 |"),
     ):
         file = records / f"{name}.json"
         assert shown not in function(records), name
@@ -173,10 +172,8 @@ def test_a_figure_of_an_earlier_lite_says_so(records: Path) -> None:
     note = f"(of an earlier preset; now {now / 1e6:.1f})"
     of_lite = {
         "bf16_quality": figures.bfloat16,
-        "nvfp4_checkpoints_loss": figures.loss_of_checkpoints,
         "nvfp4_training_lite": figures.training,
         "nvfp4_training_times": figures.training,
-        "speculation": figures.speculation,
     }
     for name in of_lite:
         file = records / f"{name}.json"
@@ -198,8 +195,9 @@ def test_a_figure_of_an_earlier_lite_says_so(records: Path) -> None:
 
 
 def test_other_models_have_no_earlier_preset(records: Path) -> None:
-    file = records / "speculation.json"
+    file = records / "bf16_quality.json"
     found = json.loads(file.read_text()) | {"model": "mine", "parameters": 2_000_000}
     file.write_text(json.dumps(found))
-    text = " ".join(figures.speculation(records).split())
-    assert "The model `mine` with 2.0 million parameters was trained" in text
+    text = " ".join(figures.bfloat16(records).split())
+    assert "the model mine, with 2.0 million parameters, needs" in text
+    assert "earlier preset" not in text

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 
 from benchmarks import __main__ as command
 from benchmarks import measure, plot, record
@@ -58,19 +57,6 @@ def test_sizes_are_those_of_the_published_baselines():
     counts = {name: round(growth.ledger.parameters(c).total, -5) for name, c in peers.SIZES.items()}
     assert counts["S"] == 10_800_000
     assert counts["M"] == 106_000_000
-
-
-def test_a_trained_model_is_kept_under_its_sizes_and_tokenizer():
-    first, second = (Tokenizer(models.BPE({"a": 0, "b": i}, [])) for i in (1, 2))
-    config = peers.SIZES["tiny"]
-    digest = measure.model_digest(config, first)
-    assert digest == measure.model_digest(config.replace(), Tokenizer.from_str(first.to_str()))
-    others = [
-        measure.model_digest(config.replace(moe_intermediate_size=32), first),
-        measure.model_digest(config.replace(eos_token_id=5), first),
-        measure.model_digest(config, second),
-    ]
-    assert len({digest, *others}) == 4
 
 
 def test_routing_is_spread_out(pair):

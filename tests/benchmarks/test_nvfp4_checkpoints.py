@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, record
+from benchmarks import figures, measure, record
 from benchmarks.model import nvfp4_checkpoints as bench
 from benchmarks.model import peers
 from nemotron_lite import Nemotron, load
@@ -91,9 +95,12 @@ def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch)
     model = Nemotron(TINY.replace(vocab_size=300), seed=0).eval()
     peers.randomize(model, model.config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = bench.measure_loss(model, data, bits=6.0, prompts=4, length=32, most=256)
+    formats = bench.single_format(bench.quantizable_modules(model), "fp8")
+    calibration = bench.calibrate(model, [torch.randint(300, (4, 32))])
+    packed = bench.quantize_model(copy.deepcopy(model), formats, calibration)
+    found = bench.measure_loss(model, data, bits=6.0, prompts=4, length=32, most=256, packed=packed)
     by_name = {entry["as"]: entry for entry in found}
-    assert next(iter(by_name)) == "it was"
+    assert (next(iter(by_name)), list(by_name)[-1]) == ("it was", "shipped")
     plain, fp8, nvfp4 = (by_name[f"{f} for all"] for f in ("bf16", "fp8", "nvfp4"))
     assert (plain["bits_a_weight"], fp8["bits_a_weight"]) == (16, 8)
     assert plain["weights"] == plain["weights and inputs"]
@@ -106,6 +113,8 @@ def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch)
     # Random weights: rounding the inputs too may move the loss up or down, but it moves it.
     for entry in (fp8, nvfp4):
         assert entry["weights"] != entry["weights and inputs"]
+    assert 0 < size(by_name["shipped"], "weights") < size(nvfp4, "weights")
+    assert by_name["shipped"]["bits_a_weight"] == pytest.approx(4.904, abs=1e-3)
     mixed = by_name["mixed, 6.0 bits"]
     assert mixed["bits_a_weight"] <= 6.0
     assert set(mixed["formats"]) > {"nvfp4"}
@@ -113,12 +122,37 @@ def test_losses_of_every_assignment(data: TextData, tmp_path: Path, monkeypatch)
     now = model.state_dict()
     assert all(torch.equal(now[name], value) for name, value in before.items()), "left as it was"
     record.write_record("trial", {"path": "load", "results": found})
+    # Of the text that was scored: a uniform guess of 300 tokens.
+    held_out = bench.groups_of(data, 8, 256)
+    uniform = math.log2(300) * sum(len(d) - 1 for g in held_out for d in g.documents)
+    expected = uniform / sum(group.num_bytes for group in held_out)
+    assert by_name["it was"]["bits_per_byte"] == pytest.approx(expected, rel=0.2)
+    content = {
+        "model": "lite", "parameters": 14_130_400, "before_packing": True, "stored_as": ["F32"],
+        "tokens_of_a_document": 256, "results": found,
+    }  # fmt: skip
+    file = tmp_path / "nvfp4_checkpoints_loss.json"
+    file.write_text(json.dumps(content))
+    text = figures.loss_of_checkpoints(tmp_path)
+    assert "The shipped model before its weights were packed, with 14.1 million" in text
+    assert "second rounding" not in text
+    assert f"| as it was | 32.00 | {by_name['it was']['bits_per_byte']:.4f} |" in text
+    bits = nvfp4["weights"]["bits_per_byte"]
+    assert f"| NVFP4 | {nvfp4['bits_a_weight']:.2f} | {bits:.4f} |" in text
+    file.write_text(json.dumps(content | {"before_packing": False, "stored_as": ["FP8", "NVFP4"]}))
+    text = " ".join(figures.loss_of_checkpoints(tmp_path).split())
+    assert "The model `lite`, with" in text
+    assert "stored in FP8 and NVFP4, so this is a second rounding" in text
 
 
-def test_groups_share_the_documents() -> None:
+def test_groups_share_the_documents(data: TextData) -> None:
+    letters = {letter: data.tokenizer.encode(letter).ids[0] for letter in "abcdefg"}
     lengths = [90, 10, 40, 40, 30, 70, 20]
-    documents = tuple(np.full(n, i) for i, n in enumerate(lengths))
-    groups = bench.groups_of(HeldOut(documents, 300), 3, 80)
-    assert sorted(int(d[0]) for g in groups for d in g.documents) == list(range(7))
+    pairs = zip(letters.values(), lengths, strict=True)
+    documents = tuple(np.full(length, token) for token, length in pairs)
+    groups = bench.groups_of(replace(data, held_out=HeldOut(documents, 300)), 3, 80)
+    first = [int(d[0]) for g in groups for d in g.documents]
+    assert sorted(first) == sorted(letters.values())
     sizes = [sum(len(d) for d in g.documents) for g in groups]
     assert sum(sizes) == 290 and max(sizes) - min(sizes) <= 20
+    assert [group.num_bytes for group in groups] == sizes, "a letter is a byte"
