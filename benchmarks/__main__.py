@@ -1,12 +1,16 @@
 """Run the benchmarks: `python -m benchmarks`, or one of them with its options.
 
-    python -m benchmarks                              all of them, several hours on two cores
-    python -m benchmarks --quick                      all of them on tiny sizes, without records
+    python -m benchmarks                              several hours on two cores
+    python -m benchmarks --quick                      the same on tiny sizes, without records
     python -m benchmarks model_speed --size S --only decode
-    python -m benchmarks cpu_peers --size M --long
     python -m benchmarks growth --peer-limit 8192
-    python -m benchmarks gpu_model                    on a GPU, by name only
-    python -m benchmarks figures                      figures of docs/benchmarks.md and README.md
+
+Some run only when they are named, because they need more than this package and time:
+
+    python -m benchmarks cpu_peers --size M --long    llama.cpp, from the package xllamacpp
+    python -m benchmarks busy_machine                 Linux, and two cores that nothing else uses
+    python -m benchmarks gpu_model                    a GPU
+    python -m benchmarks figures                      rewrites docs/benchmarks.md and README.md
 
 Each writes records under benchmarks/records (machine, versions, command, n, median, spread). After
 all of them the figures of docs/benchmarks.md and README.md are written from the records. On a
@@ -23,8 +27,6 @@ from importlib import import_module
 BENCHMARKS = (
     "ssd_operator",
     "model_speed",
-    "cpu_peers",
-    "busy_machine",
     "growth",
     "speculation",
     "nvfp4_training",
@@ -32,11 +34,11 @@ BENCHMARKS = (
     "float16_states",
     "removal",
 )
-BY_NAME = ("gpu_model", "figures")  # only run by name
+BY_NAME = ("cpu_peers", "busy_machine", "gpu_model", "figures")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named benchmark, or all of them with the same options."""
+    """Run the named benchmark, or all of BENCHMARKS with the same options."""
     if arguments and not arguments[0].startswith("-"):
         name, *options = arguments
         if name not in (*BENCHMARKS, *BY_NAME):

@@ -136,6 +136,9 @@ def test_all_benchmarks_end_with_the_figures(
     monkeypatch.setattr(command, "import_module", lambda name: called.append(name) or module)
     command.main([])
     assert called[-2] == "benchmarks.figures"
+    assert "benchmarks.model.removal" in called
+    for name in ("cpu_peers", "busy_machine", "gpu_model"):
+        assert f"benchmarks.model.{name}" not in called, "needs more than this package"
     called.clear()
     command.main(["--quick"])
     assert "benchmarks.figures" not in called

@@ -286,6 +286,14 @@ def test_names_at_the_ends_of_lines_do_not_overlap():
         assert min(b - a for a, b in pairwise(heights)) >= 15
 
 
+def test_every_benchmark_has_its_place_in_the_command():
+    folder = Path(command.__file__).parent / "model"
+    found = {file.stem for file in folder.glob("*.py") if "\ndef main(arg" in file.read_text()}
+    listed = [*command.BENCHMARKS, *command.BY_NAME]
+    assert sorted({*found, "figures"}) == sorted(listed)
+    assert all(f"python -m benchmarks {name}" in command.__doc__ for name in command.BY_NAME)
+
+
 def test_the_command_knows_its_benchmarks(monkeypatch):
     called: list[tuple[object, list[str]]] = []
     for module in (growth, model_speed):
