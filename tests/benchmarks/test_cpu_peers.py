@@ -186,6 +186,8 @@ def test_a_record_of_all_peers_and_its_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(record, "RECORDS", records)
+    for file in records.glob("cpu_peers_*.json"):
+        file.unlink()
     assert "python -m benchmarks cpu_peers --size S`" in figures.cpu_peers(records)
     found = cpu_peers.measure_size("tiny", ["float32"], cpu_peers.PEERS, cpu_peers.WORKS, PLAN)
     file = record.write_record("cpu_peers_S", found)
