@@ -354,5 +354,13 @@ def test_nan_and_infinity_are_refused_by_name() -> None:
         layer(x / 0)
     with pytest.raises(ValueError, match=r"the gradient of backbone\.layers\.3\.mixer\.in_proj's"):
         layer(x).backward(torch.full((2, 16), float("nan")))
-    with pytest.raises(ValueError, match="no bias"):
-        NVFP4Linear.from_linear(nn.Linear(4, 4))
+
+
+def test_a_bias_is_kept_and_added_after_the_product() -> None:
+    linear = nn.Linear(16, 16)
+    layer = NVFP4Linear.from_linear(linear)
+    x = torch.randn(2, 16)
+    assert layer.bias is linear.bias
+    plain = NVFP4Linear.from_linear(nn.Linear(16, 16, bias=False))
+    plain.weight = linear.weight
+    torch.testing.assert_close(layer(x), plain(x) + linear.bias)
