@@ -180,10 +180,11 @@ def address(tensor: Tensor) -> int:
     """Where the numbers of a tensor are.
 
     Raises:
-        ValueError: they are not one after the other, or not in this computer's main memory.
+        NotCompiledError: they are not one after the other, or not in this computer's main memory.
     """
     if not tensor.is_cpu or not tensor.is_contiguous():
-        raise ValueError(f"a tensor {tuple(tensor.shape)} on {tensor.device} is not contiguous")
+        shape = tuple(tensor.shape)
+        raise NotCompiledError(f"a tensor {shape} on {tensor.device} is not contiguous there")
     return tensor.data_ptr()
 
 

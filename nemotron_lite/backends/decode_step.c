@@ -246,7 +246,7 @@ static inline void tile_of(const Number *matrix, int64_t in, const float *const 
 typedef enum { SET, ADD, SQUARED_RELU } Then;
 
 static inline float squared_relu(float x) {
-    x = x > 0 ? x : 0;
+    x = x < 0 ? 0 : x; /* this way round NaN stays NaN */
     return x * x;
 }
 
@@ -355,7 +355,8 @@ static void scan(const Call *call, const Mamba *m, const State *state, int64_t r
         const float *C = B + m->groups * m->state;
         float dt = softplus(projected[row * step + inner + channels + head]
                             + widen(m->dt_bias[head]));
-        dt = fminf(fmaxf(dt, (float)m->dt_low), (float)m->dt_high);
+        if (dt < (float)m->dt_low) dt = (float)m->dt_low; /* fmaxf would drop NaN */
+        if (dt > (float)m->dt_high) dt = (float)m->dt_high;
         float fade = expf(dt * A), skip = widen(m->D[head]);
         float *out = y + row * inner + head * m->width;
         for (int64_t p = 0; p < m->width; p++) {

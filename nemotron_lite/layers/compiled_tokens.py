@@ -17,6 +17,7 @@ Left out: more than `MOST_ROWS` rows of activations, which products of whole mat
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from nemotron_lite.layers.mixer import CompiledCall, LayerCache
 
 MOST_ROWS = 32  # rows times tokens
 KEYS = 4096  # keys that the scratch memory has room for at first
+LINE = 16  # float32 values of a cache line; no part of the scratch memory begins inside one
 
 
 class CompiledLayers:
@@ -61,7 +63,9 @@ class CompiledLayers:
         )  # fmt: skip
         self._states = (c.StateStruct * len(self._layers))()
         self._wide = max(part.wide() for part in self._parts)
-        self._spare = max(part.spare() for part in self._parts)
+        self._spare = _whole_lines(max(part.spare() for part in self._parts))
+        # The memory below belongs to one call at a time, and a call in C lets other threads run.
+        self._lock = threading.Lock()
         self._scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self._call = c.CallStruct(self._table, self._states, count=len(self._layers))
         self._run = c.library(dtype).decode_step
@@ -83,9 +87,16 @@ class CompiledLayers:
             NotCompiledError: a cache that the code cannot use, or more than `MOST_ROWS` rows of
                 activations. Nothing has been read or changed.
         """
-        rows, tokens, width = x.shape
+        rows, tokens = x.shape[:2]
         if rows * tokens > MOST_ROWS:
             raise NotCompiledError(f"{rows} rows of {tokens} tokens: at most {MOST_ROWS} in all")
+        with self._lock:
+            return self._run_alone(x, cache, context)
+
+    def _run_alone(
+        self, x: Tensor, cache: Sequence[LayerCache | None], context: ForwardContext
+    ) -> Tensor:
+        rows, tokens, width = x.shape
         starts, most = _starts(context.starts, rows)
         about = CompiledCall(rows, tokens, most + tokens, context.draft, x.dtype)
         after = [
@@ -97,7 +108,7 @@ class CompiledLayers:
         stream = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
         call, threads = self._call, torch.get_num_threads()
         call.rows, call.tokens, call.d, call.threads = rows, tokens, width, threads
-        call.wide = max(self._wide, width) * rows * tokens
+        call.wide = _whole_lines(max(self._wide, width) * rows * tokens)
         call.keys = max(KEYS, 1 << (about.keys - 1).bit_length())
         room = 3 * call.wide + threads * (2 * call.wide + call.keys + self._spare)
         if self._scratch.numel() < room:
@@ -109,6 +120,10 @@ class CompiledLayers:
             if finish is not None:
                 finish()
         return stream if x.dtype == torch.float32 else stream.to(x.dtype)
+
+
+def _whole_lines(values: int) -> int:
+    return -(-values // LINE) * LINE
 
 
 def _starts(starts: int | Tensor, rows: int) -> tuple[Tensor, int]:

@@ -74,7 +74,9 @@ def compiled_decoding() -> Iterator[list[str]]:
     """Inside, decoded tokens and drafts go through compiled code (compiled_tokens.py) on a CPU.
 
     Where that is not possible everything goes on in the ordinary way, and the reason is added to
-    the list that this gives. The list stays empty until a token has been read.
+    the list that this gives. The list stays empty until a token has been read. Single calls that
+    want something else have no reason: router statistics, gradients, autocast, and rows of which
+    some read nothing (`lengths`).
 
         with compiled_decoding() as refusals:
             out = model(token, cache)
@@ -121,8 +123,8 @@ class TokenSteps:
         """
         refusals = _refusals.get()
         if not self._may_run(x, context):
-            if refusals is not None and self._refused:
-                refusals.append(self._refused)
+            if refusals is not None and (reason := self._reason(x)):
+                refusals.append(reason)
             return None
         if refusals is not None:
             try:
@@ -143,6 +145,14 @@ class TokenSteps:
     def forget_refusal(self) -> None:
         """Look at the layers again at the next token: a prompt was read, a decoding begins."""
         self._refused = ""
+
+    def _reason(self, x: Tensor) -> str:
+        """Why the whole model goes the ordinary way; empty if only this call does."""
+        if not chooses_cpu(x):
+            return f"the model is on {x.device}"
+        if any(_ALL_HOOKS):
+            return "there are hooks on all modules"
+        return self._refused
 
     def _compiled_layers(self, dtype: torch.dtype) -> CompiledLayers:
         if self._compiled is None:
@@ -165,10 +175,7 @@ class TokenSteps:
             or context.router_stats is not None
         ):
             return False
-        if not chooses_cpu(x):
-            self._refused = f"the model is on {x.device}"
-            return False
-        if any(_ALL_HOOKS):
+        if not chooses_cpu(x) or any(_ALL_HOOKS):
             return False
         if self._watch is None or not self._watch.unchanged():
             self._steps, self._compiled = {}, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,9 +72,9 @@ def test_every_mix_in_float32(mix: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("mix", RUNS)
 def test_every_mix_in_bfloat16(mix: str, rows: int) -> None:
-    """About as close to the same weights in float32 as the ordinary way, or closer.
+    """As close to the same weights in float32 as the ordinary way, or closer.
 
-    Both choose other experts where two scores are almost equal.
+    With experts only about as close: both choose others where two scores are almost equal.
     """
     model = every_kind(**RUNS[mix])
     narrow = every_kind(**RUNS[mix]).bfloat16()
@@ -90,7 +92,8 @@ def test_every_mix_in_bfloat16(mix: str, rows: int) -> None:
     def error(logits: list[Tensor]) -> float:
         return float(torch.stack(logits).sub(torch.stack(exact)).square().mean().sqrt())
 
-    assert error(found) <= 1.6 * error(ordinary) < 0.2
+    allowed = 1.6 if "E" in model.config.pattern else 1.1
+    assert error(found) <= allowed * error(ordinary) < 0.2
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -182,6 +185,60 @@ def test_what_cannot_run_says_why(
     with pytest.warns(RuntimeWarning, match=says) as caught:
         assert generate(model, PROMPTS, compiled=True, **options) == expected
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0.mixer.dt_bias", "0.mixer.in_proj.weight", "1.mixer.v_proj.weight", "2.mixer.gate.weight",
+     "2.mixer.experts.up_proj", "3.mixer.up_proj.weight"],
+)  # fmt: skip
+def test_nan_reaches_the_logits(name: str) -> None:
+    model = every_kind()
+    cache = filled(model)
+    with torch.no_grad():
+        model.backbone.layers.get_parameter(name).fill_(math.nan)
+    assert not compiled(model, cache, 1)[0].isfinite().any()
+
+
+def test_two_threads_decode_with_one_model() -> None:
+    model = every_kind()
+    caches = [filled(model, rows) for rows in (1, 7)]
+    expected = [compiled(model, cache.clone(), 40)[:40] for cache in caches]
+    found: dict[int, list[Tensor]] = {}
+
+    def run(number: int) -> None:
+        found[number] = compiled(model, caches[number], 40)[:40]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        assert all(map(torch.equal, found[number], expected[number]))
+
+
+def test_keys_that_lie_apart_go_the_ordinary_way() -> None:
+    model = every_kind()
+    cache = filled(model)
+    attention: Any = cache.layers[1]
+    attention.k = attention.k.transpose(2, 3).contiguous().transpose(2, 3)
+    with compiled_decoding() as refusals:
+        found = decode(model, cache.clone(), 2)
+    assert "not contiguous" in refusals[0]
+    agree(found[:2], decode(model, cache, 2)[:2], 2e-5)
+
+
+def test_hooks_on_all_modules_are_a_reason() -> None:
+    model = every_kind()
+    cache = filled(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with compiled_decoding() as refusals:
+            decode(model, cache, 1)
+    finally:
+        handle.remove()
+    assert refusals == ["there are hooks on all modules"]
 
 
 def test_many_rows_go_the_ordinary_way() -> None:
