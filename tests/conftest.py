@@ -48,6 +48,10 @@ hypothesis.settings.load_profile("project")
 
 TIMING_TRIES = 3
 
+# How much of a failure is written at once: what was compared, not the whole traceback.
+REASON_LINES = 4
+REASON_WIDTH = 300
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -93,3 +97,30 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
             continue
         return True
     return None
+
+
+class _NameFailures:
+    """Writes the name of a failing test as soon as it fails.
+
+    pytest names them in its summary, which a run that is ended by a time limit does not reach.
+    """
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self._reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.failed:
+            return
+        lines = report.longreprtext.splitlines()
+        reasons = [line[1:].strip() for line in lines if line.startswith("E ")]
+        self._reporter.ensure_newline()
+        self._reporter.write_line(f"FAILED {report.nodeid} ({report.when})", red=True)
+        for reason in reasons[:REASON_LINES]:
+            self._reporter.write_line(f"    {reason[:REASON_WIDTH]}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name failures early, where there is a terminal: not in the workers of a parallel run."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        config.pluginmanager.register(_NameFailures(reporter))

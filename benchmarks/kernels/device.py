@@ -276,7 +276,7 @@ def earlier(name: str) -> dict[str, Any]:
     """Cases of the existing record, if it was made with the versions that run now."""
     path = record.RECORDS / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    return found["cases"] if found.get("versions") == record.versions() else {}
+    return found["cases"] if found.get("versions") == record.versions(record.PACKAGES) else {}
 
 
 def line(case: Case, result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -127,6 +128,7 @@ class Visit:
     lost_guesses: list[str] = field(default_factory=list)  # not said to be saved
     moved_figures: int = 0  # sliders that changed a figure's data
     answers: dict[str, float] = field(default_factory=dict, compare=False)  # key to picture, s
+    waited: float = field(default=1.0, compare=False)  # of that time, processes had no processor
     outside: list[str] = field(default_factory=list)  # addresses that were refused
 
 
@@ -268,8 +270,21 @@ def _texts(found: Locator) -> list[str]:
     return [text.strip()[:120] for text in found.all_inner_texts()]
 
 
+def _waited() -> float:
+    """Seconds, since some start, in which a process waited for a processor.
+
+    Where nobody counts them, it is as if one waited all the time.
+    """
+    try:
+        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except OSError:
+        return time.monotonic()
+    return int(some.rpartition("total=")[2]) / 1e6
+
+
 def _drag_all(page: Page, seen: Visit) -> None:
     page.wait_for_timeout(1000)  # the last widgets draw after the last cell has ended
+    started, waited = time.monotonic(), _waited()
     sliders = page.locator(".widget-slider")
     seen.sliders = sliders.count()
     for index in range(seen.sliders):
@@ -283,6 +298,7 @@ def _drag_all(page: Page, seen: Visit) -> None:
             seen.answers[label] = _answer(page, slider)
         if not moved:
             seen.idle_sliders.append(label)
+    seen.waited = (_waited() - waited) / (time.monotonic() - started)
 
 
 def _press_all(page: Page, seen: Visit) -> None:

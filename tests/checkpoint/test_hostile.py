@@ -34,13 +34,17 @@ HUGE = 10**9
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """The processor time of the body is at most this; other processes do not count."""
+    """The processor time of the body is less than this.
+
+    A size that is not bounded takes minutes. The limits leave room for a busy machine: its caches
+    are shared, so that processor time grows too.
+    """
     started = time.process_time()
     yield
     assert time.process_time() - started < seconds
 
 
-def refused(folder: Path, seconds: float = 1.0) -> str:
+def refused(folder: Path, seconds: float = 5.0) -> str:
     with within(seconds):
         text = message(folder)
     assert len(text) < LONGEST_MESSAGE, len(text)
@@ -96,7 +100,7 @@ def test_sizes_are_bounded_by_what_the_files_hold(saved: Path, bomb: str) -> Non
     (saved / "generation_config.json").unlink()  # its eos_token_id is preferred
     text = refused(saved)
     assert "1 problem" in text, text
-    with within(1.0), pytest.raises(CheckpointError):
+    with within(5.0), pytest.raises(CheckpointError):
         storage_summary(saved)
 
 
@@ -236,7 +240,7 @@ def test_a_file_that_is_something_else(quantized: Path, name: str, kind: str) ->
     if (name, kind) == ("generation_config.json", "NaN"):
         return  # covered by its own part: an unknown key does not matter, NaN is no JSON
     text = None
-    with within(3.0), warnings.catch_warnings():
+    with within(10.0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             load(quantized)
@@ -406,7 +410,7 @@ def test_mutated_files_load_or_end_in_one_kind_of_error(
             content = damaged_text(original, draw)
         (folder / name).write_bytes(content)
         try:
-            with within(3.0):
+            with within(10.0):
                 load(folder, packed=bool(seed % 2))
         except CheckpointError as error:
             messages.append(str(error))

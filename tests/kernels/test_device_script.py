@@ -327,7 +327,7 @@ def test_a_run_out_of_time_writes_its_results_and_names_the_cases_left(
         "rms_norm forward, small",
         "rms_norm forward: other blocks, small",
     }
-    monkeypatch.setattr(device.record, "versions", lambda: {"triton": "0.0"})
+    monkeypatch.setattr(device.record, "versions", lambda packages: {"triton": "0.0"})
     message, record = whole_run("--only", "other blocks", "--rounds", "4")
     assert set(record["cases"]) == {"rms_norm forward: other blocks, small"}
 
