@@ -27,6 +27,7 @@ SHARED_FIXTURES = (
     "tests/course/chapters/",
     "tests/course/lab/",
     "tests/notebooks/",
+    "tests/test_modules_compile.py",
 )  # costly ones, made once a file
 
 
