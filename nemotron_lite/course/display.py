@@ -84,6 +84,36 @@ def show(*parts: Any) -> None:
         show_live(widget, RUN_TO_MOVE, words, more=forms)
     else:
         output.show_output(words, more=forms)
+    _show_words(words)
+
+
+def show_updating(figure: Any) -> Callable[[Any], None]:
+    """Show a figure that is replaced while a cell runs, such as the plot of a training run.
+
+    It is no widget: a notebook that is opened again shows the last figure. Each update sends the
+    whole figure, so make one or two in a second, of at most some ten thousand values.
+
+    Returns:
+        A function that takes the next figure. All figures have the alt text of the first one,
+        because the tests of the chapters compare it.
+
+    Raises:
+        TypeError: something else than a figure.
+        ValueError: the figure has no alt text, or one that is too short to describe it.
+    """
+    if not _is_figure(figure):
+        raise TypeError(f"show_updating got {type(figure).__name__}; expected a plotly figure.")
+    words = alt_text(figure)
+    handle = output.show_output(words, more={PLOTLY: _plotly_json(figure)}, updatable=True)
+    _show_words(words)
+
+    def replace(new: Any) -> None:
+        output.update_output(handle, words, more={PLOTLY: _plotly_json(new)})
+
+    return replace
+
+
+def _show_words(words: str) -> None:
     if output.ipython_shell() is not None:  # a terminal has just shown the text
         folded = f"<details><summary>{IN_WORDS}</summary>{html.escape(words)}</details>"
         output.show_output(IN_WORDS, folded)

@@ -83,10 +83,16 @@ def show_output(
     return display(_bundle(plain, rich, more), raw=True, display_id=updatable or None)
 
 
-def update_output(handle: Any, plain: str, rich: str | None = None) -> None:
+def update_output(
+    handle: Any,
+    plain: str,
+    rich: str | None = None,
+    *,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     """Replace an updatable output. `plain` stays as it was: tests compare the first one."""
     if handle is not None:
-        handle.update(_bundle(plain, rich, None), raw=True)
+        handle.update(_bundle(plain, rich, more), raw=True)
 
 
 def _bundle(plain: str, rich: str | None, more: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -20,6 +20,41 @@ def figure(alt: object = ALT, kind: type = go.Figure) -> go.Figure:
     return fig.update_layout(meta={"alt": alt})
 
 
+def test_a_figure_that_is_replaced_keeps_its_words(shown: Callable[..., Shown]) -> None:
+    class Handle:
+        """What IPython returns for an updatable output."""
+
+        def __init__(self) -> None:
+            self.bundles: list[dict] = []
+
+        def update(self, bundle: dict, raw: bool) -> None:
+            assert raw
+            self.bundles.append(bundle)
+
+    seen = shown(display.show_updating, figure())
+    first, words = seen.bundles
+    assert first["text/plain"] == ALT
+    assert first[PLOTLY]["data"][0]["y"] == [1, 2, 3]
+    assert ALT in words["text/html"]
+    handle = Handle()
+    output.update_output(handle, "words", more={PLOTLY: {"data": []}})
+    assert handle.bundles == [{"text/plain": "words", PLOTLY: {"data": []}}]
+    replaced = shown(seen.result, go.Figure(go.Scatter(y=[4])))
+    (new,) = replaced.bundles
+    assert new["text/plain"] == ALT
+    assert new[PLOTLY]["data"][0]["y"] == [4]
+
+
+def test_a_terminal_says_the_words_of_such_a_figure_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replace = display.show_updating(figure())
+    replace(figure())
+    assert capsys.readouterr().out == ALT + "\n"
+    with pytest.raises(TypeError, match="show_updating got int"):
+        display.show_updating(3)
+
+
 def test_a_figure_is_json_and_words(shown: Callable[..., Shown]) -> None:
     bundle, _ = shown(show, figure()).bundles
     assert set(bundle) == {PLOTLY, "text/plain"}
