@@ -69,6 +69,7 @@ def train_lite(
         from nemotron_lite.model import Nemotron
         from nemotron_lite.train import evaluate, lite_recipe, lite_record
         from nemotron_lite.train.lite_training import pack_lite, train_in_stages
+        from nemotron_lite.train.run_log import read_log
 
         where = _device(device)
         config = lite_recipe.lite_config()
@@ -123,7 +124,7 @@ def train_lite(
         record = lite_record.make_record(
             lite_recipe.LITE,
             model,
-            lite_record.read_log(save_to),
+            read_log(save_to),
             how,
             nvfp4_from=nvfp4_from,
             text=_described(data),

@@ -3,6 +3,7 @@
 loop.py           the training loop: updates, log, Ctrl-C, resume
 config.py         all options of a run
 callbacks.py      code of a user between the updates
+balance_history.py  how evenly the routers spread the tokens, update by update
 loss.py           cross-entropy over several depths without keeping logits
 balance.py        load balancing of the experts
 optimizer.py      AdamW and gradient clipping
@@ -28,7 +29,8 @@ signals.py            Ctrl-C and its relatives
 NVFP4 and BF16 arithmetic during training is in `quantization/emulated_training.py`.
 """
 
-from nemotron_lite.train.callbacks import Callback
+from nemotron_lite.train.balance_history import BalanceHistory
+from nemotron_lite.train.callbacks import Callback, WatchBalance
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.evaluate import Evaluation, evaluate
@@ -37,6 +39,7 @@ from nemotron_lite.train.loop import TrainResult, train
 from nemotron_lite.train.schedule import learning_rate
 
 __all__ = [
+    "BalanceHistory",
     "Callback",
     "Continuations",
     "Evaluation",
@@ -44,6 +47,7 @@ __all__ = [
     "ResumeError",
     "TrainConfig",
     "TrainResult",
+    "WatchBalance",
     "evaluate",
     "generate_continuations",
     "heal",

@@ -22,12 +22,17 @@ methods act against that (reference sheet 4.3; the router itself is in `ops/rout
 The bias balances the whole batch, and the loss balances each sequence. Scores are in (0, 1), so
 with u = 1e-3 a shift by 0.1 takes a hundred steps: a short run sees only the beginning of this.
 
+`router_balance` says how well it works, router by router, after every update. The log of a run has
+these numbers, and `balance_history.py` reads them back.
+
 Left out: summing loads over devices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,9 +94,54 @@ def update_biases(model: nn.Module, loads: Mapping[str, Int[Tensor, "e"]], rate:
         bias += rate * torch.sign(load.mean() - load)
 
 
-def max_violation(loads: Mapping[str, Int[Tensor, "e"]]) -> float:
-    """MaxVio = max load / mean load - 1 of the worst router; 0 is perfect balance.
+class RouterBalance(NamedTuple):
+    """How evenly one router spread the tokens of an update over its experts.
 
-    Its upper bound is e / k - 1, reached if every token chooses the same experts.
+    Attributes:
+        load: tokens sent to each expert.
+        max_vio: max load / mean load - 1; 0 is perfect balance. Its upper bound is e / k - 1,
+            reached if every token chooses the same experts.
+        entropy: of the shares of the load, divided by log e; 1 is perfect balance.
+        unused: experts without a token.
     """
-    return max((float(x.max() / x.double().mean()) - 1 for x in loads.values()), default=0.0)
+
+    load: list[int]
+    max_vio: float
+    entropy: float
+    unused: int
+
+
+def router_balance(loads: Mapping[str, Int[Tensor, "e"]]) -> dict[str, RouterBalance]:
+    """The balance of every router, by name, from the loads of one update.
+
+    The loads of all routers leave the device in one transfer, and the rest is arithmetic on a few
+    hundred integers. A router that got no token counts as balanced, with all experts unused.
+    """
+    if not loads:
+        return {}
+    numbers = torch.cat([*loads.values()]).tolist()
+    found, start = {}, 0
+    for name, load in loads.items():
+        found[name] = _balance(numbers[start : start + len(load)])
+        start += len(load)
+    return found
+
+
+def _balance(load: list[int]) -> RouterBalance:
+    total, experts = sum(load), len(load)
+    used = [n for n in load if n]
+    if not total or experts == 1:
+        return RouterBalance(load, 0.0, 1.0, experts - len(used))
+    # -sum p log p with p = n / total
+    entropy = math.log(total) - sum(n * math.log(n) for n in used) / total
+    return RouterBalance(
+        load,
+        round(max(load) * experts / total - 1, 6),
+        round(entropy / math.log(experts), 6),
+        experts - len(used),
+    )
+
+
+def max_violation(routers: Mapping[str, RouterBalance]) -> float:
+    """MaxVio of the worst router; 0 for a model without one."""
+    return max((router.max_vio for router in routers.values()), default=0.0)

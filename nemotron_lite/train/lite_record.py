@@ -30,7 +30,7 @@ from nemotron_lite.data.baselines import Baselines
 from nemotron_lite.files import atomic_file
 from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import SpeculationOptions
-from nemotron_lite.input_files import FileError, parse_json, read_text
+from nemotron_lite.input_files import FileError, read_text
 from nemotron_lite.model import Nemotron
 from nemotron_lite.provenance import describe_machine, versions
 from nemotron_lite.train.config import TrainConfig
@@ -41,20 +41,6 @@ DRAFT_LENGTH = 4
 TEMPERATURES = (0.0, 0.7)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 128
 PACKAGES = ("nemotron-lite", "torch", "numpy", "tokenizers")
-LOG_BYTES = 1 << 30
-
-
-def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl, one per update.
-
-    Raises:
-        FileNotFoundError, FileError: there is no readable log, or it is empty.
-    """
-    path = Path(folder) / "log.jsonl"
-    records = [parse_json(line) for line in read_text(path, limit=LOG_BYTES).splitlines()]
-    if not records:
-        raise FileError(path, "has no records; expected one for each update")
-    return records
 
 
 def thin_curve(records: Sequence[Mapping[str, Any]], most: int = MOST_POINTS) -> dict[str, Any]:
@@ -138,7 +124,7 @@ def make_record(
     """The content of record.json; the module text describes it.
 
     Args:
-        log: of the run (`read_log`).
+        log: of the run (`run_log.read_log`).
         text: what the model has read, and the held-out files.
         trained_bits, packed_bits: bits per byte before and after packing.
     """

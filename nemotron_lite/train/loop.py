@@ -46,6 +46,7 @@ from nemotron_lite.quantization.emulated_training import EmulatedPrecision
 from nemotron_lite.train.balance import (
     expert_loads,
     max_violation,
+    router_balance,
     sequence_balance_loss,
     update_biases,
 )
@@ -392,11 +393,13 @@ class _Run:
         done.tokens += config.tokens_per_step
         self._updating = False
         mtp = config.mtp_weight / max(1, self.depths) * sum(ce[1:])
+        routers = router_balance(loads)
         return {
             "step": done.step, "loss": ce[0] + mtp + config.balance_weight * balance,
             "ce": ce[0], "mtp": ce[1:], "balance": balance, "lr": rate, "grad_norm": norm,
-            "max_vio": max_violation(loads), "tokens": done.tokens, "seconds": done.seconds,
+            "max_vio": max_violation(routers), "tokens": done.tokens, "seconds": done.seconds,
             "tokens_per_second": config.tokens_per_step / seconds,
+            "routers": {name: router._asdict() for name, router in routers.items()},
         }  # fmt: skip
 
     def _batch(self, index: int) -> Batch:

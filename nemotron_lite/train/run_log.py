@@ -15,7 +15,10 @@ than the damaged lines:
     a folder or a pipe called log.jsonl, or a link   renamed, and a new log is started
 
 `log.csv` is written anew from the records of `log.jsonl` at each start. TensorBoard's writer hides
-the events after the checkpoint itself (`purge_step`).
+the events after the checkpoint itself (`purge_step`). Both have the numbers of the run, but not
+those of each router (`routers` in `log.jsonl`), which are hundreds for every update.
+
+`read_log` returns the records, also of a run that is still going on.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from nemotron_lite.files import atomic_file
-from nemotron_lite.input_files import parse_json
+from nemotron_lite.input_files import FileError, parse_json
 
 LOG, CSV, TENSORBOARD = "log.jsonl", "log.csv", "tensorboard"
 KINDS = ("csv", "tensorboard")  # what may be written beside log.jsonl
@@ -126,6 +130,24 @@ def open_log(folder: Path, step: int, kinds: Collection[str] = ()) -> tuple[RunL
     if "csv" in kinds:
         _rewrite_csv(folder / CSV, records)
     return RunLog(folder, step, kinds), notes
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of the log of a run, one per update; damaged lines are left out.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        FileError: it cannot be read, or has no record.
+    """
+    path = Path(folder) / LOG
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: expected the folder of a training run.")
+    found, _, problem = _read(path, sys.maxsize)
+    if problem:
+        raise FileError(path, problem)
+    if not found:
+        raise FileError(path, "has no records; expected one for each update")
+    return [record for _, record in found]
 
 
 def finite(value: Any) -> Any:

@@ -9,8 +9,10 @@ from torch import Tensor
 from nemotron_lite.layers import RouterStats
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.balance import (
+    RouterBalance,
     expert_loads,
     max_violation,
+    router_balance,
     sequence_balance_loss,
     update_biases,
 )
@@ -71,8 +73,7 @@ def test_loads_of_a_router_used_twice_are_added_without_padding() -> None:
     assert loads["layer"].tolist() == [0, 3, 3, 6]
     mask = torch.tensor([[True, True, True], [True, False, False]])
     assert expert_loads([first, second], mask)["mtp"].tolist() == [3 + 3, 3, 1 + 3, 1]
-    assert max_violation(loads) == pytest.approx(6 / 3 - 1)
-    assert max_violation({}) == 0.0
+    assert max_violation(router_balance(loads)) == pytest.approx(6 / 3 - 1)
 
 
 def test_bias_of_experts_with_low_load_grows_by_the_rate(model: Nemotron) -> None:
@@ -98,7 +99,36 @@ def test_updates_bring_back_a_collapsed_router(model: Nemotron) -> None:
         with torch.no_grad():
             return expert_loads(model.forward_hidden(tokens, router_stats=True).router)
 
-    assert max_violation(loads()) == 8 / 2 - 1
+    assert max_violation(router_balance(loads())) == 8 / 2 - 1
     for _ in range(100):
         update_biases(model, loads(), 1e-2)
-    assert max_violation(loads()) < 1.0
+    assert max_violation(router_balance(loads())) < 1.0
+
+
+def test_balance_of_each_router_from_its_loads() -> None:
+    loads = {
+        "even": torch.tensor([5, 5, 5, 5]),
+        "collapsed": torch.tensor([10, 0, 10, 0]),
+        "one": torch.tensor([0, 0, 0, 0, 0, 7]),
+        "uneven": torch.tensor([1, 3]),
+    }
+    found = router_balance(loads)
+    assert {name: balance.load for name, balance in found.items()} == {
+        name: load.tolist() for name, load in loads.items()
+    }
+    assert found["even"][1:] == (0.0, 1.0, 0)
+    assert found["collapsed"][1:] == (1.0, 0.5, 2)  # log 2 / log 4
+    assert found["one"][1:] == (5.0, 0.0, 5)
+    assert found["uneven"].max_vio == 0.5
+    p = torch.tensor([0.25, 0.75])
+    assert found["uneven"].entropy == pytest.approx(float(-(p * p.log2()).sum()), abs=1e-6)
+    assert max_violation(found) == 5.0
+
+
+def test_balance_without_tokens_experts_or_routers() -> None:
+    assert router_balance({"a": torch.zeros(3, dtype=torch.int64)}) == {
+        "a": RouterBalance([0, 0, 0], 0.0, 1.0, 3)
+    }
+    assert router_balance({"a": torch.tensor([4])}) == {"a": RouterBalance([4], 0.0, 1.0, 0)}
+    assert router_balance({}) == {}
+    assert max_violation({}) == 0.0

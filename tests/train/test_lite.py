@@ -19,10 +19,10 @@ from nemotron_lite.data import (
     HeldOut,
     train_tokenizer,
 )
-from nemotron_lite.input_files import FileError
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import ResumeError, TrainConfig, lite_recipe, lite_record, lite_training
 from nemotron_lite.train.lite_training import train_in_stages
+from nemotron_lite.train.run_log import read_log
 from tests.cli.commands import TINY
 
 
@@ -36,7 +36,7 @@ def options(**changed: Any) -> TrainConfig:
 
 
 def losses(folder: Path) -> list[float]:
-    return [record["ce"] for record in lite_record.read_log(folder)]
+    return [record["ce"] for record in read_log(folder)]
 
 
 def model() -> Nemotron:
@@ -148,12 +148,6 @@ def test_a_thin_curve_keeps_the_shape(count: int) -> None:
     assert curve["ce"] == sorted(curve["ce"], reverse=True)
     assert np.mean(curve["ce"]) == pytest.approx(np.mean([r["ce"] for r in log]), abs=2e-3)
     assert curve["validation"]["tokens"] == [64 * n for n in range(500, count + 1, 500)]
-
-
-def test_an_empty_log_is_named(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(FileError, match="has no records"):
-        lite_record.read_log(tmp_path)
 
 
 def test_acceptance_is_counted_on_held_out_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,12 +135,18 @@ def test_log_file_is_the_history(
         "tokens",
         "seconds",
         "tokens_per_second",
+        "routers",
     }
     assert result.checkpoint == tmp_path / "checkpoints" / "step-00000003.pt"
     assert result.checkpoint.exists()
     for r in records:
         parts = r["ce"] + 0.15 * sum(r["mtp"]) + 1e-4 * r["balance"]
         assert r["loss"] == pytest.approx(parts, rel=1e-6)
+        # 4 rows of 32 tokens, 2 experts each; the MTP router has positions 1 to 31 and 2 to 31.
+        sums = {name: sum(router["load"]) for name, router in r["routers"].items()}
+        layers = {f"backbone.layers.{i}.mixer": 4 * 32 * 2 for i in (1, 3)}
+        assert sums == layers | {"mtp.layers.1.mixer": 4 * (31 + 30) * 2}
+        assert r["max_vio"] == max(router["max_vio"] for router in r["routers"].values())
 
 
 def test_a_time_limit_ends_the_run_after_the_whole_decay(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from nemotron_lite.input_files import FileError
 from nemotron_lite.train import run_log
-from nemotron_lite.train.run_log import check_kinds, open_log
+from nemotron_lite.train.run_log import check_kinds, open_log, read_log
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -63,6 +64,22 @@ def test_damage_costs_nothing_but_itself(tmp_path: Path, damage: str) -> None:
     assert steps == [1, 2, 3, 4, 5]
     assert len(notes) == (cost > 0)
     assert all(f"{cost} damaged line" in note for note in notes)
+
+
+def test_records_are_read_back_also_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(FileNotFoundError, match="expected the folder of a training run"):
+        read_log(tmp_path)
+    path.write_bytes(line(1) + b"\xff\n" + line(3) + line(2) + line(4)[:9])
+    assert read_log(tmp_path) == [record(1), record(2), record(3)]
+    assert read_log(str(tmp_path)) == read_log(tmp_path)
+    path.write_text("")
+    with pytest.raises(FileError, match="has no records"):
+        read_log(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FileError, match="is no regular file"):
+        read_log(tmp_path)
 
 
 def test_a_kill_while_a_line_is_written_is_not_worth_a_note(tmp_path: Path) -> None:
