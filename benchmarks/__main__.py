@@ -8,6 +8,7 @@
 Some run only when they are named, because they need more than this package and time:
 
     python -m benchmarks cpu_peers --size M --long    llama.cpp, from the package xllamacpp
+    python -m benchmarks quality_per_flop             hours; it continues where it stopped
     python -m benchmarks busy_machine                 Linux, and two cores that nothing else uses
     python -m benchmarks gpu_model                    a GPU
     python -m benchmarks figures                      rewrites docs/benchmarks.md and README.md
@@ -33,8 +34,9 @@ BENCHMARKS = (
     "nvfp4_checkpoints",
     "float16_states",
     "removal",
+    "router_statistics",
 )
-BY_NAME = ("cpu_peers", "busy_machine", "gpu_model", "figures")
+BY_NAME = ("quality_per_flop", "cpu_peers", "busy_machine", "gpu_model", "figures")
 
 
 def main(arguments: list[str]) -> None:

@@ -142,13 +142,17 @@ def draw(record: Path = RECORD, drawing: Path = DRAWING) -> Path:
     if not record.is_file():
         raise FileNotFoundError(f"no record {record}: run `python -m benchmarks growth` first.")
     found = json.loads(record.read_text())
-    options = dict(format="svg", width=WIDTH, height=HEIGHT)
-    content = figure(found).to_dict()
-    picture = kaleido.calc_fig_sync(content, opts=options).decode()
+    return write_svg(figure(found), drawing, title=TITLE, words=summary(found))
+
+
+def write_svg(content: go.Figure, drawing: Path, *, title: str, words: str) -> Path:
+    """Write a figure as an SVG with a title and a description; the path of the drawing."""
+    size = dict(width=content.layout.width, height=content.layout.height)
+    picture = kaleido.calc_fig_sync(content.to_dict(), opts={"format": "svg", **size}).decode()
     start = picture.index(">", picture.index("<svg")) + 1
-    words = f"<title>{TITLE}</title><desc>{escape(summary(found))}</desc>"
+    head = f"<title>{escape(title)}</title><desc>{escape(words)}</desc>"
     drawing.parent.mkdir(parents=True, exist_ok=True)
-    drawing.write_text(f'{picture[: start - 1]} role="img">{words}{picture[start:]}\n')
+    drawing.write_text(f'{picture[: start - 1]} role="img">{head}{picture[start:]}\n')
     return drawing
 
 

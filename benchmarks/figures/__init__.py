@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.figures.architectures import quality_per_flop, router_statistics
 from benchmarks.figures.comparisons import (
     busy,
     cpu_peers,
@@ -83,6 +84,7 @@ def for_document(records: Path) -> dict[str, str]:
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
         "float16 states": float16_states,
         "training": training, "speculation": speculation, "removal": removal,
+        "quality per FLOP": quality_per_flop, "router statistics": router_statistics,
     }  # fmt: skip
     return {name: function(records) for name, function in functions.items()}
 
