@@ -28,7 +28,7 @@ Width, vocabulary and heads are the same in all models. The transformers have a 
 than the hybrid has mixtures, because an attention layer is cheaper than a Mamba-2 layer; the widths
 of their MLPs are then near those of the hybrid. Their queries and keys have rotary positions
 (`add_rotary`). A transformer needs positions, Mamba-2 layers do not, and a transformer without them
-would be an easy opponent. The rotation is not counted: the ledger leaves elementwise work out.
+would be a weak baseline. The rotation is not counted: the ledger leaves elementwise work out.
 
 The factor on the routing weights is sqrt(k) in every mixture, so that the sum over k experts has
 the same size. The published factors follow this rule too: 2.5 for 6 experts (Nano), 5.0 for 22

@@ -21,7 +21,7 @@ RECORD = "quality_per_flop"
 def quality_curves(
     models: Sequence[str] | None = None,
     *,
-    title: str = "What the same arithmetic teaches",
+    title: str = "Bits per byte at equal compute",
     found: dict[str, Any] | None = None,
 ) -> go.Figure:
     """Bits per byte of the held-out text over training FLOPs, one line for each model.
