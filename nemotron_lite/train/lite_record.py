@@ -30,7 +30,6 @@ from nemotron_lite.data.baselines import Baselines
 from nemotron_lite.files import atomic_file
 from nemotron_lite.generation.generate import generate
 from nemotron_lite.generation.options import SpeculationOptions
-from nemotron_lite.input_files import FileError, read_text
 from nemotron_lite.model import Nemotron
 from nemotron_lite.provenance import describe_machine, versions
 from nemotron_lite.train.config import TrainConfig
