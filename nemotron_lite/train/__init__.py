@@ -30,7 +30,7 @@ NVFP4 and BF16 arithmetic during training is in `quantization/emulated_training.
 """
 
 from nemotron_lite.train.balance_history import BalanceHistory
-from nemotron_lite.train.callbacks import Callback, WatchBalance
+from nemotron_lite.train.callbacks import Callback
 from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.evaluate import Evaluation, evaluate
@@ -47,7 +47,6 @@ __all__ = [
     "ResumeError",
     "TrainConfig",
     "TrainResult",
-    "WatchBalance",
     "evaluate",
     "generate_continuations",
     "heal",

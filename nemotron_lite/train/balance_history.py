@@ -5,8 +5,8 @@
     history.relative_load(name)                            updates x experts; 1 is the mean load
     history.max_vio[name], history.entropy[name], history.unused[name]
 
-It is read from the log of the run, which has the loads of every update. While a run goes on,
-`callbacks.WatchBalance` collects the same, without a folder. `course/plotting/balance.py` draws it.
+It is read from the log of the run, which has the loads of every update. A callback gets the same
+records while the run goes on. `course/plotting/balance.py` draws the history.
 """
 
 from __future__ import annotations

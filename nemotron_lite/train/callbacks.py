@@ -10,8 +10,9 @@ A method that returns False ends the run: it is saved, and `train` returns with 
 other value, None included, lets it go on. An error in a callback does not lose the run. The loop
 saves it first, and then the error goes on to the caller of `train`.
 
-`WatchBalance` is a callback that is made already: it hands over the balance of the routers while
-the run goes on, to a plot, say.
+A record has what the log has, also the balance of every router (`record["routers"]`). So
+`BalanceHistory.from_records` makes arrays of the records so far while the run goes on, and
+`course/plotting/balance.py` draws them.
 
 The order after an update: validation if it is due, the log, `on_step`, `on_evaluation`, a
 checkpoint if it is due, `on_save`.
@@ -22,9 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from nemotron_lite.arguments import integer
-from nemotron_lite.train.balance_history import BalanceHistory
 
 Record = dict[str, Any]
 
@@ -46,49 +44,6 @@ class Callback:
 
     def on_end(self, step: int) -> None:
         """After the last update and the last save, if no error ended the run."""
-
-
-class WatchBalance(Callback):
-    """Collects how evenly the routers spread the tokens, and hands it over while the run goes on.
-
-        watch = WatchBalance(lambda history: print(history.max_vio), every=10)
-        train(model, data, config, callbacks=[watch])
-
-    Args:
-        look: called with all updates so far, after every `every` of them and at the end; if it
-            returns False, the run ends. Its time is not part of the training time.
-        every: updates.
-
-    Attributes:
-        records: of the updates so far. A run that was resumed begins with its first new update;
-            `BalanceHistory.from_folder` has those before it too.
-
-    Raises:
-        ValueError: while the run goes on, if the model has no mixture of experts.
-    """
-
-    def __init__(self, look: Callable[[BalanceHistory], Any], *, every: int = 1) -> None:
-        self._look, self._every = look, integer("every", every, low=1)
-        self.records: list[Record] = []
-
-    @property
-    def history(self) -> BalanceHistory:
-        """All updates so far."""
-        return BalanceHistory.from_records(self.records)
-
-    def on_step(self, record: Record) -> bool | None:
-        """Take a record, and hand over the history if it is due."""
-        self.records.append({"step": record["step"], "routers": record["routers"]})
-        return None if len(self.records) % self._every else _only_false(self._look(self.history))
-
-    def on_end(self, step: int) -> None:
-        """Hand over the last updates."""
-        if len(self.records) % self._every:
-            self._look(self.history)
-
-
-def _only_false(answer: Any) -> bool | None:
-    return False if answer is False else None
 
 
 class Callbacks:

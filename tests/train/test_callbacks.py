@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
-from nemotron_lite.train import Callback, TrainConfig, WatchBalance, train
+from nemotron_lite.train import Callback, TrainConfig, train
 
 RECIPE: dict[str, Any] = dict(steps=4, batch_size=2, seq_len=24, save_every=2)
 
@@ -108,28 +108,3 @@ def test_an_error_is_raised_after_the_run_was_saved(
     assert f"step-{at[1]:08d}.pt" in error.value.__notes__[0]
     rest = go(model, text, out_dir=tmp_path, resume=True)
     assert [r["loss"] for r in rest.history] == [r["loss"] for r in whole[at[1] :]]
-
-
-def test_the_balance_is_handed_over_while_the_run_goes_on(
-    model: Nemotron, text: ConcatenatedDocuments
-) -> None:
-    seen: list[list[int]] = []
-    watch = WatchBalance(lambda history: seen.append(history.steps.tolist()), every=3)
-    result = go(model, text, watch)
-    assert seen == [[1, 2, 3], [1, 2, 3, 4]]  # when it is due, and at the end
-    name = "backbone.layers.1.mixer"
-    logged = [record["routers"][name]["load"] for record in result.history]
-    assert watch.history.load[name].tolist() == logged
-    whole: list[int] = []
-    go(model, text, WatchBalance(lambda history: whole.append(len(history.steps)), every=2))
-    assert whole == [2, 4]
-
-
-def test_watching_the_balance_may_end_a_run(model: Nemotron, text: ConcatenatedDocuments) -> None:
-    result = go(model, text, WatchBalance(lambda history: len(history.steps) < 2))
-    assert result.stopped and result.step == 2
-    with pytest.raises(ValueError, match="every=0"):
-        WatchBalance(print, every=0)
-    dense = Nemotron(model.config.replace(pattern="M*-", mtp_pattern="", mtp_depths=0), seed=0)
-    with pytest.raises(ValueError, match="the model has no mixture of experts"):
-        go(dense, text, WatchBalance(print))

@@ -28,7 +28,7 @@ from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course.display import show_updating
 from nemotron_lite.course.plotting.figure import described
 from nemotron_lite.train.balance_history import BalanceHistory
-from nemotron_lite.train.callbacks import WatchBalance
+from nemotron_lite.train.callbacks import Callback, Record
 
 MOST_COLUMNS = 150
 TOP = 3.0  # times the mean load; the end of the scale
@@ -50,13 +50,14 @@ def balance_map(
         ValueError: no router of that name.
     """
     thin = history.thinned(MOST_COLUMNS)
-    load = thin.relative_load(router).T
-    steps = thin.steps
     first = int(history.steps[0])
-    return _map(load, steps, router, title, (first, last_step or int(steps[-1])))
+    last = int(history.steps[-1]) if last_step is None else last_step
+    # A column reaches from the update after those of the column before it to its own last one.
+    edges = np.concatenate([[first - 0.5], thin.steps + 0.5])
+    return _map(thin.relative_load(router).T, edges, router, title, (first, last))
 
 
-class LiveBalance(WatchBalance):
+class LiveBalance(Callback):
     """A callback for `train` that draws one router's `balance_map` while the run goes on.
 
     The figure appears when the run starts. It is replaced at most once a second and at the end, so
@@ -67,10 +68,14 @@ class LiveBalance(WatchBalance):
         layer: number of a layer with experts, counted from 0.
         steps: updates of the run, the right end of the figure.
         title: of the figure; by default it names the router.
-        stop: called with the history after every update; if it returns True, the run ends.
+
+    Attributes:
+        router: name of the one that is drawn.
+        records: its statistics after each update.
 
     Raises:
-        TypeError, ValueError: a layer without experts, or a number out of range.
+        TypeError, ValueError: a layer without experts, or a number out of range; while the run goes
+            on, if the model has no such router.
     """
 
     def __init__(
@@ -80,9 +85,7 @@ class LiveBalance(WatchBalance):
         steps: int,
         *,
         title: str = "",
-        stop: Callable[[BalanceHistory], bool] | None = None,
     ) -> None:
-        super().__init__(self._look_at)
         layer = integer("layer", layer, low=0, high=config.num_layers - 1)
         if config.pattern[layer] != "E":
             found = [i for i, letter in enumerate(config.pattern) if letter == "E"]
@@ -92,7 +95,8 @@ class LiveBalance(WatchBalance):
             )
         self.router = f"backbone.layers.{layer}.mixer"
         self.last_step = integer("steps", steps, low=1)
-        self._experts, self._title, self._stop = config.n_routed_experts, title, stop
+        self._experts, self._title = config.n_routed_experts, title
+        self.records: list[Record] = []
         self._replace: Callable[[Any], None] | None = None
         self._drawn = 0.0
 
@@ -100,37 +104,47 @@ class LiveBalance(WatchBalance):
         """Show the figure, without a value yet."""
         self.records = []
         nothing = np.full((self._experts, 1), np.nan)
-        empty = _map(nothing, np.array([1]), self.router, self._title, (1, self.last_step))
+        empty = _map(nothing, np.array([0.5, 1.5]), self.router, self._title, (1, self.last_step))
         self._replace = show_updating(empty)
         self._drawn = time.perf_counter()
 
-    def _look_at(self, history: BalanceHistory) -> bool | None:
-        done = history.steps[-1] >= self.last_step
-        if done or time.perf_counter() - self._drawn >= INTERVAL:
+    def on_step(self, record: Record) -> None:
+        """Keep the statistics of this router, and draw them if the picture is a second old."""
+        routers = record["routers"]
+        if self.router not in routers:
+            raise ValueError(
+                f"the model has no router {self.router!r}: expected one of "
+                f"{', '.join(routers) or 'none; it has no mixture of experts'}. LiveBalance needs "
+                "the config of the model that is trained."
+            )
+        self.records.append(
+            {"step": record["step"], "routers": {self.router: routers[self.router]}}
+        )
+        if time.perf_counter() - self._drawn >= INTERVAL:
             self.draw()
-        return False if self._stop is not None and self._stop(history) else None
 
     def on_end(self, step: int) -> None:
         """Draw the last updates."""
         if self.records:
             self.draw()
 
-    def draw(self) -> go.Figure:
-        """Replace the figure that is shown by that of all updates so far; returns it."""
-        figure = balance_map(self.history, self.router, title=self._title, last_step=self.last_step)
-        if self._replace is not None:
-            self._replace(figure)
+    def draw(self) -> None:
+        """Replace the figure that is shown by that of all updates so far."""
+        assert self._replace is not None, "on_start comes first"
+        history = BalanceHistory.from_records(self.records)
+        self._replace(
+            balance_map(history, self.router, title=self._title, last_step=self.last_step)
+        )
         self._drawn = time.perf_counter()
-        return figure
 
 
 def _map(
-    load: np.ndarray, steps: np.ndarray, router: str, title: str, ends: tuple[int, int]
+    load: np.ndarray, edges: np.ndarray, router: str, title: str, ends: tuple[int, int]
 ) -> go.Figure:
     fig = go.Figure(
         go.Heatmap(
             z=np.round(load, 3),
-            x=steps,
+            x=edges,
             y=np.arange(len(load)),
             zmin=0.0,
             zmax=TOP,

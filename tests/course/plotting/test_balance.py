@@ -38,7 +38,7 @@ def test_each_cell_is_the_load_over_the_mean() -> None:
     fig = balance_map(history([[4, 0], [1, 3], [2, 2]]), "a", last_step=10)
     (cells,) = fig.data
     assert cells.z.tolist() == [[2.0, 0.5, 1.0], [0.0, 1.5, 1.0]]
-    assert list(cells.x) == [1, 2, 3]
+    assert list(cells.x) == [0.5, 1.5, 2.5, 3.5]  # the edges of the columns
     assert tuple(fig.layout.xaxis.range) == (0.5, 10.5)
     assert fig.layout.yaxis.range[0] > fig.layout.yaxis.range[1]  # expert 0 on top
     assert "each of the 2 experts of a" in str(alt_of(fig))
@@ -50,7 +50,9 @@ def test_a_long_run_is_thinned() -> None:
     loads = [[i % 3, 1] for i in range(1, 1001)]
     (cells,) = balance_map(history(loads), "a").data
     assert cells.z.shape == (2, balance.MOST_COLUMNS)
-    assert cells.x[-1] == 1000
+    assert len(cells.x) == balance.MOST_COLUMNS + 1
+    assert (cells.x[0], cells.x[-1]) == (0.5, 1000.5)
+    assert cells.x[1] - cells.x[0] == cells.x[-1] - cells.x[-2] == 7
     np.testing.assert_allclose(cells.z.sum(0), 2, atol=2e-3)  # two experts, their mean is 1
 
 
@@ -73,7 +75,7 @@ def test_the_figure_follows_the_run(
     assert first["text/plain"] == display.alt_text(figures[-1])
     assert first["text/plain"] in words["text/html"]
     assert first[display.PLOTLY]["layout"]["xaxis"]["range"] == [0.5, 6.5]
-    assert [len(figure.data[0].x) for figure in figures] == [1, 2, 3, 4, 5, 6, 6]
+    assert [figure.data[0].z.shape[1] for figure in figures] == [1, 2, 3, 4, 5, 6, 6]
     loads = [record["routers"][ROUTER]["load"] for record in seen.result.history]
     expected = np.array(loads).T / np.mean(loads[0])
     np.testing.assert_allclose(figures[-1].data[0].z, expected, atol=1e-3)
@@ -82,18 +84,26 @@ def test_the_figure_follows_the_run(
 def test_the_figure_is_replaced_at_most_once_a_second(text: ConcatenatedDocuments) -> None:
     watch = LiveBalance(CONFIG, layer=1, steps=6)
     drawn: list[int] = []
-    draw = watch.draw
-    watch.draw = lambda: (drawn.append(len(watch.records)), draw())[1]  # type: ignore[method-assign]
+    real = watch.draw
+
+    def draw() -> None:
+        drawn.append(len(watch.records))
+        real()
+
+    watch.draw = draw  # type: ignore[method-assign]
     train(Nemotron(CONFIG, seed=0), text, RECIPE, callbacks=[watch], progress=False)
     assert drawn[-1] == 6
     assert len(drawn) < 6
 
 
-def test_a_run_can_be_stopped_by_its_balance(text: ConcatenatedDocuments) -> None:
-    watch = LiveBalance(CONFIG, layer=3, steps=6, stop=lambda history: len(history.steps) == 3)
-    result = train(Nemotron(CONFIG, seed=0), text, RECIPE, callbacks=[watch], progress=False)
-    assert result.stopped and result.step == 3
-    assert watch.router == "backbone.layers.3.mixer"
+def test_a_model_without_the_router_is_refused(text: ConcatenatedDocuments) -> None:
+    model = Nemotron(CONFIG.replace(pattern="M-*E"), seed=0)
+    watch = LiveBalance(CONFIG, layer=1, steps=6)
+    with pytest.raises(ValueError, match=r"no router 'backbone.layers.1.*of backbone.layers.3"):
+        train(model, text, RECIPE, callbacks=[watch], progress=False)
+    dense = Nemotron(CONFIG.replace(pattern="M-"), seed=0)
+    with pytest.raises(ValueError, match="it has no mixture of experts"):
+        train(dense, text, RECIPE, callbacks=[watch], progress=False)
 
 
 def test_a_layer_without_experts_is_refused() -> None:
