@@ -44,6 +44,7 @@ def quality_per_flop(records: Path) -> str:
         )
     reference = found["models"][scale["reference"]]
     seeds = sorted({len(entry["seeds"]) for entry in found["models"].values()})
+    optimizer = [entry["optimizer_of_flops"] for entry in found["models"].values()]
     made = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
     text = (
         f"Record: {link(file.name, file.name)}. {made} of {planned['seeds']} planned seeds. "
@@ -53,7 +54,8 @@ def quality_per_flop(records: Path) -> str:
         f"{reference['words']}). Parameters in millions. Bytes are megabytes read for a decoded "
         f"token after {' / '.join(f'{int(c):,}' for c in contexts)} tokens. Bits per byte are of "
         f"{scale['held_out_bytes']:,} held-out bytes after the last update: median, smallest and "
-        "largest seed."
+        "largest seed. The matrix products of the optimizer are not counted; beside the FLOPs of "
+        f"an update they are {min(optimizer):.0%} to {max(optimizer):.0%}."
     )
     about = (
         "The difference is that of the two models in a claim, in bits per byte, mean over seeds; "

@@ -34,6 +34,10 @@ The factor on the routing weights is sqrt(k) in every mixture, so that the sum o
 the same size. The published factors follow this rule too: 2.5 for 6 experts (Nano), 5.0 for 22
 (Super).
 
+Equal are the FLOPs of the ledger: three forward passes for each trained token. The updates of Muon
+are not among them. They cost the same however many tokens a batch has, and much less for many small
+matrices than for few large ones. `optimizer_flops` counts them, and the record has their share.
+
 Source: reference sheet 4.4 (the LatentMoE paper, arXiv 2601.18089).
 """
 
@@ -50,6 +54,8 @@ from torch import Tensor, nn
 
 from nemotron_lite import Nemotron, NemotronConfig, ledger
 from nemotron_lite.layers.attention import Attention
+from nemotron_lite.train import muon
+from nemotron_lite.train.optimizer import parameter_groups
 
 TOLERANCE = 0.01  # of the reference's FLOPs per token
 STEPS = (16, 8, 4, 2, 1)  # a width is a multiple of the largest that fits
@@ -223,6 +229,19 @@ def costs(config: NemotronConfig, length: int, contexts: tuple[int, ...]) -> dic
             str(context): weights + ledger.cache(config, context).total for context in contexts
         },
     }
+
+
+def optimizer_flops(config: NemotronConfig) -> int:
+    """FLOPs of the matrix products of Muon in one update; those of AdamW are elementwise.
+
+    Each of its steps multiplies r x c by c x r, r x r by r x r, and r x r by r x c, with r <= c.
+    """
+    groups = parameter_groups(Nemotron(config, device="meta"), 0.0, orthogonal=True)
+    total = 0
+    for matrices in groups[-1]["params"]:
+        r, c = sorted(matrices.shape[-2:])
+        total += matrices.numel() // (r * c) * muon.STEPS * (4 * r * r * c + 2 * r**3)
+    return total
 
 
 def add_rotary(model: Nemotron) -> None:

@@ -9,7 +9,7 @@ Six models (`equal_compute`) are trained on the text of the shipped model: a den
 transformer and a hybrid with a standard mixture, and the hybrid with LatentMoE in the variants of
 the paper. They cost the same FLOPs per token, except for the variant "eff", which is there to cost
 less. In each seed all models read the same batches in the same order. The held-out text is scored
-at five points of each run. The points before the last are measured at the full learning rate, so
+at four points of each run. The points before the last are measured at the full learning rate, so
 they compare models with each other, not with a run that ends there.
 
 The record has, for each model, the ledger's FLOPs, total and active parameters and bytes read for a
@@ -18,13 +18,16 @@ routers; and the claims of the papers with a verdict (`verdicts`): yes, no or no
 
 Each run has a folder of its own under runs/quality_per_flop. A run that was interrupted goes on at
 its last checkpoint, at most a minute back, and a finished one is not repeated. The record is
-written again after each run. Seed 0 of all models comes first, then seed 1, so that a record of an
+written again after each run, from all finished runs, so several processes may train different
+models (`--models`). Seed 0 of all models comes first, then seed 1, so that a record of an
 interrupted benchmark compares equal numbers of seeds.
 
 Left out: a search of the learning rate for each model. Matrices are updated by Muon, whose updates
 have the same size for every shape, and all models have the rate that was chosen for the shipped
-hybrid. Left out too: other sizes. A verdict holds for models of four million parameters after 1.6
-million tokens of Python source, and says little about a hundred billion.
+hybrid. Left out too: other sizes. A verdict holds for models of four million parameters after 0.8
+million tokens of Python source, and says little about a hundred billion. The budget is small so
+that five seeds of six models fit into a few hours of one core: with three seeds the intervals would
+be twice as wide.
 """
 
 from __future__ import annotations
@@ -42,7 +45,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, quality_plot
-from benchmarks.model.equal_compute import ALPHA, TOLERANCE, Model, costs, model_list
+from benchmarks.model.equal_compute import (
+    ALPHA,
+    TOLERANCE,
+    Model,
+    costs,
+    model_list,
+    optimizer_flops,
+)
 from benchmarks.model.verdicts import CONFIDENCE, LEAST_SEEDS, judge_all
 from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig
@@ -56,7 +66,7 @@ from nemotron_lite.train.run_log import read_log
 NAME = "quality_per_flop"
 KEPT = measure.ROOT / "runs" / NAME
 CURVE, RUN = "curve.json", "run.json"
-POINTS = (0.125, 0.25, 0.5, 0.75, 1.0)  # fractions of a run at which held-out text is scored
+POINTS = (0.125, 0.25, 0.5, 1.0)  # fractions of a run at which held-out text is scored
 SAVE_SECONDS = 60.0
 
 REFERENCE = NemotronConfig(
@@ -95,7 +105,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(REFERENCE, steps=768, seeds=5, batch_size=4, length=512, contexts=(512, 32_768)),
+    "full": Scale(REFERENCE, steps=384, seeds=5, batch_size=4, length=512, contexts=(512, 32_768)),
     "quick": Scale(
         REFERENCE.replace(vocab_size=300, hidden_size=64, moe_intermediate_size=128,
                           moe_shared_expert_intermediate_size=128),
@@ -169,13 +179,13 @@ class Curve(Callback):
 
 def run_folder(kept: Path, model: Model, recipe: TrainConfig, text: Text) -> Path:
     """The folder of one run. Its name has a digest of all that the run depends on."""
-    identity = [model.config.to_hf(), model.rotary, recipe.to_dict(), text.fingerprint()]
+    identity = [model.config.to_hf(), model.rotary, recipe.to_dict(), text.fingerprint(), POINTS]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return kept / f"{model.name}-seed{recipe.seed}-{digest}"
 
 
 def one_run(scale: Scale, model: Model, seed: int, text: Text, kept: Path) -> dict[str, Any] | None:
-    """Make or continue one run; None if a signal ended it early.
+    """Make, continue or read one run; None if a signal ended it early.
 
     Returns:
         What is in its `run.json`: the model's name, the seed, the curve, the training loss over
@@ -230,15 +240,17 @@ def summarize(scale: Scale, runs: Iterable[Mapping[str, Any]], text: Text) -> di
     for run in runs:
         by_model[run["model"]][run["seed"]] = run
     reference = costs(scale.reference, scale.length, scale.contexts)
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         cost = costs(model.config, scale.length, scale.contexts)
         made = dict(sorted(by_model[name].items()))
-        entry: dict[str, Any] = {
+        entry = entries[name] = {
             "words": model.words, "pattern": model.config.pattern, "rotary": model.rotary,
             "sizes": _sizes(model.config), "longer": model.longer, **cost,
             "flops_of_reference": cost["flops_per_token"] / reference["flops_per_token"],
             "parameters_of_reference": cost["parameters"] / reference["parameters"],
+            "optimizer_of_flops": optimizer_flops(model.config)
+            / (cost["flops_per_token"] * scale.batch_size * scale.length),
             "seeds": list(made),
         }  # fmt: skip
         if made:
@@ -247,7 +259,6 @@ def summarize(scale: Scale, runs: Iterable[Mapping[str, Any]], text: Text) -> di
                 entry[key] = measure.summary([run[key] for run in made.values()])
             entry["bits_per_byte"] = measure.summary(finals)
             entry["curve"] = _curve([run["curve"] for run in made.values()], cost)
-        entries[name] = entry
     scores = {
         name: {seed: run["curve"][-1]["bits_per_byte"] for seed, run in made.items()}
         for name, made in by_model.items()
@@ -325,26 +336,32 @@ def measure_runs(
         raise ValueError(f"models={unknown[0]!r}: expected some of {', '.join(listed)}.")
     text = open_text(scale, quick=not record)
     seeds = scale.seeds if seeds is None else seeds
+    asked = [(seed, listed[each]) for seed in range(seeds) for each in wanted]
     with tempfile.TemporaryDirectory() as trial:
         kept = KEPT if record else Path(trial)
-        runs = finished(scale, kept, text, max(seeds, scale.seeds))
-        for seed in range(seeds):
-            for model in (listed[each] for each in wanted):
-                if (model.name, seed) in runs or time.monotonic() - started > 60 * minutes:
-                    continue
-                run = one_run(scale, model, seed, text, kept)
-                if run is None:
-                    print(f"{model.words}, seed {seed}: interrupted; the same command continues it")
-                    return summarize(scale, runs.values(), text)
-                runs[model.name, seed] = run
-                print(
-                    f"{model.words}, seed {seed}: {run['curve'][-1]['bits_per_byte']:.4f} bits per "
-                    f"byte, {run['tokens_per_second']:,.0f} tokens/s",
-                    flush=True,
-                )
-                if record:
-                    write_record(NAME, summarize(scale, runs.values(), text))
-        found = summarize(scale, runs.values(), text)
+
+        def made() -> dict[tuple[str, int], dict[str, Any]]:
+            # From the files each time: another process may train other models meanwhile.
+            return finished(scale, kept, text, max(seeds, scale.seeds))
+
+        for seed, model in asked:
+            if (model.name, seed) in made():
+                continue
+            if time.monotonic() - started > 60 * minutes:
+                break
+            run = one_run(scale, model, seed, text, kept)
+            if run is None:
+                print(f"{model.words}, seed {seed}: interrupted; the same command continues it")
+                break
+            print(
+                f"{model.words}, seed {seed}: {run['curve'][-1]['bits_per_byte']:.4f} bits per "
+                f"byte, {run['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
+            if record:
+                write_record(NAME, summarize(scale, made().values(), text))
+        runs = made()
+    found = summarize(scale, runs.values(), text)
     if record and runs:
         write_record(NAME, found)
     for claim in found["claims"]:
