@@ -9,7 +9,7 @@ Six models (`equal_compute`) are trained on the text of the shipped model: a den
 transformer and a hybrid with a standard mixture, and the hybrid with LatentMoE in the variants of
 the paper. They cost the same FLOPs per token, except for the variant "eff", which is there to cost
 less. In each seed all models read the same batches in the same order. The held-out text is scored
-at four points of each run. The points before the last are measured at the full learning rate, so
+at five points of each run. The points before the last are measured at the full learning rate, so
 they compare models with each other, not with a run that ends there.
 
 The record has, for each model, the ledger's FLOPs, total and active parameters and bytes read for a
@@ -24,10 +24,8 @@ interrupted benchmark compares equal numbers of seeds.
 
 Left out: a search of the learning rate for each model. Matrices are updated by Muon, whose updates
 have the same size for every shape, and all models have the rate that was chosen for the shipped
-hybrid. Left out too: other sizes. A verdict holds for models of four million parameters after 0.8
-million tokens of Python source, and says little about a hundred billion. The budget is small so
-that five seeds of six models fit into a few hours of one core: with three seeds the intervals would
-be twice as wide.
+hybrid. Left out too: other sizes. A verdict holds for models of four million parameters after 1.6
+million tokens of Python source, and says little about a hundred billion.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ from nemotron_lite.train.run_log import read_log
 NAME = "quality_per_flop"
 KEPT = measure.ROOT / "runs" / NAME
 CURVE, RUN = "curve.json", "run.json"
-POINTS = (0.125, 0.25, 0.5, 1.0)  # fractions of a run at which held-out text is scored
+POINTS = (0.125, 0.25, 0.5, 0.75, 1.0)  # fractions of a run at which held-out text is scored
 SAVE_SECONDS = 60.0
 
 REFERENCE = NemotronConfig(
@@ -105,7 +103,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(REFERENCE, steps=384, seeds=5, batch_size=4, length=512, contexts=(512, 32_768)),
+    "full": Scale(REFERENCE, steps=768, seeds=5, batch_size=4, length=512, contexts=(512, 32_768)),
     "quick": Scale(
         REFERENCE.replace(vocab_size=300, hidden_size=64, moe_intermediate_size=128,
                           moe_shared_expert_intermediate_size=128),

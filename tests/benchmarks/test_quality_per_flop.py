@@ -204,8 +204,8 @@ def test_a_run_that_was_interrupted_continues(
     model = TRIAL.models()["latent"]
     whole = quality_per_flop.one_run(TRIAL, model, 1, text, tmp_path / "whole")
     assert whole is not None
-    assert [point["step"] for point in whole["curve"]] == [1, 2, 4, 8]
-    assert [point["tokens"] for point in whole["curve"]] == [64, 128, 256, 512]
+    assert [point["step"] for point in whole["curve"]] == [1, 2, 4, 6, 8]
+    assert [point["tokens"] for point in whole["curve"]] == [64, 128, 256, 384, 512]
     real, calls = quality_per_flop.evaluate, []
 
     def fails(*args: Any, **options: Any) -> Any:
@@ -222,10 +222,10 @@ def test_a_run_that_was_interrupted_continues(
     assert again is not None
     assert again["curve"] == whole["curve"]
     assert again["train_nats"] == whole["train_nats"]
-    assert len(calls) == 5  # two, the failed one, and two more
+    assert len(calls) == 6  # two, the failed one, and three more
     # Finished: nothing is trained again, and the checkpoints are gone.
     assert quality_per_flop.one_run(TRIAL, model, 1, text, tmp_path / "parts") == again
-    assert len(calls) == 5
+    assert len(calls) == 6
     (folder,) = (tmp_path / "parts").iterdir()
     assert sorted(path.name for path in folder.iterdir() if path.name != "run.lock") == [
         "curve.json", "log.jsonl", "run.json", "tokenizer.json",
