@@ -33,7 +33,7 @@ Source: measured. Left out: second derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -143,19 +143,40 @@ def _combine(answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 def _sorted_forward(
     z: Tensor, up: Tensor, down: Tensor, weights: Tensor, indices: Tensor
 ) -> Tensor:
-    order = _Order(indices, up.shape[0])
+    experts, hidden = up.shape[:2]
+    return one_by_one(z, experts, hidden, up.mT.__getitem__, down.mT.__getitem__, weights, indices)
+
+
+def one_by_one(
+    z: Tensor,
+    experts: int,
+    hidden_width: int,
+    up: Callable[[int], Tensor],
+    down: Callable[[int], Tensor],
+    weights: Tensor,
+    indices: Tensor,
+) -> Tensor:
+    """The form with a product per expert, without gradients, where the matrices may be anywhere.
+
+    Args:
+        z: `t l`.
+        experts, hidden_width: e and f.
+        up, down: the transposed matrix of one expert, `l f` and `f l`. Each is called once for
+            every chosen expert, and its result is used before the next call.
+        weights, indices: from `route`.
+    """
+    order = _Order(indices, experts)
     rows = z[order.tokens]
     answers = torch.empty_like(rows)
-    hidden = rows.new_empty(rows.shape[0], up.shape[1])
-    up, down = up.mT, down.mT
+    hidden = rows.new_empty(rows.shape[0], hidden_width)
     for group in order.groups():
         first, last = group[0][1], group[-1][2]
         for e, start, stop in group:
-            torch.mm(rows[start:stop], cast(up[e], z.dtype), out=hidden[start:stop])
+            torch.mm(rows[start:stop], cast(up(e), z.dtype), out=hidden[start:stop])
         positive = hidden[first:last].relu_()
         positive.mul_(positive)
         for e, start, stop in group:
-            torch.mm(hidden[start:stop], cast(down[e], z.dtype), out=answers[start:stop])
+            torch.mm(hidden[start:stop], cast(down(e), z.dtype), out=answers[start:stop])
     return _combine(answers, order.places, weights)
 
 
