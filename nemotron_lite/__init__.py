@@ -24,6 +24,7 @@ The names below are the public interface. What the modules are for, from the gro
     wrappers            the model inside torch.compile, DistributedDataParallel and others
     checkpoint          reading and writing Hugging Face files, ModelOpt's quantized ones too
     quantization        a trained model in 4 and 8 bits per weight
+    offload             models larger than the memory: weights fetched when they are used
     generation          writing text: prompts, sampling, speculative decoding
     export              files for other programs: GGUF, which llama.cpp runs
     data, train         corpora and batches; the training loop

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from nemotron_lite.arguments import integer
+from nemotron_lite.arguments import integer, shown
 from nemotron_lite.backbone import Backbone
 from nemotron_lite.backends.private_torch import pass_to_export
 from nemotron_lite.cache import MODEL_DTYPES, Cache, as_device
@@ -188,14 +188,66 @@ class Nemotron(nn.Module):
         device: str | torch.device = "cpu",
         mtp: Literal["auto", "require", "drop"] = "auto",
         packed: bool = False,
+        offload: bool = False,
+        budget: SupportsIndex | None = None,
+        progress: bool = False,
     ) -> M:
         """`nemotron_lite.load` under the name that transformers gives it; the same arguments.
 
         Called on a subclass, it returns a model of that class, made by `cls(config)`.
         """
-        from nemotron_lite.checkpoint import load_as
+        from nemotron_lite.checkpoint import Offload, load_as
 
-        return load_as(cls, path, dtype=dtype, device=device, mtp=mtp, packed=packed)
+        how = Offload.of(offload, budget, progress, device)
+        return load_as(cls, path, dtype=dtype, device=device, mtp=mtp, packed=packed, offload=how)
+
+    @classmethod
+    def from_config(
+        cls: type[M],
+        config: NemotronConfig,
+        *,
+        weights: Literal["initial", "generated"] = "initial",
+        seed: SupportsIndex | None = None,
+        dtype: torch.dtype | None = None,
+        packed: bool = False,
+        budget: SupportsIndex | None = None,
+        progress: bool = False,
+    ) -> M:
+        """A model of these sizes: `cls(config)`, or one whose weights are generated when used.
+
+        With generated weights a model of any size runs in bounded memory, on a CPU: all 88 layers
+        of Super in a few gigabytes. It has the times and the memory traffic of a real model, and it
+        writes noise. `nemotron_lite.offload.generated` says what these weights are and are not.
+
+        Args:
+            config: its sizes.
+            weights: "initial" makes an ordinary model; "generated" computes each weight from the
+                seed at its use.
+            seed: as for `Nemotron`; with generated weights None is 0.
+            dtype: as for `Nemotron`; with generated weights None is bfloat16.
+            packed: with generated weights, matrices in NVFP4.
+            budget: with generated weights, bytes of weights in memory at most; None is 4 GiB.
+            progress: with generated weights, report on stderr how many layers a call has run.
+
+        Raises:
+            TypeError: an argument of another kind.
+            ValueError: unknown weights or dtype, a budget without room for the largest tensor, or
+                an argument of generated weights for an ordinary model.
+        """
+        if weights == "initial":
+            if packed or progress or budget is not None:
+                raise ValueError(
+                    'packed, budget and progress are for weights="generated"; weights="initial" '
+                    "makes an ordinary model in memory."
+                )
+            return cls(config, dtype=dtype, seed=seed)
+        if weights != "generated":
+            raise ValueError(f'weights={shown(weights)}: expected "initial" or "generated".')
+        from nemotron_lite.offload import generated_model
+
+        return generated_model(
+            cls, config, seed=seed, dtype=dtype, packed=packed, budget=budget, progress=progress
+        )
 
     def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """`nemotron_lite.save` under the name that transformers gives it; the same arguments."""

@@ -14,6 +14,7 @@
     loading             load: one tensor at a time, into a model that had no memory until then
     weight_dtypes       which dtype each weight gets
     weight_reading      the values of the tensors, cast or decoded
+    file_source         weights of an offloaded model, read from the files at their use
     packed_loading      layers that keep them quantized
     saving              save: the hub's layout, in shards
     storage             how many bytes the weights take in which format
@@ -23,12 +24,13 @@ Saving is atomic: `nemotron_lite/files.py` replaces a folder as a whole.
 """
 
 from nemotron_lite.checkpoint.errors import CheckpointError
-from nemotron_lite.checkpoint.loading import load, load_as
+from nemotron_lite.checkpoint.loading import Offload, load, load_as
 from nemotron_lite.checkpoint.saving import save
 from nemotron_lite.checkpoint.storage import StorageRow, storage_summary, weight_bytes
 
 __all__ = [
     "CheckpointError",
+    "Offload",
     "StorageRow",
     "load",
     "load_as",

@@ -12,6 +12,9 @@ which dtype each weight gets.
 Quantized weights (`modelopt`, `compressed_tensors`) are decoded while they are loaded. With
 `packed=True` they stay quantized, in layers that decode them when they are used.
 
+With `offload=True` steps 3 and 4 are left out: weights are read when a layer runs, so the folder
+may be larger than the memory (`nemotron_lite/offload`, file_source.py).
+
 In a multimodal release the text model is loaded, and a warning names the other parts.
 
 Source: reference sheet section 10. Left out: downloading from the hub.
@@ -22,11 +25,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
+from nemotron_lite.arguments import flag, integer
 from nemotron_lite.checkpoint import validation
 from nemotron_lite.checkpoint.changes import (
     ATTEMPTS,
@@ -38,6 +42,7 @@ from nemotron_lite.checkpoint.companions import read_companions
 from nemotron_lite.checkpoint.contents import read_contents
 from nemotron_lite.checkpoint.declaration import check_declarations
 from nemotron_lite.checkpoint.errors import CheckpointError, printable
+from nemotron_lite.checkpoint.file_source import offload_files
 from nemotron_lite.checkpoint.locations import resolve
 from nemotron_lite.checkpoint.names import is_mtp
 from nemotron_lite.checkpoint.packed_loading import check_cache_scales, install_packed_layers
@@ -53,6 +58,7 @@ from nemotron_lite.checkpoint.weight_reading import read_weights
 from nemotron_lite.config import ConfigError, NemotronConfig
 from nemotron_lite.hf_config import from_hf, text_part
 from nemotron_lite.model import Nemotron
+from nemotron_lite.offload import DEFAULT_BUDGET, offloaded_class
 
 M = TypeVar("M", bound=Nemotron)
 
@@ -64,6 +70,9 @@ def load(
     device: str | torch.device = "cpu",
     mtp: Literal["auto", "require", "drop"] = "auto",
     packed: bool = False,
+    offload: bool = False,
+    budget: SupportsIndex | None = None,
+    progress: bool = False,
 ) -> Nemotron:
     """Read a `nemotron_h` checkpoint: `model.safetensors`, or shards with their index.
 
@@ -84,6 +93,11 @@ def load(
         packed: keep NVFP4 and FP8 weights quantized and decode them when they are used; `save`
             then writes the same bits again. Otherwise they are decoded to `dtype`. FP8 with a scale
             for each row or tile can only be decoded.
+        offload: leave the weights in the files and read them when a layer runs: of experts only
+            those that tokens choose. For folders larger than the memory, on a CPU. The files have
+            to stay until the model is no longer used; it cannot be trained.
+        budget: with `offload`, bytes of weights in memory at most; None is 4 GiB.
+        progress: with `offload`, report on stderr how many layers a call has run.
 
     Returns:
         The model in eval mode. `model.tokenizer` is the `tokenizers.Tokenizer` of the folder's
@@ -92,9 +106,36 @@ def load(
 
     Raises:
         CheckpointError: all problems of the folder, in one message.
-        ValueError: `dtype` or `mtp` has an unknown value.
+        TypeError: `budget` is no integer.
+        ValueError: `dtype` or `mtp` has an unknown value; `offload` on a GPU, or with a budget that
+            has no room for the largest tensor; `budget` or `progress` without it.
     """
-    return load_as(Nemotron, path, dtype=dtype, device=device, mtp=mtp, packed=packed)
+    how = Offload.of(offload, budget, progress, device)
+    return load_as(Nemotron, path, dtype=dtype, device=device, mtp=mtp, packed=packed, offload=how)
+
+
+class Offload(NamedTuple):
+    """How an offloaded model reads its files."""
+
+    budget: int
+    progress: bool
+
+    @classmethod
+    def of(
+        cls,
+        offload: bool,
+        budget: SupportsIndex | None,
+        progress: bool,
+        device: str | torch.device,
+    ) -> Offload | None:
+        """The arguments of `load`, checked; None for a model in memory."""
+        offload, progress = flag("offload", offload), flag("progress", progress)
+        size = DEFAULT_BUDGET if budget is None else integer("budget", budget, low=1)
+        if not offload and (budget is not None or progress):
+            raise ValueError("budget and progress are for offload=True, which is not given.")
+        if offload and torch.device(device).type != "cpu":
+            raise ValueError(f"offload=True keeps weights on the CPU; device={str(device)!r}.")
+        return cls(size, progress) if offload else None
 
 
 def load_as(
@@ -105,6 +146,7 @@ def load_as(
     device: str | torch.device,
     mtp: Literal["auto", "require", "drop"],
     packed: bool,
+    offload: Offload | None = None,
 ) -> M:
     """`load` for a subclass of `Nemotron`, which is made by `model_class(config)`.
 
@@ -121,7 +163,7 @@ def load_as(
         failure: Exception | None = None
         try:
             with torch.inference_mode(False):  # inference tensors could never be trained
-                model = _read_folder(model_class, folder, dtype, device, mtp, packed)
+                model = _read_folder(model_class, folder, dtype, device, mtp, packed, offload)
         except (CheckpointError, OSError, SafetensorError) as error:
             failure = error
         if files_of(folder) == before:
@@ -138,6 +180,7 @@ def _read_folder(
     device: str | torch.device,
     mtp: str,
     packed: bool,
+    offload: Offload | None,
 ) -> M:
     """One attempt to read a folder; it may change meanwhile."""
     contents = read_contents(folder)
@@ -159,7 +202,7 @@ def _read_folder(
         raise CheckpointError(folder, problems)
 
     with torch.device("meta"):
-        model = model_class(config)
+        model = (model_class if offload is None else offloaded_class(model_class))(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = found.stored
     if mtp == "drop":
@@ -171,8 +214,11 @@ def _read_folder(
     if problems:
         raise CheckpointError(folder, problems)
     dtypes = WeightDtypes(dtype or wanted, most_common_dtype(stored))
-    tensors = read_weights(folder, model, shapes, matched, found, dtypes, torch.device(device))
-    model.load_state_dict(tensors, assign=True)
+    if offload is None:
+        tensors = read_weights(folder, model, shapes, matched, found, dtypes, torch.device(device))
+        model.load_state_dict(tensors, assign=True)
+    else:
+        offload_files(model, folder, matched, found, dtypes, **offload._asdict())
     model.tokenizer = tokenizer
     model.companion_files = read_companions(folder)
     if absent:
