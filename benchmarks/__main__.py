@@ -10,6 +10,7 @@ Some run only when they are named, because they need more than this package and 
     python -m benchmarks cpu_peers --size M --long    llama.cpp, from the package xllamacpp
     python -m benchmarks quality_per_flop             hours; it continues where it stopped
     python -m benchmarks busy_machine                 Linux, and two cores that nothing else uses
+    python -m benchmarks full_size                    all 88 layers of Super
     python -m benchmarks gpu_model                    a GPU
     python -m benchmarks figures                      rewrites docs/benchmarks.md and README.md
 
@@ -36,7 +37,9 @@ BENCHMARKS = (
     "removal",
     "router_statistics",
 )
-BY_NAME = ("quality_per_flop", "cpu_peers", "busy_machine", "gpu_model", "figures")
+BY_NAME = (
+    "quality_per_flop", "cpu_peers", "busy_machine", "full_size", "gpu_model", "figures",
+)  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:

@@ -36,6 +36,7 @@ from benchmarks.figures.comparisons import (
     operator,
     operator_ratios,
 )
+from benchmarks.figures.full_size import full_size
 from benchmarks.figures.markdown import read, wrapped
 from benchmarks.figures.techniques import (
     bfloat16,
@@ -83,7 +84,8 @@ def for_document(records: Path) -> dict[str, str]:
         "operator": operator, "growth": growth, "gpu": gpu,
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
         "float16 states": float16_states,
-        "training": training, "speculation": speculation, "removal": removal,
+        "training": training, "full size": full_size, "speculation": speculation,
+        "removal": removal,
         "quality per FLOP": quality_per_flop, "router statistics": router_statistics,
     }  # fmt: skip
     return {name: function(records) for name, function in functions.items()}

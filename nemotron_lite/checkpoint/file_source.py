@@ -108,17 +108,22 @@ class FileWeights:
         """
         if name in self._scales:
             return self._read_valid(self._scales[name], "k_scale", out)
-        item = self._matched.get(Destination(name, expert))
-        if item is None and (item := self._matched.get(Destination(name))) is not None:
-            row = expert if row is None else row  # a stack of experts in one tensor
-        if item is not None:
-            if item.name in self._modules:
-                return self._read_decoded(self._modules[item.name], out)
-            return self._read_into(item, out, row)
+        found = self._stored(name, expert)
+        if found is not None and found.name not in self._modules:
+            stacked = Destination(name, expert) not in self._matched  # all experts in one tensor
+            return self._read_into(found, out, expert if stacked else row)
+        if found is not None and out.dtype in DTYPES.values():
+            return self._read_decoded(self._modules[found.name], out)
+        # A tensor of a packed layer; its codes have the name of the plain weight.
         module, _, leaf = name.rpartition(".")
-        item = self._matched.get(Destination(module, expert))
-        item = item or self._matched[Destination(f"{module}.weight")]
-        return self._read_packed(self._modules[item.name], leaf, out)
+        found = self._stored(module, expert) or self._stored(f"{module}.weight", None)
+        assert found is not None
+        return self._read_packed(self._modules[found.name], leaf, out)
+
+    def _stored(self, name: str, expert: int | None) -> StoredTensor | None:
+        """The stored tensor of a weight, or of the stack that an expert is in."""
+        found = self._matched.get(Destination(name, expert))
+        return self._matched.get(Destination(name)) if found is None else found
 
     def _read_into(self, item: StoredTensor, out: Tensor, row: int | None = None) -> int:
         """A tensor, or one row of it, in the dtype of `out`."""

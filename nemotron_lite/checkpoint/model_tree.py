@@ -36,6 +36,7 @@ from nemotron_lite.checkpoint.errors import shorten
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.layers import BiasedLinear
 from nemotron_lite.model import Nemotron
+from nemotron_lite.offload import Offloaded
 from nemotron_lite.quantization.packed_layers import (
     LinearWithKVScale,
     PackedWeight,
@@ -69,8 +70,11 @@ class ModelTree:
         return {n: m for n, m in self.modules.items() if isinstance(m, PackedWeight)}
 
 
-def read_tree(model: object) -> ModelTree:
+def read_tree(model: object, *, offloaded: bool = False) -> ModelTree:
     """All that would be saved of a model, and the reasons why it cannot be.
+
+    Args:
+        offloaded: accept an offloaded model, whose tensors are on meta and are fetched with `read`.
 
     Raises:
         TypeError: `model` is no Nemotron, nor a known wrapper around one.
@@ -87,7 +91,13 @@ def read_tree(model: object) -> ModelTree:
         tree.problems.append(f"{names}: {_GATHER}")
         return tree
     _walk(tree, inside, "", ())
-    tree.problems += _wrong_tensors(tree.tensors, tree.packed)
+    if isinstance(inside, Offloaded):
+        if not offloaded:
+            tree.problems.append(
+                "the weights of an offloaded model are not in memory: load it without offload=True"
+            )
+    else:
+        tree.problems += _wrong_tensors(tree.tensors, tree.packed)
     config: object = inside.config
     if isinstance(config, NemotronConfig):
         tree.problems += _differences(tree, _reference(config))

@@ -14,6 +14,9 @@ tensor by tensor. The safetensors library needs all tensors of a file at once, a
 that share memory, as the slices of one stack of experts do. With it, saving would need a second
 copy of the weights.
 
+The weights of an offloaded model are fetched one by one, so a model larger than the memory is
+written too.
+
 Packed layers (`quantization/packed_layers.py`) are written with exactly the bits they have in
 memory, in ModelOpt's layout and with hf_quant_config.json.
 
@@ -37,6 +40,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Container, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, SupportsIndex
 
@@ -59,6 +63,7 @@ from nemotron_lite.files import atomic_folder, check_utf8, folder_path
 from nemotron_lite.hf_config import to_hf, without_dt_clamp
 from nemotron_lite.layers.moe import Experts, Router
 from nemotron_lite.model import Nemotron
+from nemotron_lite.offload import Offloaded
 from nemotron_lite.quantization.packed_layers import LinearWithKVScale, PackedExperts
 
 MAX_SHARD_BYTES = 5_000_000_000  # as usual on the hub
@@ -83,10 +88,17 @@ class _NamedTensor(NamedTuple):
 
     name: str
     tensor: Tensor  # shares memory with the model; for experts, one slice
+    fetch: Callable[[], Tensor] | None = None  # gives the numbers of a tensor on meta
 
     @property
     def size(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def values(self) -> Tensor:
+        """Its numbers, on the CPU."""
+        tensor = self.tensor if self.fetch is None else self.fetch()
+        return tensor.detach().cpu().contiguous()
 
 
 def save(
@@ -110,9 +122,9 @@ def save(
     forward of its own. Two names for one tensor (tied weights) are written as two tensors.
 
     Args:
-        model: a `Nemotron` on any device. The wrappers of torch.compile, DistributedDataParallel,
-            DataParallel, AveragedModel and activation checkpointing are left out, at any depth.
-            Call `save` on one process only.
+        model: a `Nemotron` on any device, or an offloaded one. The wrappers of torch.compile,
+            DistributedDataParallel, DataParallel, AveragedModel and activation checkpointing are
+            left out, at any depth. Call `save` on one process only.
         path: the folder; created if it does not exist. `~` is the home folder, "." the current one.
         tokenizer: written as tokenizer.json; None takes `model.tokenizer`, if there is one.
         max_shard_bytes: largest size of a file. A single larger tensor gets a file of its own.
@@ -128,7 +140,7 @@ def save(
     folder = folder_path(path)
     check_utf8(folder)
     limit = integer("max_shard_bytes", max_shard_bytes, low=1)
-    tree = read_tree(model)
+    tree = read_tree(model, offloaded=True)
     tokenizer = plain_tokenizer(tree.model.tokenizer if tokenizer is None else tokenizer)
     problems = tree.problems or vocabulary_problems(tokenizer, tree.model.config)
     if problems:
@@ -181,7 +193,11 @@ def _named_tensors(tree: ModelTree) -> Iterator[_NamedTensor]:
     for name, tensor in tree.tensors.items():
         for disk_name, expert in hub_names(name, tensor.shape[0] if tensor.ndim else 1):
             part = tensor if expert is None else tensor[expert]
-            yield _NamedTensor(disk_name, part.resolve_neg())  # a view may be negated lazily
+            part = part.resolve_neg()  # a view may be negated lazily
+            if isinstance(tree.model, Offloaded):
+                yield _NamedTensor(disk_name, part, partial(tree.model.read, name, expert))
+            else:
+                yield _NamedTensor(disk_name, part)
 
 
 def _shards(tensors: list[_NamedTensor], limit: int) -> list[list[_NamedTensor]]:
@@ -240,7 +256,7 @@ def _write_shard(
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for each in tensors:
-        values = each.tensor.detach().cpu().contiguous()
+        values = each.values
         if not _is_finite(values):
             not_finite.append(each.name)
         file.write(values.view(-1).view(torch.uint8).numpy().data)

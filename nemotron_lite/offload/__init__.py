@@ -28,7 +28,7 @@ is divided once, when the model is made:
     1. one workspace, as large as the largest tensor that does not stay
     2. tensors that every token uses, the smallest first; they are never evicted
     3. the rest in equal parts to the layers with experts: each evicts its own least recently used
-       expert
+       experts, but none that the running call uses
 
 A tensor that every token uses saves its whole size at each token. An expert is chosen by one token
 in 23, so it saves a 23rd of its size, or more where one token chooses like the one before.

@@ -53,7 +53,7 @@ class OffloadedExperts(PackedExperts):
 
     def forward(self, z: Float[Tensor, "t l"], routing: ops.Routing) -> Float[Tensor, "t l"]:
         """The weighted sum of each token's chosen experts."""
-        with self.store.lock:
+        with self.store.choosing(self.path, routing.indices.unique().tolist()):
             return super().forward(z, routing)
 
     def _sum(self, z: Tensor, routing: ops.Routing) -> Tensor:

@@ -237,7 +237,7 @@ class GeneratedWeights:
         ones = leaf == "D" or leaf == "weight"
         return torch.full(shape, 1.0 if ones else 0.0, dtype=torch.float64)
 
-    def _uniform(self, name: str, shape: torch.Size, low: float, high: float) -> Tensor:
+    def _uniform(self, name: str, shape: torch.Size, low: int | float, high: int | float) -> Tensor:
         counter = torch.arange(shape.numel())
         word = philox.words(_hash(self.seed, name) >> 1, counter, ROUNDS)[0]
         share = (torch.as_tensor(word).double() + 0.5) / 2**32

@@ -70,11 +70,6 @@ class Offloaded(Nemotron):
 
     @torch.no_grad()
     def _hidden(self, *args: Any, **kwargs: Any) -> Hidden:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "an offloaded model fetches weights while it runs, which torch.compile cannot "
-                "follow: load it without offload=True to compile it."
-            )
         if not self._progress:
             return super()._hidden(*args, **kwargs)
         with Progress("layers", self.config.num_layers) as bar:
@@ -139,6 +134,14 @@ class Offloaded(Nemotron):
         if "store" in self.__dict__:
             _refuse("take a state_dict: its weights come from the source it was made with")
         return super().load_state_dict(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a compiler cannot follow how weights are fetched.
+
+        Raises:
+            RuntimeError: always.
+        """
+        _refuse("be compiled")
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Refused, as `load_state_dict` is.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 ALIGNMENT = 64  # bytes; vector instructions read whole cache lines
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """Reads weights into buffers."""
 

@@ -1,12 +1,17 @@
 """The weights that are in memory, within a budget; all others pass through one workspace.
 
     with store.weights_of(path) as tensors: ...      those of a module, until the block ends
-    store.expert(stack, e)                           one expert's matrix, until the next call
+    with store.choosing(path, experts): ...          a layer's call, which uses these experts
+        store.expert(stack, e)                       one expert's matrix, until the next one
     store.rows(name, ids)                            rows of the embedding
 
 Modules run inside each other, so the workspace is a stack: an inner module's tensors lie behind
 those of the outer one, and are gone when it ends. Memory that an evicted expert leaves is used for
 the next one of the same size, because fresh memory is slow: the system clears every page.
+
+A call of a layer with experts uses them in the order of their numbers. If it uses more than stay,
+an ordinary cache would evict each one shortly before the next call comes to it. So a call evicts
+only experts that it does not use itself, and those that find no room pass through the workspace.
 
 A store serves one call at a time; a second thread waits.
 """
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -94,7 +99,7 @@ class WeightStore:
         self._modules, self._experts, self._rows = modules, experts, rows
         layers = {_layer_of(stack) for stack in experts}
         self.plan: Plan = make_plan(modules, experts, len(layers), budget, source.nbytes)
-        self._kept: dict[str, Tensors] = {}
+        self._kept: dict[str, Tensor] = {}  # buffers
         self._chosen = {layer: _LayerExperts(self.plan.per_layer) for layer in layers}
         self._workspace: Tensor | None = None
         self._top = 0  # bytes of the workspace that are in use
@@ -102,7 +107,7 @@ class WeightStore:
     @property
     def nbytes(self) -> int:
         """Bytes of weights in memory now, with the workspace and the source's own."""
-        kept = sum(self._modules[path].nbytes for path in self._kept)
+        kept = sum(buffer.nbytes for buffer in self._kept.values())
         experts = sum(layer.nbytes for layer in self._chosen.values())
         space = 0 if self._workspace is None else self._workspace.nbytes
         return self.source.nbytes + kept + experts + space
@@ -117,11 +122,19 @@ class WeightStore:
             finally:
                 self._top = begin
 
-    def expert(self, stack: str, expert: int) -> Tensors:
-        """One expert's matrix, valid until the next call of this method.
+    @contextmanager
+    def choosing(self, path: str, experts: Iterable[int]) -> Iterator[None]:
+        """One call of the module `path`, which uses these experts and calls `expert` for each."""
+        with self.lock:
+            layer = self._chosen[path]
+            layer.in_use = set(experts)
+            try:
+                yield
+            finally:
+                layer.in_use = set()
 
-        Call it with the lock held, for as long as the tensors are used.
-        """
+    def expert(self, stack: str, expert: int) -> Tensors:
+        """One expert's matrix, inside `choosing`; valid until the next call of this method."""
         entry, kept = self._experts[stack], self._chosen[_layer_of(stack)]
         self._count_use(entry)
         self.traffic.experts += 1
@@ -153,13 +166,15 @@ class WeightStore:
     def _fetch_module(self, entry: Entry) -> Tensors:
         self._count_use(entry)
         if (found := self._kept.get(entry.path)) is not None:
-            return found
+            # New views each time: those of inference mode could not be used outside of it.
+            return entry.views(found)
         if entry.path not in self.plan.kept:
             buffer = self._space(entry.nbytes)
             self._top += entry.nbytes
             return self._fetch(entry, buffer)
-        tensors = self._fetch(entry, new_bytes(entry.nbytes))
-        self._kept[entry.path] = tensors
+        buffer = new_bytes(entry.nbytes)
+        tensors = self._fetch(entry, buffer)
+        self._kept[entry.path] = buffer
         return tensors
 
     def _count_use(self, entry: Entry) -> None:
@@ -186,6 +201,7 @@ class _LayerExperts:
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.nbytes = capacity, 0
+        self.in_use: set[int] = set()  # experts of the call that runs
         self._held: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
 
     def get(self, key: tuple[str, int]) -> Tensor | None:
@@ -196,12 +212,20 @@ class _LayerExperts:
         return found
 
     def room_for(self, size: int) -> Tensor | None:
-        """A buffer for a new matrix, evicting as many as needed; None if it can never fit."""
-        if size > self.capacity:
+        """A buffer for a new matrix, evicting as many as needed; None if there is no room."""
+        needed = self.nbytes + size - self.capacity
+        evicted = []
+        for key, buffer in self._held.items():  # the least recently used first
+            if needed <= 0:
+                break
+            if key[1] not in self.in_use:
+                evicted.append(key)
+                needed -= buffer.nbytes
+        if needed > 0:
             return None
         free = None
-        while self.nbytes + size > self.capacity:
-            _, free = self._held.popitem(last=False)
+        for key in evicted:
+            free = self._held.pop(key)
             self.nbytes -= free.nbytes
         return free if free is not None and free.nbytes == size else new_bytes(size)
 

@@ -108,8 +108,9 @@ def quantizable_modules(model: Nemotron, choices: str = "any") -> list[Quantizab
         module = model.get_submodule(entry.path)
         if not isinstance(module, nn.Linear | Experts):
             raise ValueError(
-                f"{entry.path} is {type(module).__name__}: this model is quantized already. Load "
-                "it without packed=True, or better, quantize the original."
+                f"{entry.path} is {type(module).__name__}: this model is quantized already, or "
+                "offloaded. Load it without packed=True and offload=True, or better, quantize the "
+                "original."
             )
         shapes = {
             f"{entry.path}.{n}": tuple(p.shape) for n, p in module.named_parameters() if n != "bias"
