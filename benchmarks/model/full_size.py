@@ -168,9 +168,7 @@ def write_checkpoint(folder: str, quick: bool) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": weight_bytes(folder), "peak_gib": peak()}
 
 
-def limited(
-    folder: str, cold: bool, budget: int | float, limit: int | float
-) -> dict[str, Any]:
+def limited(folder: str, cold: bool, budget: int | float, limit: int | float) -> dict[str, Any]:
     """Run a checkpoint with a hard limit on address space; run in its own process."""
     files = sorted(Path(folder).glob("*.safetensors"))
     idle = status("VmSize")
@@ -238,7 +236,9 @@ def measure_files(quick: bool) -> dict[str, Any]:
 
 def own(function: str, *arguments: Any) -> Any:
     """A function of this module in a process of its own."""
-    return in_own_process("benchmarks.model.full_size", "--call", json.dumps([function, *arguments]))
+    return in_own_process(
+        "benchmarks.model.full_size", "--call", json.dumps([function, *arguments])
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,6 +47,7 @@ class Offloaded(Nemotron):
 
     store: WeightStore
     _example: Tensor  # on the device and in the dtype of the weights
+    _shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]  # by name in the state_dict
     _progress = False
     _bar: Progress | None = None
 

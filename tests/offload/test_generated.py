@@ -1,4 +1,4 @@
-"""Generated weights: the same everywhere, like an ordinary initialization, NVFP4 as its rounding."""
+"""Generated weights: the same everywhere, like an ordinary start, and rounded to NVFP4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An offloaded model computes what the same layers in memory compute, and says what it cannot do."""
+"""An offloaded model computes what layers in memory compute, and says what it cannot do."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from nemotron_lite.quantization import quantizable_modules
 from nemotron_lite.quantization.nvfp4.cpu_packed_products import FEW_PAIRS
 from tests.checkpoint.tiny import TINY
 from tests.test_contexts import unchecked
+
 
 def tables(dtype: torch.dtype = torch.float32, packed: bool = False) -> int:
     """Bytes of the random tables, which are part of the budget."""
@@ -263,7 +264,7 @@ def test_other_tools_name_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"weights": "files"}, ValueError, "expected \"initial\" or \"generated\""),
+        ({"weights": "files"}, ValueError, 'expected "initial" or "generated"'),
         ({"weights": "initial", "packed": True}, ValueError, "ordinary model in memory"),
         ({"weights": "initial", "budget": 10**9}, ValueError, "ordinary model in memory"),
         ({"dtype": torch.int8}, ValueError, r"packed=True gives matrices in NVFP4"),
@@ -276,8 +277,8 @@ def test_other_tools_name_the_reason(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    make = unchecked(Nemotron.from_config.__func__)  # type: ignore[attr-defined]
     with pytest.raises(error, match=text):
-        make = unchecked(Nemotron.from_config.__func__)  # type: ignore[attr-defined]
         make(Nemotron, TINY, **{"weights": "generated", **options})
 
 

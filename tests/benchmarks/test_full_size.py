@@ -1,0 +1,67 @@
+"""The benchmark of models larger than the memory: its checks, and the figures it gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import figures
+from benchmarks.model import full_size
+from nemotron_lite import ledger
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_generated_model_is_measured(packed: bool) -> None:
+    found = full_size.generated("ME*E", packed, 0.06, True)
+    config = full_size.config_of("ME*E", quick=True)
+    assert found["ledger_parameters"] == ledger.parameters(config).total
+    assert 0 < found["weights_in_memory_gib"] <= 0.06
+    decode = found["decode"]
+    assert decode["seconds"]["n"] == full_size.NEW - 1
+    assert decode["flops"] == ledger.flops(config, full_size.PROMPT + 1, "decode").total
+    assert 0 <= decode["expert_hit_rate"]["min"] <= decode["hit_rate"]["max"] <= 1
+    assert decode["source_bytes"]["max"] <= decode["used_bytes"]
+
+
+def test_other_work_than_the_ledger_says_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_size, "PROMPT", 3)
+    plain = ledger.flops
+
+    def other(config, context, *args, **options):  # type: ignore[no-untyped-def]
+        return plain(config, context + 1, *args, **options)
+
+    monkeypatch.setattr(ledger, "flops", other)
+    with pytest.raises(RuntimeError, match=r"FLOPs were counted; the ledger has"):
+        full_size.generated("ME", False, 0.06, True)
+
+
+def test_the_figures_come_from_the_record(tmp_path: Path) -> None:
+    assert "still to be made" in figures.full_size(tmp_path)
+    spread = {"n": 4, "median": 0.5, "min": 0.25, "max": 0.75}
+    decode = {
+        "seconds": {**spread, "median": 12.34}, "flops": 24.7e9, "weights": 12.2e9,
+        "used_bytes": 24.5e9, "source_bytes": spread, "hit_rate": spread,
+        "expert_hit_rate": {**spread, "median": 0.07},
+    }  # fmt: skip
+    run = {"budget_gib": 4, "peak_gib": 4.56, "decode": decode}
+    record = {
+        "machine": {"cpu": "A processor", "threads": 2}, "prompt": 8, "new": 5,
+        "results": [
+            {"what": "generated", "format": "BF16", "layers": 88, **run,
+             "prompt": {"seconds": 30.0, "source_bytes": 6e10}},
+            {"what": "files", "pattern": "ME", "checkpoint": {"bytes": 3.4e9},
+             "in_memory_peak_gib": 3.9, "runs": [
+                 {**run, "page_cache": "warm", "limit_gib": 1.25, "idle_gib": 2.5,
+                  "load_in_memory": "RuntimeError"},
+                 {**run, "page_cache": "dropped before each call"}]},
+        ],
+    }  # fmt: skip
+    (tmp_path / "full_size.json").write_text(json.dumps(record))
+    text = figures.full_size(tmp_path)
+    numbers = "4 GiB | 4.56 GiB | 12.3 (0.2 to 0.8) | 24.50 | 0.00 | 50% | 7% |"
+    assert f"| Super in BF16, generated | {numbers}" in text
+    assert text.count("`ME` of a file") == 2
+    for words in ("A processor, 2 thread(s)", "24.70 GFLOP", "3.40 GB", "RuntimeError", "3.90 GiB"):
+        assert words in " ".join(text.split())
