@@ -11,7 +11,7 @@ the next one of the same size, because fresh memory is slow: the system clears e
 
 A call of a layer with experts uses them in the order of their numbers. If it uses more than stay,
 an ordinary cache would evict each one shortly before the next call comes to it. So a call evicts
-only experts that it does not use itself, and those that find no room pass through the workspace.
+only experts that it does not use itself, and those that do not fit pass through the workspace.
 
 A store serves one call at a time; a second thread waits.
 """
@@ -212,7 +212,7 @@ class _LayerExperts:
         return found
 
     def room_for(self, size: int) -> Tensor | None:
-        """A buffer for a new matrix, evicting as many as needed; None if there is no room."""
+        """A buffer for a new matrix, evicting as many as needed; None if it does not fit."""
         needed = self.nbytes + size - self.capacity
         evicted = []
         for key, buffer in self._held.items():  # the least recently used first

@@ -1,4 +1,4 @@
-"""A budget is divided as the docstring says, and refused where one tensor has no room."""
+"""A budget is divided as the docstring says, and refused if a tensor does not fit."""
 
 from __future__ import annotations
 
