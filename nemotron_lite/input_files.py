@@ -20,11 +20,12 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 LIMIT = 64 << 20  # bytes; the largest index of a released model has 12 MB
 DEPTH = 64  # of nested arrays and objects
 DIGITS = 400  # of one number; a float64 needs 24
+_PIECE = 1 << 16  # bytes that are asked for at once, if a file says that it has fewer
 _SHOWN = 200  # characters of a cause that is shown
 
 # A text in JSON; one that does not end extends to the end of the file.
@@ -79,7 +80,7 @@ def read_bytes(
         if found.st_size > limit:
             raise FileError(path, _too_long(f"{found.st_size:,}", limit))
         with os.fdopen(handle, "rb", closefd=False) as file:
-            content = file.read(limit + 1)  # it may have grown, and /proc says 0 bytes
+            content = _read_at_most(file, limit + 1, found.st_size + 1)
     except OSError as error:
         raise FileError(path, f"cannot be read ({_cause(error)})") from error
     finally:
@@ -87,6 +88,18 @@ def read_bytes(
     if len(content) > limit:
         raise FileError(path, _too_long(f"more than {limit:,}", limit))
     return content
+
+
+def _read_at_most(file: BinaryIO, most: int, piece: int) -> bytes:
+    """The bytes of a file up to `most`, in pieces: it may have grown, and /proc says 0 bytes.
+
+    `read(most)` would ask the system for that much memory at once.
+    """
+    pieces, left = [], most
+    while found := file.read(min(left, max(piece, _PIECE))):
+        pieces.append(found)
+        left -= len(found)
+    return b"".join(pieces)
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
