@@ -72,7 +72,8 @@ def run_tokens(model: Offloaded, *, cold: list[Path] | None = None) -> dict[str,
     config = model.config
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (1, PROMPT), generator=draw)
-    cache, calls = model.empty_cache(1), []
+    cache = model.empty_cache(1)
+    calls: list[dict[str, Any]] = []
     for position in range(1 + NEW):
         drop_from_page_cache(cold or [])
         traffic = model.store.traffic
@@ -87,7 +88,7 @@ def run_tokens(model: Offloaded, *, cold: list[Path] | None = None) -> dict[str,
             expected = ledger.flops(config, PROMPT + position - 1, "decode").total
         else:
             expected = ledger.flops(config, PROMPT, logits_to_keep=1).total
-        if count.total != expected:
+        if count.total != round(expected):
             raise RuntimeError(f"{count.total:,} FLOPs were counted; the ledger has {expected:,}")
         calls.append(
             {
@@ -106,12 +107,12 @@ def run_tokens(model: Offloaded, *, cold: list[Path] | None = None) -> dict[str,
         raise RuntimeError(f"a token used {calls[1]['weights']:,} weights; the ledger: {weights:,}")
     # Without the first token: it still fills the memory in which weights stay.
     steady = calls[2:]
-    seconds = summary([call["seconds"] for call in steady])
+    per_token = summary([call["seconds"] for call in steady])
     return {
         "prompt": calls[0],
         "decode": {
-            "seconds": seconds,
-            "tokens_per_second": 1 / seconds["median"],
+            "seconds": per_token,
+            "tokens_per_second": 1 / per_token["median"],
             "flops": steady[0]["flops"],
             "weights": weights,
             "used_bytes": steady[0]["used_bytes"],

@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ class FileWeights:
 
     def _read_bytes(self, item: StoredTensor, out: Tensor, skip: int) -> None:
         """Fill `out` with the bytes of a tensor, from its byte `skip` on."""
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        target = out.reshape(-1).view(torch.uint8).numpy().data
         file, done = self._files[item.file], 0
         try:
             with self._lock:
@@ -219,15 +220,14 @@ def offload_files(
     for destination, item in matched.items():
         path, _, leaf = destination.name.rpartition(".")
         module = model.get_submodule(path)
-        held = module._parameters if leaf in module._parameters else module._buffers
+        is_parameter = leaf in module._parameters
+        held: dict[str, Any] = module._parameters if is_parameter else module._buffers
         plain = held.get(leaf)
         if plain is None or not plain.is_floating_point() or plain.dtype.itemsize == 1:
             continue  # a packed weight
         quantized = item.name in found.modules
         dtype = dtypes.main if quantized else dtypes.of(destination.name, _DTYPES[item.dtype])
-        if leaf in module._parameters:
-            held[leaf] = nn.Parameter(plain.to(dtype), requires_grad=False)
-        else:
-            held[leaf] = plain.to(dtype)
+        cast = plain.to(dtype)
+        held[leaf] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
     source = FileWeights(folder, matched, found)
     attach_weights(model, source, budget=budget, progress=progress)

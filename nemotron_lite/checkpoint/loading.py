@@ -202,7 +202,8 @@ def _read_folder(
         raise CheckpointError(folder, problems)
 
     with torch.device("meta"):
-        model = (model_class if offload is None else offloaded_class(model_class))(config)
+        kind = model_class if offload is None else offloaded_class(model_class)  # type: ignore[arg-type]
+        model = kind(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = found.stored
     if mtp == "drop":

@@ -67,8 +67,8 @@ class OffloadedExperts(PackedExperts):
         if isinstance(up, PackedWeight) or isinstance(down, PackedWeight):
             return self._one_by_one(z, routing)
         experts, hidden = up.shape[:2]
-        matrices = (self._transposed(leaf) for leaf in ("up_proj", "down_proj"))
-        return one_by_one(z, experts, hidden, *matrices, weights.to(z.dtype), indices)
+        first, second = self._transposed("up_proj"), self._transposed("down_proj")
+        return one_by_one(z, experts, hidden, first, second, weights.to(z.dtype), indices)
 
     def _one_by_one(self, z: Tensor, routing: ops.Routing) -> Tensor:
         out = torch.zeros_like(z)

@@ -109,7 +109,7 @@ def generated_model(
         )
     packed = flag("packed", packed)
     with torch.device("meta"):
-        model: M = offloaded_class(model_class)(config)
+        model: M = offloaded_class(model_class)(config)  # type: ignore[arg-type]
     model.to(dtype)
     if packed:
         for name in [n for module in quantizable_modules(model) for n in module.shapes]:
