@@ -23,6 +23,7 @@ from tests.test_contexts import unchecked
 
 Make = Callable[..., Nemotron]
 ROOM = 60_000  # bytes: some weights stay, others do not
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-5}  # of logits
 
 
 def tokens(rows: int = 2, length: int = 9) -> Tensor:
@@ -37,14 +38,21 @@ def offloaded(folder: Path, **options: Any) -> Offloaded:
 
 @torch.no_grad()
 def check_equal(folder: Path, **options: Any) -> Offloaded:
-    """The model with and without `offload`; it has the same bits."""
+    """The model with and without `offload`: the same weights to the bit, and the same logits.
+
+    A few plain experts are multiplied side by side in memory, and one by one here. The sums are
+    rounded in another order: 1e-5 in float32. In BF16 logits of 1 to 2 are 2**-7 apart, and some
+    of them differ by two such steps.
+    """
     found, expected = offloaded(folder, **options), load(folder, **options)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(_bits(found.read(name)), _bits(tensor)), name
     for _ in range(2):  # the second time some are in memory
         for length in (9, 3):
             x = tokens(length=length)
-            assert torch.equal(found(x).logits, expected(x).logits)
+            torch.testing.assert_close(
+                found(x).logits, expected(x).logits, rtol=0, atol=ROUNDING[found.dtype]
+            )
             assert found.store.nbytes <= ROOM
     assert 0 < found.store.traffic.hit_rate < 1
     return found
@@ -111,10 +119,14 @@ def test_one_matrix_of_the_experts_quantized(quantized: Path) -> None:
                 tensors[f"{stem}.weight"] = matrix.clone()
 
     edit(quantized, decode)
-    (quantized / "hf_quant_config.json").unlink()
     config = json.loads((quantized / "config.json").read_text())
-    del config["quantization_config"]
+    declared = json.loads((quantized / "hf_quant_config.json").read_text())
+    for part in (config["quantization_config"], declared["quantization"]):
+        layers = part["quantized_layers"]
+        for name in [n for n in layers if ".experts." in n and n.endswith("down_proj")]:
+            del layers[name]
     (quantized / "config.json").write_text(json.dumps(config))
+    (quantized / "hf_quant_config.json").write_text(json.dumps(declared))
     check_equal(quantized, packed=True)
 
 
@@ -167,12 +179,13 @@ def test_it_keeps_reading_the_folder_that_it_opened(
     found = offloaded(tmp_path / "m")
     expected = load(tmp_path / "m")(tokens()).logits
     save(make(tiny, seed=1), tmp_path / "m")
-    assert torch.equal(found(tokens()).logits, expected)
-    assert not torch.equal(load(tmp_path / "m")(tokens()).logits, expected)
+    first = found(tokens()).logits
+    torch.testing.assert_close(first, expected, rtol=0, atol=ROUNDING[torch.float32])
+    assert not torch.allclose(load(tmp_path / "m")(tokens()).logits, expected, atol=0.1)
     # Onto itself: the old files are read while the new ones are written.
     save(found, tmp_path / "m")
     shutil.rmtree(tmp_path / "m")
-    assert torch.equal(found(tokens()).logits, expected)
+    assert torch.equal(found(tokens()).logits, first)
 
 
 @torch.no_grad()
@@ -219,8 +232,8 @@ def test_invalid_values_are_found_when_they_are_read(
         ({"progress": True}, ValueError, "are for offload=True"),
         ({"offload": True, "budget": 100}, ValueError, "no room for the largest tensor"),
         ({"offload": True, "budget": -1}, ValueError, "budget=-1"),
-        ({"offload": "yes"}, TypeError, "offload='yes'"),
-        ({"offload": True, "budget": "4 GiB"}, TypeError, "budget='4 GiB'"),
+        ({"offload": "yes"}, TypeError, "offload"),
+        ({"offload": True, "budget": "4 GiB"}, TypeError, "budget"),
     ],
 )
 def test_bad_arguments(

@@ -271,8 +271,8 @@ def test_other_tools_name_the_reason(tmp_path: Path) -> None:
         ({"dtype": torch.float8_e4m3fn}, ValueError, r"dtype=torch.float8_e4m3fn"),
         ({"budget": 10_000}, ValueError, r"no room for the largest tensor: .*in_proj has 12,800"),
         ({"budget": 0}, ValueError, "budget=0"),
-        ({"budget": 1e9}, TypeError, "budget=1000000000.0"),
-        ({"seed": 1.5}, TypeError, "seed=1.5"),
+        ({"budget": 1e9}, TypeError, "budget"),
+        ({"seed": 1.5}, TypeError, "seed"),
         ({"seed": 2**64}, ValueError, "seed="),
     ],
 )
