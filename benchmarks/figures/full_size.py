@@ -35,13 +35,17 @@ def full_size(records: Path) -> str:
             f"The checkpoint has {entry['checkpoint']['bytes'] / 1e9:.2f} GB; its process may ask "
             f"for {limit:g} GiB beside the {entry['runs'][0]['idle_gib']:.2f} GiB of address space "
             f"that Python and PyTorch take. Loading it into memory fails there "
-            f"({entry['runs'][0]['load_in_memory']}); without a limit it takes "
+            f"({entry['load_in_memory']}); without a limit it takes "
             f"{entry['in_memory_peak_gib']:.2f} GiB, and writes the same tokens."
         )
     machine = found["machine"]
+    runs = [run for entry in found["results"] for run in entry.get("runs", [entry])]
+    load = max(run["load_average"] for run in runs)
     text = (
         f"Record: {link(file.name, file.name)}. Median (smallest to largest) of "
-        f"{found['new'] - 1} tokens. Processor: {machine['cpu']}, {machine['threads']} thread(s)."
+        f"{found['new'] - 1} tokens. Processor: {machine['cpu']}, {machine['threads']} thread(s). "
+        f"The machine had {machine['cores']} cores and a load average at most {load:.1f}, with "
+        "that of the benchmark; other programs make the times longer, and change nothing else."
     )
     heads = [
         "weights", "budget", "peak memory", "seconds per token", "GB used", "GB fetched",
@@ -56,7 +60,7 @@ def _full_size_row(what: str, run: dict[str, Any]) -> list[str]:
         what,
         f"{run['budget_gib']:g} GiB",
         f"{run['peak_gib']:.2f} GiB",
-        "{median:.1f} ({min:.1f} to {max:.1f})".format(**decode["seconds"]),
+        "{median:.3g} ({min:.3g} to {max:.3g})".format(**decode["seconds"]),
         f"{decode['used_bytes'] / 1e9:.2f}",
         f"{decode['source_bytes']['median'] / 1e9:.2f}",
         f"{decode['hit_rate']['median']:.0%}",

@@ -5,14 +5,16 @@
     python -m benchmarks full_size --quick            small layers, no record
 
 Generated: Super with weights from a seed, in BF16 with a budget of 4 GiB and in NVFP4 with 8 GiB.
-Each model reads a short prompt and writes tokens. FLOPs and weights are counted while it runs, and
-must be those of the ledger.
+Each model reads a short prompt and writes tokens. FLOPs, weights and bytes are counted while it
+runs, and must be those of the ledger.
 
 Files: layers of Super's size in NVFP4 are saved as a checkpoint and opened with `offload=True`, in
 a process whose memory is limited by the system (RLIMIT_AS) to less than the checkpoint. RLIMIT_AS
 counts all memory that a process has asked for, mapped files and untouched pages too, so it is
-stricter than the limit of a container. The tokens must be those of the same model in memory. Then
-the same is measured with an empty page cache before each token, which gives the speed of the disk.
+stricter than the limit of a container. Loading the checkpoint into memory must fail there. The
+tokens must be those of the same model in memory, and those of the generated model that was saved.
+Then the same is measured with an empty page cache before each token, which gives the speed of the
+disk.
 
 Every measurement runs in its own process, with as many threads as PyTorch or OMP_NUM_THREADS says.
 """
@@ -37,6 +39,7 @@ from benchmarks.record import write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, ledger, load, save
 from nemotron_lite.checkpoint import weight_bytes
 from nemotron_lite.offload import Offloaded, count_flops
+from nemotron_lite.quantization.packed_layers import PackedWeight
 
 PATH = (
     "model(tokens, cache, logits_to_keep=1) of Nemotron.from_config(config, weights='generated') "
@@ -74,6 +77,7 @@ def run_tokens(model: Offloaded, *, cold: list[Path] | None = None) -> dict[str,
     tokens = torch.randint(config.vocab_size, (1, PROMPT), generator=draw)
     cache = model.empty_cache(1)
     calls: list[dict[str, Any]] = []
+    loads: list[float] = []
     for position in range(1 + NEW):
         drop_from_page_cache(cold or [])
         traffic = model.store.traffic
@@ -101,27 +105,59 @@ def run_tokens(model: Offloaded, *, cold: list[Path] | None = None) -> dict[str,
                 "expert_hit_rate": traffic.expert_hit_rate,
             }
         )
+        loads.append(os.getloadavg()[0])
         tokens = logits[:, -1].argmax(-1, keepdim=True)
-    weights = ledger.parameters(config).active_without_embedding + config.hidden_size
-    if any(call["weights"] != weights for call in calls[1:]):
-        raise RuntimeError(f"a token used {calls[1]['weights']:,} weights; the ledger: {weights:,}")
+    packed = any(isinstance(module, PackedWeight) for module in model.modules())
+    used = ledger_of_a_token(config, packed=packed)
+    for call in calls[1:]:
+        if (call["weights"], call["used_bytes"]) != used:
+            raise RuntimeError(
+                f"a token used {call['weights']:,} weights and {call['used_bytes']:,} bytes; the "
+                f"ledger has {used[0]:,} and {used[1]:,}"
+            )
     # Without the first token: it still fills the memory in which weights stay.
     steady = calls[2:]
     per_token = summary([call["seconds"] for call in steady])
     return {
         "prompt": calls[0],
+        "load_average": max(loads),  # with that of this process
         "decode": {
             "seconds": per_token,
             "tokens_per_second": 1 / per_token["median"],
             "flops": steady[0]["flops"],
-            "weights": weights,
-            "used_bytes": steady[0]["used_bytes"],
+            "weights": used[0],
+            "used_bytes": used[1],
             **{
                 name: summary([call[name] for call in steady])
                 for name in ("source_bytes", "hit_rate", "expert_hit_rate")
             },
         },
     }
+
+
+# Matrices in NVFP4 of the rows of the ledger; of the first one the other half stays in BF16.
+PACKED = {"q_proj, o_proj": 1, "in_proj": 1, "out_proj": 1, "latent projections": 2}
+PACKED |= {"shared expert": 2, "experts": 2}
+
+
+def ledger_of_a_token(config: NemotronConfig, *, packed: bool) -> tuple[int, int]:
+    """Weights that a token uses and their bytes in BF16 or NVFP4, from the rows of the ledger."""
+    weights = config.hidden_size  # a row of the embedding
+    used = 2.0 * weights
+    for row in ledger.parameters(config).rows:
+        if row.mtp or row.part == "embedding":
+            continue
+        active, bits = row.active, 16.0
+        weights += int(active)
+        if row.name == "router selection bias":
+            bits = 32
+        elif packed and row.name in PACKED:
+            # 4 bits, one scale of 8 bits for 16 weights, and one of 32 bits for each matrix
+            bits = (4.5 + 16) / 2 if row.name == "q_proj, o_proj" else 4.5
+            each = config.num_experts_per_tok if row.name == "experts" else 1
+            used += 4 * PACKED[row.name] * each * row.count
+        used += active * bits / 8
+    return weights, round(used)
 
 
 def drop_from_page_cache(files: list[Path]) -> None:
@@ -166,20 +202,15 @@ def write_checkpoint(folder: str, quick: bool) -> dict[str, Any]:
     # Shards smaller than the limit: the library that checks their headers maps a whole file.
     save(model, folder, max_shard_bytes=256 * 2**20)
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "bytes": weight_bytes(folder), "peak_gib": peak()}
+    text = generate(model, [[1, 2, 3]], 4, temperature=0)
+    found = {"seconds": seconds, "bytes": weight_bytes(folder), "peak_gib": peak()}
+    return {**found, "text": text}
 
 
 def limited(folder: str, cold: bool, budget: int | float, limit: int | float) -> dict[str, Any]:
     """Run a checkpoint with a hard limit on address space; run in its own process."""
     files = sorted(Path(folder).glob("*.safetensors"))
-    idle = status("VmSize")
-    most = idle + int(limit * GIB)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    failed = ""
-    try:
-        load(folder, packed=True)
-    except (RuntimeError, MemoryError, ValueError, OSError) as error:
-        failed = type(error).__name__
+    idle = set_limit(limit)
     model = load(folder, packed=True, offload=True, budget=int(budget * GIB), progress=True)
     assert isinstance(model, Offloaded)
     found = run_tokens(model, cold=files if cold else None)
@@ -190,10 +221,27 @@ def limited(folder: str, cold: bool, budget: int | float, limit: int | float) ->
         "limit_gib": limit,
         "idle_gib": idle / GIB,
         "peak_gib": peak(),
-        "load_in_memory": failed or "succeeded",
         "text": text,
         **found,
     }
+
+
+def set_limit(limit: int | float) -> int:
+    """Limit the address space to these GiB beside what this idle process has, which it returns."""
+    idle = status("VmSize")
+    most = idle + int(limit * GIB)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    return idle
+
+
+def load_with_limit(folder: str, limit: int | float) -> str:
+    """The error of loading a checkpoint into memory under this limit; run in its own process."""
+    set_limit(limit)
+    try:
+        load(folder, packed=True)
+    except (RuntimeError, MemoryError, ValueError, OSError) as error:
+        return type(error).__name__
+    return "succeeded"
 
 
 def in_memory(folder: str) -> dict[str, Any]:
@@ -218,19 +266,21 @@ def measure_files(quick: bool) -> dict[str, Any]:
         stored = own("write_checkpoint", folder, quick)
         limit, budget = (0.4, 0.03) if quick else (LIMIT, BUDGET)
         runs = [own("limited", folder, cold, budget, limit) for cold in (False, True)]
+        failed = own("load_with_limit", folder, limit)
         whole = own("in_memory", folder)
     finally:
         shutil.rmtree(folder)
-    for run in runs:
-        if run.pop("text") != whole["text"]:
+    for written in (stored, *runs):
+        if written.pop("text") != whole["text"]:
             raise RuntimeError("the offloaded model wrote other tokens than the one in memory")
-        if not quick and run["load_in_memory"] == "succeeded":
-            raise RuntimeError("the checkpoint fits into the limit, so nothing was shown")
+    if not quick and failed == "succeeded":
+        raise RuntimeError("the checkpoint fits into the limit, so nothing was shown")
     return {
         "what": "files",
         "pattern": LAYERS,
         "checkpoint": stored,
         "runs": runs,
+        "load_in_memory": failed,
         "in_memory_peak_gib": whole["peak_gib"],
     }
 

@@ -2,7 +2,8 @@
 
 The headers say at which byte of which file each tensor begins. `FileWeights` opens all files when
 the model is made, and reads a tensor, one expert or one row when a layer asks for it. Tensors in
-the model's dtype are read straight into the store's buffers; others are cast or decoded.
+the model's dtype are read straight into the store's buffers; others are cast or decoded, a piece
+at a time, so that no second copy of a tensor is in memory beside the budget.
 
 The files are read with ordinary read calls and not mapped into memory. A mapped page counts as
 memory of the process as long as the mapping exists, and under a limit on address space (RLIMIT_AS)
@@ -12,22 +13,27 @@ its page cache is memory that it gives back when a program needs it; a second re
 is then as fast as a copy.
 
 Files stay open. So if a training run saves into the folder meanwhile, which replaces it as a whole,
-this model keeps reading the old files. Invalid values (scales that are zero or not finite) are
-found when they are read.
+this model keeps reading the old files. A program that writes over a file in place changes its size
+or its time of change; the next read then raises a CheckpointError, and no weight of another model
+gets in. Invalid values (scales that are zero or not finite) are found when they are read first.
 
-Source: the safetensors format. Left out: files that another program writes over in place; several
-reads at once.
+Source: the safetensors format. Left out: several reads at once. The headers are read before by
+weight_files.py, whose library maps each file for a moment: under RLIMIT_AS every single file has to
+be smaller than the limit (`save(..., max_shard_bytes=)`). Limits on the memory itself, those of
+containers, do not count mapped files.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +58,21 @@ _PARTS = {
     "weight_scale_2": ("weight_scale_2", "weight_global_scale"),
     "input_scale": modelopt.INPUT_SCALES,
 }
+_PIECE = 2**20  # numbers that are cast or decoded at once
+
+
+class _OpenFile(NamedTuple):
+    """A file, its size and time of change when it was opened, and where its tensors begin."""
+
+    handle: FileIO
+    version: tuple[int, int]
+    starts: dict[str, int]
+
+    @staticmethod
+    def version_of(handle: FileIO) -> tuple[int, int]:
+        """What differs after another program has written to the file."""
+        found = os.fstat(handle.fileno())
+        return found.st_size, found.st_mtime_ns
 
 
 class FileWeights:
@@ -76,28 +97,30 @@ class FileWeights:
             ".".join(module_and_scale(name)): item for name, item in found.cache_scales.items()
         }
         self._lock = threading.Lock()  # a file has one position
+        self._valid = set[str]()  # tensors of quantized weights whose values were looked at
         items = [*matched.values(), *self._scales.values()]
         items += [part for module in found.modules.values() for part in module.tensors.values()]
-        self._files: dict[Path, FileIO] = {}
-        self._starts: dict[tuple[Path, str], int] = {}
+        self._files: dict[Path, _OpenFile] = {}
         with ExitStack() as stack:
             for file in dict.fromkeys(item.file for item in items):
-                self._files[file] = stack.enter_context(self._open(file))
+                self._files[file] = self._open(file, stack)
             # They are closed when nobody refers to this object any more.
             weakref.finalize(self, stack.pop_all().close)
 
-    def _open(self, file: Path) -> FileIO:
+    def _open(self, file: Path, stack: ExitStack) -> _OpenFile:
         """Open a file, and note where its tensors begin."""
         try:
-            opened = FileIO(file)
-            length = int.from_bytes(opened.read(8), "little")
-            header = parse_json(opened.read(length).decode())
-        except (OSError, ValueError) as error:  # the safetensors library has read it a moment ago
-            raise self._unreadable(file, error) from error
-        for name, entry in header.items():
-            if name != "__metadata__":
-                self._starts[file, name] = 8 + length + entry["data_offsets"][0]
-        return opened
+            handle = stack.enter_context(FileIO(file))
+            version = _OpenFile.version_of(handle)
+            length = int.from_bytes(handle.read(8), "little")
+            # The safetensors library has read it a moment ago; it may have changed since.
+            header = parse_json(handle.read(min(length, version[0])).decode())
+            header.pop("__metadata__", None)
+            begins = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._unreadable(file, str(error)) from error
+        starts = {name: 8 + length + begin for name, begin in begins.items()}
+        return _OpenFile(handle, version, starts)
 
     def read(
         self, name: str, out: Tensor, *, expert: int | None = None, row: int | None = None
@@ -105,7 +128,7 @@ class FileWeights:
         """Read a weight; see `WeightSource.read`.
 
         Raises:
-            CheckpointError: the file cannot be read to the end of the tensor, or invalid values.
+            CheckpointError: the file cannot be read or was changed, or invalid values.
         """
         if name in self._scales:
             return self._read_valid(self._scales[name], "k_scale", out)
@@ -127,28 +150,35 @@ class FileWeights:
         return self._matched.get(Destination(name)) if found is None else found
 
     def _read_into(self, item: StoredTensor, out: Tensor, row: int | None = None) -> int:
-        """A tensor, or one row of it, in the dtype of `out`."""
-        dtype = _DTYPES[item.dtype]
-        raw = out if dtype == out.dtype else torch.empty(out.shape, dtype=dtype)
-        self._read_bytes(item, raw, (row or 0) * raw.nbytes)
-        if raw is not out:
-            out.copy_(raw)
-        return raw.nbytes
+        """A tensor, or the part of it that begins at `row` parts of this size, in `out`'s dtype."""
+        dtype, flat = _DTYPES[item.dtype], out.view(-1)
+        begin = (row or 0) * len(flat) * dtype.itemsize
+        if dtype == out.dtype:
+            self._read_bytes(item, flat, begin)
+            return flat.nbytes
+        raw = torch.empty(min(len(flat), _PIECE), dtype=dtype, device="cpu")
+        for first in range(0, len(flat), _PIECE):
+            part = raw[: len(flat) - first]
+            self._read_bytes(item, part, begin + first * dtype.itemsize)
+            flat[first : first + len(part)].copy_(part)
+        return len(flat) * dtype.itemsize
 
     def _read_bytes(self, item: StoredTensor, out: Tensor, skip: int) -> None:
         """Fill `out` with the bytes of a tensor, from its byte `skip` on."""
-        target = out.reshape(-1).view(torch.uint8).numpy().data
-        file, done = self._files[item.file], 0
+        target = out.view(torch.uint8).numpy().data
+        file, done, end = self._files[item.file], 0, False
         try:
             with self._lock:
-                file.seek(self._starts[item.file, item.name] + skip)
-                while done < len(target):
-                    count = file.readinto(target[done:])
-                    if not count:
-                        raise OSError("it ends before the tensor does")
-                    done += count
+                file.handle.seek(file.starts[item.name] + skip)
+                while done < len(target) and not end:
+                    count = file.handle.readinto(target[done:])
+                    done, end = done + count, count == 0
+                changed = _OpenFile.version_of(file.handle) != file.version
         except (OSError, ValueError) as error:
-            raise self._unreadable(item.file, error, item.name) from error
+            raise self._unreadable(item.file, str(error), item.name) from error
+        if changed or end:
+            problem = "it was changed after the model was loaded. Load the model again"
+            raise self._unreadable(item.file, problem, item.name)
 
     def _read_packed(self, module: QuantizedModule, leaf: str, out: Tensor) -> int:
         """One tensor of a packed layer."""
@@ -156,7 +186,7 @@ class FileWeights:
         item = module.tensors[part]
         if (_DTYPES[item.dtype], item.shape) == (out.dtype, out.shape) and part == leaf:
             return self._read_valid(item, part, out)
-        raw = torch.empty(item.shape, dtype=_DTYPES[item.dtype])
+        raw = torch.empty(item.shape, dtype=_DTYPES[item.dtype], device="cpu")
         size = self._read_valid(item, part, raw)
         out.copy_(modelopt.as_packed(module, {part: raw})[leaf].view(out.shape))
         return size
@@ -164,26 +194,52 @@ class FileWeights:
     def _read_valid(self, item: StoredTensor, part: str, out: Tensor) -> int:
         """A tensor of a quantized weight, in its own dtype or as a number in that of `out`."""
         size = self._read_into(item, out)
-        for _, wrong in modelopt.invalid_values({part: out}):
+        if item.name not in self._valid:  # the file is still the same
+            self._check(item, part, out)
+            self._valid.add(item.name)
+        return size
+
+    def _check(self, item: StoredTensor, part: str, values: Tensor) -> None:
+        for _, wrong in modelopt.invalid_values({part: values}):
             problem = (
                 f"invalid values: {printable(item.name)} holds {wrong:g}; expected finite numbers, "
                 "and scales above 0. Copy the files again"
             )
             raise CheckpointError(self._folder, [problem])
-        return size
 
     def _read_decoded(self, module: QuantizedModule, out: Tensor) -> int:
-        """A quantized weight, decoded."""
-        tensors, size = {}, 0
-        for part, item in module.tensors.items():
-            tensors[part] = torch.empty(item.shape, dtype=_DTYPES[item.dtype])
-            size += self._read_valid(item, part, tensors[part])
-        out.copy_(modelopt.decode(module, tensors, tuple(out.shape)))
+        """A quantized weight, decoded some rows at a time."""
+        rows, columns = module.shape
+        step = max(1, _PIECE // columns // module.tile[0]) * module.tile[0]
+        size = 0
+        for first in range(0, rows, step):
+            last, tensors = min(first + step, rows), dict[str, Tensor]()
+            for part, item in module.tensors.items():
+                shape, begin = self._stripe(module, part, first, last)
+                tensors[part] = torch.empty(shape, dtype=_DTYPES[item.dtype], device="cpu")
+                values = tensors[part].view(-1)
+                self._read_bytes(item, values, begin * values.itemsize)
+                self._check(item, part, tensors[part])
+                size += values.nbytes
+            stripe = module._replace(shape=(last - first, columns))
+            out[first:last].copy_(modelopt.decode(stripe, tensors, (last - first, out.shape[1])))
         return size
 
-    def _unreadable(self, file: Path, error: Exception, name: str = "") -> CheckpointError:
+    def _stripe(
+        self, module: QuantizedModule, part: str, first: int, last: int
+    ) -> tuple[tuple[int, ...], int]:
+        """Shape of the part of a stored tensor that some rows need, and the numbers before it."""
+        shape = module.tensors[part].shape
+        scale = part in modelopt.BLOCK_SCALES
+        if part in modelopt.TENSOR_SCALES or (scale and module.algo == modelopt.FP8):
+            return shape, 0
+        if scale and module.algo == modelopt.FP8_TILES:
+            first, last = first // module.tile[0], -(-last // module.tile[0])
+        return (last - first, *shape[1:]), first * math.prod(shape[1:])
+
+    def _unreadable(self, file: Path, why: str, name: str = "") -> CheckpointError:
         where = f" ({printable(name)})" if name else ""
-        problem = f"{printable(file.name)} could not be read{where}: {printable(str(error), 200)}"
+        problem = f"{printable(file.name)} could not be read{where}: {printable(why, 200)}"
         return CheckpointError(self._folder, [problem])
 
 

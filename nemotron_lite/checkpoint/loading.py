@@ -94,8 +94,8 @@ def load(
             then writes the same bits again. Otherwise they are decoded to `dtype`. FP8 with a scale
             for each row or tile can only be decoded.
         offload: leave the weights in the files and read them when a layer runs: of experts only
-            those that tokens choose. For folders larger than the memory, on a CPU. The files have
-            to stay until the model is no longer used; it cannot be trained.
+            those that tokens choose. For folders larger than the memory, on a CPU. The files stay
+            open, and must not be written over in place; the model cannot be trained.
         budget: with `offload`, bytes of weights in memory at most; None is 4 GiB.
         progress: with `offload`, report on stderr how many layers a call has run.
 
@@ -132,9 +132,14 @@ class Offload(NamedTuple):
         offload, progress = flag("offload", offload), flag("progress", progress)
         size = DEFAULT_BUDGET if budget is None else integer("budget", budget, low=1)
         if not offload and (budget is not None or progress):
-            raise ValueError("budget and progress are for offload=True, which is not given.")
+            raise ValueError(
+                "budget and progress are for offload=True: give it, or leave them out."
+            )
         if offload and torch.device(device).type != "cpu":
-            raise ValueError(f"offload=True keeps weights on the CPU; device={str(device)!r}.")
+            raise ValueError(
+                f"offload=True keeps weights on the CPU; device={str(device)!r}. Leave out one of "
+                "them."
+            )
         return cls(size, progress) if offload else None
 
 

@@ -1,7 +1,9 @@
 """Routed experts and an embedding that fetch only what the tokens of a call need.
 
 Of a stack of experts, each chosen expert is fetched once per call and matrix, whatever the number
-of tokens that chose it, and one at a time. The products are those of the layers in memory:
+of tokens that chose it, and one at a time. (Small packed experts are multiplied in groups of a few
+pairs of token and expert. One that two groups need is fetched for each.) The products are those of
+the layers in memory:
 
     plain matrices       sorted by expert, one product per expert (backends/cpu_experts.py)
     NVFP4 and FP8        expert by expert, decoded in stripes (quantization/nvfp4)
@@ -157,7 +159,13 @@ class OffloadedEmbedding(nn.Embedding):
 
         Raises:
             IndexError: a token outside the vocabulary.
+            ValueError: tokens that are not on the CPU.
         """
+        if not input.is_cpu:
+            raise ValueError(
+                f"tokens are on {input.device}, but an offloaded model computes on the CPU: give "
+                "tokens.cpu()."
+            )
         ids = input.flatten()
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
             raise IndexError("index out of range")

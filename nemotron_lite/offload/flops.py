@@ -103,8 +103,8 @@ def _counter(module: nn.Module, chunk: int) -> Counter | None:
         return lambda z, routing: {"": each * routing.indices.numel()}
     if isinstance(module, nn.Linear | PackedLinear | Router):
         weight = module.weight if isinstance(module, nn.Linear | Router) else module
-        rows, columns = weight.shape
-        return lambda x, *_: {"": 2 * rows * x.numel() // columns * columns}
+        rows = weight.shape[0]
+        return lambda x, *_: {"": 2 * rows * x.numel()}  # a row of x for each column
     return None
 
 

@@ -147,13 +147,14 @@ class GeneratedWeights:
         layers = config.num_layers if config.rescale_prenorm_residual else 1
         self._std = config.initializer_range
         self._residual_std = self._std / math.sqrt(layers)
-        table = normal_table(_hash(seed, "table") >> 1)
-        self._plain = {std: (table * std).to(dtype) for std in (self._std, self._residual_std)}
-        self._codes = self._scales = self._scale = torch.empty(0)
-        if packed:
-            quantized = quantize(table)
-            self._codes, self._scale = quantized.codes, quantized.scale
-            self._scales = quantized.scales.view(torch.uint8)
+        with torch.device("cpu"):  # whatever the default device is
+            table = normal_table(_hash(seed, "table") >> 1)
+            self._plain = {std: (table * std).to(dtype) for std in (self._std, self._residual_std)}
+            self._codes = self._scales = self._scale = torch.empty(0)
+            if packed:
+                quantized = quantize(table)
+                self._codes, self._scale = quantized.codes, quantized.scale
+                self._scales = quantized.scales.view(torch.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -166,12 +167,13 @@ class GeneratedWeights:
     ) -> int:
         """Compute a weight; see `WeightSource.read`."""
         module, _, leaf = name.rpartition(".")
-        if module in self._packed:
+        if module in self._packed and leaf != "bias":  # a packed layer may have a plain bias
             self._read_packed(module, leaf, out, expert)
         elif (std := self._std_of(name)) is not None:
             self._read_matrix(name, std, out, expert, row)
         else:
-            out.copy_(self._small(name, out.shape))
+            with torch.device("cpu"):
+                out.copy_(self._small(name, out.shape))
         return out.nbytes
 
     def _std_of(self, name: str) -> float | None:

@@ -13,12 +13,18 @@ Routed experts and the embedding are replaced by modules that fetch a part of th
 matrices (`Linear.prepare_for_decoding`) need weights that stay; a wrapped `forward` switches them
 off.
 
-Weights cannot be changed: the model refuses to be trained, cast, moved, copied and pickled, and its
-state_dict has no values. `save` writes it, tensor by tensor.
+Weights cannot be changed: the model refuses to be trained, cast, moved, copied and pickled, and to
+give a state_dict. `save` writes it, tensor by tensor.
+
+The wrappers refer to their modules weakly. With a strong reference each module would be part of a
+cycle, and the memory of a model that nobody uses any more would stay until the next run of Python's
+garbage collector: two budgets instead of one where a model is loaded again.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NoReturn, TypeVar, cast
@@ -61,7 +67,7 @@ class Offloaded(Nemotron):
             KeyError: the model has no tensor of this name.
         """
         shape, dtype = self._shapes[name]
-        out = torch.empty(shape if expert is None else shape[1:], dtype=dtype)
+        out = torch.empty(shape if expert is None else shape[1:], dtype=dtype, device="cpu")
         if expert is None and _is_of_experts(name) and shape:
             for number, slot in enumerate(out.unbind()):
                 self.store.source.read(name, slot, expert=number)
@@ -95,26 +101,17 @@ class Offloaded(Nemotron):
             _refuse("be trained: its weights are fetched when they are used, and cannot change")
         return super().train(mode)
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, if it has this device and dtype already.
-
-        Raises:
-            RuntimeError: it has others.
-        """
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`to`, `cpu`, `float` and others; the model itself, if nothing changes."""
         if "store" not in self.__dict__:
-            return super().to(*args, **kwargs)
-        moved = self._example.to(*args, **kwargs)
+            return super()._apply(fn, recurse)
+        moved = fn(self._example)
         if moved.device != self._example.device or moved.dtype != self._example.dtype:
             _refuse(
                 f"be moved or cast: it is in {self.dtype} on the CPU. Give the dtype when it is "
                 "made (dtype=...)"
             )
         return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if "store" in self.__dict__:
-            _refuse("be moved or cast. Give the dtype when it is made (dtype=...)")
-        return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: it would hold all weights.
@@ -144,6 +141,14 @@ class Offloaded(Nemotron):
         """
         _refuse("be compiled")
 
+    def prepare_for_decoding(self, smallest: int = 80_000) -> NoReturn:
+        """Refused: it would keep a copy of each matrix in memory.
+
+        Raises:
+            RuntimeError: always.
+        """
+        _refuse("be prepared for decoding, which keeps a copy of each matrix in memory")
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Refused, as `load_state_dict` is.
 
@@ -168,6 +173,8 @@ def _refuse(what: str) -> NoReturn:
 @lru_cache
 def offloaded_class(model_class: type[M]) -> type[M]:
     """The subclass of `model_class` that offloaded models have."""
+    if issubclass(model_class, Offloaded):
+        return model_class
     if model_class is Nemotron:
         return cast("type[M]", Offloaded)
     return type(f"Offloaded{model_class.__name__}", (Offloaded, model_class), {})
@@ -206,9 +213,7 @@ def attach_weights(
             model.set_submodule(path, table)
             rows[f"{path}.weight"] = _part(f"{path}.weight", module.weight)
         elif tensors := _own_tensors(module):
-            packed = isinstance(module, PackedWeight)
-            parts = {leaf: _part(f"{path}.{leaf}", t, packed) for leaf, t in tensors.items()}
-            modules[path] = Entry(path, parts)
+            modules[path] = _entry(path, tensors, module)
     store = WeightStore(source, modules, experts, rows, budget)
     for path in modules:
         found = model.get_submodule(path)
@@ -217,7 +222,7 @@ def attach_weights(
         if isinstance(found, OffloadedExperts | OffloadedEmbedding):
             found.store = store
     model.requires_grad_(False)
-    model._example, model._shapes = torch.empty(0, dtype=model.dtype), shapes
+    model._example, model._shapes = torch.empty(0, dtype=model.dtype, device="cpu"), shapes
     model._progress = progress
     if progress:
         for number, block in enumerate(model.backbone.layers, 1):
@@ -235,21 +240,25 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _part(name: str, tensor: Tensor, packed: bool = False) -> Part:
-    """The description of a tensor on meta."""
-    codes = packed and name.endswith(".weight")
-    weights = 0 if packed and not codes else tensor.numel()
-    weights *= 2 if tensor.dtype == torch.uint8 else 1
+def _part(name: str, tensor: Tensor, weights: int | None = None) -> Part:
+    """The description of a tensor on meta, which encodes as many weights as it has numbers."""
+    weights = tensor.numel() if weights is None else weights
     return Part(name, tuple(tensor.shape), tensor.dtype, weights)
+
+
+def _entry(path: str, tensors: dict[str, Tensor], module: object) -> Entry:
+    """The tensors of a module, or of one matrix of a stack."""
+    counts: dict[str, int] = {}
+    if isinstance(module, PackedWeight):  # without the padding of rows; scales are no weights
+        counts = dict.fromkeys(module.tensors(), 0) | {"weight": math.prod(module.shape[-2:])}
+    parts = {leaf: _part(f"{path}.{leaf}", t, counts.get(leaf)) for leaf, t in tensors.items()}
+    return Entry(path, parts)
 
 
 def _entry_of_expert(stack: str, matrices: PackedWeight | Tensor) -> Entry:
     """The tensors of one expert's matrix; a plain one has the name ""."""
     if isinstance(matrices, PackedWeight):
-        tensors = matrices.tensors()
-        return Entry(
-            stack, {leaf: _part(f"{stack}.{leaf}", t[0], True) for leaf, t in tensors.items()}
-        )
+        return _entry(stack, matrices.tensors(0), matrices)
     return Entry(stack, {"": _part(stack, matrices[0])})
 
 
@@ -262,11 +271,11 @@ class _FetchingForward:
     """A module's forward with its tensors in memory."""
 
     def __init__(self, module: nn.Module, path: str, store: WeightStore) -> None:
-        self._module, self._path, self._store = module, path, store
-        self._forward: Callable[..., Any] = module.forward
+        self._module, self._path, self._store = weakref.ref(module), path, store
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module
+        module = self._module()
+        assert module is not None, "nobody else calls this"
         with self._store.weights_of(self._path) as tensors:
             empty = {leaf: _place(module, leaf)[leaf] for leaf in tensors}
             try:
@@ -274,7 +283,7 @@ class _FetchingForward:
                     place = _place(module, leaf)
                     parameter = place is module._parameters
                     place[leaf] = nn.Parameter(tensor, False) if parameter else tensor
-                return self._forward(*args, **kwargs)
+                return type(module).forward(module, *args, **kwargs)
             finally:
                 for leaf, tensor in empty.items():
                     _place(module, leaf)[leaf] = tensor
@@ -289,9 +298,10 @@ class _ReportingHook:
     """A hook on a layer that reports its number."""
 
     def __init__(self, model: Offloaded, number: int) -> None:
-        self._model, self._number = model, number
+        self._model, self._number = weakref.ref(model), number
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (bar := self._model._bar) is not None:
-            traffic = self._model.store.traffic
+        model = self._model()
+        if model is not None and (bar := model._bar) is not None:
+            traffic = model.store.traffic
             bar.update(self._number, f"{traffic.hit_rate:.0%} of the weights were in memory")

@@ -49,7 +49,7 @@ class Part:
     Attributes:
         name: key of the state_dict.
         shape, dtype: of the tensor, or of one expert's slice.
-        weights: numbers that it encodes: two in a byte of NVFP4, none in a scale.
+        weights: of the model that it encodes: two in a byte of NVFP4, none in a scale or padding.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Entry:
 
     @cached_property
     def weights(self) -> int:
-        """Numbers that the tensors encode."""
+        """Weights of the model that the tensors encode."""
         return sum(part.weights for part in self.parts.values())
 
     @cached_property

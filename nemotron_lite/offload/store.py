@@ -43,7 +43,7 @@ class Traffic:
         fetched_bytes: of these, the bytes that were not in memory.
         source_bytes: read from the disk or generated for them. It differs from `fetched_bytes`
             where the files have another dtype than the model.
-        weights: numbers that the used bytes encode.
+        weights: of the model that the used bytes encode.
         experts: experts' matrices that layers used.
         experts_found: of these, the matrices that were in memory.
     """
@@ -153,7 +153,7 @@ class WeightStore:
         """Rows of a table, in the order of `ids`; each is read once."""
         part = self._rows[name]
         wanted, places = ids.unique(return_inverse=True)
-        out = torch.empty(len(wanted), *part.shape[1:], dtype=part.dtype)
+        out = torch.empty(len(wanted), *part.shape[1:], dtype=part.dtype, device="cpu")
         size = part.nbytes // part.shape[0] * len(wanted)
         with self.lock:
             for place, row in enumerate(wanted.tolist()):
@@ -238,7 +238,7 @@ class _LayerExperts:
 def new_bytes(size: int) -> Tensor:
     """Memory that weights can be written to in every mode: no inference tensor."""
     with torch.inference_mode(False):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _layer_of(stack: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import figures
 from benchmarks.model import full_size
-from nemotron_lite import ledger
+from nemotron_lite import NemotronConfig, ledger
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -24,6 +24,18 @@ def test_a_generated_model_is_measured(packed: bool) -> None:
     for rate in (decode["expert_hit_rate"], decode["hit_rate"]):
         assert 0 <= rate["min"] <= rate["max"] <= 1
     assert decode["source_bytes"]["max"] <= decode["used_bytes"]
+
+
+def test_the_bytes_of_a_token_of_super() -> None:
+    config = full_size.config_of(NemotronConfig.from_preset("super").pattern, quick=False)
+    weights, size = full_size.ledger_of_a_token(config, packed=False)
+    assert weights == ledger.parameters(config).active_without_embedding + config.hidden_size
+    assert size == 2 * weights + 2 * 40 * 512  # selection biases in float32
+    mamba, attention, moe = 4_383_047_680, 134_217_728, 4_844_421_120 + 335_544_320 + 1_761_607_680
+    packed = mamba + attention + moe
+    scales = 40 * 2 + 8 + 40 * (2 * 22 + 2 + 2)  # one of each matrix
+    size += packed * 9 // 16 - 2 * packed + 4 * scales
+    assert full_size.ledger_of_a_token(config, packed=True) == (weights, size)
 
 
 def test_other_work_than_the_ledger_says_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,23 +58,25 @@ def test_the_figures_come_from_the_record(tmp_path: Path) -> None:
         "used_bytes": 24.5e9, "source_bytes": spread, "hit_rate": spread,
         "expert_hit_rate": {**spread, "median": 0.07},
     }  # fmt: skip
-    run = {"budget_gib": 4, "peak_gib": 4.56, "decode": decode}
+    run = {"budget_gib": 4, "peak_gib": 4.56, "load_average": 2.5, "decode": decode}
     record = {
-        "machine": {"cpu": "A processor", "threads": 2}, "prompt": 8, "new": 5,
+        "machine": {"cpu": "A processor", "threads": 2, "cores": 4}, "prompt": 8, "new": 5,
         "results": [
             {"what": "generated", "format": "BF16", "layers": 88, **run,
              "prompt": {"seconds": 30.0, "source_bytes": 6e10}},
             {"what": "files", "pattern": "ME", "checkpoint": {"bytes": 3.4e9},
-             "in_memory_peak_gib": 3.9, "runs": [
-                 {**run, "page_cache": "warm", "limit_gib": 1.25, "idle_gib": 2.5,
-                  "load_in_memory": "RuntimeError"},
+             "in_memory_peak_gib": 3.9, "load_in_memory": "RuntimeError", "runs": [
+                 {**run, "page_cache": "warm", "limit_gib": 1.25, "idle_gib": 2.5},
                  {**run, "page_cache": "dropped before each call"}]},
         ],
     }  # fmt: skip
     (tmp_path / "full_size.json").write_text(json.dumps(record))
     text = figures.full_size(tmp_path)
-    numbers = "4 GiB | 4.56 GiB | 12.3 (0.2 to 0.8) | 24.50 | 0.00 | 50% | 7% |"
+    numbers = "4 GiB | 4.56 GiB | 12.3 (0.25 to 0.75) | 24.50 | 0.00 | 50% | 7% |"
     assert f"| Super in BF16, generated | {numbers}" in text
     assert text.count("`ME` of a file") == 2
-    for words in ("A processor, 2 thread(s)", "24.70 GFLOP", "3.40 GB", "RuntimeError", "3.90 GiB"):
+    for words in (
+        "A processor, 2 thread(s)", "load average at most 2.5", "24.70 GFLOP", "3.40 GB",
+        "RuntimeError", "3.90 GiB",
+    ):  # fmt: skip
         assert words in " ".join(text.split())

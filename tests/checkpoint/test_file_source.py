@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_lite import CheckpointError, Nemotron, NemotronConfig, generate, load, save
+from nemotron_lite.checkpoint import file_source
 from nemotron_lite.offload import Offloaded
 from nemotron_lite.quantization.packed_layers import PackedWeight
 from tests.checkpoint.modelopt_folder import EXPERT, IN_PROJ, edit
+from tests.checkpoint.test_formats import FP8_LAYOUTS, compress_fp8, declare, group
 from tests.test_contexts import unchecked
 
 Make = Callable[..., Nemotron]
@@ -62,6 +64,13 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
+@pytest.fixture
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are cast and decoded in several pieces, of which the last is shorter."""
+    monkeypatch.setattr(file_source, "_PIECE", 100)
+
+
+@pytest.mark.usefixtures("_small_pieces")
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["stored dtype", "cast"])
 @pytest.mark.parametrize("shard", [10**9, 20_000], ids=["one file", "shards"])
 def test_plain_weights(
@@ -73,8 +82,47 @@ def test_plain_weights(
     assert traffic.source_bytes == traffic.fetched_bytes // (1 if dtype is None else 2)
 
 
+@pytest.mark.usefixtures("_small_pieces")
+@pytest.mark.parametrize("layout", FP8_LAYOUTS)
+def test_fp8_with_many_scales_is_decoded_in_stripes(saved: Path, layout: str) -> None:
+    strategy, block, more, dtype = FP8_LAYOUTS[layout]
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for part, value in compress_fp8(tensors[f"{IN_PROJ}.weight"], block, dtype).items():
+            tensors[f"{IN_PROJ}.{part}"] = value.reshape(1) if value.numel() == 1 else value
+
+    edit(saved, change)
+    declare(saved, group(8, strategy, **more))
+    found = offloaded(saved, dtype=torch.float32).read(f"{IN_PROJ}.weight")
+    assert found.shape[0] > 128, "several rows of tiles"
+    assert torch.equal(found, load(saved, dtype=torch.float32).get_parameter(f"{IN_PROJ}.weight"))
+
+
+def test_casting_and_decoding_take_no_second_copy(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tensor that is made while weights are read is the one they are read into."""
+    found = offloaded(quantized, dtype=torch.float32)
+    monkeypatch.setattr(file_source, "_PIECE", 64)
+    sizes, empty = list[int](), torch.empty
+
+    def noting(*args: Any, **options: Any) -> Tensor:
+        made = empty(*args, **options)
+        sizes.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch, "empty", noting)
+    for name in ("lm_head.weight", "backbone.layers.1.mixer.shared_experts.up_proj.weight"):
+        sizes.clear()
+        out = found.read(name)
+        assert sizes[0] == out.nbytes
+        assert max(sizes[1:], default=0) <= 64 * 4
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["decoded", "packed"])
-def test_quantized_weights(quantized: Path, packed: bool) -> None:
+def test_quantized_weights(quantized: Path, packed: bool, request: pytest.FixtureRequest) -> None:
+    if not packed:
+        request.getfixturevalue("_small_pieces")
     found = check_equal(quantized, packed=packed)
     kinds = {m.format for m in found.modules() if isinstance(m, PackedWeight)}
     assert kinds == ({"nvfp4", "fp8"} if packed else set())
@@ -195,9 +243,27 @@ def test_a_file_that_got_shorter(tmp_path: Path, make: Make, tiny: NemotronConfi
     file = tmp_path / "m" / "model.safetensors"
     with file.open("r+b") as handle:
         handle.truncate(file.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors could not be read \(.*it ends"):
+    reason = r"model\.safetensors could not be read \(.*it was changed.*Load the model again"
+    with pytest.raises(CheckpointError, match=reason):
         found(tokens())
     assert all(parameter.is_meta for parameter in found.parameters())
+
+
+@torch.no_grad()
+def test_a_file_that_is_written_over_in_place(
+    tmp_path: Path, make: Make, tiny: NemotronConfig, no_fsync: None
+) -> None:
+    """As `cp` does: without an error the model would be one half of each."""
+    save(make(tiny), tmp_path / "m")
+    save(make(tiny, seed=1), tmp_path / "other")
+    found = offloaded(tmp_path / "m")
+    found(tokens())
+    shutil.copyfile(tmp_path / "other/model.safetensors", tmp_path / "m/model.safetensors")
+    with pytest.raises(CheckpointError, match="it was changed after the model was loaded"):
+        found(tokens())
+    found = offloaded(tmp_path / "m")
+    expected = load(tmp_path / "other")(tokens()).logits
+    torch.testing.assert_close(found(tokens()).logits, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

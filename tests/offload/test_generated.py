@@ -21,6 +21,7 @@ MEDIUM = TINY.replace(
     moe_intermediate_size=96, moe_latent_size=64, num_attention_heads=16, head_dim=16,
     intermediate_size=128, moe_shared_expert_intermediate_size=128,
 )  # fmt: skip
+BIASED = TINY.replace(attention_bias=True, mlp_bias=True, use_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,9 @@ def test_rows_of_the_embedding_are_those_of_the_whole() -> None:
         assert torch.equal(row, whole[index])
 
 
-@pytest.mark.parametrize("config", [MEDIUM, TINY], ids=["whole blocks", "padded rows"])
+@pytest.mark.parametrize(
+    "config", [MEDIUM, TINY, BIASED], ids=["whole blocks", "padded rows", "biases"]
+)
 def test_packed_weights_are_the_plain_ones_rounded(config: NemotronConfig) -> None:
     plain = generated_model(Nemotron, config, seed=5, dtype=torch.float32)
     packed = generated_model(Nemotron, config, seed=5, dtype=torch.float32, packed=True)
@@ -132,8 +135,11 @@ def test_packed_weights_are_the_plain_ones_rounded(config: NemotronConfig) -> No
             assert (decoded - exact).norm() < 0.12 * exact.norm(), path
             if padding := -module.shape[-1] % 16:
                 assert not stored["weight"][..., -(padding // 2) :].any()
-    for name in ("lm_head.weight", "backbone.norm_f.weight", "backbone.layers.1.mixer.gate.weight"):
-        assert torch.equal(packed.read(name), plain.read(name))
+    same = [name for name in plain._shapes if plain._shapes[name] == packed._shapes.get(name)]
+    assert {"lm_head.weight", "backbone.norm_f.weight", "mtp.layers.0.eh_proj.weight"} <= {*same}
+    assert sum(name.endswith("_proj.bias") for name in same) >= (8 if config is BIASED else 0)
+    for name in same:
+        assert torch.equal(packed.read(name), plain.read(name)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
