@@ -25,7 +25,7 @@ from tests.test_contexts import unchecked
 
 Make = Callable[..., Nemotron]
 ROOM = 60_000  # bytes: some weights stay, others do not
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-5}  # of logits
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-4}  # of logits
 
 
 def tokens(rows: int = 2, length: int = 9) -> Tensor:
@@ -43,8 +43,8 @@ def check_equal(folder: Path, **options: Any) -> Offloaded:
     """The model with and without `offload`: the same weights to the bit, and the same logits.
 
     A few plain experts are multiplied side by side in memory, and one by one here. The sums are
-    rounded in another order: 1e-5 in float32. In BF16 logits of 1 to 2 are 2**-7 apart, and some
-    of them differ by two such steps.
+    rounded in another order: 1e-5 in float32. In BF16 logits of 2 to 4 are 2**-6 apart, and some
+    of them differ by three or four such steps after seven layers.
     """
     found, expected = offloaded(folder, **options), load(folder, **options)
     for name, tensor in expected.state_dict().items():
@@ -79,7 +79,9 @@ def test_plain_weights(
     save(make(tiny, dtype=torch.bfloat16), tmp_path / "m", max_shard_bytes=shard)
     found = check_equal(tmp_path / "m", dtype=dtype)
     traffic = found.store.traffic
-    assert traffic.source_bytes == traffic.fetched_bytes // (1 if dtype is None else 2)
+    biases = 2 * tiny.n_routed_experts * 4  # of two routers, in float32 in both; read once
+    narrow = (traffic.fetched_bytes + biases) // 2
+    assert traffic.source_bytes == (traffic.fetched_bytes if dtype is None else narrow)
 
 
 @pytest.mark.usefixtures("_small_pieces")

@@ -73,8 +73,9 @@ def test_equals_the_same_layers_in_memory(tmp_path: Path, packed: bool, dtype: A
     assert (model.dtype, model.device) == (dtype, torch.device("cpu"))
     ordinary = in_memory(model, tmp_path / "m", packed=packed)
     assert model.num_parameters() == ordinary.num_parameters()
-    # One row in float32 is multiplied another way in memory; everything else has the same bits.
-    atol = 1e-6 if dtype == torch.float32 else 0.0
+    # A few plain experts are multiplied side by side in memory, and one by one here: in BF16 some
+    # logits, of 0.1 to 0.5, may be the next number.
+    atol = 1e-6 if dtype == torch.float32 else 2**-9
     for rows, length in ((1, 1), (1, 3), (3, 7), (2, FEW_PAIRS)):
         x = tokens(rows, length, seed=length)
         found, expected = (m(x, mtp_depths=min(1, length - 1)) for m in (model, ordinary))
