@@ -49,7 +49,7 @@ GIB = 2**30
 PROMPT, NEW = 8, 5  # tokens read, and tokens written one by one
 LAYERS = "MEM*E"  # of the checkpoint: two mixtures of 512 experts
 VOCABULARY = 16_384  # so that its layers, and not its head, are what is large
-LIMIT = 1.25  # GiB of address space beside what an idle process has
+LIMIT = 2.0  # GiB of address space beside what an idle process has
 BUDGET = 0.75  # GiB of weights in it
 
 

@@ -66,7 +66,7 @@ def test_the_figures_come_from_the_record(tmp_path: Path) -> None:
              "prompt": {"seconds": 30.0, "source_bytes": 6e10}},
             {"what": "files", "pattern": "ME", "checkpoint": {"bytes": 3.4e9},
              "in_memory_peak_gib": 3.9, "load_in_memory": "RuntimeError", "runs": [
-                 {**run, "page_cache": "warm", "limit_gib": 1.25, "idle_gib": 2.5},
+                 {**run, "page_cache": "warm", "limit_gib": 2.0, "idle_gib": 0.6},
                  {**run, "page_cache": "dropped before each call"}]},
         ],
     }  # fmt: skip
