@@ -18,6 +18,10 @@ Everything else that a layer has to deal with is done here, in the simplest way 
 - Rows of a batch may have different lengths. Each row has a cache of its own, and its padding is
   cut off before the learner's module sees it.
 - Rows of concatenated documents are split, and the module reads one document at a time.
+- A layer of the kinds E and - looks at one token at a time, so it needs no cache and no splitting.
+  A router can be watched and balanced in training like the package's: after each call its module
+  has `routing`, a pair of scores `tokens e` and chosen experts `tokens k`, and its part `gate` has
+  the buffer of the selection bias.
 
 Left out: drafts of speculative decoding, saving a cache to a file, states in float16, and the
 layers of the MTP module, which stay the package's.
@@ -35,7 +39,7 @@ from torch import Tensor, nn
 
 from nemotron_lite.cache import Cache
 from nemotron_lite.config import LAYER_KINDS, NemotronConfig
-from nemotron_lite.layers import ForwardContext, LayerCache, Mixer
+from nemotron_lite.layers import ForwardContext, LayerCache, Mixer, RouterStats
 from nemotron_lite.layers.mixer import SavedSizes
 from nemotron_lite.model import Nemotron
 
@@ -68,7 +72,8 @@ def with_own_layers(model: Nemotron, kind: str, make: Make) -> Nemotron:
         if layer.kind == kind:
             module = make(model.config).to(model.device, model.dtype)
             module.load_state_dict(layer.mixer.state_dict(), strict=True)
-            layer.mixer = OwnMixer(module.train(model.training))
+            own = module.train(model.training)
+            layer.mixer = OwnMixer(own) if kind in "M*" else OwnTokenMixer(own, layer.mixer)
     return changed
 
 
@@ -117,6 +122,37 @@ class OwnMixer(Mixer):
                 found, after = _pair(self.own(x[row : row + 1, :length], own_cache), own_cache)
                 y[row, :length] = found[0]
                 cache.rows[row] = after
+        return y
+
+
+class OwnTokenMixer(Mixer):
+    """The mixer of an E or - layer, computed by the learner's module `own`.
+
+    Args:
+        own: the learner's module.
+        like: the package's mixer in its place, whose name the router statistics carry.
+    """
+
+    def __init__(self, own: nn.Module, like: Mixer) -> None:
+        super().__init__()
+        self.own = own
+        self._name = str(getattr(like, "name", ""))
+
+    @property
+    def gate(self) -> nn.Module:
+        """The learner's router, where training looks for the selection bias."""
+        return self.own.get_submodule("gate")
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], cache: None = None, context: ForwardContext = _WHOLE_TEXTS
+    ) -> Float[Tensor, "b _ d"]:
+        """Call the module on all tokens, and hand on what its router decided."""
+        x = context.kept(x)
+        y: Tensor = self.own(x)
+        routing = getattr(self.own, "routing", None)
+        if context.router_stats is not None and routing is not None:
+            scores, indices = (part.unflatten(0, x.shape[:2]) for part in routing)
+            context.router_stats.append(RouterStats(self._name, scores, indices))
         return y
 
 

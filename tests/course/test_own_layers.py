@@ -12,6 +12,7 @@ from nemotron_lite import Nemotron, NemotronConfig, generate, layers
 from nemotron_lite.cache import Cache
 from nemotron_lite.course.own_layers import OwnCache, with_own_layers
 from nemotron_lite.layers import CacheOptions
+from nemotron_lite.train.balance import expert_loads, update_biases
 
 CONFIG = NemotronConfig.from_preset(
     "lite", pattern="MEM*", vocab_size=64, hidden_size=32, mamba_num_heads=4, ssm_state_size=8
@@ -157,6 +158,70 @@ def test_caches_are_copied_deeply_and_their_bytes_counted(model: Nemotron, mine:
     assert isinstance(twin.layers[0], OwnCache)
     assert not any(row["ssm"].any() or row["read"] for row in first_layer(twin).rows)
     torch.testing.assert_close(mine(TOKENS[:2], twin).logits, model(TOKENS[:2]).logits)
+
+
+class OwnExperts(nn.Module):
+    """The package's mixture, which keeps what its router decided as a learner's has to."""
+
+    def __init__(self, config: NemotronConfig) -> None:
+        super().__init__()
+        like = layers.MoE(config)
+        for name, part in like.named_children():
+            self.add_module(name, part)
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        twin: Any = layers.MoE(self.config)
+        for name, part in self.named_children():
+            setattr(twin, name, part)
+        found = twin.gate(x.flatten(0, 1))
+        self.routing = found.scores, found.indices
+        y: Tensor = twin(x)
+        return y
+
+
+@pytest.fixture(scope="module")
+def experts() -> tuple[Nemotron, Nemotron]:
+    config = CONFIG.replace(pattern="MEE", n_routed_experts=8, num_experts_per_tok=2)
+    model = Nemotron(config, seed=0)
+    return model, with_own_layers(model, "E", OwnExperts)
+
+
+def test_experts_read_whole_rows_and_generate(experts: tuple[Nemotron, Nemotron]) -> None:
+    model, mine = experts
+    seq_idx = torch.tensor([[0] * 24, [0] * 5 + [1] * 19, [3] * 10 + [4] + [7] * 13])
+    expected = model(TOKENS, seq_idx=seq_idx).logits
+    torch.testing.assert_close(mine(TOKENS, seq_idx=seq_idx).logits, expected)
+    prompts = [[5, 17, 3, 4], [9]]
+    assert generate(mine, prompts, 8, temperature=0, stop=()) == generate(
+        model, prompts, 8, temperature=0, stop=()
+    )
+
+
+def test_routers_of_own_layers_are_watched_and_balanced(
+    experts: tuple[Nemotron, Nemotron],
+) -> None:
+    both = [net(TOKENS, router_stats=True).router for net in experts]
+    assert [s.name for s in both[1]] == [s.name for s in both[0]]
+    for ours, theirs in zip(both[1], both[0], strict=True):
+        torch.testing.assert_close(ours.scores, theirs.scores)
+        assert torch.equal(ours.indices, theirs.indices)
+    mine = with_own_layers(experts[0], "E", OwnExperts)
+    update_biases(mine, expert_loads(both[1]), 0.5)
+    for layer in (1, 2):
+        bias = own_of(mine, layer).gate.e_score_correction_bias
+        assert bool((bias.abs() <= 0.5).all())
+        assert bool(bias.any())
+
+
+def test_an_own_layer_without_a_router_has_no_statistics(
+    experts: tuple[Nemotron, Nemotron],
+) -> None:
+    model = Nemotron(CONFIG.replace(pattern="M-"), seed=0)
+    mine = with_own_layers(model, "-", lambda c: layers.MLP(c.hidden_size, c.intermediate_size))
+    out = mine(TOKENS, router_stats=True)
+    torch.testing.assert_close(out.logits, model(TOKENS).logits)
+    assert not out.router
 
 
 def test_what_own_layers_cannot_do_is_refused(mine: Nemotron, tmp_path: Any) -> None:
