@@ -39,7 +39,7 @@ SMOOTHED = 10  # updates that are averaged for a line
 
 
 def who_reads(found: Looked, title: str) -> go.Figure:
-    """The weight of every expert for every token; white where an expert does not read the token."""
+    """The weight of every expert for every token; white where an expert was not chosen."""
     weights = found.weights.numpy()
     fig = go.Figure(
         go.Heatmap(
@@ -62,19 +62,24 @@ def who_reads(found: Looked, title: str) -> go.Figure:
     return described(
         fig,
         f"A map with one row for each of {len(found.names)} tokens and one column for each of "
-        f"{weights.shape[1]} experts. In each row {each} cells are coloured, the experts that read "
-        "the token; all others are white. Different tokens have different experts.",
+        f"{weights.shape[1]} experts. In each row {each} cells are coloured, the experts that "
+        "were chosen; all others are white. Most tokens have different experts; rows of equal "
+        "tokens share many.",
     )
 
 
 def routing(found: Looked, token: int) -> go.Figure:
-    """Scores, scores with the bias, and weights of one token, a bar for each expert."""
+    """Scores, scores with the bias, and weights of one token, a bar for each expert.
+
+    The smallest bias is subtracted from all: a common amount changes no choice, and it would hide
+    the differences.
+    """
     fig = make_subplots(
         3,
         1,
         shared_xaxes=True,
         vertical_spacing=0.1,
-        subplot_titles=["Scores s", "Scores with bias, s + b", "Weights p"],
+        subplot_titles=["Score s", "Score plus bias, s + b, less the smallest b", "Weight p"],
     )
     experts = list(range(len(found.bias)))
     for row, (heights, colours) in enumerate(_bars(found, token), 1):
@@ -86,10 +91,8 @@ def routing(found: Looked, token: int) -> go.Figure:
             row=row,
             col=1,
         )
-    biased = found.scores + found.bias
-    low, high = float(biased.min()), float(biased.max())
     fig.update_yaxes(range=[0, 1], row=1, col=1)
-    fig.update_yaxes(range=[min(low, 0.0), high + 0.05 * abs(high)], row=2, col=1)
+    fig.update_yaxes(range=[0, 1.05 * float(_biased(found).max())], row=2, col=1)
     fig.update_yaxes(range=[0, 1.05 * float(found.weights.max())], row=3, col=1)
     fig.update_xaxes(title_text="expert", showgrid=False, row=3, col=1)
     fig.update_annotations(font_size=13)
@@ -116,7 +119,7 @@ def routing_stepper(found: Looked, start: int) -> Stepper:
         kept = int(chosen[without].sum())
         named = ", ".join(map(str, chosen.nonzero().flatten().tolist()))
         return (
-            f"Token {step} is {found.names[step]}. Experts {named} read it. Without the bias "
+            f"Token {step} is {found.names[step]}. Experts {named} compute it. Without the bias "
             f"{kept} of these {count} would have been chosen. The weights add up to "
             f"{float(found.weights[step].sum()):.2f}."
         )
@@ -128,8 +131,13 @@ def _bars(found: Looked, token: int) -> list[tuple[list[float], list[str]]]:
     """Heights and colours of the three rows of `routing`."""
     colours = [CHOSEN if chosen else IDLE for chosen in found.chosen[token].tolist()]
     scores = found.scores[token]
-    rows = (scores, scores + found.bias, found.weights[token])
+    rows = (scores, _biased(found)[token], found.weights[token])
     return [(row.tolist(), colours) for row in rows]
+
+
+def _biased(found: Looked) -> Tensor:
+    """Scores plus bias, less the smallest bias."""
+    return found.scores + found.bias - found.bias.min()
 
 
 def zeros(shares: Mapping[str, float]) -> go.Figure:

@@ -17,7 +17,7 @@ def looked() -> lesson.Looked:
     scores = torch.tensor(
         [[0.9, 0.8, 0.3, 0.2, 0.1], [0.1, 0.7, 0.6, 0.2, 0.3], [0.2, 0.4, 0.9, 0.8, 0.1]]
     )
-    bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.75])
+    bias = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.75])
     indices = (scores + bias).topk(2).indices
     chosen = torch.zeros(3, 5, dtype=torch.bool).scatter(1, indices, True)
     weights = scores * chosen
@@ -38,7 +38,7 @@ def test_bars_of_a_token_are_scores_biased_scores_and_weights(looked: lesson.Loo
     fig = figures.routing(looked, 0)
     heights = [np.asarray(trace.y, dtype=float) for trace in fig.data]
     np.testing.assert_allclose(heights[0], looked.scores[0])
-    np.testing.assert_allclose(heights[1] - heights[0], looked.bias, atol=1e-6)
+    np.testing.assert_allclose(heights[1] - heights[0], looked.bias - 2, atol=1e-6)
     np.testing.assert_allclose(heights[2], looked.weights[0])
     marked = [[colour == figures.CHOSEN for colour in trace.marker.color] for trace in fig.data]
     assert marked == [[True, False, False, False, True]] * 3
@@ -47,12 +47,12 @@ def test_bars_of_a_token_are_scores_biased_scores_and_weights(looked: lesson.Loo
 @pytest.mark.timing
 def test_the_stepper_goes_from_token_to_token(looked: lesson.Looked) -> None:
     view = figures.routing_stepper(looked, start=0)
-    assert "Token 0 is def. Experts 0, 4 read it. Without the bias 1 of these 2" in view.words.value
+    assert "Token 0 is def. Experts 0, 4 compute it. Without the bias 1 of these 2" in view.words.value
     view.go(1)
     assert view.seconds < BUDGET
-    assert "Token 1 is ␣f. Experts 1, 4 read it." in view.words.value
+    assert "Token 1 is ␣f. Experts 1, 4 compute it." in view.words.value
     view.go(1)
-    assert "Experts 2, 4 read it. Without the bias 1 of these 2" in view.words.value
+    assert "Experts 2, 4 compute it. Without the bias 1 of these 2" in view.words.value
     assert "add up to 2.50" in view.words.value
     np.testing.assert_allclose(view.figure.data[0].y, looked.scores[2])
     assert view.figure.data[1].marker.color[2] == figures.CHOSEN
