@@ -82,10 +82,10 @@ MIX_EXPERTS = Exercise(
     points=7,
     task=r"""
 For each token add up the weighted answers of its chosen experts:
-$o = \sum_i p_i\, W^{down}_i\, \mathrm{relu}(W^{up}_i z)^2$. Here $z$ is the token $x$ itself; in the next
-chapter it is narrower. Go expert by expert. Collect the tokens that chose it (dispatch), compute
-all of them with two matrix products, and add each answer, times its weight, to the row of its
-token (combine).
+$o = \sum_i p_i\, W^{down}_i\, \mathrm{relu}(W^{up}_i z)^2$. Here $z$ is the token $x$ itself; in
+the next chapter it is narrower. Go expert by expert. Collect the tokens that chose it (dispatch),
+compute all of them with two matrix products, and add each answer, times its weight, to the row of
+its token (combine).
 
 Do not compute experts for tokens that did not choose them. An expert that nobody chose must not be
 used at all: its matrices may hold anything, even NaN.

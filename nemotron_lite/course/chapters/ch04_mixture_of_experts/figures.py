@@ -4,7 +4,6 @@
     routing         one token: scores, biased scores, weights, and a stepper through a text
     zeros           the share of zeros behind the squared ReLU, layer by layer
     violations      MaxVio over the updates of several trainings
-    losses          training losses of several models
     drifted         biases of devices that count for themselves
     reading         the share of the experts that several tokens read together, and a widget
 
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -164,7 +163,9 @@ def zeros(shares: Mapping[str, float]) -> go.Figure:
     )
 
 
-def violations(runs: Mapping[str, ArrayLike], title: str = "How uneven is the load?") -> go.Figure:
+def violations(
+    runs: Mapping[str, NDArray[np.float64]], title: str = "How uneven is the load?"
+) -> go.Figure:
     """MaxVio over the updates, a line for each training, averaged over `SMOOTHED` updates."""
     smooth = {name: _smoothed(np.asarray(values, dtype=float)) for name, values in runs.items()}
     first = next(iter(smooth.values()))
@@ -180,22 +181,6 @@ def violations(runs: Mapping[str, ArrayLike], title: str = "How uneven is the lo
     )
     fig.update_yaxes(rangemode="tozero")
     return fig
-
-
-def losses(runs: Mapping[str, Sequence[float]], title: str) -> go.Figure:
-    """Training losses over the updates, averaged over `SMOOTHED` updates."""
-    smooth = {name: _smoothed(np.asarray(values, dtype=float)) for name, values in runs.items()}
-    first = next(iter(smooth.values()))
-    return lines(
-        SMOOTHED * np.arange(1, len(first) + 1),
-        smooth,
-        title=title,
-        x_title="update",
-        y_title="loss",
-        markers=False,
-        alt=f"Training loss over the updates of {len(runs)} models: {', '.join(runs)}. All lines "
-        "fall steeply at first and then slowly, close to each other.",
-    )
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -220,7 +205,9 @@ def drifted(biases: Tensor) -> go.Figure:
     )
 
 
-def share_read(experts: int, top_k: int, tokens: ArrayLike) -> NDArray[np.float64]:
+def share_read(
+    experts: int, top_k: int, tokens: Sequence[int] | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The expected share of the experts that some tokens read, if every choice is random, in %."""
     share: NDArray[np.float64] = 1 - (1 - top_k / experts) ** np.asarray(tokens, dtype=float)
     return 100 * share
