@@ -2,7 +2,7 @@
 
     look           what one router of a model decides about every token of a text
     zero_share     how many hidden numbers of the experts are 0 behind the squared ReLU
-    text           the text of the trainings
+    text, exam     the text of the trainings, and files that no model has read
     mixture, dense   small models of equal FLOPs per token, with experts and without
     teach          a short training with a live map of the load
     OwnBalance     a callback that balances by the learner's `update_bias`
@@ -38,7 +38,7 @@ from nemotron_lite.course import output
 from nemotron_lite.course.display import progress_hook
 from nemotron_lite.course.factsheet import tell
 from nemotron_lite.course.plotting.balance import LiveBalance
-from nemotron_lite.data import TextData, prepare
+from nemotron_lite.data import HeldOut, TextData, prepare
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train import Callback, TrainConfig, evaluate, train
@@ -62,6 +62,7 @@ RECIPE = TrainConfig(
 )
 LAST = 20  # updates at the end over which the load is added up
 STARVED = 0.1  # of the mean load
+EXAM_BYTES = 40_000  # all held-out files would take longer than a training
 
 UpdateBias = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -146,6 +147,18 @@ def zero_share(model: Nemotron, text: str) -> dict[str, float]:
 def text() -> TextData:
     """Python source of the standard library, with a vocabulary of 1,024 tokens."""
     return prepare(vocab_size=CONFIG.vocab_size)
+
+
+@cache
+def exam() -> HeldOut:
+    """The first held-out files, `EXAM_BYTES` or a little more."""
+    data, documents, size = text(), [], 0
+    for document in data.held_out.documents:
+        documents.append(document)
+        size += len(data.tokenizer.decode(document.tolist()).encode())
+        if size >= EXAM_BYTES:
+            break
+    return HeldOut(tuple(documents), size)
 
 
 def mixture(seed: int = 0) -> Nemotron:
@@ -240,8 +253,8 @@ def flops_per_token(model: Nemotron) -> float:
 
 
 def bits(model: Nemotron) -> float:
-    """Bits per byte of the held-out text; lower is better."""
-    return float(evaluate(model, text().held_out, window=2 * RECIPE.seq_len).bits_per_byte)
+    """Bits per byte of `exam()`; lower is better."""
+    return float(evaluate(model, exam(), window=2 * RECIPE.seq_len).bits_per_byte)
 
 
 def compared(scores: Mapping[str, float], unit: str) -> None:

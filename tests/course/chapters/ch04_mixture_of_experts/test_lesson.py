@@ -124,6 +124,17 @@ def test_a_dense_model_has_no_history() -> None:
         lesson.starved(taught)
 
 
+def test_the_exam_is_a_part_of_the_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = lesson.text().held_out
+    part = lesson.exam()
+    assert lesson.EXAM_BYTES <= part.num_bytes < held_out.num_bytes
+    assert len(part.documents) < len(held_out.documents)
+    monkeypatch.setattr(lesson, "EXAM_BYTES", held_out.num_bytes)
+    whole = lesson.exam.__wrapped__()
+    assert whole.num_bytes == held_out.num_bytes
+    assert len(whole.documents) == len(held_out.documents)
+
+
 def test_devices_drift_apart_and_one_device_does_not() -> None:
     generator = torch.Generator().manual_seed(0)
     likes = torch.linspace(-1, 1, 8)
