@@ -313,7 +313,8 @@ Super has {super.moe_layers} layers of {super.experts} experts, of which a token
 {nano.experts}. Of {super.total_parameters:unit} parameters {super.active_parameters} billion take
 part in a token. The experts that one token chose have
 {super.chosen_expert_weights:unit} in each layer. For all layers that is
-{super.expert_gb_per_token_bf16:unit} to read for each token in BF16, and {super.expert_gb_per_token_nvfp4:unit} in NVFP4.
+{super.expert_gb_per_token_bf16:unit} to read for each token in BF16, and
+{super.expert_gb_per_token_nvfp4:unit} in NVFP4.
 
 In training Super's bias moves by {super.bias_rate} after each update, and the balance loss has the
 coefficient {super.balance_weight}. MaxVio is about {super.max_vio_training} in training and
