@@ -81,10 +81,10 @@ MIX_EXPERTS = Exercise(
     difficulty=3,
     points=7,
     task=r"""
-For each token add up the weighted answers of its chosen experts:
-$o = \sum_i p_i\, W^{down}_i\, \mathrm{relu}(W^{up}_i z)^2$. Here $z$ is the token $x$ itself; in
+For each token add up the weighted outputs of its chosen experts:
+$o = \sum_i w_i\, W_{2,i}\, \mathrm{relu}(W_{1,i}\, z)^2$. Here $z$ is the token $x$ itself; in
 the next chapter it is narrower. Go expert by expert. Collect the tokens that chose it (dispatch),
-compute all of them with two matrix products, and add each answer, times its weight, to the row of
+compute all of them with two matrix products, and add each output, times its weight, to the row of
 its token (combine).
 
 Do not compute experts for tokens that did not choose them. An expert that nobody chose must not be
@@ -120,7 +120,7 @@ def mix_experts(z, up, down, weights, indices):
         "The square comes after the ReLU.",
         "`tokens, slots = torch.where(indices == expert)` gives the tokens that chose an expert, "
         "and in which column. `z[tokens]` are their rows, `weights[tokens, slots, None]` their "
-        "weights. The weight multiplies the answer of the expert: the square does not commute "
+        "weights. The weight multiplies the output of the expert: the square does not commute "
         "with it.",
         "Add with `y = y.index_add(0, tokens, answers)`. For an expert without tokens all of this "
         "has zero rows and adds nothing. Computing every expert for every token and multiplying "
@@ -145,10 +145,10 @@ SORT_PAIRS = Exercise(
     difficulty=3,
     points=4,
     task="""
-Number the pairs of token and slot row by row: pair `i` is token `i // k`, slot `i % k`. Return the
-numbers of all pairs, sorted by their expert; pairs of the same expert keep their order. And return
-where each expert begins in that list: the pairs of expert `e` are
-`order[starts[e] : starts[e + 1]]`, which may be empty.
+Slot $j$ is column $j$ of `indices`. Number the pairs of token and slot row by row: pair `i` is
+token `i // k`, slot `i % k`. Return the numbers of all pairs, sorted by their expert; pairs of the
+same expert keep their order. And return where each expert begins in that list: the pairs of
+expert `e` are `order[starts[e] : starts[e + 1]]`, which may be empty.
 """.strip(),
     stub='''
 def sort_pairs(indices, experts):
@@ -339,15 +339,17 @@ BALANCE_LOSS = Exercise(
     difficulty=3,
     points=6,
     task=r"""
-For one sequence of $t$ tokens and $e$ experts the loss is $e \sum_i f_i P_i$. $f_i$ is the share
-of expert $i$ in the $k\,t$ choices of the sequence; take the `top_k` largest *scores*, without a
-bias. $P_i$ is the mean over the tokens of $s_i$ divided by the sum of all $e$ scores of the token.
+For one sequence of $t$ tokens and $e$ experts the loss is
+$e \sum_i \mathrm{share}_i\,\mathrm{pref}_i$. $\mathrm{share}_i$ is the share of expert $i$ in the
+$k\,t$ choices of the sequence; take the `top_k` largest *scores*, without a bias.
+$\mathrm{pref}_i$ is the mean over the tokens of $s_i$ divided by the sum of all $e$ scores of the
+token.
 
-Return the mean over the sequences. $f$ is a count and has no gradient; $P$ has one.
+Return the mean over the sequences. The share is a count and has no gradient; pref has one.
 """.strip(),
     stub='''
 def balance_loss(scores, top_k):
-    """e * sum_i f_i P_i, averaged over the sequences; 1 if all experts are equal.
+    """e * sum_i share_i pref_i, averaged over the sequences; 1 if all experts are equal.
 
     Args:
         scores: float tensor `b t e`, above 0.
@@ -367,11 +369,13 @@ def balance_loss(scores, top_k):
     return experts * (share * preference).sum(-1).mean()
 """,
     hints=(
-        "`F.one_hot(chosen, e)` is `b t k e`. Its sum over tokens and slots, divided by k times t, "
-        "is f, with shape `b e`; each row adds up to 1.",
-        "Everything is per sequence: no sum or mean over the batch before the product f times P. "
+        "`chosen = scores.topk(top_k, dim=-1).indices`, and `F.one_hot(chosen, e)` is `b t k e`. "
+        "Its sum over tokens and slots, divided by k times t, is share, with shape `b e`; each "
+        "row adds up to 1.",
+        "Everything is per sequence: no sum or mean over the batch before the product share times "
+        "pref. "
         "Two sequences that prefer different experts must not cancel.",
-        "P is `(scores / scores.sum(-1, keepdim=True)).mean(1)`: divided by the sum over *all* "
+        "pref is `(scores / scores.sum(-1, keepdim=True)).mean(1)`: divided by the sum over *all* "
         "experts, then averaged over tokens. It keeps its gradient, so no `detach`.",
     ),
     checks=(

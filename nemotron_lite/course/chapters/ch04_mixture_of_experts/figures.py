@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from torch import Tensor
@@ -33,6 +34,7 @@ from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, sl
 # White is zero: most experts do not read a token.
 SHADES = [[0, "#FFFFFF"], [0.3, "#BFE3D8"], [0.65, "#3E9E85"], [1, "#003D2E"]]
 IDLE, CHOSEN = theme.GRID, theme.KINDS["E"].strong
+BY_BIAS = theme.PALETTE["vermillion"]  # chosen only because of the bias
 MOST_TOKENS = 256
 SMOOTHED = 10  # updates that are averaged for a line
 
@@ -78,7 +80,7 @@ def routing(found: Looked, token: int) -> go.Figure:
         1,
         shared_xaxes=True,
         vertical_spacing=0.1,
-        subplot_titles=["Score s", "Score plus bias, s + b, less the smallest b", "Weight p"],
+        subplot_titles=["Score s", "Score plus bias, s + b, less the smallest b", "Weight w"],
     )
     experts = list(range(len(found.bias)))
     for row, (heights, colours) in enumerate(_bars(found, token), 1):
@@ -100,8 +102,9 @@ def routing(found: Looked, token: int) -> go.Figure:
         fig,
         f"Three rows of bars, one bar for each of {len(experts)} experts. Above the scores; in the "
         "middle the scores with the selection bias, where the largest are marked as chosen; below "
-        "the weights, which only the chosen experts have. The weights follow the scores without "
-        "the bias.",
+        "the weights, which only the chosen experts have. Experts chosen only because of their "
+        f"bias have another colour: {_named(_by_bias(found, token)) or 'none'}. The weights follow "
+        "the scores without the bias.",
     )
 
 
@@ -113,13 +116,10 @@ def routing_stepper(found: Looked, start: int) -> Stepper:
             trace.y = heights
             trace.marker.color = colours
         chosen = found.chosen[step]
-        count = int(chosen.sum())
-        without = found.scores[step].topk(count).indices
-        kept = int(chosen[without].sum())
-        named = ", ".join(map(str, chosen.nonzero().flatten().tolist()))
+        biased = _named(_by_bias(found, step)) or "none"
         return (
-            f"Token {step} is {found.names[step]}. Experts {named} compute it. Without the bias "
-            f"{kept} of these {count} would have been chosen. The weights add up to "
+            f"Token {step} is {found.names[step]}. Experts {_named(chosen)} compute it. Chosen "
+            f"only because of their bias: {biased}. The weights add up to "
             f"{float(found.weights[step].sum()):.2f}."
         )
 
@@ -128,10 +128,22 @@ def routing_stepper(found: Looked, start: int) -> Stepper:
 
 def _bars(found: Looked, token: int) -> list[tuple[list[float], list[str]]]:
     """Heights and colours of the three rows of `routing`."""
-    colours = [CHOSEN if chosen else IDLE for chosen in found.chosen[token].tolist()]
+    marks = zip(found.chosen[token].tolist(), _by_bias(found, token).tolist(), strict=True)
+    colours = [BY_BIAS if biased else CHOSEN if chosen else IDLE for chosen, biased in marks]
     scores = found.scores[token]
     rows = (scores, _biased(found)[token], found.weights[token])
     return [(row.tolist(), colours) for row in rows]
+
+
+def _by_bias(found: Looked, token: int) -> Tensor:
+    """True for the experts of a token that their scores alone would not have chosen."""
+    chosen = found.chosen[token]
+    best = found.scores[token].topk(int(chosen.sum())).indices
+    return chosen & ~torch.zeros_like(chosen).scatter(0, best, True)
+
+
+def _named(marked: Tensor) -> str:
+    return ", ".join(map(str, marked.nonzero().flatten().tolist()))
 
 
 def _biased(found: Looked) -> Tensor:

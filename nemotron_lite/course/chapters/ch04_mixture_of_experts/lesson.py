@@ -6,6 +6,7 @@
     mixture, dense   small models of equal FLOPs per token, with experts and without
     teach          a short training with a live map of the load
     OwnBalance     a callback that balances by the learner's `update_bias`
+    max_vio_of_sequences   how uneven the load inside one sequence is
     starved        experts with hardly any load at the end of a training
     compared       the held-out scores of several models as a table
     drift          what becomes of two devices that do not add up their counts
@@ -22,7 +23,8 @@ calculation on the counts of one router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -41,6 +43,7 @@ from nemotron_lite.course.plotting.balance import LiveBalance
 from nemotron_lite.data import HeldOut, TextData, prepare
 from nemotron_lite.layers.moe import MoE
 from nemotron_lite.model import Nemotron
+from nemotron_lite.outputs import Hidden
 from nemotron_lite.train import Callback, TrainConfig, evaluate, train
 from nemotron_lite.train.balance_history import BalanceHistory
 
@@ -65,6 +68,7 @@ STARVED = 0.1  # of the mean load
 EXAM_BYTES = 40_000  # all held-out files would take longer than a training
 
 UpdateBias = Callable[[Tensor, Tensor, float], Tensor]
+BalanceLoss = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,7 @@ def teach(
     title: str,
     *,
     update: UpdateBias | None = None,
-    balance_weight: float | int = 0.0,
+    loss: BalanceLoss | None = None,
     steps: int | None = None,
 ) -> Taught:
     """Train a model on `text()`; a mixture with a live map of its load.
@@ -199,11 +203,12 @@ def teach(
         model: it is trained in place.
         title: of the map, or the label of the bar of a dense model.
         update: the function that moves the selection bias after each update; None moves nothing.
-        balance_weight: of the balance loss.
+        loss: a balance loss like the answer to 04.balance_loss; it is added to the loss of the
+            text, times `LOSS_WEIGHT`. None adds nothing.
         steps: updates, `STEPS` unless you say more.
     """
     count = steps or STEPS
-    recipe = replace(RECIPE, steps=count, balance_weight=float(balance_weight))
+    recipe = replace(RECIPE, steps=count)
     callbacks: list[Callback] = []
     hook = None
     if "E" in model.config.pattern:
@@ -212,10 +217,51 @@ def teach(
         hook = progress_hook(title, count)
     if update is not None:
         callbacks.append(OwnBalance(model, update, RATE))
-    result = train(model, text(), recipe, progress=False, on_step=hook, callbacks=callbacks)
+    with nullcontext() if loss is None else _with_loss(model, loss):
+        result = train(model, text(), recipe, progress=False, on_step=hook, callbacks=callbacks)
     losses = [float(record["ce"]) for record in result.history]
     routers = any(record["routers"] for record in result.history)
     return Taught(losses, BalanceHistory.from_records(result.history) if routers else None)
+
+
+@contextmanager
+def _with_loss(model: Nemotron, loss: BalanceLoss) -> Iterator[None]:
+    """Train with a balance loss of every router, beside the losses that `train` knows."""
+
+    def add(module: Any, arguments: tuple[Any, ...], found: Hidden) -> Hidden:
+        top_k = model.config.num_experts_per_tok
+        terms = [loss(router.scores, top_k) for router in found.router]
+        hidden: Tensor = _AddedLoss.apply(found.hidden, LOSS_WEIGHT * torch.stack(terms).sum())
+        return replace(found, hidden=hidden)
+
+    handle = model.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _AddedLoss(torch.autograd.Function):
+    """Gives back the hidden states; in the backward pass the loss is added to the other losses."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        return grad, grad.new_ones(())
+
+
+@torch.no_grad()
+def max_vio_of_sequences(model: Nemotron, sequences: int = 64) -> float:
+    """MaxVio of the watched router inside one sequence, averaged over some of the training text."""
+    batch = text().batch(0, batch_size=sequences, seq_len=RECIPE.seq_len, seed=1)
+    found = model(batch.tokens, seq_idx=batch.seq_idx, router_stats=True)
+    (indices,) = (router.indices for router in found.router if router.name == ROUTER)
+    load = torch.nn.functional.one_hot(indices, model.config.n_routed_experts).sum((1, 2)).double()
+    return float((load.amax(1) / load.mean(1) - 1).mean())
 
 
 class OwnBalance(Callback):
@@ -312,12 +358,13 @@ Super has {super.moe_layers} layers of {super.experts} experts, of which a token
 {super.experts_per_token}, {super.expert_density:unit}; Nano chooses {nano.experts_per_token} of
 {nano.experts}. Of {super.total_parameters:unit} parameters {super.active_parameters} billion take
 part in a token. The experts that one token chose have
-{super.chosen_expert_weights:unit} in each layer. For all layers that is
-{super.expert_gb_per_token_bf16:unit} to read for each token in BF16, and
+{super.chosen_expert_weights:unit} in each layer. In all {super.moe_layers} layers that is
+{super.chosen_expert_weights_all:unit}, {super.expert_gb_per_token_bf16:unit} in BF16 and
 {super.expert_gb_per_token_nvfp4:unit} in NVFP4.
 
 In training Super's bias moves by {super.bias_rate} after each update, and the balance loss has the
 coefficient {super.balance_weight}. MaxVio is about {super.max_vio_training} in training and
 {super.max_vio_validation} in validation ({nano.max_vio_training} and {nano.max_vio_validation} for
 Nano). So the busiest expert has a few times the mean load. In Ultra's routers the median is
-{ultra.max_vio_median}; the largest is about {ultra.max_vio_max}.""")
+{ultra.max_vio_median}; the largest is about {ultra.max_vio_max}. NVIDIA's MaxVio may be without our
+minus 1.""")

@@ -41,19 +41,21 @@ def test_bars_of_a_token_are_scores_biased_scores_and_weights(looked: lesson.Loo
     np.testing.assert_allclose(heights[1] - heights[0], looked.bias - 2, atol=1e-6)
     np.testing.assert_allclose(heights[2], looked.weights[0])
     marked = [[colour == figures.CHOSEN for colour in trace.marker.color] for trace in fig.data]
-    assert marked == [[True, False, False, False, True]] * 3
+    assert marked == [[True, False, False, False, False]] * 3
+    assert [trace.marker.color[4] for trace in fig.data] == [figures.BY_BIAS] * 3
+    assert "another colour: 4." in str(alt_of(fig))
 
 
 @pytest.mark.timing
 def test_the_stepper_goes_from_token_to_token(looked: lesson.Looked) -> None:
     view = figures.routing_stepper(looked, start=0)
-    words = "Token 0 is def. Experts 0, 4 compute it. Without the bias 1 of these 2"
+    words = "Token 0 is def. Experts 0, 4 compute it. Chosen only because of their bias: 4."
     assert words in view.words.value
     view.go(1)
     assert view.seconds < BUDGET
     assert "Token 1 is ␣f. Experts 1, 4 compute it." in view.words.value
     view.go(1)
-    assert "Experts 2, 4 compute it. Without the bias 1 of these 2" in view.words.value
+    assert "Experts 2, 4 compute it. Chosen only because of their bias: 4." in view.words.value
     assert "add up to 2.50" in view.words.value
     np.testing.assert_allclose(view.figure.data[0].y, looked.scores[2])
     assert view.figure.data[1].marker.color[2] == figures.CHOSEN
@@ -62,6 +64,7 @@ def test_the_stepper_goes_from_token_to_token(looked: lesson.Looked) -> None:
 def test_the_chosen_bars_differ_from_the_others() -> None:
     assert theme.contrast(figures.CHOSEN, theme.PLOT) > 4.5
     assert theme.contrast(figures.CHOSEN, figures.IDLE) > 3
+    assert theme.contrast(figures.BY_BIAS, theme.PLOT) > 3
 
 
 def test_the_share_of_experts_read_is_that_of_a_simulation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from nemotron_lite.course import exercises
 from nemotron_lite.course.chapters.ch04_mixture_of_experts import lesson
 from nemotron_lite.course.own_layers import with_own_layers
 from nemotron_lite.layers.context import RouterStats
-from nemotron_lite.train import balance
+from nemotron_lite.train import balance, train
+from nemotron_lite.train.balance import sequence_balance_loss
 
 LINE = "def mean(values): return sum(values)"
 
@@ -114,6 +116,30 @@ def test_a_learners_layer_is_taught_like_the_packages() -> None:
     assert ours.history.load[lesson.ROUTER].sum() == 4 * 8 * 64 * 2
     bias = mine.get_submodule(f"{lesson.ROUTER}.gate").get_buffer("e_score_correction_bias")
     assert bool(bias.any())
+
+
+def test_a_learners_balance_loss_trains_as_the_packages_does() -> None:
+    losses = []
+    for loss in (answer("balance_loss"), sequence_balance_loss, None):
+        model = lesson.mixture()
+        taught = lesson.teach(model, "loss", loss=loss, steps=10)
+        losses.append(taught.losses)
+        assert not model._forward_hooks
+    model = lesson.mixture()
+    recipe = replace(lesson.RECIPE, steps=10, balance_weight=lesson.LOSS_WEIGHT)
+    history = train(model, lesson.text(), recipe, progress=False).history
+    assert losses[0] == pytest.approx([record["ce"] for record in history], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
+
+
+def test_max_vio_of_sequences_is_between_even_and_collapsed() -> None:
+    model = lesson.mixture()
+    some = lesson.max_vio_of_sequences(model, 4)
+    assert 0 < some < 7
+    gate = model.get_submodule(f"{lesson.ROUTER}.gate")
+    gate.get_buffer("e_score_correction_bias")[:2] = 9.0  # always the same two of 16
+    assert lesson.max_vio_of_sequences(model, 4) == pytest.approx(7)
 
 
 def test_a_dense_model_has_no_history() -> None:
