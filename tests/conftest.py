@@ -137,6 +137,7 @@ class _NameFailures:
             self._reporter.write_line(f"    {reason[:REASON_WIDTH]}")
 
 
+@pytest.hookimpl(trylast=True)  # the reporter registers itself in the same hook
 def pytest_configure(config: pytest.Config) -> None:
     """Name failures early, where there is a terminal: not in the workers of a parallel run."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
