@@ -36,6 +36,7 @@ from nemotron_lite.course import output
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
+DEFAULT_HEIGHT = 450  # pixels of a plotly figure that has none
 SHORTEST_ALT = 40  # characters of alt text
 IN_WORDS = "The figure in words"
 RUN_TO_MOVE = "Run this cell to move the figure."
@@ -93,6 +94,10 @@ def show_updating(figure: Any) -> Callable[[Any], None]:
     It is no widget: a notebook that is opened again shows the last figure. Each update sends the
     whole figure, so make one or two in a second, of at most some ten thousand values.
 
+    JupyterLab's renderer of plotly figures keeps the first figure that it has drawn and ignores
+    others. So an update first replaces the figure by an empty box of its height, which ends that
+    renderer, and then the box by the new figure.
+
     Returns:
         A function that takes the next figure. All figures have the alt text of the first one,
         because the tests of the chapters compare it.
@@ -108,6 +113,8 @@ def show_updating(figure: Any) -> Callable[[Any], None]:
     _show_words(words)
 
     def replace(new: Any) -> None:
+        height = int(new.layout.height or DEFAULT_HEIGHT)
+        output.update_output(handle, words, f'<div style="height: {height}px"></div>')
         output.update_output(handle, words, more={PLOTLY: _plotly_json(new)})
 
     return replace

@@ -35,6 +35,15 @@ BAD = (
     "1 / 0",
     "print('after the error')",
 )
+UPDATING = (
+    FIGURE,
+    """import time
+from nemotron_lite.course.display import show_updating
+replace = show_updating(figure)
+for n in (5, 6, 7):
+    time.sleep(0.5)
+    replace(described(go.Figure(go.Scatter(y=[n, n, n])), words))""",
+)
 # Everything that a chapter shows with a widget, once.
 EVERYTHING = (
     FIGURE,
@@ -66,7 +75,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / name).mkdir()
     for path in CHAPTERS:
         shutil.copy(path, folder / "notebooks")
-    for name, cells in {"good": GOOD, "bad": BAD, "everything": EVERYTHING}.items():
+    samples = {"good": GOOD, "bad": BAD, "updating": UPDATING, "everything": EVERYTHING}
+    for name, cells in samples.items():
         nbformat.write(runnable(*cells), folder / "work" / f"{name}.ipynb")
     with serve(folder, folder / "home") as running:
         yield running

@@ -207,6 +207,24 @@ def run_all(page: Page) -> list[str]:
     return errors + _texts(page.get_by_text(BROKEN))
 
 
+def drawn(page: Page, values: str, seconds: float = 15.0) -> bool:
+    """Whether the first traces of all plots have these y, in JSON, or get them in this time."""
+    first = "JSON.stringify([...document.querySelectorAll('.js-plotly-plot')].map("
+    with suppress(TimeoutError):
+        page.wait_for_function(
+            f"values => {first}p => p._fullData && [...p._fullData[0].y])) === values",
+            arg=values,
+            timeout=1000 * seconds,
+        )
+        return True
+    return False
+
+
+def save(page: Page) -> None:
+    """Save the notebook in front."""
+    page.evaluate(_SAVE)
+
+
 def visit(lab: OpenLab, name: str) -> Visit:
     """Open the notebook `name`, Run All, unfold its outputs, use every control, and save it."""
     seen, page, before = Visit(), lab.page, len(lab.outside)
@@ -219,7 +237,7 @@ def visit(lab: OpenLab, name: str) -> Visit:
         _drag_all(page, seen)
         _press_all(page, seen)
         _guess_all(page, seen)
-        page.evaluate(_SAVE)
+        save(page)
     seen.outside = lab.outside[before:]
     return seen
 

@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from nemotron_lite.course.display import WIDGET
+from nemotron_lite.course.display import PLOTLY, WIDGET
 from nemotron_lite.course.plotting.widgets import BUDGET
 from tests.browser.conftest import CHAPTERS
 from tests.course.lab.serving import Server
@@ -131,6 +131,26 @@ def test_everything_with_a_widget_can_be_opened_again(lab: Any) -> None:
     assert all(brightness > 155 for brightness in light.brightness), light
     for words in ("How many?", "What does a large dt do?", "training", "The figure in words"):
         assert words in text
+
+
+def test_a_figure_that_is_replaced_while_a_cell_runs_shows_the_last_one(lab: Any) -> None:
+    """JupyterLab's renderer of plotly figures keeps the first one that it has drawn."""
+    from tests.browser.lab import drawn, look, notebook, run_all, save
+
+    with notebook(lab.page, "work/updating.ipynb"):
+        assert run_all(lab.page) == []
+        assert drawn(lab.page, "[[7,7,7]]")
+        save(lab.page)
+    with notebook(lab.page, "work/updating.ipynb"):
+        seen = look(lab.page, LIGHT)
+        stored = lab.page.evaluate("() => jupyterapp.shell.currentWidget.content.model.toJSON()")
+    assert (seen.broken, seen.figures, seen.stored) == ([], 1, 1)
+    (figure,) = (
+        output["data"][PLOTLY]["data"][0]
+        for output in stored["cells"][1]["outputs"]
+        if PLOTLY in output["data"]
+    )
+    assert figure["y"] == [7, 7, 7]
 
 
 def test_without_the_save_hook_a_reopened_widget_is_an_error(server: Server, lab: Any) -> None:

@@ -40,8 +40,11 @@ def test_a_figure_that_is_replaced_keeps_its_words(shown: Callable[..., Shown]) 
     output.update_output(handle, "words", more={PLOTLY: {"data": []}})
     assert handle.bundles == [{"text/plain": "words", PLOTLY: {"data": []}}]
     replaced = shown(seen.result, go.Figure(go.Scatter(y=[4])))
-    (new,) = replaced.bundles
-    assert new["text/plain"] == ALT
+    box, new = replaced.bundles
+    assert PLOTLY not in box, "it ends the renderer of the figure before"
+    assert "height: 450px" in box["text/html"]
+    assert box["text/plain"] == new["text/plain"] == ALT
+    assert "text/html" not in new
     assert new[PLOTLY]["data"][0]["y"] == [4]
 
 

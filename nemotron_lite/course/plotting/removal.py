@@ -59,7 +59,10 @@ def removal_figure(
     fig.add_vline(x=0, line=dict(color=theme.MUTED, width=1))
     fig.update_layout(title_text=title, height=120 + 44 * len(parts), showlegend=False)
     fig.update_xaxes(title_text=AXES[task])
-    fig.update_yaxes(autorange="reversed", title_text="without the …")
+    # One row has no height for the words, so they stand before its name.
+    fig.update_yaxes(autorange="reversed", title_text="without the …" if len(parts) > 1 else "")
+    if len(parts) == 1:
+        fig.update_yaxes(tickvals=names, ticktext=[f"without the {names[0]}"])
     return described(
         fig,
         f"One row for each part that is taken out: {', '.join(names)}. Each open circle is one "
