@@ -4,8 +4,9 @@ The import hook rewrites `nemotron_lite` as it is imported, so that jaxtyping an
 each argument and result with its annotation. Users never pay for it. The hook has to be installed
 before anything imports the package, which is why it comes first in this file.
 
-With a tiny model the comparison takes four fifths of the time. Slow tests call the same functions
-as fast ones, and thousands of times, so they run without it (CHECK_SHAPES=all: with it).
+With a tiny model the comparison takes four fifths of the time. Slow tests call their functions
+thousands of times, so they run without it. CHECK_SHAPES=all compares in every test; use it after a
+change of annotations.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ TIMING_TRIES = 3
 # How much of a failure is written at once: what was compared, not the whole traceback.
 REASON_LINES = 4
 REASON_WIDTH = 300
-
 
 CHECK_ALL = os.environ.get("CHECK_SHAPES") == "all"
 
