@@ -1,6 +1,6 @@
 """Models larger than the memory: all 88 layers of Super, and a checkpoint of full-size layers.
 
-    python -m benchmarks full_size                    everything, about 15 minutes on two cores
+    python -m benchmarks full_size                    everything, about 7 minutes on two cores
     python -m benchmarks full_size --only files       the checkpoint
     python -m benchmarks full_size --quick            small layers, no record
 
