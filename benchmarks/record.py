@@ -18,6 +18,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,16 @@ def write_record(name: str, payload: dict[str, Any]) -> Path:
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def processor() -> str:
+    """This processor as a part of a file name, such as "amd_epyc" or "intel_xeon".
+
+    Speeds of a CPU differ between processors by more than a change of the program makes. So a
+    record of such speeds has the processor in its name, and the tables show each processor.
+    """
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\(.*?\)|@.*", " ", machine()["cpu"].lower()))
+    return "_".join(word for word in words if word not in ("processor", "cpu"))
 
 
 def machine() -> dict[str, Any]:

@@ -21,8 +21,9 @@ with the records, so a record that changes without them, or the other way round,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import record
 from benchmarks.figures.architectures import quality_per_flop, router_statistics
@@ -32,9 +33,9 @@ from benchmarks.figures.comparisons import (
     gpu,
     growth,
     model,
-    newest,
     operator,
     operator_ratios,
+    peers_by_processor,
 )
 from benchmarks.figures.full_size import full_size
 from benchmarks.figures.markdown import read, wrapped
@@ -93,29 +94,49 @@ def for_document(records: Path) -> dict[str, str]:
 
 def for_readme(records: Path) -> dict[str, str]:
     """The block of README.md: three figures, each with its record and where to read more."""
-    large = newest(records, "model_speed_M")
-    (prefill,) = large.of("prefill", length=8192)
-    (decode,) = large.of("decode", batch=1, context=512)
+    found = [read(file) for file in peers_by_processor(records, "M").values()]
+    names = [one["machine"]["cpu"] for one in found]
+    prefill = [_beside_transformers(one, what="prefill", length=8192) for one in found]
+    decode = [_beside_transformers(one, what="decode", batch=1) for one in found]
     ratio = operator_ratios(read(records / "ssd_operator.json"))
     size = read(records / "nvfp4_checkpoints_size.json")
     on_disk = {e["folder"]: e["bytes"] for e in size["results"] if e["what"] == "on disk"}
 
-    def links(file: str, section: str) -> str:
-        return f"([record](benchmarks/records/{file}), [details](docs/benchmarks.md#{section}))"
+    def links(files: Sequence[str], section: str) -> str:
+        records = ", ".join(f"[record](benchmarks/records/{file})" for file in files)
+        return f"({records}, [details](docs/benchmarks.md#{section}))"
 
     items = [
-        f"Prefill of 8K tokens is {prefill['times_faster']['median']:.2f} times as fast as in "
-        f"transformers, decoding {decode['times_faster']['median']:.2f} times: one row, "
-        f"{large.parameters / 1e6:.0f} million parameters, float32, on a CPU "
-        + links(large.source["decode"], "the-whole-model-on-a-cpu"),
+        f"Prefill of 8K tokens is {_each(prefill)} times as fast as in transformers, decoding "
+        f"with a compiled step {_each(decode)} times ({_each(names)}): one row, "
+        f"{found[0]['parameters'] / 1e6:.0f} million parameters, float32, on a CPU "
+        + links(
+            [file.name for file in peers_by_processor(records, "M").values()],
+            "beside-other-programs-and-other-models-on-a-cpu",
+        ),
         f"A checkpoint of that model has {on_disk['nvfp4'] / 1e6:.0f} MB in NVFP4, "
         f"{on_disk['bf16'] / 1e6:.0f} MB in BF16 "
-        + links("nvfp4_checkpoints_size.json", "checkpoints-in-four-bits"),
+        + links(["nvfp4_checkpoints_size.json"], "checkpoints-in-four-bits"),
         f"The state-space operator is {ratio['forward']:.2f} times as fast as the best of "
         f"{ratio['peers']:.0f} PyTorch implementations by others "
-        + links("ssd_operator.json", "the-state-space-operator"),
+        + links(["ssd_operator.json"], "the-state-space-operator"),
     ]
     return {"": "\n".join(wrapped(f"- {item}", "  ") for item in items)}
+
+
+def _beside_transformers(found: dict[str, Any], **labels: Any) -> str:
+    """Our speed in float32 as a multiple of transformers', of one entry of a record of peers."""
+    (entry,) = (
+        one
+        for one in found["measurements"]
+        if all(one.get(label) == value for label, value in labels.items())
+    )
+    return f"{entry['times_faster']['transformers']['median']:.2f}"
+
+
+def _each(values: Sequence[str]) -> str:
+    """ "2.17 and 3.43"."""
+    return " and ".join(values)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,9 +61,37 @@ def newest(records: Path, stem: str) -> Entries:
     return Entries((file.name, read(file)) for file in files)
 
 
+def processors(records: Path, stem: str) -> list[str]:
+    """The processors on which a benchmark was measured, as they stand in the names of records.
+
+    Args:
+        records: the folder.
+        stem: what stands before the processor, such as "cpu_peers_M". Records of parts, whose
+            names go on with "-", do not count.
+    """
+    names = (file.stem.removeprefix(f"{stem}_") for file in records.glob(f"{stem}_*.json"))
+    return sorted(name for name in names if "-" not in name)
+
+
+def peers_by_processor(records: Path, size: str) -> dict[str, Path]:
+    """The records of `cpu_peers` at one size, by processor."""
+    stem = f"cpu_peers_{size}"
+    return {name: records / f"{stem}_{name}.json" for name in processors(records, stem)}
+
+
 def model(records: Path) -> str:
-    """The whole model beside transformers, at both sizes."""
-    speeds = {size: newest(records, f"model_speed_{size}") for size in SIZES}
+    """The whole model beside transformers, at both sizes, on each processor."""
+    found = processors(records, f"model_speed_{SIZES[0]}")
+    missing = [
+        f"`python -m benchmarks model_speed` on {name}"
+        for name in processors(records, "cpu_peers_M")
+        if name not in found
+    ]
+    return "\n\n".join([*(_model_on(records, name) for name in found), *to_be_made(missing)])
+
+
+def _model_on(records: Path, processor: str) -> str:
+    speeds = {size: newest(records, f"model_speed_{size}_{processor}") for size in SIZES}
     sizes = []
     for size, entries in speeds.items():
         files: dict[str, list[str]] = {}
@@ -103,52 +131,61 @@ def model(records: Path) -> str:
 
 
 def cpu_peers(records: Path) -> str:
-    """Ours beside each peer on a CPU, at each size that has a record; and which have none yet."""
+    """Ours beside each peer on each processor, at each size that has a record."""
     parts, missing = [], []
-    for size in PEER_SIZES:
-        file = records / f"cpu_peers_{size}.json"
-        if not file.exists():
-            missing.append(f"`python -m benchmarks cpu_peers --size {size}`")
-            continue
-        found = read(file)
-        entries = found["measurements"]
-        peers = list(dict.fromkeys(name for entry in entries for name in entry["times_faster"]))
-        rows = []
-        for entry in entries:
-            length = lengths([entry], "length" if "length" in entry else "context")
-            work = f"{entry['what']}, {length} tokens"
-            if "batch" in entry:
-                count = {1: "one row", 8: "eight rows"}[entry["batch"]]
-                work = f"{entry['what']}, {count} after {length} tokens"
-            ratios = (entry["times_faster"].get(name) for name in peers)
-            rows.append(
-                [
-                    work,
-                    f"{entry['tokens_per_second']['ours']:,.0f}",
-                    *("–" if ratio is None else f"{ratio['median']:.2f}" for ratio in ratios),
-                ]
-            )
-        equal = ", ".join(
-            f"{name} {sizes['active_parameters'] / 1e6:.2f} of "
-            f"{sizes['parameters'] / 1e6:.1f} million"
-            for name, sizes in found["transformers_of_equal_active_size"].items()
-        )
-        text = (
-            f"Size {size} ({link(file.name)}), {found['parameters'] / 1e6:.1f} million "
-            f"parameters, of which a token reads {found['active_parameters'] / 1e6:.2f} million"
-            + (f" ({equal})" if equal else "")
-            + f". Processor: {found['machine']['cpu']}, {found['machine']['threads']} threads."
-        )
-        heads = ["work", "tokens per second", *(f"times {name}" for name in peers)]
-        parts.append(f"{wrapped(text)}\n\n{table(heads, rows)}")
+    sizes = {size: peers_by_processor(records, size) for size in PEER_SIZES}
+    for name in sorted(set().union(*sizes.values())) or ["any processor"]:
+        for size, measured in sizes.items():
+            if name in measured:
+                parts.append(_peers(measured[name], size))
+            else:
+                missing.append(f"`python -m benchmarks cpu_peers --size {size}` on {name}")
     return "\n\n".join([*parts, *to_be_made(missing)])
 
 
+def _peers(file: Path, size: str) -> str:
+    """One size on one processor."""
+    found = read(file)
+    entries = found["measurements"]
+    peers = list(dict.fromkeys(name for entry in entries for name in entry["times_faster"]))
+    rows = []
+    for entry in entries:
+        length = lengths([entry], "length" if "length" in entry else "context")
+        work = f"{entry['what']}, {length} tokens"
+        if "batch" in entry:
+            count = {1: "one row", 8: "eight rows"}[entry["batch"]]
+            work = f"{entry['what']}, {count} after {length} tokens"
+        ratios = (entry["times_faster"].get(name) for name in peers)
+        rows.append(
+            [
+                work,
+                f"{entry['tokens_per_second']['ours']:,.0f}",
+                *("–" if ratio is None else f"{ratio['median']:.2f}" for ratio in ratios),
+            ]
+        )
+    equal = ", ".join(
+        f"{name} {sizes['active_parameters'] / 1e6:.2f} of {sizes['parameters'] / 1e6:.1f} million"
+        for name, sizes in found["transformers_of_equal_active_size"].items()
+    )
+    text = (
+        f"Size {size} ({link(file.name)}), {found['parameters'] / 1e6:.1f} million "
+        f"parameters, of which a token reads {found['active_parameters'] / 1e6:.2f} million"
+        + (f" ({equal})" if equal else "")
+        + f". Processor: {found['machine']['cpu']}, {found['machine']['threads']} threads."
+    )
+    heads = ["work", "tokens per second", *(f"times {name}" for name in peers)]
+    return f"{wrapped(text)}\n\n{table(heads, rows)}"
+
+
 def busy(records: Path) -> str:
-    """Speed beside a program that uses one of two cores."""
-    file = records / "busy_machine.json"
-    if not file.exists():
+    """Speed beside a program that uses one of two cores, on each processor."""
+    names = processors(records, "busy_machine")
+    if not names:
         return "\n".join(to_be_made(["`python -m benchmarks busy_machine`"]))
+    return "\n\n".join(_busy(records / f"busy_machine_{name}.json") for name in names)
+
+
+def _busy(file: Path) -> str:
     found = read(file)
     rows = [
         [

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.record import write_record
+from benchmarks.record import processor, write_record
 from nemotron_lite import Nemotron, NemotronConfig, generate, load, openmp
 from nemotron_lite.checkpoint import save
 from nemotron_lite.data import prepare
@@ -239,7 +239,7 @@ def measure_all(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure. Writes `busy_machine.json`, with --start a record named after the starts."""
+    """Measure. Writes `busy_machine_PROCESSOR.json`; --start adds the starts to the name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks busy_machine", allow_abbrev=False)
     parser.add_argument("--start", default=",".join(STARTS), help="some of " + ", ".join(STARTS))
     parser.add_argument("--rounds", type=int, default=3)
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
             "model": "lite", "parameters": Nemotron(config, device="meta").num_parameters(),
             "updates": size[0], "new_tokens": size[1], "results": entries,
         }  # fmt: skip
-        print(write_record(f"busy_machine{suffix}", payload))
+        print(write_record(f"busy_machine_{processor()}{suffix}", payload))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ there, which no other model would reach, and a single row need not be. The same 
 caches of a Qwen3 model.
 transformers' NemotronH must have the logits of ours in float32 (`peers.check_same_model`).
 
-A run with all peers and works writes `cpu_peers_SIZE.json`, which the tables of docs/benchmarks.md
-are made from. A part of them writes a record whose name ends with these parts, and no table reads
-it. Left out: training, memory, sampling, drafts.
+A run with all peers and works writes `cpu_peers_SIZE_PROCESSOR.json`, which the tables of
+docs/benchmarks.md are made from. A part of them writes a record whose name ends with these parts,
+and no table reads it. Left out: training, memory, sampling, drafts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.model import equal_transformers, llama_cpp, peers
-from benchmarks.record import write_record
+from benchmarks.record import processor, write_record
 from nemotron_lite import Nemotron
 
 PEERS = ("transformers", "llama.cpp", "dense", "moe")
@@ -415,7 +415,7 @@ PEER_PATHS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure. Writes `cpu_peers_SIZE.json`, or a record named after the parts asked for."""
+    """Measure. Writes `cpu_peers_SIZE_PROCESSOR.json`; a run of parts has them in its name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks cpu_peers", allow_abbrev=False)
     parser.add_argument("--size", default="S,M,lite", help="S, M, lite, or several")
     parser.add_argument("--only", default=",".join(WORKS), help="prefill, decode, or both")
@@ -442,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in sizes:
         found = measure_size(size, dtypes, asked, works, plan)
         if not given.quick:
-            print(write_record(f"cpu_peers_{size}{suffix}", found))
+            print(write_record(f"cpu_peers_{size}_{processor()}{suffix}", found))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.model import memory, peers, shipped
-from benchmarks.record import write_record
+from benchmarks.record import processor, write_record
 from nemotron_lite import Nemotron, NemotronConfig
 from nemotron_lite.ops.linear import linear
 from nemotron_lite.train import evaluate
@@ -275,7 +275,7 @@ def measure_size(size: str, works: Collection[str], plan: Plan) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure. Writes `model_speed_S.json`, `model_speed_M.json` and `bf16_quality.json`.
+    """Measure. Writes `model_speed_SIZE_PROCESSOR.json` and `bf16_quality.json`.
 
     A run of some parts writes records whose names end with these parts.
     """
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in sizes if set(works) - {"quality"} else ():
         found = measure_size(size, works, plan)
         if not asked.quick:
-            print(write_record(f"model_speed_{size}{partly}", found))
+            print(write_record(f"model_speed_{size}_{processor()}{partly}", found))
     if "quality" in works and plan.quality:
         quality = measure_quality()
         print(f"  {measure.describe(quality)}", flush=True)

@@ -188,9 +188,9 @@ def test_a_record_of_all_peers_and_its_table(
     monkeypatch.setattr(record, "RECORDS", records)
     for file in records.glob("cpu_peers_*.json"):
         file.unlink()
-    assert "python -m benchmarks cpu_peers --size S`" in figures.cpu_peers(records)
+    assert "python -m benchmarks cpu_peers --size S` on any" in figures.cpu_peers(records)
     found = cpu_peers.measure_size("tiny", ["float32"], cpu_peers.PEERS, cpu_peers.WORKS, PLAN)
-    file = record.write_record("cpu_peers_S", found)
+    file = record.write_record("cpu_peers_S_amd_epyc", found)
     written = json.loads(file.read_text())
     assert written["versions"]["xllamacpp"]
     assert written["same_tokens"] == {"float32": {"rows": 8, "same": 8}}
@@ -220,7 +220,10 @@ def test_parts_have_a_record_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cpu_peers, "write_record", lambda name, found: names.append(name))
     cpu_peers.main(["--size", "S,lite"])
     cpu_peers.main(["--size", "M", "--peers", "transformers", "--dtype", "float32", "--long"])
-    assert names == ["cpu_peers_S", "cpu_peers_lite", "cpu_peers_M-float32-transformers"]
+    here = record.processor()
+    assert names == [
+        f"cpu_peers_S_{here}", f"cpu_peers_lite_{here}", f"cpu_peers_M_{here}-float32-transformers"
+    ]  # fmt: skip
     with pytest.raises(SystemExit):
         cpu_peers.main(["--peers", "vllm"])
     assert cpu_peers.LONG.prefill[32768] and 32768 not in cpu_peers.FULL.prefill

@@ -67,3 +67,17 @@ def test_a_failed_write_leaves_the_old_record(folder: Path) -> None:
         record.write_record("speed", {"path": "ours", "value": object()})
     assert path.read_text() == before
     assert [p.name for p in folder.iterdir()] == ["speed.json"]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name"),
+    [
+        ("AMD EPYC", "amd_epyc"),
+        ("Intel(R) Xeon(R) Processor", "intel_xeon"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "intel_xeon_platinum_8481c"),
+        ("AMD EPYC 9B14 96-Core Processor", "amd_epyc_9b14_96_core"),
+    ],
+)
+def test_a_processor_in_a_file_name(cpu: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "machine", lambda: {"cpu": cpu})
+    assert record.processor() == name
