@@ -29,6 +29,7 @@ from importlib import import_module
 BENCHMARKS = (
     "ssd_operator",
     "model_speed",
+    "prefill_profile",
     "growth",
     "speculation",
     "nvfp4_training",

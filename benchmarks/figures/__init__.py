@@ -36,6 +36,7 @@ from benchmarks.figures.comparisons import (
     operator,
     operator_ratios,
     peers_by_processor,
+    prefill_profile,
 )
 from benchmarks.figures.full_size import full_size
 from benchmarks.figures.markdown import read, wrapped
@@ -81,7 +82,8 @@ def rewrite(text: str, blocks: dict[str, str]) -> str:
 def for_document(records: Path) -> dict[str, str]:
     """The blocks of docs/benchmarks.md, by name."""
     functions: dict[str, Callable[[Path], str]] = {
-        "model": model, "bfloat16": bfloat16, "peers": cpu_peers, "busy": busy,
+        "model": model, "bfloat16": bfloat16,
+        "peers": cpu_peers, "profile": prefill_profile, "busy": busy,
         "operator": operator, "growth": growth, "gpu": gpu,
         "checkpoints": checkpoints, "loss of checkpoints": loss_of_checkpoints,
         "float16 states": float16_states,

@@ -177,6 +177,37 @@ def _peers(file: Path, size: str) -> str:
     return f"{wrapped(text)}\n\n{table(heads, rows)}"
 
 
+def prefill_profile(records: Path) -> str:
+    """Shares of the time of a prompt and its floor, at each size on each processor."""
+    parts = []
+    for size in SIZES:
+        for name in processors(records, f"prefill_profile_{size}"):
+            file = records / f"prefill_profile_{size}_{name}.json"
+            found = read(file)
+            kinds = list(found["measurements"][0]["parts"])
+            rows = [
+                [
+                    lengths([entry], "length"),
+                    f"{entry['of_floor']['median']:.2f}",
+                    *(
+                        f"{part['share']['median']:.0%} / {part['of_floor']['median']:.1f}"
+                        for part in (entry["parts"][kind] for kind in kinds)
+                    ),
+                ]
+                for entry in found["measurements"]
+            ]
+            speed = max(
+                entry["product_flops_per_second"]["median"] for entry in found["measurements"]
+            )
+            text = (
+                f"Size {size} ({link(file.name)}), float32. Processor: {found['machine']['cpu']}, "
+                f"{found['machine']['threads']} threads; a large product has {speed / 1e9:.0f} "
+                "GFLOP/s."
+            )
+            parts.append(f"{wrapped(text)}\n\n{table(['tokens', 'of the floor', *kinds], rows)}")
+    return "\n\n".join(parts or to_be_made(["`python -m benchmarks prefill_profile`"]))
+
+
 def busy(records: Path) -> str:
     """Speed beside a program that uses one of two cores, on each processor."""
     names = processors(records, "busy_machine")

@@ -101,7 +101,8 @@ def test_ways_of_starting_and_the_table(
     monkeypatch.setattr(record, "RECORDS", records)
     entries[0]["share_of_quiet"] |= {"median": 0.456}
     record.write_record(
-        "busy_machine_amd_epyc", {"path": "p", "model": "other", "parameters": 9, "results": entries}
+        "busy_machine_amd_epyc",
+        {"path": "p", "model": "other", "parameters": 9, "results": entries},
     )
     table = figures.busy(records)
     assert "| command line | decoding |" in table and "| 46% (" in table
