@@ -8,6 +8,7 @@ loss.py           cross-entropy over several depths without keeping logits
 balance.py        load balancing of the experts
 optimizer.py      AdamW and gradient clipping
 schedule.py       the learning rate: warm-up, stable, decay
+merging.py        a weighted average of checkpoints that imitates the decay
 validation.py     a loss on other text, during the run
 evaluate.py       bits per byte of text that was not trained on, after it
 distillation.py   a loss that compares the MTP module with the backbone instead of with the text
@@ -36,6 +37,7 @@ from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.evaluate import Evaluation, evaluate
 from nemotron_lite.train.healing import Continuations, HealingResult, generate_continuations, heal
 from nemotron_lite.train.loop import TrainResult, train
+from nemotron_lite.train.merging import merge_checkpoints, merge_weights, merge_windows
 from nemotron_lite.train.schedule import learning_rate
 
 __all__ = [
@@ -51,5 +53,8 @@ __all__ = [
     "generate_continuations",
     "heal",
     "learning_rate",
+    "merge_checkpoints",
+    "merge_weights",
+    "merge_windows",
     "train",
 ]

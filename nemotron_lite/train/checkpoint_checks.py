@@ -100,6 +100,21 @@ def check_contents(
     problems.stop()
 
 
+def check_weights(path: Path, saved: Any, model: Nemotron) -> None:
+    """Check weights alone: names, shapes, dtypes, no NaN or infinity.
+
+    Args:
+        saved: the entry "model" of a file.
+        model: of these sizes; it may be on the meta device.
+
+    Raises:
+        ResumeError: something does not fit.
+    """
+    problems = _Problems(path)
+    _check_weights(problems, saved, model)
+    problems.stop()
+
+
 class _Problems:
     """What is wrong with one file."""
 

@@ -93,8 +93,12 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
     """What `save_checkpoint` wrote, on the CPU, if the file is as it was written.
+
+    Args:
+        mapped: map the tensors into memory instead of reading them. Each is then read when it is
+            used, so a reader of the weights alone does not hold the optimizer's moments.
 
     Raises:
         ResumeError: it cannot be read, or it has changed.
@@ -102,6 +106,8 @@ def read_checkpoint(path: Path) -> Any:
     try:
         with _open_regular(path) as file:
             _check_sum(file)
+            if mapped:  # torch maps a named file only
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive or pickle makes torch raise

@@ -48,4 +48,9 @@ def learning_rate(
     if progress <= 1 - decay_fraction:
         return peak
     x = (progress - (1 - decay_fraction)) / decay_fraction
-    return floor + (peak - floor) * (1 - math.sqrt(min(1.0, x)))
+    return floor + (peak - floor) * minus_sqrt(min(1.0, x))
+
+
+def minus_sqrt(x: float) -> float:
+    """The shape of the decay, 1 - sqrt(x): from 1 at its start to 0 at its end."""
+    return 1 - math.sqrt(x)
