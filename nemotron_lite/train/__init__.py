@@ -9,6 +9,7 @@ balance.py        load balancing of the experts
 optimizer.py      AdamW and gradient clipping
 schedule.py       the learning rate: warm-up, stable, decay
 merging.py        a weighted average of checkpoints that imitates the decay
+snapshots.py      such averages during a run
 validation.py     a loss on other text, during the run
 evaluate.py       bits per byte of text that was not trained on, after it
 distillation.py   a loss that compares the MTP module with the backbone instead of with the text

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     Number: TypeAlias = float
     Flag: TypeAlias = bool
     Pair: TypeAlias = tuple[float, float]
+    Integers: TypeAlias = tuple[int, ...]
     Target: TypeAlias = str
     Precision: TypeAlias = str | Recipe
 else:
-    Integer = Number = Flag = Pair = Target = Precision = Any
+    Integer = Number = Flag = Pair = Integers = Target = Precision = Any
 
 _MOST = 1 << 53  # updates, and seconds: what a float64 counts exactly
 _MOST_TOKENS = (1 << 31) - 1  # of one micro-batch: numbers of tokens are 32-bit in some kernels
@@ -83,6 +84,8 @@ class TrainConfig:
     save_every: Integer | None = None  # updates between checkpoints; None: by time
     save_every_seconds: Number | None = 600.0  # if `save_every` is None; None: only at the end
     keep_checkpoints: Integer = 2  # how many of them are kept
+    merge_every: Integer | None = None  # updates between snapshots; None: none (snapshots.py)
+    merge_windows: Integers = ()  # lengths of merges to score, in updates; (): keep all snapshots
 
     def __post_init__(self) -> None:
         if self.steps is None and self.max_seconds is None:
@@ -90,7 +93,7 @@ class TrainConfig:
                 "steps and max_seconds are both None: give at least one of them (--steps, "
                 "--max-seconds on the command line)."
             )
-        for name in ("steps", "eval_every", "save_every"):
+        for name in ("steps", "eval_every", "save_every", "merge_every"):
             if getattr(self, name) is not None:
                 self._integer(name, high=_MOST)
         for name in ("batch_size", "seq_len", "gradient_accumulation_steps", "eval_batches"):
@@ -119,6 +122,7 @@ class TrainConfig:
                 f"decay_fraction={self.decay_fraction!r} is at most 1",
             )
         self._check_betas()
+        self._check_merges()
         if not isinstance(self.mtp_target, str) or self.mtp_target not in ("text", "backbone"):
             self._fail("mtp_target", "'text' or 'backbone'")
         if not isinstance(self.optimizer, str) or self.optimizer not in ("adamw", "muon"):
@@ -135,6 +139,19 @@ class TrainConfig:
         if max(pair) >= 1:
             self._fail("betas", "two numbers from 0 to below 1")
         object.__setattr__(self, "betas", pair)
+
+    def _check_merges(self) -> None:
+        every, windows = self.merge_every, self.merge_windows
+        if not isinstance(windows, tuple | list):
+            self._fail("merge_windows", "a tuple of numbers of updates")
+        found = tuple(arguments.integer("merge_windows", w, low=1, high=_MOST) for w in windows)
+        object.__setattr__(self, "merge_windows", found)
+        if every is None and found:
+            self._fail("merge_windows", "a merge_every too, the updates between two snapshots")
+        if every is not None and any(window % every for window in found):
+            self._fail("merge_windows", f"multiples of merge_every={every}")
+        if every is not None and self.eval_every is not None and self.eval_every % every:
+            self._fail("merge_every", f"a divisor of eval_every={self.eval_every}")
 
     def _integer(self, name: str, *, low: int = 1, high: int) -> None:
         self._set(name, arguments.integer, low=low, high=high)
@@ -158,4 +175,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for logs and checkpoints."""
-        return {**asdict(self), "betas": list(self.betas)}
+        return {
+            **asdict(self),
+            "betas": list(self.betas),
+            "merge_windows": list(self.merge_windows),
+        }

@@ -42,6 +42,8 @@ FREE = frozenset(
         "eval_every",
         "eval_batches",
         "gradient_checkpointing",
+        "merge_every",
+        "merge_windows",
     }
 )
 # Options that older versions did not have, with the value that gives what those did.

@@ -8,10 +8,12 @@ One update:
     3. clip the gradients, set the learning rate, update the weights with AdamW
     4. update the routers' selection biases from the loads of all micro-batches
 
-After it, what is due: a validation, a line of the log, the callbacks, a checkpoint.
+After it, what is due: a snapshot of the weights, a validation (also of merges of the snapshots), a
+line of the log, the callbacks, a checkpoint.
 
-The folder of a run has `log.jsonl`, with one JSON object per update, `checkpoints/`, the tokenizer
-of the run if it has one, and `run.lock`, which keeps a second run out (run_folder.py).
+The folder of a run has `log.jsonl`, with one JSON object per update, `checkpoints/`, `snapshots/`
+if weights are merged (snapshots.py), the tokenizer of the run if it has one, and `run.lock`, which
+keeps a second run out (run_folder.py).
 
 A run that ends early keeps what it has learned:
 
@@ -62,6 +64,7 @@ from nemotron_lite.train.run_folder import RunFolder
 from nemotron_lite.train.run_log import check_kinds
 from nemotron_lite.train.schedule import learning_rate
 from nemotron_lite.train.signals import StopOnSignal
+from nemotron_lite.train.snapshots import Snapshots
 from nemotron_lite.train.validation import validation_loss
 from nemotron_lite.wrappers import plain_model, unwrap, wrappers
 
@@ -125,7 +128,8 @@ def train(
         on_step: called with each log record; False ends the run.
         callbacks: called between updates (callbacks.py).
         validation: batches of other text, for a loss every `config.eval_every` updates. The record
-            of such an update has `validation_loss` and `best_validation_loss`.
+            of such an update has `validation_loss` and `best_validation_loss`, and with
+            `config.merge_windows` also `merged_validation_loss`, a dict by window.
         logs: what to write beside log.jsonl: "csv", "tensorboard" (needs that package).
         allow_changes: names of what may differ in a resumed run: fields of `TrainConfig`, or
             "text". Sizes of the model and the tokenizer may never differ.
@@ -154,6 +158,11 @@ def train(
     if out_dir is None and (resume or logs):
         raise ResumeError(
             f"{'resume=True' if resume else 'logs'} needs out_dir: give the folder of the run."
+        )
+    if out_dir is None and config.merge_every is not None:
+        raise ValueError(
+            f"merge_every={config.merge_every} needs out_dir, where the snapshots are kept: give "
+            "the folder of the run."
         )
     if validation is not None:  # a text that is too short would be found out only at its turn
         validation.batch(0, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
@@ -191,6 +200,7 @@ class _Run:
         _check_distributed(self.call, model, self.depths)
         self.folder = None if out_dir is None else RunFolder(out_dir)
         self.result = TrainResult()
+        self.snapshots: Snapshots | None = None
         self._fingerprint: dict[str, Any] = {}
         self._updating = False  # whether weights and counts may not belong together
         self._saved = 0, 0.0  # step and seconds of the last checkpoint
@@ -227,6 +237,15 @@ class _Run:
             self.result.notes = self.folder.notes
             for note in self.result.notes:
                 _log.warning("%s", note)
+            if self.config.merge_every is not None:
+                self.snapshots = Snapshots(
+                    self.folder.path,
+                    self.model,
+                    every=self.config.merge_every,
+                    windows=self.config.merge_windows,
+                    fingerprint=self._fingerprint,
+                )
+                self.snapshots.start(self.result.step)
         except BaseException:
             self.folder.close()
             raise
@@ -334,6 +353,8 @@ class _Run:
         record = self._update()
         every = self.config.eval_every
         try:
+            if self.snapshots is not None:
+                self.snapshots.after_update(record["step"])
             if self.validation is not None and every is not None and record["step"] % every == 0:
                 record |= self._validate(self.validation)
         finally:
@@ -342,12 +363,24 @@ class _Run:
                 self.folder.log(record)
         return record
 
-    def _validate(self, data: BatchSource) -> dict[str, float]:
+    def _validate(self, data: BatchSource) -> dict[str, Any]:
         done = self.result
         loss = validation_loss(self.model, data, self.config, self.precision)
         if done.best is None or loss < done.best["loss"]:
             done.best = {"step": done.step, "loss": loss}
-        return {"validation_loss": loss, "best_validation_loss": done.best["loss"]}
+        scores: dict[str, Any] = {
+            "validation_loss": loss,
+            "best_validation_loss": done.best["loss"],
+        }
+        if self.snapshots is not None and self.snapshots.windows:
+            merged = scores["merged_validation_loss"] = {}
+            for window in self.snapshots.windows:
+                with self.snapshots.merged(window, done.step) as complete:
+                    if complete:
+                        merged[str(window)] = validation_loss(
+                            self.model, data, self.config, self.precision
+                        )
+        return scores
 
     def _progress(self) -> float:
         """Fraction of the run that is done, by updates or by time; the larger of the two."""

@@ -15,14 +15,18 @@ from nemotron_lite.train import TrainConfig
 
 INTEGERS = (
     "steps", "batch_size", "seq_len", "gradient_accumulation_steps", "seed", "eval_every",
-    "eval_batches", "save_every", "keep_checkpoints",
+    "eval_batches", "save_every", "keep_checkpoints", "merge_every",
 )  # fmt: skip
 NUMBERS = (
     "max_seconds", "lr", "min_lr", "warmup_fraction", "decay_fraction", "eps", "weight_decay",
     "grad_clip", "mtp_weight", "balance_weight", "bias_rate", "save_every_seconds",
 )  # fmt: skip
-OTHERS = ("gradient_checkpointing", "betas", "mtp_target", "optimizer", "precision")
-OPTIONAL = ("steps", "max_seconds", "eval_every", "save_every", "save_every_seconds")
+OTHERS = (
+    "gradient_checkpointing", "betas", "mtp_target", "optimizer", "precision", "merge_windows",
+)  # fmt: skip
+OPTIONAL = (
+    "steps", "max_seconds", "eval_every", "save_every", "save_every_seconds", "merge_every",
+)  # fmt: skip
 
 VALUES = [
     None, True, False, -1, 0, 1, 2, 10**5000, -(10**400), 2**64, 2**31, 0.0, -0.0, 0.5, 1.5, 1e308,

@@ -59,6 +59,7 @@ CHANGES: dict[str, Any] = {
 FREE: dict[str, Any] = {
     "max_seconds": 600.0, "save_every": 2, "save_every_seconds": 5.0, "keep_checkpoints": 7,
     "eval_every": 3, "eval_batches": 2, "gradient_checkpointing": True,
+    "merge_every": 2, "merge_windows": (),
 }  # fmt: skip
 
 
