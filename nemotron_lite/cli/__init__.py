@@ -3,6 +3,7 @@
     nemotron-lite run                               the shipped model writes; a small one learns
     nemotron-lite info super --context 1048576      parameters, FLOPs and cache size of a model
     nemotron-lite train --out runs/mine --steps 500
+    nemotron-lite merge --run runs/mine --window 200 --out runs/merged
     nemotron-lite train-lite                         train the shipped model anew
     nemotron-lite generate --prompt "def "           with the shipped model, or --model FOLDER
     nemotron-lite chat --model runs/tuned            a conversation, with a model trained for it
@@ -24,6 +25,7 @@ from nemotron_lite.cli import (
     export,
     generate,
     info,
+    merge,
     quantize,
     run,
     train,
@@ -32,6 +34,6 @@ from nemotron_lite.cli import (
 from nemotron_lite.cli.common import app, err, out
 
 __all__ = [
-    "app", "chat", "err", "export", "generate", "info", "out", "quantize", "run", "train",
-    "train_lite",
+    "app", "chat", "err", "export", "generate", "info", "merge", "out", "quantize", "run",
+    "train", "train_lite",
 ]  # fmt: skip

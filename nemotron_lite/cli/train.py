@@ -53,6 +53,12 @@ InitFrom = Annotated[
 Logs = Annotated[
     list[str] | None, typer.Option("--log", help="beside log.jsonl: csv, tensorboard; repeatable")
 ]
+Windows = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="with --merge-every: updates of a merge that is scored at each validation; repeatable"
+    ),
+]
 Optimizer = Annotated[str, typer.Option(help="adamw, or muon for matrices")]
 Allowed = Annotated[
     list[str] | None,
@@ -91,6 +97,10 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="updates between checkpoints; every 10 minutes if not given")
     ] = None,
+    merge_every: Annotated[
+        int | None, typer.Option(help="updates between snapshots for `merge`; none if not given")
+    ] = None,
+    merge_window: Windows = None,
     log: Logs = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     allow_changed: Allowed = None,
@@ -127,6 +137,8 @@ def train(
             precision=precision,
             eval_every=eval_every,
             save_every=save_every,
+            merge_every=merge_every,
+            merge_windows=tuple(merge_window or ()),
             seed=seed,
             **{name: value for name, value in given.items() if value is not None},
         )

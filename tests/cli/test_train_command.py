@@ -162,3 +162,24 @@ def test_the_output_folder_is_tried_before_the_text_is_read(
         assert "file" in shown
         assert "Traceback" not in shown
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_snapshots_of_a_run_are_merged(options: list[object], tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "merged"
+    scored = ["--eval-every", 4, "--eval-batches", 1, "--merge-window", 2, "--merge-window", 4]
+    call("train", *options, "--out", run, "--steps", 4, "--merge-every", 2, *scored)
+    last = records(run)[-1]
+    assert set(last["merged_validation_loss"]) == {"2", "4"}
+    shown = call("merge", "--run", run, "--window", 2, "--out", out).stdout
+    assert f"The merged model is in {out}." in " ".join(shown.split())
+    merged, end = nemotron_lite.load(out), nemotron_lite.load(run / "model")
+    assert merged.tokenizer.to_str() == end.tokenizer.to_str()
+    expected = nemotron_lite.train.merge_checkpoints(run, window=2)
+    for name, weight in merged.state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name])
+    assert not torch.equal(merged.lm_head.weight, end.lm_head.weight)
+    wrong = call("merge", "--run", run, "--window", 3, "--out", out, code=1).stderr
+    assert "needs a checkpoint after 1 updates; there are those after 0, 2, 4" in " ".join(
+        wrong.split()
+    )
+    assert "is the run itself" in call("merge", "--run", run, "--out", run, code=1).stderr
