@@ -39,6 +39,7 @@ else:
     Integer = Number = Flag = Pair = Integers = Target = Precision = Any
 
 _MOST = 1 << 53  # updates, and seconds: what a float64 counts exactly
+_OF_MERGING = ("merge_every", "merge_windows")
 _MOST_TOKENS = (1 << 31) - 1  # of one micro-batch: numbers of tokens are 32-bit in some kernels
 
 
@@ -174,9 +175,12 @@ class TrainConfig:
         return self.batch_size * self.seq_len * self.gradient_accumulation_steps
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for logs and checkpoints."""
-        return {
-            **asdict(self),
-            "betas": list(self.betas),
-            "merge_windows": list(self.merge_windows),
-        }
+        """Plain numbers and strings, for logs and checkpoints.
+
+        The options of merging are left out where nothing is merged, so that what was recorded of
+        runs before there were any stays equal.
+        """
+        plain = {**asdict(self), "betas": list(self.betas)}
+        if self.merge_every is None:
+            return {n: value for n, value in plain.items() if n not in _OF_MERGING}
+        return {**plain, "merge_windows": list(self.merge_windows)}
