@@ -8,6 +8,9 @@ A model is a stack of layers. Each character of `pattern` is one residual layer 
 Sizes have the names of the published `config.json`. The comments below give the letters that the
 course uses for them: d, h, p, n, g, k, e, f, l, v.
 
+`NemotronConfig.lite(depth)` is a family with one dial: models of half a million parameters and more
+with Super's proportions, of which the preset `lite` is the sixth.
+
 Sources: Nemotron 3 Super technical report (arXiv 2604.12374) Table 1 and section 2; the Nano report
 (arXiv 2512.20848) Table 1; NVIDIA's own small test model for `tiny-super`. Left out: tied
 embeddings and rotary positions, which no model of the family has.
@@ -19,9 +22,9 @@ import math
 import operator
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
-from nemotron_lite.arguments import shown
+from nemotron_lite.arguments import integer, shown
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
@@ -41,6 +44,7 @@ MOST = 2**31 - 1  # of any size
 MOST_IN_A_TENSOR = 2**48
 MOST_MTP_DEPTHS = 64
 MOST_EOS_TOKENS = 1024
+DEEPEST_LITE = 40  # pairs of layers, as many as Super has
 
 
 class ConfigError(ValueError):
@@ -311,12 +315,66 @@ class NemotronConfig:
     def from_preset(cls, name: str, **changes: Any) -> NemotronConfig:
         """One of the named models, with optional changes.
 
+        Args:
+            name: of `PRESETS`; or "lite-1", "lite-2", ... for `lite(depth=1)`, `lite(depth=2)`, ...
+
         Raises:
             ConfigError: an unknown name or an invalid change.
         """
+        if not is_preset(name):
+            raise ConfigError(
+                f"no preset {name!r}; there are {', '.join(PRESETS)}, and lite-1 to "
+                f"lite-{DEEPEST_LITE}."
+            )
         if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
+            return cls.lite(int(name.removeprefix("lite-")), **changes)
         return PRESETS[name].replace(**changes)
+
+    @classmethod
+    def lite(cls, depth: SupportsIndex = 6, **changes: Any) -> NemotronConfig:
+        """A small model with Super's proportions; `depth` alone says how large it is.
+
+        Depth 1 has half a million parameters, 6 is the preset "lite" with 14 million, and 12 has a
+        hundred million. All sizes follow from the depth, which counts pairs of a Mamba and an MoE
+        layer (Super has 40):
+
+            width           d = 64 round(2 depth / 3): it grows with the depth
+            attention       in about every third pair, between its layers; always in the last one
+            heads           of 32 numbers; d/32 of attention, 2 for keys and values; 2d/32 of Mamba
+            latent          l = d/4
+            experts         e = 64, k = 6, of width f = d/2; a shared one of width 2f = d
+            MTP             *E, used for two depths
+            vocabulary      v = 16 d, at least 2048 (Super has 32 d)
+            initialization  0.014 sqrt(4096/d), Super's with the variance of a product kept
+
+        Proportions of Super are the inner width of Mamba (2d), the latent, the shared expert (2f),
+        attention heads that together have width d, the two key-value heads, MTP, and how M and E
+        alternate. Others are those of "lite": see the comment there.
+
+        A member whose depth is no multiple of 6 has widths that are multiples of 16, the block of
+        NVFP4, but not of 64, its block in GGUF files.
+
+        Args:
+            depth: 1 to 40.
+            changes: fields with another value, such as `vocab_size=4096` for one tokenizer in all
+                members.
+
+        Raises:
+            ConfigError: an invalid change.
+            TypeError, ValueError: `depth` is no such integer.
+        """
+        depth = integer("depth", depth, low=1, high=DEEPEST_LITE)
+        d = 64 * ((4 * depth + 3) // 6)
+        sizes: dict[str, Any] = dict(
+            pattern=_lite_pattern(depth), vocab_size=max(2048, 16 * d), hidden_size=d,
+            num_attention_heads=d // 32, num_key_value_heads=2, head_dim=32,
+            mamba_num_heads=2 * d // 32, mamba_head_dim=32, ssm_state_size=64, n_groups=2,
+            n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=d // 2,
+            moe_latent_size=d // 4, moe_shared_expert_intermediate_size=d, intermediate_size=d,
+            routed_scaling_factor=2.5, initializer_range=round(0.014 * math.sqrt(4096 / d), 4),
+            bos_token_id=0, eos_token_id=0, pad_token_id=0, mtp_pattern="*E", mtp_depths=2,
+        )  # fmt: skip
+        return cls(**sizes).replace(**changes)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> NemotronConfig:
@@ -330,6 +388,21 @@ class NemotronConfig:
         from nemotron_lite.hf_config import to_hf
 
         return to_hf(self)
+
+
+def is_preset(name: str) -> bool:
+    """Whether `NemotronConfig.from_preset` knows a name."""
+    depth = name.removeprefix("lite-")
+    return name in PRESETS or (
+        name.startswith("lite-") and depth in map(str, range(1, DEEPEST_LITE + 1))
+    )
+
+
+def _lite_pattern(depth: int) -> str:
+    """Pairs of M and E; attention in the last pair of each of round(depth / 3) equal parts."""
+    parts = max(1, (2 * depth + 3) // 6)
+    last = {-(-i * depth // parts) for i in range(1, parts + 1)}  # pairs are counted from 1
+    return "".join("M*E" if pair in last else "ME" for pair in range(1, depth + 1))
 
 
 _LARGEST = sys.float_info.max
@@ -379,11 +452,11 @@ _FULL_SIZE: dict[str, Any] = dict(
 _SUPER_MTP: dict[str, Any] = dict(mtp_pattern="*E", mtp_depths=2)
 
 PRESETS: dict[str, NemotronConfig] = {
-    # Super's proportions at a width that two CPU cores train in minutes: d_inner = 2d, latent d/4,
-    # MTP *E used twice. It has fewer experts and a smaller state than Super, because these take
-    # most of the time. Experts of 0.5d and a shared expert of 1.0d are narrower than Super's 0.656d
-    # and 1.3125d: so every width is a multiple of 64, the block of NVFP4 in GGUF files, and the
-    # packed model is small enough to ship.
+    # `NemotronConfig.lite(6)`: Super's proportions at a width that two CPU cores train in minutes:
+    # d_inner = 2d, latent d/4, MTP *E used twice. It has fewer experts and a smaller state than
+    # Super, because these take most of the time. Experts of 0.5d and a shared expert of 1.0d are
+    # narrower than Super's 0.656d and 1.3125d: so every width is a multiple of 64, the block of
+    # NVFP4 in GGUF files, and the packed model is small enough to ship.
     "lite": NemotronConfig(
         pattern="MEMEM*EMEMEM*E", vocab_size=4096, hidden_size=256,
         num_attention_heads=8, num_key_value_heads=2, head_dim=32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_lite import ConfigError, NemotronConfig
+from nemotron_lite import ConfigError, Nemotron, NemotronConfig
 from nemotron_lite.config import PRESETS
 from nemotron_lite.ledger import parameters
 
@@ -193,6 +194,78 @@ def test_lite_keeps_the_proportions_of_super() -> None:
     ):
         assert ratio(lite) == pytest.approx(ratio(big), rel=0.01)
     assert (lite.mtp_pattern, lite.mtp_depths) == (big.mtp_pattern, big.mtp_depths)
+
+
+def test_the_shipped_preset_is_a_member_of_its_family() -> None:
+    assert NemotronConfig.lite() == NemotronConfig.lite(6) == PRESETS["lite"]
+    assert NemotronConfig.lite(np.int64(6)) == PRESETS["lite"]
+    assert NemotronConfig.from_preset("lite-6") == PRESETS["lite"]
+    assert NemotronConfig.from_preset("lite-2", vocab_size=64) == NemotronConfig.lite(
+        2, vocab_size=64
+    )
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_every_member_of_the_family_has_the_proportions_of_super(depth: int) -> None:
+    c, big = NemotronConfig.lite(depth), PRESETS["super"]
+    d = c.hidden_size
+    for ratio in (
+        lambda c: c.mamba_inner_size / c.hidden_size,
+        lambda c: c.expert_size / c.hidden_size,
+        lambda c: c.moe_shared_expert_intermediate_size / c.moe_intermediate_size,
+        lambda c: c.num_attention_heads * c.head_dim / c.hidden_size,
+        lambda c: c.num_key_value_heads,
+        lambda c: c.initializer_range * c.hidden_size**0.5,
+    ):
+        assert ratio(c) == pytest.approx(ratio(big), rel=0.01)
+    assert (c.mtp_pattern, c.mtp_depths) == (big.mtp_pattern, big.mtp_depths)
+    assert c.pattern.replace("*", "") == "ME" * depth
+    assert c.pattern.endswith("M*E")
+    assert "*" not in c.pattern.replace("M*E", "")
+    assert c.pattern.count("*") == max(1, round(depth / 3))
+    gaps = [len(part) for part in c.pattern.split("*")[1:-1]]
+    assert not gaps or max(gaps) - min(gaps) <= 2  # one pair at most
+    lite = PRESETS["lite"]
+    for name in ("n_routed_experts", "num_experts_per_tok", "ssm_state_size", "n_groups"):
+        assert getattr(c, name) == getattr(lite, name)
+    for size in (c.expert_size, c.moe_intermediate_size, d, c.vocab_size):
+        assert size % 16 == 0  # a block of NVFP4
+    assert NemotronConfig.from_hf(json.loads(json.dumps(c.to_hf()))) == c
+
+
+def test_the_dial_turns_one_way() -> None:
+    members = [parameters(NemotronConfig.lite(depth)) for depth in range(1, 41)]
+    for smaller, larger in pairwise(members):
+        assert smaller.total < larger.total
+        assert smaller.active < larger.active
+    assert members[0].total == pytest.approx(0.5e6, rel=0.1)
+    assert members[11].total == pytest.approx(100e6, rel=0.1)
+    ladder = [member.total for member in members[:12]]
+    assert max(b / a for a, b in pairwise(ladder)) < 4  # no rung is missing
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_members_compute(depth: int) -> None:
+    model = Nemotron(NemotronConfig.lite(depth), seed=0)
+    assert model.num_parameters() == parameters(model.config).total
+    out = model(torch.tensor([[5, 17, 3, 9]]), mtp_depths=2)
+    assert out.logits.isfinite().all()
+    # an untrained model of any size is near the uniform distribution
+    loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor([17, 3, 9]))
+    assert loss.item() == pytest.approx(math.log(model.config.vocab_size), rel=0.25)
+
+
+def test_depths_that_the_family_does_not_have() -> None:
+    for wrong in (0, 41):
+        with pytest.raises(ValueError, match=rf"depth={wrong}.*from 1 to 40"):
+            NemotronConfig.lite(wrong)
+    with pytest.raises(TypeError, match=r"depth=array"):
+        NemotronConfig.lite(np.array([1, 2]))  # type: ignore[arg-type]
+    for name in ("lite-0", "lite-41", "lite-06", "lite-", "lite--1", "lite-x", "lite6"):
+        with pytest.raises(ConfigError, match=rf"no preset '{name}'.*lite-1 to lite-40"):
+            NemotronConfig.from_preset(name)
+    with pytest.raises(ConfigError, match="moe_latent_size=0"):
+        NemotronConfig.lite(1, moe_latent_size=0)
 
 
 def test_expert_width_without_a_latent_is_the_models() -> None:
