@@ -19,6 +19,8 @@ Three questions:
 - `cache`: how many bytes a sequence of t tokens keeps. Attention's keys and values grow with t;
   the convolution's last k-1 inputs and the scan's state do not.
 
+`family` gives the answers for all sizes of `NemotronConfig.lite` together.
+
 Only causal work is counted: in attention token t reads t keys, and in a chunk of the scan position
 l reads l positions. Programs that multiply whole squares and mask one half do about twice as much.
 
@@ -168,6 +170,35 @@ class CacheBytes:
     def total(self) -> int:
         """Keys and values, convolution inputs and states."""
         return self.kv + self.conv + self.ssm
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a family."""
+
+    depth: int
+    config: NemotronConfig
+    parameters: Parameters
+    training: Flops  # FLOPs of a token in training
+    cache: CacheBytes  # of one sequence of that context
+
+
+def family(depths: Iterable[int] = range(1, 13), context: int = 512) -> tuple[Member, ...]:
+    """The models `NemotronConfig.lite(depth)`: half a million to a hundred million parameters.
+
+    Args:
+        depths: which of them.
+        context: tokens of a sequence, for FLOPs and cache.
+
+    >>> [f"{member.parameters.total / 1e6:.1f}" for member in family((1, 6, 12))]
+    ['0.5', '14.1', '96.1']
+    """
+    found = []
+    for depth in depths:
+        config = NemotronConfig.lite(depth)
+        work = flops(config, context, "train")
+        found.append(Member(depth, config, parameters(config), work, cache(config, context)))
+    return tuple(found)
 
 
 def parameters(config: NemotronConfig) -> Parameters:

@@ -258,3 +258,15 @@ def test_training_costs_three_forward_passes_with_mtp():
 def test_errors_name_the_value_that_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_family_is_counted_member_by_member() -> None:
+    members = ledger.family((1, 4), context=100)
+    assert [member.depth for member in members] == [1, 4]
+    for member in members:
+        config = NemotronConfig.lite(member.depth)
+        assert member.config == config
+        assert member.parameters == ledger.parameters(config)
+        assert member.training == ledger.flops(config, 100, "train")
+        assert member.cache == ledger.cache(config, 100)
+    assert [member.depth for member in ledger.family()] == [*range(1, 13)]

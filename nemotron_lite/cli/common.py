@@ -60,7 +60,12 @@ ModelFolder = Annotated[
         help="checkpoint folder, a shipped model (lite), or a hub id in the local cache",
     ),
 ]
-ModelSizes = Annotated[str, typer.Option("--model", help="a preset, or the path of a config.json")]
+ModelSizes = Annotated[
+    str,
+    typer.Option(
+        "--model", help="a preset (also lite-1, lite-2, ...), or the path of a config.json"
+    ),
+]
 Text = Annotated[
     Path | None,
     typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from nemotron_lite import shipped_models
 from nemotron_lite.cli.common import DTYPES
-from nemotron_lite.config import PRESETS, NemotronConfig
+from nemotron_lite.config import NemotronConfig, is_preset
 from nemotron_lite.input_files import FileError, read_json, read_text
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def read_config(which: str) -> NemotronConfig:
     """
     path = Path(which)
     unknown = "/" not in which and not path.exists() and shipped_models.folder(which) is None
-    if which in PRESETS or unknown:
+    if is_preset(which) or unknown:
         return NemotronConfig.from_preset(which)
     if not path.is_dir() and path.exists():  # a file, or something that is refused with its kind
         return NemotronConfig.from_hf(read_json(path))

@@ -7,7 +7,7 @@ the exact ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -95,6 +95,37 @@ def cache_table(config: NemotronConfig, context: int) -> Table:
     for tokens in sorted({*CONTEXTS, context}):
         held = ledger.cache(config, tokens)
         table.add_row(f"{tokens:,}", *(size(n) for n in (held.kv, held.conv, held.ssm, held.total)))
+    return table
+
+
+def family_table(members: Sequence[ledger.Member], width: int = WIDE) -> Table:
+    """One line per member of a family; parts and cache only if there is space for all columns."""
+    more = ("vocabulary", "embedding, head", "MTP", "cache") if width >= WIDE else ()
+    table = _table(
+        "model", "layers", "width", "parameters", "a token uses", "FLOPs per token", *more
+    )
+    context = members[0].training.context
+    table.title = "Family of lite"
+    cache = " and cache of one sequence" if more else ""
+    table.caption = f"FLOPs in training{cache}, at {context:,} tokens"
+    for member in members:
+        parts, config = member.parameters.by_part, member.config
+        cells = [
+            f"lite-{member.depth}",
+            f"{config.num_layers}",
+            f"{config.hidden_size:,}",
+            number(member.parameters.total),
+            number(member.parameters.active),
+            number(member.training.per_token),
+        ]
+        if more:
+            cells += [
+                f"{config.vocab_size:,}",
+                number(parts["embedding"] + parts["head"]),
+                number(parts["mtp"]),
+                size(member.cache.total),
+            ]
+        table.add_row(*cells)
     return table
 
 

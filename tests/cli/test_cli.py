@@ -119,6 +119,19 @@ def test_train_writes_a_checkpoint_and_generate_is_reproducible(sizes, text, tmp
     assert "--draft eagle: expected mtp" in wrong.stderr
 
 
+def test_info_shows_the_family_and_each_of_its_members(monkeypatch):
+    shown = call("info", "--family", "--context", 1000).stdout
+    rows = [line.replace("│", " ").split() for line in shown.splitlines() if "lite-" in line]
+    assert [row[0] for row in rows] == [f"lite-{depth}" for depth in range(1, 13)]
+    assert rows[5][1:5] == ["14", "256", "14.13", "M"]
+    assert "at 1,000 tokens" in shown
+    monkeypatch.setattr(cli.out, "_width", 80)
+    narrow = call("info", "--family").stdout
+    assert "cache" not in narrow
+    assert "96.09 M" in narrow
+    assert "lite-2: 5 layers" in call("info", "lite-2").stdout
+
+
 @pytest.mark.parametrize("precision", ["fp32", "nvfp4"])
 def test_train_resumes_where_it_stopped(sizes, text, tmp_path, precision):
     options = (
