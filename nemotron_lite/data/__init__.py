@@ -13,6 +13,7 @@
     sources.py           the standard library and the packages of this project, as named sources
     duplicates.py        copies, and near copies of held-out files
     mixture.py           batches of several sources, drawn by weight
+    long_context.py      long rows, in turn with short ones
     corpus.py            a folder, a file or the standard library, and its held-out part
     text_files.py        which files are read, and which are left out
     jsonl.py             JSON Lines
@@ -37,6 +38,7 @@ from nemotron_lite.data.batches import (
 )
 from nemotron_lite.data.corpus import Corpus, CorpusError, Document, load_corpus
 from nemotron_lite.data.jsonl import JsonlText, read_jsonl
+from nemotron_lite.data.long_context import DocumentWindows, LongAndShort
 from nemotron_lite.data.manifest import Manifest, ManifestError, read_manifest
 from nemotron_lite.data.mixture import Mixture, Phase
 from nemotron_lite.data.prepared_mixture import MixtureData, open_mixture
@@ -67,8 +69,10 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "Document",
+    "DocumentWindows",
     "HeldOut",
     "JsonlText",
+    "LongAndShort",
     "Manifest",
     "ManifestError",
     "Mixture",

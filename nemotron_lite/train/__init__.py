@@ -8,6 +8,7 @@ loss.py           cross-entropy over several depths without keeping logits
 balance.py        load balancing of the experts
 optimizer.py      AdamW and gradient clipping
 schedule.py       the learning rate: warm-up, stable, decay
+long_context.py   the options of a last phase with long rows
 merging.py        a weighted average of checkpoints that imitates the decay
 snapshots.py      such averages during a run
 validation.py     a loss on other text, during the run
@@ -37,6 +38,7 @@ from nemotron_lite.train.config import TrainConfig
 from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.evaluate import Evaluation, evaluate
 from nemotron_lite.train.healing import Continuations, HealingResult, generate_continuations, heal
+from nemotron_lite.train.long_context import long_context_config
 from nemotron_lite.train.loop import TrainResult, train
 from nemotron_lite.train.merging import merge_checkpoints, merge_weights, merge_windows
 from nemotron_lite.train.schedule import learning_rate
@@ -54,6 +56,7 @@ __all__ = [
     "generate_continuations",
     "heal",
     "learning_rate",
+    "long_context_config",
     "merge_checkpoints",
     "merge_weights",
     "merge_windows",
