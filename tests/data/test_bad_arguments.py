@@ -55,6 +55,8 @@ CALLS = {
     "documents": (ConcatenatedDocuments, dict(tokens=np.arange(9), starts=np.array([0, 4]))),
     "concatenate": (concatenate_documents, dict(documents=documents)),
     "batch": (text.batch, batch), "copy": (copy.batch, batch), "recall": (recall.batch, batch),
+    "in one document": (DocumentWindows(documents).batch, batch),
+    "DocumentWindows": (DocumentWindows, dict(documents=documents)),
     "Recall": (Recall, dict(pairs=(2, 3), keys=4, values=4)),
     "SelectiveCopy": (SelectiveCopy, dict(items=2, letters=3, places="fixed")),
     "recall test": (recall.test_set, dict(pairs=2, rows=2, questions=2, seed=0)),
