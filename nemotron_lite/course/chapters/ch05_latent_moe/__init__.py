@@ -1,0 +1,1 @@
+"""Chapter 05, LatentMoE: its exercises, checks, quiz and figures."""
