@@ -229,7 +229,7 @@ def _loaded(
     """
     package, layer = MoE(config), answer(config)
     with torch.no_grad():
-        package.init_weights(0.5, 1.0)
+        package.init_weights(0.3, 1.0)
         assert package.shared_experts is not None
         package.shared_experts.down_proj.weight.mul_(shared)
         package.gate.e_score_correction_bias.copy_(0.3 * torch.randn(config.n_routed_experts))
@@ -300,7 +300,11 @@ def layer_gradients(answer: Answer) -> None:
     expected = dict(package.named_parameters())
     for name, ours in layer.named_parameters():
         assert ours.grad is not None, f"the gradient of {name} does not exist."
-        close(ours.grad, expected[name].grad, what=f"the gradient of {name}", rtol=1e-3, atol=1e-4)
+        theirs = expected[name].grad
+        assert theirs is not None
+        # A sum of large terms can be small: what it is rounded to depends on the largest.
+        atol = 1e-5 * float(theirs.abs().max()) + 1e-6
+        close(ours.grad, theirs, what=f"the gradient of {name}", rtol=1e-3, atol=atol)
 
 
 def layer_routing(answer: Answer) -> None:
