@@ -194,6 +194,9 @@ def equal_super(answer: Answer) -> None:
 
 
 def equal_refused(answer: Answer) -> None:
+    # The smallest that is allowed: alpha = 1, and one expert.
+    close(_sizes(answer, 64, 4, 6, 96, 1)[:2], [64, 4], what="width and experts at alpha=1", rtol=0)
+    close(_sizes(answer, 64, 4, 1, 80, 2)[2], 1, what="experts per token, room for one", rtol=0)
     for alpha in (3, 0, -2):
         raises(answer, 64, 4, 6, 96, alpha, what=f"alpha={alpha} with d=64")
     raises(answer, 64, 64, 4, 16, 2, what="router and projections cost as much as all experts")

@@ -154,7 +154,7 @@ def equal_cost(d, experts, top_k, f, alpha):
         Check("the router", checks.equal_router, hint=2, points=1),
         Check("the largest that fits", checks.equal_largest, hint=3, points=1),
         Check("the sizes of Super", checks.equal_super, hint=2, points=1),
-        Check("what cannot be built", checks.equal_refused, hint=3, points=1),
+        Check("what can be built and what cannot", checks.equal_refused, hint=3, points=1),
     ),
 )
 

@@ -25,7 +25,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             name="three matrices for an expert",
             source=_with("05.step_costs", ("expert = 2 * f", "expert = 3 * f")),
             hint=1,
-            bug="Estimators that know gated experts only; those of Nemotron 3 have no gate.",
+            bug="Estimators that know gated experts only (huggingface/trl#5698); those of Nemotron 3 "
+            "have no gate.",
         ),
         Mutant(
             name="multiply-adds in place of FLOPs",
@@ -40,13 +41,20 @@ MUTANTS: dict[str, list[Mutant]] = {
             bug="FLOPs meters that count a mixture as a dense model of its size.",
         ),
         Mutant(
+            name="experts of full width",
+            source=_with("05.step_costs", ("width = d if latent is None else latent", "width = d")),
+            hint=1,
+            bug="moe_latent_size was ignored: 902 GB of weights for Super in place of 225 "
+            "(ai-dynamo/aiconfigurator#1143).",
+        ),
+        Mutant(
             name="no projections",
             source=_with(
                 "05.step_costs",
                 ("0 if latent is None else 2 * d * latent", "0"),
             ),
             hint=1,
-            bug="Memory and FLOPs estimators written for plain mixtures: fc1 and fc2 are missing.",
+            bug="Code for plain mixtures has no fc1 and fc2 (ml-explore/mlx-lm#1016).",
         ),
         Mutant(
             name="one projection",
@@ -218,8 +226,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("zeros(e, latent, f)", "zeros(e, d, f)"),
             ),
             hint=1,
-            bug="Loaders that take the width of the experts from hidden_size "
-            "(ggml-org/llama.cpp#20411 added the latent one).",
+            bug="A loader takes the width of the experts from hidden_size; llama.cpp had none other "
+            "before ggml-org/llama.cpp#20411.",
         ),
         Mutant(
             name="biases in the projections",
@@ -246,8 +254,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ),
             ),
             hint=2,
-            bug="Projected once at the top of forward, and everything below reads it: with l = d, "
-            "as in tests with small sizes, no shape is wrong.",
+            bug="The gate runs after the projection (vllm-project/vllm#46077). With l = d, as in tests "
+            "with small sizes, no shape is wrong.",
         ),
         Mutant(
             name="the shared expert reads the latent token",
@@ -256,7 +264,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("shared.up_proj(rows)", "shared.up_proj(z if z.shape == rows.shape else rows)"),
             ),
             hint=2,
-            bug="The shared expert was moved into the latent space with the others.",
+            bug="It was built from the config of the routed experts, whose hidden size is l "
+            "(PaddlePaddle/PaddleFleet#868).",
         ),
         Mutant(
             name="the shared expert inside the projection",
@@ -289,7 +298,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ),
             ),
             hint=2,
-            bug="The latent vector of DeepSeek's attention has a norm, so this one got one.",
+            bug="DeepSeek's latent attention has a norm there, and so have other latent mixtures "
+            "(allenai/OLMo-core#799 has one before the way up); Nemotron's has none.",
         ),
         Mutant(
             name="the scale on the whole output",
@@ -302,8 +312,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("self.top_k, self.scale)", "self.top_k, 1.0)"),
             ),
             hint=2,
-            bug="vLLM multiplies the routed sum later; in the wrong line this scales the shared "
-            "expert too.",
+            bug="The routed sum is multiplied later, and the shared expert with it: a kind of "
+            "sgl-project/sglang#28237.",
         ),
         Mutant(
             name="the scale twice",
@@ -312,7 +322,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("self.fc2_latent_proj(mixed) +", "self.scale * self.fc2_latent_proj(mixed) +"),
             ),
             hint=2,
-            bug="Once in the weights and once behind the experts.",
+            bug="Once in the weights and once behind the experts: some projects do the one, some the "
+            "other.",
         ),
         Mutant(
             name="no selection bias",
