@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,21 @@ def test_what_is_derived_agrees_with_the_ledger() -> None:
     nano = ledger.cache(NemotronConfig.from_preset("nano"), 1)
     assert value["nano.kv_bytes_per_token"] == nano.kv_per_token
     assert value["nano.ssm_state_mib"] == nano.ssm / 2**20
+
+
+def test_what_is_derived_for_latent_mixtures_agrees_with_the_preset() -> None:
+    config = NemotronConfig.from_preset("super")
+    d, latent, k = config.hidden_size, config.expert_size, config.num_experts_per_tok
+    value = {key: fact.value for key, fact in all_facts().items()}
+    assert value["super.latent_projection_parameters"] == 2 * d * latent
+    assert value["super.exchanged_numbers"] == 2 * k * latent
+    assert value["latent_moe.wide_exchanged_numbers"] == 2 * k * d
+    assert value["latent_moe.standard_exchanged_numbers"] == 2 * 6 * d
+    for key, experts, chosen in (
+        ("super.combinations_log10", config.n_routed_experts, k),
+        ("latent_moe.standard_combinations_log10", 128, 6),
+    ):
+        assert value[key] == round(math.log10(math.comb(experts, chosen)), 2)
 
 
 def test_published_totals_are_those_of_the_ledger() -> None:

@@ -25,8 +25,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             name="three matrices for an expert",
             source=_with("05.step_costs", ("expert = 2 * f", "expert = 3 * f")),
             hint=1,
-            bug="Estimators that know gated experts only (huggingface/trl#5698); those of Nemotron 3 "
-            "have no gate.",
+            bug="Estimators that know gated experts only (huggingface/trl#5698); those of "
+            "Nemotron 3 have no gate.",
         ),
         Mutant(
             name="multiply-adds in place of FLOPs",
@@ -226,8 +226,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("zeros(e, latent, f)", "zeros(e, d, f)"),
             ),
             hint=1,
-            bug="A loader takes the width of the experts from hidden_size; llama.cpp had none other "
-            "before ggml-org/llama.cpp#20411.",
+            bug="A loader takes the width of the experts from hidden_size; llama.cpp had "
+            "no other before ggml-org/llama.cpp#20411.",
         ),
         Mutant(
             name="biases in the projections",
@@ -254,8 +254,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ),
             ),
             hint=2,
-            bug="The gate runs after the projection (vllm-project/vllm#46077). With l = d, as in tests "
-            "with small sizes, no shape is wrong.",
+            bug="The gate runs after the projection (vllm-project/vllm#46077). With l = d, as in "
+            "tests with small sizes, no shape is wrong.",
         ),
         Mutant(
             name="the shared expert reads the latent token",
@@ -322,8 +322,8 @@ MUTANTS: dict[str, list[Mutant]] = {
                 ("self.fc2_latent_proj(mixed) +", "self.scale * self.fc2_latent_proj(mixed) +"),
             ),
             hint=2,
-            bug="Once in the weights and once behind the experts: some projects do the one, some the "
-            "other.",
+            bug="Once in the weights and once behind the experts: some projects do the one, some "
+            "the other.",
         ),
         Mutant(
             name="no selection bias",
