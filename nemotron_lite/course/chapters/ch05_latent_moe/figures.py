@@ -2,7 +2,7 @@
 
     token_weights   the weights that one token reads, part by part, for several layers
     walls           times of one layer over the tokens of a step, and a widget
-    choices         digits of the number of ways to choose experts, over alpha
+    choices         digits of the number of ways to choose the experts of a token
     runs            scores of several trainings, a circle for each seed
     energy          the share of the energy that l directions keep
     narrower        what a trained model loses if its experts are cut to a smaller width
@@ -148,13 +148,13 @@ def _title(sizes: Sizes) -> str:
     return f"{sizes.top_k} of {sizes.experts} experts, d = {sizes.d}, {width}"
 
 
-def choices(found: Mapping[int, tuple[int, int, int]]) -> go.Figure:
-    """Digits of the number of ways to choose, a bar for each alpha.
+def choices(found: Mapping[str, tuple[int, int, int]]) -> go.Figure:
+    """Digits of the number of ways to choose, a bar for each layer.
 
     Args:
-        found: alpha → (experts, experts per token, digits).
+        found: name of a layer, such as its alpha → (experts, experts per token, digits).
     """
-    names = [f"α = {a}<br>{k} of {e}" for a, (e, k, _) in found.items()]
+    names = [f"{name}<br>{k} of {e}" for name, (e, k, _) in found.items()]
     heights = [n for _, _, n in found.values()]
     fig = go.Figure(
         go.Bar(
@@ -175,8 +175,8 @@ def choices(found: Mapping[int, tuple[int, int, int]]) -> go.Figure:
     return described(
         fig,
         f"One bar for each of {len(found)} layers of nearly equal cost. Its height is the number "
-        "of decimal digits of the number of ways to choose the experts of one token. It about "
-        "doubles each time that alpha doubles.",
+        "of decimal digits of the number of ways to choose the experts of one token. The bars "
+        "about double from one to the next.",
     )
 
 
@@ -198,7 +198,7 @@ def runs(scores: Mapping[str, Sequence[float]]) -> go.Figure:
         height=130 + 55 * len(scores),
         showlegend=False,
     )
-    fig.update_xaxes(title_text="bits per byte of text that was not read, lower is better")
+    fig.update_xaxes(title_text="bits per byte of held-out text, lower is better", tickformat=".2f")
     fig.update_yaxes(autorange="reversed")
     return described(
         fig,
@@ -212,8 +212,8 @@ def energy(widths: Sequence[int], best: Sequence[float], learned: float, latent:
     """The share of the energy that l directions keep: the best, random ones, and the trained."""
     d = max(widths)
     fig = lines(
-        widths,
-        {"best directions": best, "random directions": [100 * w / d for w in widths]},
+        np.asarray(widths),
+        {"best directions": np.asarray(best), "random directions": 100 * np.asarray(widths) / d},
         title="Energy of what the experts read",
         x_title="number of directions l",
         y_title="energy kept, %",
@@ -265,7 +265,7 @@ def narrower(
         line=dict(color=theme.MUTED, dash="dot"),
     )
     fig.update_layout(title_text="A trained model whose experts are cut", height=380)
-    fig.update_yaxes(title_text="bits per byte of text that was not read")
+    fig.update_yaxes(title_text="bits per byte of held-out text", tickformat=".2f")
     return described(
         fig,
         f"Lines over {len(names)} latent widths, from wide to narrow, and a dotted level line for "
