@@ -102,9 +102,9 @@ $l = d / \alpha$ and $\alpha$ times as many experts of the same `f`. How many of
 use, if it costs no more?
 
 The cost is the number of weights that one token uses: the chosen experts, both projections, and the
-router with its $d$ weights for *each* expert, chosen or not. The plain mixture has a router too,
-and no projections. Return the largest number of experts per token whose cost is at most that of the
-plain mixture.
+router with its $d$ weights for *each* expert, chosen or not (`step_costs` left it out).
+The plain mixture has a router too, and no projections. Return the largest number of experts per
+token whose cost is at most that of the plain mixture.
 
 Raise `ValueError` if `alpha` is below 1 or does not divide `d`, or if not even one expert fits.
 """.strip(),

@@ -1,5 +1,6 @@
-"""Figures of chapter 05: weights of a token, three costs of a step, choices, runs, widths.
+"""Figures of chapter 05: the layer, its weights, three costs of a step, choices, runs, widths.
 
+    layer           the way of one token through the layer, and how wide it is at each place
     token_weights   the weights that one token reads, part by part, for several layers
     walls           times of one layer over the tokens of a step, and a widget
     choices         digits of the number of ways to choose the experts of a token
@@ -8,8 +9,8 @@
     narrower        what a trained model loses if its experts are cut to a smaller width
 
 `walls` draws what the learner's `step_costs` returns. Reading weights, exchanging vectors and
-computing can run at the same time, so the longest of the three times is the least that a step
-takes. A line that is straight on logarithmic axes grows with the number of tokens; the weights do
+computing are assumed to run at the same time, so the longest of the three times is the least that a
+step takes. A line that is straight on logarithmic axes grows with the number of tokens; the weights do
 so only until all experts are read.
 """
 
@@ -31,6 +32,80 @@ MOST_TOKENS = 16_384
 TOKENS = np.unique(np.geomspace(1, MOST_TOKENS, 29).round())
 LEAST, MOST = 0.05, 200_000.0  # microseconds at the ends of the axis
 F_OF_SUPER = 2688  # hidden width of an expert, in the widget
+
+
+WIDE, NARROW = 6.0, 2.0  # pixels of an arrow with d and with l numbers
+
+
+def layer(d: int, latent: int, top_k: int) -> go.Figure:
+    """The way of one token through a latent layer; thick arrows carry d numbers, thin ones l.
+
+    Args:
+        d: width of the model.
+        latent: width of the experts.
+        top_k: experts that the token chooses, at most 3; each is on a device of its own.
+    """
+    fig = go.Figure()
+    places = [3.0 + 1.1 * ((top_k - 1) / 2 - i) for i in range(top_k)]
+    pale, strong = theme.KINDS["E"].pale, theme.KINDS["E"].strong
+    boxes = [
+        (2.2, 5.4, "router", theme.PLOT), (2.2, 3.0, "W<sub>down</sub>", pale),
+        *((5.0, y, f"expert {i + 1}", pale) for i, y in enumerate(places)),
+        (7.1, 3.0, "sum", theme.PLOT), (8.6, 3.0, "W<sub>up</sub>", pale),
+        (5.0, 0.6, "shared expert", theme.PLOT), (10.0, 3.0, "+", theme.PLOT),
+    ]  # fmt: skip
+    for x, y, words, fill in boxes:
+        half = 0.85 if words == "shared expert" else 0.3 if words == "+" else 0.55
+        fig.add_shape(
+            type="rect", x0=x - half, x1=x + half, y0=y - 0.4, y1=y + 0.4, fillcolor=fill,
+            line=dict(color=strong, width=1.5),
+        )  # fmt: skip
+        fig.add_annotation(x=x, y=y, text=words, showarrow=False, font_size=13)
+    fig.add_shape(
+        type="rect", x0=4.2, x1=5.8, y0=min(places) - 0.6, y1=max(places) + 0.95,
+        line=dict(color=theme.MUTED, width=1, dash="dash"),
+    )  # fmt: skip
+    ends = [(0.6, 3.0, 1.65, 3.0, d), (0.6, 3.3, 1.65, 5.3, d), (0.6, 2.7, 4.15, 0.6, d)]
+    ends += [(2.75, 3.0, 4.45, y, latent) for y in places]
+    ends += [(5.55, y, 6.55, 3.0, latent) for y in places]
+    ends += [(7.65, 3.0, 8.05, 3.0, latent), (9.15, 3.0, 9.7, 3.0, d)]
+    ends += [(5.85, 0.6, 9.9, 2.6, d), (10.3, 3.0, 11.0, 3.0, d)]
+    for x0, y0, x1, y1, width in ends:
+        thick = WIDE if width == d else NARROW
+        fig.add_annotation(
+            x=x1, y=y1, ax=x0, ay=y0, xref="x", yref="y", axref="x", ayref="y", text="",
+            name=f"{width} numbers", showarrow=True, arrowhead=2, arrowwidth=thick,
+            arrowsize=0.6 if width == d else 1,
+            arrowcolor=theme.INK if width == d else theme.SERIES[1].colour,
+        )  # fmt: skip
+    notes = [
+        (0.35, 3.0, "x"), (11.2, 3.0, "y"), (5.0, max(places) + 0.68, "other devices"),
+        (3.55, max(places) + 0.35, "dispatch"), (6.5, max(places) + 0.35, "combine"),
+        (4.0, 5.4, f"chooses {top_k} experts,<br>gives weights"),
+    ]  # fmt: skip
+    for x, y, words in notes:
+        fig.add_annotation(x=x, y=y, text=words, showarrow=False, font_size=13)
+    for words, width, colour in (
+        (f"d = {d} numbers", WIDE, theme.INK), (f"l = {latent} numbers", NARROW,
+                                                theme.SERIES[1].colour),
+    ):  # fmt: skip
+        fig.add_scatter(x=[None], y=[None], mode="lines", name=words,
+                        line=dict(width=width, color=colour))  # fmt: skip
+    fig.update_xaxes(visible=False, range=[0, 11.5], fixedrange=True)
+    fig.update_yaxes(visible=False, range=[0, 6], fixedrange=True)
+    fig.update_layout(
+        title_text="One token in a latent layer", height=380, plot_bgcolor=theme.CARD,
+        legend=dict(orientation="h", x=0, y=-0.02, yanchor="top"), showlegend=True,
+    )  # fmt: skip
+    return described(
+        fig,
+        f"A token x of {d} numbers goes to three places. The router reads all {d} and chooses "
+        f"{top_k} experts with their weights. The shared expert reads all {d} and writes {d}. "
+        f"W_down makes {latent} numbers of the token; they are sent to each of {top_k} experts on "
+        f"other devices (dispatch), and {latent} come back from each (combine). Their weighted "
+        f"sum has {latent} numbers. W_up makes {d} of it, once, and the output of the shared "
+        "expert is added.",
+    )
 
 
 def token_weights(layers: Mapping[str, Mapping[str, int]]) -> go.Figure:
@@ -61,7 +136,7 @@ def token_weights(layers: Mapping[str, Mapping[str, int]]) -> go.Figure:
     return described(
         fig,
         f"One horizontal bar for each of {len(names)} layers, {' and '.join(names)}, divided into "
-        f"{', '.join(PARTS)}. The bars have nearly the same length. Only the latent layer has "
+        f"{', '.join(PARTS)}. The bar of the latent layer is a little longer. Only it has "
         "projections, and its router is longer.",
     )
 
@@ -96,7 +171,7 @@ def walls(step_costs: StepCosts, sizes: Sizes, tokens: int, device: Device) -> g
     return fig
 
 
-def walls_widget(step_costs: StepCosts, sizes: Sizes, tokens: int = 64) -> Explorer:
+def walls_widget(step_costs: StepCosts, sizes: Sizes, tokens: int = 128) -> Explorer:
     """Sliders for the sizes of a layer, the tokens of a step and the device."""
     start = Device()
 
@@ -124,6 +199,14 @@ def walls_widget(step_costs: StepCosts, sizes: Sizes, tokens: int = 64) -> Explo
         return f"{at:,} token{'' if at == 1 else 's'}: {listed}. The longest is {longest}."
 
     ratio = 1 if sizes.latent is None else sizes.d // sizes.latent
+    # The first values lie on a step of their sliders, the geometric middle of the range.
+    logs = {
+        "tokens": slider("tokens in a step", 1, MOST_TOKENS, value=tokens, log=True),
+        "memory": slider("memory, GB/s", 300, 30_000, value=start.memory, log=True),
+        "link": slider("links, GB/s", 10, 1000, value=start.link, log=True),
+    }
+    for control in logs.values():
+        control.readout_format = ",.0f"
     return explore(
         walls(step_costs, sizes, tokens, start),
         update,
@@ -131,9 +214,7 @@ def walls_widget(step_costs: StepCosts, sizes: Sizes, tokens: int = 64) -> Explo
         ratio=slider("d / l (1: no latent space)", 1, 16, value=ratio),
         experts=slider("experts", 8, 1024, value=sizes.experts, step=8),
         top_k=slider("chosen by a token", 1, 64, value=sizes.top_k),
-        tokens=slider("tokens in a step", 1, MOST_TOKENS, value=tokens, log=True),
-        memory=slider("memory, GB/s", 200, 10_000, value=start.memory, log=True),
-        link=slider("links, GB/s", 10, 1000, value=start.link, log=True),
+        **logs,
     )
 
 

@@ -1,12 +1,12 @@
 """What chapter 05 runs beside the learner's code: costs of a token, short trainings, subspaces.
 
     weights_of_a_token   what one token reads of a layer, part by part
-    crossing             from how many tokens on the exchange takes longer than reading weights
+    crossing             the number of tokens above which the exchange takes longer than reading
     plain, latent        small models of equal cost: the mixture of chapter 04, and a latent one
     teach, bits          a short training, and the score on text that no model has read
     features             what the experts of each layer read and write
     kept_by              the share of the energy that a projection keeps
-    bugs                 what five mistakes change in a layer
+    bugs                 what five mistakes change in the learner's layer
     compressed           a latent model out of the weights of a plain one
     recorded             the verdicts of `benchmarks/records/quality_per_flop.json`
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron_lite import ledger, ops
+from nemotron_lite import ledger
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import output
 from nemotron_lite.course.chapters.ch04_mixture_of_experts.lesson import (
@@ -257,69 +257,110 @@ def energies(
     return (100 * means).tolist(), 100 * sum(learned) / len(learned)
 
 
+MISTAKES = (  # as the predictions call them
+    "the router reads z",
+    "the shared expert reads z",
+    "a ReLU behind W_down",
+    "a norm behind W_down",
+    "W_up before the sum",
+)
+NO_CHANGE = 1e-4  # a smaller error is rounding
+
+
 @dataclass(frozen=True)
 class Bug:
     """A mistake in a layer: how far its output is off, and what one token exchanges."""
 
     name: str
-    error: float  # norm of the difference, divided by the norm of the right output
+    error: float  # norm of the difference, divided by that of the right output; NaN: not run
     exchanged: int  # numbers
 
 
 @torch.no_grad()
 def bugs(layer: nn.Module, x: Float[Tensor, "t d"]) -> list[Bug]:
-    """The outputs of five mistaken forms of a latent layer, compared with the right one.
+    """Make five mistakes in a layer, and compare its outputs with the right one.
+
+    The `forward` of the layer computes all of them. It runs with other weights for 1, 2 and 5, and
+    with a hook on `fc1_latent_proj` for 3 and 4. A router with the matrix W P, where P projects to
+    what W_down reads, gives the scores that W gives for P x. For 5 each expert goes through W_up by
+    itself: the layer runs once for each, with zeros in place of the others and of the shared one.
 
     Args:
         layer: one with the parameter names of the package, such as the learner's.
         x: tokens.
     """
     mine: Any = layer
-    gate, experts, shared = mine.gate, mine.experts, mine.shared_experts
-    fc1, fc2 = mine.fc1_latent_proj, mine.fc2_latent_proj
-    inside = x @ torch.linalg.pinv(fc1.weight @ fc1.weight.T).matmul(fc1.weight).T @ fc1.weight
+    weights = {name: w.detach() for name, w in layer.state_dict().items()}
+    fc1 = weights["fc1_latent_proj.weight"]
+    reads = torch.linalg.pinv(fc1) @ fc1  # P, `d d`
+    right = _with_weights(layer, x, {})
 
-    def routed(rows: Tensor) -> ops.Routing:
-        bias = gate.e_score_correction_bias
-        return ops.route(rows, gate.weight, bias, top_k=mine.top_k, scale=mine.scale)
+    def narrowed(name: str) -> float:
+        return _error(_with_weights(layer, x, {name: weights[name] @ reads}), right)
 
-    def mixed(z: Tensor, routing: ops.Routing) -> Tensor:
-        up, down = experts.up_proj, experts.down_proj
-        return ops.expert_mlp(z, up, down, routing.weights, routing.indices)
+    def behind(change: Callable[[Tensor], Tensor]) -> float:
+        ran = []
 
-    def everyone(rows: Tensor) -> Tensor:
-        result: Tensor = shared.down_proj(F.relu(shared.up_proj(rows)) ** 2)
-        return result
+        def hook(module: nn.Module, arguments: Any, z: Tensor) -> Tensor:
+            ran.append(True)
+            return change(z)
 
-    z, routing = fc1(x), routed(x)
-    slots = [
-        ops.Routing(routing.weights[:, i : i + 1], routing.indices[:, i : i + 1], routing.scores)
-        for i in range(mine.top_k)
-    ]
-    right = fc2(mixed(z, routing)) + everyone(x)
-    narrow, wide = (2 * mine.top_k * width for width in (z.shape[1], x.shape[1]))
-    wrong = {
-        "the router reads only what z holds": fc2(mixed(z, routed(inside))) + everyone(x),
-        "the shared expert reads only what z holds": fc2(mixed(z, routing)) + everyone(inside),
-        "a ReLU behind W_down": fc2(mixed(F.relu(z), routing)) + everyone(x),
-        "an RMS norm behind W_down": fc2(mixed(F.rms_norm(z, z.shape[1:]), routing)) + everyone(x),
-    }
-    late = sum((fc2(mixed(z, slot)) for slot in slots), everyone(x))
-    found = [Bug(name, _error(y, right), narrow) for name, y in wrong.items()]
-    return [*found, Bug("W_up before the sum, for each expert", _error(late, right), wide)]
+        handle = mine.fc1_latent_proj.register_forward_hook(hook)
+        try:
+            changed = _with_weights(layer, x, {})
+        finally:
+            handle.remove()
+        return _error(changed, right) if ran else math.nan  # it reads the weight, and calls nothing
+
+    experts, shared = "experts.down_proj", "shared_experts.down_proj.weight"
+    nobody = torch.zeros_like(weights[experts])
+    late = _with_weights(layer, x, {experts: nobody})  # the shared expert
+    for number, down in enumerate(weights[experts]):
+        alone = nobody.clone()
+        alone[number] = down
+        late += _with_weights(layer, x, {experts: alone, shared: 0 * weights[shared]})
+    width, d = fc1.shape
+    narrow, wide = 2 * mine.top_k * width, mine.top_k * (width + d)  # z there; back z, or d numbers
+    errors = (
+        narrowed("gate.weight"),
+        narrowed("shared_experts.up_proj.weight"),
+        behind(F.relu),
+        behind(lambda z: F.rms_norm(z, z.shape[-1:])),
+        _error(late, right),
+    )
+    sent = (narrow, narrow, narrow, narrow, wide)
+    return [Bug(*row) for row in zip(MISTAKES, errors, sent, strict=True)]
+
+
+def _with_weights(
+    layer: nn.Module, x: Float[Tensor, "t d"], weights: Mapping[str, Tensor]
+) -> Float[Tensor, "t d"]:
+    """The output of a layer that has some other weights for this call."""
+    found: Tensor = torch.func.functional_call(layer, dict(weights), (x[None],))
+    return found[0]
 
 
 def _error(got: Tensor, right: Tensor) -> float:
     return float((got - right).norm() / right.norm())
 
 
+def harmless(found: Sequence[Bug]) -> str:
+    """Names of the mistakes that do not change the output; "none" if all do."""
+    return " and ".join(bug.name for bug in found if bug.error < NO_CHANGE) or "none"
+
+
 def show_bugs(found: Sequence[Bug]) -> None:
     """A table of `bugs`; errors are in the HTML only."""
     head = ["mistake", "error", "numbers that a token exchanges"]
     rows = [
-        [output.inline_html(bug.name), f"{100 * bug.error:.0f} %", f"{bug.exchanged:,}"]
+        [
+            output.inline_html(bug.name),
+            "not run: call `self.fc1_latent_proj`" if math.isnan(bug.error)
+            else f"{100 * bug.error:.0f} %",
+            f"{bug.exchanged:,}",
+        ]
         for bug in found
-    ]
+    ]  # fmt: skip
     lines = [f"{bug.name}: exchanges {bug.exchanged:,} numbers" for bug in found]
     output.show_output("\n".join(lines), output.html_table(head, rows))
 
@@ -371,7 +412,7 @@ def random_directions(generator: torch.Generator) -> Principal:
 
 
 def recorded(found: dict[str, Any] | None = None) -> None:
-    """What the record says about latent mixtures; numbers and verdicts are in the HTML only.
+    """What the record says about latent mixtures; all that runs may change is in the HTML only.
 
     Args:
         found: a record like quality_per_flop.json; None reads it.
@@ -381,14 +422,54 @@ def recorded(found: dict[str, Any] | None = None) -> None:
     rows = []
     for claim in claims:
         mean, ends = claim["mean"], claim["interval"]
-        said = "–" if mean is None else f"{mean:+.3f}"
+        said = "no runs to compare" if mean is None else f"{mean:+.3f}"
         said += "" if ends is None else f" ({ends[0]:+.3f} to {ends[1]:+.3f})"
-        words, verdict = output.inline_html(claim["claim"]), f"<b>{claim['verdict']}</b>"
-        rows.append([words, str(claim["n"]), said, verdict])
-    head = ["claim", "pairs of runs", "bits per byte more (interval of the mean)", "verdict"]
+        pairs = f"{claim['n']} of {whole['planned']['seeds']}"
+        verdict = f"<b>{claim['verdict']}</b>" if claim["n"] else "<b>not tested yet</b>"
+        rows.append([output.inline_html(claim["claim"]), claim["kind"], pairs, said, verdict])
+    head = ["claim", "kind", "pairs made", "difference in bits per byte (interval)", "verdict"]
     table = output.html_table(head, rows, title="The record")
-    plain_text = "\n".join(f"tested: {claim['claim']}" for claim in claims)
-    output.show_output(plain_text, table)
+    made = f"<p>{output.inline_html(_made(whole, claims))}</p>"
+    rule = "".join(f"<p>{output.inline_html(words)}</p>" for words in _rules(whole, claims))
+    plain_text = "\n".join(f"claim: {claim['claim']}" for claim in claims)
+    output.show_output(plain_text, made + table + rule)
+
+
+def _made(whole: dict[str, Any], claims: Sequence[dict[str, Any]]) -> str:
+    """How many updates and seeds were planned, and what has been made of it."""
+    scale, seeds = whole["scale"], whole["planned"]["seeds"]
+    used = dict.fromkeys(name for claim in claims for name in (claim["model"], claim["other"]))
+    models = {name: whole["models"][name] for name in used}
+    trained = ", ".join(f"{m['words']}: {len(m['seeds'])}" for m in models.values())
+    longer = "".join(
+        f" ({m['words']}: {m['longer']:.2f} times as many)"
+        for m in models.values()
+        if m["longer"] != 1
+    )
+    pairs = [claim["n"] for claim in claims]
+    if not any(pairs):
+        state = "**No pair of runs exists yet: this record says nothing about latent mixtures.**"
+    elif min(pairs) < seeds:
+        state = "Not all planned pairs exist, so the verdicts are provisional."
+    else:
+        state = "All planned pairs exist."
+    return (
+        f"A run has {scale['updates']:,} updates{longer} and reads {scale['tokens']:,} tokens in "
+        f"all. {seeds} seeds are planned. Runs made: {trained}. {state}"
+    )
+
+
+def _rules(whole: dict[str, Any], claims: Sequence[dict[str, Any]]) -> list[str]:
+    """The rule of the verdicts, with the numbers of the record."""
+    margin = claims[0]["margin"]
+    return [
+        f"The difference is that of the first model minus the second, so below 0 the first is "
+        f"better. The interval is that of the mean, at {100 * whole['confidence']:.0f} %. With "
+        f"fewer than {whole['least_seeds']} pairs nothing is decided.",
+        f"*better*: yes if the whole interval is below 0, no if all of it is above {-margin}. "
+        f"*not worse*: yes if all of it is below +{margin}, no if all of it is above +{margin}. "
+        "Anything else is not decided.",
+    ]
 
 
 def at_full_scale() -> None:
@@ -396,13 +477,15 @@ def at_full_scale() -> None:
     tell("""
 Super's tokens have {super.width} numbers, its experts read {super.latent_width}, and a token
 chooses {super.experts_per_token} of {super.experts} experts. In one layer a token exchanges
-{super.exchanged_numbers:unit}. With {nano.experts_per_token} experts of full width it would be
+{super.exchanged_numbers:unit}. With {latent_moe.standard_chosen} experts of full width it would be
 {latent_moe.standard_exchanged_numbers}, with {super.experts_per_token} of them
 {latent_moe.wide_exchanged_numbers}. Ultra has $d / l$ = {ultra.latent_ratio} too. Between its
-devices the exchange takes {ultra.all_to_all_low} to {ultra.all_to_all_high} % of the serving time.
+devices the exchange takes {ultra.all_to_all_low} to {ultra.all_to_all_high} % of the serving time:
+most of it goes to other parts, unlike on the device assumed above.
 
-NVIDIA trained two hybrids on {latent_moe.training_tokens:unit}. One has 128 experts at full width
-and 6 per token; the layers of the other have the latent sizes of Super.
+NVIDIA trained two hybrids on {latent_moe.training_tokens:unit}. One has
+{latent_moe.standard_experts} experts at full width and {latent_moe.standard_chosen} per token; the
+layers of the other have the latent sizes of Super.
 
 | | standard | LatentMoE |
 |---|---|---|
@@ -418,5 +501,6 @@ The LatentMoE paper has other models, with a {latent_moe.router} router. There t
 up to about $\\alpha$ = {latent_moe.largest_ratio} and drops beyond. The paper explains this by the
 rank of what the experts read; our cut shows no such limit. The variant *eff* lowers the active
 parameters from {latent_moe.eff_standard_active} to {latent_moe.eff_active:unit}, at about equal
-accuracy. Serving is as fast as with a standard mixture, within {latent_moe.serving_difference} %.
-The projections add at most {latent_moe.projection_cost:unit}.""")
+accuracy. The serving speed differs from that of a standard mixture by at most
+{latent_moe.serving_difference} %. In the paper's models the projections add at most
+{latent_moe.projection_cost:unit}.""")

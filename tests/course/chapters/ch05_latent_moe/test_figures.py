@@ -21,6 +21,33 @@ def step_costs() -> Any:
     return exercises.exercise("05.step_costs").build()
 
 
+def test_arrows_are_as_wide_as_what_they_carry() -> None:
+    fig = figures.layer(d=8, latent=4, top_k=2)
+    arrows = [note for note in fig.layout.annotations if note.showarrow]
+    wide = [note for note in arrows if note.name == "8 numbers"]
+    narrow = [note for note in arrows if note.name == "4 numbers"]
+    assert len(wide) + len(narrow) == len(arrows)
+    assert {note.arrowwidth for note in wide} == {figures.WIDE}
+    assert {note.arrowwidth for note in narrow} == {figures.NARROW}
+    assert len(narrow) == 2 * 2 + 1  # there and back for each expert, and the sum to W_up
+    assert len(wide) == 3 + 1 + 1 + 1  # x to three places, W_up, shared expert, y
+    words = [note.text for note in fig.layout.annotations]
+    for part in ("router", "W<sub>down</sub>", "expert 2", "W<sub>up</sub>", "shared expert"):
+        assert part in words
+    assert [trace.name for trace in fig.data] == ["d = 8 numbers", "l = 4 numbers"]
+    assert "4 come back from each" in str(alt_of(fig))
+    assert "expert 3" in [note.text for note in figures.layer(8, 4, 3).layout.annotations]
+
+
+def test_the_first_values_are_on_a_step_of_their_sliders(step_costs: Any) -> None:
+    controls = figures.walls_widget(step_costs, STANDARD).controls
+    for name, value in {"tokens": 128, "memory": 3000, "link": 100}.items():
+        control = controls[name]
+        assert control.value == value
+        steps = (np.log10(value) - control.min) / control.step
+        assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
 def test_bars_are_the_weights_of_each_part() -> None:
     lite = NemotronConfig.from_preset("lite")
     layers = {"latent": lesson.weights_of_a_token(lite)}
@@ -77,7 +104,7 @@ def test_the_walls_widget_redraws_in_time(step_costs: Any) -> None:
     widget.controls["experts"].value = 8
     assert widget.figure.layout.title.text.startswith("8 of 8 experts")
     widget.controls["d"].value = 1024
-    widget.controls["memory"].value = 200
+    widget.controls["memory"].value = 300
     widget.controls["ratio"].value = 1
     assert widget.figure.layout.title.text.endswith("d = 1024, no latent space")
 
@@ -117,6 +144,6 @@ def test_every_figure_says_in_words_what_it_shows(step_costs: Any) -> None:
         figures.token_weights({"plain": parts}), figures.choices({"plain": (8, 2, 2)}),
         figures.walls(step_costs, STANDARD, 1, lesson.Device()), figures.runs({"plain": [1.0]}),
         figures.energy((1, 2), [50.0, 100.0], 20.0, 1),
-        figures.narrower(4, (2,), {"random": [1.0]}, 0.5),
+        figures.layer(8, 4, 2), figures.narrower(4, (2,), {"random": [1.0]}, 0.5),
     ]  # fmt: skip
     assert all(len(str(alt_of(fig))) >= 40 for fig in drawn)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.model.verdicts import KINDS, MARGIN, judge
 from nemotron_lite import Nemotron, ledger, load
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.course import exercises
@@ -152,24 +153,67 @@ def test_only_the_early_projection_up_keeps_the_numbers(
 ) -> None:
     layer = answer("latent_moe")(shipped.config)
     layer.load_state_dict(shipped.get_submodule("backbone.layers.10.mixer").state_dict())
-    found = lesson.bugs(layer, features[10].inputs)
+    found = lesson.bugs(layer, features[10].inputs[:60])
     assert [bug.error < 1e-4 for bug in found] == [False, False, False, False, True]
-    k, width = shipped.config.num_experts_per_tok, shipped.config.moe_latent_size
-    assert width is not None
-    assert [bug.exchanged for bug in found] == [2 * k * width] * 4 + [2 * k * 256]
+    assert [bug.exchanged for bug in found] == [768] * 4 + [1920]  # 2 * 6 * 64; 6 * 64 + 6 * 256
+    assert lesson.harmless(found) == lesson.MISTAKES[-1]
+    assert lesson.harmless(found[:1]) == "none"
+    assert not layer.fc1_latent_proj._forward_hooks
+    assert {bug.name for bug in found} == set(lesson.MISTAKES)
 
 
-def test_mistakes_are_measured_against_the_layer_itself() -> None:
-    """With a square, invertible projection z holds all of x, so two mistakes change nothing."""
+def small_layer(kind: Any = None) -> Any:
+    """A layer with a square projection, in float64."""
     config = lesson.CONFIG.replace(moe_latent_size=lesson.CONFIG.hidden_size)
-    layer = answer("latent_moe")(config).double()
+    layer = (kind or answer("latent_moe"))(config).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.2, generator=generator)
-    x = torch.randn(30, config.hidden_size, generator=generator, dtype=torch.float64)
-    errors = [bug.error for bug in lesson.bugs(layer, x)]
+    return layer
+
+
+def test_mistakes_are_measured_against_the_layer_itself() -> None:
+    """With a square, invertible projection z holds all of x, so two mistakes change nothing."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, lesson.CONFIG.hidden_size, generator=generator, dtype=torch.float64)
+    errors = [bug.error for bug in lesson.bugs(small_layer(), x)]
     assert [error < 1e-6 for error in errors] == [True, True, False, False, True]
+
+
+def test_mistakes_run_the_learners_forward() -> None:
+    """A layer that computes something else has other errors, and one without a call says so."""
+    theirs: Any = answer("latent_moe")
+
+    class Squared(theirs):  # type: ignore[misc]
+        """W_up stands inside of a square, so it may not move."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super().forward(x) ** 2
+            return found
+
+    class Uncalled(theirs):  # type: ignore[misc]
+        """It multiplies by the weight of the projection, and calls no module."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows, up, down = x.flatten(0, -2), self.experts.up_proj, self.experts.down_proj
+            z = rows @ self.fc1_latent_proj.weight.T
+            found: torch.Tensor = z @ up[0].T @ down[0].T @ self.fc2_latent_proj.weight.T
+            return found.view(x.shape)
+
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    errors = [bug.error for bug in lesson.bugs(small_layer(Squared), x)]
+    assert errors[-1] > 1e-2
+    errors = [bug.error for bug in lesson.bugs(small_layer(Uncalled), x)]
+    assert [math.isnan(error) for error in errors] == [False, False, True, True, False]
+
+
+def test_with_fast_links_a_long_step_waits_for_the_arithmetic() -> None:
+    """The text says 372 GB/s: there exchange and arithmetic of a plain layer take the same time."""
+    for link, longer in ((371.0, True), (373.0, False)):
+        costs = STANDARD.costs(answer("step_costs"), 4096)
+        arithmetic, _, exchange = lesson.Device(link=link).microseconds(costs)
+        assert (exchange > arithmetic) is longer
 
 
 def test_nothing_is_lost_at_full_width_and_something_below() -> None:
@@ -220,23 +264,73 @@ def test_random_directions_are_a_basis() -> None:
     assert kept == pytest.approx(8 / 32, abs=0.05)
 
 
-def test_the_record_is_shown_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shown: list[tuple[str, str]] = []
-    monkeypatch.setattr(lesson.output, "show_output", lambda text, rich: shown.append((text, rich)))
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What `show_output` gets: plain text and HTML."""
+    found: list[tuple[str, str]] = []
+    monkeypatch.setattr(lesson.output, "show_output", lambda text, rich: found.append((text, rich)))
+    return found
+
+
+def with_pairs(differences: list[float], updates: int = 384, seeds: int = 3) -> dict[str, Any]:
+    """The record, as if every pair of models had these differences."""
+    changed = copy.deepcopy(record(lesson.RECORD))
+    changed["scale"]["updates"], changed["planned"]["seeds"] = updates, seeds
+    for claim in changed["claims"]:
+        claim.update(judge(differences, claim["kind"]))
+    for model in changed["models"].values():
+        model["seeds"] = list(range(len(differences)))
+    return changed
+
+
+def test_the_record_is_shown_as_it_is(shown: list[tuple[str, str]]) -> None:
     lesson.recorded()
     whole = record(lesson.RECORD)
     claims = [c for c in whole["claims"] if c["model"] in lesson.LATENT]
     assert len(claims) >= 3
     assert shown[0][1].count("<tr>") == len(claims) + 1
-    changed = copy.deepcopy(whole)
-    for claim in changed["claims"]:
-        claim.update(n=5, mean=-0.015, interval=[-0.02, -0.005], verdict="holds")
-    lesson.recorded(changed)
-    assert "-0.015 (-0.020 to -0.005)" in shown[1][1]
-    assert shown[1][1].count("<b>holds</b>") == len(claims)
-    assert shown[0][0] == shown[1][0]  # the compared text has no verdict
+    assert f"{whole['scale']['updates']:,} updates" in shown[0][1]
+    assert f"{whole['planned']['seeds']} seeds are planned" in shown[0][1]
+    for claim in claims:
+        assert f'<td style="text-align: left">{claim["n"]} of' in shown[0][1]
+
+
+def test_a_record_without_pairs_says_so(shown: list[tuple[str, str]]) -> None:
+    lesson.recorded(with_pairs([]))
+    assert "No pair of runs exists yet" in shown[0][1]
+    assert shown[0][1].count("<b>not tested yet</b>") >= 3
+    assert "not decided</b>" not in shown[0][1]
+
+
+def test_verdicts_come_with_pairs_interval_and_rule(shown: list[tuple[str, str]]) -> None:
+    for differences in ([0.02], [0.02, 0.021, 0.022], [-0.02, -0.021, -0.022]):
+        lesson.recorded(with_pairs(differences))
+    one, worse, better = (rich for _, rich in shown)
+    assert "384 updates" in one
+    assert "3 seeds are planned" in one
+    assert "1 of 3" in one
+    assert "provisional" in one
+    assert "<b>not decided</b>" in one
+    assert "No pair" not in one
+    assert "+0.021 (+0.019 to +0.023)" in worse
+    assert "<b>no</b>" in worse
+    assert "All planned pairs exist" in worse
+    assert "<b>yes</b>" in better
+    assert "<b>no</b>" not in better
+    assert "fewer than 3 pairs" in better
+    assert "all of it is above -0.01" in better
+    assert len({text for text, _ in shown}) == 1  # the compared text has no verdict
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rule_that_is_shown_is_the_rule_of_the_verdicts(kind: str) -> None:
+    """Intervals around the bounds that the cell names: 0 and -0.01, +0.01 and +0.01."""
+    yes, no = (0.0, -MARGIN) if kind == "better" else (MARGIN, MARGIN)
+    tiny, step = 1e-6, 1e-4
+    assert judge([yes - step - tiny, yes - step, yes - step + tiny], kind)["verdict"] == "yes"
+    assert judge([no + step - tiny, no + step, no + step + tiny], kind)["verdict"] != "not decided"
+    around = judge([yes - step, yes, yes + step], kind)["verdict"]
+    assert around == ("no" if kind == "better" else "not decided")
 
 
 def test_mistakes_are_shown_without_errors_in_the_plain_text(
@@ -244,6 +338,12 @@ def test_mistakes_are_shown_without_errors_in_the_plain_text(
 ) -> None:
     lesson.show_bugs([lesson.Bug("a norm", 0.5, 768)])
     assert capsys.readouterr().out == "a norm: exchanges 768 numbers\n"
+
+
+def test_a_mistake_that_did_not_run_has_no_error(shown: list[tuple[str, str]]) -> None:
+    lesson.show_bugs([lesson.Bug("a norm", math.nan, 768)])
+    assert "not run: call" in shown[0][1]
+    assert lesson.harmless([lesson.Bug("a norm", math.nan, 768)]) == "none"
 
 
 def test_super_is_described_with_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
