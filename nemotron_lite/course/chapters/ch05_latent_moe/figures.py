@@ -10,8 +10,8 @@
 
 `walls` draws what the learner's `step_costs` returns. Reading weights, exchanging vectors and
 computing are assumed to run at the same time, so the longest of the three times is the least that a
-step takes. A line that is straight on logarithmic axes grows with the number of tokens; the weights do
-so only until all experts are read.
+step takes. A line that is straight on logarithmic axes grows with the number of tokens; the weights
+do so only until all experts are read.
 """
 
 from __future__ import annotations
