@@ -440,7 +440,7 @@ def _made(whole: dict[str, Any], claims: Sequence[dict[str, Any]]) -> str:
     scale, seeds = whole["scale"], whole["planned"]["seeds"]
     used = dict.fromkeys(name for claim in claims for name in (claim["model"], claim["other"]))
     models = {name: whole["models"][name] for name in used}
-    trained = ", ".join(f"{m['words']}: {len(m['seeds'])}" for m in models.values())
+    trained = "; ".join(f"{len(m['seeds'])} of {m['words']}" for m in models.values())
     longer = "".join(
         f" ({m['words']}: {m['longer']:.2f} times as many)"
         for m in models.values()
