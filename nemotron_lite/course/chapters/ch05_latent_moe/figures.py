@@ -85,12 +85,12 @@ def layer(d: int, latent: int, top_k: int) -> go.Figure:
     ]  # fmt: skip
     for x, y, words in notes:
         fig.add_annotation(x=x, y=y, text=words, showarrow=False, font_size=13)
-    for words, width, colour in (
+    for words, pixels, colour in (
         (f"d = {d} numbers", WIDE, theme.INK), (f"l = {latent} numbers", NARROW,
                                                 theme.SERIES[1].colour),
     ):  # fmt: skip
         fig.add_scatter(x=[None], y=[None], mode="lines", name=words,
-                        line=dict(width=width, color=colour))  # fmt: skip
+                        line=dict(width=pixels, color=colour))  # fmt: skip
     fig.update_xaxes(visible=False, range=[0, 11.5], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, 6], fixedrange=True)
     fig.update_layout(
