@@ -344,7 +344,8 @@ def tensors_prefixes(answer: Answer) -> None:
 
 def tensors_experts(answer: Answer) -> None:
     sizes = {"up_proj": (3, 2), "down_proj": (2, 3)}
-    expected, stored = {}, {}
+    expected: Named = {}
+    stored: Named = {}
     for layer in (1, 3):
         for matrix, shape in sizes.items():
             stack = _random(12, *shape)

@@ -49,8 +49,8 @@ BLOCK = Exercise(
     difficulty=2,
     points=7,
     task=r"""
-Write $x + \mathrm{mixer}(\mathrm{norm}(x))$ around your own layers. `mixers[letter]` is a class. Make
-its instance from the config and keep it as `self.mixer`. The norm is your `normalize`.
+Write $x + \mathrm{mixer}(\mathrm{norm}(x))$ around your own layers. `mixers[letter]` is a class:
+make its instance from the config and keep it as `self.mixer`. The norm is your `normalize`.
 
 Your layers treat their caches differently, and `forward` has to fit all of them:
 
@@ -214,9 +214,9 @@ Put a `Block` for each letter of `config.pattern` between an embedding and a hea
         "`self.backbone.layers = nn.ModuleList(Block(config, letter, mixers) for letter in "
         "config.pattern)`. The head has a matrix of its own: `nn.Linear(config.hidden_size, "
         "config.vocab_size, bias=False)`.",
-        "`forward`: look the tokens up, and scale nothing. Each block returns a pair. Carry x on, and collect the caches in a new list. "
-        "Without caches each block gets None. At the end comes "
-        '`normalize(x, self.backbone.norm_f["weight"], self.eps)`, then the head.',
+        "`forward`: look the tokens up, and scale nothing. Each block returns a pair. Carry x on, "
+        "and collect the caches in a new list. Without caches each block gets None. Last come "
+        '`normalize(x, self.backbone.norm_f["weight"], self.eps)` and the head.',
         "`write`: begin with `caches = self.empty_caches(len(tokens))`, and let `logits, caches = "
         "self(tokens, caches)` run in a loop. The next token of each row is "
         "`logits[:, -1:].argmax(-1)`, b 1. In the next round it alone is read: all earlier "
