@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nemotron_lite import NemotronConfig, ledger
+from nemotron_lite import Nemotron, NemotronConfig, ledger
+from nemotron_lite.checkpoint.names import hub_names, is_mtp, is_stack_of_experts
 from nemotron_lite.course import FactError, facts, facts_table, tell
 from nemotron_lite.course.factsheet import all_facts, parse_facts
 from tests.course.conftest import Shown
@@ -77,6 +78,9 @@ def test_what_is_derived_agrees_with_the_ledger() -> None:
     assert value["super.total_cache_gib_at_1m"] == pytest.approx(
         (8192 * 2**20 + cache.ssm + value["super.conv_state_bytes"]) / 2**30, abs=0.005
     )
+    assert value["super.weights_gb_bf16"] == round(2 * sizes.backbone / 1e9, 1)
+    assert value["super.active_exact"] == sizes.active
+    assert value["super.active_exact_without_embedding"] == sizes.active_without_embedding
     nano = ledger.cache(NemotronConfig.from_preset("nano"), 1)
     assert value["nano.kv_bytes_per_token"] == nano.kv_per_token
     assert value["nano.ssm_state_mib"] == nano.ssm / 2**20
@@ -95,6 +99,22 @@ def test_what_is_derived_for_latent_mixtures_agrees_with_the_preset() -> None:
         ("latent_moe.standard_combinations_log10", 128, 6),
     ):
         assert value[key] == round(math.log10(math.comb(experts, chosen)), 2)
+
+
+def test_counts_of_tensors_are_those_of_the_model() -> None:
+    config = NemotronConfig.from_preset("super")
+    names = Nemotron(config, device="meta").state_dict()
+    stored = {
+        name: [disk for disk, _ in hub_names(name, config.n_routed_experts)] for name in names
+    }
+    own = [name for name in names if not is_mtp(name)]
+    value = {key: fact.value for key, fact in all_facts().items()}
+    assert value["super.model_tensors"] == len(own)
+    assert value["super.checkpoint_tensors"] == sum(len(stored[name]) for name in own)
+    experts = sum(len(stored[name]) for name in own if is_stack_of_experts(name))
+    assert value["super.expert_tensors"] == experts
+    mtp = sum(len(stored[name]) for name in names if is_mtp(name))
+    assert value["super.mtp_checkpoint_tensors"] == mtp
 
 
 def test_published_totals_are_those_of_the_ledger() -> None:
