@@ -3,6 +3,7 @@
     stream           the stream behind each layer, and what each layer adds; with a stepper
     grown            the stream of an untrained model of 88 layers, divided and not divided
     running_total    the map of a model, filled layer by layer, with a widget that counts
+    lost             the share of additions that BF16 loses
     time_of_a_token  seconds of each kind of layer, estimated and measured
 
 The size of a stream is its root mean square, over the tokens of a text and the channels: what
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -48,7 +48,7 @@ def stream(layers: Sequence[Added], step: int) -> go.Figure:
     fig.add_bar(x=places, y=added, marker=dict(color=colours), row=2, col=1)
     letters = [layer.kind or "Emb" for layer in layers]
     fig.update_xaxes(tickvals=places, ticktext=letters, showgrid=False, title_text="layer", row=2)
-    fig.update_xaxes(showgrid=False, range=[-1.6, len(layers) - 1.4])
+    fig.update_xaxes(showgrid=False, zeroline=False, range=[-1.6, len(layers) - 1.4])
     highest = max(layer.after for layer in layers)
     fig.update_yaxes(range=[0, 1.08 * highest], row=1, col=1)
     fig.update_yaxes(range=[0, 1.08 * max(layer.size for layer in layers)], row=2, col=1)
@@ -212,6 +212,21 @@ def time_of_a_token(
     )
 
 
-def sizes(layers: Sequence[Added]) -> np.ndarray:
-    """Sizes of the stream, for the numbers that a text relies on."""
-    return np.array([layer.after for layer in layers])
+def lost(pattern: str, shares: Sequence[float]) -> go.Figure:
+    """The share of what each layer adds that is lost in BF16, a bar for each layer, in %."""
+    fig = go.Figure(
+        go.Bar(
+            x=list(range(len(shares))),
+            y=[100 * share for share in shares],
+            marker=dict(color=[theme.KINDS[letter].strong for letter in pattern]),
+        )
+    )
+    fig.update_layout(title_text="Additions that change nothing in BF16", height=340)
+    places = list(range(len(pattern)))
+    fig.update_xaxes(title_text="layer", tickvals=places, ticktext=list(pattern), showgrid=False)
+    fig.update_yaxes(title_text="numbers lost, %", rangemode="tozero")
+    return described(
+        fig,
+        f"One bar for each of {len(shares)} layers: the share of the numbers it adds that leave a "
+        "stream in BF16 unchanged. All bars are low; those of some expert layers are the highest.",
+    )

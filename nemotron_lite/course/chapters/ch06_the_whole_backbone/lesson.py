@@ -3,6 +3,8 @@
     Giant          all 88 layers of Super with generated weights; tokens and single layers, timed
     stream         the residual stream of a model, layer by layer
     growth         the stream of an untrained model as deep as Super, in miniature
+    gradient_of_input, lost_in_bf16   what passes along the stream, and what is lost in it
+    experts_of_a_prompt   weights that a prompt reads
     write_checkpoint   a small model that transformers made and wrote to a folder in shards
     greedy_text    what transformers writes after a prompt
     reopened_by_transformers   what becomes of a checkpoint that transformers reads and writes
@@ -98,6 +100,11 @@ class Work:
     read: int
     weights: int
     flops: int
+
+    @property
+    def in_memory(self) -> tuple[int, int, int]:
+        """(made, read, flops) where all weights are in memory."""
+        return 0, self.read, self.flops
 
     @property
     def amounts(self) -> tuple[int, int, int]:
@@ -264,6 +271,51 @@ def growth(*, divided: bool, seed: int = 0) -> list[Added]:
     return stream(model, torch.randint(DEEP.vocab_size, (2, 64), generator=draw))
 
 
+def gradient_of_input(*, post_norm: bool, layers: int = 44) -> float:
+    """The gradient at the embedding divided by the gradient at the end of an untrained model.
+
+    Its matrices are large enough that an `M` adds about as much as the stream holds.
+
+    Args:
+        post_norm: take norm(x + mixer(x)) in every layer instead of x + mixer(norm(x)).
+        layers: how many of the 88 to run.
+    """
+    large = 1 / math.sqrt(DEEP.hidden_size)
+    model = Nemotron(DEEP.replace(initializer_range=large, rescale_prenorm_residual=False), seed=0)
+    draw = torch.Generator().manual_seed(0)
+    begin = torch.randn(1, 32, DEEP.hidden_size, generator=draw).requires_grad_()
+    x = begin
+    blocks: Any = model.backbone.layers
+    for block in blocks[:layers]:
+        x = block.norm(x + block.mixer(x)) if post_norm else block(x)
+    end = torch.randn(x.shape, generator=draw)
+    (gradient,) = torch.autograd.grad(x, begin, end)
+    return _rms(gradient) / _rms(end)
+
+
+@torch.no_grad()
+def lost_in_bf16(model: Nemotron, tokens: Int[Tensor, "b t"]) -> list[float]:
+    """For each layer the share of its numbers that change nothing if the stream is in BF16."""
+    x = model.backbone.embed(tokens)
+    shares = []
+    for block in model.backbone.layers:
+        before, x = x, block(x)
+        stored = before.bfloat16()
+        added = (x - before).bfloat16()
+        shares.append(float((stored + added == stored).double().mean()))
+    return shares
+
+
+def experts_of_a_prompt(config: NemotronConfig, tokens: int) -> float:
+    """Weights that a prompt uses if every token chooses its experts at random."""
+    counted = ledger.parameters(config)
+    experts = [row for row in counted.rows if row.name == "experts" and not row.mtp]
+    every, chosen = (sum(v) for v in zip(*((r.total, r.active) for r in experts), strict=True))
+    rest = counted.active_without_embedding - chosen
+    left_out = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+    return float(rest + every * (1 - left_out) + tokens * config.hidden_size)
+
+
 def quiet_transformers() -> Any:
     """The library without its bars and its advice about CUDA packages; imported when needed."""
     import transformers
@@ -293,8 +345,14 @@ def write_checkpoint(folder: str | Path) -> Any:
 
 @torch.no_grad()
 def greedy_text(model: Any, tokens: Int[Tensor, "1 t"], count: int) -> list[int]:
-    """The tokens that a model of transformers writes, without a stop token."""
-    found = model.generate(tokens, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    """The tokens that a model of transformers writes, without a stop token.
+
+    The mask is given: `generate` would otherwise hide each token of the prompt that is equal to
+    the padding token.
+    """
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(tokens)
+    found = model.generate(tokens, attention_mask=mask, max_new_tokens=count, do_sample=False)
     written: list[int] = found[0, tokens.shape[1] :].tolist()
     return written
 
@@ -427,9 +485,7 @@ def clamped(model: Nemotron, low: float = DT_CLAMP) -> Nemotron:
 
 
 @torch.no_grad()
-def divergence(
-    model: Nemotron, other: Nemotron, tokens: Int[Tensor, "b t"]
-) -> tuple[float, float]:
+def divergence(model: Nemotron, other: Nemotron, tokens: Int[Tensor, "b t"]) -> tuple[float, float]:
     """Mean KL divergence of the next tokens in nats, and the share of equal first choices."""
     one, two = (m(tokens).logits.log_softmax(-1) for m in (model, other))
     kl = (one.exp() * (one - two)).sum(-1).mean()
@@ -503,6 +559,14 @@ def shown_seconds(seconds: Mapping[str, float], title: str) -> None:
     rows = [[output.inline_html(name), _time(value)] for name, value in seconds.items()]
     output.show_output(
         f"{title}: {', '.join(seconds)}", output.html_table(["", ""], rows, title=title)
+    )
+
+
+def shown_numbers(found: Mapping[str, float], title: str) -> None:
+    """Measured numbers by name."""
+    rows = [[output.inline_html(name), f"{value:.3g}"] for name, value in found.items()]
+    output.show_output(
+        f"{title}: {', '.join(found)}", output.html_table(["", ""], rows, title=title)
     )
 
 
