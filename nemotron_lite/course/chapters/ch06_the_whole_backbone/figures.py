@@ -228,5 +228,5 @@ def lost(pattern: str, shares: Sequence[float]) -> go.Figure:
     return described(
         fig,
         f"One bar for each of {len(shares)} layers: the share of the numbers it adds that leave a "
-        "stream in BF16 unchanged. All bars are low; those of some expert layers are the highest.",
+        "stream in BF16 unchanged. Most bars are low; that of one expert layer is the highest.",
     )
