@@ -17,19 +17,9 @@ The checks are in `checks.py`; the mistakes that they have to catch are in
 
 from __future__ import annotations
 
-from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.chapters.ch06_the_whole_backbone import checks
 from nemotron_lite.course.exercises import Check, Exercise
 
-
-def _latent_moe() -> tuple[tuple[str, ...], str]:
-    """Where `LatentMoE` comes from: the exercise of chapter 05, or without it the package's."""
-    if "05" in chapter_folders():
-        return ("05.latent_moe",), ""
-    return (), "from nemotron_lite.layers import MoE as LatentMoE\n\n\n"
-
-
-_LATENT_MOE, _IMPORT = _latent_moe()
 
 _BLOCK_HEAD = '''class Block(nn.Module):
     """One residual layer: x + mixer(norm(x)), with a cache handed through."""
@@ -62,7 +52,7 @@ A mixer gets a cache only if there is one. `forward` always returns a pair: the 
 after x, or None.
 """.strip(),
     stub=f'''
-{_IMPORT}{_BLOCK_HEAD}
+{_BLOCK_HEAD}
         raise NotImplementedError
 
     def empty_cache(self, batch):
@@ -82,7 +72,7 @@ after x, or None.
         raise NotImplementedError
 '''.strip(),
     solution=f'''
-{_IMPORT}{_BLOCK_HEAD}
+{_BLOCK_HEAD}
         self.mixer = mixers[letter](config)
 
     def empty_cache(self, batch):
@@ -115,7 +105,7 @@ after x, or None.
         Check("a text in pieces", checks.block_pieces, hint=2, points=1),
         Check("gradients", checks.block_gradients, hint=1, points=1),
     ),
-    needs=("00.normalize", "02.decoding", "03.grouped_query_attention", *_LATENT_MOE),
+    needs=("00.normalize", "02.decoding", "03.grouped_query_attention", "05.latent_moe"),
 )
 
 
