@@ -20,12 +20,17 @@ from __future__ import annotations
 from nemotron_lite.course.chapters.ch06_the_whole_backbone import checks
 from nemotron_lite.course.exercises import Check, Exercise
 
-
 _BLOCK_HEAD = '''class Block(nn.Module):
     """One residual layer: x + mixer(norm(x)), with a cache handed through."""
 
     def __init__(self, config, letter, mixers=None):
-        """Args: config, the sizes; letter, "M", "*" or "E"; mixers, letter → class, or yours."""
+        """Make one layer.
+
+        Args:
+            config: the sizes.
+            letter: "M", "*" or "E".
+            mixers: a dict from letter to class. None: your own classes.
+        """
         super().__init__()
         mixers = mixers or {"M": DecodingMamba2, "*": GroupedQueryAttention, "E": LatentMoE}
         self.letter, self.eps = letter, config.norm_eps
@@ -48,8 +53,9 @@ Your layers treat their caches differently, and `forward` has to fit all of them
 - `*` returns the output alone, and changes the cache in place.
 - `E` looks at one token at a time. It has no cache and takes none.
 
-A mixer gets a cache only if there is one. `forward` always returns a pair: the sum, and the cache
-after x, or None.
+A mixer gets a cache only if there is one. `forward` returns a pair: the sum, and the cache after x.
+Without a cache `M` still makes a new one: return it. Return None only if there is none. `M` and `*`
+have a method `empty_cache(batch)`.
 """.strip(),
     stub=f'''
 {_BLOCK_HEAD}

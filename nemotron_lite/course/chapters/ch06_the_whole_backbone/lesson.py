@@ -8,7 +8,6 @@
     write_checkpoint   a small model that transformers made and wrote to a folder in shards
     greedy_text    what transformers writes after a prompt
     reopened_by_transformers   what becomes of a checkpoint that transformers reads and writes
-    latent_moe     the learner's layer of chapter 05
     backbone_weights   the weights of a model without those of its MTP module
     small          an untrained model of a few layers, for any pattern
     calls          how many operations of PyTorch one call makes
@@ -49,12 +48,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_lite import Nemotron, NemotronConfig, hf_config, ledger
 from nemotron_lite.course import output
-from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.display import progress
 from nemotron_lite.course.factsheet import tell
-from nemotron_lite.course.own_answers import own
 from nemotron_lite.course.records import record
-from nemotron_lite.layers import Mamba2, MoE
+from nemotron_lite.layers import Mamba2
 from nemotron_lite.offload import Offloaded, count_flops
 
 GIB = 2**30
@@ -382,13 +379,6 @@ def _mtp_tensors(folder: str | Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             count += sum(name.startswith("mtp.") for name in tensors.keys())  # noqa: SIM118
     return count
-
-
-def latent_moe() -> Any:
-    """The learner's `LatentMoE`; the package's layer as long as there is no chapter 05."""
-    if "05" in chapter_folders():
-        return own("05.latent_moe")
-    return MoE
 
 
 def backbone_weights(model: Nemotron) -> dict[str, Tensor]:

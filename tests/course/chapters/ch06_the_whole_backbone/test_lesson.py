@@ -13,9 +13,7 @@ import torch
 
 from nemotron_lite import Nemotron, NemotronConfig, ledger, load, save
 from nemotron_lite.course import exercises
-from nemotron_lite.course.chapter_list import chapter_folders
 from nemotron_lite.course.chapters.ch06_the_whole_backbone import lesson
-from nemotron_lite.layers import MoE
 from nemotron_lite.offload import DEFAULT_BUDGET
 
 SMALL = lesson.TINY.replace(pattern="MEM*EME", bos_token_id=1)
@@ -236,10 +234,6 @@ def test_calls_are_counted(shipped: Nemotron) -> None:
     found = lesson.calls_of_a_token(mine, shipped, torch.tensor([[5, 17, 3]]))
     assert found["your model"] > 100
     assert found["the package's"] > 0
-
-
-def test_the_layer_of_chapter_05_is_the_learners_where_there_is_one() -> None:
-    assert (lesson.latent_moe() is MoE) == ("05" not in chapter_folders())
 
 
 def test_the_record_of_the_gpu_is_of_the_first_layers() -> None:
