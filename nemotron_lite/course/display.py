@@ -170,17 +170,21 @@ def widget_view(widget: Any) -> dict[str, Any]:
     return {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
 
 
-def progress(iterable: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def progress(
+    iterable: Iterable[T], label: str, total: int | None = None, *, timed: bool = True
+) -> Iterator[T]:
     """Yield from `iterable` and show a progress bar; the stored text is "label: 300 steps".
 
     Args:
         iterable: the items.
         label: what is being done, such as "training".
         total: the number of steps, if `len(iterable)` does not give it.
+        timed: show the time. False where a later question asks for it.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     bar = _bar(label, total)
+    bar.timed = timed  # tqdm ignores it
     try:
         for item in iterable:
             yield item
@@ -218,7 +222,7 @@ class Bar:
 
     def __init__(self, label: str, total: int | None) -> None:
         self.label, self.total, self.n, self.note = label, total, 0, ""
-        self.closed = False
+        self.closed, self.timed = False, True
         _at_end_of_cell(self.close)
         self._started = self._drawn = time.perf_counter()
         self._handle = output.show_output(self._plain, self._html(), updatable=True)
@@ -258,14 +262,16 @@ class Bar:
         early = self.closed and self.total is not None and self.n < self.total
         if self.closed and not early:
             state = f"{_steps(self.n)}, done"
-        elif not early and self.total and self.n:
+        elif not early and self.total and self.n and self.timed:
             left = seconds / self.n * (self.total - self.n)
             state += f", about {_duration(left)} left"
         value = f' value="{self.n}" max="{self.total}"' if self.total else ""
         if self.closed and not self.total:
             value = ' value="1" max="1"'
         label = html.escape(self.label)
-        notes = " · ".join(filter(None, [state, _duration(seconds), html.escape(self.note)]))
+        notes = " · ".join(
+            filter(None, [state, _duration(seconds) if self.timed else "", html.escape(self.note)])
+        )
         warning = output.box(CUT_SHORT.format(count), edge=output.WRONG) if early else ""
         return (
             f'<div>{label} <progress aria-label="{label}"{value} '

@@ -183,6 +183,13 @@ def test_a_bar_is_drawn_five_times_a_second_at_most(drawn: list[tuple[str, str]]
     assert len(drawn) < 12
 
 
+def test_a_bar_that_hides_the_time(drawn: list[tuple[str, str]]) -> None:
+    list(progress(range(3), "training", timed=False))
+    assert "3 steps, done</div>" in drawn[-1][1].replace(" · ", "").replace("\n", "")
+    list(progress(range(3), "training"))
+    assert "3 steps, done · " in drawn[-1][1]
+
+
 def test_a_bar_without_a_total(drawn: list[tuple[str, str]]) -> None:
     list(progress(iter("ab"), "reading"))
     assert {plain for plain, _ in drawn} == {"reading"}

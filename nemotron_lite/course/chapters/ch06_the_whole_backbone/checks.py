@@ -140,7 +140,7 @@ def block_pieces(answer: Answer) -> None:
         for piece in x.split((4, 1, 3), dim=1):
             part, cache = _pair(mine(piece, cache), "forward")
             parts.append(part)
-        what = f"4 + 1 + 3 tokens through a block of kind {letter}"
+        what = f"the stream of 4 + 1 + 3 tokens through a block of kind {letter}"
         expected = package(x).detach()
         close(torch.cat(parts, dim=1), expected, what=what, rtol=1e-3, atol=1e-4)
     # M returns a cache also where none was given: a text may begin without one.
@@ -148,7 +148,7 @@ def block_pieces(answer: Answer) -> None:
     x = _stream(2, 6)
     _, cache = _pair(mine(x[:, :4]), "forward")
     part, _ = _pair(mine(x[:, 4:], cache), "forward")
-    what = "the last 2 of 6 tokens, after the cache of a call without a cache"
+    what = "the stream of the last 2 of 6 tokens, after the cache of a call without a cache"
     close(part, package(x).detach()[:, 4:], what=what, rtol=1e-3, atol=1e-4)
 
 
@@ -199,19 +199,19 @@ def backbone_ends(answer: Answer) -> None:
         block: Any = package.backbone.layers[0]
         block.mixer.o_proj.weight.zero_()
     mine.load_state_dict(package.state_dict())
-    what = "with one layer that adds nothing, the logits"
+    what = "with one layer that adds nothing, the tensor of logits"
     _same_logits(mine, package, _tokens(2, 5), what)
 
 
 def backbone_order(answer: Answer) -> None:
     for pattern in ("M", "E", "*", "MM", "ME*", "*EM", "MEM*E"):
         mine, package = _models(answer, pattern)
-        _same_logits(mine, package, _tokens(2, 7), f"the logits of {pattern!r}")
+        _same_logits(mine, package, _tokens(2, 7), f"the tensor of logits of {pattern!r}")
 
 
 def backbone_eps(answer: Answer) -> None:
     mine, package = _models(answer, "E", norm_eps=0.5)
-    _same_logits(mine, package, _tokens(1, 4), "with norm_eps=0.5, the logits")
+    _same_logits(mine, package, _tokens(1, 4), "with norm_eps=0.5, the tensor of logits")
 
 
 def backbone_caches(answer: Answer) -> None:
@@ -236,7 +236,7 @@ def backbone_pieces(answer: Answer) -> None:
         logits, caches = _pair(mine(piece, caches), "forward")
         parts.append(logits)
     expected = _expected(package, tokens)
-    what = "the logits of 3 + 1 + 1 + 3 tokens"
+    what = "the tensor of logits of 3 + 1 + 1 + 3 tokens"
     close(torch.cat(parts, dim=1), expected, what=what, rtol=1e-3, atol=1e-3)
 
 
@@ -249,7 +249,7 @@ def backbone_write(answer: Answer) -> None:
             best = _expected(package, text)[:, -1:].argmax(-1)
             text = torch.cat([text, best], dim=1)
         got = keeps_inputs(lambda tokens, mine=mine, n=count: mine.write(tokens, n), tokens)
-        what = f"{count} tokens after prompts of {prompt}"
+        what = f"the text of {count} tokens after prompts of {prompt}"
         close(got, text[:, prompt:], what=what, rtol=0, atol=0)
 
 
@@ -456,14 +456,20 @@ def seconds_one_layer(answer: Answer) -> None:
         ("computing is slower", (_about(6.0), _about(60.0), _about(9000.0))),
         ("making is slower than both", (_about(90.0), _about(60.0), _about(900.0))),
     ):
-        _timed(answer, "M", {"M": layer, "head": nothing}, rates, f"one layer, {bound}")
+        _timed(
+            answer,
+            "M",
+            {"M": layer, "head": nothing},
+            rates,
+            f"the time of one layer in which {bound}",
+        )
 
 
 def seconds_pattern(answer: Answer) -> None:
     rates = (_about(3.0), _about(50.0), _about(700.0))
     work = {part: (_about(6.0), _about(400.0), _about(900.0)) for part in ("M", "E", "*", "head")}
     for pattern in ("M", "MEM*E", "EE*EE"):
-        _timed(answer, pattern, work, rates, f"the pattern {pattern!r} and the head")
+        _timed(answer, pattern, work, rates, f"the time of the pattern {pattern!r} and the head")
 
 
 def seconds_slower(answer: Answer) -> None:
@@ -473,11 +479,11 @@ def seconds_slower(answer: Answer) -> None:
         "*": (_about(1.0), _about(60.0), _about(9000.0)),
         "head": (_about(1.0), _about(300.0), _about(500.0)),
     }
-    what = "M waits for memory, * for arithmetic; the pattern 'M*M'"
+    what = "where M waits for memory and * for arithmetic, the time of the pattern 'M*M'"
     _timed(answer, "M*M", work, rates, what)
 
 
 def seconds_ready(answer: Answer) -> None:
     work = {part: (_about(6.0), _about(400.0), _about(900.0)) for part in ("M", "E", "head")}
     rates = (math.inf, _about(50.0), _about(700.0))
-    _timed(answer, "ME", work, rates, "with an infinite rate of making")
+    _timed(answer, "ME", work, rates, "with an infinite rate of making, the time")

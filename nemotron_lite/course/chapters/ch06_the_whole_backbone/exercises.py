@@ -44,18 +44,15 @@ BLOCK = Exercise(
     difficulty=2,
     points=7,
     task=r"""
-Write $x + \mathrm{mixer}(\mathrm{norm}(x))$ around your own layers. `mixers[letter]` is a class:
-make its instance from the config and keep it as `self.mixer`. The norm is your `normalize`.
+Write $x + \mathrm{mixer}(\mathrm{norm}(x))$ around your own layers. Make `self.mixer` from
+the class `mixers[letter]` and the config. The norm is your `normalize`. Caches differ:
 
-Your layers treat their caches differently, and `forward` has to fit all of them:
-
-- `M` returns a pair: the output, and a new cache. It does so without a cache, too.
+- `M` returns a pair: the output, and a new cache, even if it was given none.
 - `*` returns the output alone, and changes the cache in place.
 - `E` looks at one token at a time. It has no cache and takes none.
 
 A mixer gets a cache only if there is one. `forward` returns a pair: the sum, and the cache after x.
-Without a cache `M` still makes a new one: return it. Return None only if there is none. `M` and `*`
-have a method `empty_cache(batch)`.
+For `E`, and for `*` without a cache, it is None. `M` and `*` have a method `empty_cache(batch)`.
 """.strip(),
     stub=f'''
 {_BLOCK_HEAD}
@@ -258,19 +255,17 @@ CHECKPOINT_TENSORS = Exercise(
     difficulty=3,
     points=8,
     task="""
-`read_folder` reads the files; it is given. Make of them the tensors of your model, by its names:
+The given `read_folder` reads the files. Make the tensors of your model from them:
 
-- With an index, take each tensor of `weight_map` from the file that it names. A file may hold
-  other tensors, such as those of an earlier save; leave them out. Without an index, all tensors
-  are in the file `model.safetensors`.
+- With an index, take each tensor of `weight_map` from the file that it names. Leave out
+  what else a file holds. Without an index, all tensors are in the file `model.safetensors`.
 - A file that the index names may be missing. Raise `FileNotFoundError` with its name.
 - Names begin with `backbone.` on the hub and with `model.` in the memory of transformers. Yours
-  begin with `backbone.`. The names of the head, `lm_head.`, and of the MTP module, `mtp.`, have no
-  prefix.
+  begin with `backbone.`. The head, `lm_head.`, and the MTP module, `mtp.`, have no prefix.
 - Experts are stored one by one: `….experts.7.up_proj.weight`, f×l. Stack them to
-  `….experts.up_proj`, e×f×l, in the order of their numbers; the same for `down_proj`. They may be
-  in different files, and in any order. A name without a number is a stack already.
-- `mtp.…` are the tensors of a module that your model does not have. Return them apart.
+  `….experts.up_proj`, e×f×l (e experts), in the order of their numbers; the same for `down_proj`.
+  They may be in different files, and in any order. A name without a number is a stack already.
+- The MTP module (multi-token prediction) is no part of your model. Return its tensors apart.
 """.strip(),
     stub=f'''
 {_READ_FOLDER}
@@ -348,9 +343,8 @@ COUNT = Exercise(
     task="""
 Count a model of any pattern of `M`, `*` and `E`, to the unit: all its parameters, and those with
 which one token is computed. Your `layer_parameters` of chapter 00 counts a layer with its norm.
-Outside the layers stand embedding, final norm and head. As in NVIDIA's reports, the active
-parameters have embedding and head in full, although a token reads one row of the embedding. The MTP
-module does not count.
+Outside the layers stand embedding, final norm and head. As in NVIDIA's reports,
+embedding and head are active in full. The MTP module does not count.
 """.strip(),
     stub='''
 def count(config):
@@ -403,14 +397,13 @@ SECONDS_PER_TOKEN = Exercise(
     task=r"""
 Estimate how long the next token takes. A layer has to
 
-- make `made` bytes of weights (generate them, decode them or read them from a disk),
+- make `made` bytes of weights (generate, decode or read them from a disk),
 - read `read` bytes of weights from memory, and
 - compute `flops`.
 
 Each has its rate per second. Reading and computing overlap, so the slower of the two counts. Making
-comes before both. A layer needs the output of the one before it, so the times of the layers add up:
-those of each layer of the pattern, and at the end that of the head. A rate may be infinite, for
-weights that need not be made.
+comes before both. The times of all layers of the pattern and of the head add up. A rate may be
+infinite, for weights that need not be made.
 """.strip(),
     stub='''
 def seconds_per_token(pattern, work, rates):

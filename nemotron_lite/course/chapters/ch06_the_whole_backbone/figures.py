@@ -4,7 +4,7 @@
     grown            the stream of an untrained model of 88 layers, divided and not divided
     running_total    the map of a model, filled layer by layer, with a widget that counts
     lost             the share of additions that BF16 loses
-    time_of_a_token  seconds of each kind of layer, estimated and measured
+    time_of_a_token  seconds of each kind of layer, estimated and timed one by one
 
 The size of a stream is its root mean square, over the tokens of a text and the channels: what
 RMSNorm divides by.
@@ -25,6 +25,7 @@ from nemotron_lite.course.plotting.figure import described
 from nemotron_lite.course.plotting.widgets import Explorer, Stepper, explore, slider, stepper
 
 AHEAD = theme.GRID  # what the stepper has not reached
+TIMED = "timed layers,<br>added up"
 
 
 def stream(layers: Sequence[Added], step: int) -> go.Figure:
@@ -98,14 +99,14 @@ def _stream_values(
 
 
 def grown(runs: Mapping[str, Sequence[Added]]) -> go.Figure:
-    """The size of the stream behind each layer, a line for each run."""
+    """How many times as large as the embedding the stream is, a line for each run."""
     fig = go.Figure()
     for name, layers in runs.items():
-        sizes = [layer.after for layer in layers]
+        sizes = [layer.after / layers[0].after for layer in layers]
         fig.add_scatter(x=list(range(len(layers))), y=sizes, name=name, mode="lines")
-    fig.update_layout(title_text="An untrained model of 88 layers", height=380)
+    fig.update_layout(title_text="An untrained model of 88 layers, 64 wide", height=380)
     fig.update_xaxes(title_text="layers so far")
-    fig.update_yaxes(title_text="size of the stream", type="log", dtick=1)
+    fig.update_yaxes(title_text="stream / embedding", type="log", dtick=1)
     return described(
         fig,
         f"Lines over the layers, on a logarithmic axis: {', '.join(runs)}. Both rise in steps, "
@@ -171,13 +172,16 @@ def _total(config: NemotronConfig, layers: int) -> tuple[int, int]:
 
 def _total_title(config: NemotronConfig, layers: int) -> str:
     stored, used = _total(config, layers)
-    return f"{layers} layers: {stored / 1e9:.1f} billion parameters, {used / 1e9:.2f} active"
+    sizes = f"{stored / 1e9:.1f} billion parameters, {used / 1e9:.2f} active"
+    return f"{layers} layers, without embedding and head: {sizes}"
 
 
 def time_of_a_token(
     pattern: str, parts: Mapping[str, Work], estimated: Mapping[str, float]
 ) -> go.Figure:
-    """Seconds of all layers of each kind and of the head: estimated beside measured.
+    """Seconds of all layers of each kind and of the head: estimated, and timed one by one.
+
+    The second bar is not the time of a token, in which the layers run one after the other.
 
     Args:
         pattern: one letter a layer.
@@ -190,23 +194,24 @@ def time_of_a_token(
         look = theme.KINDS["-" if kind == HEAD else kind]
         name = f"{count} × {NAMES[kind]}" if kind != HEAD else NAMES[kind]
         fig.add_bar(
-            y=["estimated", "measured"],
+            y=["estimated", TIMED],
             x=[count * estimated[kind], count * work.seconds],
             name=name,
             orientation="h",
             marker=dict(color=look.pale, line=dict(color=look.strong, width=1.5)),
-            hovertemplate=f"{name}, %{{y}}: %{{x:.2f}} s<extra></extra>",
+            hovertemplate=f"{name}: %{{x:.2f}} s<extra></extra>",
         )
     legend = dict(orientation="h", x=0, y=-0.36, yanchor="top", traceorder="normal")
     fig.update_layout(
         title_text="Where the time of a token goes", barmode="stack", height=300, legend=legend,
-        margin=dict(l=92, b=104),
+        margin=dict(l=112, b=104),
     )  # fmt: skip
     fig.update_xaxes(title_text="seconds", rangemode="tozero")
     fig.update_yaxes(showgrid=False, autorange="reversed")
     return described(
         fig,
-        "Two horizontal bars, the estimated and the measured time of one token. Each is divided "
+        "Two horizontal bars for one token: the estimated time, and the times of one measured "
+        "layer of each kind and of the head, added up. Each is divided "
         f"into {', '.join(NAMES[kind] for kind in parts)}. Expert and Mamba-2 layers take nearly "
         "all of it.",
     )

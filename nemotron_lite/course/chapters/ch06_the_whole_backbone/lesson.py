@@ -2,7 +2,8 @@
 
     Giant          all 88 layers of Super with generated weights; tokens and single layers, timed
     stream         the residual stream of a model, layer by layer
-    growth         the stream of an untrained model as deep as Super, in miniature
+    deep, growth   an untrained model as deep as Super, in miniature, and its stream
+    full_size_difference   a learner's block beside one layer of a Giant
     gradient_of_input, lost_in_bf16   what passes along the stream, and what is lost in it
     experts_of_a_prompt   weights that a prompt reads
     write_checkpoint   a small model that transformers made and wrote to a folder in shards
@@ -10,7 +11,7 @@
     reopened_by_transformers   what becomes of a checkpoint that transformers reads and writes
     backbone_weights   the weights of a model without those of its MTP module
     small          an untrained model of a few layers, for any pattern
-    calls          how many operations of PyTorch one call makes
+    calls          how many operations of PyTorch one call makes, without views
     shuffled       what the last token of a model notices if the earlier ones change places
     step_sizes, clamped, divergence   dt of a trained model, and what a lower limit of dt changes
     spellings      infinity in three config.json
@@ -131,10 +132,10 @@ class Giant:
         """GiB of weights that are in memory now."""
         return self.model.store.nbytes / GIB
 
-    def token(self) -> Work:
-        """Read the last token, write the next one; a bar shows the layers."""
+    def token(self, *, timed: bool = True) -> Work:
+        """Read the last token and write the next one; a bar shows the layers, perhaps the time."""
         layers: Any = self.model.backbone.layers
-        bar = progress(range(len(layers)), f"one token through {len(layers)} layers")
+        bar = progress(range(len(layers)), f"one token through {len(layers)} layers", timed=timed)
 
         def step(*_: Any) -> None:  # what a hook returns would replace the output
             next(bar)
@@ -187,6 +188,29 @@ class Giant:
             seconds = time.perf_counter() - start
         made, used = traffic.fetched_bytes, traffic.used_bytes
         found.append(Work(seconds, made, used, traffic.weights, count.total))
+
+
+@torch.no_grad()
+def full_size_difference(block: Any, giant: Giant, number: int) -> float:
+    """How far a learner's `Block` is from one full-size layer with the same generated weights.
+
+    Only for `M` and `*`: the experts of one `E` of Super are 5.6 GB in BF16.
+
+    Args:
+        block: of the Giant's sizes; it takes the weights.
+        giant: computes in BF16, the block in float32.
+        number: of the layer.
+
+    Returns:
+        The size of the difference of both streams, divided by the size of what the layer adds.
+    """
+    for name, tensor in block.state_dict().items():
+        tensor.copy_(giant.model.read(f"backbone.layers.{number}.{name}"))
+    draw = torch.Generator().manual_seed(number)
+    x = torch.randn(1, 4, giant.config.hidden_size, generator=draw).to(giant.model.dtype)
+    layers: Any = giant.model.backbone.layers
+    theirs = layers[number](x).float()
+    return _rms(block(x.float())[0] - theirs) / _rms(theirs - x.float())
 
 
 def weights_of_a_token(config: NemotronConfig) -> int:
@@ -256,16 +280,25 @@ def _rms(x: Tensor) -> float:
     return float(x.float().square().mean().sqrt())
 
 
-def growth(*, divided: bool, seed: int = 0) -> list[Added]:
-    """`stream` of an untrained model of 88 layers, on random tokens.
+def deep(wider: int = 1) -> NemotronConfig:
+    """`DEEP` with all its widths times a factor: of the stream, the mixers and the experts."""
+    widths = (
+        "hidden_size", "num_attention_heads", "mamba_num_heads", "moe_intermediate_size",
+        "moe_latent_size", "moe_shared_expert_intermediate_size",
+    )  # fmt: skip
+    return DEEP.replace(**{name: wider * getattr(DEEP, name) for name in widths})
+
+
+def growth(config: NemotronConfig, seed: int = 0) -> list[Added]:
+    """`stream` of an untrained model on random tokens.
 
     Args:
-        divided: whether matrices that write into the stream are divided by the root of 88.
-        seed: of the weights.
+        config: such as `deep()`.
+        seed: of the weights and the tokens.
     """
-    model = Nemotron(DEEP.replace(rescale_prenorm_residual=divided), seed=seed).eval()
+    model = Nemotron(config, seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
-    return stream(model, torch.randint(DEEP.vocab_size, (2, 64), generator=draw))
+    return stream(model, torch.randint(config.vocab_size, (2, 64), generator=draw))
 
 
 def gradient_of_input(*, post_norm: bool, layers: int = 44) -> float:
@@ -392,18 +425,18 @@ def small(pattern: str) -> Nemotron:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the operations that PyTorch runs inside the block."""
+    """Counts the operations that PyTorch runs inside the block; a view computes nothing."""
 
     calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.calls += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def calls(run: Callable[[], Any]) -> int:
-    """How many operations of PyTorch a call makes; on a GPU each is at least one kernel."""
+    """How many operations of PyTorch a call makes, without views; most of them are a kernel."""
     with _Counter() as counter:
         run()
     return counter.calls
@@ -567,7 +600,7 @@ def _time(seconds: float) -> str:
 def shown_calls(found: Mapping[str, int]) -> None:
     """Operations of one token by model."""
     rows = [[output.inline_html(name), f"{count:,}"] for name, count in found.items()]
-    table = output.html_table(["one token of 14 layers", "calls"], rows)
+    table = output.html_table(["one token of 14 layers", "calls without views"], rows)
     output.show_output(f"calls of one token: {', '.join(found)}", table)
 
 
@@ -580,7 +613,7 @@ def shown_clamp(share: float, kl: float, same: float) -> None:
     """What a lower limit of dt changes in our model."""
     rows = [
         [f"dt below {DT_CLAMP}", f"{100 * share:.1f} %"],
-        ["KL of the next token", f"{kl:.1e} nats"],
+        ["KL divergence (0 if both models predict the same)", f"{kl:.1e} nats"],
         ["the same first choice", f"{100 * same:.1f} %"],
     ]
     table = output.html_table(["", ""], rows, title="The limit in our trained model")
