@@ -90,7 +90,7 @@ def layer(d: int, latent: int, top_k: int) -> go.Figure:
                                                 theme.SERIES[1].colour),
     ):  # fmt: skip
         fig.add_scatter(x=[None], y=[None], mode="lines", name=words,
-                        line=dict(width=pixels, color=colour))  # fmt: skip
+                        line=dict(width=pixels, color=colour, dash="solid"))  # fmt: skip
     fig.update_xaxes(visible=False, range=[0, 11.5], fixedrange=True)
     fig.update_yaxes(visible=False, range=[0, 6], fixedrange=True)
     fig.update_layout(
@@ -275,7 +275,7 @@ def runs(scores: Mapping[str, Sequence[float]]) -> go.Figure:
             ),
         )
     fig.update_layout(
-        title_text="A short training at equal cost",
+        title_text="After a short training",
         height=130 + 55 * len(scores),
         showlegend=False,
     )
@@ -317,7 +317,11 @@ def energy(widths: Sequence[int], best: Sequence[float], learned: float, latent:
 
 
 def narrower(
-    d: int, widths: Sequence[int], scores: Mapping[str, Sequence[float]], whole: float
+    d: int,
+    widths: Sequence[int],
+    scores: Mapping[str, Sequence[float]],
+    whole: float,
+    nobody: float,
 ) -> go.Figure:
     """Bits per byte after the experts were cut to a smaller width, without training.
 
@@ -326,6 +330,7 @@ def narrower(
         widths: latent widths, in the order of the scores.
         scores: by how the directions were chosen.
         whole: the score of the model that was cut.
+        nobody: the score without routed experts.
     """
     names = [f"α = {d // width}<br>l = {width}" for width in widths]
     fig = go.Figure()
@@ -338,18 +343,17 @@ def narrower(
             line=dict(color=look.colour, dash=look.dash),
             marker=dict(color=look.colour, symbol=look.marker, size=9),
         )
-    fig.add_scatter(
-        x=names,
-        y=[whole] * len(names),
-        name="not cut",
-        mode="lines",
-        line=dict(color=theme.MUTED, dash="dot"),
-    )
+    levels = {"not cut": (whole, theme.MUTED, "dot")}
+    levels["without routed experts"] = (nobody, theme.INK, "longdash")
+    for name, (level, colour, dash) in levels.items():
+        line = dict(color=colour, dash=dash)
+        fig.add_scatter(x=names, y=[level] * len(names), name=name, mode="lines", line=line)
     fig.update_layout(title_text="A trained model whose experts are cut", height=380)
     fig.update_yaxes(title_text="bits per byte of held-out text", tickformat=".2f")
     return described(
         fig,
-        f"Lines over {len(names)} latent widths, from wide to narrow, and a dotted level line for "
-        "the model that was not cut. Higher is worse. With the directions of most energy the "
-        "score rises slowly at first, with random directions it rises at once.",
+        f"Lines over {len(names)} latent widths, from wide to narrow. Two are level: a dotted one "
+        "for the model that was not cut, and a dashed one for the model without routed experts. "
+        "Higher is worse. With the directions of most energy the score rises slowly at "
+        "first, with random directions it rises at once.",
     )

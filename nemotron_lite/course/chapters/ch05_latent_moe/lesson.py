@@ -8,11 +8,13 @@
     kept_by              the share of the energy that a projection keeps
     bugs                 what five mistakes change in the learner's layer
     compressed           a latent model out of the weights of a plain one
+    without_experts      a model whose routed experts write nothing
     recorded             the verdicts of `benchmarks/records/quality_per_flop.json`
 
-The trainings compare models that cost the same for a token, on the same text in the same order. A
-training has a seed for its weights and its batches. Two seeds of one model differ too, and a
-difference between two models means nothing as long as it is not clearly larger than that.
+The trainings compare a plain and a latent model that cost the same for a token, and a control that
+costs less, on the same text in the same order. A training has a seed for its weights and its
+batches. Two seeds of one model differ too, and a difference between two models means nothing as
+long as it is not clearly larger than that.
 
 A projection to l numbers keeps a subspace. `compressed` takes two of them for each layer: one for
 what its experts read, one for what they write. Both are computed from tokens of the training text.
@@ -22,9 +24,11 @@ Left out: training after the compression, which would repair a part of the loss.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -400,6 +404,16 @@ def compressed(
     return smaller
 
 
+@torch.no_grad()
+def without_experts(model: Nemotron) -> Nemotron:
+    """A copy of a model whose routed experts write nothing: the worst that a cut can do to them."""
+    bare = copy.deepcopy(model)
+    for name, weight in bare.named_parameters():
+        if name.endswith(".experts.down_proj"):
+            weight.zero_()
+    return bare
+
+
 def random_directions(generator: torch.Generator) -> Principal:
     """A function like `principal` that chooses its directions at random."""
 
@@ -427,12 +441,48 @@ def recorded(found: dict[str, Any] | None = None) -> None:
         pairs = f"{claim['n']} of {whole['planned']['seeds']}"
         verdict = f"<b>{claim['verdict']}</b>" if claim["n"] else "<b>not tested yet</b>"
         rows.append([output.inline_html(claim["claim"]), claim["kind"], pairs, said, verdict])
+    hybrid = _hybrid_beside_dense(whole)
+    if hybrid:
+        pairs = f"{len(hybrid)} of {whole['planned']['seeds']}"
+        words = "For comparison: the hybrid with a standard mixture beside the dense transformer."
+        rows.append([words, "no claim", pairs, f"{fmean(hybrid):+.3f}", ""])
     head = ["claim", "kind", "pairs made", "difference in bits per byte (interval)", "verdict"]
     table = output.html_table(head, rows, title="The record")
     made = f"<p>{output.inline_html(_made(whole, claims))}</p>"
     rule = "".join(f"<p>{output.inline_html(words)}</p>" for words in _rules(whole, claims))
     plain_text = "\n".join(f"claim: {claim['claim']}" for claim in claims)
-    output.show_output(plain_text, made + table + rule)
+    last = next(c for c in claims if (c["model"], c["other"]) == ("latent", "dense"))
+    known = hybrid and last["verdict"] == "yes"
+    gain = f"<p>{_whose_gain(last, fmean(hybrid))}</p>" if known else ""
+    output.show_output(plain_text, made + table + gain + rule)
+
+
+def _hybrid_beside_dense(whole: dict[str, Any]) -> list[float]:
+    """Bits per byte of the hybrid without LatentMoE, minus those of the dense model, by seed."""
+    hybrid, dense = (
+        dict(zip(model["seeds"], model["curve"][-1]["bits_per_byte"]["each"], strict=True))
+        if model["seeds"]
+        else {}
+        for model in (whole["models"]["hybrid"], whole["models"]["dense"])
+    )
+    return [bits - dense[seed] for seed, bits in hybrid.items() if seed in dense]
+
+
+def _whose_gain(claim: dict[str, Any], standard: float) -> str:
+    """Whether the gain over the dense transformer is that of the hybrid or of LatentMoE.
+
+    Args:
+        claim: of the hybrid with LatentMoE beside the dense transformer.
+        standard: the same difference of the hybrid with a standard mixture.
+    """
+    if claim["mean"] - standard > -claim["margin"]:
+        so = "This gain comes from the hybrid, not from LatentMoE."
+    else:
+        so = "So not all of it comes from the hybrid."
+    return (
+        f"The last two rows: {claim['mean']:+.3f} with LatentMoE, {standard:+.3f} with a standard "
+        f"mixture. {so}"
+    )
 
 
 def _made(whole: dict[str, Any], claims: Sequence[dict[str, Any]]) -> str:
@@ -499,8 +549,7 @@ layers of the other have the latent sizes of Super.
 
 The LatentMoE paper has other models, with a {latent_moe.router} router. There the quality holds
 up to about $\\alpha$ = {latent_moe.largest_ratio} and drops beyond. The paper explains this by the
-rank of what the experts read; our cut shows no such limit. The variant *eff* lowers the active
-parameters from {latent_moe.eff_standard_active} to {latent_moe.eff_active:unit}, at about equal
-accuracy. The serving speed differs from that of a standard mixture by at most
-{latent_moe.serving_difference} %. In the paper's models the projections add at most
-{latent_moe.projection_cost:unit}.""")
+rank of what the experts read; our cut shows no such limit. The serving speed of *acc* differs from
+that of a standard mixture by at most {latent_moe.serving_difference} %; the projections add at most
+{latent_moe.projection_cost:unit}. *Eff* lowers the active parameters from
+{latent_moe.eff_standard_active} to {latent_moe.eff_active:unit}, at about equal accuracy.""")

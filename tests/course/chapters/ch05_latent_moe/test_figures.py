@@ -35,6 +35,7 @@ def test_arrows_are_as_wide_as_what_they_carry() -> None:
     for part in ("router", "W<sub>down</sub>", "expert 2", "W<sub>up</sub>", "shared expert"):
         assert part in words
     assert [trace.name for trace in fig.data] == ["d = 8 numbers", "l = 4 numbers"]
+    assert {trace.line.dash for trace in fig.data} == {"solid"}  # as the arrows are
     assert "4 come back from each" in str(alt_of(fig))
     assert "expert 3" in [note.text for note in figures.layer(8, 4, 3).layout.annotations]
 
@@ -131,11 +132,14 @@ def test_energy_has_both_lines_and_the_trained_mark() -> None:
 
 
 def test_cut_models_are_drawn_over_their_widths() -> None:
-    fig = figures.narrower(64, (32, 16), {"most energy": [2.5, 2.6], "random": [2.7, 2.8]}, 2.4)
+    fig = figures.narrower(
+        64, (32, 16), {"most energy": [2.5, 2.6], "random": [2.7, 2.8]}, 2.4, 2.9
+    )
     assert list(fig.data[0].x) == ["α = 2<br>l = 32", "α = 4<br>l = 16"]
     assert list(fig.data[1].y) == [2.7, 2.8]
     assert list(fig.data[2].y) == [2.4, 2.4]
-    assert fig.data[0].line.dash != fig.data[1].line.dash
+    assert (fig.data[3].name, *fig.data[3].y) == ("without routed experts", 2.9, 2.9)
+    assert len({trace.line.dash for trace in fig.data}) == 4
 
 
 def test_every_figure_says_in_words_what_it_shows(step_costs: Any) -> None:
@@ -144,6 +148,6 @@ def test_every_figure_says_in_words_what_it_shows(step_costs: Any) -> None:
         figures.token_weights({"plain": parts}), figures.choices({"plain": (8, 2, 2)}),
         figures.walls(step_costs, STANDARD, 1, lesson.Device()), figures.runs({"plain": [1.0]}),
         figures.energy((1, 2), [50.0, 100.0], 20.0, 1),
-        figures.layer(8, 4, 2), figures.narrower(4, (2,), {"random": [1.0]}, 0.5),
+        figures.layer(8, 4, 2), figures.narrower(4, (2,), {"random": [1.0]}, 0.5, 2.0),
     ]  # fmt: skip
     assert all(len(str(alt_of(fig))) >= 40 for fig in drawn)
