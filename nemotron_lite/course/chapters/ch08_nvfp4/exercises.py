@@ -204,7 +204,8 @@ def quantize(x, square=False, uniform=None):
         Check("the tensor scale", checks.quantize_tensor_scale, hint=1, points=1),
         Check("block scales", checks.quantize_block_scales, hint=2, points=2),
         Check("values", checks.quantize_values, hint=2, points=2),
-        Check("zero, tiny and flushed blocks", checks.quantize_edges, hint=1, points=2),
+        Check("blocks of zeros, and weak ones", checks.quantize_weak, hint=2, points=1),
+        Check("zeros, and numbers of extreme size", checks.quantize_zeros, hint=1, points=1),
         Check("tiles of 16 × 16", checks.quantize_square, hint=3, points=1),
         Check("stochastic rounding", checks.quantize_uniform, hint=3, points=1),
     ),
@@ -410,8 +411,8 @@ are given; they call your methods with rows of tokens, and with new random numbe
         "`dequantize(*quantize(self.weight, square=True))` in `output` and in `input_gradient`; "
         "the first multiplies with its transpose.",
         "`input_gradient` rounds dy with `quantize(dy, uniform=uniform)`, along the outputs of the "
-        "layer. There is no Hadamard transform in y and dx: on one operand alone it would not "
-        "cancel.",
+        "layer. There is no Hadamard transform in y and dx: W would be transformed along its "
+        "inputs for y and along its outputs for dx, so the two would read different matrices.",
         "`weight_gradient` sums over tokens, so blocks and groups lie along tokens: `hadamard(x.T, "
         "SIGNS)` and `hadamard(dy.T, SIGNS)`, then `quantize`, the second with `uniform`. Both are "
         "now `… t`, and dW is `dy @ x.T`.",
