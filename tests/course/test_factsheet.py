@@ -81,6 +81,9 @@ def test_what_is_derived_agrees_with_the_ledger() -> None:
     assert value["super.weights_gb_bf16"] == round(2 * sizes.backbone / 1e9, 1)
     assert value["super.active_exact"] == sizes.active
     assert value["super.active_exact_without_embedding"] == sizes.active_without_embedding
+    experts = config.n_routed_experts * config.moe_intermediate_size * config.moe_latent_size
+    bits = 2 * experts * config.pattern.count("E") * value["nvfp4.bits_per_value"]
+    assert value["super.expert_gb_nvfp4"] == round(bits / 8 / 1e9, 1)
     nano = ledger.cache(NemotronConfig.from_preset("nano"), 1)
     assert value["nano.kv_bytes_per_token"] == nano.kv_per_token
     assert value["nano.ssm_state_mib"] == nano.ssm / 2**20
