@@ -94,7 +94,7 @@ def e2m1_ties(answer: Answer) -> None:
 
 
 def e2m1_saturates(answer: Answer) -> None:
-    x = both_signs(6.5, 7, 7.1, 8, 100, 3e38, math.inf)
+    x = both_signs(6.5, 7.0, 7.1, 8.0, 100.0, 3e38, math.inf)
     same(answer(x), 6 * torch.sign(x), f"of {x.tolist()[:7]} and the same below zero, the result")
 
 
@@ -140,7 +140,7 @@ def stochastic_mean(answer: Answer) -> None:
 
 
 def stochastic_edges(answer: Answer) -> None:
-    x = both_signs(6.0, 6.01, 7, 8, 100, math.inf)
+    x = both_signs(6.0, 6.01, 7.0, 8.0, 100.0, math.inf)
     for number in (0.0, 1 - 2.0**-17):
         what = (
             f"of {x.tolist()[:6]} and the same below zero with uniform = {number:.6g}, the result"
