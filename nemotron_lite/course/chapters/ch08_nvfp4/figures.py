@@ -10,6 +10,7 @@
     losses           the losses of two trainings
     ablations        the gaps of the record, a circle for each seed
     after_training   the record of quantizing a trained model, by format
+    block_sizes      the error against the size of a block, with two kinds of scales
     states           a number of a state in float32 and float16
 
 Figures that compute take the functions that read numbers as arguments, so the learner's own run.
@@ -209,8 +210,12 @@ def sums(errors: Mapping[str, Mapping[int, float]], title: str) -> go.Figure:
         log_x=True,
         log_y=True,
         alt=f"The error of a sum of rounded gradients over their number, for {', '.join(errors)}. "
-        "Rounded to nearest, the error falls at first and then stays. Rounded stochastically, it "
-        "begins higher and keeps falling.",
+        + (
+            "The error falls at first and then stays, far from zero."
+            if len(errors) == 1
+            else "Rounded to nearest, the error falls at first and then stays. Rounded "
+            "stochastically, it begins higher and keeps falling."
+        ),
     )
     fig.update_xaxes(tickvals=counts, ticktext=[str(count) for count in counts])
     fig.update_yaxes(tickvals=[0.5, 1, 2, 5, 10, 20], ticktext=["0.5", "1", "2", "5", "10", "20"])
@@ -427,6 +432,25 @@ def _circles(rows: Mapping[str, Sequence[float]], title: str, x_title: str, alt:
         showgrid=False, zeroline=False,
     )  # fmt: skip
     return described(fig, f"{alt} An orange line marks the median.")
+
+
+def block_sizes(errors: Mapping[str, Mapping[int, float]]) -> go.Figure:
+    """The error of numbers in four bits against the size of a block."""
+    sizes = list(next(iter(errors.values())))
+    fig = lines(
+        sizes,
+        {f"scales: {kind}": [100 * e for e in found.values()] for kind, found in errors.items()},
+        title="How many numbers should share a scale?",
+        x_title="numbers in a block (bits a number)",
+        y_title="error, %",
+        log_x=True,
+        alt="The error of normally distributed numbers over the size of a block, for scales in "
+        "E4M3 and for powers of two. With E4M3 it rises with the size, and it is lower at every "
+        "size that is drawn. With powers of two it hardly depends on the size.",
+    )
+    fig.update_xaxes(tickvals=sizes, ticktext=[f"{n}<br>({4 + 8 / n:g})" for n in sizes])
+    fig.update_yaxes(rangemode="tozero")
+    return fig
 
 
 def states(found: Mapping[str, Sequence[float]]) -> go.Figure:

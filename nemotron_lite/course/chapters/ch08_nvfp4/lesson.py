@@ -1,5 +1,7 @@
 """What chapter 08 runs beside the learner's code: real tensors, small trainings, a long decode.
 
+    continued        a line of code and how a model continues it
+    by_package       values and scales of a tensor in NVFP4, from the package
     watch            what the linear layers of a model read, and the gradients of their outputs
     in_steps         a gradient in units of its block scales, so that E2M1 can round it
     summed_errors    how far a sum of rounded gradients is from the exact sum
@@ -8,9 +10,12 @@
     with_own_linear  a model whose NVFP4 matrices are computed by the learner's layer
     teach            a short training
     tensors          kind and shape of all weights of a model, without making the model
-    giga, stored     bytes for a reader; bytes of one kind in the shipped file
+    giga, bits       gigabytes of a model, and bits a weight of what can be quantized
+    stored           bytes of one kind of matrices in the shipped file
     long_decode      one number of a state, written 4,000 times in float32 and float16
-    at_full_scale    Super's precision in words
+    block_errors     the error of blocks of several sizes, with two kinds of scales
+    compared         numbers of this machine as a table
+    at_full_scale, mxfp4   Super's precision, and another format, in words
 
 The small model computes in float32 what the recipe keeps in BF16, so that a gap has one cause. The
 recipe's last layers in BF16 are left out too: one of its four layers would be a quarter.
@@ -21,7 +26,9 @@ numbers here are rounded to NVFP4 and multiplied in float32.
 
 from __future__ import annotations
 
+import html
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,10 +42,13 @@ from torch import Tensor, nn
 from nemotron_lite import ops
 from nemotron_lite.checkpoint import storage_summary
 from nemotron_lite.config import NemotronConfig
+from nemotron_lite.course import output
 from nemotron_lite.course.display import progress_hook
 from nemotron_lite.course.factsheet import facts_table, tell
 from nemotron_lite.data import TextData, prepare
+from nemotron_lite.generation.generate import generate
 from nemotron_lite.model import Nemotron
+from nemotron_lite.quantization import nvfp4
 from nemotron_lite.quantization.recipe import RECIPES, module_formats
 from nemotron_lite.train import TrainConfig, train
 
@@ -55,8 +65,27 @@ MANY = 256  # gradients in a sum
 VARIED = 0.1  # how far one gradient differs from the next, at most
 FADE, WRITE, DECODED = 0.9995, 0.05, 4_000  # of `long_decode`
 
+MATRICES = ("experts", "shared", "mamba.in_proj", "mamba.out_proj", "latent", "attention")
+
 Rounding = Callable[[Tensor], Tensor]
 Read = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def continued(model: Nemotron, line: str, tokens: int = 24) -> None:
+    """Show a line of code and the tokens that a model adds to it; only the HTML has them."""
+    added = generate(model, line, tokens, temperature=0, stop=())
+    code = html.escape(line + str(added))
+    output.show_output("The packed model continues a line of code.", f"<pre>{code}</pre>")
+
+
+def by_package(x: Float[Tensor, "*rows n"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of E2M1, block scales and the tensor scale, as the answer to 08.quantize returns them.
+
+    For what a chapter shows before that exercise.
+    """
+    found = nvfp4.quantize(x)
+    values = nvfp4.decode_e2m1(nvfp4.unpack_codes(found.codes))
+    return values, found.scales, found.scale
 
 
 @dataclass(frozen=True)
@@ -91,7 +120,7 @@ def watch(model: Nemotron, text: str | None = None) -> dict[str, Watched]:
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = arguments[0].detach()[0], output
+            inputs[name], outputs[name] = arguments[0].detach().flatten(0, -2), output
 
         return hook
 
@@ -107,7 +136,10 @@ def watch(model: Nemotron, text: str | None = None) -> dict[str, Watched]:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: Watched(inputs[name], dy[0]) for name, dy in zip(outputs, gradients, strict=True)}
+    return {
+        name: Watched(inputs[name], dy.flatten(0, -2))
+        for name, dy in zip(outputs, gradients, strict=True)
+    }
 
 
 def in_steps(gradient: Float[Tensor, "t f"]) -> Float[Tensor, "t f"]:
@@ -184,6 +216,36 @@ def weight_errors(
     return found
 
 
+@torch.no_grad()
+def block_errors(
+    round_: Rounding, x: Float[Tensor, "t n"], sizes: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
+) -> dict[str, dict[int, float]]:
+    """The error of x in blocks of several sizes, with scales in E4M3 and with powers of two.
+
+    Powers of two are those of MXFP4: the exponent of the block's largest number, less 2.
+
+    Args:
+        round_: rounds to E2M1.
+        x: numbers; a row is a multiple of every size.
+        sizes: numbers in a block.
+
+    Returns:
+        The kind of scale, and for each size the error, relative to x.
+    """
+    found: dict[str, dict[int, float]] = {"E4M3": {}, "powers of two": {}}
+    encode, decode = nvfp4.tensor_scales(x.abs().amax())
+    for size in sizes:
+        blocks = x.unflatten(-1, (-1, size))
+        largest = blocks.abs().amax(-1, keepdim=True)
+        scales = {
+            "E4M3": nvfp4.block_scales(largest, encode).float() * decode,
+            "powers of two": torch.exp2(torch.floor(torch.log2(largest)) - 2),
+        }
+        for kind, scale in scales.items():
+            found[kind][size] = _off(round_(blocks / scale) * scale, blocks)
+    return found
+
+
 def _off(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
@@ -249,7 +311,10 @@ def gap(found: list[float], exact: list[float]) -> float:
 
 
 def tensors(config: NemotronConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Kind and shape of each tensor of weights: its role in a recipe, or "other"."""
+    """Kind and shape of each parameter: its role in a recipe, or "other".
+
+    The selection biases of the routers are no parameters; they are a few kilobytes in float32.
+    """
     with torch.device("meta"):
         model = Nemotron(config)
     roles = {entry.path: entry.role for entry in module_formats(config, "bf16")}
@@ -271,6 +336,17 @@ def _roles_of(name: str, roles: dict[str, str]) -> Iterator[str]:
 def giga(sizes: dict[str, int]) -> str:
     """The sum of some sizes in gigabytes."""
     return f"{sum(sizes.values()) / 1e9:.1f} GB"
+
+
+def bits(config: NemotronConfig, sizes: dict[str, int]) -> float:
+    """Bits a weight, over the matrices that a format may be chosen for (`MATRICES`).
+
+    Args:
+        config: of the model.
+        sizes: kind → bytes.
+    """
+    numbers = sum(math.prod(shape) for kind, shape in tensors(config) if kind in MATRICES)
+    return 8 * sum(sizes[kind] for kind in MATRICES if kind in sizes) / numbers
 
 
 def stored(kind: str, model: str = "lite") -> int:
@@ -298,20 +374,37 @@ def long_decode(steps: int | None = None) -> dict[str, list[float]]:
 
 
 def at_full_scale() -> None:
-    """Super's precision in words and a table, with numbers from facts.toml."""
+    """Super's precision in words and tables, with numbers from facts.toml."""
     tell("""
-**Trained in four bits.** The recipe was tested on a hybrid of 12 billion parameters and
-{nvfp4.tokens:unit}. Its loss was less than {nvfp4.gap_stable:unit} above that of FP8 in the stable
-phase, and about {nvfp4.gap_end:unit} at the end; MMLU-Pro was {nvfp4.mmlu_pro:unit} against
-{fp8.mmlu_pro:unit}. In Super, Mamba's out_proj is in MXFP8, because NVFP4 flushed up to
-{super.mxfp8_out_proj_flushed:unit} of it to zero. At the end of pre-training the weight gradients
-of {super.zero_gradients:unit} were exactly zero.
+**Trained in NVFP4.** The recipe was tested on a hybrid of 12 billion parameters and
+{nvfp4.tokens:unit}. In the stable phase its loss was less than {nvfp4.gap_stable:unit} above that
+of FP8, at the end about {nvfp4.gap_end:unit}; with a forward pass in BF16 at the end,
+{nvfp4.gap_bf16_forward:unit}. Leaving out any one part of the recipe made the loss worse. For Ultra
+the gap to BF16 was at most {ultra.nvfp4_gap:unit}. In Super, Mamba's out_proj is in MXFP8, because
+NVFP4 flushed up to {super.mxfp8_out_proj_flushed:unit} of it to zero. At the end the weight
+gradients of {super.zero_gradients:unit} were exactly zero; in a test at Nano's size NVFP4 had about
+{nano.nvfp4_zero_gradients:unit} of them as BF16.
 
-**Quantized after training.** A search chose NVFP4, FP8 or BF16 for each matrix of the released
-checkpoint, within {super.quantized_bits:unit} a weight. It keeps {super.quantized_accuracy:unit} of
-the accuracy, as a median over benchmarks.
+**Quantized after training.** For the released checkpoint, a search chose NVFP4, FP8 or BF16 for
+each operator, within {super.quantized_bits:unit} a weight, with {super.calibration_samples:unit} to
+calibrate. It keeps {super.quantized_accuracy:unit} of the accuracy, as a median over benchmarks.
 
-**SSM states.** With states in float16, rounded to nearest, a benchmark got
-{super.state_fp16_verbosity:unit}. With stochastic rounding the change was
+**SSM states.** In float16, rounded to nearest, LiveCodeBench got
+{super.state_fp16_verbosity:unit}. With stochastic rounding the length changed by
 {super.state_fp16_sr_verbosity} %.""")
-    facts_table("super.bf16_mmlu_pro", "super.fp8_mmlu_pro", "super.nvfp4_mmlu_pro")
+    benchmarks, formats = ("mmlu_pro", "scicode", "hmmt"), ("bf16", "fp8", "nvfp4")
+    facts_table(*(f"super.{format}_{name}" for name in benchmarks for format in formats))
+
+
+def mxfp4() -> None:
+    """What MXFP4 costs beside NVFP4, as published."""
+    tell("""
+In a test with 8 billion parameters the loss gap was {nvfp4.gap_8b:unit} in NVFP4 and
+{mxfp4.gap_8b:unit} in MXFP4, which needed {mxfp4.more_tokens:unit} to reach the same loss.""")
+
+
+def compared(numbers: dict[str, float], unit: str) -> None:
+    """Show one number for each name; only the HTML has the numbers."""
+    rows = [[output.inline_html(name), f"{number:.3g}"] for name, number in numbers.items()]
+    table = output.html_table(["", unit], rows, title="Measured here")
+    output.show_output(f"{unit}: {', '.join(numbers)}", table)
