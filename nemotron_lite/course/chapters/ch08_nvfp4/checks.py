@@ -123,7 +123,7 @@ def stochastic_bits(answer: Answer) -> None:
         found = answer(torch.tensor([x]), torch.tensor([number]))
         close(found, torch.tensor([value]), what=f"of {x} with uniform = {number}, the result")
     # Multiples of 2^-9, so that no sum with a dither is rounded, in whatever order it is computed.
-    numbers = (2 * torch.randn(4, 300) * 512).round() / 512
+    numbers = (2 * torch.randn(4, 300).clamp(-3, 3) * 512).round() / 512
     bits = bits_for(numbers)
     expected = nvfp4.decode_e2m1(nvfp4.encode_e2m1_stochastic(numbers, bits))
     same(answer(strided(numbers), uniform_of(bits)), expected, "of random numbers, the result")
@@ -446,16 +446,22 @@ def linear_autograd(answer: Answer) -> None:
 
 def linear_mean(answer: Answer) -> None:
     mine, package = _layers(answer, 16, 16)
-    dy = torch.randn(16, 16)
-    dy[:, ::4] *= 0.02  # so small beside the others of its block that nearest would give zero
-    exact = dy @ _read(package.weight.detach(), block="16x16")
-    total = torch.zeros_like(exact)
-    many = 100
     with torch.no_grad():
-        for _ in range(many):
-            total += mine.input_gradient(dy, torch.rand(16, 16))
-    error = float((total / many - exact).norm() / exact.norm())
-    assert error < 0.05, f"the mean of {many} dx is {100 * error:.0f} % away from the exact one"
+        package.weight.copy_(torch.randn(16, 16))
+        package.weight[0] = 0
+    mine.load_state_dict(package.state_dict())
+    # In each row a 3, and fifteen numbers of a fifth of a step, of which nearest would make zeros.
+    # The 3 is the largest number of every block, so that nothing is clipped; it meets the zeros.
+    dy = torch.full((1600, 16), 0.1)
+    dy[:, 0] = 3
+    exact = (dy @ _read(package.weight.detach(), block="16x16"))[0]
+    with torch.no_grad():
+        mean = mine.input_gradient(dy, torch.rand(dy.shape)).mean(0)
+    close(mean.shape, tuple(exact.shape), what="the shape of a row of dx")
+    error = float((mean - exact).norm() / exact.norm())
+    assert error < 0.3, (
+        f"the mean of 1,600 rows of dx is {100 * error:.0f} % away from the exact one"
+    )
 
 
 # 08.weighs
@@ -486,7 +492,7 @@ def weighs_fp8(answer: Answer) -> None:
 
 
 def weighs_nvfp4(answer: Answer) -> None:
-    rows, columns = _sizes(3, 320)  # wide enough for blocks of 17 to be noticed
+    rows, columns = _sizes(6, 320)  # so large that another block size or padding shows
     found = answer([("up", (rows, columns))], {"up": "nvfp4"})
     _same_bytes(found, {"up": rows * columns // 2 + rows * columns // 16 + 4})
     q = nvfp4.quantize(torch.randn(rows, columns - 5))
