@@ -39,7 +39,7 @@ from nemotron_lite.quantization.recipe import ROLES, Recipe, module_formats
 
 GRID = sorted(set(E2M1_VALUES))
 NAMES = {"fp32": "FP32", "bf16": "BF16", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}
-COLOURS = {"fp32": "#57606A", "bf16": "#0072B2", "mxfp8": "#E69F00", "nvfp4": "#00795A"}
+COLOURS = {"fp32": "#57606A", "bf16": "#0072B2", "mxfp8": "#8F5C00", "nvfp4": "#00795A"}
 MARKS = {"fp32": "32", "bf16": "16", "mxfp8": "8", "nvfp4": "4"}
 EXACT, READ, LARGE = theme.SERIES[0].colour, theme.KINDS["E"].strong, theme.SERIES[1].colour
 STEPS = (

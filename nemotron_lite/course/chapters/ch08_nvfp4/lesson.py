@@ -368,8 +368,9 @@ def long_decode(steps: int | None = None) -> dict[str, list[float]]:
         exact = exact * FADE + WRITE
         nearest = (nearest * FADE + WRITE).half().float()
         random = ops.round_to_float16(random * FADE + WRITE, seed=token).float()
-        for name, value in zip(found, (exact, nearest, random.mean()), strict=True):
-            found[name].append(float(value))
+        values = (exact, float(nearest), float(random.mean()))
+        for name, value in zip(found, values, strict=True):
+            found[name].append(value)
     return found
 
 

@@ -186,9 +186,10 @@ def test_states_are_drawn_every_fifty_tokens() -> None:
 
 def test_formats_differ_from_each_other_and_from_the_background() -> None:
     for colour in figures.COLOURS.values():
-        assert theme.contrast(theme.text_on(colour), colour) > 4.5
-    for name in ("fp32", "bf16", "nvfp4"):
-        assert theme.contrast(figures.COLOURS[name], theme.PLOT) > 3
+        text = theme.text_on(colour)
+        assert theme.contrast(text, colour) > 4.5
+        assert theme.contrast(theme.in_the_dark(text), theme.in_the_dark(colour)) > 4.5
+        assert theme.contrast(colour, theme.PLOT) > 3
 
 
 def test_every_figure_says_in_words_what_it_shows() -> None:
