@@ -3,7 +3,8 @@
 "Tensors are not close" does not help a learner. Each helper here names the thing that was compared,
 then the first problem that it finds: no result, the wrong type or shape, a value that is not
 finite, and only then the largest difference with its position and both values. Numbers are printed
-with four digits, so that the same mistake gives the same message on every machine.
+with four digits, so that the same mistake gives the same message on every machine, and with nine,
+enough for any float32, where four do not tell the two apart.
 
 Gradients are those of one randomly weighted sum of all outputs. A wrong gradient could pass only if
 its error cancelled in that sum, which does not happen by accident.
@@ -193,16 +194,16 @@ def _close_tensors(
     if not wrong.any():
         return
     if wrong.numel() == 1:
-        raise AssertionError(
-            f"{what} is {_digits(mine.item())}; expected {_digits(theirs.item())}."
-        )
+        found, wanted = _two(mine.item(), theirs.item())
+        raise AssertionError(f"{what} is {found}; expected {wanted}.")
     gap = torch.where(wrong, (mine - theirs).abs(), -1.0).nan_to_num(posinf=1e300)
     place = list(torch.unravel_index(gap.argmax(), gap.shape))
     at = tuple(int(i) for i in place)
     share = int(wrong.sum())
+    found, wanted = _two(mine[at].item(), theirs[at].item())
     raise AssertionError(
         f"{what} differs in {share} of {wrong.numel()} values. The largest difference is at "
-        f"{list(at)}: yours {_digits(mine[at].item())}, expected {_digits(theirs[at].item())}."
+        f"{list(at)}: yours {found}, expected {wanted}."
     )
 
 
@@ -244,6 +245,12 @@ def _kind(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def _two(found: Number, expected: Number) -> tuple[str, str]:
+    """Both numbers with four digits, or with nine where four are the same."""
+    short = _digits(found), _digits(expected)
+    return short if short[0] != short[1] else (f"{found:.9g}", f"{expected:.9g}")
 
 
 def _digits(value: Number) -> str:

@@ -160,3 +160,14 @@ def test_a_changed_input_is_named() -> None:
     with pytest.raises(AssertionError, match="changed its argument 2 in place"):
         keeps_inputs(lambda x, y: y.add_(x), torch.ones(2), torch.ones(2))
     assert keeps_inputs(lambda x, y: x + y, torch.ones(1), 2).item() == 3
+
+
+def test_numbers_that_four_digits_do_not_tell_apart_have_nine() -> None:
+    x = torch.tensor(7.191e-8)
+    near = torch.nextafter(x, torch.tensor(1.0))
+    with pytest.raises(AssertionError) as raised:
+        compare.close(near, x, rtol=0, atol=0)
+    found, expected = str(raised.value).removeprefix("the result is ").split("; expected ")
+    assert float(found) != float(expected.removesuffix("."))
+    with pytest.raises(AssertionError, match=r"is 1; expected 2\."):
+        compare.close(torch.tensor(1.0), torch.tensor(2.0))
