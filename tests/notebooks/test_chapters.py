@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,30 @@ def test_a_deeper_notebook_belongs_to_a_chapter() -> None:
     assert set(deeper) <= {path.stem for path in CHAPTERS}
 
 
-def test_chapters_are_numbered_without_a_gap() -> None:
-    assert [path.name[:3] for path in CHAPTERS] == [f"{n:02}_" for n in range(len(CHAPTERS))]
+def to_come(readme: str) -> set[int]:
+    """Numbers in rows such as "| 07, to come |", "| 09 and 10, to come |" and "| 11 to 13, …"."""
+    found: set[int] = set()
+    for row in re.finditer(r"^\| (\d\d)(?: (and|to) (\d\d))?, to come \|", readme, re.MULTILINE):
+        first, last = int(row[1]), int(row[3] or row[1])
+        found |= set(range(first, last + 1)) if row[2] == "to" else {first, last}
+    return found
+
+
+def test_chapters_are_numbered_and_a_gap_is_named_as_to_come() -> None:
+    numbers = [int(path.name[:2]) for path in CHAPTERS]
+    assert numbers[0] == 0
+    assert numbers == sorted(set(numbers)), "two chapters have the same number"
+    later = to_come((ROOT / "README.md").read_text())
+    missing = set(range(numbers[-1])) - set(numbers)
+    assert missing <= later, "README's table does not name these chapters as to come"
+    assert not later & set(numbers), "README's table says of these that they are to come"
+
+
+def test_rows_of_chapters_to_come_are_read() -> None:
+    table = (
+        "| 07, to come | |\n| 09 and 11, to come | |\n| 13 to 15, to come | |\n| [01](a) | b |\n"
+    )
+    assert to_come(table) == {7, 9, 11, 13, 14, 15}
 
 
 def test_each_chapter_with_exercises_has_its_notebook() -> None:
