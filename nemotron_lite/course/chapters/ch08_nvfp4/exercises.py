@@ -39,7 +39,7 @@ Round each number to the nearest of $\pm\{0, 0.5, 1, 1.5, 2, 3, 4, 6\}$.
 """.strip(),
     stub='''
 def to_e2m1(x):
-    """The nearest value of E2M1, ties to even, saturating at 6.
+    """The nearest value of E2M1, ties to even, at most 6 in size.
 
     Args:
         x: float32 tensor of any shape; no NaN.
@@ -139,7 +139,8 @@ QUANTIZE = Exercise(
     difficulty=3,
     points=9,
     task=r"""
-Compute the two scales and the values, in float32 and in this order, which is Transformer Engine's:
+Compute the two scales and the values, in float32 and in this order. $s_{enc}$ brings the largest
+number to 2688 = 6 · 448; FLT_MAX is the largest float32:
 
 $$\begin{aligned}
 s_{enc} &= \min(2688\,/\,\max|x|,\ \mathrm{FLT\_MAX}) && \text{1 if all of x is zero}
@@ -262,15 +263,15 @@ HADAMARD = Exercise(
     difficulty=3,
     points=6,
     task=r"""
-Transform each 16 neighbors along the last axis: $y = x\,\mathrm{diag}(\mathrm{signs})\,H / 4$ with
+Transform each group of 16 along the last axis: $y = x\,\mathrm{diag}(\mathrm{signs})\,H / 4$ with
 $H_{ij} = (-1)^{\mathrm{ones}(i, j)}$, where ones(i, j) is the number of binary digits that are 1 in
-both i and j. Do it in four rounds. That is faster than the matrix, and it has a fixed order of
-additions, so the bits are the same on every machine:
+both i and j. Do it in four rounds. The order of additions is then fixed, so the bits are the
+same on every machine:
 
 1. Multiply the sixteen numbers with `signs / 4`.
 2. In a round, take the pairs of numbers that are `apart` positions from each other and replace
    `(first, second)` by `(first + second, first - second)`. `apart` is 1, then 2, 4 and 8. With
-   `apart = 2` the pairs are 0 and 2, 1 and 3, 4 and 6, and so on.
+   `apart = 2` the first pairs are 0 and 2, 1 and 3, 4 and 6.
 """.strip(),
     stub='''
 def hadamard(x, signs):
@@ -423,7 +424,7 @@ are given; they call your methods with rows of tokens, and with new random numbe
         Check("dW = dyᵀ x", checks.linear_weight_gradient, hint=3, points=2),
         Check("the package's layer", checks.linear_package, hint=3, points=1),
         Check("gradients by autograd", checks.linear_autograd, hint=3, points=1),
-        Check("right on average", checks.linear_mean, hint=2, points=1),
+        Check("the mean of many dx", checks.linear_mean, hint=2, points=1),
     ),
     needs=("08.quantize", "08.dequantize", "08.hadamard"),
 )

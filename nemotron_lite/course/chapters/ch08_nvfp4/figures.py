@@ -218,7 +218,8 @@ def sums(errors: Mapping[str, Mapping[int, float]], title: str) -> go.Figure:
         ),
     )
     fig.update_xaxes(tickvals=counts, ticktext=[str(count) for count in counts])
-    fig.update_yaxes(tickvals=[0.5, 1, 2, 5, 10, 20], ticktext=["0.5", "1", "2", "5", "10", "20"])
+    ticks = [0.5, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20]  # close enough to read a value between
+    fig.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     return fig
 
 
@@ -260,7 +261,7 @@ def outlier(
         "Two rows of sixteen bars: what is read of a block with one large number, cut off in the "
         "figure, and fifteen small ones. Lines mark the exact numbers. Above, without the "
         "transform, nearly all small numbers are read as zero. Below, with it, they are not zero, "
-        "but each of them has an error.",
+        "but their errors are as large as they are, and some have the wrong sign.",
     )
 
 
@@ -275,8 +276,8 @@ def outlier_widget(block: Tensor, read: Read, transform: Read, place: int = 5) -
         fig.layout.title.text = _outlier_title(size, place)
         return (
             f"Of the fifteen small numbers, {zeros[0]} are read as zero directly, {zeros[1]} with "
-            f"the transform. The error of the whole block is {errors[0]:.1f} % directly, "
-            f"{errors[1]:.1f} % with the transform."
+            f"the transform. Their error is {errors[0]:.0f} % directly, {errors[1]:.0f} % with it; "
+            f"that of the whole block {errors[2]:.1f} % directly, {errors[3]:.1f} % with it."
         )
 
     return explore(
@@ -289,13 +290,20 @@ def outlier_widget(block: Tensor, read: Read, transform: Read, place: int = 5) -
 def _with_outlier(
     block: Tensor, read: Read, transform: Read, size: float, place: int
 ) -> tuple[list[int], list[float], list[list[float]], list[float]]:
-    """Zeros among the small numbers, exact numbers, those that are read, and errors in %."""
+    """Zeros among the small numbers, exact numbers, those that are read, and errors in %.
+
+    The errors are those of the small numbers, directly and with the transform, then those of all.
+    """
     x = block.clone()
     x[place] = size
     found = [read(x), inverse_hadamard_transform(read(transform(x)))]
     small = torch.arange(16) != place
     zeros = [int((one[small].abs() < 1e-6).sum()) for one in found]
-    errors = [100 * float((one - x).norm() / x.norm()) for one in found]
+    errors = [
+        100 * float((one - x)[which].norm() / x[which].norm())
+        for which in (small, torch.ones(16, dtype=torch.bool))
+        for one in found
+    ]
     return zeros, x.tolist(), [one.tolist() for one in found], errors
 
 
@@ -458,7 +466,7 @@ def states(found: Mapping[str, Sequence[float]]) -> go.Figure:
     count = len(next(iter(found.values())))
     names = {
         "float32": "float32",
-        "stochastic": "float16, stochastic",
+        "stochastic": "float16, stochastic (mean of 64)",
         "nearest": "float16, to nearest",
     }
     return lines(
@@ -469,6 +477,6 @@ def states(found: Mapping[str, Sequence[float]]) -> go.Figure:
         y_title="state",
         markers=False,
         alt="Three lines that rise over the tokens: a number of a state in float32 and in float16. "
-        "Rounded to nearest, the line stops rising at a power of two and stays there. Rounded "
-        "stochastically, it follows float32.",
+        "Rounded to nearest, the line first runs above float32, then stops at a power of two and "
+        "stays there. The mean of 64 states that are rounded stochastically follows float32.",
     )

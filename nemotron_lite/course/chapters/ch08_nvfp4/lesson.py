@@ -3,14 +3,14 @@
     continued        a line of code and how a model continues it
     by_package       values and scales of a tensor in NVFP4, from the package
     watch            what the linear layers of a model read, and the gradients of their outputs
-    in_steps         a gradient in units of its block scales, so that E2M1 can round it
+    in_steps         numbers in units of their scales, so that E2M1 can round them, and the scales
     summed_errors    how far a sum of rounded gradients is from the exact sum
     zero_share       how many numbers that are not 0 are read as 0
     weight_errors    how far dW is from the exact one, with each part of the recipe and without
     with_own_linear  a model whose NVFP4 matrices are computed by the learner's layer
     teach            a short training
     tensors          kind and shape of all weights of a model, without making the model
-    giga, bits       gigabytes of a model, and bits a weight of what can be quantized
+    giga, bits       gigabytes of a model, and bits a weight of all or of some kinds
     stored           bytes of one kind of matrices in the shipped file
     long_decode      one number of a state, written 4,000 times in float32 and float16
     block_errors     the error of blocks of several sizes, with two kinds of scales
@@ -142,11 +142,16 @@ def watch(model: Nemotron, text: str | None = None) -> dict[str, Watched]:
     }
 
 
-def in_steps(gradient: Float[Tensor, "t f"]) -> Float[Tensor, "t f"]:
-    """A gradient, divided block by block so that its largest numbers stay below 6 if they vary."""
-    blocks = gradient.unflatten(-1, (-1, 16))
-    largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return (blocks * (6 / (1 + VARIED) / largest)).flatten(-2)
+def in_steps(x: Float[Tensor, "t n"]) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t n"]]:
+    """Numbers divided by their scales in NVFP4, and the scale of each number.
+
+    The scales are the package's: E4M3 rounds them, so the largest number of a block is about 6 and
+    not exactly 6. In a block whose scale is 0, numbers stay as they are.
+    """
+    _, block_scale, tensor_scale = by_package(x)
+    scale = (block_scale.float() * tensor_scale).repeat_interleave(16, -1)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return x / scale, scale
 
 
 @torch.no_grad()
@@ -157,8 +162,8 @@ def summed_errors(
 
     Args:
         round_: rounds to E2M1.
-        gradient: as of `in_steps`. Each gradient of the sum is this one, and every number of it
-            varies by up to `VARIED` of its size.
+        gradient: each gradient of the sum is this one, and every number of it varies by up to
+            `VARIED` of its size. Each has its own scales, those of `in_steps`.
         generator: of what varies.
 
     Returns:
@@ -170,7 +175,8 @@ def summed_errors(
         varied = 1 + VARIED * (2 * torch.rand(gradient.shape, generator=generator) - 1)
         one = gradient * varied
         exact += one
-        rounded += round_(one)
+        steps, scale = in_steps(one)
+        rounded += round_(steps) * scale
         if count & (count - 1) == 0:
             found[count] = _off(rounded, exact)
     return found
@@ -338,15 +344,20 @@ def giga(sizes: dict[str, int]) -> str:
     return f"{sum(sizes.values()) / 1e9:.1f} GB"
 
 
-def bits(config: NemotronConfig, sizes: dict[str, int]) -> float:
-    """Bits a weight, over the matrices that a format may be chosen for (`MATRICES`).
+def bits(
+    config: NemotronConfig, sizes: dict[str, int], kinds: tuple[str, ...] | None = None
+) -> float:
+    """Bits a weight.
 
     Args:
         config: of the model.
         sizes: kind → bytes.
+        kinds: over which tensors, such as `MATRICES`, those that a format may be chosen for; None
+            is all.
     """
-    numbers = sum(math.prod(shape) for kind, shape in tensors(config) if kind in MATRICES)
-    return 8 * sum(sizes[kind] for kind in MATRICES if kind in sizes) / numbers
+    chosen = [one for one in tensors(config) if kinds is None or one[0] in kinds]
+    numbers = sum(math.prod(shape) for _, shape in chosen)
+    return 8 * sum(sizes[kind] for kind in {kind for kind, _ in chosen}) / numbers
 
 
 def stored(kind: str, model: str = "lite") -> int:
@@ -382,9 +393,9 @@ def at_full_scale() -> None:
 of FP8, at the end about {nvfp4.gap_end:unit}; with a forward pass in BF16 at the end,
 {nvfp4.gap_bf16_forward:unit}. Leaving out any one part of the recipe made the loss worse. For Ultra
 the gap to BF16 was at most {ultra.nvfp4_gap:unit}. In Super, Mamba's out_proj is in MXFP8, because
-NVFP4 flushed up to {super.mxfp8_out_proj_flushed:unit} of it to zero. At the end the weight
-gradients of {super.zero_gradients:unit} were exactly zero; in a test at Nano's size NVFP4 had about
-{nano.nvfp4_zero_gradients:unit} of them as BF16.
+in Nano NVFP4 flushed up to {super.mxfp8_out_proj_flushed:unit} of its values to zero. At the end
+the weight gradients of {super.zero_gradients:unit} were exactly zero; in a test at Nano's size
+NVFP4 had about {nano.nvfp4_zero_gradients:unit} of them as BF16.
 
 **Quantized after training.** For the released checkpoint, a search chose NVFP4, FP8 or BF16 for
 each operator, within {super.quantized_bits:unit} a weight, with {super.calibration_samples:unit} to

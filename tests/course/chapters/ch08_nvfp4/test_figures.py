@@ -121,6 +121,7 @@ def test_the_slider_of_the_outlier_redraws_in_time() -> None:
     block = torch.randn(16, generator=torch.Generator().manual_seed(0))
     widget = figures.outlier_widget(block, read, nvfp4.hadamard_transform)
     assert "0 with the transform" in widget.words.value
+    assert "Their error is" in widget.words.value
     widget.controls["size"].value = figures.LARGEST
     assert widget.seconds < BUDGET
     assert "15 are read as zero directly, 15 with the transform" in widget.words.value
@@ -128,6 +129,19 @@ def test_the_slider_of_the_outlier_redraws_in_time() -> None:
     assert widget.figure.layout.title.text.startswith("Number 5 is 200")
     widget.controls["size"].value = 1.0
     assert "0 are read as zero directly" in widget.words.value
+
+
+def test_errors_beside_an_outlier_are_those_of_the_small_numbers_and_of_all() -> None:
+    block = torch.linspace(-1.5, 1.5, 16)
+    zeros, x, found, errors = figures._with_outlier(block, read, nvfp4.hadamard_transform, 40.0, 5)
+    assert zeros[0] == 15
+    assert errors[0] == pytest.approx(100)  # each of them is read as 0
+    off = np.asarray(found[1]) - np.asarray(x)
+    small = np.arange(16) != 5
+    small_error = np.linalg.norm(off[small]) / np.linalg.norm(np.asarray(x)[small])
+    assert errors[1] == pytest.approx(100 * small_error, rel=1e-4)
+    whole = 100 * np.linalg.norm(off) / np.linalg.norm(x)
+    assert errors[3] == pytest.approx(whole, rel=1e-4)
 
 
 def test_each_way_to_compute_dw_has_two_bars() -> None:

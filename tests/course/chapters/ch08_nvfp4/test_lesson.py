@@ -84,20 +84,20 @@ def test_the_share_of_zeros_leaves_out_numbers_that_are_zero() -> None:
     assert lesson.zero_share(x, found) == pytest.approx(1 / 3)
 
 
-def test_scaled_gradients_stay_inside_the_range() -> None:
+def test_gradients_have_the_scales_of_the_format() -> None:
     gradient = torch.randn(8, 32) * torch.exp(3 * torch.randn(8, 1))
     gradient[0, :16] = 0
-    found = lesson.in_steps(gradient)
-    largest = found.unflatten(-1, (-1, 16)).abs().amax(-1)
-    assert float(largest.max()) * (1 + lesson.VARIED) <= 6.001
-    assert largest[0, 0] == 0
-    assert float(largest[1:].min()) > 5
-    factor = found[1, :16] / gradient[1, :16]
-    torch.testing.assert_close(factor, factor[0].expand(16))
+    found, scale = lesson.in_steps(gradient)
+    torch.testing.assert_close(found * scale, gradient)
+    read_ = nvfp4.decode_e2m1(nvfp4.encode_e2m1(found)) * scale
+    torch.testing.assert_close(read_, nvfp4.fake_quantize(gradient), rtol=1e-6, atol=0)
+    assert float(found[0, :16].abs().max()) == 0
+    assert float(scale[0, 0]) == 1
+    assert float(found.abs().max()) <= 6 * 17 / 16, "E4M3 rounds a scale by at most 1/16"
 
 
 def test_only_stochastic_rounding_is_right_on_average(seen: dict[str, lesson.Watched]) -> None:
-    gradient = lesson.in_steps(seen["layer 0 in_proj"].dy[:32, :32])
+    gradient = seen["layer 0 in_proj"].dy[:32, :32]
     random, stochastic = generator(1), answer("stochastic")  # not that of the gradients
     nearest = lesson.summed_errors(answer("to_e2m1"), gradient, generator())
     errors = lesson.summed_errors(
@@ -105,10 +105,12 @@ def test_only_stochastic_rounding_is_right_on_average(seen: dict[str, lesson.Wat
     )
     assert list(nearest) == [1, 2, 4, 8, 16, 32, 64, 128, lesson.MANY]
     assert nearest[lesson.MANY] > nearest[1] / 3
-    assert errors[lesson.MANY] < errors[1] / 10
+    # Not / 16: where a scale is rounded down, the largest number of the block is clipped.
+    assert errors[lesson.MANY] < errors[1] / 8
+    assert errors[lesson.MANY] < nearest[lesson.MANY] / 3
     assert errors[1] > nearest[1]
     exact = lesson.summed_errors(lambda x: x, gradient, generator())
-    assert exact[lesson.MANY] == 0
+    assert exact[lesson.MANY] < 1e-6
 
 
 def test_dw_is_noisier_and_right_on_average_with_the_recipe(
@@ -198,8 +200,20 @@ def test_super_weighs_what_the_text_says() -> None:
     plain = weighs(lesson.tensors(giant), {})
     mixed = weighs(lesson.tensors(giant), {"experts": "nvfp4", "router": "fp32", **eight})
     assert lesson.bits(giant, plain) == 16
-    assert lesson.bits(giant, mixed) == pytest.approx(4.74, abs=0.005)
+    assert lesson.bits(giant, plain, lesson.MATRICES) == 16
+    assert lesson.bits(giant, mixed, lesson.MATRICES) == pytest.approx(4.74, abs=0.005)
+    assert lesson.bits(giant, mixed) == pytest.approx(5.12, abs=0.005)
     assert lesson.giga(plain) == "247.2 GB"
+
+
+def test_the_transform_makes_one_dw_less_exact(seen: dict[str, lesson.Watched]) -> None:
+    """What the text says of the matrices that the notebook uses."""
+    watched = seen["layer 0 in_proj"]
+    cut = lesson.Watched(watched.x, watched.dy[:, :256])
+    found = lesson.weight_errors(cut, read, nvfp4.hadamard_transform, generator(), draws=8)
+    assert found["nearest, Hadamard"][0] > found["nearest"][0]
+    assert found["stochastic, Hadamard"][0] > found["stochastic"][0]
+    assert found["stochastic, Hadamard"][1] > 0.99 * found["stochastic"][1]
 
 
 def test_a_state_in_float16_stops_growing_when_it_is_rounded_to_nearest() -> None:
@@ -211,6 +225,8 @@ def test_a_state_in_float16_stops_growing_when_it_is_rounded_to_nearest() -> Non
     assert found["stochastic"][-1] == pytest.approx(wanted, rel=0.02)
     assert found["nearest"][-1] == found["nearest"][-1000] == 64
     assert found["nearest"][-1] < 0.8 * wanted
+    above = [n > e for n, e in zip(found["nearest"], found["float32"], strict=True)]
+    assert sum(above[1400:2000]) > 300, "the text says that the line first runs too high"
 
 
 def test_errors_of_blocks_rise_with_their_size() -> None:
