@@ -45,7 +45,8 @@ BLOCK = Exercise(
     points=7,
     task=r"""
 Write $x + \mathrm{mixer}(\mathrm{norm}(x))$ around your own layers. Make `self.mixer` from
-the class `mixers[letter]` and the config. The norm is your `normalize`. Caches differ:
+the class `mixers[letter]` and the config. The norm is your
+`normalize(x, weight, eps)`. Caches differ:
 
 - `M` returns a pair: the output, and a new cache, even if it was given none.
 - `*` returns the output alone, and changes the cache in place.
@@ -342,9 +343,9 @@ COUNT = Exercise(
     points=5,
     task="""
 Count a model of any pattern of `M`, `*` and `E`, to the unit: all its parameters, and those with
-which one token is computed. Your `layer_parameters` of chapter 00 counts a layer with its norm.
-Outside the layers stand embedding, final norm and head. As in NVIDIA's reports,
-embedding and head are active in full. The MTP module does not count.
+which one token is computed. Your `layer_parameters(config, letter)` of chapter 00
+returns (stored, read) of a layer with its norm. Outside the layers stand embedding, final norm and
+head. As in NVIDIA's reports, embedding and head are active in full. The MTP module does not count.
 """.strip(),
     stub='''
 def count(config):

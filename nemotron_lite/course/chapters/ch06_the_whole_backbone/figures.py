@@ -13,6 +13,7 @@ RMSNorm divides by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -54,6 +55,8 @@ def stream(layers: Sequence[Added], step: int) -> go.Figure:
     fig.update_yaxes(range=[0, 1.08 * highest], row=1, col=1)
     fig.update_yaxes(range=[0, 1.08 * max(layer.size for layer in layers)], row=2, col=1)
     fig.update_annotations(font_size=13)
+    smaller = [str(i) for i, (a, b) in enumerate(pairwise(layers)) if b.after < a.after]
+    falls = f", except behind layer {' and '.join(smaller)}, where it falls" if smaller else ""
     fig.update_layout(
         title_text="The residual stream of a trained model",
         height=460,
@@ -63,9 +66,9 @@ def stream(layers: Sequence[Added], step: int) -> go.Figure:
     return described(
         fig,
         f"Above a line: the size of the residual stream behind the embedding and behind each of "
-        f"{len(layers) - 1} layers; it rises from layer to layer. Below a bar for each layer, the "
-        "size of what it adds, in the colour of its kind. The first Mamba-2 layer and the last "
-        "layers add most, expert layers in between add little.",
+        f"{len(layers) - 1} layers; it rises from layer to layer{falls}. Below a bar for each "
+        "layer, the size of what it adds, in the colour of its kind. The first Mamba-2 layer and "
+        "the last layers add most, expert layers in between add little.",
     )
 
 

@@ -2,7 +2,7 @@
 
     Giant          all 88 layers of Super with generated weights; tokens and single layers, timed
     stream         the residual stream of a model, layer by layer
-    deep, growth   an untrained model as deep as Super, in miniature, and its stream
+    deep, growth, typical  an untrained model as deep as Super, in miniature, and its stream
     full_size_difference   a learner's block beside one layer of a Giant
     gradient_of_input, lost_in_bf16   what passes along the stream, and what is lost in it
     experts_of_a_prompt   weights that a prompt reads
@@ -12,10 +12,11 @@
     backbone_weights   the weights of a model without those of its MTP module
     small          an untrained model of a few layers, for any pattern
     calls          how many operations of PyTorch one call makes, without views
+    calls_of_a_token       the same for one token, by kind of layer
     shuffled       what the last token of a model notices if the earlier ones change places
     step_sizes, clamped, divergence   dt of a trained model, and what a lower limit of dt changes
     spellings      infinity in three config.json
-    rates          bytes and FLOPs per second of this machine
+    rates, vector_rate     bytes and FLOPs per second of this machine
     shown_*        tables of measured numbers; their plain text has none
 
 `Giant` keeps few of its weights. The budget of bytes has room for the head, which passes through
@@ -54,6 +55,7 @@ from nemotron_lite.course.factsheet import tell
 from nemotron_lite.course.records import record
 from nemotron_lite.layers import Mamba2
 from nemotron_lite.offload import Offloaded, count_flops
+from nemotron_lite.ops.linear import linear as ops_linear
 
 GIB = 2**30
 BUDGET = 2400 * 2**20  # bytes of weights in memory: the workspace, and what is small
@@ -226,18 +228,37 @@ def together(pattern: str, parts: Mapping[str, Work]) -> float:
 def rates(giant: Giant) -> tuple[float, float, float]:
     """(made, read, flops) per second: the best of some rounds with one large matrix of a layer.
 
-    Reading is a product with one row, as in decoding; FLOPs are those of a product with many rows.
+    Reading is a product with one row, so it contains a multiplication, and memory alone may be
+    faster. Experts are multiplied by this call; `vector_rate` is that of the other matrices. FLOPs
+    are those of a product with many rows.
     """
-    name = f"backbone.layers.{giant.config.pattern.index('M')}.mixer.in_proj.weight"
-    shape = giant.config.mamba_in_proj_size, giant.config.hidden_size
-    weight = torch.empty(shape, dtype=giant.model.dtype)
-    one, many = (torch.ones(rows, shape[1], dtype=weight.dtype) for rows in (1, 64))
+    weight, name = _large_matrix(giant)
+    one, many = (torch.ones(rows, weight.shape[1], dtype=weight.dtype) for rows in (1, 64))
     store = giant.model.store
     with torch.inference_mode():
         making = _fastest(lambda: store.source.read(name, weight))
         reading = _fastest(lambda: F.linear(one, weight))
         computing = _fastest(lambda: F.linear(many, weight))
     return weight.nbytes / making, weight.nbytes / reading, 2 * 64 * weight.numel() / computing
+
+
+def vector_rate(giant: Giant) -> float:
+    """Bytes of weights per second by the product that `M`, `*` and the head take for one row.
+
+    It is `ops.linear`: without gradients a product of a matrix and a vector. On some machines that
+    is faster than the product of matrices in `rates`, on others slower.
+    """
+    weight, _ = _large_matrix(giant)
+    row = torch.ones(1, weight.shape[1], dtype=weight.dtype)
+    with torch.inference_mode():
+        return weight.nbytes / _fastest(lambda: ops_linear(row, weight))
+
+
+def _large_matrix(giant: Giant) -> tuple[Tensor, str]:
+    """`in_proj` of a Mamba layer, filled with ones, and its name."""
+    name = f"backbone.layers.{giant.config.pattern.index('M')}.mixer.in_proj.weight"
+    shape = giant.config.mamba_in_proj_size, giant.config.hidden_size
+    return torch.ones(shape, dtype=giant.model.dtype), name
 
 
 def _fastest(call: Any) -> float:
@@ -299,6 +320,15 @@ def growth(config: NemotronConfig, seed: int = 0) -> list[Added]:
     model = Nemotron(config, seed=seed).eval()
     draw = torch.Generator().manual_seed(seed)
     return stream(model, torch.randint(config.vocab_size, (2, 64), generator=draw))
+
+
+def typical(run: Sequence[Added]) -> dict[str, float]:
+    """What one layer of each kind adds, as a multiple of the embedding: root mean square."""
+    found = {}
+    for kind in "M*E":
+        sizes = [(layer.size / run[0].after) ** 2 for layer in run if layer.kind == kind]
+        found[kind] = math.sqrt(sum(sizes) / len(sizes))
+    return found
 
 
 def gradient_of_input(*, post_norm: bool, layers: int = 44) -> float:
@@ -442,17 +472,54 @@ def calls(run: Callable[[], Any]) -> int:
     return counter.calls
 
 
-def calls_of_a_token(mine: Any, model: Nemotron, tokens: Int[Tensor, "1 t"]) -> dict[str, int]:
-    """Operations for one token after others: by the learner's model and by the package's."""
-    with torch.no_grad():
-        _, caches = mine(tokens)
-        cache = model.empty_cache(1)
-        for piece in (tokens, tokens[:, -1:]):  # the first token prepares the next ones
-            model(piece, cache)
-    last = tokens[:, -1:]
+def calls_by_kind(model: Any, pattern: str, run: Callable[[], Any]) -> dict[str, int]:
+    """`calls` of one run: those of all layers of each kind, of the rest, and all.
+
+    Args:
+        model: has its layers in `backbone.layers`, as a learner's `Backbone` does.
+        pattern: their letters.
+        run: calls the model.
+    """
+    found = dict.fromkeys([*dict.fromkeys(pattern), "rest", "all"], 0)
+    before: list[int] = []
+    handles = []
+    with _Counter() as counter:
+
+        def enter(*_: Any) -> None:
+            before.append(counter.calls)
+
+        def leave(letter: str) -> Any:
+            def hook(*_: Any) -> None:  # what a hook returns would replace the output
+                found[letter] += counter.calls - before.pop()
+
+            return hook
+
+        for layer, letter in zip(model.backbone.layers, pattern, strict=True):
+            handles.append(layer.register_forward_pre_hook(enter))
+            handles.append(layer.register_forward_hook(leave(letter)))
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+    found["all"] = counter.calls
+    found["rest"] = counter.calls - sum(found[letter] for letter in set(pattern))
+    return found
+
+
+@torch.no_grad()
+def calls_of_a_token(
+    mine: Any, model: Nemotron, tokens: Int[Tensor, "1 t"]
+) -> dict[str, dict[str, int]]:
+    """`calls_by_kind` for one token after others: of the learner's model and of the package's."""
+    _, caches = mine(tokens)
+    cache = model.empty_cache(1)
+    for piece in (tokens, tokens[:, -1:]):  # the first token prepares the next ones
+        model(piece, cache)
+    last, pattern = tokens[:, -1:], model.config.pattern
     return {
-        "your model": calls(lambda: mine(last, caches)),
-        "the package's": calls(lambda: model(last, cache)),
+        "your model": calls_by_kind(mine, pattern, lambda: mine(last, caches)),
+        "the package's": calls_by_kind(model, pattern, lambda: model(last, cache)),
     }
 
 
@@ -557,9 +624,16 @@ def shown_first_token(giant: Giant, work: Work) -> None:
 
 
 def shown_parts(
-    parts: Mapping[str, Work], seconds: Mapping[str, float], speed: Sequence[float]
+    parts: Mapping[str, Work], seconds: Mapping[str, float], speed: Sequence[float], vector: float
 ) -> None:
-    """One layer of each kind: its work, the time that was measured, and the estimate."""
+    """One layer of each kind: its work, the time that was measured, and the estimate.
+
+    Args:
+        parts: a layer of each kind, and the head.
+        seconds: the estimates.
+        speed: from `rates`.
+        vector: from `vector_rate`.
+    """
     rows = [
         [
             NAMES[kind], f"{work.made / 1e6:.0f}", f"{work.read / 1e6:.0f}",
@@ -569,12 +643,16 @@ def shown_parts(
     ]  # fmt: skip
     head = ["one", "made, MB", "read, MB", "GFLOP", "measured, ms", "estimated, ms"]
     made, read, flops = speed
-    title = (
-        f"This machine makes {made / 1e9:.1f} GB, reads {read / 1e9:.1f} GB and computes "
-        f"{flops / 1e9:.0f} GFLOP in a second"
-    )
+    machine = [
+        ["made: scaled copies of a table of 8 MB", f"{made / 1e9:.1f} GB"],
+        ["read: multiplied by one row, as experts are", f"{read / 1e9:.1f} GB"],
+        ["the same by the call of M, * and head (not in the estimate)", f"{vector / 1e9:.1f} GB"],
+        ["computed: a product with 64 rows", f"{flops / 1e9:.0f} GFLOP"],
+    ]
+    title = "Rates: the best of three with one matrix"
+    rates = output.html_table(["this machine", "in a second"], machine, title=title)
     plain = f"measured and estimated: {', '.join(NAMES[kind] for kind in parts)}"
-    output.show_output(plain, output.html_table(head, rows, title=title))
+    output.show_output(plain, rates + output.html_table(head, rows, title="One token, one layer"))
 
 
 def shown_seconds(seconds: Mapping[str, float], title: str) -> None:
@@ -597,10 +675,15 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def shown_calls(found: Mapping[str, int]) -> None:
-    """Operations of one token by model."""
-    rows = [[output.inline_html(name), f"{count:,}"] for name, count in found.items()]
-    table = output.html_table(["one token of 14 layers", "calls without views"], rows)
+def shown_calls(found: Mapping[str, Mapping[str, int]], pattern: str) -> None:
+    """Operations of one token by model and kind of layer."""
+    rows = [
+        [output.inline_html(name), *(f"{count:,}" for count in counts.values())]
+        for name, counts in found.items()
+    ]
+    kinds = next(iter(found.values()))
+    head = [f"{pattern.count(kind)} {kind}" if kind in pattern else kind for kind in kinds]
+    table = output.html_table(["", *head], rows, title="Calls of one token, without views")
     output.show_output(f"calls of one token: {', '.join(found)}", table)
 
 

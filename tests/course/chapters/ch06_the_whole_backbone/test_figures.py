@@ -27,6 +27,9 @@ def test_the_stream_is_drawn_up_to_a_layer() -> None:
     colours = list(fig.data[1].marker.color)
     assert colours[1:] == [theme.KINDS["M"].strong, theme.KINDS["E"].strong, figures.AHEAD]
     assert list(fig.layout.xaxis2.ticktext) == ["Emb", "M", "E", "*"]
+    assert "rises from layer to layer. " in str(alt_of(fig))
+    falling = figures.stream([*LAYERS, Added("*", 4.0, 5.5)], 1)
+    assert "to layer, except behind layer 3, where it falls." in str(alt_of(falling))
 
 
 @pytest.mark.timing

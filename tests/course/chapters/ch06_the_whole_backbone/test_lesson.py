@@ -100,8 +100,9 @@ def test_work_of_the_parts_adds_up_to_that_of_a_token(giant: lesson.Giant) -> No
 
 def test_rates_are_of_this_machine(giant: lesson.Giant) -> None:
     made, read, flops = lesson.rates(giant)
-    assert min(made, read, flops) > 1e6
-    assert all(math.isfinite(rate) for rate in (made, read, flops))
+    vector = lesson.vector_rate(giant)
+    assert min(made, read, flops, vector) > 1e6
+    assert all(math.isfinite(rate) for rate in (made, read, flops, vector))
 
 
 def test_logits_that_are_not_finite_stop_the_giant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +138,11 @@ def test_the_stream_grows_with_and_without_the_division() -> None:
         assert 6 < times[0] < 10
         assert 7 < times[1] / times[0] < 12
         assert divided[1].size == pytest.approx(divided[0].after, rel=0.5)
+        one = lesson.typical(plain)
+        assert 9 < one["M"] < 13  # the prediction says "about 11"
+        assert max(one["*"], one["E"]) < 0.5
+        expected = math.sqrt(1 + 40 * one["M"] ** 2 / 88)
+        assert times[0] == pytest.approx(expected, rel=0.15)
 
 
 def test_the_stream_of_a_wider_model_grows_more() -> None:
@@ -256,8 +262,12 @@ def test_calls_are_counted(shipped: Nemotron) -> None:
     mine = answer("backbone")(shipped.config)
     mine.load_state_dict(lesson.backbone_weights(shipped))
     found = lesson.calls_of_a_token(mine, shipped, torch.tensor([[5, 17, 3]]))
-    assert found["your model"] > 100
-    assert found["the package's"] > 0
+    for counts in found.values():
+        assert list(counts) == ["M", "E", "*", "rest", "all"]
+        assert sum(counts.values()) == 2 * counts["all"]
+        assert min(counts.values()) > 0
+    assert found["your model"]["E"] > 0.9 * found["your model"]["all"]  # a loop over all experts
+    assert not any(layer._forward_hooks for layer in mine.backbone.layers)
 
 
 def test_the_record_of_the_gpu_is_of_the_first_layers() -> None:
@@ -271,13 +281,15 @@ def test_the_record_of_the_gpu_is_of_the_first_layers() -> None:
 
 WORK = lesson.Work(0.25, 100, 200, 100, 400)
 SHOWN: list[tuple[Callable[[], None], str]] = [
-    (lambda: lesson.shown_parts({"M": WORK, "head": WORK}, {"M": 0.2, "head": 0.1}, (1e9,) * 3),
+    (lambda: lesson.shown_parts({"M": WORK, "head": WORK}, {"M": 0.2, "head": 0.1}, (1e9,) * 3,
+                                2e9),
      "measured and estimated: Mamba-2, head\n"),
     (lambda: lesson.shown_seconds({"one": 2.0, "other": 0.002}, "Times"), "Times: one, other\n"),
     (lambda: lesson.shown_numbers({"one": 2.0}, "Numbers"), "Numbers: one\n"),
     (lambda: lesson.shown_clamp(0.1, 1e-4, 0.9),
      "the limit in our model: share of dt, KL, first choice\n"),
-    (lambda: lesson.shown_calls({"your model": 7}), "calls of one token: your model\n"),
+    (lambda: lesson.shown_calls({"your model": {"M": 7, "all": 7}}, "M"),
+     "calls of one token: your model\n"),
     (lambda: lesson.show_text("Title", "noise"), "Title\n"),
 ]  # fmt: skip
 
