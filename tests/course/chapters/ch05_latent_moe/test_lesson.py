@@ -336,13 +336,14 @@ def test_a_gain_of_the_latent_mixture_is_not_given_to_the_hybrid(
 
 
 def test_the_recap_says_what_the_record_says() -> None:
-    """ "In our record, this is not decided" stands in the chapter."""
+    """ "In our record, no" stands in the chapter."""
     claims = {(c["model"], c["other"]): c for c in record(lesson.RECORD)["claims"]}
     chapter = Path(__file__).parents[4] / "notebooks" / "05_latent_moe.ipynb"
     recap = next(c for c in json.loads(chapter.read_text())["cells"] if c["id"] == "c05-41")
     words = " ".join("".join(recap["source"]).split())
-    assert claims["latent", "hybrid"]["verdict"] == "not decided"
-    assert "In our record, this is not decided." in words
+    assert claims["latent", "hybrid"]["verdict"] == "no"
+    assert claims["latent", "hybrid"]["n"] == 5
+    assert "In our record, no: five seeds exclude a gain that matters." in words
 
 
 def test_reading_hardly_grows_from_a_hundred_tokens_on() -> None:
