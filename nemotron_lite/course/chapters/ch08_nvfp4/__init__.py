@@ -1,1 +1,1 @@
-"""Chapter 08, NVFP4: its exercises, checks, quiz and figures."""
+"""Chapter 08, NVFP4: its exercises, checks, quiz, figures and lesson."""
