@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -255,38 +255,46 @@ def test_same_seed_same_weights_and_the_global_stream_is_left_alone() -> None:
 
 
 DRAWN = {
-    "mixed": (TINY, "3a6a67073589e59a", 0.8866295218467712),
+    "mixed": (TINY, -12.7946065, 0.8866295218467712),
     "not scaled": (
-        TINY.replace(rescale_prenorm_residual=False), "b31323b52e4b1912", 0.8866295218467712,
+        TINY.replace(rescale_prenorm_residual=False), 2.2548101, 0.8866295218467712,
     ),
     "dense": (
         NemotronConfig(pattern="M-*-", vocab_size=96, hidden_size=48, n_groups=2),
-        "3dea40dc42c9dee8", 0.6788182258605957,
+        -7.6778168, 0.6788182258605957,
     ),
     "no latent space": (
         NemotronConfig(
             pattern="ME*E", vocab_size=96, hidden_size=48, n_shared_experts=0, use_conv_bias=False
         ),
-        "718c2d3e0369e8a8", 0.9777711629867554,
+        -5.4750762, 0.9777711629867554,
     ),
 }  # fmt: skip
 
 
+def weighted_sum(tensors: Mapping[str, torch.Tensor]) -> float:
+    """The sum of all numbers, each times another cosine: it changes if two of them change places.
+
+    Logarithms and exponentials differ in the last bit between processors, so there are no digests.
+    """
+    numbers = torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+    return float(numbers @ torch.arange(len(numbers), dtype=torch.float64).cos())
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_seed_draws_the_same_weights_as_ever(name: str) -> None:
-    """Bit for bit, and as many random numbers: the next one is the same too.
+    """And as many random numbers: the next one is the same too.
 
     The numbers were taken when one function of the model drew the weights of all layers.
     """
-    config, digest, following = DRAWN[name]
-    found = hashlib.sha256()
+    config, expected, following = DRAWN[name]
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        for key, tensor in Nemotron(config).state_dict().items():
-            found.update(key.encode())
-            found.update(tensor.contiguous().numpy().tobytes())
+        found = Nemotron(config).state_dict()
         assert float(torch.rand(())) == following
-    assert found.hexdigest()[:16] == digest
+    assert weighted_sum(found) == pytest.approx(expected, abs=1e-4)
+    swapped = found | {"lm_head.weight": found["lm_head.weight"].flip(0)}
+    assert weighted_sum(swapped) != pytest.approx(expected, abs=1e-3)
 
 
 def test_initialization_follows_the_sheet() -> None:
