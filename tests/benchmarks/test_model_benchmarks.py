@@ -189,11 +189,13 @@ def test_ratios_are_taken_within_a_round():
 @pytest.mark.timing
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_is_what_was_touched_above_the_model():
+    # The C library keeps freed blocks of up to 32 MiB, and a block that it gives out again is no
+    # new memory. So the blocks are larger.
     def prepare():
-        model = torch.ones(8_000_000)  # 32 MB, not to be counted
-        return lambda: float((model + 1).sum())  # 32 MB more
+        model = torch.ones(16_000_000)  # 64 MB, not to be counted
+        return lambda: float((model + 1).sum())  # 64 MB more
 
-    assert measure.peak_above(prepare) == pytest.approx(32e6, rel=0.2)
+    assert measure.peak_above(prepare) == pytest.approx(64e6, rel=0.2)
 
 
 @pytest.mark.timing
