@@ -43,6 +43,7 @@ from nemotron_lite.files import atomic_file
 from nemotron_lite.train.errors import ResumeError
 
 _NAME = re.compile(r"step-(\d{8,18})\.pt")
+SNAPSHOTS = "snapshots"  # folder of weights in the folder of a run (snapshots.py)
 DAMAGED = ".damaged"  # ending of a file that a resume has skipped
 _TAG = b"nemotron_lite crc32 "
 _COMMENT = len(_TAG) + 8  # bytes: the tag and 8 hexadecimal digits
@@ -101,7 +102,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
             used, so a reader of the weights alone does not hold the optimizer's moments.
 
     Raises:
-        ResumeError: it cannot be read, or it has changed.
+        ResumeError: it does not exist, cannot be read, or has changed.
     """
     try:
         with _open_regular(path) as file:
@@ -110,6 +111,10 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ResumeError(
+            f"{path} does not exist: another process may have removed it meanwhile."
+        ) from error
     except Exception as error:  # whatever a damaged archive or pickle makes torch raise
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ResumeError(f"{path} is damaged and cannot be used ({cause[:_SHOWN]}).") from error
@@ -150,6 +155,12 @@ class _SummingFile:
 
 
 def _not_written(path: Path, error: OSError) -> str:
+    if path.parent.name == SNAPSHOTS:  # which are not resumed from
+        return (
+            f"the snapshot {path} cannot be written ({error.strerror or error}), so the run stops. "
+            "Free space or choose another disk. Where the run has a checkpoint, resume=True "
+            "(--resume) continues it."
+        )
     kept = [file.name for file in list_checkpoints(path.parent) if file != path]
     before = (
         f"The last checkpoint is {path.with_name(kept[-1])}"

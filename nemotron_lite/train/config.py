@@ -86,7 +86,7 @@ class TrainConfig:
     save_every_seconds: Number | None = 600.0  # if `save_every` is None; None: only at the end
     keep_checkpoints: Integer = 2  # how many of them are kept
     merge_every: Integer | None = None  # updates between snapshots; None: none (snapshots.py)
-    merge_windows: Integers = ()  # lengths of merges to score, in updates; (): keep all snapshots
+    merge_windows: Integers = ()  # lengths of merges to score at a validation, in updates
 
     def __post_init__(self) -> None:
         if self.steps is None and self.max_seconds is None:
@@ -149,6 +149,8 @@ class TrainConfig:
         object.__setattr__(self, "merge_windows", found)
         if every is None and found:
             self._fail("merge_windows", "a merge_every too, the updates between two snapshots")
+        if found and self.eval_every is None:
+            self._fail("merge_windows", "an eval_every too, because validations score the merges")
         if every is not None and any(window % every for window in found):
             self._fail("merge_windows", f"multiples of merge_every={every}")
         if every is not None and self.eval_every is not None and self.eval_every % every:

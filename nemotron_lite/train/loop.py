@@ -85,7 +85,7 @@ class TrainResult:
         checkpoint: the last file that was written, or read by a resume; None without `out_dir`.
         best: `{"step": ..., "loss": ...}` of the lowest validation loss; None without validation.
         notes: sentences about a resume, which are logged as warnings too: versions that differ,
-            damaged lines of the log.
+            snapshots that were removed, damaged lines of the log.
     """
 
     step: int = 0
@@ -141,8 +141,9 @@ def train(
         has the same losses, bit for bit, as one that was not.
 
     Raises:
-        ResumeError: `out_dir` holds a run and `resume` is False; another process uses it; or the
-            run cannot be continued, because something differs or the checkpoint is damaged.
+        ResumeError: `out_dir` holds a run, or snapshots of one, and `resume` is False; another
+            process uses it; or the run cannot be continued, because something differs or the
+            checkpoint is damaged.
         ValueError: weights that are not float32, nothing to train, or arguments that do not fit
             together.
         ImportError: a log needs a package that is not installed.
@@ -231,6 +232,7 @@ class _Run:
                     skip_damaged=skip_damaged,
                 )
                 self._restore(saved)
+                self.folder.remove_snapshots_after(self.result.step)
             else:
                 self.folder.write_tokenizer(run_tokenizer(self.model, self.data))
             self.folder.open_log(self.result.step, logs)
@@ -245,7 +247,7 @@ class _Run:
                     windows=self.config.merge_windows,
                     fingerprint=self._fingerprint,
                 )
-                self.snapshots.start(self.result.step)
+                self.snapshots.after_update(self.result.step)
         except BaseException:
             self.folder.close()
             raise

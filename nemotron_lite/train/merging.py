@@ -61,10 +61,14 @@ from nemotron_lite.checkpoint.tokenizer import read_tokenizer, same_tokens
 from nemotron_lite.config import NemotronConfig
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.checkpoint_checks import check_weights
-from nemotron_lite.train.checkpointing import list_checkpoints, read_checkpoint, step_of
+from nemotron_lite.train.checkpointing import (
+    SNAPSHOTS,
+    list_checkpoints,
+    read_checkpoint,
+    step_of,
+)
 from nemotron_lite.train.schedule import minus_sqrt
 
-SNAPSHOTS = "snapshots"  # folder of weights in the folder of a run (snapshots.py)
 FLOOR = 0.01  # Super's last learning rate, as a fraction of its peak
 _MOST = 1 << 53
 

@@ -2,12 +2,15 @@
 
     OUT/run.lock         who trains here now (run_lock.py)
     OUT/checkpoints/     step-00000120.pt, the newest few (checkpointing.py)
+    OUT/snapshots/       weights to merge, if the run keeps them (snapshots.py)
     OUT/log.jsonl        one record per update (run_log.py)
     OUT/tokenizer.json   of the text that the run started with
 
-A folder belongs to one run. A new run is refused where checkpoints are, and a resume is refused if
-it is not the same run (fingerprint.py). The folder is tried before the first update, because a
-folder that cannot be written would be found out only after hours, at the first save.
+A folder belongs to one run. A new run is refused where checkpoints or snapshots are, and a resume
+is refused if it is not the same run (fingerprint.py). A resume goes back to a checkpoint and
+removes the snapshots after it, because the run may make other weights from there on. The folder is
+tried before the first update, because a folder that cannot be written would be found out only after
+hours, at the first save.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from nemotron_lite.model import Nemotron
 from nemotron_lite.train.checkpoint_checks import check_contents, check_outline
 from nemotron_lite.train.checkpointing import (
     DAMAGED,
+    SNAPSHOTS,
     list_checkpoints,
     read_checkpoint,
     save_checkpoint,
+    step_of,
 )
 from nemotron_lite.train.errors import ResumeError
 from nemotron_lite.train.fingerprint import compare_runs
@@ -76,6 +81,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                     f"{self.path} already holds a run: give resume=True (--resume) to continue it, "
                     "or another out_dir (--out)."
                 )
+            snapshots = self.path / SNAPSHOTS
+            if list_checkpoints(snapshots) and not resume:
+                raise ResumeError(
+                    f"{snapshots} holds weights of an earlier run, which has no checkpoint to "
+                    "continue from: move that folder away or delete it, or give another out_dir "
+                    "(--out)."
+                )
         except BaseException:
             self.close()
             raise
@@ -88,6 +100,19 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         if self._log is not None:
             self._log.close()
         self._lock.__exit__(None, None, None)
+
+    def remove_snapshots_after(self, step: int) -> None:
+        """At a resume after `step` updates: no snapshot may be of what the run does not continue.
+
+        This holds without merges too, because a later resume may merge again.
+        """
+        later = [path for path in list_checkpoints(self.path / SNAPSHOTS) if step_of(path) > step]
+        for path in later:
+            path.unlink(missing_ok=True)
+        if later:
+            self.notes.append(
+                f"the snapshots after update {step}, where the run continues, were removed"
+            )
 
     def open_log(self, step: int, kinds: Collection[str]) -> None:
         """Open the log after `step` updates; its later records are removed."""

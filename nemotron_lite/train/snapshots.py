@@ -8,16 +8,16 @@ merged weights of each window in turn (merging.py), for the time that a validati
     record["validation_loss"]           of the run's own weights
     record["merged_validation_loss"]    {"100": ..., "200": ..., "400": ...} of the merges
 
-A window counts as soon as the run is that long. The run itself goes on with its own weights, bit
+A window counts as soon as the run is that long. A damaged snapshot costs the scores of its windows
+and a warning, and the run goes on. The run itself goes on with its own weights, bit
 for bit as without merges.
 
 A window moves with the run, and with it the weight of each snapshot in it. So no running sum gives
 the merge: the snapshots themselves are kept, on disk: weights without the optimizer's moments, a
-third of a checkpoint of AdamW. The longest window decides how many: 400 / 20 + 1 in the example.
-Without `merge_windows`, none is removed, so that any window can be merged after the run.
+third of a checkpoint of AdamW. All are kept, whatever the windows are, because the best merge is
+known only after the run: `steps / merge_every + 1` files of 4 bytes for each weight.
 
-A resume goes back to a checkpoint. So snapshots are kept from the oldest checkpoint on, and as far
-before it as the longest window. Those after the checkpoint are removed at the resume, and made
+A resume goes back to a checkpoint. The snapshots after it are removed (run_folder.py), and made
 again. A resumed run therefore has the same merges, bit for bit.
 
 Source: reference sheet 7. Left out: snapshots of one part of the model.
@@ -25,6 +25,7 @@ Source: reference sheet 7. Left out: snapshots of one part of the model.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,16 @@ import torch
 
 from nemotron_lite.model import Nemotron
 from nemotron_lite.train.checkpoint_checks import FORMAT
-from nemotron_lite.train.checkpointing import list_checkpoints, save_checkpoint, step_of
-from nemotron_lite.train.merging import SNAPSHOTS, merge_weights, merged_state
+from nemotron_lite.train.checkpointing import (
+    SNAPSHOTS,
+    list_checkpoints,
+    save_checkpoint,
+    step_of,
+)
+from nemotron_lite.train.errors import ResumeError
+from nemotron_lite.train.merging import merge_weights, merged_state
+
+_log = logging.getLogger(__name__)
 
 
 class Snapshots:
@@ -46,8 +55,7 @@ class Snapshots:
         run: folder of the run.
         model: that is trained.
         every: updates between two snapshots.
-        windows: lengths of the merges in updates, multiples of `every`. Without any, all snapshots
-            are kept.
+        windows: lengths of the merges in updates, multiples of `every`.
         fingerprint: of the run; the files hold it.
     """
 
@@ -62,18 +70,12 @@ class Snapshots:
     ) -> None:
         self.folder = run / SNAPSHOTS
         self.windows = tuple(windows)
-        self._checkpoints = run / "checkpoints"
         self._model, self._every, self._fingerprint = model, every, fingerprint
 
-    def start(self, step: int) -> None:
-        """At the start of a run, or where it is resumed: no snapshot is newer than the weights."""
-        for path in list_checkpoints(self.folder):
-            if step_of(path) > step:
-                path.unlink(missing_ok=True)
-        self.after_update(step)
-
     def after_update(self, step: int) -> None:
-        """Keep the weights if it is their turn, and drop what no window needs any more.
+        """Keep the weights if it is their turn.
+
+        It is also called where a run starts or is resumed. Snapshots after that are gone by then.
 
         Raises:
             OSError: the disk refused.
@@ -89,13 +91,6 @@ class Snapshots:
                 "step": step,
             }
             save_checkpoint(self.folder, step, content, keep=sys.maxsize)
-        if not self.windows:
-            return
-        resumed_from = [step_of(path) for path in list_checkpoints(self._checkpoints)]
-        needed = min([step, *resumed_from]) - max(self.windows)
-        for path in kept:
-            if step_of(path) < needed:
-                path.unlink(missing_ok=True)
 
     @contextmanager
     def merged(self, window: int, step: int) -> Iterator[bool]:
@@ -104,14 +99,19 @@ class Snapshots:
         Afterwards it has its own weights again, the same bits.
 
         Yields:
-            Whether the window is complete. If not, the weights are the model's own.
+            Whether the window is complete and intact. If not, the weights are the model's own.
         """
         wanted = range(step - window, step + 1, self._every)
         found = {step_of(path): path for path in list_checkpoints(self.folder)}
-        if not all(at in found for at in wanted):
+        merge = None
+        if all(at in found for at in wanted):
+            try:
+                merge = merged_state([found[at] for at in wanted], merge_weights(wanted))
+            except ResumeError as error:
+                _log.warning("the merge over %d updates is not scored: %s", window, error)
+        if merge is None:
             yield False
             return
-        merge = merged_state([found[at] for at in wanted], merge_weights(wanted))
         state = self._model.state_dict()
         own = {name: tensor.clone() for name, tensor in state.items()}
         try:

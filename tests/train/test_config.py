@@ -110,7 +110,7 @@ def test_the_largest_seed_trains(model: Any, text: Any) -> None:
 def test_options_of_merging_are_recorded_where_weights_are_merged() -> None:
     """The records of runs that older versions made have no such entries."""
     assert not {"merge_every", "merge_windows"} & set(TrainConfig(steps=3).to_dict())
-    config = TrainConfig(steps=3, merge_every=2, merge_windows=[4])
+    config = TrainConfig(steps=3, eval_every=2, merge_every=2, merge_windows=[4])
     assert config.to_dict()["merge_windows"] == [4]
     for each in (config, TrainConfig(steps=3)):
         assert TrainConfig(**each.to_dict()) == each

@@ -54,7 +54,7 @@ def test_options_of_the_phase() -> None:
     assert found.weight_decay == 0.0
     assert found.mtp_weight == BEFORE.mtp_weight
     timed = TrainConfig(
-        steps=9, max_seconds=5.0, merge_every=3, merge_windows=(3,), optimizer="muon"
+        steps=9, max_seconds=5.0, eval_every=3, merge_every=3, merge_windows=(3,), optimizer="muon"
     )
     found = long_context_config(timed, steps=7, seq_len=96, lr=1e-4)
     assert (found.lr, found.min_lr, found.max_seconds) == (1e-4, 1e-4, None)

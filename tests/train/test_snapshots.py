@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,14 @@ from torch import Tensor
 from nemotron_lite.data import ConcatenatedDocuments
 from nemotron_lite.model import Nemotron
 from nemotron_lite.quantization.emulated_training import EmulatedPrecision
-from nemotron_lite.train import TrainConfig, merge_checkpoints, merge_windows, train
+from nemotron_lite.train import (
+    ResumeError,
+    TrainConfig,
+    checkpointing,
+    merge_checkpoints,
+    merge_windows,
+    train,
+)
 from nemotron_lite.train.balance import expert_loads, max_violation, router_balance
 from nemotron_lite.train.run_log import read_log
 from nemotron_lite.train.validation import validation_loss
@@ -56,14 +66,11 @@ def test_each_window_is_scored_as_soon_as_it_is_complete(
     assert {step: [*by_window] for step, by_window in found.items()} == {
         4: ["2", "4"], 8: ["2", "4", "8"], 12: ["2", "4", "8"],
     }  # fmt: skip
-    # snapshots: from the oldest checkpoint (10) minus the longest window on
-    assert names(tmp_path) == [2, 4, 6, 8, 10, 12]
+    assert names(tmp_path) == [0, 2, 4, 6, 8, 10, 12]  # all, for merges after the run
     # the score is that of the merge which the files give
     config = TrainConfig(**{**RECIPE, "precision": precision})
     for step, by_window in found.items():
         for window, loss in by_window.items():
-            if step - int(window) < 2:
-                continue  # its first snapshot is gone
             merged = merge_checkpoints(tmp_path, window=int(window), until=step)
             with EmulatedPrecision(merged, precision, config.seed) as how:
                 assert validation_loss(merged, text, config, how) == pytest.approx(loss, abs=1e-5)
@@ -94,6 +101,8 @@ def test_a_killed_run_has_the_same_merges(
         go(run, text, model.config, on_step=kill)
     resume = (run / "checkpoints").exists() and bool(list((run / "checkpoints").glob("*.pt")))
     assert resume == (at > 5)
+    if not resume:
+        shutil.rmtree(run / "snapshots")  # as the error of a new run says
     go(run, text, model.config, seed=5 if resume else 0, resume=resume)
     logs = [
         [{k: v for k, v in record.items() if k not in TIMES} for record in read_log(folder)]
@@ -122,6 +131,86 @@ def test_snapshots_of_another_way_are_not_used(
     assert (tmp_path / "snapshots" / "step-00000008.pt").read_bytes() != before
 
 
+def test_a_new_run_is_refused_where_snapshots_are(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
+    """They are of another run, so they may be neither merged nor deleted silently."""
+    go(tmp_path, text, model.config, recipe=dict(steps=4))
+    shutil.rmtree(tmp_path / "checkpoints")
+    for recipe in ({}, dict(merge_every=None, merge_windows=())):
+        with pytest.raises(ResumeError, match=r"snapshots holds.*delete it, or give another out_"):
+            go(tmp_path, text, model.config, seed=1, recipe=recipe)
+    assert names(tmp_path) == [0, 2, 4]
+    shutil.rmtree(tmp_path / "snapshots")
+    go(tmp_path, text, model.config, seed=1, recipe=dict(steps=4))
+    first = torch.load(tmp_path / "snapshots" / "step-00000000.pt", weights_only=True)["model"]
+    assert torch.equal(first["lm_head.weight"], Nemotron(model.config, seed=1).lm_head.weight)
+
+
+def test_a_resume_without_merges_leaves_no_snapshot_of_another_way(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
+    def kill(record: dict[str, Any]) -> None:
+        if record["step"] == 9:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        go(tmp_path, text, model.config, on_step=kill)
+    assert names(tmp_path) == [0, 2, 4, 6, 8]
+    options = TrainConfig(**{**RECIPE, "merge_every": None, "merge_windows": (), "lr": 2e-3})
+    result = train(
+        Nemotron(model.config), text, options, out_dir=tmp_path, validation=text, resume=True,
+        progress=False, allow_changes=["lr"], on_step=lambda record: record["step"] < 7,
+    )  # fmt: skip
+    assert names(tmp_path) == [0, 2, 4]
+    assert any("snapshots after update 5" in note for note in result.notes)
+    go(tmp_path, text, model.config, resume=True, recipe=dict(lr=2e-3))
+    assert names(tmp_path) == [0, 2, 4, 8, 10, 12]
+
+
+def test_a_damaged_snapshot_costs_only_its_scores(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def damage(record: dict[str, Any]) -> None:
+        if record["step"] == 5:
+            path = tmp_path / "snapshots" / "step-00000004.pt"
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    with caplog.at_level(logging.WARNING):
+        go(tmp_path, text, model.config, on_step=damage)
+    assert {step: [*by_window] for step, by_window in scores(tmp_path).items()} == {
+        4: ["2", "4"], 8: ["2"], 12: ["2", "4"],
+    }  # fmt: skip
+    assert "the merge over 8 updates is not scored" in caplog.text
+    assert "step-00000004.pt is damaged" in caplog.text
+
+
+def test_a_full_disk_at_a_snapshot_names_no_wrong_checkpoint(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpointing.torch.save
+
+    def write(content: dict[str, Any], file: Any) -> None:
+        if content["step"] == 8 and "optimizer" not in content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr(checkpointing.torch, "save", write)
+    with pytest.raises(OSError, match=r"the snapshot .*step-00000008.pt cannot be wr") as error:
+        go(tmp_path, text, model.config)
+    assert "last checkpoint" not in str(error.value)
+    assert "earlier checkpoint" not in str(error.value)
+    assert f"saved in {tmp_path / 'checkpoints' / 'step-00000008.pt'}" in error.value.__notes__[0]
+
+
+def test_a_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"step-00000001\.pt does not exist") as error:
+        checkpointing.read_checkpoint(tmp_path / "step-00000001.pt")
+    assert "damaged" not in str(error.value)
+
+
 def test_the_last_weights_come_back_if_scoring_fails(
     model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +236,7 @@ def test_the_last_weights_come_back_if_scoring_fails(
     ("changes", "message"),
     [
         (dict(merge_every=None), "a merge_every too"),
+        (dict(eval_every=None), "an eval_every too"),
         (dict(merge_windows=(2, 5)), "multiples of merge_every=2"),
         (dict(merge_every=8, merge_windows=(8,)), "divisor of eval_every=4"),
         (dict(merge_windows=(0,)), "merge_windows=0"),
@@ -156,6 +246,16 @@ def test_the_last_weights_come_back_if_scoring_fails(
 def test_options_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{**RECIPE, **changes})
+
+
+def test_a_window_in_the_middle_is_merged_after_the_run(
+    model: Nemotron, text: ConcatenatedDocuments, tmp_path: Path
+) -> None:
+    """The two commands of using.md, a hundredth as long."""
+    scored = dict(steps=20, merge_every=1, eval_every=2, merge_windows=(2, 4), save_every=None)
+    go(tmp_path, text, model.config, recipe=scored)
+    assert names(tmp_path) == [*range(21)]
+    merge_checkpoints(tmp_path, until=12, window=4)
 
 
 def test_without_windows_all_snapshots_are_kept(
