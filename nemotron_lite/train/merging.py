@@ -17,7 +17,8 @@ The right side orders the sum by checkpoints. The c_j add up to 1, and none is n
 factors only fall. Three shapes:
 
     constant, f = 1           c_n = 1: the last checkpoint
-    linear, f = 1 - x         c_j = 1/n, and about half of that for the first and the last: the mean
+    linear, f = 1 - x         c_j = 1/n, and about half of that for the first and the last, with
+                              many updates between two checkpoints: nearly the mean
     minus-sqrt, 1 - sqrt(x)   c_j falls like 1/sqrt(j): the oldest checkpoints count most, because
                               this decay falls fastest at its start
 
@@ -71,12 +72,13 @@ from nemotron_lite.train.schedule import minus_sqrt
 
 FLOOR = 0.01  # Super's last learning rate, as a fraction of its peak
 _MOST = 1 << 53
+_SAMPLES = 10_000  # values of the curve between two checkpoints, at most
 
 Curve = Callable[[float], float]
 
 
 def linear(x: float) -> float:
-    """A decay in a straight line, from 1 to 0. Its merge is the mean of the checkpoints."""
+    """A decay in a straight line, from 1 to 0. Its merge is nearly the mean of the checkpoints."""
     return 1 - x
 
 
@@ -84,6 +86,9 @@ def merge_weights(
     steps: Sequence[SupportsIndex], *, curve: Curve = minus_sqrt, floor: int | float = FLOOR
 ) -> tuple[float, ...]:
     """The weight of each checkpoint in a merge; they add up to 1.
+
+    Between two checkpoints, the mean of the curve is over all updates, or over 10,000 places if
+    there are more. `steps` may therefore be counted in tokens too.
 
     Args:
         steps: number of updates before each checkpoint, increasing. The decay that is imitated
@@ -104,7 +109,11 @@ def merge_weights(
         raise ValueError(f"steps={at[:8]} does not work: expected increasing numbers of updates.")
     factors = [1.0]
     for before, after in pairwise(at):
-        decay = [curve((s - at[0]) / (at[-1] - at[0])) for s in range(before + 1, after + 1)]
+        # Each place is the middle of equally many updates; of one update, the update itself.
+        places = min(after - before, _SAMPLES)
+        each = (after - before) / places
+        done = [before - at[0] + 0.5 + (i + 0.5) * each for i in range(places)]
+        decay = [curve(min(1.0, updates / (at[-1] - at[0]))) for updates in done]
         if not all(0 <= factor <= 1 for factor in decay):
             raise ValueError(
                 f"the curve gives {min(decay):g} to {max(decay):g}: expected factors from 0 to 1."
@@ -127,11 +136,12 @@ def merge_checkpoints(
 
     Args:
         checkpoints: the folder of a run, with its snapshots, or else its checkpoints. Or a list, in
-            order: files of a run (`step-00000400.pt`), or folders that `nemotron_lite.load` opens.
+            order: files of a run (`step-00000400.pt`), or folders that `nemotron_lite.load` opens,
+            with `steps`.
         window: number of updates from the first checkpoint that counts to the last one; None takes
-            all checkpoints.
+            all checkpoints, also those of a warm-up or a decay.
         steps: number of updates before each checkpoint of a list. If None, it is read from the
-            names of the files; folders count as 0, 1, 2, ..., so a window counts folders.
+            names, which must all be like `step-00000400.pt`.
         until: the last checkpoint that counts, by its number of updates; None is the newest.
         curve, floor: the decay that is imitated; see `merge_weights`.
 
@@ -215,8 +225,6 @@ def _find(
         at = [integer("steps", step, low=0, high=_MOST) for step in steps]
         if len(at) != len(paths):
             raise ValueError(f"{len(at)} steps for {len(paths)} checkpoints: give one for each.")
-    elif all(path.is_dir() for path in paths):
-        at = [*range(len(paths))]
     else:
         unknown = [str(path) for path, step in zip(paths, named, strict=True) if step < 0]
         if unknown:
@@ -296,7 +304,7 @@ def _read(path: Path) -> _Contents:
     config = _config(path, saved)
     with torch.device("meta"):
         check_weights(path, saved["model"], Nemotron(config))
-    run = path.parent.parent
+    run = Path(os.path.abspath(path)).parent.parent  # a link stays one: its run is around it
     tokenizer, problems = read_tokenizer(run, config)
     if problems:
         raise ValueError(f"{run}: {'; '.join(problems)}.")

@@ -67,6 +67,24 @@ def test_between_checkpoints_the_mean_factor_counts() -> None:
     )
 
 
+def test_steps_may_be_huge() -> None:
+    """Tokens instead of updates: one spacing of Super is 25 billion."""
+    calls = 0
+
+    def counting(x: float) -> float:
+        nonlocal calls
+        calls += 1
+        return minus_sqrt(x)
+
+    found = merge_weights([0, 25_000_000_000], curve=counting, floor=0)
+    assert calls <= 10_000
+    assert found == pytest.approx([2 / 3, 1 / 3], abs=1e-6)  # the mean of 1 - sqrt(x) is 1/3
+    assert sum(merge_weights([1, 2**52, 2**53])) == pytest.approx(1)
+    # where not every update is counted, the sum over all of them is met
+    mean = math.fsum(minus_sqrt(s / 100_003) for s in range(1, 100_004)) / 100_003
+    assert merge_weights([0, 100_003], floor=0) == pytest.approx([1 - mean, mean], abs=1e-5)
+
+
 @given(steps=INCREASING, floor=st.floats(0, 1))
 def test_weights_are_shares(steps: list[int], floor: float) -> None:
     weights = merge_weights(steps, floor=floor)
@@ -191,9 +209,8 @@ def test_folders_in_half_precision_are_summed_in_float32(tmp_path: Path) -> None
         expected = sum(w * t[name].double() for w, t in zip(weights, rounded, strict=True))
         assert isinstance(expected, Tensor)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    by_count = merge_checkpoints(folders, window=1).state_dict()
-    last = merge_checkpoints(folders[1:]).state_dict()
-    assert all(torch.equal(by_count[name], t) for name, t in last.items())
+    with pytest.raises(ValueError, match=r"0 does not say after how many updates.*give steps="):
+        merge_checkpoints(folders)  # one update apart they would weigh 0.99 and 0.01
     nemotron_lite.save(model, tmp_path / "merged")
     assert torch.equal(nemotron_lite.load(tmp_path / "merged").lm_head.weight, model.lm_head.weight)
 
@@ -256,6 +273,18 @@ def test_files_without_a_step_or_out_of_order(tmp_path: Path) -> None:
         merge_checkpoints([first, renamed], steps=[10])
     with pytest.raises(ValueError, match="steps are for a list"):
         merge_checkpoints(tmp_path, steps=[10])
+
+
+def test_a_relative_name_keeps_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = write_run(tmp_path, [10])
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "?": 1}, unk_token="?"))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    monkeypatch.chdir(path.parent)
+    merged = merge_checkpoints([path.name])
+    assert merged.tokenizer is not None
+    assert merged.tokenizer.token_to_id("x") == 0
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
