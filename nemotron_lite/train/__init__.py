@@ -10,6 +10,7 @@ optimizer.py      AdamW and gradient clipping
 schedule.py       the learning rate: warm-up, stable, decay
 long_context.py   the options of a last phase with long rows
 merging.py        a weighted average of checkpoints that imitates the decay
+merge_plan.py     which checkpoints of a run they take
 snapshots.py      such averages during a run
 validation.py     a loss on other text, during the run
 evaluate.py       bits per byte of text that was not trained on, after it

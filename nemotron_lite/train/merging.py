@@ -39,7 +39,8 @@ the scores that these weights give. With the newest bias instead, the loss stays
 experts of a merge are loaded less evenly (tests/train/test_snapshots.py measures it). What is no
 float is that of the newest checkpoint.
 
-Merging during a run: snapshots.py. Left out: averages on a device, and of models in shards.
+Merging during a run: snapshots.py. Where the rate of a run was constant: merge_plan.py. Left out:
+averages on a device, and of models in shards.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def _find(
     if isinstance(checkpoints, str | os.PathLike):
         if steps is not None:
             raise ValueError("steps are for a list of checkpoints: a run has them in its names.")
-        paths = _in_run(Path(checkpoints))
+        paths = checkpoints_of(Path(checkpoints))
     else:
         paths = [Path(path) for path in checkpoints]
     for path in paths:
@@ -240,7 +241,7 @@ def _find(
     return [_Saved(*pair) for pair in zip(at, paths, strict=True)]
 
 
-def _in_run(folder: Path) -> list[Path]:
+def checkpoints_of(folder: Path) -> list[Path]:
     """The files of a run: its snapshots, or if it has none, its checkpoints."""
     found = list_checkpoints(folder / SNAPSHOTS) or list_checkpoints(folder / "checkpoints")
     if not found:
@@ -251,19 +252,28 @@ def _in_run(folder: Path) -> list[Path]:
     return found
 
 
+def steps_inside(at: Sequence[int], window: int, last: int) -> list[int]:
+    """Those of the checkpoints `at` that a window ending at `last` merges.
+
+    Raises:
+        ValueError: no checkpoint where the window begins or ends.
+    """
+    for end in (last, last - window):
+        if end not in at:
+            raise ValueError(
+                f"a window of {window:,} updates until {last:,} needs a checkpoint after "
+                f"{end:,} updates; there are those after {_listed(at)}."
+            )
+    return [step for step in at if last - window <= step <= last]
+
+
 def _merge(
     found: Sequence[_Saved], windows: Sequence[int], last: int, curve: Curve, floor: int | float
 ) -> dict[int, Nemotron]:
     at = [saved.step for saved in found]
     weights: dict[int, dict[int, float]] = {}
     for window in windows:
-        for end in (last, last - window):
-            if end not in at:
-                raise ValueError(
-                    f"a window of {window:,} updates until {last:,} needs a checkpoint after "
-                    f"{end:,} updates; there are those after {_listed(at)}."
-                )
-        inside = [step for step in at if last - window <= step <= last]
+        inside = steps_inside(at, window, last)
         shares = merge_weights(inside, curve=curve, floor=floor)
         weights[window] = dict(zip(inside, shares, strict=True))
     sums: dict[int, dict[str, Tensor]] = {window: {} for window in weights}

@@ -170,16 +170,29 @@ def test_snapshots_of_a_run_are_merged(options: list[object], tmp_path: Path) ->
     call("train", *options, "--out", run, "--steps", 4, "--merge-every", 2, *scored)
     last = records(run)[-1]
     assert set(last["merged_validation_loss"]) == {"2", "4"}
-    shown = call("merge", "--run", run, "--window", 2, "--out", out).stdout
+    # update 1 of 4 is behind the warm-up already, and the decay begins after update 2
+    shown = call("merge", "--run", run, "--out", out).stdout
     assert f"The merged model is in {out}." in " ".join(shown.split())
+    shares = nemotron_lite.train.merge_weights([0, 2])
+    assert re.search(rf"^ +0 +{shares[0]:.4f} +-$", shown, re.MULTILINE)
+    assert re.search(rf"^ +2 +{shares[1]:.4f} +2.50e-03$", shown, re.MULTILINE)
+    assert "Warning" not in shown
     merged, end = nemotron_lite.load(out), nemotron_lite.load(run / "model")
     assert merged.tokenizer.to_str() == end.tokenizer.to_str()
-    expected = nemotron_lite.train.merge_checkpoints(run, window=2)
+    expected = nemotron_lite.train.merge_checkpoints(run, window=2, until=2)
     for name, weight in merged.state_dict().items():
         assert torch.equal(weight, expected.state_dict()[name])
     assert not torch.equal(merged.lm_head.weight, end.lm_head.weight)
-    wrong = call("merge", "--run", run, "--window", 3, "--out", out, code=1).stderr
+    late = ["merge", "--run", run, "--until", 4, "--out", tmp_path / "late"]
+    shown = " ".join(call(*late, "--window", 2).stdout.split())
+    assert "Warning: the learning rate was not constant in the updates 3 to 4" in shown
+    wrong = call(*late, "--window", 3, code=1).stderr
     assert "needs a checkpoint after 1 updates; there are those after 0, 2, 4" in " ".join(
         wrong.split()
     )
     assert "is the run itself" in call("merge", "--run", run, "--out", run, code=1).stderr
+    for name in ("model", "snapshots"):
+        refused = call("merge", "--run", run, "--out", run / name, code=1).stderr
+        assert "belongs to the run" in " ".join(refused.split())
+    unchanged = nemotron_lite.load(run / "model").lm_head.weight
+    assert torch.equal(unchanged, end.lm_head.weight)
