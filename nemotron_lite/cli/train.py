@@ -56,7 +56,8 @@ Logs = Annotated[
 Windows = Annotated[
     list[int] | None,
     typer.Option(
-        help="with --merge-every: updates of a merge that is scored at each validation; repeatable"
+        help="with --merge-every and --eval-every: updates of a merge that is scored at each "
+        "validation; repeatable"
     ),
 ]
 Optimizer = Annotated[str, typer.Option(help="adamw, or muon for matrices")]

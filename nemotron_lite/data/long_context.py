@@ -108,7 +108,8 @@ class LongAndShort:
     Args:
         long, short: where the rows come from.
         short_len: tokens of a short row.
-        long_only: number of batches at the beginning that are all long.
+        long_only: number of batches at the beginning that are all long. In `train` these are
+            micro-batches: an update reads `gradient_accumulation_steps` of them.
 
     Raises:
         TypeError, ValueError: `short_len` or `long_only` is no such integer.

@@ -59,6 +59,8 @@ def test_options_of_the_phase() -> None:
     found = long_context_config(timed, steps=7, seq_len=96, lr=1e-4)
     assert (found.lr, found.min_lr, found.max_seconds) == (1e-4, 1e-4, None)
     assert found.merge_every is None
+    assert found.eval_every is None  # of another validation
+    assert long_context_config(timed, steps=7, seq_len=96, eval_every=2).eval_every == 2
     assert found.optimizer == "muon"
     with pytest.raises(ValueError, match="give lr"):
         long_context_config(TrainConfig(steps=9, min_lr=0.0), steps=7, seq_len=96)
