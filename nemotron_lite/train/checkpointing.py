@@ -113,7 +113,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ResumeError(
-            f"{path} does not exist: another process may have removed it meanwhile."
+            f"{path} cannot be used: there is no such file, or not any more."
         ) from error
     except Exception as error:  # whatever a damaged archive or pickle makes torch raise
         cause = " ".join(str(error).split()) or type(error).__name__

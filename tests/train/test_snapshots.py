@@ -206,7 +206,7 @@ def test_a_full_disk_at_a_snapshot_names_no_wrong_checkpoint(
 
 
 def test_a_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ResumeError, match=r"step-00000001\.pt does not exist") as error:
+    with pytest.raises(ResumeError, match=r"step-00000001\.pt .*no such file") as error:
         checkpointing.read_checkpoint(tmp_path / "step-00000001.pt")
     assert "damaged" not in str(error.value)
 
