@@ -6,6 +6,9 @@
     in_steps         numbers in units of their scales, so that E2M1 can round them, and the scales
     summed_errors    how far a sum of rounded gradients is from the exact sum
     zero_share       how many numbers that are not 0 are read as 0
+    lost_blocks      how many blocks keep at most one number
+    mamba_errors     of in_proj and out_proj: the error of the input, and such blocks of dyᵀ
+    error_of_x       how far dW is from the exact one if only x is rounded
     weight_errors    how far dW is from the exact one, with each part of the recipe and without
     with_own_linear  a model whose NVFP4 matrices are computed by the learner's layer
     teach            a short training
@@ -185,6 +188,44 @@ def summed_errors(
 def zero_share(x: Tensor, read: Tensor) -> float:
     """The share of the numbers of x other than 0 that are read as 0."""
     return float((read == 0)[x != 0].double().mean())
+
+
+def lost_blocks(read: Float[Tensor, "t n"]) -> float:
+    """The share of the blocks of 16 of which at most one number is read as other than 0."""
+    zeros = (read == 0).unflatten(-1, (-1, 16)).sum(-1)
+    return float((zeros >= 15).double().mean())
+
+
+@torch.no_grad()
+def mamba_errors(seen: dict[str, Watched], read: Read) -> dict[str, float]:
+    """How well the tensors of the Mamba layers are read, in %, as means over the layers.
+
+    Args:
+        seen: what the layers saw, as `watch` returns it.
+        read: as for `weight_errors`.
+
+    Returns:
+        The relative error of the input of in_proj and of out_proj; then, for each of the two, the
+        `lost_blocks` of dyᵀ, whose blocks lie along the tokens, as dW needs them.
+    """
+    found = {}
+    for kind in ("in_proj", "out_proj"):
+        inputs = [one.x for name, one in seen.items() if name.endswith(f" {kind}")]
+        errors = [_off(read(x, None), x) for x in inputs]
+        found[f"{kind}: relative error of its input"] = 100 * sum(errors) / len(errors)
+    for kind in ("in_proj", "out_proj"):
+        outputs = [one.dy.T for name, one in seen.items() if name.endswith(f" {kind}")]
+        shares = [lost_blocks(read(dy, None)) for dy in outputs]
+        name = f"{kind}: blocks of dyᵀ with 15 or 16 zeros"
+        found[name] = 100 * sum(shares) / len(shares)
+    return found
+
+
+@torch.no_grad()
+def error_of_x(seen: Watched, read: Read) -> float:
+    """The error of dW if x is read and dy is exact; the arguments are those of `weight_errors`."""
+    exact = seen.dy.T @ seen.x
+    return _off(seen.dy.T @ read(seen.x.T, None).T, exact)
 
 
 @torch.no_grad()
@@ -391,11 +432,20 @@ def at_full_scale() -> None:
 **Trained in NVFP4.** The recipe was tested on a hybrid of 12 billion parameters and
 {nvfp4.tokens:unit}. In the stable phase its loss was less than {nvfp4.gap_stable:unit} above that
 of FP8, at the end about {nvfp4.gap_end:unit}; with a forward pass in BF16 at the end,
-{nvfp4.gap_bf16_forward:unit}. Leaving out any one part of the recipe made the loss worse. For Ultra
-the gap to BF16 was at most {ultra.nvfp4_gap:unit}. In Super, Mamba's out_proj is in MXFP8, because
-in Nano NVFP4 flushed up to {super.mxfp8_out_proj_flushed:unit} of its values to zero. At the end
-the weight gradients of {super.zero_gradients:unit} were exactly zero; in a test at Nano's size
-NVFP4 had about {nano.nvfp4_zero_gradients:unit} of them as BF16.
+{nvfp4.gap_bf16_forward:unit}. For Ultra the gap to BF16 was at most {ultra.nvfp4_gap:unit}.
+
+**Without each part.** NVIDIA took one part at a time out of this hybrid, in which
+{nvfp4.bf16_linears:unit} are in BF16, after {nvfp4.ablation_from:unit}. Without stochastic
+rounding, without the Hadamard transform, without square tiles, and with fewer layers in BF16 the
+loss was worse each time. The paper shows curves and prints no numbers; it says that small models in
+short trainings may not need every part. In a model of {nvfp4.sensitivity_model:unit}, training
+diverged with all linear layers in NVFP4 and no other part of the recipe; with the last four blocks
+in BF16 it converged. With stochastic rounding of weights or activations it diverged, too.
+
+**In Super**, Mamba's out_proj is in MXFP8, because in Nano NVFP4 flushed up to
+{super.mxfp8_out_proj_flushed:unit} of its values to zero. At the end the weight gradients of
+{super.zero_gradients:unit} were exactly zero; in a test at Nano's size NVFP4 had about
+{nano.nvfp4_zero_gradients:unit} of them as BF16.
 
 **Quantized after training.** For the released checkpoint, a search chose NVFP4, FP8 or BF16 for
 each operator, within {super.quantized_bits:unit} a weight, with {super.calibration_samples:unit} to

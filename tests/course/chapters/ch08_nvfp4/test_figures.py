@@ -166,21 +166,63 @@ def test_the_ablations_are_those_of_the_record() -> None:
     each = variants["nvfp4 without hadamard"]["held_out_nats_gap_percent"]["each"]
     assert list(fig.data[2 * place].x) == each
     assert fig.data[2 * place + 1].x[0] == pytest.approx(sorted(each)[1])
-    drawn = [x for trace in fig.data for x in trace.x]
-    assert max(map(abs, drawn)) < 1, "the alternative text says so"
+    words = str(alt_of(fig))
+    for name, key in {"FP32": "fp32", "NVFP4, the recipe": "nvfp4"}.items():
+        gaps = variants[key]["held_out_nats_gap_percent"]
+        assert f"{name}, {gaps['min']:.2f} to {gaps['max']:.2f}" in words
+    better = "without stochastic rounding, without last layers in BF16"
+    assert f"Below the recipe with each seed: {better}." in words
+
+
+def test_the_words_of_ablations_are_those_of_what_is_drawn() -> None:
+    def gaps(*each: float) -> dict[str, Any]:
+        return {"held_out_nats_gap_percent": {"each": list(each)}}
+
+    variants = {
+        "fp32": gaps(-9.0, -9.0), "nvfp4": gaps(1.0, 2.0),
+        "nvfp4 without hadamard": gaps(0.5, 1.5),
+        "nvfp4 without stochastic": gaps(1.5, 1.6),
+    }  # fmt: skip
+    words = str(alt_of(figures.ablations({"variants": variants})))
+    assert "without stochastic rounding, 1.50 to 1.60" in words
+    assert "Below the recipe with each seed: without the Hadamard transform." in words
+    del variants["nvfp4 without hadamard"]
+    words = str(alt_of(figures.ablations({"variants": variants})))
+    assert "Below the recipe with each seed: no row." in words
+
+
+def test_the_record_says_what_the_text_says_of_it() -> None:
+    """The sign of the gap in training, what is better without a part, and what overlaps."""
+    variants = record("nvfp4_training_small")["variants"]
+    assert {tuple(variant["seeds"]) for variant in variants.values()} == {(0, 1, 2)}
+    four_bits = [variant for name, variant in variants.items() if name.startswith("nvfp4")]
+    gaps = [gap for v in four_bits for gap in v["train_nats_gap_percent"]["each"]]
+    assert len(gaps) == 15
+    assert (f"{min(gaps):.2f}", f"{max(gaps):.1f}") == ("0.03", "0.8")
+    held_out = {name: v.get("held_out_nats_gap_percent") for name, v in variants.items()}
+    recipe, square = held_out["nvfp4"], held_out["nvfp4 without square"]
+    for name in ("nvfp4 without stochastic", "nvfp4 without tail"):
+        pairs = zip(held_out[name]["each"], recipe["each"], strict=True)
+        assert all(without < with_it for without, with_it in pairs), name
+    assert max(recipe["min"], square["min"]) < min(recipe["max"], square["max"])
 
 
 def test_quantizing_afterwards_is_that_of_the_record() -> None:
     fig = figures.after_training()
     found = {entry["as"]: entry for entry in record("nvfp4_checkpoints_loss")["results"]}
     names = list(fig.layout.yaxis.ticktext)
-    assert "NVFP4<br>4.50 bits" in names
+    assert "NVFP4, searched scales<br>4.50 bits" in names
+    assert "NVFP4, your rule's scales<br>4.50 bits" in names
+    assert "the package's packed model<br>4.90 bits" in names
     place = names.index("NVFP4 and FP8, chosen<br>4.75 bits")
     change = found["mixed, 4.75 bits"]["weights and inputs"]["change_percent"]
     assert list(fig.data[2 * place].x) == change["each"]
     medians = {name: fig.data[2 * i + 1].x[0] for i, name in enumerate(names)}
     assert min(medians, key=medians.__getitem__).startswith("FP8")
-    assert medians["NVFP4<br>4.50 bits"] > medians[names[place]]
+    assert medians["NVFP4, searched scales<br>4.50 bits"] > medians[names[place]]
+    assert medians["NVFP4, your rule's scales<br>4.50 bits"] == max(medians.values())
+    assert f"from the lowest: FP8, {min(medians.values()):.2f} %;" in str(alt_of(fig))
+    assert str(alt_of(fig)).index("the package's packed model") < str(alt_of(fig)).index("searched")
 
 
 def test_sizes_of_blocks_carry_their_bits() -> None:

@@ -84,6 +84,23 @@ def test_the_share_of_zeros_leaves_out_numbers_that_are_zero() -> None:
     assert lesson.zero_share(x, found) == pytest.approx(1 / 3)
 
 
+def test_lost_blocks_keep_one_number_at_most() -> None:
+    found = torch.zeros(2, 32)
+    found[0, 3] = found[1, 20] = found[1, 21] = 1.0  # one number in a block, two, and none
+    assert lesson.lost_blocks(found) == pytest.approx(3 / 4)
+
+
+def test_out_proj_has_more_zeros_and_a_smaller_error(seen: dict[str, lesson.Watched]) -> None:
+    """What the text says of the table: the error is below in_proj's, and lost blocks are rare."""
+    found = lesson.mamba_errors(seen, read)
+    errors = [found[f"{kind}: relative error of its input"] for kind in ("in_proj", "out_proj")]
+    assert 7 < errors[1] < 0.95 * errors[0] < 10
+    name = "{}: blocks of dyᵀ with 15 or 16 zeros"
+    assert 0 < found[name.format("in_proj")] < 0.5
+    assert found[name.format("out_proj")] < found[name.format("in_proj")]
+    assert set(lesson.mamba_errors(seen, lambda x, _: x).values()) == {0.0}
+
+
 def test_gradients_have_the_scales_of_the_format() -> None:
     gradient = torch.randn(8, 32) * torch.exp(3 * torch.randn(8, 1))
     gradient[0, :16] = 0
@@ -126,6 +143,17 @@ def test_dw_is_noisier_and_right_on_average_with_the_recipe(
         assert found[name][1] < found["nearest"][1]
     exact = lesson.weight_errors(cut, lambda x, _: x, nvfp4.hadamard_transform, generator())
     assert max(max(pair) for pair in exact.values()) < 1e-5
+    assert lesson.error_of_x(cut, lambda x, _: x) < 1e-5
+
+
+def test_most_of_what_remains_of_the_error_of_dw_is_that_of_x(
+    seen: dict[str, lesson.Watched],
+) -> None:
+    watched = seen["layer 0 in_proj"]
+    cut = lesson.Watched(watched.x, watched.dy[:, :256])
+    found = lesson.weight_errors(cut, read, nvfp4.hadamard_transform, generator())
+    alone = lesson.error_of_x(cut, read)
+    assert 0.85 * found["stochastic"][1] < alone < found["stochastic"][1]
 
 
 def test_the_learners_layer_replaces_what_the_recipe_computes_in_four_bits() -> None:
@@ -260,4 +288,6 @@ def test_super_is_described_with_its_facts(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "within 4.75 bits a weight" in shown
     assert "HMMT with tools, NVFP4" in shown
+    assert "after 3.43 trillion tokens" in shown
+    assert "In a model of 1.2 billion parameters" in shown
     assert "which needed 36 % more tokens" in shown
