@@ -154,8 +154,8 @@ def test_negated_views_as_weights(tmp_path: Path) -> None:
         m(TOKENS, mtp_depths=2).logits.square().mean().backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
-        # A copy lies at another address, and on some processors that changes the last bit of a sum.
-        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+        # Not bit for bit: on an AMD EPYC one gradient of a router differs in its last bit.
+        assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-6, atol=1e-9)
     copies = copy.deepcopy(model)
     for m in (plain, model):
         m.prepare_for_decoding(smallest=0)
